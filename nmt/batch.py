@@ -1,0 +1,87 @@
+"""Special token ids and the record that travels from the data to the model.
+
+Letters: S source positions, T target positions, B sentences of the batch, N real (not padding) positions of one side.
+Tensors are time-major, cuDNN's own layout.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PAD, UNK, BOS, EOS = 0, 1, 2, 3
+NUM_SPECIAL = 4
+
+
+class Batch(NamedTuple):
+    """One padded batch of sentence pairs.
+
+    `*_rows_N` are the flat positions (t * B + b) of the real tokens of a time-major side, in order. They are worked
+    out on the host while the batch is made, so that the model can drop padding (before gates, experts and softmax)
+    without asking the GPU how much is left.
+    """
+
+    pairs_B: Tensor  # int64: which corpus pair each column is
+    source_SB: Tensor  # int64: pieces then EOS, PAD after
+    source_length_B: Tensor  # int64: EOS included
+    source_rows_N: Tensor  # int64
+    target_in_TB: Tensor  # int64: BOS then pieces
+    target_out_TB: Tensor  # int64: pieces then EOS
+    target_rows_N: Tensor  # int64
+
+    @property
+    def num_source_tokens(self) -> int:
+        """Source tokens, EOS included, padding excluded."""
+        return self.source_rows_N.numel()
+
+    @property
+    def num_target_tokens(self) -> int:
+        """Target tokens to predict, EOS included, padding excluded."""
+        return self.target_rows_N.numel()
+
+    def to(self, device: torch.device) -> "Batch":
+        """This batch on `device`; asynchronous where its memory is pinned."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+    def pin_memory(self) -> "Batch":
+        """This batch in page-locked memory, from which copies to a GPU do not block."""
+        return Batch(*(tensor.pin_memory() for tensor in self))
+
+
+def pad_time_major(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Stack sequences as columns, PAD below: (ids_LB int64, lengths_B int64)."""
+    lengths_B = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+    ids_LB = np.full((int(lengths_B.max()), len(sequences)), PAD, dtype=np.int64)
+    for column, sequence in enumerate(sequences):
+        ids_LB[: len(sequence), column] = sequence
+    return ids_LB, lengths_B
+
+
+def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:
+    """Flat time-major positions t * B + b with t < lengths_B[b], ascending (int64)."""
+    return np.flatnonzero(np.arange(num_positions)[:, None] < lengths_B[None, :])
+
+
+def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
+    """(source_SB, source_length_B, source_rows_N) of source pieces without EOS: the encoder's input."""
+    source_SB, length_B = pad_time_major([np.append(source, EOS) for source in sources])
+    rows_N = real_rows(length_B, source_SB.shape[0])
+    return torch.from_numpy(source_SB), torch.from_numpy(length_B), torch.from_numpy(rows_N)
+
+
+def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
+    """A Batch of piece sequences (without BOS and EOS), column b from pair `pairs[b]`."""
+    source_SB, source_length_B, source_rows_N = source_batch(sources)
+    target_in_TB, length_B = pad_time_major([np.append(BOS, target) for target in targets])
+    target_out_TB, _ = pad_time_major([np.append(target, EOS) for target in targets])
+    return Batch(
+        pairs_B=torch.from_numpy(np.asarray(pairs, dtype=np.int64)),
+        source_SB=source_SB,
+        source_length_B=source_length_B,
+        source_rows_N=source_rows_N,
+        target_in_TB=torch.from_numpy(target_in_TB),
+        target_out_TB=torch.from_numpy(target_out_TB),
+        target_rows_N=torch.from_numpy(real_rows(length_B, target_in_TB.shape[0])),
+    )

@@ -1,0 +1,72 @@
+"""The decoder's view of the source: three score functions over keys that are projected once per sentence.
+
+Letters: T queries per sentence (target positions in training; hypotheses in a beam), S source positions,
+B sentences, D width, N = attention size.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nmt.config import AttentionConfig
+
+
+class Memory(NamedTuple):
+    """The encoded source, all that the decoder needs of it."""
+
+    values_SBD: Tensor
+    keys_SBN: Tensor
+    padding_SB: Tensor  # bool, True where there is no token
+
+    def select(self, sentences_B: Tensor) -> "Memory":
+        """The memory of these sentences only."""
+        return Memory(*(tensor.index_select(1, sentences_B) for tensor in self))
+
+
+class Attention(nn.Module):
+    """Softmax over source positions of one of three scores of key x_i and query y_j:
+
+    product (S17 eq. 22):      sum_n V_n tanh((x_i U)_n) tanh((y_j W)_n); two matrix products
+    additive (S17 eq. 21):     sum_n V_n tanh((x_i U)_n + (y_j W)_n), GNMT's
+    normalised (GNMT v2):      the same with V = gain v / |v| and a bias inside the tanh
+
+    V starts at 1/sqrt(N) times unit numbers: the product form saturates the softmax from V = 1, which cost more
+    perplexity than anything else measured (see `init_parameters`). The sentinel query of feedback wiring is zero.
+    """
+
+    def __init__(self, hidden_size: int, config: AttentionConfig) -> None:
+        super().__init__()
+        self.function = config.function
+        self.key = nn.Linear(hidden_size, config.size, bias=False)
+        self.query = nn.Linear(hidden_size, config.size, bias=False)
+        self.v_N = nn.Parameter(torch.empty(config.size))
+        if self.function == "normalised":
+            self.gain = nn.Parameter(torch.empty(()))
+            self.bias_N = nn.Parameter(torch.empty(config.size))
+
+    def memory(self, values_SBD: Tensor, padding_SB: Tensor) -> Memory:
+        """Project the keys of an encoded source, once."""
+        keys_SBN = self.key(values_SBD)
+        return Memory(values_SBD, keys_SBN.tanh() if self.function == "product" else keys_SBN, padding_SB)
+
+    def forward(self, query_TBD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        """(context_TBD, weights_TBS): the weighted source, and the weights (sum 1 over real source positions)."""
+        score_BTS = self._scores(self.query(query_TBD), memory.keys_SBN)
+        score_BTS = score_BTS.masked_fill(memory.padding_SB.T.unsqueeze(1), -torch.inf)
+        weights_BTS = score_BTS.softmax(dim=2)
+        values_BSD = memory.values_SBD.transpose(0, 1)
+        context_BTD = torch.bmm(weights_BTS.to(values_BSD.dtype), values_BSD)
+        return context_BTD.transpose(0, 1), weights_BTS.transpose(0, 1)
+
+    def _scores(self, query_TBN: Tensor, keys_SBN: Tensor) -> Tensor:
+        query_BTN, keys_BSN = query_TBN.transpose(0, 1), keys_SBN.transpose(0, 1)
+        if self.function == "product":
+            return torch.bmm(query_BTN.tanh() * self.v_N.to(query_BTN.dtype), keys_BSN.transpose(1, 2))
+        v_N = self.v_N
+        if self.function == "normalised":
+            v_N = self.gain * v_N / v_N.norm()
+            keys_BSN = keys_BSN + self.bias_N.to(keys_BSN.dtype)
+        # In place, since B x T x S x N numbers are held: the largest tensor of a model with this attention.
+        hidden_BTSN = (query_BTN.unsqueeze(2) + keys_BSN.unsqueeze(1)).tanh_()
+        return torch.mv(hidden_BTSN.flatten(0, 2), v_N.to(hidden_BTSN.dtype)).view(hidden_BTSN.shape[:3])

@@ -1,0 +1,68 @@
+"""Matrix products over consecutive groups of rows, one weight matrix a group: the arithmetic of the experts.
+
+`grouped_matmul` and `grouped_outer` are the only places that choose how it is done: torch's grouped product on a GPU
+in bf16 (no host synchronisation, any number of groups), a loop elsewhere. A faster kernel goes in here.
+
+Letters: R rows sorted by group, E groups, I and O input and output features. `ends_E` (int32) holds the row after the
+last one of each group; groups may be empty; rows past the last end belong to no group and come out unspecified.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# torch's grouped product refuses more groups in one call (CUDA, torch 2.11).
+_MAX_GROUPS = 1024
+
+
+def _has_fast_path(a: Tensor) -> bool:
+    return a.is_cuda and a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device)[0] >= 9
+
+
+def _bounds(ends_E: Tensor) -> list[tuple[int, int]]:
+    ends = ends_E.tolist()
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """Rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
+    if not _has_fast_path(a_RI):
+        out_RO = a_RI.new_zeros(a_RI.shape[0], w_EIO.shape[2])
+        for expert, (start, end) in enumerate(_bounds(ends_E)):
+            if end > start:
+                torch.mm(a_RI[start:end], w_EIO[expert], out=out_RO[start:end])
+        return out_RO
+    if w_EIO.shape[0] <= _MAX_GROUPS:
+        return F.grouped_mm(a_RI, w_EIO, offs=ends_E)
+    out_RO = F.grouped_mm(a_RI, w_EIO[:_MAX_GROUPS], offs=ends_E[:_MAX_GROUPS])
+    row_R = torch.arange(a_RI.shape[0], device=a_RI.device)
+    for first in range(_MAX_GROUPS, w_EIO.shape[0], _MAX_GROUPS):
+        start, chunk = ends_E[first - 1], slice(first, first + _MAX_GROUPS)
+        rotated_RO = F.grouped_mm(_rotate(a_RI, start), w_EIO[chunk], offs=ends_E[chunk] - start)
+        out_RO = torch.where((row_R >= start)[:, None], _rotate(rotated_RO, -start), out_RO)
+    return out_RO
+
+
+def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
+    """Sum over the rows of each group of a^T b: (R, I), (R, O) -> (E, I, O). Zero for an empty group."""
+    num_groups = ends_E.numel()
+    if not _has_fast_path(a_RI):
+        out_EIO = a_RI.new_zeros(num_groups, a_RI.shape[1], b_RO.shape[1])
+        for expert, (start, end) in enumerate(_bounds(ends_E)):
+            if end > start:
+                torch.mm(a_RI[start:end].T, b_RO[start:end], out=out_EIO[expert])
+        return out_EIO
+    if num_groups <= _MAX_GROUPS:
+        return F.grouped_mm(a_RI.T, b_RO, offs=ends_E)
+    parts = [F.grouped_mm(a_RI.T, b_RO, offs=ends_E[:_MAX_GROUPS])]
+    for first in range(_MAX_GROUPS, num_groups, _MAX_GROUPS):
+        start, chunk = ends_E[first - 1], slice(first, first + _MAX_GROUPS)
+        parts.append(F.grouped_mm(_rotate(a_RI, start).T, _rotate(b_RO, start), offs=ends_E[chunk] - start))
+    return torch.cat(parts)
+
+
+def _rotate(x_RD: Tensor, start: Tensor) -> Tensor:
+    """Row r of the result is row (r + start) mod R: brings a later chunk's rows to the top without asking the GPU
+    where they are, since the groups of one call must begin at row 0."""
+    rows = x_RD.shape[0]
+    return x_RD.index_select(0, (torch.arange(rows, device=x_RD.device) + start) % rows)

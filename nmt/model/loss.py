@@ -1,0 +1,80 @@
+"""Softmax and cross-entropy over the vocabulary in pieces, so that float32 logits of the whole batch never exist.
+
+Letters: N target tokens, D width, V vocabulary, M tokens of a piece.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+# Elements of one piece's logits: large enough to fill a GPU, small enough to stay near its cache.
+_PIECE_ELEMENTS = 2**26
+
+
+class _LinearCrossEntropy(Function):
+    """Losses and, at once, the gradients of their sum, while each piece's logits are at hand."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        weight = weight_VD.to(x_ND.dtype)
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
+        num_tokens, vocabulary = x_ND.shape[0], weight.shape[0]
+        loss = x_ND.new_zeros((), dtype=exact)
+        nll = x_ND.new_zeros((), dtype=exact)
+        grads = ctx.needs_input_grad
+        x_grad_ND = torch.empty_like(x_ND) if grads[0] else None
+        weight_grad_VD = torch.zeros_like(weight, dtype=exact) if grads[1] else None
+        bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and grads[2] else None
+        piece = max(_PIECE_ELEMENTS // vocabulary, 1)
+        for start in range(0, num_tokens, piece):
+            x_MD, target_M = x_ND[start : start + piece], target_N[start : start + piece]
+            logits_MV = (x_MD @ weight.T).to(exact)
+            if bias_V is not None:
+                logits_MV += bias_V
+            lse_M = logits_MV.logsumexp(dim=1)
+            piece_nll = (lse_M - logits_MV.gather(1, target_M[:, None]).squeeze(1)).sum()
+            nll += piece_nll
+            uniform = (lse_M - logits_MV.mean(dim=1)).sum()
+            loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform
+            if x_grad_ND is None and weight_grad_VD is None:
+                continue
+            # d loss / d logits = softmax - smoothed target distribution
+            grad_MV = logits_MV.sub_(lse_M[:, None]).exp_().sub_(label_smoothing / vocabulary)
+            grad_MV[torch.arange(len(target_M), device=x_ND.device), target_M] -= 1.0 - label_smoothing
+            if bias_grad_V is not None:
+                bias_grad_V += grad_MV.sum(0)
+            grad_MV = grad_MV.to(x_ND.dtype)
+            if x_grad_ND is not None:
+                x_grad_ND[start : start + piece] = grad_MV @ weight
+            if weight_grad_VD is not None:
+                weight_grad_VD += grad_MV.T @ x_MD
+        ctx.save_for_backward(x_grad_ND, weight_grad_VD, bias_grad_V)
+        ctx.mark_non_differentiable(nll)
+        return loss, nll
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        # `grad_loss` stays on its device: asking for its value would wait for it.
+        scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *scaled, None, None
+
+
+def linear_cross_entropy(
+    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, label_smoothing: float
+) -> tuple[Tensor, Tensor]:
+    """(loss, nll), float32 sums over the N tokens.
+
+    nll = -sum log softmax(x W^T + b)[target]; loss = (1 - s) nll + s times the mean over the vocabulary of
+    -log softmax, s = label_smoothing. Only `loss` carries a gradient. Products run in x's precision, softmax and sums
+    in float32.
+    """
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing)

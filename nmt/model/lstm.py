@@ -1,0 +1,51 @@
+"""LSTM layers as the encoder and the decoder stack them.
+
+One call serves a whole sequence and a single position: forward(x, state) -> (y, state). On a GPU this is cuDNN's LSTM,
+time-major and unpacked: padding stands after each sentence, where a forward LSTM cannot see it, and the backward
+direction turns each sentence round by its own length.
+
+Letters: T positions, B sentences, D input width, P output width, C cells.
+"""
+
+import torch
+from torch import Tensor, nn
+
+LSTMState = tuple[Tensor, Tensor]
+"""(output_1BP, cell_1BC) after the last position."""
+
+
+class LSTM(nn.Module):
+    """A one-direction LSTM of C cells whose output, projected to P when C > P, is what recurs (S17 C.1, appendix E:
+    2048 cells projected to 512). Deviation: with the two bias vectors of PyTorch's LSTM; the paper shows none."""
+
+    def __init__(self, input_size: int, cell_size: int, output_size: int) -> None:
+        super().__init__()
+        proj_size = output_size if output_size < cell_size else 0
+        self.lstm = nn.LSTM(input_size, cell_size, proj_size=proj_size)
+
+    def forward(self, x_TBD: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
+        """(y_TBP, state after the last position); `state=None` starts from zeros."""
+        return self.lstm(x_TBD, state)
+
+
+class BidirectionalLSTM(nn.Module):
+    """Two LSTMs over each whole sentence, one in each direction, outputs side by side (GNMT section 3.2)."""
+
+    def __init__(self, input_size: int, cell_size: int, output_size: int) -> None:
+        super().__init__()
+        self.forward_lstm = LSTM(input_size, cell_size, output_size)
+        self.backward_lstm = LSTM(input_size, cell_size, output_size)
+
+    def forward(self, x_TBD: Tensor, length_B: Tensor) -> Tensor:
+        """y_TB2P; `length_B` real positions of each sentence. Padding positions come out unspecified."""
+        turn_TB1 = reversed_positions(length_B, x_TBD.shape[0]).unsqueeze(2)
+        ahead_TBP, _ = self.forward_lstm(x_TBD)
+        turned_TBD = x_TBD.gather(0, turn_TB1.expand_as(x_TBD))
+        back_TBP, _ = self.backward_lstm(turned_TBD)
+        return torch.cat([ahead_TBP, back_TBP.gather(0, turn_TB1.expand_as(back_TBP))], dim=2)
+
+
+def reversed_positions(length_B: Tensor, num_positions: int) -> Tensor:
+    """index_TB with index[t, b] = length[b] - 1 - t within the sentence and t beyond it; its own inverse."""
+    position_T1 = torch.arange(num_positions, device=length_B.device)[:, None]
+    return torch.where(position_T1 < length_B, length_B - 1 - position_T1, position_T1)

@@ -1,0 +1,83 @@
+"""Moving rows about without a scatter that adds: every backward pass here is another gather or a plain copy.
+
+PyTorch's own backward of an index is an accumulating scatter, which a GPU does with atomics, slowly and in an order
+that changes from run to run. Where the index is known to be unique, or its inverse is known, none is needed.
+
+Letters: T tokens, K choices per token, R = T * K routed rows, N selected rows, M rows to select from, D width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+
+class _TakeRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x_MD: Tensor, index_N: Tensor) -> Tensor:
+        ctx.save_for_backward(index_N)
+        ctx.num_rows = x_MD.shape[0]
+        return x_MD.index_select(0, index_N)
+
+    @staticmethod
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (index_N,) = ctx.saved_tensors
+        grad_MD = grad_ND.new_zeros(ctx.num_rows, *grad_ND.shape[1:])
+        return grad_MD.index_copy_(0, index_N, grad_ND), None
+
+
+class _RouteRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        ctx.num_tokens = x_TD.shape[0]
+        choices = order_R.numel() // max(x_TD.shape[0], 1)
+        return x_TD.index_select(0, order_R // max(choices, 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        width = grad_RD.shape[1]
+        choices = inverse_R.numel() // max(ctx.num_tokens, 1)
+        grad_TKD = grad_RD.index_select(0, inverse_R).view(ctx.num_tokens, choices, width)
+        return grad_TKD.sum(1), None, None
+
+
+class _PermuteRows(Function):
+    @staticmethod
+    def forward(ctx: Any, x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_R)
+        return x_RD.index_select(0, index_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
+        (inverse_R,) = ctx.saved_tensors
+        return grad_RD.index_select(0, inverse_R), None, None
+
+
+def take_rows(x_MD: Tensor, index_N: Tensor) -> Tensor:
+    """x[index] for an index without repetitions."""
+    return _TakeRows.apply(x_MD, index_N)
+
+
+def put_rows(x_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
+    """The inverse of `take_rows`: x at rows `index` of a zero tensor of `num_rows` rows."""
+    return x_ND.new_zeros(num_rows, *x_ND.shape[1:]).index_copy(0, index_N, x_ND)
+
+
+def route_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """Row r of the result is the token of slot order[r], where slot t * K + j is token t's j-th choice."""
+    return _RouteRows.apply(x_TD, order_R, inverse_R)
+
+
+def permute_rows(x_RD: Tensor, index_R: Tensor, inverse_R: Tensor) -> Tensor:
+    """x[index] for a permutation whose inverse is known."""
+    return _PermuteRows.apply(x_RD, index_R, inverse_R)
+
+
+def inverse_permutation(order_R: Tensor) -> Tensor:
+    """p^-1 with p^-1[p[i]] = i."""
+    inverse_R = torch.empty_like(order_R)
+    inverse_R[order_R] = torch.arange(order_R.numel(), dtype=order_R.dtype, device=order_R.device)
+    return inverse_R

@@ -1,0 +1,253 @@
+"""The translator network: embeddings, encoder, decoder with attention, softmax (S17 appendix E, GNMT section 3).
+
+Encoder: embedding, LSTM 1, LSTM 2, MoE, LSTM 3. Decoder: embedding, LSTM 1 with attention, MoE, LSTM 2, softmax. Every
+number in that sentence is configuration. Each layer's output goes through dropout and, where there is a residual
+connection, is added to the layer's input.
+
+Letters: S source positions, T target positions, B sentences, R = hypotheses x B decoder columns (training: R = B),
+D width, V vocabulary, N real (not padding) positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nmt.batch import Batch
+from nmt.config import ModelConfig
+from nmt.model.attention import Attention, Memory
+from nmt.model.experts import MoE
+from nmt.model.gating import GateOutput
+from nmt.model.init import init_parameters
+from nmt.model.loss import linear_cross_entropy
+from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
+from nmt.model.rows import put_rows, take_rows
+
+Gates = dict[str, GateOutput]
+"""The gates of one pass by the name of their layer: "encoder.2" is the MoE after encoder LSTM 2."""
+
+
+class DecoderState(NamedTuple):
+    """What the decoder carries from one position to the next."""
+
+    lstm: tuple[LSTMState, ...]
+    query_1RD: Tensor  # output of decoder layer 1, the next query of the feedback wirings
+
+    def select(self, columns_R: Tensor) -> "DecoderState":
+        """The state of these columns: hypotheses that survive, sentences that are not finished."""
+        lstm = tuple((h.index_select(1, columns_R), c.index_select(1, columns_R)) for h, c in self.lstm)
+        return DecoderState(lstm, self.query_1RD.index_select(1, columns_R))
+
+
+class DecoderOutput(NamedTuple):
+    """`x_TRD` is what the softmax layer reads; `weights_TRS` the attention."""
+
+    x_TRD: Tensor
+    weights_TRS: Tensor
+    state: DecoderState
+    gates: Gates
+
+
+class LossOutput(NamedTuple):
+    """Sums over the batch's target tokens (float32), and the gates of the pass."""
+
+    loss: Tensor  # with label smoothing; carries the gradient
+    nll: Tensor  # negative log-likelihood, in nats
+    gates: Gates
+
+
+class _MoELayers(nn.Module):
+    """The MoE layers of one side, with their dropout and residual."""
+
+    def __init__(self, side: str, places: list[int], config: ModelConfig) -> None:
+        super().__init__()
+        places = places if config.moe.num_experts else []
+        self.side = side
+        self.moe = nn.ModuleDict({str(place): MoE(config.hidden_size, config.moe) for place in places})
+        self.dropout = nn.Dropout(config.dropout)
+
+    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, gates: Gates) -> Tensor:
+        """x after the MoE that stands behind LSTM `layer`, if one does; its gate is put into `gates`.
+
+        Padding never reaches a gate: only rows `rows_N` do (None: all are real).
+        """
+        if str(layer) not in self.moe:
+            return x_TBD
+        x_MD = x_TBD.flatten(0, 1)
+        real_ND = x_MD if rows_N is None else take_rows(x_MD, rows_N)
+        y_ND, gates[f"{self.side}.{layer}"] = self.moe[str(layer)](real_ND)
+        y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
+        return x_TBD + self.dropout(y_MD).view_as(x_TBD)
+
+
+class Encoder(nn.Module):
+    """Stacked LSTMs over the source, the bottom one in both directions if so configured."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, cells = config.hidden_size, config.cell_size
+        self.residual_from = config.residual_from
+        self.bottom: LSTM | BidirectionalLSTM
+        if config.bottom_layer == "forward":
+            self.bottom = LSTM(width, cells, width)
+        else:
+            each = width // 2 if config.bottom_layer == "bidirectional_half" else width
+            self.bottom = BidirectionalLSTM(width, cells, each)
+        second = 2 * width if config.bottom_layer == "bidirectional_full" else width
+        self.upper = nn.ModuleList(
+            LSTM(second if layer == 2 else width, cells, width)
+            for layer in range(2, config.num_encoder_layers + 1)
+        )
+        self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Gates]:
+        """(top_SBD, gates) of embedded source; padding positions come out unspecified."""
+        gates: Gates = {}
+        if isinstance(self.bottom, BidirectionalLSTM):
+            y_SBD = self.bottom(x_SBD, length_B)
+        else:
+            y_SBD, _ = self.bottom(x_SBD)
+        x_SBD = self._residual(1, x_SBD, self.dropout(y_SBD))
+        x_SBD = self.moe_layers.after(1, x_SBD, rows_N, gates)
+        for layer, lstm in enumerate(self.upper, start=2):
+            y_SBD, _ = lstm(x_SBD)
+            x_SBD = self._residual(layer, x_SBD, self.dropout(y_SBD))
+            x_SBD = self.moe_layers.after(layer, x_SBD, rows_N, gates)
+        return x_SBD, gates
+
+    def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
+        # A layer whose output is not as wide as its input (GNMT's full bidirectional one) has no residual.
+        return x_SBD + y_SBD if layer >= self.residual_from and x_SBD.shape == y_SBD.shape else y_SBD
+
+
+class Decoder(nn.Module):
+    """Stacked LSTMs over the target; layer 1 asks the attention (wirings: `AttentionConfig.wiring`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, cells = config.hidden_size, config.cell_size
+        self.wiring = config.attention.wiring
+        self.residual_from = config.residual_from
+        self.feedback = self.wiring in ("feedback", "gnmt")
+        self.context_above = self.wiring in ("gnmt", "gnmt_v2")
+        self.bottom = LSTM(2 * width if self.feedback else width, cells, width)
+        above = 2 * width if self.context_above else width
+        self.upper = nn.ModuleList(LSTM(above, cells, width) for _ in range(config.num_decoder_layers - 1))
+        self.attention = Attention(width, config.attention)
+        if self.wiring == "parallel":
+            self.context = nn.Linear(width, width, bias=False)
+        self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None, rows_N: Tensor | None
+    ) -> DecoderOutput:
+        """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
+        gates: Gates = {}
+        lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
+        if self.feedback:
+            x_TRD, context_TRD, weights_TRS, first = self._feedback_bottom(x_TRD, memory, state)
+        else:
+            y_TRD, first = self.bottom(x_TRD, lstm_states[0])
+            x_TRD = self._residual(1, x_TRD, self.dropout(y_TRD))
+            context_TRD, weights_TRS = self._attend(x_TRD, memory)
+        query_1RD = x_TRD[-1:]
+        if self.wiring == "parallel":
+            x_TRD = x_TRD + self.dropout(self.context(context_TRD))
+        x_TRD = self.moe_layers.after(1, x_TRD, rows_N, gates)
+        states = [first]
+        for layer, lstm in enumerate(self.upper, start=2):
+            input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.context_above else x_TRD
+            y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
+            states.append(after)
+            x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
+            x_TRD = self.moe_layers.after(layer, x_TRD, rows_N, gates)
+        return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), gates)
+
+    def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+        # Hypotheses of a sentence are further queries to the same memory, so it is never copied for a beam.
+        num_positions, columns, width = query_TRD.shape
+        sentences = memory.values_SBD.shape[1]
+        context, weights = self.attention(query_TRD.reshape(-1, sentences, width), memory)
+        return context.reshape(query_TRD.shape), weights.reshape(num_positions, columns, -1)
+
+    def _feedback_bottom(
+        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None
+    ) -> tuple[Tensor, Tensor, Tensor, LSTMState]:
+        """Layer 1 position by position: its previous output asks, the answer enters with the next token."""
+        lstm_state = state.lstm[0] if state else None
+        query_1RD = state.query_1RD if state else torch.zeros_like(x_TRD[:1])
+        outputs, contexts, weights = [], [], []
+        for x_RD in x_TRD:
+            context_1RD, weights_1RS = self._attend(query_1RD, memory)
+            x_1RD = x_RD.unsqueeze(0)
+            y_1RD, lstm_state = self.bottom(torch.cat([x_1RD, context_1RD.to(x_1RD.dtype)], 2), lstm_state)
+            query_1RD = self._residual(1, x_1RD, self.dropout(y_1RD))
+            outputs.append(query_1RD)
+            contexts.append(context_1RD)
+            weights.append(weights_1RS)
+        assert lstm_state is not None
+        return torch.cat(outputs), torch.cat(contexts), torch.cat(weights), lstm_state
+
+    def _residual(self, layer: int, x_TRD: Tensor, y_TRD: Tensor) -> Tensor:
+        return x_TRD + y_TRD if layer >= self.residual_from else y_TRD
+
+
+class Seq2Seq(nn.Module):
+    """The whole network for a shared vocabulary of V pieces."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        width = config.hidden_size
+        self.target_embedding = nn.Embedding(vocab_size, width)
+        self.source_embedding = (
+            self.target_embedding if config.tie_embeddings else nn.Embedding(vocab_size, width)
+        )
+        self.output = nn.Linear(width, vocab_size, bias=config.output_bias)
+        if config.tie_embeddings:
+            self.output.weight = self.target_embedding.weight
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.dropout = nn.Dropout(config.dropout)
+        init_parameters(self)
+
+    def encode(self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Memory, Gates]:
+        """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
+        x_SBD = self._embed(self.source_embedding, source_SB)
+        top_SBD, gates = self.encoder(x_SBD, length_B, rows_N)
+        position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
+        return self.decoder.attention.memory(top_SBD, position_S1 >= length_B), gates
+
+    def decode(
+        self,
+        target_TR: Tensor,
+        memory: Memory,
+        state: DecoderState | None = None,
+        rows_N: Tensor | None = None,
+    ) -> DecoderOutput:
+        """The decoder over T positions, from `state` on: the whole target in training, one position in a search."""
+        return self.decoder(self._embed(self.target_embedding, target_TR), memory, state, rows_N)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Softmax input of decoder outputs (..., D) -> (..., V)."""
+        return self.output(x)
+
+    def forward(self, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
+        """Summed loss of predicting every target token of the batch from the source and the tokens before it."""
+        memory, gates = self.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
+        decoded = self.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
+        x_ND = take_rows(decoded.x_TRD.flatten(0, 1), batch.target_rows_N)
+        target_N = batch.target_out_TB.flatten().index_select(0, batch.target_rows_N)
+        loss, nll = linear_cross_entropy(
+            x_ND, self.output.weight, self.output.bias, target_N, label_smoothing
+        )
+        return LossOutput(loss, nll, gates | decoded.gates)
+
+    def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
+        x_LRD = F.embedding(ids_LR, embedding.weight)
+        if torch.is_autocast_enabled(x_LRD.device.type):
+            x_LRD = x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type))
+        return self.dropout(x_LRD)
