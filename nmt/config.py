@@ -102,9 +102,7 @@ class SubwordConfig:
         _at_least("corpus.subwords.vocab_size", self.vocab_size, 16)
         _at_least("corpus.subwords.training_sentences", self.training_sentences, 1)
         if not 0.9 <= self.character_coverage <= 1.0:
-            raise ValueError(
-                f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0"
-            )
+            raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0")
 
 
 @dataclass
@@ -144,9 +142,7 @@ class CorpusConfig:
         if not self.name or "/" in self.name:
             raise ValueError(f"corpus.name={self.name!r} must be a plain name: it becomes a folder")
         if self.source_language == self.target_language:
-            raise ValueError(
-                f"corpus.source_language and corpus.target_language are both {self.source_language!r}"
-            )
+            raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
 
 
 @dataclass
@@ -238,14 +234,10 @@ class ModelConfig:
         for name in ("hidden_size", "num_encoder_layers", "num_decoder_layers", "residual_from"):
             _at_least(f"model.{name}", getattr(self, name), 1)
         if self.cell_size < self.hidden_size:
-            raise ValueError(
-                f"model.cell_size={self.cell_size} must be at least hidden_size={self.hidden_size}"
-            )
+            raise ValueError(f"model.cell_size={self.cell_size} must be at least hidden_size={self.hidden_size}")
         _one_of("model.bottom_layer", self.bottom_layer, BOTTOM_LAYERS)
         if self.bottom_layer == "bidirectional_half" and self.hidden_size % 2:
-            raise ValueError(
-                f"model.hidden_size={self.hidden_size} must be even for bottom_layer=bidirectional_half"
-            )
+            raise ValueError(f"model.hidden_size={self.hidden_size} must be even for bottom_layer=bidirectional_half")
         if self.bottom_layer == "bidirectional_full" and self.num_encoder_layers < 2:
             raise ValueError(
                 "model.bottom_layer=bidirectional_full is twice as wide as the layers above it: "

@@ -114,7 +114,11 @@ def beam_search(
             _collect(beam, sentence_B, found)
             going_B = (~beam.done_B).nonzero().squeeze(1)
             beam = _shrink(beam, going_B)
-            sentence_B, wanted_BS, max_length_B = sentence_B[going_B], wanted_BS[going_B], max_length_B[going_B]
+            sentence_B, wanted_BS, max_length_B = (
+                sentence_B[going_B],
+                wanted_BS[going_B],
+                max_length_B[going_B],
+            )
     return Hypotheses(*(list(column) for column in zip(*found, strict=True)))
 
 
@@ -179,9 +183,7 @@ def _advance(
     count_B = beam.count_B + counts_CB.sum(0)
 
     # Going on: the best K candidates that do not end.
-    log_prob_KB, pick_KB = log_prob_CB.masked_fill(ends_CB, _NEVER).topk(
-        min(beam_size, log_prob_CB.shape[0]), dim=0
-    )
+    log_prob_KB, pick_KB = log_prob_CB.masked_fill(ends_CB, _NEVER).topk(min(beam_size, log_prob_CB.shape[0]), dim=0)
     hypothesis_KB, token_KB = hypothesis_CB.gather(0, pick_KB), token_CB.gather(0, pick_KB)
     tokens_KBL = beam.tokens_KBL.gather(0, hypothesis_KB.unsqueeze(2).expand(-1, -1, beam.tokens_KBL.shape[2]))
     tokens_KBL[:, :, position] = token_KB

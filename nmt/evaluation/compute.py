@@ -74,9 +74,7 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
     parameters = {"embeddings": table if config.tie_embeddings else 2 * table}
     encoder_ops: dict[str, int] = {}
     decoder_ops: dict[str, int] = {}
-    for side, ops, sizes in zip(
-        ("encoder", "decoder"), (encoder_ops, decoder_ops), _lstm_inputs(config), strict=True
-    ):
+    for side, ops, sizes in zip(("encoder", "decoder"), (encoder_ops, decoder_ops), _lstm_inputs(config), strict=True):
         counts = [_lstm(input_size, config.cell_size, output_size) for input_size, output_size in sizes]
         ops[f"{side} LSTMs"] = sum(weights for weights, _ in counts)
         parameters[f"{side} LSTMs"] = sum(weights + biases for weights, biases in counts)

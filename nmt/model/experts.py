@@ -53,9 +53,7 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by expert, those of expert e ending before row ends_E[e] (int32)."""
-        return _ExpertFunction.apply(
-            rows_RD, self.w1_EDH.to(rows_RD.dtype), self.w2_EHD.to(rows_RD.dtype), ends_E
-        )
+        return _ExpertFunction.apply(rows_RD, self.w1_EDH.to(rows_RD.dtype), self.w2_EHD.to(rows_RD.dtype), ends_E)
 
 
 class Route(NamedTuple):
@@ -83,7 +81,7 @@ class LocalDispatcher:
 
 
 class MoE(nn.Module):
-    """y = sum_i G(x)_i E_i(x) over the K experts that the gate chose (S17 eq. 1); `output: sigmoid` as in appendix E."""
+    """y = sum_i G(x)_i E_i(x) over the K chosen experts (S17 eq. 1); `output: sigmoid` as in appendix E."""
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()

@@ -28,9 +28,9 @@ def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
     if not _has_fast_path(a_RI):
         out_RO = a_RI.new_zeros(a_RI.shape[0], w_EIO.shape[2])
-        for expert, (start, end) in enumerate(_bounds(ends_E)):
-            if end > start:
-                torch.mm(a_RI[start:end], w_EIO[expert], out=out_RO[start:end])
+        for expert, (first, last) in enumerate(_bounds(ends_E)):
+            if last > first:
+                torch.mm(a_RI[first:last], w_EIO[expert], out=out_RO[first:last])
         return out_RO
     if w_EIO.shape[0] <= _MAX_GROUPS:
         return F.grouped_mm(a_RI, w_EIO, offs=ends_E)
@@ -48,9 +48,9 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     num_groups = ends_E.numel()
     if not _has_fast_path(a_RI):
         out_EIO = a_RI.new_zeros(num_groups, a_RI.shape[1], b_RO.shape[1])
-        for expert, (start, end) in enumerate(_bounds(ends_E)):
-            if end > start:
-                torch.mm(a_RI[start:end].T, b_RO[start:end], out=out_EIO[expert])
+        for expert, (first, last) in enumerate(_bounds(ends_E)):
+            if last > first:
+                torch.mm(a_RI[first:last].T, b_RO[first:last], out=out_EIO[expert])
         return out_EIO
     if num_groups <= _MAX_GROUPS:
         return F.grouped_mm(a_RI.T, b_RO, offs=ends_E)

@@ -3,19 +3,19 @@
 The papers give none but the zero gates (S17 appendix A), and the start decides more of the early quality than any other
 choice measured on this model: see the README's results.
 
-| parameter                          | start                          | why                                             |
-|------------------------------------|--------------------------------|-------------------------------------------------|
-| embeddings, softmax weight         | normal, std D^-1/2             | logits of unit scale from the first step        |
-| LSTM matrices                      | uniform, +-1/sqrt(cells)       | PyTorch's and cuDNN's custom                    |
-| LSTM biases                        | 0; forget gate 1 in all        | memory from the first step                      |
-| attention projections              | Xavier uniform                 | tanh starts in its linear part                  |
-| attention v                        | uniform, variance 1/N          | scores of unit scale: the softmax starts open   |
-| attention gain, bias (normalised)  | N^-1/2, 0                      | Bahdanau's normalised form as in GNMT v2        |
-| context projection (parallel)      | Xavier uniform                 | keeps the scale of the encoder                  |
-| expert w1                          | normal, variance 2/D           | He: variance kept through the ReLU              |
-| expert w2                          | normal, variance 1/H           | outputs of unit scale before the gate weights   |
-| gate w_gate, w_noise               | 0                              | all experts equally likely (S17 appendix A)     |
-| output bias                        | 0                              | -                                               |
+| parameter                          | start                          | why                                            |
+|------------------------------------|--------------------------------|------------------------------------------------|
+| embeddings, softmax weight         | normal, std D^-1/2             | logits of unit scale from the first step       |
+| LSTM matrices                      | uniform, +-1/sqrt(cells)       | PyTorch's and cuDNN's custom                   |
+| LSTM biases                        | 0; forget gate 1 in all        | memory from the first step                     |
+| attention projections              | Xavier uniform                 | tanh starts in its linear part                 |
+| attention v                        | uniform, variance 1/N          | scores of unit scale: the softmax starts open  |
+| attention gain, bias (normalised)  | N^-1/2, 0                      | Bahdanau's normalised form as in GNMT v2       |
+| context projection (parallel)      | Xavier uniform                 | keeps the scale of the encoder                 |
+| expert w1                          | normal, variance 2/D           | He: variance kept through the ReLU             |
+| expert w2                          | normal, variance 1/H           | outputs of unit scale before the gate weights  |
+| gate w_gate, w_noise               | 0                              | all experts equally likely (S17 appendix A)    |
+| output bias                        | 0                              | -                                              |
 """
 
 import torch
@@ -28,16 +28,18 @@ from nmt.model.lstm import LSTM
 
 
 @torch.no_grad()
-def init_parameters(model: nn.Module) -> None:
-    """Set every parameter of `model` as the table says; raises if the table has no line for a module."""
+def init_parameters(model: nn.Module, softmax: nn.Linear) -> None:
+    """Set every parameter of `model`, of which `softmax` is the output layer, as the table says."""
     for module in model.modules():
         match module:
             case nn.Embedding():
                 nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
+            case nn.Linear():
+                nn.init.xavier_uniform_(module.weight)
             case LSTM():
                 _init_lstm(module.lstm)
             case Attention():
-                _init_attention(module)
+                _init_scores(module)
             case Experts():
                 _, width, hidden = module.w1_EDH.shape
                 nn.init.normal_(module.w1_EDH, std=(2.0 / width) ** 0.5)
@@ -45,12 +47,9 @@ def init_parameters(model: nn.Module) -> None:
             case NoisyTopKGate():
                 nn.init.zeros_(module.w_gate_DE)
                 nn.init.zeros_(module.w_noise_DE)
-    output, decoder = model.output, model.decoder
-    nn.init.normal_(output.weight, std=output.in_features**-0.5)
-    if output.bias is not None:
-        nn.init.zeros_(output.bias)
-    if decoder.wiring == "parallel":
-        nn.init.xavier_uniform_(decoder.context.weight)
+    nn.init.normal_(softmax.weight, std=softmax.in_features**-0.5)
+    if softmax.bias is not None:
+        nn.init.zeros_(softmax.bias)
 
 
 def _init_lstm(lstm: nn.LSTM) -> None:
@@ -60,14 +59,13 @@ def _init_lstm(lstm: nn.LSTM) -> None:
             nn.init.uniform_(parameter, -bound, bound)
         else:
             nn.init.zeros_(parameter)
-    # Gates stand in PyTorch's order: input, forget, cell, output. One of the two bias vectors carries the 1.
-    lstm.bias_hh_l0[lstm.hidden_size : 2 * lstm.hidden_size] = 1.0
+        # Gates stand in PyTorch's order: input, forget, cell, output. One of the two bias vectors carries the 1.
+        if name.startswith("bias_hh"):
+            parameter[lstm.hidden_size : 2 * lstm.hidden_size] = 1.0
 
 
-def _init_attention(attention: Attention) -> None:
+def _init_scores(attention: Attention) -> None:
     size = attention.v_N.numel()
-    nn.init.xavier_uniform_(attention.key.weight)
-    nn.init.xavier_uniform_(attention.query.weight)
     bound = (3.0 / size) ** 0.5
     nn.init.uniform_(attention.v_N, -bound, bound)
     if attention.function == "normalised":

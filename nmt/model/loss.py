@@ -45,7 +45,7 @@ class _LinearCrossEntropy(Function):
             nll += piece_nll
             uniform = (lse_M - logits_MV.mean(dim=1)).sum()
             loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform
-            if x_grad_ND is None and weight_grad_VD is None:
+            if not any(grads):
                 continue
             # d loss / d logits = softmax - smoothed target distribution
             grad_MV = logits_MV.sub_(lse_M[:, None]).exp_().sub_(label_smoothing / vocabulary)
@@ -77,4 +77,8 @@ def linear_cross_entropy(
     -log softmax, s = label_smoothing. Only `loss` carries a gradient. Products run in x's precision, softmax and sums
     in float32.
     """
+    if not torch.is_grad_enabled():
+        # A Function is told which inputs are parameters, not that no gradient is wanted now.
+        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
+        bias_V = None if bias_V is None else bias_V.detach()
     return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing)

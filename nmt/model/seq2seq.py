@@ -96,8 +96,7 @@ class Encoder(nn.Module):
             self.bottom = BidirectionalLSTM(width, cells, each)
         second = 2 * width if config.bottom_layer == "bidirectional_full" else width
         self.upper = nn.ModuleList(
-            LSTM(second if layer == 2 else width, cells, width)
-            for layer in range(2, config.num_encoder_layers + 1)
+            LSTM(second if layer == 2 else width, cells, width) for layer in range(2, config.num_encoder_layers + 1)
         )
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config)
         self.dropout = nn.Dropout(config.dropout)
@@ -203,16 +202,14 @@ class Seq2Seq(nn.Module):
         self.config = config
         width = config.hidden_size
         self.target_embedding = nn.Embedding(vocab_size, width)
-        self.source_embedding = (
-            self.target_embedding if config.tie_embeddings else nn.Embedding(vocab_size, width)
-        )
+        self.source_embedding = self.target_embedding if config.tie_embeddings else nn.Embedding(vocab_size, width)
         self.output = nn.Linear(width, vocab_size, bias=config.output_bias)
         if config.tie_embeddings:
             self.output.weight = self.target_embedding.weight
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.dropout = nn.Dropout(config.dropout)
-        init_parameters(self)
+        init_parameters(self, self.output)
 
     def encode(self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Memory, Gates]:
         """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
@@ -241,9 +238,7 @@ class Seq2Seq(nn.Module):
         decoded = self.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
         x_ND = take_rows(decoded.x_TRD.flatten(0, 1), batch.target_rows_N)
         target_N = batch.target_out_TB.flatten().index_select(0, batch.target_rows_N)
-        loss, nll = linear_cross_entropy(
-            x_ND, self.output.weight, self.output.bias, target_N, label_smoothing
-        )
+        loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing)
         return LossOutput(loss, nll, gates | decoded.gates)
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:

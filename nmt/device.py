@@ -1,0 +1,37 @@
+"""The device and the precision that a command computes in."""
+
+import os
+
+import torch
+
+from nmt.errors import UserError
+
+
+def pick_device(name: str, key: str) -> torch.device:
+    """The torch device for a setting `key` with value auto, cpu or cuda. ValueError for cuda where there is none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"{key}=cuda, but PyTorch sees no GPU: use {key}=cpu")
+    return torch.device(name)
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """The context of a forward pass: matrix products in bf16 if `precision` says so (auto: on a GPU)."""
+    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
+
+
+def require_single_process() -> None:
+    """ValueError under a launcher that started several processes: training uses one so far."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    if world_size > 1:
+        raise UserError(
+            f"started with {world_size} processes, but training uses one: launch it with --nproc-per-node=1"
+        )
+
+
+def set_fast_math(device: torch.device) -> None:
+    """Let float32 products on a GPU (gates, mostly) use tf32: their inputs come from bf16 anyway."""
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")

@@ -1,0 +1,40 @@
+"""What a user can get wrong, and the exit status that says so.
+
+Every one of these is told in one line, without a traceback. A plain ValueError counts as a mistake of usage or
+configuration.
+"""
+
+
+class UserError(ValueError):
+    """A mistake of usage or configuration: unknown key, wrong type, value that contradicts another."""
+
+    status = 2
+
+
+class DataError(UserError):
+    """Text or a prepared corpus that cannot be used: missing, misaligned, damaged, empty."""
+
+    status = 3
+
+
+class CheckpointError(UserError):
+    """A run, checkpoint or vocabulary that is missing, damaged or does not fit."""
+
+    status = 4
+
+
+class NonFiniteError(UserError):
+    """Training met too many updates in a row whose gradient was not finite."""
+
+    status = 5
+
+
+class StorageError(UserError):
+    """Nothing can be written: no space, no permission."""
+
+    status = 6
+
+
+def exit_status(error: ValueError) -> int:
+    """The exit status for a mistake of the user's."""
+    return error.status if isinstance(error, UserError) else 2

@@ -1,0 +1,142 @@
+"""The folder of a run, which holds all that its commands need:
+
+config.yaml       the whole configuration it was started with
+subwords.model    its vocabulary
+corpus.json       fingerprint and counts of the text it was trained on
+text/             dev and test text, so that it can be scored anywhere
+checkpoints/      see nmt/checkpoint.py
+metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
+report/           what nmt evaluate and nmt experts wrote
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nmt.config import Config
+from nmt.errors import CheckpointError, DataError, StorageError
+
+# What may differ when a run goes on: none of it changes what an update computes, but max_steps under schedule=linear.
+_SAFE_TO_CHANGE = ("run.", "decoding.", "corpus.directory", "corpus.root", "training.device")
+_SAFE_TRAINING = (
+    "max_steps",
+    "log_every",
+    "validate_every",
+    "validation_sentences",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "patience",
+)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file so that a crash leaves the old one or the new one, never half of one."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+class RunDirectory:
+    """Paths and contents of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_path = path / "config.yaml"
+        self.subwords_path = path / "subwords.model"
+        self.corpus_path = path / "corpus.json"
+        self.checkpoints = path / "checkpoints"
+        self.metrics_path = path / "metrics.jsonl"
+        self.tensorboard = path / "tensorboard"
+        self.report = path / "report"
+
+    @classmethod
+    def existing(cls, name: str) -> "RunDirectory":
+        """The run at path `name`, or runs/`name`. CheckpointError if there is none."""
+        for path in (Path(name), Path("runs") / name):
+            if (path / "config.yaml").is_file():
+                return cls(path)
+        known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
+        there = f"runs/ has {', '.join(known)}" if known else "there are no runs yet: start one with nmt train"
+        raise CheckpointError(f"{name} is not a run (no {Path(name) / 'config.yaml'}); {there}")
+
+    def start_or_continue(self, config: Config, subwords_model: Path, corpus: dict[str, Any]) -> list[str]:
+        """Create the run, or check that the one that stands here is being continued with the same settings and text.
+
+        Returns one line for each harmless setting that changed. CheckpointError (settings, vocabulary) or DataError
+        (text) names what differs.
+        """
+        changed = self._check_same(config, corpus) if self.config_path.exists() else []
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            if not self.subwords_path.exists():
+                shutil.copyfile(subwords_model, self.subwords_path)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+        write_atomically(self.corpus_path, json.dumps(corpus, indent=2).encode())
+        # Last, since its presence is what makes the folder a run.
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config_path, text.encode())
+        return changed
+
+    def _check_same(self, config: Config, corpus: dict[str, Any]) -> list[str]:
+        old = flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")) or {})
+        new = flatten(config.to_dict())
+        differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+        safe = (*_SAFE_TO_CHANGE, *(f"training.{name}" for name in _SAFE_TRAINING))
+        unsafe = [key for key in differing if not key.startswith(safe)]
+        if unsafe:
+            shown = "; ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in unsafe)
+            raise CheckpointError(
+                f"{self.path} was started with other settings ({shown}): choose another run.name, or give the old ones"
+            )
+        before = self.corpus_info()
+        if before["fingerprint"] != corpus["fingerprint"]:
+            raise DataError(
+                f"{self.path} was trained on other text or another vocabulary than {config.corpus.name} now has "
+                f"({before['fingerprint'][:12]} then, {corpus['fingerprint'][:12]} now): choose another run.name"
+            )
+        return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing]
+
+    def corpus_info(self) -> dict[str, Any]:
+        """What the run recorded of its text."""
+        try:
+            return json.loads(self.corpus_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.corpus_path} is missing or damaged: the run is not usable") from error
+
+    def write_text(self, split: str, sources: list[str], targets: list[str], domains: list[str]) -> None:
+        """Keep a held-out split in the run, one sentence a line."""
+        folder = self.path / "text"
+        folder.mkdir(exist_ok=True)
+        for side, lines in (("source", sources), ("target", targets), ("domain", domains)):
+            write_atomically(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines).encode())
+
+    def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
+        """(sources, targets, domains) of a split that `write_text` kept; three empty lists if it is not there."""
+        columns = []
+        for side in ("source", "target", "domain"):
+            path = self.path / "text" / f"{split}.{side}"
+            lines = path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
+            columns.append(lines)
+        return columns[0], columns[1], columns[2]

@@ -1,0 +1,91 @@
+"""The three attention functions against their formulas, one query and one source position at a time."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from nmt.config import ATTENTION_FUNCTIONS, AttentionConfig
+from nmt.model.attention import Attention
+
+WIDTH, SIZE = 4, 5
+LENGTHS = torch.tensor([6, 1, 3])
+
+
+def build(function: str) -> Attention:
+    attention = Attention(WIDTH, AttentionConfig(function=function, size=SIZE)).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    return attention
+
+
+def encoded() -> tuple[Tensor, Tensor]:
+    """(values_SBD, padding_SB) of three sentences."""
+    values_SBD = torch.randn(6, len(LENGTHS), WIDTH, dtype=torch.float64)
+    return values_SBD, torch.arange(6)[:, None] >= LENGTHS
+
+
+def score(attention: Attention, x_D: Tensor, y_D: Tensor) -> float:
+    """A(x, y) as S17 eq. 21-22 and GNMT v2 write it."""
+    total, v = 0.0, attention.v_N.tolist()
+    for n in range(SIZE):
+        key = sum(x_D[d].item() * attention.key.weight[n, d].item() for d in range(WIDTH))
+        query = sum(y_D[d].item() * attention.query.weight[n, d].item() for d in range(WIDTH))
+        match attention.function:
+            case "product":
+                total += v[n] * math.tanh(key) * math.tanh(query)
+            case "additive":
+                total += v[n] * math.tanh(key + query)
+            case "normalised":
+                unit = v[n] / math.sqrt(sum(value * value for value in v))
+                total += attention.gain.item() * unit * math.tanh(key + query + attention.bias_N[n].item())
+    return total
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_context_and_weights_are_the_formula(function: str):
+    attention, (values_SBD, padding_SB) = build(function), encoded()
+    query_TBD = torch.randn(2, len(LENGTHS), WIDTH, dtype=torch.float64)
+    context_TBD, weights_TBS = attention(query_TBD, attention.memory(values_SBD, padding_SB))
+    for t in range(2):
+        for b, length in enumerate(LENGTHS.tolist()):
+            exps = [math.exp(score(attention, values_SBD[s, b], query_TBD[t, b])) for s in range(length)]
+            expected = [e / sum(exps) for e in exps] + [0.0] * (6 - length)
+            assert weights_TBS[t, b].tolist() == pytest.approx(expected, abs=1e-12)
+            context_D = sum(weight * values_SBD[s, b] for s, weight in enumerate(expected))
+            torch.testing.assert_close(context_TBD[t, b], context_D)
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_weights_sum_to_one_and_vanish_at_padding(function: str):
+    attention, (values_SBD, padding_SB) = build(function), encoded()
+    query_TBD = 10 * torch.randn(7, len(LENGTHS), WIDTH, dtype=torch.float64)
+    _, weights_TBS = attention(query_TBD, attention.memory(values_SBD, padding_SB))
+    torch.testing.assert_close(weights_TBS.sum(2), torch.ones(7, len(LENGTHS)).double())
+    assert (weights_TBS[:, padding_SB.T] == 0).all()
+    assert (weights_TBS[:, ~padding_SB.T] > 0).all()
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_what_stands_in_the_padding_does_not_matter(function: str):
+    attention, (values_SBD, padding_SB) = build(function), encoded()
+    query_TBD = torch.randn(2, len(LENGTHS), WIDTH, dtype=torch.float64)
+    context_TBD, _ = attention(query_TBD, attention.memory(values_SBD, padding_SB))
+    other_SBD = values_SBD.masked_fill(padding_SB.unsqueeze(2), 1e3)
+    torch.testing.assert_close(attention(query_TBD, attention.memory(other_SBD, padding_SB))[0], context_TBD)
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_a_selected_memory_is_the_memory_of_those_sentences(function: str):
+    """Sentences repeated in the memory answer as the same queries do to the memory held once."""
+    attention, (values_SBD, padding_SB) = build(function), encoded()
+    memory = attention.memory(values_SBD, padding_SB)
+    query_KBD = torch.randn(4, len(LENGTHS), WIDTH, dtype=torch.float64)
+    context_KBD, weights_KBS = attention(query_KBD, memory)
+    copied = memory.select(torch.arange(len(LENGTHS)).repeat(4))
+    context_1RD, weights_1RS = attention(query_KBD.reshape(1, -1, WIDTH), copied)
+    torch.testing.assert_close(context_KBD.reshape(1, -1, WIDTH), context_1RD)
+    torch.testing.assert_close(weights_KBS.reshape(1, -1, 6), weights_1RS)
+    some = memory.select(torch.tensor([2, 0]))
+    torch.testing.assert_close(attention(query_KBD[:, [2, 0]], some)[0], context_KBD[:, [2, 0]])

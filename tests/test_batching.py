@@ -1,0 +1,254 @@
+"""The plan of an epoch and the stream of batches."""
+
+import contextlib
+import gc
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import nmt.data.batching
+from nmt.batch import Batch, make_batch, make_flat_batch
+from nmt.config import TrainingConfig
+from nmt.data.batching import BatchStream, Step, eval_batches, plan_epoch
+from nmt.data.shards import ParallelShards, ShardWriter
+
+VOCABULARY = 50
+
+
+def lengths_of(num_pairs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Sentence lengths like those of real text: lognormal, the two sides correlated."""
+    generator = np.random.default_rng(seed)
+    source = generator.lognormal(3.1, 0.6, num_pairs)
+    target = source * generator.lognormal(0.1, 0.25, num_pairs)
+    return tuple(np.clip(side.astype(np.int32), 1, 200) for side in (source, target))  # type: ignore[return-value]
+
+
+def sentences_of(lengths: np.ndarray, seed: int) -> list[np.ndarray]:
+    generator = np.random.default_rng(seed)
+    return [generator.integers(4, VOCABULARY, length).astype(np.int32) for length in lengths]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ParallelShards:
+    folder = tmp_path_factory.mktemp("shards")
+    source, target = lengths_of(150)
+    source[3] = 0
+    with ShardWriter(folder, VOCABULARY) as writer:
+        for first in range(0, 150, 40):
+            part = slice(first, first + 40)
+            writer.append(sentences_of(source, 1)[part], sentences_of(target, 2)[part])
+    (folder / "manifest.json").write_text(json.dumps({"shards": {"train": writer.record()}}))
+    return ParallelShards.open(folder)
+
+
+def config_of(**settings: Any) -> TrainingConfig:
+    return TrainingConfig(**({"batch_tokens": 400, "micro_batches": 2, "seed": 3} | settings))
+
+
+def check_plan(plan: list[Step], source: np.ndarray, target: np.ndarray, budget: int, micro: int) -> None:
+    """Every pair once, `micro` micro-batches a step, none above the budget."""
+    assert all(len(step) == micro for step in plan)
+    batches = [batch for step in plan for batch in step]
+    assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(len(source)))
+    for batch in batches:
+        positions = len(batch) * (max(source[batch].max(), target[batch].max()) + 1)
+        assert positions <= budget or len(batch) == 1
+
+
+def equal(first: Batch, second: Batch) -> bool:
+    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize(("num_pairs", "budget", "micro"), [(5000, 2000, 1), (5000, 900, 8), (40, 5000, 16)])
+def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int) -> None:
+    source, target = lengths_of(num_pairs)
+    check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60),
+    st.integers(1, 200),
+    st.integers(1, 5),
+)
+def test_plan_of_any_lengths(pairs: list[tuple[int, int]], budget: int, micro: int) -> None:
+    source, target = np.array(pairs, dtype=np.int32).T
+    if len(pairs) % micro == 0:  # one pair a micro-batch is always a way
+        check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
+    else:
+        with contextlib.suppress(ValueError):
+            check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
+
+
+def test_plan_is_a_pure_function_and_epochs_differ() -> None:
+    source, target = lengths_of(2000)
+
+    def flat(seed: int, epoch: int) -> list[list[int]]:
+        return [batch.tolist() for step in plan_epoch(source, target, 1000, 2, seed, epoch) for batch in step]
+
+    np.random.seed(1)
+    first = flat(1, 0)
+    np.random.seed(2)
+    assert flat(1, 0) == first
+    assert flat(1, 1) != first
+    assert flat(2, 0) != first
+    assert set(map(tuple, flat(1, 1))) != set(map(tuple, first))
+
+
+def test_padding_is_small_and_steps_are_even() -> None:
+    source, target = lengths_of(200000)
+    started = time.monotonic()
+    plan = plan_epoch(source, target, 16384, 4, 1, 0)
+    assert time.monotonic() - started < 5
+    padded = sum(
+        len(batch) * (int(source[batch].max()) + int(target[batch].max()) + 2) for step in plan for batch in step
+    )
+    assert 1 - (source.sum() + target.sum() + 2 * len(source)) / padded < 0.06
+    # Which length a step has is shuffled, but its micro-batches have about the same.
+    means = np.array([[source[batch].mean() for batch in step] for step in plan])
+    assert np.median(means.std(axis=1)) < 0.1 * means.mean(axis=1).std()
+    assert abs(np.corrcoef(np.arange(len(plan)), means.mean(axis=1))[0, 1]) < 0.3
+
+
+def test_too_few_pairs_name_the_key() -> None:
+    with pytest.raises(ValueError, match=r"training.micro_batches=8 is more than the 5 training pairs"):
+        plan_epoch(np.ones(5), np.ones(5), 100, 8, 1, 0)
+    with pytest.raises(ValueError, match=r"training.batch_tokens=3"):
+        plan_epoch(np.full(5, 9), np.full(5, 9), 3, 2, 1, 0)
+
+
+@pytest.mark.parametrize("sizes", [[(3, 2)], [(0, 4), (5, 0)], [(7, 1), (2, 9), (4, 4)]])
+def test_flat_batches_equal_make_batch(sizes: list[tuple[int, int]]) -> None:
+    sources, targets = (sentences_of(np.array(lengths), seed) for seed, lengths in enumerate(zip(*sizes, strict=True)))
+    pairs = np.arange(len(sizes)) + 5
+    flat = [
+        part
+        for side in (sources, targets)
+        for part in (np.concatenate(side), np.array([len(sentence) for sentence in side]))
+    ]
+    assert equal(make_flat_batch(pairs, *flat), make_batch(pairs, sources, targets))
+
+
+def test_stream_yields_the_plan(shards: ParallelShards) -> None:
+    config = config_of()
+    plan = [
+        step
+        for epoch in range(2)
+        for step in plan_epoch(shards.source_lengths, shards.target_lengths, 400, 2, 3, epoch)
+    ]
+    with BatchStream(shards, config) as stream:
+        for step, batches in zip(plan, stream, strict=False):
+            for pairs, batch in zip(step, batches, strict=True):
+                sources = [shards.source(pair) for pair in pairs]
+                targets = [shards.target(pair) for pair in pairs]
+                assert equal(batch, make_batch(pairs, sources, targets))
+
+
+def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[int]]]:
+    return [[batch.pairs_B.tolist() for batch in next(stream)] for _ in range(num_steps)]
+
+
+def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
+    config = config_of()
+    epoch = len(plan_epoch(shards.source_lengths, shards.target_lengths, 400, 2, 3, 0))
+    with BatchStream(shards, config) as stream:
+        uninterrupted = pair_lists(stream, 3 * epoch + 2)
+    for num_steps in (0, 1, epoch - 1, epoch, epoch + 1, 2 * epoch):
+        with BatchStream(shards, config) as stream:
+            assert pair_lists(stream, num_steps) == uninterrupted[:num_steps]
+            state = json.loads(json.dumps(stream.state_dict()))
+        # What was made ahead does not count.
+        assert state == {"epoch": num_steps // epoch, "step": num_steps % epoch}
+        with BatchStream(shards, config) as stream:
+            next(stream)
+            stream.load_state_dict(state)
+            assert stream.state_dict() == state
+            assert pair_lists(stream, epoch + 2) == uninterrupted[num_steps : num_steps + epoch + 2]
+
+
+def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
+    config = config_of(micro_batches=4)
+    with BatchStream(shards, config) as stream:
+        whole = pair_lists(stream, 5)
+    shares = []
+    for rank in range(2):
+        with BatchStream(shards, config, rank=rank, num_ranks=2) as stream:
+            shares.append(pair_lists(stream, 5))
+    assert [[a[0], b[0], a[1], b[1]] for a, b in zip(*shares, strict=True)] == whole
+    with pytest.raises(ValueError, match=r"training.micro_batches=4 must be a multiple of 3"):
+        BatchStream(shards, config, num_ranks=3)
+
+
+def test_errors_of_the_thread_surface(shards: ParallelShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = BatchStream(shards, config_of())
+    stream.load_state_dict({"epoch": 0, "step": 10**6})
+    with pytest.raises(ValueError, match=r"past its end"):
+        next(stream)
+    with pytest.raises(ValueError, match=r"training.micro_batches=200"):
+        next(BatchStream(shards, config_of(micro_batches=200)))
+    stream = BatchStream(shards, config_of())
+    first = pair_lists(stream, 1)
+    stream.load_state_dict({"epoch": 0, "step": 0})
+    with monkeypatch.context() as patch:
+        patch.setattr(nmt.data.batching, "_batch", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            next(stream)
+    assert pair_lists(stream, 1) == first
+    stream.close()
+
+
+def stream_threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "BatchStream"]
+
+
+def test_the_thread_ends(shards: ParallelShards) -> None:
+    stream = BatchStream(shards, config_of())
+    assert not stream_threads()
+    next(stream)
+    assert len(stream_threads()) == 1
+    stream.close()
+    assert not stream_threads()
+    next(stream)  # a closed stream goes on where it was
+    assert stream.state_dict() == {"epoch": 0, "step": 2}
+    del stream
+    gc.collect()
+    assert not stream_threads()
+
+
+def test_eval_batches() -> None:
+    lengths = lengths_of(300)
+    sources, targets = sentences_of(lengths[0], 1), sentences_of(lengths[1], 2)
+    sources[7] = np.empty(0, np.int32)
+    batches = list(eval_batches(sources, targets, 500))
+    pairs = np.concatenate([batch.pairs_B.numpy() for batch in batches])
+    assert sorted(pairs) == list(range(300))
+    for batch in batches:
+        assert max(batch.source_SB.numel(), batch.target_in_TB.numel()) <= 500 or len(batch.pairs_B) == 1
+        numbers = batch.pairs_B.tolist()
+        assert equal(batch, make_batch(numbers, [sources[n] for n in numbers], [targets[n] for n in numbers]))
+    assert list(eval_batches([], [], 500)) == []
+    with pytest.raises(ValueError, match="2 source sentences but 1 target"):
+        list(eval_batches(sources[:2], targets[:1], 500))
+
+
+def test_wide_vocabularies(tmp_path: Path) -> None:
+    for size, dtype in ((1 << 16, "<u2"), ((1 << 16) + 1, "<i4")):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        with ShardWriter(folder, size) as writer:
+            writer.append([np.array([size - 1, 5])], [np.empty(0, np.int32)])
+        record = writer.record()
+        assert record["dtype"] == dtype
+        (folder / "manifest.json").write_text(json.dumps({"shards": {"train": record}}))
+        shards = ParallelShards.open(folder)
+        assert shards.source(0).tolist() == [size - 1, 5]
+        assert shards.target(0).tolist() == []
+        assert shards.gather("target", np.array([0, 0]))[1].tolist() == [0, 0]

@@ -1,0 +1,246 @@
+"""The mixture of experts and its parts against loops over tokens and experts."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.autograd import gradcheck
+
+from nmt.config import MoEConfig
+from nmt.model import grouped
+from nmt.model.experts import Experts, LocalDispatcher, MoE
+from nmt.model.gating import MIN_NOISE_STD
+from nmt.model.grouped import grouped_matmul, grouped_outer
+from nmt.model.rows import inverse_permutation, permute_rows, put_rows, route_rows, take_rows
+
+WIDTH, HIDDEN = 5, 6
+
+
+def randn(*size: int) -> Tensor:
+    return torch.randn(*size, dtype=torch.float64, requires_grad=True)
+
+
+def moe_layer(num_experts: int, k: int, output: str = "none") -> MoE:
+    moe = MoE(WIDTH, MoEConfig(num_experts=num_experts, k=k, hidden_size=HIDDEN, output=output)).double()
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    return moe
+
+
+def moe_by_loops(moe: MoE, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
+    """S17 eq. 1 and 3-5, one token and one expert at a time; plain operations that autograd knows."""
+    outputs = []
+    for t, x_D in enumerate(x_TD):
+        logits = [x_D @ w_D for w_D in moe.gate.w_gate_DE.T]
+        if noise_TE is not None:
+            for i, w_D in enumerate(moe.gate.w_noise_DE.T):
+                logits[i] = logits[i] + noise_TE[t, i] * F.softplus(x_D @ w_D).clamp_min(MIN_NOISE_STD)
+        kept = sorted(range(len(logits)), key=lambda i: -logits[i].item())[: moe.gate.k]
+        total = sum(logits[i].exp() for i in kept)
+        y_D = torch.zeros_like(x_D)
+        for i in kept:
+            hidden_H = (x_D @ moe.experts.w1_EDH[i]).relu()
+            y_D = y_D + logits[i].exp() / total * (hidden_H @ moe.experts.w2_EHD[i])
+        outputs.append(y_D.sigmoid() if moe.sigmoid_output else y_D)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("output", ["none", "sigmoid"])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"),
+    [(1, 1, 1), (6, 1, 1), (1, 4, 2), (5, 3, 3), (3, 16, 2), (20, 4, 1), (31, 8, 4)],
+)
+def test_output_and_every_gradient_equal_a_loop(num_tokens: int, num_experts: int, k: int, training: bool, output: str):
+    moe = moe_layer(num_experts, k, output).train(training)
+    x_TD, direction_TD = randn(num_tokens, WIDTH), randn(num_tokens, WIDTH).detach()
+    leaves = {"x": x_TD, **dict(moe.named_parameters())}
+    torch.manual_seed(5)
+    noise_TE = torch.randn(num_tokens, num_experts, dtype=torch.float64) if training else None
+    torch.manual_seed(5)
+    y_TD, gate = moe(x_TD)
+    expected_TD = moe_by_loops(moe, x_TD, noise_TE)
+    torch.testing.assert_close(y_TD, expected_TD, rtol=0, atol=1e-10)
+    gradients = torch.autograd.grad(y_TD, leaves.values(), direction_TD, allow_unused=True)
+    expected = torch.autograd.grad(expected_TD, leaves.values(), direction_TD, allow_unused=True)
+    for name, gradient, oracle in zip(leaves, gradients, expected, strict=True):
+        if gradient is None or oracle is None:
+            assert name == "gate.w_noise_DE"
+            assert not training
+            continue
+        torch.testing.assert_close(gradient, oracle, rtol=0, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
+    if num_tokens * k < num_experts:
+        assert (gate.count_E == 0).any()
+
+
+@pytest.mark.parametrize("ends", [[0, 0, 4], [4, 4, 4], [0, 3, 3], [1, 2, 4], [0, 0, 0]])
+def test_experts_may_go_without_rows(ends: list[int]):
+    experts = Experts(3, WIDTH, HIDDEN).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    rows_RD, ends_E = randn(ends[-1], WIDTH), torch.tensor(ends, dtype=torch.int32)
+    y_RD = experts(rows_RD, ends_E)
+    assert y_RD.shape == rows_RD.shape
+    for row in range(ends[-1]):
+        expert = sum(end <= row for end in ends)
+        expected_D = (rows_RD[row] @ experts.w1_EDH[expert]).relu() @ experts.w2_EHD[expert]
+        torch.testing.assert_close(y_RD[row], expected_D)
+    y_RD.sum().backward()
+    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+        used = end > start
+        assert bool(experts.w1_EDH.grad[expert].any()) == used
+        assert bool(experts.w2_EHD.grad[expert].any()) == used
+
+
+def test_gradcheck_of_the_experts():
+    ends_E = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
+    experts = Experts(4, 3, 4)
+
+    def outputs(rows_RD: Tensor, w1_EDH: Tensor, w2_EHD: Tensor) -> Tensor:
+        weights = {"w1_EDH": w1_EDH, "w2_EHD": w2_EHD}
+        return torch.func.functional_call(experts, weights, (rows_RD, ends_E))
+
+    assert gradcheck(outputs, (randn(6, 3), randn(4, 3, 4), randn(4, 4, 3)))
+
+
+def test_float32_experts_follow_the_precision_of_their_rows():
+    moe = moe_layer(4, 2).float().eval()
+    x_TD = torch.randn(50, WIDTH).bfloat16().requires_grad_()
+    y_TD, gate = moe(x_TD)
+    expected_TD, _ = moe(x_TD.float())
+    assert y_TD.dtype == torch.bfloat16
+    assert gate.gates_TK.dtype == torch.float32
+    torch.testing.assert_close(y_TD.float(), expected_TD, rtol=0.1, atol=0.2)
+    y_TD.sum().backward()
+    assert x_TD.grad.dtype == torch.bfloat16
+    assert moe.experts.w1_EDH.grad.dtype == torch.float32
+
+
+def matmul_by_loops(a_RI: Tensor, w_EIO: Tensor, ends: list[int]) -> Tensor:
+    rows = [a_RI[row] @ w_EIO[sum(end <= row for end in ends)] for row in range(ends[-1])]
+    return torch.stack(rows) if rows else a_RI.new_zeros(0, w_EIO.shape[2])
+
+
+def outer_by_loops(a_RI: Tensor, b_RO: Tensor, ends: list[int]) -> Tensor:
+    out_EIO = a_RI.new_zeros(len(ends), a_RI.shape[1], b_RO.shape[1])
+    for row in range(ends[-1]):
+        out_EIO[sum(end <= row for end in ends)] += torch.outer(a_RI[row], b_RO[row])
+    return out_EIO
+
+
+def slow_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+    """torch's grouped product by its contract: groups begin at row 0, at most 3 here, and rows past the last end
+    belong to nobody. What is unspecified comes out NaN, so that any use of it shows."""
+    ends = offs.tolist()
+    assert offs.dtype == torch.int32
+    assert len(ends) <= 3
+    assert ends == sorted(ends)
+    assert ends[0] >= 0
+    assert ends[-1] <= a.shape[-2 if b.dim() == 3 else -1]
+    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
+    if b.dim() == 3:
+        assert b.shape[0] == len(ends)
+        out_RO = a.new_full((a.shape[0], b.shape[2]), torch.nan)
+        for group, (start, end) in enumerate(bounds):
+            out_RO[start:end] = a[start:end] @ b[group]
+        return out_RO
+    return torch.stack([a[:, start:end] @ b[start:end] for start, end in bounds])
+
+
+@pytest.fixture(params=["loop", "grouped_mm"])
+def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways of grouped.py: its loop, and the calls it would make on a GPU, three groups at a time."""
+    if request.param == "grouped_mm":
+        monkeypatch.setattr(grouped, "_has_fast_path", lambda a: True)
+        monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
+        monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
+    return request.param
+
+
+GROUPS = [
+    [4],
+    [0, 2, 5],
+    [1, 3, 4, 6],
+    [0, 0, 0, 3, 3, 7],
+    [2, 4, 6, 6, 6, 6, 9],
+    [0, 0, 0, 0, 0, 0, 0, 5],
+    [5, 5, 5, 5, 5, 5, 5],
+    [1, 2, 3, 4, 5, 6, 7, 8, 9, 10],
+]
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+@pytest.mark.parametrize("ends", GROUPS)
+def test_grouped_products_equal_loops(path: str, ends: list[int], extra: int):
+    a_RI, b_RO = (torch.randn(ends[-1] + extra, width, dtype=torch.float64) for width in (3, 4))
+    w_EIO, ends_E = torch.randn(len(ends), 3, 4, dtype=torch.float64), torch.tensor(ends, dtype=torch.int32)
+    out_RO = grouped_matmul(a_RI, w_EIO, ends_E)
+    assert out_RO.shape == b_RO.shape
+    torch.testing.assert_close(out_RO[: ends[-1]], matmul_by_loops(a_RI, w_EIO, ends))
+    torch.testing.assert_close(grouped_outer(a_RI, b_RO, ends_E), outer_by_loops(a_RI, b_RO, ends))
+
+
+def test_both_paths_of_the_experts_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+    moe, x_TD = moe_layer(8, 2).eval(), randn(11, WIDTH)
+    leaves = (x_TD, moe.gate.w_gate_DE, moe.experts.w1_EDH, moe.experts.w2_EHD)
+    y_TD, _ = moe(x_TD)
+    expected = torch.autograd.grad(y_TD.square().sum(), leaves)
+    monkeypatch.setattr(grouped, "_has_fast_path", lambda a: True)
+    monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
+    monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
+    fast_TD, _ = moe(x_TD)
+    torch.testing.assert_close(fast_TD, y_TD)
+    for gradient, oracle in zip(torch.autograd.grad(fast_TD.square().sum(), leaves), expected, strict=True):
+        torch.testing.assert_close(gradient, oracle)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
+def test_dispatch_groups_by_expert_and_combine_brings_back(num_tokens: int, num_experts: int, k: int, seed: int):
+    k = min(k, num_experts)
+    generator = torch.Generator().manual_seed(seed)
+    expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(k, dim=1).indices
+    gates_TK = torch.rand(num_tokens, k, generator=generator, dtype=torch.float64)
+    # Column 0 tells tokens apart.
+    x_TD = torch.arange(num_tokens, dtype=torch.float64)[:, None] + torch.tensor([[0.0, 0.5]])
+    dispatcher = LocalDispatcher()
+    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, expert_TK, num_experts)
+    assert ends_E.dtype == torch.int32
+    start = 0
+    for expert, end in enumerate(ends_E.tolist()):
+        wanted = [float(t) for t in range(num_tokens) if expert in expert_TK[t]]
+        assert rows_RD[start:end, 0].tolist() == wanted
+        start = end
+    assert start == num_tokens * k
+    # Experts that multiply by their number + 1: each token must get the gates of its own choices.
+    factor_R = 1.0 + torch.repeat_interleave(torch.arange(num_experts), ends_E.diff(prepend=ends_E.new_zeros(1)))
+    y_TD = dispatcher.combine(rows_RD * factor_R[:, None], gates_TK, route)
+    torch.testing.assert_close(y_TD, x_TD * (gates_TK * (1.0 + expert_TK)).sum(1, keepdim=True))
+
+
+def test_gradients_of_the_row_functions():
+    index_N = torch.tensor([4, 0, 3])
+    order_R = torch.randperm(6)
+    inverse_R = inverse_permutation(order_R)
+    assert gradcheck(lambda x: take_rows(x, index_N), randn(5, 2))
+    assert gradcheck(lambda x: put_rows(x, index_N, 5), randn(3, 2))
+    assert gradcheck(lambda x: route_rows(x, order_R, inverse_R), randn(3, 2))
+    assert gradcheck(lambda x: permute_rows(x, order_R, inverse_R), randn(6, 2))
+
+
+def test_the_row_functions_say_what_they_do():
+    x_MD, index_N = torch.randn(5, 2), torch.tensor([4, 0, 3])
+    taken_ND = take_rows(x_MD, index_N)
+    assert torch.equal(taken_ND, x_MD[index_N])
+    put_MD = put_rows(taken_ND, index_N, 5)
+    assert torch.equal(put_MD[index_N], taken_ND)
+    assert not put_MD[[1, 2]].any()
+    order_R = torch.tensor([5, 2, 0, 1, 4, 3])
+    inverse_R = inverse_permutation(order_R)
+    assert torch.equal(order_R[inverse_R], torch.arange(6))
+    x_RD = torch.randn(6, 2)
+    assert torch.equal(permute_rows(x_RD, order_R, inverse_R), x_RD[order_R])
+    # Slot t * K + j of 3 tokens with K = 2 choices.
+    assert torch.equal(route_rows(x_RD[:3], order_R, inverse_R), x_RD[[2, 1, 0, 0, 2, 1]])

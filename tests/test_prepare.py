@@ -1,0 +1,365 @@
+"""Preparing a corpus: contents, idempotence, interruption, damage, two at once."""
+
+import gzip
+import json
+import multiprocessing
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nmt.data.corpus
+import nmt.data.prepare
+from nmt.config import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.data.prepare import Prepared, prepare, prepared_path
+from nmt.data.shards import ParallelShards
+
+SHARED = Path(__file__).parents[2] / "shared"
+ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
+GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
+
+
+def write_text(folder: Path, count: int = 400, seed: int = 0) -> None:
+    generator = np.random.default_rng(seed)
+    for split, size in (("train", count), ("dev", 20), ("test", 10)):
+        picks = [generator.integers(0, len(GERMAN), generator.integers(2, 12)) for _ in range(size)]
+        for language, words in (("en", ENGLISH), ("de", GERMAN)):
+            text = "".join(" ".join(words[pick] for pick in sentence) + "\n" for sentence in picks)
+            (folder / f"{split}.{language}").write_text(text)
+
+
+def corpus_of(folder: Path, **settings: Any) -> CorpusConfig:
+    files = {split: FilesConfig(source=[f"{split}.en"], target=[f"{split}.de"]) for split in ("train", "dev", "test")}
+    defaults: dict[str, Any] = {
+        "name": "toy",
+        "directory": str(folder / "prepared"),
+        "source": "files",
+        "root": str(folder),
+        "subwords": SubwordConfig(kind="bpe", vocab_size=96),
+    }
+    return CorpusConfig(**(files | defaults | settings))
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> CorpusConfig:
+    write_text(tmp_path)
+    return corpus_of(tmp_path)
+
+
+class Log(list[str]):
+    def __call__(self, line: str) -> None:
+        assert "\n" not in line
+        self.append(line)
+
+
+def contents(path: Path) -> dict[str, Any]:
+    """All files of a prepared folder, without what depends on the clock."""
+    files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir()}
+    manifest = json.loads(files["manifest.json"])
+    del manifest["seconds"]
+    for source in manifest["sources"]:
+        del source["mtime_ns"]
+    files["manifest.json"] = manifest
+    return files
+
+
+def test_contents(corpus: CorpusConfig) -> None:
+    log = Log()
+    prepared = prepare(corpus, log)
+    assert prepared.path == prepared_path(corpus)
+    root = Path(corpus.root)
+    subwords, shards = prepared.subwords(), prepared.train()
+    lines = {side: (root / f"train.{side}").read_text().splitlines() for side in ("en", "de")}
+    assert len(shards) == 400
+    for pair in (0, 17, 399):
+        assert subwords.decode(shards.source(pair)) == lines["en"][pair]
+        assert np.array_equal(shards.target(pair), subwords.encode(lines["de"][pair]))
+    assert shards.source_lengths.tolist() == [len(shards.source(pair)) for pair in range(400)]
+    assert shards.target_lengths.dtype == np.int32
+    source, target, domains = prepared.text("dev")
+    assert ("\n".join(source) + "\n").encode() == (root / "dev.en").read_bytes()
+    assert ("\n".join(target) + "\n").encode() == (root / "dev.de").read_bytes()
+    assert domains == []
+    manifest = prepared.manifest
+    assert manifest["pairs_read"] == manifest["pairs_kept"] == 400
+    assert manifest["source_pieces"] == shards.source_lengths.sum()
+    assert manifest["vocabulary_size"] == subwords.size == 96
+    assert len(manifest["sources"]) == 6
+    assert "toy: 400 pairs read, 400 kept" in log
+    assert "vocabulary: 96 bpe pieces from 800 sentences" in log
+    prepared.verify()
+
+
+def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = prepare(corpus, Log())
+    before = contents(first.path)
+    monkeypatch.setattr(nmt.data.prepare, "_Preparation", None)
+    log = Log()
+    again = prepare(corpus, log)
+    assert again.fingerprint == first.fingerprint
+    assert len(log) == 1
+    # A touched file is compared by contents; one that is gone (another machine) changes nothing.
+    os.utime(Path(corpus.root) / "train.en", (1, 1))
+    prepare(corpus, log)
+    for file in Path(corpus.root).glob("*.*"):
+        file.unlink()
+    prepare(corpus, log)
+    # Where nothing can be written, what is finished can be used.
+    monkeypatch.setattr(nmt.data.prepare, "_lock", None)
+    prepare(corpus, log)
+    assert len(log) == 4
+    assert contents(first.path) == before
+
+
+def test_changed_source_rebuilds(corpus: CorpusConfig) -> None:
+    first = prepare(corpus, Log())
+    path = Path(corpus.root) / "train.de"
+    path.write_text(path.read_text().replace("Hund", "Huhn"))
+    log = Log()
+    second = prepare(corpus, log)
+    assert "train.de has changed" in log[0]
+    assert second.path == first.path
+    assert second.fingerprint != first.fingerprint
+    assert [file.name for file in second.path.parent.iterdir() if file.is_dir()] == [second.path.name]
+
+
+def test_any_setting_but_the_directory_gives_another_folder(corpus: CorpusConfig, tmp_path: Path) -> None:
+    path = prepared_path(corpus)
+    assert prepared_path(corpus_of(tmp_path, directory="elsewhere")).name == path.name
+    assert prepared_path(corpus_of(tmp_path, max_pairs=1)) != path
+    assert prepared_path(corpus_of(tmp_path, filters=FilterConfig(max_pieces=7))) != path
+
+
+INTERRUPTIONS: list[tuple[Any, str]] = [
+    (nmt.data.prepare._Preparation, "write_text"),
+    (nmt.data.prepare._Preparation, "spool"),
+    (nmt.data.prepare, "train_subwords"),
+    (nmt.data.prepare.Filters, "keep_encoded"),
+    (nmt.data.prepare.ShardWriter, "record"),
+    (nmt.data.prepare, "_sync"),
+    (nmt.data.prepare.json, "dumps"),
+    (Path, "rename"),
+]
+
+
+@pytest.mark.parametrize(("owner", "name"), INTERRUPTIONS, ids=[name for _, name in INTERRUPTIONS])
+@pytest.mark.parametrize("clean_up", [True, False])
+def test_interruption_is_never_taken_as_done(
+    corpus: CorpusConfig, tmp_path: Path, owner: Any, name: str, clean_up: bool
+) -> None:
+    path = prepared_path(corpus)
+    original: Callable[..., Any] = getattr(owner, name)
+    calls = 0
+
+    def interrupted(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        # The path of the folder is worked out with json.dumps too.
+        if name == "dumps" and calls == 1:
+            return original(*arguments, **settings)
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, interrupted)
+        if not clean_up:  # as kill -9 leaves it
+            patch.setattr(nmt.data.prepare.shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(corpus, Log())
+    assert not path.exists()
+    assert path.with_name(f".{path.name}.tmp").exists() != clean_up
+    with pytest.raises(ValueError, match="corpus toy is not prepared"):
+        Prepared.open(path)
+    prepare(corpus, Log())
+    assert not path.with_name(f".{path.name}.tmp").exists()
+    clean = corpus_of(tmp_path, directory=str(tmp_path / "clean"))
+    prepare(clean, Log())
+    expected = contents(prepared_path(clean))
+    expected["manifest.json"]["corpus"]["directory"] = corpus.directory
+    assert contents(path) == expected
+
+
+def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
+    prepared = prepare(corpus, Log())
+    before = contents(prepared.path)
+    shard = prepared.path / "train.target.pieces"
+    shard.write_bytes(before[shard.name][:-2])
+    with pytest.raises(ValueError, match=r"train\.target\.pieces has \d+ bytes instead of \d+") as caught:
+        prepared.train()
+    assert "\n" not in str(caught.value)
+    for name, data in before.items():
+        if name != "manifest.json":
+            (prepared.path / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
+            with pytest.raises(ValueError, match=name):
+                prepared.verify()
+            log = Log()
+            prepare(corpus, log)
+            assert name in log[0]
+            assert contents(prepared.path) == before
+    (prepared.path / "dev.source.txt").write_text("other\n")
+    with pytest.raises(ValueError, match=r"dev\.source\.txt is not what was written"):
+        prepared.text("dev")
+    (prepared.path / "train.source.offsets").unlink()
+    with pytest.raises(ValueError, match=r"train\.source\.offsets is missing"):
+        ParallelShards.open(prepared.path)
+    (prepared.path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        Prepared.open(prepared.path)
+
+
+def _prepare_in_process(corpus: CorpusConfig, lines: "multiprocessing.Queue[str]") -> None:
+    prepare(corpus, lines.put)
+
+
+def test_two_at_once_build_once(corpus: CorpusConfig, tmp_path: Path) -> None:
+    write_text(tmp_path, 3000)
+    context = multiprocessing.get_context("spawn")
+    lines: multiprocessing.Queue[str] = context.Queue()
+    processes = [context.Process(target=_prepare_in_process, args=(corpus, lines)) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    said = [lines.get(timeout=5) for _ in range(lines.qsize())]
+    assert sum("pairs read" in line for line in said) == 1
+    assert sum("are prepared in" in line for line in said) == 1
+
+
+def test_filters_and_odd_text(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    # The Unicode line separator, a BOM, bad bytes, blanks, a pair that is too long once it is encoded.
+    long = "".join(np.random.default_rng(1).choice(list("thedogrunsmall"), 600))
+    odd = ["the dog\u2028runs", "", long, "\ufffd"]
+    with (tmp_path / "train.en").open("ab") as stream:
+        stream.write("\n".join(odd).encode() + b"\nbad \xff\n")
+    with (tmp_path / "train.de").open("ab") as stream:
+        stream.write(b"Hund\nHund\nHund\nHund\nHund\n")
+    (tmp_path / "dev.jsonl").write_text('{"en": "a\\nb\\u2028c\\r", "de": "d", "domain": "letters"}\n')
+    corpus = corpus_of(tmp_path, dev=FilesConfig(pairs=["dev.jsonl"]), test=FilesConfig())
+    log = Log()
+    prepared = prepare(corpus, log)
+    assert "toy: 405 pairs read, 402 kept (blank 2, max_pieces 1)" in log
+    assert "toy: lines that were not valid UTF-8, broken bytes replaced: train 1" in log
+    assert len(prepared.train()) == 402
+    assert prepared.manifest["dropped"]["max_pieces"] == 1
+    assert prepared.manifest["invalid_utf8_lines"] == {"dev": 0, "test": 0, "train": 1}
+    assert prepared.text("dev") == (["a b\u2028c\r"], ["d"], ["letters"])
+    assert prepared.text("test") == ([], [], [])
+
+
+def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.subwords.training_sentences = 100
+    taken: list[str] = []
+    original = nmt.data.prepare.train_subwords
+
+    def spy(sentences: Iterator[str], *arguments: Any) -> None:
+        taken.extend(sentences)
+        original(taken, *arguments)
+
+    monkeypatch.setattr(nmt.data.prepare, "train_subwords", spy)
+    prepare(corpus, Log())
+    root = Path(corpus.root)
+    assert taken[::2] == (root / "train.en").read_text().splitlines()[7::8]
+    assert taken[1::2] == (root / "train.de").read_text().splitlines()[7::8]
+
+
+@pytest.mark.parametrize(
+    ("settings", "part"),
+    [
+        ({"dev": FilesConfig()}, "corpus.dev: there is no validation text"),
+        ({"train": FilesConfig()}, "corpus.train: there is no training text"),
+        ({"filters": FilterConfig(max_words=1)}, "leave nothing of 400 training pairs: max_words 400"),
+        ({"filters": FilterConfig(max_pieces=1)}, "leave nothing of 400 training pairs: max_pieces 400"),
+        ({"subwords": SubwordConfig(vocab_size=9999)}, "corpus.subwords.vocab_size=9999 is too large"),
+        ({"test": FilesConfig(pairs=["no.tsv"])}, "corpus.test.pairs"),
+        ({"directory": "/dev/null/x"}, "corpus.directory=/dev/null/x cannot be written"),
+    ],
+)
+def test_refusals(tmp_path: Path, settings: dict[str, Any], part: str) -> None:
+    write_text(tmp_path)
+    corpus = corpus_of(tmp_path, **settings)
+    with pytest.raises(ValueError, match=r".") as caught:
+        prepare(corpus, Log())
+    assert part in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not prepared_path(corpus).exists()
+
+
+def test_misaligned_training_text(corpus: CorpusConfig) -> None:
+    with (Path(corpus.root) / "train.de").open("a") as stream:
+        stream.write("zu viel\n")
+    with pytest.raises(ValueError, match=r"corpus.train: 400 lines in .*train.en but 401 in .*train.de"):
+        prepare(corpus, Log())
+    assert not prepared_path(corpus).exists()
+
+
+def test_file_that_changes_while_it_is_read(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = nmt.data.prepare.train_subwords
+
+    def meanwhile(*arguments: Any) -> None:
+        (Path(corpus.root) / "train.en").write_text("changed\n")
+        original(*arguments)
+
+    monkeypatch.setattr(nmt.data.prepare, "train_subwords", meanwhile)
+    with pytest.raises(ValueError, match=r"train\.en changed while it was read"):
+        prepare(corpus, Log())
+
+
+def test_phrasebook_files_are_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    (tables / "travel.txt").write_text("1")
+    monkeypatch.setattr(nmt.data.corpus, "resource_dir", lambda _: tables)
+    if not (Path(nmt.data.corpus.__file__).with_name("phrasebook.py")).exists():
+        pytest.skip("nmt/data/phrasebook.py is not there")
+    pair = types.SimpleNamespace
+
+    def phrasebook(split: str, source: str, target: str, num_pairs: int) -> Iterator[Any]:
+        generator = np.random.default_rng(0)
+        for _ in range(num_pairs):
+            pick = generator.integers(0, len(GERMAN), 6)
+            yield pair(
+                source=" ".join(ENGLISH[i] for i in pick),
+                target=" ".join(GERMAN[i] for i in pick),
+                domain="travel",
+            )
+
+    monkeypatch.setitem(sys.modules, "nmt.data.phrasebook", types.SimpleNamespace(phrasebook=phrasebook))
+    corpus = CorpusConfig(
+        directory=str(tmp_path / "prepared"), max_pairs=200, subwords=SubwordConfig(kind="bpe", vocab_size=96)
+    )
+    prepared = prepare(corpus, Log())
+    source, _, domains = prepared.text("test")
+    assert len(source) == 1000
+    assert set(domains) == {"travel"}
+    (tables / "travel.txt").write_text("2")
+    log = Log()
+    prepare(corpus, log)
+    assert "travel.txt has changed" in log[0]
+
+
+def test_real_text(tmp_path: Path) -> None:
+    data = SHARED / "data" / "multi30k"
+    if not data.is_dir():
+        pytest.skip("needs the folder `shared` with real text beside the clone")
+    files = [FilesConfig(source=[f"{name}.en.gz"], target=[f"{name}.de.gz"]) for name in ("val", "val")]
+    corpus = corpus_of(
+        tmp_path,
+        root=str(data),
+        train=files[0],
+        dev=files[1],
+        test=FilesConfig(),
+        subwords=SubwordConfig(kind="unigram", vocab_size=1000),
+    )
+    prepared = prepare(corpus, Log())
+    with gzip.open(data / "val.de.gz", "rt", encoding="utf-8", newline="\n") as stream:
+        lines = stream.read().split("\n")[:-1]
+    assert len(lines) == len(prepared.train()) == 1014
+    subwords, shards = prepared.subwords(), prepared.train()
+    exact = sum(subwords.decode(shards.target(n)) == " ".join(line.split()) for n, line in enumerate(lines))
+    assert exact > 950

@@ -1,0 +1,338 @@
+"""The network: wirings against a slow decoder, padding, batches, tying, initial values."""
+
+import itertools
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from conftest import TINY_VOCAB
+from torch import Tensor, nn
+
+from nmt.batch import Batch
+from nmt.config import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, WIRINGS, AttentionConfig, ModelConfig, MoEConfig
+from nmt.model.attention import Attention, Memory
+from nmt.model.gating import balance_loss
+from nmt.model.init import init_parameters
+from nmt.model.lstm import LSTM, BidirectionalLSTM
+from nmt.model.seq2seq import Decoder, Encoder, Seq2Seq
+
+Configs = Callable[..., ModelConfig]
+Batches = Callable[..., Batch]
+
+VARIANTS = list(itertools.product(WIRINGS, BOTTOM_LAYERS, ATTENTION_FUNCTIONS))
+
+
+def randomised(config: ModelConfig) -> Seq2Seq:
+    """A float64 model without any zero left from the start: gates choose, biases matter."""
+    model = Seq2Seq(config, TINY_VOCAB).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def encode(model: Seq2Seq, batch: Batch) -> Memory:
+    return model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)[0]
+
+
+def close(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("wiring", "bottom", "function"), VARIANTS)
+def test_a_whole_sequence_equals_one_position_at_a_time(
+    tiny_config: Configs, tiny_batch: Batches, wiring: str, bottom: str, function: str
+):
+    model = randomised(tiny_config(wiring=wiring, bottom_layer=bottom, function=function)).eval()
+    batch = tiny_batch((4, 5), (2, 5), (6, 5))
+    with torch.no_grad():
+        memory = encode(model, batch)
+        whole = model.decode(batch.target_in_TB, memory)
+        state = None
+        for t, target_1B in enumerate(batch.target_in_TB.split(1)):
+            one = model.decode(target_1B, memory, state)
+            state = one.state
+            close(one.x_TRD[0], whole.x_TRD[t])
+            close(one.weights_TRS[0], whole.weights_TRS[t])
+    close(state.query_1RD, whole.state.query_1RD)
+    for pair, expected in zip(state.lstm, whole.state.lstm, strict=True):
+        close(pair[0], expected[0])
+        close(pair[1], expected[1])
+
+
+def slow_decoder(decoder: Decoder, x_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    """The decoder as the documentation of `AttentionConfig.wiring` words it, position by position."""
+    layers = [decoder.bottom, *decoder.upper]
+    states: list = [None] * len(layers)
+    previous_1RD = torch.zeros_like(x_TRD[:1])
+    outputs, weights = [], []
+    for x_1RD in x_TRD.split(1):
+        stream = x_1RD
+        if decoder.wiring in ("feedback", "gnmt"):
+            context, weight = decoder.attention(previous_1RD, memory)
+            stream = torch.cat([stream, context], 2)
+        for number, layer in enumerate(layers, start=1):
+            if number > 1 and decoder.wiring in ("gnmt", "gnmt_v2"):
+                stream = torch.cat([stream, context], 2)
+            below = x_1RD if number == 1 else stream[:, :, : x_TRD.shape[2]]
+            y, states[number - 1] = layer(stream, states[number - 1])
+            stream = y + below if number >= decoder.residual_from else y
+            if number == 1:
+                previous_1RD = stream
+                if decoder.wiring in ("parallel", "gnmt_v2"):
+                    context, weight = decoder.attention(stream, memory)
+                if decoder.wiring == "parallel":
+                    stream = stream + context @ decoder.context.weight.T
+            if str(number) in decoder.moe_layers.moe:
+                stream = stream + decoder.moe_layers.moe[str(number)](stream[0])[0].unsqueeze(0)
+        outputs.append(stream)
+        weights.append(weight)
+    return torch.cat(outputs), torch.cat(weights)
+
+
+@pytest.mark.parametrize("residual_from", [1, 3])
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_each_wiring_is_what_its_documentation_says(
+    tiny_config: Configs, tiny_batch: Batches, wiring: str, residual_from: int
+):
+    config = tiny_config(wiring=wiring, residual_from=residual_from, num_decoder_layers=4, decoder_moe_after=[1, 3])
+    model, batch = randomised(config).eval(), tiny_batch((4, 3), (2, 3))
+    memory = encode(model, batch)
+    decoded = model.decode(batch.target_in_TB, memory)
+    embedded_TBD = model.target_embedding.weight[batch.target_in_TB]
+    expected_TBD, weights_TBS = slow_decoder(model.decoder, embedded_TBD, memory)
+    close(decoded.x_TRD, expected_TBD)
+    close(decoded.weights_TRS, weights_TBS)
+
+
+def slow_encoder(encoder: Encoder, x_SBD: Tensor) -> Tensor:
+    """Layers over one whole sentence: LSTM, residual where widths agree, MoE with its residual."""
+    for number, layer in enumerate([encoder.bottom, *encoder.upper], start=1):
+        if isinstance(layer, BidirectionalLSTM):
+            y_SBD = layer(x_SBD, torch.tensor([len(x_SBD)]))
+        else:
+            y_SBD, _ = layer(x_SBD)
+        both = number >= encoder.residual_from and y_SBD.shape == x_SBD.shape
+        x_SBD = x_SBD + y_SBD if both else y_SBD
+        if str(number) in encoder.moe_layers.moe:
+            x_SBD = x_SBD + encoder.moe_layers.moe[str(number)](x_SBD[:, 0])[0].unsqueeze(1)
+    return x_SBD
+
+
+@pytest.mark.parametrize("residual_from", [1, 3])
+@pytest.mark.parametrize("bottom", BOTTOM_LAYERS)
+def test_the_encoder_is_its_stack_of_layers(tiny_config: Configs, tiny_batch: Batches, bottom: str, residual_from: int):
+    config = tiny_config(bottom_layer=bottom, residual_from=residual_from, encoder_moe_after=[2, 3])
+    model, batch = randomised(config).eval(), tiny_batch((4, 1), (2, 1))
+    memory = encode(model, batch)
+    for b, length in enumerate(batch.source_length_B.tolist()):
+        embedded_S1D = model.source_embedding.weight[batch.source_SB[:length, b : b + 1]]
+        close(memory.values_SBD[:length, b : b + 1], slow_encoder(model.encoder, embedded_S1D))
+        assert memory.padding_SB[:, b].tolist() == [False] * length + [True] * (5 - length)
+
+
+@pytest.mark.parametrize(("wiring", "bottom", "function"), VARIANTS)
+def test_every_parameter_gets_a_gradient(
+    tiny_config: Configs, tiny_batch: Batches, wiring: str, bottom: str, function: str
+):
+    config = tiny_config(wiring=wiring, bottom_layer=bottom, function=function, output_bias=True, tie_embeddings=False)
+    model = Seq2Seq(config, TINY_VOCAB).double()  # as it starts, zero gates included
+    out = model(tiny_batch(*[(5, 6)] * 8), label_smoothing=0.1)
+    (out.loss + sum(balance_loss(gate, 0.1, 0.1) for gate in out.gates.values())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("bottom", BOTTOM_LAYERS)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_a_batch_is_the_sum_of_its_sentences(tiny_config: Configs, tiny_batch: Batches, wiring: str, bottom: str):
+    """Padding touches neither losses nor gradients; nor does one sentence another."""
+    lengths = [(4, 2), (1, 6), (6, 0), (3, 3)]
+    config = tiny_config(wiring=wiring, bottom_layer=bottom, tie_embeddings=False, output_bias=True)
+    model = randomised(config).eval()
+    together = tiny_batch(*lengths)
+    out = model(together, label_smoothing=0.1)
+    out.loss.backward()
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    loss = nll = torch.zeros((), dtype=torch.float64)
+    for b, (source, target) in enumerate(lengths):
+        alone = model(
+            Batch(
+                pairs_B=together.pairs_B[b : b + 1],
+                source_SB=together.source_SB[: source + 1, b : b + 1],
+                source_length_B=together.source_length_B[b : b + 1],
+                source_rows_N=torch.arange(source + 1),
+                target_in_TB=together.target_in_TB[: target + 1, b : b + 1],
+                target_out_TB=together.target_out_TB[: target + 1, b : b + 1],
+                target_rows_N=torch.arange(target + 1),
+            ),
+            label_smoothing=0.1,
+        )
+        alone.loss.backward()
+        loss, nll = loss + alone.loss.detach(), nll + alone.nll
+    close(out.loss.detach(), loss)
+    close(out.nll, nll)
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            close(gradients[name], parameter.grad)
+
+
+def test_nll_is_the_log_probability_of_the_target(tiny_config: Configs, tiny_batch: Batches):
+    model, batch = randomised(tiny_config(output_bias=True)).eval(), tiny_batch((4, 2), (1, 6))
+    log_prob_TBV = model.logits(model.decode(batch.target_in_TB, encode(model, batch)).x_TRD).log_softmax(2)
+    real_TB = batch.target_out_TB != 0
+    expected = -log_prob_TBV.gather(2, batch.target_out_TB.unsqueeze(2)).squeeze(2)[real_TB].sum()
+    close(model(batch).nll, expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gates_count_real_tokens_only(tiny_config: Configs, tiny_batch: Batches, training: bool):
+    config = tiny_config(k=3, encoder_moe_after=[1, 2], decoder_moe_after=[2])
+    model, batch = randomised(config).train(training), tiny_batch((4, 2), (1, 6), (6, 0))
+    gates = model(batch).gates
+    tokens = {"encoder.1": 14, "encoder.2": 14, "decoder.2": 11}
+    assert gates.keys() == tokens.keys()
+    for name, gate in gates.items():
+        assert gate.expert_TK.shape == (tokens[name], 3)
+        assert gate.count_E.sum() == 3 * tokens[name]
+        assert gate.importance_E.sum().item() == pytest.approx(tokens[name])
+
+
+def test_padding_takes_nothing_from_the_noise(tiny_config: Configs, tiny_batch: Batches):
+    """In training too a gate sees real tokens only: the values of padding rows change nothing."""
+    model, batch = randomised(tiny_config()), tiny_batch((4, 2), (1, 6))
+    torch.manual_seed(2)
+    expected = model(batch)
+    source_SB, target_in_TB = batch.source_SB.clone(), batch.target_in_TB.clone()
+    source_SB[source_SB == 0] = 7
+    target_in_TB[target_in_TB == 0] = 7
+    torch.manual_seed(2)
+    out = model(batch._replace(source_SB=source_SB, target_in_TB=target_in_TB))
+    close(out.loss, expected.loss)
+    for name, gate in expected.gates.items():
+        close(out.gates[name].load_E, gate.load_E)
+
+
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_hypotheses_are_further_columns(tiny_config: Configs, tiny_batch: Batches, wiring: str):
+    """Column k * B + b reads sentence b; a selected state goes on as its columns would."""
+    model, batch = randomised(tiny_config(wiring=wiring)).eval(), tiny_batch((4, 2), (1, 2), (2, 2))
+    memory = encode(model, batch)
+    target_TKB = torch.randint(4, TINY_VOCAB, (3, 4, 3))
+    together = model.decode(target_TKB.flatten(1), memory)
+    apart = [model.decode(target_TKB[:, k], memory) for k in range(4)]
+    close(together.x_TRD, torch.cat([one.x_TRD for one in apart], 1))
+    close(together.weights_TRS, torch.cat([one.weights_TRS for one in apart], 1))
+    next_1R = torch.randint(4, TINY_VOCAB, (1, 6))
+    columns_R = torch.tensor([9, 1, 2, 3, 1, 8])  # two hypotheses each of sentences 0, 1, 2
+    after = model.decode(next_1R, memory, together.state.select(columns_R))
+    prefix_TR = target_TKB.flatten(1)[:, columns_R]
+    close(after.x_TRD[0], model.decode(torch.cat([prefix_TR, next_1R]), memory).x_TRD[-1])
+
+
+def test_dropout_is_on_every_path_to_the_softmax(tiny_config: Configs, tiny_batch: Batches):
+    """When all is dropped nothing is left, not even a residual: every piece is equally likely."""
+    batch = tiny_batch((4, 2), (1, 6))
+    for wiring in WIRINGS:
+        model = randomised(tiny_config(wiring=wiring, dropout=1 - 1e-12))
+        assert model(batch).nll.item() == pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
+        assert not encode(model, batch).values_SBD.any()
+        assert model.eval()(batch).nll.item() != pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
+
+
+def test_tied_embeddings_are_one_matrix_and_untied_are_three(tiny_config: Configs):
+    for tied, matrices in ((True, 1), (False, 3)):
+        model = Seq2Seq(tiny_config(tie_embeddings=tied), TINY_VOCAB).double()
+        tables = (model.source_embedding.weight, model.target_embedding.weight, model.output.weight)
+        assert len({table.data_ptr() for table in tables}) == matrices
+        assert sum(p.shape == (TINY_VOCAB, 6) for p in model.parameters()) == matrices
+
+
+def test_a_model_without_experts_has_no_gates(tiny_config: Configs, tiny_batch: Batches):
+    model = Seq2Seq(tiny_config(num_experts=0), TINY_VOCAB)
+    assert model(tiny_batch((4, 2))).gates == {}
+    assert not [name for name, _ in model.named_parameters() if "moe" in name]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("wiring", "bottom", "function"), VARIANTS)
+def test_every_parameter_has_an_initial_value(
+    tiny_config: Configs, wiring: str, bottom: str, function: str, tied: bool
+):
+    config = tiny_config(
+        wiring=wiring, bottom_layer=bottom, function=function, tie_embeddings=tied, output_bias=not tied
+    )
+    model = Seq2Seq(config, TINY_VOCAB)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    init_parameters(model, model.output)
+    for name, parameter in model.named_parameters():
+        assert not parameter.isnan().any(), name
+
+
+def test_initial_values_are_those_of_the_table():
+    width, cells, size, hidden, vocab = 64, 128, 4096, 256, 1000
+    config = ModelConfig(
+        hidden_size=width,
+        cell_size=cells,
+        output_bias=True,
+        attention=AttentionConfig(function="normalised", size=size),
+        moe=MoEConfig(num_experts=8, hidden_size=hidden),
+    )
+    model = Seq2Seq(config, vocab)
+
+    def assert_std(tensor: Tensor, std: float) -> None:
+        # 5 standard errors; 1/sqrt(2n) is a normal's, a uniform's is smaller.
+        assert tensor.std().item() == pytest.approx(std, rel=5 / math.sqrt(2 * tensor.numel()))
+        assert abs(tensor.mean().item()) < 5 * std / math.sqrt(tensor.numel())
+
+    assert_std(model.target_embedding.weight, width**-0.5)
+    attention = model.decoder.attention
+    assert_std(attention.v_N, size**-0.5)
+    assert attention.gain.item() == pytest.approx(size**-0.5)
+    assert not attention.bias_N.any()
+    assert_std(attention.key.weight, math.sqrt(2 / (width + size)))
+    assert_std(attention.query.weight, math.sqrt(2 / (width + size)))
+    assert_std(model.decoder.context.weight, math.sqrt(1 / width))
+    assert not model.output.bias.any()
+    for side in (model.encoder, model.decoder):
+        for moe in side.moe_layers.moe.values():
+            assert not moe.gate.w_gate_DE.any()
+            assert not moe.gate.w_noise_DE.any()
+            assert_std(moe.experts.w1_EDH, math.sqrt(2 / width))
+            assert_std(moe.experts.w2_EHD, hidden**-0.5)
+    lstms = [module.lstm for module in model.modules() if isinstance(module, LSTM)]
+    assert len(lstms) == 2 + 2 + 2
+    for lstm in lstms:
+        bias_4C = lstm.bias_ih_l0 + lstm.bias_hh_l0
+        assert bias_4C.view(4, cells).tolist() == [[float(gate == 1)] * cells for gate in range(4)]
+        for name, weight in lstm.named_parameters():
+            if name.startswith("weight"):
+                assert weight.abs().max() <= cells**-0.5
+                assert_std(weight, cells**-0.5 / math.sqrt(3))
+
+
+def test_product_attention_starts_open():
+    """Scores of V = 1 would saturate the softmax from the first step."""
+    attention = Seq2Seq(ModelConfig(hidden_size=64, cell_size=64), 100).decoder.attention
+    assert isinstance(attention, Attention)
+    values_SBD, query_TBD = torch.randn(20, 4, 64), torch.randn(10, 4, 64)
+    _, weights_TBS = attention(query_TBD, attention.memory(values_SBD, torch.zeros(20, 4, dtype=torch.bool)))
+    assert weights_TBS.max(2).values.mean() < 0.25
+
+
+def test_the_model_runs_in_bf16_close_to_float32(tiny_config: Configs, tiny_batch: Batches):
+    batch = tiny_batch((4, 2), (1, 6), (6, 3))
+    for wiring, function in itertools.product(WIRINGS, ATTENTION_FUNCTIONS):
+        model = Seq2Seq(tiny_config(wiring=wiring, function=function, num_experts=4, k=4), TINY_VOCAB).eval()
+        exact = model(batch)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(batch)
+        out.loss.backward()
+        assert out.loss.dtype == torch.float32
+        assert all(gate.gates_TK.dtype == torch.float32 for gate in out.gates.values())
+        assert all(p.grad.dtype == torch.float32 for p in model.parameters() if p.grad is not None)
+        torch.testing.assert_close(out.loss, exact.loss, rtol=0.02, atol=0.0)
