@@ -58,6 +58,10 @@ class Checkpoint(NamedTuple):
         """The JSON part of the training state."""
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
 
+    def training_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the training state."""
+        return safetensors.torch.load_file(self.path / "training.safetensors")
+
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:

@@ -212,7 +212,8 @@ class ModelConfig:
     """Decoder LSTMs; the first one asks the attention."""
     bottom_layer: str = "bidirectional_half"
     """The encoder's first LSTM. forward: one direction; bidirectional_half: two directions of hidden_size/2 outputs
-    each; bidirectional_full: two of hidden_size each, so that layer 2 reads 2 x hidden_size (GNMT)."""
+    each (and as many cells, unless cells are projected); bidirectional_full: two of hidden_size outputs each, so that
+    layer 2 reads 2 x hidden_size (GNMT)."""
     residual_from: int = 1
     """Residual connections from this LSTM on, in encoder and decoder (S17: 1; GNMT: 3). MoE layers always have one."""
     encoder_moe_after: list[int] = field(default_factory=lambda: [2])
@@ -253,6 +254,13 @@ class ModelConfig:
                 "model.encoder_moe_after=1 does not go with bottom_layer=bidirectional_full, whose output "
                 "is twice as wide as an expert's"
             )
+
+    def bottom_direction(self) -> tuple[int, int]:
+        """(cells, outputs) of each direction of the bottom layer."""
+        if self.bottom_layer != "bidirectional_half":
+            return self.cell_size, self.hidden_size
+        half = self.hidden_size // 2
+        return (self.cell_size if self.cell_size > self.hidden_size else half), half
 
 
 @dataclass

@@ -131,8 +131,8 @@ def outer_by_loops(a_RI: Tensor, b_RO: Tensor, ends: list[int]) -> Tensor:
 
 
 def slow_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-    """torch's grouped product by its contract: groups begin at row 0, at most 3 here, and rows past the last end
-    belong to nobody. What is unspecified comes out NaN, so that any use of it shows."""
+    """torch's grouped product by its contract: groups begin at row 0, at most 3 here, and rows past the last
+    end belong to nobody. What is unspecified comes out NaN, so that any use of it shows."""
     ends = offs.tolist()
     assert offs.dtype == torch.int32
     assert len(ends) <= 3

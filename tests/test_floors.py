@@ -23,8 +23,8 @@ FLOORS = {
     "training": 5,
     "cli": 6,
 }
-"""Folders and files of nmt. Each may import lower floors and what is in its own folder; files of floors 0 and 2
-may import others of their floor."""
+"""Folders and files of nmt. Each may import lower floors and what is in its own folder; files of floors 0 and
+2 may import others of their floor."""
 NEIGHBOURLY = (0, 2)
 
 ONE_FILE_EACH = ("sentencepiece", "datasets", "sacrebleu", "tensorboard")
@@ -32,8 +32,8 @@ ONE_FILE_EACH = ("sentencepiece", "datasets", "sacrebleu", "tensorboard")
 ONLY_IN = {
     "hydra": "cli.py",
     "omegaconf": "cli.py",
-    "babel": "data/phrasebook.py",
-    "num2words": "data/phrasebook.py",
+    "babel": "data/lexicon.py",
+    "num2words": "data/lexicon.py",
 }
 MAX_FILE_LINES = 450
 MAX_FUNCTION_LINES = 80

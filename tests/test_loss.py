@@ -1,8 +1,11 @@
 """The piecewise softmax cross-entropy against torch's own."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.model import loss as loss_module
@@ -63,6 +66,26 @@ def test_without_gradients_only_the_logits_are_worked_out():
         assert not loss.requires_grad
         torch.testing.assert_close((loss, nll), tuple(value.detach() for value in expected))
         assert counter.get_total_flops() == 2 * TOKENS * WIDTH * VOCAB
+
+
+class LargestLogits(TorchDispatchMode):
+    """Records the most rows of logits that any operation returned."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and out.dim() == 2 and out.shape[1] == VOCAB:
+            self.rows = max(self.rows, out.shape[0])
+        return out
+
+
+def test_logits_exist_one_piece_at_a_time(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(loss_module, "_PIECE_ELEMENTS", 6 * VOCAB + 1)
+    x_ND, weight_VD, _, target_N = problem(bias=False)
+    with LargestLogits() as largest:
+        linear_cross_entropy(x_ND, weight_VD, None, target_N, 0.1)[0].backward()
+    assert largest.rows == 6
 
 
 def test_half_precision_inputs_have_a_float32_loss():

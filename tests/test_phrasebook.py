@@ -8,6 +8,7 @@ from itertools import islice, permutations
 import pytest
 
 from nmt.data import phrasebook as module
+from nmt.data.lexicon import Words
 from nmt.data.phrasebook import LANGUAGES, Phrase, phrasebook
 from nmt.resources import resource_dir
 
@@ -171,6 +172,9 @@ def test_dates_times_and_numbers(book):
     assert render(book, "am {date}", "de", date=(0, 3, 3)) == "Am 3. März"
     assert render(book, "le {date}", "fr", date=(0, 3, 1)) == "Le 1er mars"
     assert render(book, "am {weekdate:dem}", "de", weekdate=(2025, 3, 3)) == "Am Montag, dem 3. März 2025"
+    inside = render(book, "am {weekdate:dem} um {time}", "de", weekdate=(2025, 3, 3), time=(9, 0))
+    assert inside == "Am Montag, dem 3. März 2025, um 9 Uhr"
+    assert render(book, "am {weekdate:dem}.", "de", weekdate=(2025, 3, 3)) == "Am Montag, dem 3. März 2025."
     assert render(book, "{weekdate}", "en", weekdate=(2025, 3, 3)) == "Monday, 3 March 2025"
     assert [render(book, "{time}", code, time=(9, 5)) for code in LANGUAGES] == ["9:05", "9:05 Uhr", "9 h 05"]
     assert render(book, "{number:words}", "fr", number=(0, 8000)) == "Quatre-vingts"
@@ -187,7 +191,7 @@ def test_every_word_is_frequent_in_30k_training_pairs(book):
     for frame, values in islice(module._draws(book, "train", 0), 30_000):
         counts.update((name, value) for (name, _), value in zip(frame.slots, values, strict=True))
     for name, kind in book.kinds.items():
-        if isinstance(kind, module._Words):
+        if isinstance(kind, Words):
             assert min(counts[name, (i,)] for i in range(len(kind.words))) >= 20, name
 
 

@@ -228,7 +228,7 @@ def test_a_batch_translates_as_its_sentences_alone(seed: int, beam: int):
 
 @pytest.mark.parametrize("beam", [1, 3])
 def test_looking_seldom_changes_nothing(beam: int):
-    """On a GPU the search looks at what is done every few positions only: here the same code does so on a CPU."""
+    """On a GPU the search looks only every few positions at what is done: here the same code on a CPU."""
     source = inspect.getsource(search)
     every_position = 'look_every = 1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY'
     assert every_position in source

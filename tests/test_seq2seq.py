@@ -239,7 +239,11 @@ def test_dropout_is_on_every_path_to_the_softmax(tiny_config: Configs, tiny_batc
     for wiring in WIRINGS:
         model = randomised(tiny_config(wiring=wiring, dropout=1 - 1e-12))
         assert model(batch).nll.item() == pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
-        assert not encode(model, batch).values_SBD.any()
+        memory = encode(model, batch)
+        assert not memory.values_SBD.any()
+        # With a source to see, so that the context has something to drop, too.
+        visible = memory._replace(values_SBD=torch.ones_like(memory.values_SBD))
+        assert not model.decode(batch.target_in_TB, visible).x_TRD.any()
         assert model.eval()(batch).nll.item() != pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
 
 

@@ -62,9 +62,9 @@ def read_pairs(corpus: CorpusConfig, split: str, report: ReadReport | None = Non
 def source_files(corpus: CorpusConfig) -> list[Path]:
     """The local files a corpus is read from, all there; none for a dataset that comes from the hub."""
     if corpus.source == "phrasebook":
-        code = Path(__file__).with_name("phrasebook.py")
+        code = [Path(__file__).with_name(name) for name in ("phrasebook.py", "lexicon.py")]
         tables = (path for path in resource_dir("data/phrasebook").rglob("*") if path.is_file())
-        return sorted([code, *tables])
+        return sorted([*code, *tables])
     if corpus.source == "files":
         named = [file for split in SPLITS for file in _named_files(corpus, split)]
         for path, key in named:

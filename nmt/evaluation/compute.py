@@ -47,23 +47,17 @@ def _lstm(input_size: int, cell_size: int, output_size: int) -> tuple[int, int]:
     return 4 * cell_size * (input_size + output_size) + projection, 8 * cell_size
 
 
-def _lstm_inputs(config: ModelConfig) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """(input, output) widths of every LSTM of the encoder and of the decoder, each direction counted."""
-    width = config.hidden_size
-    above = width
-    if config.bottom_layer == "forward":
-        encoder = [(width, width)]
-    elif config.bottom_layer == "bidirectional_half":
-        encoder = [(width, width // 2)] * 2
-    else:
-        encoder = [(width, width)] * 2
-        above = 2 * width
+def _lstm_sizes(config: ModelConfig) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """(input, cells, output) of every LSTM of the encoder and of the decoder, each direction counted."""
+    width, cells = config.hidden_size, config.cell_size
+    directions = 1 if config.bottom_layer == "forward" else 2
+    second = 2 * width if config.bottom_layer == "bidirectional_full" else width
+    encoder = [(width, *config.bottom_direction())] * directions
     for layer in range(2, config.num_encoder_layers + 1):
-        encoder.append((above if layer == 2 else width, width))
-    feedback = config.attention.wiring in ("feedback", "gnmt")
-    context_above = config.attention.wiring in ("gnmt", "gnmt_v2")
-    decoder = [(2 * width if feedback else width, width)]
-    decoder += [(2 * width if context_above else width, width)] * (config.num_decoder_layers - 1)
+        encoder.append((second if layer == 2 else width, cells, width))
+    first = 2 * width if config.attention.wiring in ("feedback", "gnmt") else width
+    above = 2 * width if config.attention.wiring in ("gnmt", "gnmt_v2") else width
+    decoder = [(first, cells, width)] + [(above, cells, width)] * (config.num_decoder_layers - 1)
     return encoder, decoder
 
 
@@ -74,8 +68,8 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
     parameters = {"embeddings": table if config.tie_embeddings else 2 * table}
     encoder_ops: dict[str, int] = {}
     decoder_ops: dict[str, int] = {}
-    for side, ops, sizes in zip(("encoder", "decoder"), (encoder_ops, decoder_ops), _lstm_inputs(config), strict=True):
-        counts = [_lstm(input_size, config.cell_size, output_size) for input_size, output_size in sizes]
+    for side, ops, sizes in zip(("encoder", "decoder"), (encoder_ops, decoder_ops), _lstm_sizes(config), strict=True):
+        counts = [_lstm(*size) for size in sizes]
         ops[f"{side} LSTMs"] = sum(weights for weights, _ in counts)
         parameters[f"{side} LSTMs"] = sum(weights + biases for weights, biases in counts)
         places = len(getattr(config, f"{side}_moe_after")) if moe.num_experts else 0

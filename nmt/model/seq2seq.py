@@ -88,12 +88,8 @@ class Encoder(nn.Module):
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.residual_from = config.residual_from
-        self.bottom: LSTM | BidirectionalLSTM
-        if config.bottom_layer == "forward":
-            self.bottom = LSTM(width, cells, width)
-        else:
-            each = width // 2 if config.bottom_layer == "bidirectional_half" else width
-            self.bottom = BidirectionalLSTM(width, cells, each)
+        bottom = LSTM if config.bottom_layer == "forward" else BidirectionalLSTM
+        self.bottom: LSTM | BidirectionalLSTM = bottom(width, *config.bottom_direction())
         second = 2 * width if config.bottom_layer == "bidirectional_full" else width
         self.upper = nn.ModuleList(
             LSTM(second if layer == 2 else width, cells, width) for layer in range(2, config.num_encoder_layers + 1)

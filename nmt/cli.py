@@ -1,0 +1,401 @@
+"""The command line: nmt prepare | train | translate | evaluate | experts.
+
+The only file that knows Hydra. Results go to standard output, everything else to standard error. A mistake of the
+user's is told in one line: status 2 for usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
+"""
+
+import argparse
+import difflib
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Before PyTorch is loaded: idle OpenMP threads should sleep, not spin. On shared cores spinning made training ten times
+# slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nmt.config import Config
+from nmt.errors import CheckpointError, DataError, UserError, exit_status
+from nmt.resources import resource_dir
+from nmt.run import RunDirectory, flatten, write_atomically
+
+_USAGE = """\
+usage: nmt COMMAND ...
+
+  nmt prepare corpus=NAME [key=value ...]        read, filter and encode a corpus
+  nmt train experiment=NAME [key=value ...]      train a run, or go on with it
+  nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
+                                                 translate a file, line by line
+  nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
+                                                 BLEU, chrF and perplexity of a test set
+  nmt experts RUN                                how the experts share the work
+
+nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/.
+"""
+
+_PREPARE_HELP = """\
+usage: nmt prepare corpus=NAME [key=value ...]
+
+Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/. What is done
+already is not done again. Corpora: {corpora}.
+
+  nmt prepare corpus=phrasebook
+  nmt prepare corpus=phrasebook corpus.target_language=fr
+  nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
+  nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en]' 'corpus.train.target=[a.de]' ...
+
+nmt prepare corpus=NAME --cfg job prints every setting.
+"""
+
+_TRAIN_HELP = """\
+usage: nmt train experiment=NAME [key=value ...]
+
+Train a run in runs/NAME; the same command goes on where it stopped. The corpus is prepared first if it is not.
+Experiments: {experiments}.
+
+  nmt train experiment=demo
+  nmt train experiment=europarl_en_fr_moe_32 run.name=try1 training.max_steps=1000
+  nmt train experiment=demo run.name='demo-${{model.moe.num_experts}}' --multirun model.moe.num_experts=4,8,16
+  nmt train experiment=demo --cfg job            print every setting and stop
+
+Settings are documented in nmt/config.py.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns its exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands: dict[str, Callable[[list[str]], None]] = {
+        "prepare": _prepare,
+        "train": _train,
+        "translate": _translate,
+        "evaluate": _evaluate,
+        "experts": _experts,
+    }
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if arguments[0] not in commands:
+        close = difflib.get_close_matches(arguments[0], commands, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return _complain(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(commands)}", 2)
+    try:
+        commands[arguments[0]](arguments[1:])
+        sys.stdout.flush()
+    except (HydraException, OmegaConfBaseException) as error:
+        return _complain(_config_message(error), 2)
+    except ValueError as error:
+        return _complain(str(error), exit_status(error))
+    except BrokenPipeError:
+        # The reader of our output went away (| head): nothing is wrong, and nobody is there to tell.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        return _complain("interrupted", 130)
+    except OSError as error:
+        return _complain(f"{error.filename or 'I/O'}: {error.strerror or error}", 6)
+    return 0
+
+
+def _complain(message: str, status: int) -> int:
+    print("nmt: " + " ".join(message.split()), file=sys.stderr)
+    return status
+
+
+# ------------------------------------------------------------------------------------------------ configuration
+
+
+def _compose(command: str, arguments: list[str], help_text: str, job: Callable[[Config], None]) -> None:
+    """Let Hydra compose the configuration from conf/ and `arguments`, and run `job` on it (once per --multirun)."""
+    conf = resource_dir("conf")
+    if {"-h", "--help"} & set(arguments):
+        names = {group: _names(conf / group) for group in ("corpus", "experiment")}
+        print(help_text.format(corpora=names["corpus"], experiments=names["experiment"]), end="")
+        return
+    # Errors must reach us instead of being printed by Hydra.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    def task(composed: DictConfig) -> None:
+        config = OmegaConf.to_object(composed)
+        assert isinstance(config, Config)
+        job(config)
+
+    before, sys.argv = sys.argv, [f"nmt {command}", *arguments]
+    try:
+        hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
+    finally:
+        sys.argv = before
+
+
+def compose_config(overrides: list[str]) -> Config:
+    """The configuration that `nmt train OVERRIDES` would use: for scripts and tests."""
+    ConfigStore.instance().store(name="schema", node=Config)
+    with hydra.initialize_config_dir(str(resource_dir("conf")), version_base="1.3"):
+        config = OmegaConf.to_object(hydra.compose("config", overrides))
+    assert isinstance(config, Config)
+    return config
+
+
+def _names(folder: Path) -> str:
+    return ", ".join(sorted(path.stem for path in folder.glob("*.yaml")))
+
+
+def _config_message(error: Exception) -> str:
+    """Hydra's and OmegaConf's errors in one line, with the full key and the nearest known one."""
+    text = str(error)
+    if error.__cause__ is not None and str(error.__cause__) not in text:
+        text += f"\n{error.__cause__}"
+    known = list(flatten(Config().to_dict()))
+    key = re.search(r"full_key: (\S+)", text) or re.search(r"Could not override '([^']+)'", text)
+    if key and re.search(r"not in|Could not override|No match", text) and key[1] not in known:
+        close = difflib.get_close_matches(key[1], known, 1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        return f"unknown setting {key[1]}{hint} (--cfg job prints all of them)"
+    dropped = r"^\s*(object_type|reference_type|Config search path|To append|provider=|Hydra search path).*"
+    lines = [line.strip() for line in text.splitlines() if line.strip() and not re.match(dropped, line)]
+    message = " ".join(line for line in lines if not line.startswith("full_key:"))
+    return f"{key[1]}: {message}" if key else message
+
+
+def _run_config(run: RunDirectory, overrides: list[str]) -> Config:
+    """The configuration that a run was started with, `decoding.*` overridden."""
+    for override in overrides:
+        if not override.startswith("decoding."):
+            raise UserError(f"{override}: only decoding.* may be changed for a trained run")
+    try:
+        stored = OmegaConf.load(run.config_path)
+        merged = OmegaConf.merge(OmegaConf.structured(Config), stored)
+    except Exception as error:
+        raise CheckpointError(f"{run.config_path} is damaged: {str(error).splitlines()[0]}") from error
+    config = OmegaConf.to_object(OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides)))
+    assert isinstance(config, Config)
+    return config
+
+
+# ----------------------------------------------------------------------------------------------------- commands
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _prepare(arguments: list[str]) -> None:
+    from nmt.data.prepare import prepare
+
+    _compose("prepare", arguments, _PREPARE_HELP, lambda config: print(prepare(config.corpus, _say).path))
+
+
+def _train(arguments: list[str]) -> None:
+    _compose("train", arguments, _TRAIN_HELP, _train_run)
+
+
+def _train_run(config: Config) -> None:
+    from nmt.data.prepare import prepare
+    from nmt.training.trainer import Stopped, Trainer
+
+    if not config.run.name:
+        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
+    prepared = prepare(config.corpus, _say)
+    run = RunDirectory(Path(config.run.directory) / config.run.name)
+    corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint, **_corpus_facts(prepared.manifest)}
+    for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
+        _say(f"changed since the run was started: {line}")
+    for split in ("dev", "test"):
+        run.write_text(split, *prepared.text(split))
+    try:
+        Trainer(config, prepared, run).train()
+    except Stopped as stopped:
+        _say(str(stopped))
+        sys.exit(stopped.status)
+    _say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
+    print(run.path)
+
+
+def _corpus_facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
+    return {name: manifest[name] for name in facts}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (try {self.prog} --help)")
+
+
+def _parser(command: str, description: str, examples: str) -> _Parser:
+    parser = _Parser(
+        prog=f"nmt {command}",
+        description=description,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
+    return parser
+
+
+def _parse(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, RunDirectory, Config]:
+    """Options, the run, and its configuration with every key=value among the arguments applied."""
+    overrides = [each for each in arguments if re.match(r"[a-z_]+(\.[a-z_]+)+=", each)]
+    options = parser.parse_args([each for each in arguments if each not in overrides])
+    run = RunDirectory.existing(options.run)
+    return options, run, _run_config(run, overrides)
+
+
+def _translate(arguments: list[str]) -> None:
+    parser = _parser(
+        "translate",
+        "Translate text, one sentence a line; line n of the output translates line n of the input.",
+        "  nmt translate runs/demo input.en -o output.de\n"
+        "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
+        "  nmt translate demo input.en decoding.beam_size=8 decoding.checkpoint=average",
+    )
+    parser.add_argument("input", nargs="?", default="-", metavar="INPUT", help="a file (default: standard input)")
+    parser.add_argument("-o", "--output", default="-", metavar="OUTPUT", help="a file (default: standard output)")
+    options, run, config = _parse(parser, arguments)
+    from nmt.decoding.lines import LineReader, open_input, open_output
+    from nmt.decoding.translator import Translator
+
+    with open_input(options.input) as stream, open_output(options.output, options.input) as output:
+        translator = Translator.load(run, config)
+        reader = LineReader(stream, window=32 * config.decoding.batch_sentences)
+        started = time.perf_counter()
+        for window in reader:
+            texts = (translation.text for translation in translator.translate(window))
+            output.write("".join(f"{text}\n" for text in texts).encode())
+            output.flush()
+    seconds = time.perf_counter() - started
+    _say(f"{reader.num_lines:,} lines in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
+    if reader.num_invalid:
+        _say(f"{reader.num_invalid:,} lines held bytes that are not UTF-8; they were replaced by U+FFFD")
+    if translator.num_long_lines:
+        limit = config.decoding.max_source_pieces
+        _say(f"{translator.num_long_lines:,} lines had more than {limit} pieces; they were translated in parts")
+
+
+def _evaluate(arguments: list[str]) -> None:
+    parser = _parser(
+        "evaluate",
+        "BLEU and chrF of a run's translations, and the perplexity of the references.",
+        "  nmt evaluate runs/demo --show 10\n"
+        "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8",
+    )
+    parser.add_argument("--source", metavar="F", help="sentences to translate (default: the run's own test set)")
+    parser.add_argument("--reference", metavar="F", help="their translations, line by line")
+    parser.add_argument("--split", choices=("test", "dev"), default="test", help="which of the run's own sets")
+    parser.add_argument(
+        "--show", type=int, default=0, metavar="N", help="print N translations beside source and reference"
+    )
+    options, run, config = _parse(parser, arguments)
+    sources, references = _evaluation_text(options, run)
+    from nmt.decoding.translator import Translator
+    from nmt.evaluation.scores import corpus_scores
+    from nmt.training.validation import perplexity
+
+    translator = Translator.load(run, config)
+    started = time.perf_counter()
+    hypotheses = [translation.text for translation in translator.translate(sources)]
+    seconds = time.perf_counter() - started
+    scores = corpus_scores(hypotheses, references)
+    measured = perplexity(
+        translator.model,
+        translator.subwords,
+        sources,
+        references,
+        min(config.training.batch_tokens, 8192),
+        translator.device,
+        config.decoding.precision,
+    )
+    name = options.split if options.source is None else Path(options.source).name
+    for index in range(min(options.show, len(sources))):
+        # Spread over the set, so that more is seen than its first lines.
+        place = index * len(sources) // options.show
+        print(f"source      {sources[place]}\nreference   {references[place]}\ntranslation {hypotheses[place]}\n")
+    for score in scores:
+        print(score)
+    print(f"perplexity {measured.pieces:.3f} per piece, {measured.words:.2f} per word")
+    print(f"{len(sources):,} sentences of {name}, {len(sources) / seconds:,.1f} sentences/s, {_decoding_line(config)}")
+    folder = run.report
+    folder.mkdir(exist_ok=True)
+    write_atomically(folder / f"{name}.hypotheses", "".join(f"{line}\n" for line in hypotheses).encode())
+    result = {
+        "set": name,
+        "scores": {score.name: {"value": score.value, "signature": score.signature} for score in scores},
+        "perplexity": measured.pieces,
+        "word_perplexity": measured.words,
+        "sentences": len(sources),
+        "seconds": seconds,
+        "decoding": config.to_dict()["decoding"],
+    }
+    write_atomically(folder / f"{name}.json", json.dumps(result, indent=2).encode())
+    _say(f"translations and scores are in {folder}")
+
+
+def _decoding_line(config: Config) -> str:
+    decoding = config.decoding
+    return f"beam {decoding.beam_size}, alpha {decoding.alpha}, beta {decoding.beta}, checkpoint {decoding.checkpoint}"
+
+
+def _evaluation_text(options: argparse.Namespace, run: RunDirectory) -> tuple[list[str], list[str]]:
+    from nmt.decoding.lines import read_all
+
+    if (options.source is None) != (options.reference is None):
+        raise UserError("--source and --reference go together")
+    if options.source is not None:
+        sources, references = read_all(options.source), read_all(options.reference)
+        if len(sources) != len(references):
+            raise DataError(
+                f"{options.source} has {len(sources)} lines but {options.reference} has {len(references)}: "
+                "they must pair line by line"
+            )
+    else:
+        sources, references, _ = run.text(options.split)
+    if not sources:
+        raise DataError(f"{run.path} has no {options.split} set: give --source and --reference")
+    return sources, references
+
+
+def _experts(arguments: list[str]) -> None:
+    parser = _parser(
+        "experts",
+        "How the experts of each MoE layer share the work, and which domains each prefers, on the run's test set.",
+        "  nmt experts runs/demo\n  nmt experts demo decoding.checkpoint=last",
+    )
+    _, run, config = _parse(parser, arguments)
+    from nmt.decoding.translator import Translator
+    from nmt.evaluation.expert_report import expert_report
+
+    if not config.model.moe.num_experts:
+        raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0")
+    split = "test" if run.text("test")[0] else "dev"
+    translator = Translator.load(run, config)
+    sources, targets, domains = run.text(split)
+    layers = expert_report(
+        translator.model,
+        translator.subwords,
+        sources,
+        targets,
+        domains,
+        translator.device,
+        config.decoding.precision,
+    )
+    print("\n\n".join(str(layer) for layer in layers))
+    run.report.mkdir(exist_ok=True)
+    content = json.dumps({"split": split, "layers": [layer.to_dict() for layer in layers]}, indent=2)
+    write_atomically(run.report / "experts.json", content.encode())
+    _say(f"the whole table is in {run.report / 'experts.json'}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

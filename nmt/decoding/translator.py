@@ -1,0 +1,136 @@
+"""Text to text: a trained model behind one method that answers every line at its place.
+
+A line that is blank comes back blank, one that is too long is translated in parts, and nothing a model outputs can
+break a line in two. Lines are sorted by length for the search and put back in order.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmt.batch import EOS, source_batch
+from nmt.checkpoint import choose, load_parameters
+from nmt.config import Config, DecodingConfig
+from nmt.data.subwords import Subwords
+from nmt.decoding.search import StepOutput, beam_search
+from nmt.device import autocast, pick_device, set_fast_math
+from nmt.errors import CheckpointError
+from nmt.model.attention import Memory
+from nmt.model.seq2seq import DecoderState, Seq2Seq
+from nmt.run import RunDirectory
+
+# A translation may be this much longer than max_length_ratio allows: short sentences need the room.
+_EXTRA_LENGTH = 10
+
+
+class _State(NamedTuple):
+    """What a search over `Seq2Seq` carries: the memory once per sentence, the decoder once per hypothesis."""
+
+    memory: Memory
+    decoder: DecoderState | None
+
+    def select(self, columns_R: Tensor) -> "_State":
+        return self._replace(decoder=self.decoder.select(columns_R) if self.decoder else None)
+
+    def shrink(self, sentences_B: Tensor) -> "_State":
+        return self._replace(memory=self.memory.select(sentences_B))
+
+
+class Translation(NamedTuple):
+    """One translated line."""
+
+    text: str
+    score: float  # GNMT eq. 14; the sum over parts; 0 for a blank line
+
+
+class Translator:
+    """A model, its vocabulary and how to search with it."""
+
+    def __init__(self, model: Seq2Seq, subwords: Subwords, decoding: DecodingConfig, device: torch.device) -> None:
+        self.model = model
+        self.subwords = subwords
+        self.decoding = decoding
+        self.device = device
+        self.num_long_lines = 0
+        """Lines that were translated in parts so far."""
+
+    @classmethod
+    def load(cls, run: RunDirectory, config: Config) -> "Translator":
+        """The translator of a run at the checkpoint that `config.decoding` names.
+
+        CheckpointError if the run, its checkpoint or its vocabulary is missing, damaged or does not fit.
+        """
+        device = pick_device(config.decoding.device, "decoding.device")
+        set_fast_math(device)
+        subwords = load_vocabulary(run)
+        model = Seq2Seq(config.model, subwords.size)
+        chosen = choose(run.checkpoints, config.decoding.checkpoint, config.decoding.average_checkpoints)
+        load_parameters(model, chosen, subwords.fingerprint)
+        return cls(model.to(device).eval(), subwords, config.decoding, device)
+
+    def translate(self, lines: Sequence[str]) -> list[Translation]:
+        """The translation of each line, in order. Any text is a line; what it has no pieces for comes back blank."""
+        parts: list[np.ndarray] = []
+        owners: list[int] = []
+        for index, pieces in enumerate(self.subwords.encode_batch(list(lines))):
+            limit = self.decoding.max_source_pieces
+            self.num_long_lines += len(pieces) > limit
+            for start in range(0, len(pieces), limit):
+                parts.append(pieces[start : start + limit])
+                owners.append(index)
+        texts: list[list[str]] = [[] for _ in lines]
+        scores = [0.0] * len(lines)
+        for owner, (pieces_out, score) in zip(owners, self.search(parts), strict=True):
+            texts[owner].append(self.subwords.decode(pieces_out))
+            scores[owner] += score
+        return [Translation(" ".join(filter(None, text)), score) for text, score in zip(texts, scores, strict=True)]
+
+    @torch.inference_mode()
+    def search(self, sources: Sequence[np.ndarray]) -> list[tuple[list[int], float]]:
+        """(target pieces, score) of sources given as pieces (at least one each), in their order."""
+        results: list[tuple[list[int], float]] = [([], 0.0)] * len(sources)
+        order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
+        size = self.decoding.batch_sentences
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            for index, result in zip(chosen, self._search_batch([sources[i] for i in chosen]), strict=True):
+                results[index] = result
+        return results
+
+    def _search_batch(self, sources: list[np.ndarray]) -> list[tuple[list[int], float]]:
+        source_SB, length_B, rows_N = (tensor.to(self.device) for tensor in source_batch(sources))
+        with autocast(self.device, self.decoding.precision):
+            memory, _ = self.model.encode(source_SB, length_B, rows_N)
+            longest_B = ((length_B - 1) * self.decoding.max_length_ratio).long() + _EXTRA_LENGTH
+            found = beam_search(
+                self._step,
+                _State(memory, None),
+                # The end-of-sentence position need not be attended to: only the source's own pieces want covering.
+                wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
+                max_length_B=longest_B,
+                beam_size=self.decoding.beam_size,
+                alpha=self.decoding.alpha,
+                beta=self.decoding.beta,
+            )
+        return list(zip(found.tokens, found.scores, strict=True))
+
+    def _step(self, previous_KB: Tensor, state: _State) -> StepOutput:
+        beam_size, sentences = previous_KB.shape
+        decoded = self.model.decode(previous_KB.reshape(1, -1), state.memory, state.decoder)
+        logits_RV = self.model.logits(decoded.x_TRD[0])
+        return StepOutput(
+            logits_RV.view(beam_size, sentences, -1),
+            decoded.weights_TRS[0].view(beam_size, sentences, -1),
+            state._replace(decoder=decoded.state),
+        )
+
+
+def load_vocabulary(run: RunDirectory) -> Subwords:
+    """The vocabulary of a run. CheckpointError if it is missing or damaged."""
+    try:
+        return Subwords.load(run.subwords_path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error

@@ -1,0 +1,60 @@
+"""Adam and its learning rate."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nmt.config import TrainingConfig
+
+
+def learning_rate(training: TrainingConfig, step: int) -> float:
+    """The rate of update `step`, counted from 1.
+
+    inverse_sqrt: linear over warmup_steps, constant over hold_steps, then proportional to step^-1/2 (S17 appendix E).
+    linear: linear over warmup_steps, then falling linearly so that the update after max_steps would have 0.
+    """
+    if step <= training.warmup_steps:
+        return training.learning_rate * step / training.warmup_steps
+    if training.schedule == "inverse_sqrt":
+        held_until = max(training.warmup_steps + training.hold_steps, 1)
+        return training.learning_rate * min(1.0, math.sqrt(held_until / step))
+    remaining = (training.max_steps + 1 - step) / (training.max_steps + 1 - training.warmup_steps)
+    return training.learning_rate * max(remaining, 0.0)
+
+
+def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Adam:
+    """Adam over all parameters, each update one fused pass."""
+    return torch.optim.Adam(
+        model.parameters(),
+        lr=training.learning_rate,
+        betas=(training.adam_beta1, training.adam_beta2),
+        eps=training.adam_epsilon,
+        fused=True,
+    )
+
+
+class Update(NamedTuple):
+    """What one update did; tensors, so that nobody waits for the device."""
+
+    gradient_norm: Tensor
+    skipped: Tensor  # float32, 1 if the gradient was not finite and nothing was changed
+
+
+def clipped_step(optimizer: torch.optim.Adam, clip_norm: float, rate: float) -> Update:
+    """Scale the whole gradient to at most `clip_norm` (0: leave it) and take one step at `rate`.
+
+    The fused kernel divides by the scale and skips a gradient that is not finite in the same pass over the
+    parameters, so clipping costs no pass of its own and a NaN never reaches a weight or a moment.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    skipped = (~norm.isfinite()).float()
+    scale = (norm / clip_norm).clamp_min(1.0) if clip_norm else torch.ones_like(norm)
+    # The interface through which torch.amp.GradScaler drives fused optimisers.
+    vars(optimizer).update(grad_scale=torch.where(skipped.bool(), 1.0, scale), found_inf=skipped)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return Update(norm, skipped)

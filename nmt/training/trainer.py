@@ -1,0 +1,264 @@
+"""The training loop.
+
+An update sums the gradients of its micro-batches, all divided by the update's number of target tokens, so that nothing
+depends on how the tokens were split. What a run will do next follows from its last checkpoint alone: parameters,
+moments, position in the data, random states and counters; stopping and going on changes no bit on a CPU.
+"""
+
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nmt.batch import Batch
+from nmt.checkpoint import (
+    Checkpoint,
+    list_checkpoints,
+    load_parameters,
+    newest_verified,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from nmt.config import Config
+from nmt.data.batching import BatchStream
+from nmt.data.prepare import Prepared
+from nmt.decoding.translator import Translator
+from nmt.device import pick_device, require_single_process, set_fast_math
+from nmt.errors import CheckpointError, NonFiniteError
+from nmt.evaluation.compute import model_cost
+from nmt.model.seq2seq import Seq2Seq
+from nmt.run import RunDirectory
+from nmt.training.metrics import Interval, MetricsWriter
+from nmt.training.optim import learning_rate, make_optimizer
+from nmt.training.update import update
+from nmt.training.validation import perplexity, validation_bleu
+
+# Whole intervals between two lines of metrics without a single finite gradient before training gives up.
+_MAX_BAD_INTERVALS = 3
+
+
+@dataclass
+class Progress:
+    """What training knows besides tensors; part of every checkpoint."""
+
+    step: int = 0
+    best_score: float = math.inf
+    validations_since_best: int = 0
+    bad_intervals: int = 0
+    target_tokens: int = 0
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """Training was asked to stop by a signal, and has saved."""
+
+    def __init__(self, signal_number: int, step: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}; the same command goes on")
+        self.status = 128 + signal_number
+
+
+class Trainer:
+    """One run from its newest checkpoint (or from the start) to its end."""
+
+    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory) -> None:
+        require_single_process()
+        self.config, self.run = config, run
+        self.device = pick_device(config.training.device, "training.device")
+        set_fast_math(self.device)
+        self.subwords = prepared.subwords()
+        self.dev_sources, self.dev_targets, _ = prepared.text("dev")
+        torch.manual_seed(config.training.seed)
+        self.model = Seq2Seq(config.model, self.subwords.size).to(self.device)
+        self.cost = model_cost(config.model, self.subwords.size)
+        self.optimizer = make_optimizer(self.model, config.training)
+        self.progress = Progress()
+        pairs = prepared.train()
+        self.num_pairs = len(pairs)
+        self.stream = BatchStream(pairs, config.training, pin_memory=self.device.type == "cuda")
+        self.signal = 0
+        greedy = replace(config.decoding, beam_size=1, precision=config.training.precision)
+        self.translator = Translator(self.model, self.subwords, greedy, self.device)
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def train(self) -> None:
+        """Train until max_steps or early stopping. Raises Stopped after a SIGTERM or SIGINT has been saved."""
+        training = self.config.training
+        resumed_from = self._resume()
+        with (
+            MetricsWriter(self.run.metrics_path, self.run.tensorboard, self.progress.step, training.max_steps) as out,
+            self._catch_signals(),
+            self.stream,
+        ):
+            self._introduce(out, resumed_from)
+            self.model.train()
+            interval, started = Interval(self.device), time.perf_counter()
+            while self.progress.step < training.max_steps and not self._out_of_patience():
+                self._update(next(self.stream), interval)
+                step = self.progress.step
+                out.advance(step)
+                last = step == training.max_steps
+                if step % training.log_every == 0 or last:
+                    self._log(out, interval, time.perf_counter() - started)
+                    interval, started = Interval(self.device), time.perf_counter()
+                score = None
+                if step % training.validate_every == 0 or last:
+                    score = self._validate(out)
+                    started = time.perf_counter()
+                improved = score is not None and self.progress.validations_since_best == 0
+                if improved or last or self.signal or step % training.checkpoint_every == 0 or self._out_of_patience():
+                    self._save(score)
+                    started = time.perf_counter()
+                if self.signal:
+                    raise Stopped(self.signal, step)
+            if self._out_of_patience():
+                out.say(f"no better validation for {training.patience} in a row: stopped at step {self.progress.step}")
+
+    def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
+        self.progress.step += 1
+        rate = learning_rate(self.config.training, self.progress.step)
+        done = update(self.model, self.optimizer, self.config, micro_batches, rate, self.device)
+        interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
+        for batch, gates in zip(micro_batches, done.gates, strict=True):
+            sizes = batch.num_source_tokens, batch.num_target_tokens
+            interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
+            interval.watch(gates)
+            self.progress.target_tokens += batch.num_target_tokens
+
+    # ---------------------------------------------------------------------------------- figures and validation
+
+    def _introduce(self, out: MetricsWriter, resumed_from: Checkpoint | None) -> None:
+        training = self.config.training
+        if resumed_from:
+            out.say(f"going on from {resumed_from.path} to step {training.max_steps:,}")
+        cost = self.cost
+        out.say(
+            f"{cost.num_parameters / 1e6:,.1f}M parameters, {cost.ops_per_timestep / 1e6:,.1f}M ops/timestep, "
+            f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens an update, "
+            f"on {_name(self.device)}"
+        )
+
+    def _log(self, out: MetricsWriter, interval: Interval, seconds: float) -> None:
+        figures = interval.read()
+        figures["learning_rate"] = learning_rate(self.config.training, self.progress.step)
+        figures["tokens_per_second"] = (interval.source_tokens + interval.target_tokens) / seconds
+        figures["tflops"] = interval.flops / seconds / 1e12
+        if self.device.type == "cuda":
+            figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        out.write(self.progress.step, "train", figures)
+        short = (
+            f"loss {figures['loss']:.3f}, ppl {figures['perplexity']:.2f}, {figures['tokens_per_second']:,.0f} tokens/s"
+        )
+        left = self.config.training.max_steps - self.progress.step
+        minutes = left * seconds / max(interval.updates, 1) / 60
+        out.show(
+            short, f"step {self.progress.step:,}/{self.config.training.max_steps:,}  {short}, {minutes:.1f} min left"
+        )
+        if figures["skipped_updates"]:
+            out.say(f"step {self.progress.step}: {figures['skipped_updates']:.0f} updates skipped: gradient not finite")
+        all_bad = figures["skipped_updates"] == interval.updates
+        self.progress.bad_intervals = self.progress.bad_intervals + 1 if all_bad else 0
+        if self.progress.bad_intervals >= _MAX_BAD_INTERVALS:
+            raise NonFiniteError(
+                f"no finite gradient in the last {_MAX_BAD_INTERVALS * interval.updates} updates before step "
+                f"{self.progress.step}: lower training.learning_rate; checkpoints in {self.run.checkpoints} are good"
+            )
+
+    def _validate(self, out: MetricsWriter) -> float:
+        """Score the dev set, keep count of the best, and return the score (lower is better)."""
+        training = self.config.training
+        self.model.eval()
+        measured = perplexity(
+            self.model,
+            self.subwords,
+            self.dev_sources,
+            self.dev_targets,
+            training.batch_tokens,
+            self.device,
+            training.precision,
+        )
+        figures: dict[str, Any] = {"perplexity": measured.pieces, "word_perplexity": measured.words}
+        line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
+        score, count = measured.pieces, training.validation_sentences
+        if count:
+            figures["bleu"] = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+            line += f", greedy BLEU {figures['bleu']:.1f} of {min(count, len(self.dev_sources))} sentences"
+            score = -figures["bleu"] if training.best_by == "bleu" else score
+        self.model.train()
+        better = score < self.progress.best_score
+        self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
+        self.progress.best_score = min(score, self.progress.best_score)
+        out.write(self.progress.step, "dev", figures)
+        out.say(line + (" (best so far)" if better else ""))
+        return score
+
+    def _out_of_patience(self) -> bool:
+        patience = self.config.training.patience
+        return patience > 0 and self.progress.validations_since_best >= patience
+
+    # ------------------------------------------------------------------------------------- saving and going on
+
+    def _save(self, score: float | None) -> None:
+        training: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            training["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        for name, parameter in self.model.named_parameters():
+            for moment, value in self.optimizer.state[parameter].items():
+                training[f"{moment}.{name}"] = value.detach().cpu().contiguous()
+        save_checkpoint(
+            self.run.checkpoints,
+            self.progress.step,
+            self.model,
+            training,
+            {"progress": asdict(self.progress), "data": self.stream.state_dict()},
+            score,
+            self.subwords.fingerprint,
+        )
+        prune_checkpoints(self.run.checkpoints, self.config.training.keep_checkpoints)
+
+    def _resume(self) -> Checkpoint | None:
+        found = list_checkpoints(self.run.checkpoints)
+        checkpoint, warnings = newest_verified(found)
+        for warning in warnings:
+            print(warning, file=sys.stderr, flush=True)
+        if checkpoint is None:
+            if found:
+                raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
+            return None
+        load_parameters(self.model, [checkpoint], self.subwords.fingerprint)
+        state, tensors = checkpoint.state(), checkpoint.training_tensors()
+        self.progress = Progress(**state["progress"])
+        self.stream.load_state_dict(state["data"])
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                moment: tensors[f"{moment}.{name}"].to(self.device) for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda" and "random.cuda" in tensors:
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        return checkpoint
+
+    @contextmanager
+    def _catch_signals(self) -> Iterator[None]:
+        """Finish the update, save and stop on SIGTERM or SIGINT; a second one takes its ordinary effect."""
+
+        def note(number: int, _frame: Any) -> None:
+            self.signal = number
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
