@@ -13,7 +13,7 @@ from nmt.model import grouped
 from nmt.model.experts import Experts, LocalDispatcher, MoE
 from nmt.model.gating import MIN_NOISE_STD
 from nmt.model.grouped import grouped_matmul, grouped_outer
-from nmt.model.rows import inverse_permutation, permute_rows, put_rows, route_rows, take_rows
+from nmt.model.rows import combine_rows, inverse_permutation, put_rows, route_rows, take_rows
 
 WIDTH, HIDDEN = 5, 6
 
@@ -227,7 +227,7 @@ def test_gradients_of_the_row_functions():
     assert gradcheck(lambda x: take_rows(x, index_N), randn(5, 2))
     assert gradcheck(lambda x: put_rows(x, index_N, 5), randn(3, 2))
     assert gradcheck(lambda x: route_rows(x, order_R, inverse_R), randn(3, 2))
-    assert gradcheck(lambda x: permute_rows(x, order_R, inverse_R), randn(6, 2))
+    assert gradcheck(lambda x, g: combine_rows(x, g, order_R, inverse_R), (randn(6, 2), randn(3, 2)))
 
 
 def test_the_row_functions_say_what_they_do():
@@ -241,6 +241,9 @@ def test_the_row_functions_say_what_they_do():
     inverse_R = inverse_permutation(order_R)
     assert torch.equal(order_R[inverse_R], torch.arange(6))
     x_RD = torch.randn(6, 2)
-    assert torch.equal(permute_rows(x_RD, order_R, inverse_R), x_RD[order_R])
+    gates_TK = torch.rand(3, 2)
+    by_slot_TKD = x_RD[inverse_R].view(3, 2, 2)
+    expected_TD = (gates_TK.unsqueeze(2) * by_slot_TKD).sum(1)
+    assert torch.allclose(combine_rows(x_RD, gates_TK, order_R, inverse_R), expected_TD)
     # Slot t * K + j of 3 tokens with K = 2 choices.
     assert torch.equal(route_rows(x_RD[:3], order_R, inverse_R), x_RD[[2, 1, 0, 0, 2, 1]])

@@ -38,7 +38,7 @@ def noise_of(seed: int, num_tokens: int, num_experts: int) -> Tensor:
 
 
 def clean_and_std(gate: NoisyTopKGate, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    return x_TD @ gate.w_gate_DE, F.softplus(x_TD @ gate.w_noise_DE)
+    return x_TD @ gate.w_gate_DE, F.softplus(x_TD @ gate.w_noise_DE).clamp_min(MIN_NOISE_STD)
 
 
 def kth_excluding(values: list[float], k: int, i: int) -> float:

@@ -296,11 +296,35 @@ def test_the_search_stops_when_nothing_better_can_come():
 
     def row(_sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
         steps.append(len(prefix))
-        return np.log([1e-9, 1e-9, 1e-9, 0.9, 0.04, 0.03, 0.03]), np.array([1.0])
+        end = 0.9 if len(prefix) == 1 else 1e-9
+        return np.log([1e-9, 1e-9, 1e-9, end, 0.04, 0.03, 0.03]), np.array([1.0])
 
     found = translate(row, [[True]], [50], beam=4)
     assert found.tokens == [[]]
-    assert max(steps) <= 3
+    assert max(steps) == 1
+
+
+def test_the_search_goes_on_while_a_longer_translation_may_still_win():
+    """0.45 is behind 0.55 now, but its length will be worth more in the end."""
+    certain = {(A,) * length: ({A: 1.0}, [1.0, 1.0]) for length in range(1, 7)}
+    row = scripted_row({(): ({EOS: 0.55, A: 0.45}, [1.0, 1.0]), **certain})
+    found = translate(row, [[True, True]], [8], beam=2, alpha=1.0)
+    assert found.tokens == [[A] * 7]
+    assert found.scores[0] == pytest.approx(math.log(0.45) / (13 / 6))
+
+
+def test_an_end_among_the_candidates_leaves_room_for_a_full_beam():
+    """All come from one hypothesis at first: B must be kept besides A although EOS is ahead of both."""
+    row = scripted_row(
+        {
+            (): ({EOS: 0.4, A: 0.35, B: 0.25}, [0.01, 0.99]),
+            (A,): ({EOS: 0.1, A: 0.45, B: 0.45}, [0.99, 0.01]),
+            (B,): ({EOS: 1.0}, [0.99, 0.01]),
+        }
+    )
+    found = translate(row, [[True, True]], [4], beam=2, alpha=0.0, beta=1.0)
+    assert found.tokens == [[B]]
+    assert found.scores[0] == pytest.approx(math.log(0.25), abs=1e-6)
 
 
 def test_length_penalty_is_gnmt_s():

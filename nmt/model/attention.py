@@ -60,13 +60,15 @@ class Attention(nn.Module):
         return context_BTD.transpose(0, 1), weights_BTS.transpose(0, 1)
 
     def _scores(self, query_TBN: Tensor, keys_SBN: Tensor) -> Tensor:
-        query_BTN, keys_BSN = query_TBN.transpose(0, 1), keys_SBN.transpose(0, 1)
         if self.function == "product":
-            return torch.bmm(query_BTN.tanh() * self.v_N.to(query_BTN.dtype), keys_BSN.transpose(1, 2))
+            weighted_TBN = query_TBN.tanh() * self.v_N.to(query_TBN.dtype)
+            return torch.bmm(weighted_TBN.transpose(0, 1), keys_SBN.permute(1, 2, 0))
         v_N = self.v_N
         if self.function == "normalised":
             v_N = self.gain * v_N / v_N.norm()
-            keys_BSN = keys_BSN + self.bias_N.to(keys_BSN.dtype)
-        # In place, since B x T x S x N numbers are held: the largest tensor of a model with this attention.
-        hidden_BTSN = (query_BTN.unsqueeze(2) + keys_BSN.unsqueeze(1)).tanh_()
-        return torch.mv(hidden_BTSN.flatten(0, 2), v_N.to(hidden_BTSN.dtype)).view(hidden_BTSN.shape[:3])
+            keys_SBN = keys_SBN + self.bias_N.to(keys_SBN.dtype)
+        # Laid out as the inputs are, and in place: this is the largest tensor of a model with this attention.
+        hidden_TSBN = (query_TBN.unsqueeze(1) + keys_SBN.unsqueeze(0)).tanh_()
+        return (
+            torch.mv(hidden_TSBN.flatten(0, 2), v_N.to(hidden_TSBN.dtype)).view(hidden_TSBN.shape[:3]).permute(2, 0, 1)
+        )

@@ -16,7 +16,7 @@ from torch.autograd import Function
 from nmt.config import MoEConfig
 from nmt.model.gating import GateOutput, NoisyTopKGate
 from nmt.model.grouped import grouped_matmul, grouped_outer
-from nmt.model.rows import inverse_permutation, permute_rows, route_rows
+from nmt.model.rows import combine_rows, inverse_permutation, route_rows
 
 
 class _ExpertFunction(Function):
@@ -76,8 +76,7 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
-        rows_TKD = permute_rows(rows_RD, route.inverse_R, route.order_R).view(*gates_TK.shape, -1)
-        return torch.bmm(gates_TK.to(rows_RD.dtype).unsqueeze(1), rows_TKD).squeeze(1)
+        return combine_rows(rows_RD, gates_TK, route.order_R, route.inverse_R)
 
 
 class MoE(nn.Module):

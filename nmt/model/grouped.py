@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# torch's grouped product refuses more groups in one call (CUDA, torch 2.11).
-_MAX_GROUPS = 1024
+# torch's grouped product takes fewer than 1024 groups in one call (CUDA, torch 2.11).
+_MAX_GROUPS = 1023
 
 
 def _has_fast_path(a: Tensor) -> bool:
@@ -32,12 +32,11 @@ def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
             if last > first:
                 torch.mm(a_RI[first:last], w_EIO[expert], out=out_RO[first:last])
         return out_RO
-    if w_EIO.shape[0] <= _MAX_GROUPS:
-        return F.grouped_mm(a_RI, w_EIO, offs=ends_E)
-    out_RO = F.grouped_mm(a_RI, w_EIO[:_MAX_GROUPS], offs=ends_E[:_MAX_GROUPS])
+    chunks = _chunks(w_EIO.shape[0])
+    out_RO = F.grouped_mm(a_RI, w_EIO[chunks[0]], offs=ends_E[chunks[0]])
     row_R = torch.arange(a_RI.shape[0], device=a_RI.device)
-    for first in range(_MAX_GROUPS, w_EIO.shape[0], _MAX_GROUPS):
-        start, chunk = ends_E[first - 1], slice(first, first + _MAX_GROUPS)
+    for chunk in chunks[1:]:
+        start = ends_E[chunk.start - 1]
         rotated_RO = F.grouped_mm(_rotate(a_RI, start), w_EIO[chunk], offs=ends_E[chunk] - start)
         out_RO = torch.where((row_R >= start)[:, None], _rotate(rotated_RO, -start), out_RO)
     return out_RO
@@ -52,13 +51,18 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
             if last > first:
                 torch.mm(a_RI[first:last].T, b_RO[first:last], out=out_EIO[expert])
         return out_EIO
-    if num_groups <= _MAX_GROUPS:
-        return F.grouped_mm(a_RI.T, b_RO, offs=ends_E)
-    parts = [F.grouped_mm(a_RI.T, b_RO, offs=ends_E[:_MAX_GROUPS])]
-    for first in range(_MAX_GROUPS, num_groups, _MAX_GROUPS):
-        start, chunk = ends_E[first - 1], slice(first, first + _MAX_GROUPS)
+    chunks = _chunks(num_groups)
+    parts = [F.grouped_mm(a_RI.T, b_RO, offs=ends_E[chunks[0]])]
+    for chunk in chunks[1:]:
+        start = ends_E[chunk.start - 1]
         parts.append(F.grouped_mm(_rotate(a_RI, start).T, _rotate(b_RO, start), offs=ends_E[chunk] - start))
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _chunks(num_groups: int) -> list[slice]:
+    """All groups in as few runs of equal size as one call can take."""
+    size = -(-num_groups // -(-num_groups // _MAX_GROUPS))
+    return [slice(first, min(first + size, num_groups)) for first in range(0, num_groups, size)]
 
 
 def _rotate(x_RD: Tensor, start: Tensor) -> Tensor:

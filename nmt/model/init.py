@@ -5,7 +5,8 @@ choice measured on this model: see the README's results.
 
 | parameter                          | start                          | why                                            |
 |------------------------------------|--------------------------------|------------------------------------------------|
-| embeddings, softmax weight         | normal, std D^-1/2             | logits of unit scale from the first step       |
+| embeddings, softmax weight         | normal, std D^-1/2             | logits of unit scale; embeddings are read      |
+|                                    |                                | times D^1/2, or the LSTMs start nearly dead    |
 | LSTM matrices                      | uniform, +-1/sqrt(cells)       | PyTorch's and cuDNN's custom                   |
 | LSTM biases                        | 0; forget gate 1 in all        | memory from the first step                     |
 | attention projections              | Xavier uniform                 | tanh starts in its linear part                 |

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from nmt.model.kernels.cross_entropy import softmax_gradient
+
 # Elements of one piece's logits: large enough to fill a GPU, small enough to stay near its cache.
 _PIECE_ELEMENTS = 2**26
 
@@ -37,22 +39,15 @@ class _LinearCrossEntropy(Function):
         piece = max(_PIECE_ELEMENTS // vocabulary, 1)
         for start in range(0, num_tokens, piece):
             x_MD, target_M = x_ND[start : start + piece], target_N[start : start + piece]
-            logits_MV = (x_MD @ weight.T).to(exact)
+            logits_MV = x_MD @ weight.T
             if bias_V is not None:
-                logits_MV += bias_V
-            lse_M = logits_MV.logsumexp(dim=1)
-            piece_nll = (lse_M - logits_MV.gather(1, target_M[:, None]).squeeze(1)).sum()
+                logits_MV += bias_V.to(logits_MV.dtype)
+            nll_M, uniform_M, grad_MV = softmax_gradient(logits_MV, target_M, label_smoothing)
+            piece_nll = nll_M.sum()
             nll += piece_nll
-            uniform = (lse_M - logits_MV.mean(dim=1)).sum()
-            loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform
-            if not any(grads):
-                continue
-            # d loss / d logits = softmax - smoothed target distribution
-            grad_MV = logits_MV.sub_(lse_M[:, None]).exp_().sub_(label_smoothing / vocabulary)
-            grad_MV[torch.arange(len(target_M), device=x_ND.device), target_M] -= 1.0 - label_smoothing
+            loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform_M.sum()
             if bias_grad_V is not None:
                 bias_grad_V += grad_MV.sum(0)
-            grad_MV = grad_MV.to(x_ND.dtype)
             if x_grad_ND is not None:
                 x_grad_ND[start : start + piece] = grad_MV @ weight
             if weight_grad_VD is not None:

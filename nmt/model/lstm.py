@@ -7,8 +7,15 @@ direction turns each sentence round by its own length.
 Letters: T positions, B sentences, D input width, P output width, C cells.
 """
 
+import warnings
+
 import torch
 from torch import Tensor, nn
+
+# Casting float32 weights makes new ones in any case; that cuDNN packs them together as well costs little.
+warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
+# Said once of every model with projections on a CPU; it is why conf/model/small.yaml has none.
+warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 LSTMState = tuple[Tensor, Tensor]
 """(output_1BP, cell_1BC) after the last position."""
@@ -25,7 +32,20 @@ class LSTM(nn.Module):
 
     def forward(self, x_TBD: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
         """(y_TBP, state after the last position); `state=None` starts from zeros."""
-        return self.lstm(x_TBD, state)
+        device = x_TBD.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.lstm(x_TBD, state)
+        # autocast would run cuDNN in float16 whatever its own type is, and every sum with its output in float32.
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            x_TBD = x_TBD.to(dtype)
+            weights = [parameter.to(dtype) for parameter in self.lstm.parameters()]
+            if state is None:
+                outputs = self.lstm.proj_size or self.lstm.hidden_size
+                batch = x_TBD.shape[1]
+                state = x_TBD.new_zeros(1, batch, outputs), x_TBD.new_zeros(1, batch, self.lstm.hidden_size)
+            y_TBP, output_1BP, cell_1BC = torch.lstm(x_TBD, state, weights, True, 1, 0.0, self.training, False, False)
+        return y_TBP, (output_1BP, cell_1BC)
 
 
 class BidirectionalLSTM(nn.Module):

@@ -238,7 +238,8 @@ class Seq2Seq(nn.Module):
         return LossOutput(loss, nll, gates | decoded.gates)
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
-        x_LRD = F.embedding(ids_LR, embedding.weight)
+        # Unit scale for what the LSTMs read, while the matrix itself keeps the scale that the softmax wants.
+        x_LRD = F.embedding(ids_LR, embedding.weight) * self.config.hidden_size**0.5
         if torch.is_autocast_enabled(x_LRD.device.type):
             x_LRD = x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type))
         return self.dropout(x_LRD)
