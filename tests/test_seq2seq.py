@@ -99,7 +99,7 @@ def test_each_wiring_is_what_its_documentation_says(
     model, batch = randomised(config).eval(), tiny_batch((4, 3), (2, 3))
     memory = encode(model, batch)
     decoded = model.decode(batch.target_in_TB, memory)
-    embedded_TBD = model.target_embedding.weight[batch.target_in_TB]
+    embedded_TBD = model.target_embedding.weight[batch.target_in_TB] * model.config.hidden_size**0.5
     expected_TBD, weights_TBS = slow_decoder(model.decoder, embedded_TBD, memory)
     close(decoded.x_TRD, expected_TBD)
     close(decoded.weights_TRS, weights_TBS)
@@ -126,7 +126,7 @@ def test_the_encoder_is_its_stack_of_layers(tiny_config: Configs, tiny_batch: Ba
     model, batch = randomised(config).eval(), tiny_batch((4, 1), (2, 1))
     memory = encode(model, batch)
     for b, length in enumerate(batch.source_length_B.tolist()):
-        embedded_S1D = model.source_embedding.weight[batch.source_SB[:length, b : b + 1]]
+        embedded_S1D = model.source_embedding.weight[batch.source_SB[:length, b : b + 1]] * config.hidden_size**0.5
         close(memory.values_SBD[:length, b : b + 1], slow_encoder(model.encoder, embedded_S1D))
         assert memory.padding_SB[:, b].tolist() == [False] * length + [True] * (5 - length)
 
