@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 
-def softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
     """(nll_M, uniform_M, gradient_MV): -log softmax at the target, its mean over the vocabulary, and the gradient of
     sum((1 - s) nll + s uniform) by the logits, in their type. Consumes `logits_MV`."""
     if logits_MV.is_cuda and logits_MV.dtype == torch.bfloat16:
@@ -20,9 +20,7 @@ def softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float
     return plain_softmax_gradient(logits_MV, target_M, label_smoothing)
 
 
-def plain_softmax_gradient(
-    logits_MV: Tensor, target_M: Tensor, label_smoothing: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def plain_softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
     """`softmax_gradient` in PyTorch operations, float32 or better inside."""
     exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     lse_M = exact_MV.logsumexp(dim=1)
