@@ -8,8 +8,6 @@ Letters: T positions, B sentences, D input width, P output width, C cells.
 """
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -61,37 +59,10 @@ class BidirectionalLSTM(nn.Module):
     def forward(self, x_TBD: Tensor, length_B: Tensor) -> Tensor:
         """y_TB2P; `length_B` real positions of each sentence. Padding positions come out unspecified."""
         turn_TB1 = reversed_positions(length_B, x_TBD.shape[0]).unsqueeze(2)
-        turned_TBD = x_TBD.gather(0, turn_TB1.expand_as(x_TBD))
-        with _beside(x_TBD):
-            back_TBP, _ = self.backward_lstm(turned_TBD)
         ahead_TBP, _ = self.forward_lstm(x_TBD)
-        _join(x_TBD)
+        turned_TBD = x_TBD.gather(0, turn_TB1.expand_as(x_TBD))
+        back_TBP, _ = self.backward_lstm(turned_TBD)
         return torch.cat([ahead_TBP, back_TBP.gather(0, turn_TB1.expand_as(back_TBP))], dim=2)
-
-
-_side_streams: dict[torch.device, torch.cuda.Stream] = {}
-
-
-@contextmanager
-def _beside(x: Tensor) -> Iterator[None]:
-    """Work on another stream of x's GPU, after all that was queued so far; autograd runs its backward there too.
-
-    One LSTM leaves most of a GPU idle: the two directions take hardly longer than one. `_join` must follow before
-    anything made here is used or freed. On a CPU nothing changes.
-    """
-    if not x.is_cuda:
-        yield
-        return
-    side = _side_streams.setdefault(x.device, torch.cuda.Stream(x.device))
-    side.wait_stream(torch.cuda.current_stream(x.device))
-    with torch.cuda.stream(side):
-        yield
-
-
-def _join(x: Tensor) -> None:
-    """Wait, on the current stream, for what was done `_beside`."""
-    if x.is_cuda:
-        torch.cuda.current_stream(x.device).wait_stream(_side_streams[x.device])
 
 
 def reversed_positions(length_B: Tensor, num_positions: int) -> Tensor:
