@@ -4,7 +4,7 @@
         model.safetensors       parameters
         training.safetensors    optimiser moments, random states
         state.json              step, position in the data, counters, score
-        manifest.json           sha256 and size of the others, fingerprint of the vocabulary; written last
+        manifest.json           sha256 and size of the others, fingerprint of the vocabulary, its own; written last
 
 A folder is written under another name, flushed to disk and renamed, so a crash leaves earlier ones untouched. Which
 one is the newest or the best is worked out from the folders, never stored. Nothing is ever unpickled.
@@ -109,7 +109,8 @@ def save_checkpoint(
             "torch": torch.__version__,
             "files": files,
         }
-        (temporary / "manifest.json").write_text(json.dumps(manifest, indent=2), encoding="utf-8")
+        content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
+        (temporary / "manifest.json").write_text(content, encoding="utf-8")
         for name in (*_FILES, "manifest.json"):
             _fsync(temporary / name)
         _fsync(temporary)
@@ -124,18 +125,35 @@ def save_checkpoint(
     return final
 
 
+def _manifest_sha256(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _folders(folder: Path) -> list[tuple[int, Path]]:
+    matches = ((_FOLDER.fullmatch(path.name), path) for path in folder.glob("step-*"))
+    return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def _read_manifest(path: Path, step: int) -> dict[str, Any] | None:
+    """The manifest of a checkpoint folder; None if it is missing or not as it was written."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        written = manifest.pop("sha256")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return None
+    return manifest if written == _manifest_sha256(manifest) and manifest["step"] == step else None
+
+
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Checkpoints with a readable manifest, oldest first. Their files are not verified."""
-    found = []
-    for path in folder.glob("step-*"):
-        match = _FOLDER.fullmatch(path.name)
-        try:
-            manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if match and manifest.get("step") == int(match[1]):
-            found.append(Checkpoint(path, int(match[1]), manifest))
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
+    """Checkpoints with an intact manifest, oldest first. Their files are not verified."""
+    read = ((path, step, _read_manifest(path, step)) for step, path in _folders(folder))
+    return [Checkpoint(path, step, manifest) for path, step, manifest in read if manifest is not None]
+
+
+def damaged_manifests(folder: Path) -> list[str]:
+    """A warning for each checkpoint that `list_checkpoints` leaves out, newest first."""
+    damaged = [path for step, path in _folders(folder) if _read_manifest(path, step) is None]
+    return [f"{path} is damaged (manifest.json is missing or not what was written): skipped" for path in damaged[::-1]]
 
 
 def newest_verified(checkpoints: Iterable[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
@@ -155,9 +173,18 @@ def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
     return min(scored, key=lambda each: (each.score, each.step), default=None)
 
 
-def prune_checkpoints(folder: Path, keep: int) -> None:
-    """Delete all but the `keep` newest and the best, and what a crash left half-written."""
-    checkpoints = list_checkpoints(folder)
+def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
+    """Delete all but the `keep` newest and the best, and what a crash left half-written.
+
+    `newest` is the step that training has reached: those of later steps were found damaged when it went on from an
+    earlier one, and must not crowd out the good ones.
+    """
+    checkpoints = []
+    for checkpoint in list_checkpoints(folder):
+        if checkpoint.step > newest:
+            shutil.rmtree(checkpoint.path, ignore_errors=True)
+        else:
+            checkpoints.append(checkpoint)
     kept = {checkpoint.path for checkpoint in checkpoints[-keep:]}
     best = best_of(checkpoints)
     for checkpoint in checkpoints:
@@ -188,6 +215,7 @@ def choose(folder: Path, which: str, average: int) -> list[Checkpoint]:
 
 def load_parameters(model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str) -> None:
     """Set `model` to the (mean of the) parameters of verified checkpoints made with this vocabulary."""
+    own = dict(model.named_parameters())
     mean: dict[str, Tensor] = {}
     for checkpoint in checkpoints:
         if checkpoint.manifest["vocabulary"] != vocabulary:
@@ -200,15 +228,15 @@ def load_parameters(model: nn.Module, checkpoints: list[Checkpoint], vocabulary:
             raise CheckpointError(
                 f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP"
             )
-        for name, tensor in safetensors.torch.load_file(checkpoint.path / "model.safetensors").items():
+        read = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
+        odd = sorted(own.keys() ^ read.keys()) or [name for name in own if own[name].shape != read[name].shape]
+        if odd:
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit the run's config.yaml (parameter {odd[0]}): one of them was changed"
+            )
+        for name, tensor in read.items():
             share = tensor if len(checkpoints) == 1 else tensor / len(checkpoints)
             mean[name] = mean[name] + share if name in mean else share
-    own = dict(model.named_parameters())
-    if own.keys() != mean.keys() or any(own[name].shape != mean[name].shape for name in own):
-        odd = sorted(own.keys() ^ mean.keys()) or [n for n in own if own[n].shape != mean[n].shape]
-        raise CheckpointError(
-            f"{checkpoints[-1].path} does not fit the run's config.yaml (parameter {odd[0]}): one of them was changed"
-        )
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(mean[name])

@@ -20,8 +20,9 @@ from typing import Any, NoReturn
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import hydra
+import yaml
 from hydra.core.config_store import ConfigStore
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -128,16 +129,26 @@ def _compose(command: str, arguments: list[str], help_text: str, job: Callable[[
     os.environ["HYDRA_FULL_ERROR"] = "1"
     ConfigStore.instance().store(name="schema", node=Config)
 
+    failures: list[Exception] = []
+
     def task(composed: DictConfig) -> None:
-        config = OmegaConf.to_object(composed)
-        assert isinstance(config, Config)
-        job(config)
+        # An error that left here would make Hydra print a line of its own. It ends a --multirun.
+        if failures:
+            return
+        try:
+            config = OmegaConf.to_object(composed)
+            assert isinstance(config, Config)
+            job(config)
+        except Exception as error:
+            failures.append(error)
 
     before, sys.argv = sys.argv, [f"nmt {command}", *arguments]
     try:
         hydra.main(version_base="1.3", config_path=str(conf), config_name="config")(task)()
     finally:
         sys.argv = before
+    if failures:
+        raise failures[0]
 
 
 def compose_config(overrides: list[str]) -> Config:
@@ -156,6 +167,8 @@ def _names(folder: Path) -> str:
 def _config_message(error: Exception) -> str:
     """Hydra's and OmegaConf's errors in one line, with the full key and the nearest known one."""
     text = str(error)
+    if isinstance(error, OverrideParseException):
+        text = f"{error.override}: {text}"
     if error.__cause__ is not None and str(error.__cause__) not in text:
         text += f"\n{error.__cause__}"
     known = list(flatten(Config().to_dict()))
@@ -177,10 +190,16 @@ def _run_config(run: RunDirectory, overrides: list[str]) -> Config:
             raise UserError(f"{override}: only decoding.* may be changed for a trained run")
     try:
         stored = OmegaConf.load(run.config_path)
+        if not stored:
+            raise ValueError("it is empty")
         merged = OmegaConf.merge(OmegaConf.structured(Config), stored)
     except Exception as error:
         raise CheckpointError(f"{run.config_path} is damaged: {str(error).splitlines()[0]}") from error
-    config = OmegaConf.to_object(OmegaConf.merge(merged, OmegaConf.from_dotlist(overrides)))
+    try:
+        changes = OmegaConf.from_dotlist(overrides)
+    except yaml.YAMLError as error:
+        raise UserError(f"{' '.join(overrides)}: a value is not valid YAML") from error
+    config = OmegaConf.to_object(OmegaConf.merge(merged, changes))
     assert isinstance(config, Config)
     return config
 
@@ -247,7 +266,7 @@ def _parser(command: str, description: str, examples: str) -> _Parser:
 
 def _parse(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, RunDirectory, Config]:
     """Options, the run, and its configuration with every key=value among the arguments applied."""
-    overrides = [each for each in arguments if re.match(r"[a-z_]+(\.[a-z_]+)+=", each)]
+    overrides = [each for each in arguments if re.match(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)+=", each)]
     options = parser.parse_args([each for each in arguments if each not in overrides])
     run = RunDirectory.existing(options.run)
     return options, run, _run_config(run, overrides)

@@ -180,8 +180,8 @@ class MoEConfig:
     gating: str = "noisy_top_k"
     """noisy_top_k: S17 eq. 3-5."""
     output: str = "none"
-    """Function on the layer's output before dropout and residual: none, or sigmoid as S17 appendix E has it (which
-    cost nearly all that the experts give when measured; README)."""
+    """Function on the layer's output before dropout and residual: none, or sigmoid as S17 appendix E has it (see the
+    README's last section on the code)."""
     w_importance: float = 0.01
     """Weight of CV(Importance)^2 in the loss (S17 eq. 7)."""
     w_load: float = 0.01

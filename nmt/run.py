@@ -11,7 +11,6 @@ report/           what nmt evaluate and nmt experts wrote
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -86,13 +85,15 @@ class RunDirectory:
         Returns one line for each harmless setting that changed. CheckpointError (settings, vocabulary) or DataError
         (text) names what differs.
         """
-        changed = self._check_same(config, corpus) if self.config_path.exists() else []
+        continued = self.config_path.exists()
+        changed = self._check_same(config, corpus) if continued else []
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self.subwords_path.exists():
-                shutil.copyfile(subwords_model, self.subwords_path)
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+        if not (continued and self.subwords_path.exists()):
+            # Without config.yaml, a file that stands here was left by a start that failed.
+            write_atomically(self.subwords_path, subwords_model.read_bytes())
         write_atomically(self.corpus_path, json.dumps(corpus, indent=2).encode())
         # Last, since its presence is what makes the folder a run.
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -100,7 +101,10 @@ class RunDirectory:
         return changed
 
     def _check_same(self, config: Config, corpus: dict[str, Any]) -> list[str]:
-        old = flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")) or {})
+        try:
+            old = flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
+            raise CheckpointError(f"{self.config_path} is damaged: restore it, or choose another run.name") from error
         new = flatten(config.to_dict())
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         safe = (*_SAFE_TO_CHANGE, *(f"training.{name}" for name in _SAFE_TRAINING))
@@ -121,8 +125,9 @@ class RunDirectory:
     def corpus_info(self) -> dict[str, Any]:
         """What the run recorded of its text."""
         try:
-            return json.loads(self.corpus_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            info = json.loads(self.corpus_path.read_text(encoding="utf-8"))
+            return {**info, "fingerprint": str(info["fingerprint"])}
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.corpus_path} is missing or damaged: the run is not usable") from error
 
     def write_text(self, split: str, sources: list[str], targets: list[str], domains: list[str]) -> None:

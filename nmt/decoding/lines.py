@@ -74,11 +74,17 @@ def open_output(path: str, source: str) -> Iterator[BinaryIO]:
     if path == "-":
         yield sys.stdout.buffer
         return
-    final = Path(path)
+    # A link stays one: the file behind it is replaced.
+    final = Path(path).resolve()
     if source != "-" and final.exists() and os.path.samefile(final, source):
         raise UserError(f"output {path} is the input: name another file")
     if final.is_dir():
         raise UserError(f"output {path} is a folder: name a file")
+    if final.exists() and not final.is_file():
+        # A device or a pipe is written to, not replaced by a file.
+        with final.open("wb") as stream:
+            yield stream
+        return
     temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
         try:

@@ -20,6 +20,7 @@ from torch import Tensor
 from nmt.batch import Batch
 from nmt.checkpoint import (
     Checkpoint,
+    damaged_manifests,
     list_checkpoints,
     load_parameters,
     newest_verified,
@@ -170,8 +171,8 @@ class Trainer:
                 f"{self.progress.step}: lower training.learning_rate; checkpoints in {self.run.checkpoints} are good"
             )
 
-    def _validate(self, out: MetricsWriter) -> float:
-        """Score the dev set, keep count of the best, and return the score (lower is better)."""
+    def _validate(self, out: MetricsWriter) -> float | None:
+        """Score the dev set, keep count of the best, and return the score (lower is better; None if not a number)."""
         training = self.config.training
         self.model.eval()
         measured = perplexity(
@@ -193,10 +194,11 @@ class Trainer:
         self.model.train()
         better = score < self.progress.best_score
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
-        self.progress.best_score = min(score, self.progress.best_score)
+        if better:
+            self.progress.best_score = score
         out.write(self.progress.step, "dev", figures)
         out.say(line + (" (best so far)" if better else ""))
-        return score
+        return None if math.isnan(score) else score
 
     def _out_of_patience(self) -> bool:
         patience = self.config.training.patience
@@ -220,15 +222,15 @@ class Trainer:
             score,
             self.subwords.fingerprint,
         )
-        prune_checkpoints(self.run.checkpoints, self.config.training.keep_checkpoints)
+        prune_checkpoints(self.run.checkpoints, self.config.training.keep_checkpoints, self.progress.step)
 
     def _resume(self) -> Checkpoint | None:
-        found = list_checkpoints(self.run.checkpoints)
-        checkpoint, warnings = newest_verified(found)
+        checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
+        warnings = damaged_manifests(self.run.checkpoints) + warnings
         for warning in warnings:
             print(warning, file=sys.stderr, flush=True)
         if checkpoint is None:
-            if found:
+            if warnings:
                 raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint)

@@ -1,0 +1,276 @@
+"""The command line: exit statuses, one line for every mistake, help, and Hydra's own options."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
+
+import nmt.decoding.translator
+from nmt.cli import main
+
+COMMANDS = ("prepare", "train", "translate", "evaluate", "experts")
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory)
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run to damage."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+class Cli:
+    """Runs commands in this process: `status`, and what they wrote."""
+
+    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
+        self.capfd = capfd
+
+    def __call__(self, *arguments: str) -> int:
+        self.capfd.readouterr()
+        try:
+            status = main(list(arguments))
+        except SystemExit as end:
+            status = int(end.code or 0)
+        self.out, self.err = self.capfd.readouterr()
+        return status
+
+    def refuses(self, status: int, *arguments: str, says: tuple[str, ...], progress: bool = False) -> None:
+        """The command ends with `status` and one line, which has every one of `says`."""
+        assert self(*arguments) == status, self.err
+        assert "Traceback" not in self.err
+        assert self.out == ""
+        *before, line = self.err.splitlines()
+        assert progress or not before, self.err
+        assert line.startswith("nmt: ")
+        for part in says:
+            assert part in line, line
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capfd)
+
+
+# -------------------------------------------------------------------------------------------- usage and settings
+
+
+def test_without_a_command_the_usage_is_shown(cli: Cli) -> None:
+    assert cli() == 2
+    assert "usage: nmt COMMAND" in cli.out
+    assert cli("--help") == 0
+    assert all(f"nmt {command}" in cli.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("option", ["--help", "-h"])
+def test_help_has_examples(cli: Cli, command: str, option: str) -> None:
+    assert cli(command, option) == 0
+    assert f"usage: nmt {command}" in cli.out
+    assert cli.out.count(f"  nmt {command} ") >= 2
+    assert cli.err == ""
+    assert "{{" not in cli.out
+
+
+def test_an_unknown_command(cli: Cli) -> None:
+    cli.refuses(2, "trane", says=("unknown command 'trane'", "did you mean train?", "prepare, train"))
+    cli.refuses(2, "xyzzy", says=("unknown command 'xyzzy'", "prepare, train"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["training.max_step=5"], ("training.max_step", "did you mean training.max_steps?")),
+        (["model.moe.num_expert=5"], ("model.moe.num_expert", "did you mean model.moe.num_experts?")),
+        (["nonsense=1"], ("nonsense",)),
+        (["training.max_steps=many"], ("training.max_steps", "many")),
+        (["model.tie_embeddings=perhaps"], ("model.tie_embeddings", "perhaps")),
+        (["model.moe.k=99", "model.moe.num_experts=4"], ("model.moe.k=99", "num_experts=4")),
+        (["training.learning_rate=nan"], ("training.learning_rate=nan",)),
+        (["training.max_steps=0"], ("training.max_steps=0", "at least 1")),
+        (["model.attention.wiring=criss-cross"], ("model.attention.wiring=criss-cross", "parallel")),
+        (["training.max_steps="], ("training.max_steps",)),
+        (["training.max_steps"], ("training.max_steps",)),
+        (["model.moe.k=[1"], ("model.moe.k",)),
+        (["run.name=a/b"], ("run.name",)),
+        (["experiment=dema"], ("dema", "demo", "wmt14_en_de_s17")),
+        (["model=smal"], ("smal", "small")),
+        ([], ("run.name is empty",)),
+    ],
+    ids=str,
+)
+def test_mistakes_in_settings(cli: Cli, overrides: list[str], says: tuple[str, ...]) -> None:
+    cli.refuses(2, "train", *overrides, says=says)
+
+
+def test_cfg_job_prints_the_settings_and_does_nothing(cli: Cli, tmp_path: Path) -> None:
+    assert cli("train", *settings(tmp_path, "run.name=a", "training.max_steps=77"), "--cfg", "job") == 0
+    assert "max_steps: 77" in cli.out
+    assert os.listdir(tmp_path) == []
+
+
+def test_multirun_trains_one_run_after_the_other(cli: Cli, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    changes = ("run.name=k${model.moe.k}", "model.moe.k=1,2", "training.max_steps=1")
+    assert cli("train", "--multirun", *settings(tmp_path, *changes)) == 0, cli.err
+    assert cli.out.split() == [str(tmp_path / "k1"), str(tmp_path / "k2")]
+    assert all((tmp_path / name / "checkpoints" / "step-00000001").is_dir() for name in ("k1", "k2"))
+
+
+def test_a_mistake_in_one_job_of_a_multirun(cli: Cli, tmp_path: Path) -> None:
+    changes = ("run.name=k", "model.moe.k=98,99", "training.max_steps=1")
+    cli.refuses(2, "train", "--multirun", *settings(tmp_path, *changes), says=("model.moe.k=98",))
+
+
+# --------------------------------------------------------------------------------------------------------- text
+
+
+@pytest.mark.parametrize("command", ["prepare", "train"])
+def test_a_missing_file_and_misaligned_files(cli: Cli, tmp_path: Path, command: str) -> None:
+    arguments = (command, *settings(tmp_path, "run.name=a", "training.max_steps=1"))
+    cli.refuses(3, *arguments, says=(str(tmp_path / "train.en"),), progress=True)
+    write_corpus(tmp_path)
+    with (tmp_path / "train.de").open("a") as file:
+        file.write("eins zu viel\n")
+    cli.refuses(3, *arguments, says=("train.en", "train.de", "80", "81"), progress=True)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_run_goes_on_with_the_same_text_and_settings_alone(cli: Cli, tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    arguments = settings(tmp_path, "run.name=a", "training.max_steps=1")
+    assert cli("train", *arguments) == 0
+    assert cli.out == f"{tmp_path / 'a'}\n"
+    changed = (*arguments, "training.learning_rate=0.5")
+    cli.refuses(4, "train", *changed, says=("training.learning_rate was 0.002, now 0.5",), progress=True)
+    write_corpus(tmp_path, seed=9)
+    cli.refuses(3, "train", *arguments, says=("other text",), progress=True)
+
+
+# --------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.mark.parametrize("command", ["translate", "evaluate", "experts"])
+def test_a_run_that_does_not_exist_or_is_not_named(cli: Cli, command: str, tmp_path: Path) -> None:
+    cli.refuses(4, command, str(tmp_path / "none"), says=("none is not a run",))
+    cli.refuses(2, command, says=("RUN", f"nmt {command} --help"))
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("training.max_steps=3", ("training.max_steps=3", "only decoding.*")),
+        ("training.adam_beta1=0.5", ("training.adam_beta1=0.5", "only decoding.*")),
+        ("decoding.beam_size=0", ("decoding.beam_size=0", "at least 1")),
+        ("decoding.beam_size=many", ("decoding.beam_size", "many")),
+        ("decoding.beam_sice=3", ("decoding.beam_sice", "did you mean decoding.beam_size?")),
+        ("decoding.alpha=[", ("decoding.alpha",)),
+        ("decoding.checkpoint=newest", ("decoding.checkpoint=newest",)),
+        ("decoding.device=tpu", ("decoding.device=tpu",)),
+    ],
+)
+def test_mistakes_in_decoding_settings(cli: Cli, run: Path, override: str, says: tuple[str, ...]) -> None:
+    cli.refuses(2, "translate", str(run), override, says=says)
+
+
+def test_a_checkpoint_that_does_not_exist(cli: Cli, run: Path) -> None:
+    cli.refuses(4, "experts", str(run), "decoding.checkpoint=5", says=("step 5; it has 2, 4, 6, 8",))
+
+
+@pytest.mark.parametrize("command", ["translate", "evaluate", "experts"])
+def test_a_damaged_checkpoint(cli: Cli, copy: Path, command: str) -> None:
+    path = copy / "checkpoints" / "step-00000008" / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    (copy / "in").write_text("the dog\n")
+    extra = [str(copy / "in")] if command == "translate" else []
+    arguments = (command, str(copy), *extra, "decoding.checkpoint=last")
+    cli.refuses(4, *arguments, says=("step-00000008", "sha256 differs", "decoding.checkpoint=STEP"))
+
+
+def test_a_swapped_vocabulary_of_the_same_size(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "other"
+    write_corpus(folder, seed=5)
+    assert cli("prepare", *settings(folder)) == 0
+    other = Path(cli.out.strip()) / "subwords.model"
+    assert other.read_bytes() != (copy / "subwords.model").read_bytes()
+    shutil.copy(other, copy / "subwords.model")
+    cli.refuses(4, "evaluate", str(copy), says=("another vocabulary",))
+    (copy / "subwords.model").write_bytes(b"no model")
+    cli.refuses(4, "evaluate", str(copy), says=("subwords.model",))
+
+
+@pytest.mark.parametrize("content", ["", "[", "model: 3", "model:\n  no_such_key: 1", "\x00"])
+def test_a_damaged_configuration(cli: Cli, copy: Path, content: str) -> None:
+    (copy / "config.yaml").write_text(content)
+    cli.refuses(4, "evaluate", str(copy), says=("config.yaml is damaged",))
+
+
+def test_a_configuration_of_another_size(cli: Cli, copy: Path) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("num_experts: 4", "num_experts: 5"))
+    cli.refuses(4, "evaluate", str(copy), says=("does not fit the run's config.yaml",))
+
+
+def test_a_run_without_experts_has_no_report(cli: Cli, copy: Path) -> None:
+    path = copy / "config.yaml"
+    path.write_text(path.read_text().replace("num_experts: 4", "num_experts: 0"))
+    cli.refuses(2, "experts", str(copy), says=("has no experts",))
+
+
+# ------------------------------------------------------------------------------------------ translate and evaluate
+
+
+def test_files_that_cannot_be_translated(cli: Cli, run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    cli.refuses(3, "translate", str(run), str(source), says=("cannot read", str(source)))
+    source.write_text("the dog\n")
+    cli.refuses(2, "translate", str(run), str(source), "-o", str(source), says=("is the input",))
+    cli.refuses(6, "translate", str(run), str(source), "-o", str(tmp_path / "no" / "out"), says=("cannot write",))
+    cli.refuses(2, "translate", str(run), str(source), "--fast", says=("--fast",))
+    assert source.read_text() == "the dog\n"
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_unequal_line_counts_are_refused_before_any_translation(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(nmt.decoding.translator.Translator, "load", never)
+    source, reference = tmp_path / "source", tmp_path / "reference"
+    source.write_bytes(b"a\x85\rb\n\nc\n")
+    reference.write_bytes(b"a\nb\n")
+    arguments = ("evaluate", str(run), "--source", str(source), "--reference", str(reference))
+    cli.refuses(3, *arguments, says=("has 3 lines", "has 2"))
+    cli.refuses(2, *arguments[:4], says=("--source and --reference go together",))
+    cli.refuses(3, *arguments[:5], str(tmp_path / "none"), says=("cannot read",))
+
+
+def test_evaluating_a_file_with_odd_lines(cli: Cli, run: Path, tmp_path: Path) -> None:
+    source, reference = tmp_path / "source.en", tmp_path / "reference.de"
+    source.write_bytes("the\rdog\n\na\u2028meadow".encode())
+    reference.write_bytes("der Hund\n\neine\x85Wiese\n".encode())
+    arguments = ("evaluate", str(run), "--source", str(source), "--reference", str(reference))
+    assert cli(*arguments) == 0, cli.err
+    assert "3 sentences of source.en" in cli.out
+    assert (run / "report" / "source.en.hypotheses").read_bytes().count(b"\n") == 3
+
+
+def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("the dog\n" * 3000)
+    translate = f"{sys.executable} -m nmt.cli translate {run} {tmp_path / 'in'} decoding.beam_size=1"
+    command = f"set -o pipefail; {translate} decoding.batch_sentences=8 | head -1"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=60)
+    assert done.returncode == 141
+    assert len(done.stdout.splitlines()) == 1
+    assert done.stderr == ""

@@ -1,0 +1,104 @@
+"""The YAML files of conf/ and the schema: all compose, build, are documented and tell the truth about themselves."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import nmt.config
+from nmt.cli import compose_config
+from nmt.evaluation.compute import model_cost
+from nmt.model.seq2seq import Seq2Seq
+from nmt.resources import resource_dir
+
+CONF = resource_dir("conf")
+GROUPS = ("corpus", "model", "training", "decoding")
+COUNTS = re.compile(r"# ([\d.,]+)M parameters, ([\d.,]+)M ops/timestep\.")
+
+
+def names(group: str) -> list[str]:
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def documented_counts(path: Path) -> tuple[float, float]:
+    """(millions of parameters, millions of operations) from the last comment line at the head of an experiment."""
+    head: list[str] = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        head.append(line)
+    found = COUNTS.fullmatch(head[-1])
+    assert found, f"{path.name}: the last line of its head, {head[-1]!r}, does not tell the model's size"
+    parameters, operations = (float(number.replace(",", "")) for number in found.groups())
+    return parameters, operations
+
+
+def keys_and_docstrings(source: str) -> Iterator[tuple[str, str]]:
+    """("Class.key", its docstring or "") of all fields of all classes; of the classes themselves too."""
+    for node in ast.parse(source).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        yield node.name, ast.get_docstring(node) or ""
+        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
+            if not isinstance(statement, ast.AnnAssign):
+                continue
+            assert isinstance(statement.target, ast.Name)
+            match following:
+                case ast.Expr(ast.Constant(str(text))):
+                    yield f"{node.name}.{statement.target.id}", text.strip()
+                case _:
+                    yield f"{node.name}.{statement.target.id}", ""
+
+
+@pytest.mark.parametrize("name", names("experiment"))
+def test_experiment(name: str) -> None:
+    """Composes (which validates), is called after its file, and its model has the documented size."""
+    config = compose_config([f"experiment={name}"])
+    assert config.run.name == name
+    vocabulary = config.corpus.subwords.vocab_size
+    cost = model_cost(config.model, vocabulary)
+    # No memory is taken and no number drawn: the largest of them has 8.7 billion parameters.
+    with torch.device("meta"):
+        model = Seq2Seq(config.model, vocabulary)
+    assert sum(parameter.numel() for parameter in model.parameters()) == cost.num_parameters
+    parameters, operations = documented_counts(CONF / "experiment" / f"{name}.yaml")
+    assert round(cost.num_parameters / 1e6, 1) == parameters
+    assert round(cost.ops_per_timestep / 1e6, 1) == operations
+
+
+def test_no_experiment_is_missed() -> None:
+    assert {"demo", "europarl_en_fr_moe_32", "wmt14_en_fr_moe_2048"} <= set(names("experiment"))
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in names(group)])
+def test_group_file(group: str, name: str) -> None:
+    """Composes and validates on top of the defaults."""
+    config = compose_config([f"{group}={name}"])
+    if group == "corpus":
+        # Files are copied, and the phrasebook knows several languages: both have names that say more.
+        assert config.corpus.name.startswith({"files": "my_corpus"}.get(name, name))
+
+
+def test_groups_are_all_there() -> None:
+    assert sorted(path.name for path in CONF.iterdir() if path.is_dir()) == sorted([*GROUPS, "experiment"])
+
+
+def test_defaults() -> None:
+    """Without any choice the program is the phrasebook, the paper's network, and a run that has no name yet."""
+    config = compose_config([])
+    assert (config.corpus.source, config.model.moe.num_experts, config.run.name) == ("phrasebook", 32, "")
+
+
+def test_every_key_has_a_docstring() -> None:
+    documented = dict(keys_and_docstrings(Path(nmt.config.__file__).read_text(encoding="utf-8")))
+    assert len(documented) > 80
+    assert [key for key, text in documented.items() if not text] == []
+
+
+def test_missing_docstrings_are_seen() -> None:
+    documented = '    {key}: int = 1\n    """Doc."""\n'
+    source = 'class A:\n    """Doc."""\n' + documented.format(key="x") + "    y: int = 2\n" + documented.format(key="z")
+    assert [key for key, text in keys_and_docstrings(source) if not text] == ["A.y"]

@@ -1,0 +1,198 @@
+"""Scores are sacreBLEU's own; the report on experts counts what it says."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sacrebleu
+import torch
+from test_training import one_thread, trained_run  # noqa: F401
+
+from nmt.cli import main
+from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.errors import DataError
+from nmt.evaluation.expert_report import _LayerCounts, expert_report
+from nmt.evaluation.scores import corpus_scores
+from nmt.run import RunDirectory
+from nmt.training.validation import perplexity
+
+PAIRS = [
+    ("The train leaves at 14:35 o'clock.", "The train leaves at 14:35."),
+    ("the small dog runs", "the small dog runs over a meadow"),
+    ("ein\rZug \u2028 fährt", "ein Zug\x85fährt ab"),
+    ("", "nothing"),
+    ("Größe zählt (sehr)!", "Größe zählt sehr!"),
+]
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory)
+
+
+def test_scores_are_sacrebleus() -> None:
+    hypotheses, references = map(list, zip(*PAIRS, strict=True))
+    bleu, chrf = corpus_scores(hypotheses, references)
+    assert (bleu.name, bleu.value) == ("BLEU", sacrebleu.corpus_bleu(hypotheses, [references]).score)
+    assert (chrf.name, chrf.value) == ("chrF2", sacrebleu.corpus_chrf(hypotheses, [references]).score)
+    assert 0 < bleu.value < 100
+    for part in ("nrefs:1", "case:mixed", "tok:13a", f"version:{sacrebleu.__version__}"):
+        assert part in bleu.signature
+    assert "nc:6|nw:0" in chrf.signature
+    assert str(bleu) == f"BLEU {bleu.value:.2f}  {bleu.signature}"
+
+
+def test_equal_text_is_100_and_nothing_in_common_0() -> None:
+    text = [reference for _, reference in PAIRS]
+    assert [score.value for score in corpus_scores(text, text)] == pytest.approx([100.0, 100.0])
+    assert corpus_scores([""] * 5, text)[0].value == 0.0
+
+
+@pytest.mark.parametrize("drop", [("hypotheses", 1), ("references", 1), ("hypotheses", 5), ("references", 5)])
+def test_unequal_counts_are_refused_with_both(drop: tuple[str, int]) -> None:
+    sides = {"hypotheses": ["a b c d e"] * 5, "references": ["a b c d e"] * 5}
+    sides[drop[0]] = sides[drop[0]][drop[1] :]
+    counts = (len(sides["hypotheses"]), len(sides["references"]))
+    with pytest.raises(DataError, match=f"{counts[0]} translations but {counts[1]} references"):
+        corpus_scores(sides["hypotheses"], sides["references"])
+
+
+def test_nothing_is_refused() -> None:
+    with pytest.raises(DataError, match="no sentences"):
+        corpus_scores([], [])
+
+
+def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert main(["evaluate", str(run), "--split", "dev", "--show", "2", "decoding.beam_size=2"]) == 0
+    out = capfd.readouterr().out
+    hypotheses = (run / "report" / "dev.hypotheses").read_bytes().decode().split("\n")[:-1]
+    _, references, _ = RunDirectory(run).text("dev")
+    bleu, chrf = corpus_scores(hypotheses, references)
+    assert str(bleu) in out
+    assert str(chrf) in out
+    assert out.count("translation ") == 2
+    assert "beam 2" in out
+    report = json.loads((run / "report" / "dev.json").read_text())
+    assert report["scores"]["BLEU"] == {"value": bleu.value, "signature": bleu.signature}
+    assert report["decoding"]["beam_size"] == 2
+    assert f"perplexity {report['perplexity']:.3f}" in out
+
+
+def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
+    translator = load(run)
+    sources, targets, _ = RunDirectory(run).text("test")
+
+    def measured(batch_tokens: int) -> Sequence[float]:
+        found = perplexity(
+            translator.model, translator.subwords, sources, targets, batch_tokens, torch.device("cpu"), "fp32"
+        )
+        return found.pieces, found.words
+
+    assert measured(1) == pytest.approx(measured(100_000), rel=1e-6)
+    pieces, words = measured(500)
+    num_pieces = sum(len(each) + 1 for each in translator.subwords.encode_batch(targets))
+    num_words = sum(len(target.split()) + 1 for target in targets)
+    assert np.log(words) * num_words == pytest.approx(np.log(pieces) * num_pieces)
+
+
+# ------------------------------------------------------------------------------------------------------ experts
+
+
+def load(run: Path) -> Translator:
+    from nmt.cli import _run_config
+
+    directory = RunDirectory.existing(str(run))
+    return Translator.load(directory, _run_config(directory, []))
+
+
+def test_lift_by_hand() -> None:
+    counts = _LayerCounts(num_experts=3, num_domains=2)
+    # Tokens of domain 0, 0, 1; then, in another batch, 1.
+    counts.add(
+        torch.tensor([[0, 1], [0, 1], [1, 0]]),
+        torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]),
+        torch.tensor([0, 0, 1]),
+    )
+    counts.add(torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
+    report = counts.report("encoder.1", ["news", "talk"])
+    assert (report.k, report.num_tokens, report.idle_experts) == (2, 4, 1)
+    assert [row.share for row in report.experts] == [0.5, 0.5, 0.0]
+    assert [row.mean_gate for row in report.experts] == pytest.approx([1.75 / 4, 2.25 / 4, 0.0])
+    assert report.experts[0].domains == {"news": 1.0, "talk": 1.0}
+    assert report.experts[2].domains == {"news": 0.0, "talk": 0.0}
+    assert report.max_over_mean_load == pytest.approx(4 / (8 / 3))
+    assert report.cv_load == pytest.approx(np.std([4, 4, 0]) / np.mean([4, 4, 0]))
+    assert report.cv_importance == pytest.approx(np.std([1.75, 2.25, 0]) / np.mean([1.75, 2.25, 0]))
+
+
+def test_lift_of_an_expert_with_a_taste() -> None:
+    counts = _LayerCounts(num_experts=2, num_domains=3)
+    counts.add(torch.tensor([[0], [0], [0], [1]]), torch.ones(4, 1), torch.tensor([0, 0, 1, 1]))
+    report = counts.report("decoder.1", ["a", "b", "never seen"])
+    # Expert 0: 2/3 of its tokens from a, which has 1/2 of all.
+    assert report.experts[0].domains == pytest.approx({"a": 4 / 3, "b": 2 / 3})
+    assert report.experts[1].domains == pytest.approx({"a": 0.0, "b": 2.0})
+    text = str(report)
+    assert "a x1.3" in text
+    assert "b x2.0" in text
+    assert "never seen" not in text
+    assert len(text.splitlines()) == 4
+
+
+@pytest.fixture
+def by_domain(run: Path) -> tuple[Translator, list[str], list[str], list[str]]:
+    sources, targets, _ = RunDirectory(run).text("test")
+    return load(run), sources, targets, ["long" if len(source) > 30 else "short" for source in sources]
+
+
+def test_the_report_counts_each_real_token_once(
+    by_domain: tuple[Translator, list[str], list[str], list[str]],
+) -> None:
+    translator, sources, targets, domains = by_domain
+    cpu = torch.device("cpu")
+    layers = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu, "fp32")
+    assert [layer.layer for layer in layers] == ["encoder.1", "decoder.1"]
+    for layer, lines in zip(layers, (sources, targets), strict=True):
+        lengths = [len(pieces) + 1 for pieces in translator.subwords.encode_batch(lines)]
+        assert layer.num_tokens == sum(lengths)
+        assert sum(row.share for row in layer.experts) == pytest.approx(1.0)
+        # An expert's mean lift, each domain weighted by its share of the tokens, is 1 unless it is idle.
+        for name in ("long", "short"):
+            share = sum(n for n, domain in zip(lengths, domains, strict=True) if domain == name) / sum(lengths)
+            assert sum(row.share * row.domains[name] for row in layer.experts) == pytest.approx(1.0), share
+        assert all(0 <= row.mean_gate <= 1 for row in layer.experts)
+
+
+def test_domains_follow_their_sentences_into_the_batches(
+    by_domain: tuple[Translator, list[str], list[str], list[str]],
+) -> None:
+    translator, sources, targets, domains = by_domain
+    cpu = torch.device("cpu")
+    together = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu, "fp32")
+    for place, layer in enumerate(together):
+        expected = np.zeros((len(layer.experts), 2))
+        for source, target, domain in zip(sources, targets, domains, strict=True):
+            alone = expert_report(translator.model, translator.subwords, [source], [target], [], cpu, "fp32")[place]
+            shares = np.array([row.share for row in alone.experts])
+            expected[:, int(domain == "short")] += shares * alone.num_tokens * alone.k
+        lift = expected / expected.sum(1, keepdims=True).clip(1) / (expected.sum(0) / expected.sum())
+        found = [[row.domains["long"], row.domains["short"]] for row in layer.experts]
+        np.testing.assert_allclose(found, lift, rtol=1e-6)
+
+
+def test_experts_command_prints_and_writes_json(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    capfd.readouterr()
+    assert main(["experts", str(run)]) == 0
+    out = capfd.readouterr().out
+    report = json.loads((run / "report" / "experts.json").read_text())
+    assert report["split"] == "test"
+    assert [layer["layer"] for layer in report["layers"]] == ["encoder.1", "decoder.1"]
+    for layer in report["layers"]:
+        assert sum(row["share"] for row in layer["experts"]) == pytest.approx(1.0)
+        assert f"{layer['layer']}: 4 experts, 2 per token, {layer['num_tokens']:,} tokens" in out
+    vocabulary = load_vocabulary(RunDirectory(run))
+    sources = RunDirectory(run).text("test")[0]
+    assert report["layers"][0]["num_tokens"] == sum(len(each) + 1 for each in vocabulary.encode_batch(sources))

@@ -1,0 +1,399 @@
+"""Training: updates, clipping, rates, learning, and going on bit for bit after any stop."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nmt.training.trainer
+from nmt.batch import NUM_SPECIAL, make_batch
+from nmt.checkpoint import list_checkpoints
+from nmt.cli import compose_config, main
+from nmt.config import Config, ModelConfig, TrainingConfig
+from nmt.model.seq2seq import Seq2Seq
+from nmt.training.metrics import MetricsWriter
+from nmt.training.optim import clipped_step, learning_rate, make_optimizer
+from nmt.training.update import update
+
+ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
+GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
+TINY_RUN = [
+    "corpus=files",
+    "corpus.name=toy",
+    "corpus.train.source=[train.en]",
+    "corpus.train.target=[train.de]",
+    "corpus.dev.source=[dev.en]",
+    "corpus.dev.target=[dev.de]",
+    "corpus.test.source=[test.en]",
+    "corpus.test.target=[test.de]",
+    "corpus.subwords.kind=bpe",
+    "corpus.subwords.vocab_size=96",
+    "model=small",
+    "model.hidden_size=16",
+    "model.cell_size=16",
+    "model.dropout=0.2",
+    "model.attention.size=16",
+    "model.moe.num_experts=4",
+    "model.moe.hidden_size=16",
+    "training.schedule=inverse_sqrt",
+    "training.batch_tokens=120",
+    "training.warmup_steps=2",
+    "training.hold_steps=3",
+    "training.device=cpu",
+    "training.log_every=1",
+    "training.validate_every=4",
+    "training.validation_sentences=3",
+    "decoding.device=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small are slower on two threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def write_corpus(folder: Path, seed: int = 0, count: int = 80) -> None:
+    """Word for word translations."""
+    folder.mkdir(exist_ok=True)
+    generator = np.random.default_rng(seed)
+    for split, size in (("train", count), ("dev", 8), ("test", 12)):
+        picks = [generator.integers(0, len(GERMAN), generator.integers(1, 8)) for _ in range(size)]
+        for language, words in (("en", ENGLISH), ("de", GERMAN)):
+            text = "".join(" ".join(words[pick] for pick in sentence) + "\n" for sentence in picks)
+            (folder / f"{split}.{language}").write_text(text)
+
+
+def settings(folder: Path, *changes: str) -> list[str]:
+    """The arguments of a tiny run on the text in `folder`; prepared corpus and runs lie there too."""
+    return [*TINY_RUN, f"corpus.root={folder}", f"corpus.directory={folder}/p", f"run.directory={folder}", *changes]
+
+
+def train(folder: Path, name: str, steps: int, *changes: str) -> Path:
+    assert main(["train", *settings(folder, f"run.name={name}", f"training.max_steps={steps}", *changes)]) == 0
+    return folder / name
+
+
+def trained_run(factory: pytest.TempPathFactory) -> Path:
+    """One run of 8 updates with checkpoints at 2, 4, 6 and 8, for all who only read it."""
+    folder = factory.getbasetemp() / "trained"
+    run = folder / "run"
+    if run.exists():
+        return run
+    write_corpus(folder)
+    changes = ("training.checkpoint_every=2", "training.validate_every=2", "training.keep_checkpoints=9")
+    train(folder, "run", 8, *changes)
+    return run
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Path:
+    write_corpus(tmp_path)
+    return tmp_path
+
+
+def saved(run: Path) -> dict[str, bytes | str]:
+    """All that decides how a run goes on, from its newest checkpoint."""
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    state = newest.state()
+    return {
+        "model": (newest.path / "model.safetensors").read_bytes(),
+        "training": (newest.path / "training.safetensors").read_bytes(),
+        "data": json.dumps([newest.step, state["data"], state["progress"]["target_tokens"]]),
+    }
+
+
+def steps_logged(run: Path, kind: str) -> list[int]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["step"] for line in lines if line["kind"] == kind]
+
+
+# ------------------------------------------------------------------------------------------------- going on
+
+HARD = ("training.micro_batches=2", "training.batch_tokens=700", "training.validation_sentences=2")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    write_corpus(folder)
+    return train(folder, "whole", 8, *HARD)
+
+
+def test_eight_updates_cross_the_end_of_an_epoch(uninterrupted: Path) -> None:
+    assert list_checkpoints(uninterrupted / "checkpoints")[-1].state()["data"]["epoch"] >= 2
+
+
+@pytest.mark.parametrize("stops", [[1], [3], [4], [7], [2, 5, 6]], ids=str)
+def test_going_on_changes_no_bit(uninterrupted: Path, stops: list[int]) -> None:
+    folder, name = uninterrupted.parent, "stopped" + "_".join(map(str, stops))
+    for steps in [*stops, 8]:
+        run = train(folder, name, steps, *HARD)
+    assert saved(run) == saved(uninterrupted)
+    assert steps_logged(run, "train") == list(range(1, 9))
+    assert steps_logged(run, "dev") == sorted({*stops, 4, 8})
+
+
+def test_a_run_twice_is_the_same_run_and_another_seed_another(uninterrupted: Path) -> None:
+    folder = uninterrupted.parent
+    assert saved(train(folder, "again", 8, *HARD)) == saved(uninterrupted)
+    assert saved(train(folder, "other", 8, *HARD, "training.seed=2"))["model"] != saved(uninterrupted)["model"]
+
+
+def test_a_finished_run_stays_as_it_is(corpus: Path) -> None:
+    before = saved(train(corpus, "a", 3))
+    assert saved(train(corpus, "a", 3)) == before
+    assert saved(train(corpus, "a", 2)) == before
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(corpus: Path) -> None:
+    # So many steps that the signal comes long before the last one.
+    command = [sys.executable, "-m", "nmt.cli", "train"]
+    endless = settings(corpus, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, *endless], stderr=subprocess.PIPE, text=True, env=environment)
+    metrics = corpus / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143
+    assert "Traceback" not in errors
+    assert "stopped by SIGTERM" in errors.splitlines()[-1]
+    step = list_checkpoints(corpus / "a" / "checkpoints")[-1].step
+    assert step == steps_logged(corpus / "a", "train")[-1]
+    rest = ("training.validate_every=100000",)
+    run = train(corpus, "a", step + 2, *rest)
+    assert saved(run) == saved(train(corpus, "b", step + 2, *rest))
+    assert steps_logged(run, "train") == list(range(1, step + 3))
+
+
+def test_lines_of_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 3, "ki')
+    with MetricsWriter(path, tmp_path / "tensorboard", 2, 9) as out:
+        out.write(3, "train", {"loss": 1.5})
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_patience_stops_early_and_saves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([3.0, 4.0, math.nan, 5.0])
+    measured = nmt.training.trainer.perplexity
+
+    def scripted(*arguments: object) -> object:
+        return replace(measured(*arguments), pieces=next(scores))
+
+    monkeypatch.setattr(nmt.training.trainer, "perplexity", scripted)
+    run = train(corpus, "a", 50, "training.validate_every=1", "training.patience=2", "training.keep_checkpoints=9")
+    assert [(each.step, each.score) for each in list_checkpoints(run / "checkpoints")] == [(1, 3.0), (3, None)]
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = iter([math.nan, 4.0, math.nan])
+    measured = nmt.training.trainer.perplexity
+
+    def scripted(*arguments: object) -> object:
+        return replace(measured(*arguments), pieces=next(scores))
+
+    monkeypatch.setattr(nmt.training.trainer, "perplexity", scripted)
+    changes = ("training.validate_every=1", "training.checkpoint_every=1")
+    found = list_checkpoints(train(corpus, "a", 3, *changes) / "checkpoints")
+    assert [each.score for each in found] == [None, 4.0, None]
+    assert found[-1].state()["progress"]["best_score"] == 4.0
+
+
+# --------------------------------------------------------------------------------------------------- updates
+
+
+def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig]) -> None:
+    config = Config(model=tiny_config(num_experts=0), training=TrainingConfig(clip_norm=0.0, precision="fp32"))
+    model = Seq2Seq(config.model, 13).double()
+    generator = np.random.default_rng(5)
+    lengths = [(3, 4), (1, 2), (5, 1), (2, 7), (6, 6)]
+    sides = [[generator.integers(NUM_SPECIAL, 13, size=n) for n in side] for side in zip(*lengths, strict=True)]
+    batches = [make_batch(np.arange(len(s)), s, t) for s, t in ((sides[0], sides[1]),)]
+    halves = [make_batch(np.arange(len(s)), s, t) for s, t in zip(*([x[:2], x[2:]] for x in sides), strict=True)]
+
+    class Keep(torch.optim.SGD):
+        """Takes no step, keeps the gradient."""
+
+        def step(self, closure: None = None) -> None:
+            self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+    results = []
+    for micro_batches in (batches, halves):
+        optimizer = Keep(model.parameters(), lr=1.0)
+        done = update(model, optimizer, config, micro_batches, 0.1, torch.device("cpu"))
+        results.append((optimizer.kept, done))
+    (whole, one), (sum_of_parts, two) = results
+    for expected, actual in zip(whole, sum_of_parts, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(two.nll, one.nll)
+    torch.testing.assert_close(two.gradient_norm, one.gradient_norm)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def clones(model: nn.Module, optimizer: torch.optim.Adam) -> list[Tensor]:
+    moments = [value for parameter in model.parameters() for value in optimizer.state[parameter].values()]
+    return [tensor.detach().clone() for tensor in [*model.parameters(), *moments]]
+
+
+def set_gradients(model: nn.Module, seed: int, size: float) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator) * size
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+def test_clipped_step_is_clipping_then_adam(clip_norm: float) -> None:
+    ours, theirs = nn.Linear(5, 3), nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    training = TrainingConfig()
+    adam = make_optimizer(ours, training)
+    reference = torch.optim.Adam(
+        theirs.parameters(), betas=(training.adam_beta1, training.adam_beta2), eps=training.adam_epsilon
+    )
+    for step, size in enumerate((0.01, 3.0, 100.0, 1e-6)):
+        for model in (ours, theirs):
+            set_gradients(model, step, size)
+        reference.param_groups[0]["lr"] = rate = 0.1 / (step + 1)
+        norm = torch.nn.utils.clip_grad_norm_(theirs.parameters(), clip_norm or math.inf)
+        reference.step()
+        done = clipped_step(adam, clip_norm, rate)
+        torch.testing.assert_close(done.gradient_norm, norm)
+        assert done.skipped == 0
+        for expected, actual in zip(theirs.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("clip_norm", [0.0, 1.0])
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, clip_norm: float, good_steps: int) -> None:
+    model = nn.Linear(5, 3)
+    adam = make_optimizer(model, TrainingConfig())
+    for step in range(good_steps):
+        set_gradients(model, step, 1.0)
+        clipped_step(adam, clip_norm, 0.1)
+    before = clones(model, adam)
+    set_gradients(model, 9, 1.0)
+    model.bias.grad[1] = bad
+    done = clipped_step(adam, clip_norm, 0.1)
+    assert done.skipped == 1
+    after = clones(model, adam)
+    # Without an earlier step Adam has no moments yet; what it makes now must be zeros.
+    before += [torch.zeros_like(tensor) for tensor in after[len(before) :]]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    set_gradients(model, 10, 1.0)
+    assert clipped_step(adam, clip_norm, 0.1).skipped == 0
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def break_gradients(monkeypatch: pytest.MonkeyPatch, bad_updates: Callable[[int], bool]) -> None:
+    """Put a NaN into the gradient of each update whose number `bad_updates` says yes to."""
+    calls = 0
+
+    def broken(optimizer: torch.optim.Adam, clip_norm: float, rate: float) -> object:
+        nonlocal calls
+        calls += 1
+        if bad_updates(calls):
+            optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.nan
+        return clipped_step(optimizer, clip_norm, rate)
+
+    monkeypatch.setattr("nmt.training.update.clipped_step", broken)
+
+
+def test_one_bad_update_is_skipped_and_counted(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    break_gradients(monkeypatch, lambda number: number == 2)
+    run = train(corpus, "a", 4)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped_updates"] for line in lines if line["kind"] == "train"] == [0, 1, 0, 0]
+
+
+def test_nothing_but_bad_updates_ends_with_status_5(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    before = saved(train(corpus, "a", 2))
+    break_gradients(monkeypatch, lambda number: True)
+    capfd.readouterr()
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=1000")]) == 5
+    errors = capfd.readouterr().err
+    assert errors.splitlines()[-1].startswith("nmt: no finite gradient")
+    assert "Traceback" not in errors
+    assert saved(corpus / "a")["model"] == before["model"]
+
+
+# ------------------------------------------------------------------------------------------------------ rates
+
+
+def test_inverse_sqrt_rises_holds_and_decays() -> None:
+    training = TrainingConfig(learning_rate=0.8, schedule="inverse_sqrt", warmup_steps=4, hold_steps=6, max_steps=99)
+    rates = [learning_rate(training, step) for step in range(1, 41)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4:10] == pytest.approx([0.8] * 6)
+    assert rates[10:] == pytest.approx([0.8 * math.sqrt(10 / step) for step in range(11, 41)])
+    assert rates[39] == pytest.approx(0.4)
+
+
+def test_linear_falls_to_zero_just_after_the_last_step() -> None:
+    training = TrainingConfig(learning_rate=0.8, schedule="linear", warmup_steps=4, max_steps=11)
+    rates = [learning_rate(training, step) for step in range(1, 13)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0])
+    assert learning_rate(training, 500) == 0.0
+
+
+@pytest.mark.parametrize("schedule", ["inverse_sqrt", "linear"])
+@pytest.mark.parametrize(("warmup", "hold"), [(0, 0), (0, 5), (5, 0), (300, 50), (1000, 0), (5000, 9)])
+def test_rates_are_positive_bounded_and_without_a_jump(schedule: str, warmup: int, hold: int) -> None:
+    training = TrainingConfig(
+        learning_rate=1.0, schedule=schedule, warmup_steps=warmup, hold_steps=hold, max_steps=1000
+    )
+    rates = [learning_rate(training, step) for step in range(1, 1001)]
+    assert all(0 < rate <= 1 for rate in rates)
+    # The steepest places: the warm-up, the first steps of the square root, and the whole fall of `linear`.
+    steepest = max(1 / warmup if warmup else 0.0, 1 / (1001 - warmup) if warmup <= 1000 else 0.0)
+    for step in range(1, 1000):
+        allowed = max(steepest, 1 - math.sqrt(step / (step + 1)))
+        assert abs(rates[step] - rates[step - 1]) <= allowed + 1e-12
+
+
+# --------------------------------------------------------------------------------------------------- learning
+
+
+def test_a_tiny_mixture_of_experts_learns_to_reverse(tiny_config: Callable[..., ModelConfig]) -> None:
+    vocabulary = 10
+    model_config = tiny_config(hidden_size=24, cell_size=24)
+    training = TrainingConfig(label_smoothing=0.0, precision="fp32")
+    config = Config(model=model_config, training=training)
+    model = Seq2Seq(model_config, vocabulary).train()
+    optimizer = make_optimizer(model, training)
+    generator = np.random.default_rng(1)
+    sources = [generator.integers(NUM_SPECIAL, vocabulary, size=n) for n in generator.integers(1, 5, size=40)]
+    batch = make_batch(np.arange(40), sources, [source[::-1] for source in sources])
+    losses = []
+    for step in range(1, 251):
+        done = update(model, optimizer, config, [batch], 0.02 * min(1, step / 20), torch.device("cpu"))
+        losses.append(float(done.nll) / batch.num_target_tokens)
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.15
+
+
+def test_compose_config_reads_the_same_settings(tmp_path: Path) -> None:
+    assert compose_config(settings(tmp_path, "training.max_steps=7")).training.max_steps == 7
