@@ -1,8 +1,8 @@
 """Speed on one GPU: training throughput of whole models, and the mixture-of-experts layer alone. `make bench-gpu`.
 
 Every figure stands beside the ceilings measured in the same run: a large bf16 matrix product, and a device copy.
-Batches are random pieces of random lengths, made ahead on the host and copied as in training; an update is the trainer's own.
-Tokens are real (not padding) source and target tokens.
+Batches are random pieces of random lengths, made ahead on the host and copied as in training; an update is the
+trainer's own. Tokens are real (not padding) source and target tokens.
 """
 
 import argparse

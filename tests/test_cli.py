@@ -115,7 +115,9 @@ def test_cfg_job_prints_the_settings_and_does_nothing(cli: Cli, tmp_path: Path) 
     assert os.listdir(tmp_path) == []
 
 
-def test_multirun_trains_one_run_after_the_other(cli: Cli, tmp_path: Path) -> None:
+def test_multirun_trains_one_run_after_the_other(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Hydra leaves its multirun.yaml in the working directory.
+    monkeypatch.chdir(tmp_path)
     write_corpus(tmp_path)
     changes = ("run.name=k${model.moe.k}", "model.moe.k=1,2", "training.max_steps=1")
     assert cli("train", "--multirun", *settings(tmp_path, *changes)) == 0, cli.err
@@ -123,7 +125,8 @@ def test_multirun_trains_one_run_after_the_other(cli: Cli, tmp_path: Path) -> No
     assert all((tmp_path / name / "checkpoints" / "step-00000001").is_dir() for name in ("k1", "k2"))
 
 
-def test_a_mistake_in_one_job_of_a_multirun(cli: Cli, tmp_path: Path) -> None:
+def test_a_mistake_in_one_job_of_a_multirun(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     changes = ("run.name=k", "model.moe.k=98,99", "training.max_steps=1")
     cli.refuses(2, "train", "--multirun", *settings(tmp_path, *changes), says=("model.moe.k=98",))
 
