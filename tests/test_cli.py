@@ -268,6 +268,7 @@ def test_evaluating_a_file_with_odd_lines(cli: Cli, run: Path, tmp_path: Path) -
     assert (run / "report" / "source.en.hypotheses").read_bytes().count(b"\n") == 3
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("the dog\n" * 3000)
     translate = f"{sys.executable} -m nmt.cli translate {run} {tmp_path / 'in'} decoding.beam_size=1"

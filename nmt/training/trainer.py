@@ -165,9 +165,9 @@ class Trainer:
             out.say(f"step {self.progress.step}: {figures['skipped_updates']:.0f} updates skipped: gradient not finite")
         all_bad = figures["skipped_updates"] == interval.updates
         self.progress.bad_intervals = self.progress.bad_intervals + 1 if all_bad else 0
-        if self.progress.bad_intervals >= _MAX_BAD_INTERVALS:
+        if self.progress.bad_intervals >= _MAX_BAD_INTERVALS or (all_bad and left == 0):
             raise NonFiniteError(
-                f"no finite gradient in the last {_MAX_BAD_INTERVALS * interval.updates} updates before step "
+                f"no finite gradient in the last {self.progress.bad_intervals * interval.updates} updates before step "
                 f"{self.progress.step}: lower training.learning_rate; checkpoints in {self.run.checkpoints} are good"
             )
 
