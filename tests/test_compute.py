@@ -172,7 +172,7 @@ def test_training_flops_are_those_measured(
     bottoms = {"forward": [6], "bidirectional_half": [3, 3], "bidirectional_full": [6, 6]}[bottom]
     outputs = [*bottoms, 6, 6, 6, 6]
     expected -= sum(2 * sentences * 4 * config.cell_size * output for output in outputs)
-    # Weighing the experts' outputs by their gates is a product in the forward pass here, element-wise in the cost model.
+    # Weighing the experts' outputs by their gates is a product in the forward pass; element-wise in the cost model.
     if num_experts:
         expected += 2 * (batch.num_source_tokens + batch.num_target_tokens) * config.moe.k * config.hidden_size
     assert measured == expected
