@@ -12,7 +12,6 @@ one is the newest or the best is worked out from the folders, never stored. Noth
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from nmt.errors import CheckpointError, StorageError
+from nmt.files import sync
 
 _FOLDER = re.compile(r"step-(\d{8,})")
 _FILES = ("model.safetensors", "training.safetensors", "state.json")
@@ -68,14 +68,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     """Every parameter once (tied ones under one name), on the CPU."""
     return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
@@ -112,13 +104,13 @@ def save_checkpoint(
         content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
         (temporary / "manifest.json").write_text(content, encoding="utf-8")
         for name in (*_FILES, "manifest.json"):
-            _fsync(temporary / name)
-        _fsync(temporary)
+            sync(temporary / name)
+        sync(temporary)
         if final.exists():
             # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
             shutil.rmtree(final)
         temporary.rename(final)
-        _fsync(folder)
+        sync(folder)
     except (OSError, safetensors.SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched") from error

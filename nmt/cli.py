@@ -28,8 +28,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nmt.config import Config
 from nmt.errors import CheckpointError, DataError, UserError, exit_status
+from nmt.files import write_atomically
 from nmt.resources import resource_dir
-from nmt.run import RunDirectory, flatten, write_atomically
+from nmt.run import RunDirectory, flatten
 
 _USAGE = """\
 usage: nmt COMMAND ...

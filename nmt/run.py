@@ -10,7 +10,6 @@ report/           what nmt evaluate and nmt experts wrote
 """
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import yaml
 
 from nmt.config import Config
 from nmt.errors import CheckpointError, DataError, StorageError
+from nmt.files import write_atomically
 
 # What may differ when a run goes on: none of it changes what an update computes, but max_steps under schedule=linear.
 _SAFE_TO_CHANGE = ("run.", "decoding.", "corpus.directory", "corpus.root", "training.device")
@@ -41,19 +41,6 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[f"{prefix}{key}"] = value
     return flat
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file so that a crash leaves the old one or the new one, never half of one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 class RunDirectory:

@@ -13,6 +13,7 @@ FLOORS = {
     "batch": 0,
     "resources": 0,
     "errors": 0,
+    "files": 0,
     "data": 1,
     "model": 1,
     "device": 2,

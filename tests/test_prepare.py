@@ -141,7 +141,7 @@ INTERRUPTIONS: list[tuple[Any, str]] = [
     (nmt.data.prepare, "train_subwords"),
     (nmt.data.prepare.Filters, "keep_encoded"),
     (nmt.data.prepare.ShardWriter, "record"),
-    (nmt.data.prepare, "_sync"),
+    (nmt.data.prepare, "sync"),
     (nmt.data.prepare.json, "dumps"),
     (Path, "rename"),
 ]

@@ -7,7 +7,6 @@ as a whole. A folder under the final name is therefore complete, whenever the pr
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from nmt.data.corpus import Filters, ReadReport, read_pairs, source_files
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, ShardWriter, file_record
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.errors import DataError
+from nmt.files import sync
 
 VOCABULARY = "subwords.model"
 _FORMAT = 1  # of the prepared folder
@@ -63,7 +63,7 @@ def prepare(corpus: CorpusConfig, log: Log) -> "Prepared":
             if path.exists():
                 path.rename(old)
             temporary.rename(path)
-            _sync(path.parent)
+            sync(path.parent)
         finally:
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -190,10 +190,10 @@ class _Preparation:
         }
         self.report(manifest)
         for path in self.folder.iterdir():
-            _sync(path)
+            sync(path)
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
-        _sync(self.folder / MANIFEST)
-        _sync(self.folder)
+        sync(self.folder / MANIFEST)
+        sync(self.folder)
 
     def write_text(self, split: str) -> list[str]:
         """Keep dev or test as text; the names of the files."""
@@ -365,12 +365,3 @@ def _lock(path: Path, log: Log) -> Iterator[None]:
             log(f"another process is preparing {path}: waiting for it")
             fcntl.flock(stream, fcntl.LOCK_EX)
         yield
-
-
-def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, survive a loss of power."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

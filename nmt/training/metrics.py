@@ -60,8 +60,7 @@ class Interval:
         """Count the tokens of each expert, and keep the newest gates for their figures."""
         self.gates = gates
         for name, gate in gates.items():
-            count_E = gate.count_E.detach()
-            self.counts[name] = self.counts[name] + count_E if name in self.counts else count_E
+            self.counts[name] = self.counts[name] + gate.count_E if name in self.counts else gate.count_E
 
     def read(self) -> dict[str, float]:
         """The figures; waits for the device once."""

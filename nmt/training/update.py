@@ -8,7 +8,7 @@ from torch import Tensor
 from nmt.batch import Batch
 from nmt.config import Config
 from nmt.device import autocast
-from nmt.model.gating import balance_loss
+from nmt.model.gating import GateOutput, balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.training.optim import clipped_step
 
@@ -20,7 +20,7 @@ class UpdateOutput(NamedTuple):
     nll: Tensor
     gradient_norm: Tensor
     skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed
-    gates: list[Gates]  # of each micro-batch
+    gates: list[Gates]  # of each micro-batch, detached
 
 
 def update(
@@ -47,7 +47,8 @@ def update(
             total = total + balance_loss(gate, moe.w_importance, moe.w_load) / len(micro_batches)
         total.backward()
         loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
-        gates.append(output.gates)
+        # Kept until the next line of metrics: they must not keep the graph alive.
+        gates.append({name: GateOutput(*(part.detach() for part in gate)) for name, gate in output.gates.items()})
     norm, skipped = clipped_step(optimizer, training.clip_norm, rate)
     optimizer.zero_grad(set_to_none=True)
     return UpdateOutput(loss, nll, norm, skipped, gates)
