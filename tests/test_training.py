@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import nmt.training.trainer
-from nmt.batch import NUM_SPECIAL, make_batch
+from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import compose_config, main
 from nmt.config import Config, ModelConfig, TrainingConfig
@@ -222,6 +222,13 @@ def test_a_validation_that_is_not_a_number_is_never_the_best(corpus: Path, monke
 # --------------------------------------------------------------------------------------------------- updates
 
 
+class Keep(torch.optim.SGD):
+    """Takes no step, keeps the gradient."""
+
+    def step(self, closure: None = None) -> None:
+        self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+
+
 def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig]) -> None:
     config = Config(model=tiny_config(num_experts=0), training=TrainingConfig(clip_norm=0.0, precision="fp32"))
     model = Seq2Seq(config.model, 13).double()
@@ -230,12 +237,6 @@ def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig
     sides = [[generator.integers(NUM_SPECIAL, 13, size=n) for n in side] for side in zip(*lengths, strict=True)]
     batches = [make_batch(np.arange(len(s)), s, t) for s, t in ((sides[0], sides[1]),)]
     halves = [make_batch(np.arange(len(s)), s, t) for s, t in zip(*([x[:2], x[2:]] for x in sides), strict=True)]
-
-    class Keep(torch.optim.SGD):
-        """Takes no step, keeps the gradient."""
-
-        def step(self, closure: None = None) -> None:
-            self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
     results = []
     for micro_batches in (batches, halves):
@@ -248,6 +249,26 @@ def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig
     torch.testing.assert_close(two.nll, one.nll)
     torch.testing.assert_close(two.gradient_norm, one.gradient_norm)
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_balance_losses_are_averaged_over_micro_batches(
+    tiny_config: Callable[..., ModelConfig], tiny_batch: Callable[..., Batch]
+) -> None:
+    """The same micro-batch twice is the same update: without gate noise, so in evaluation mode."""
+    config = Config(model=tiny_config(), training=TrainingConfig(clip_norm=0.0, precision="fp32"))
+    config.model.moe.w_importance = 10.0
+    model = Seq2Seq(config.model, 13).double().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("w_gate_DE"):
+            nn.init.normal_(parameter)
+    batch = tiny_batch((3, 4), (5, 2))
+    kept = []
+    for micro_batches in ([batch], [batch, batch]):
+        optimizer = Keep((p for n, p in model.named_parameters() if not n.endswith("w_noise_DE")), lr=1.0)
+        update(model, optimizer, config, micro_batches, 0.1, torch.device("cpu"))
+        kept.append(optimizer.kept)
+    for once, twice in zip(*kept, strict=True):
+        torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-12)
 
 
 def clones(model: nn.Module, optimizer: torch.optim.Adam) -> list[Tensor]:
