@@ -2,7 +2,7 @@
 
     checkpoints/step-00001000/
         model.safetensors       parameters
-        training.safetensors    optimiser moments, random states
+        training.safetensors    optimiser moments
         state.json              step, position in the data, counters, score
         manifest.json           sha256 and size of the others, fingerprint of the vocabulary, its own; written last
 

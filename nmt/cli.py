@@ -4,16 +4,15 @@ The only file that knows Hydra. Results go to standard output, everything else t
 user's is told in one line: status 2 for usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
 """
 
-import argparse
 import difflib
-import json
 import os
 import re
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
 # slower; never spinning costs a third on cores of one's own.
@@ -26,9 +25,9 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nmt.commands import say
 from nmt.config import Config
-from nmt.errors import CheckpointError, DataError, UserError, exit_status
-from nmt.files import write_atomically
+from nmt.errors import CheckpointError, UserError, exit_status
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
 
@@ -72,7 +71,7 @@ Experiments: {experiments}.
   nmt train experiment=demo run.name='demo-${{model.moe.num_experts}}' --multirun model.moe.num_experts=4,8,16
   nmt train experiment=demo --cfg job            print every setting and stop
 
-Settings are documented in nmt/config.py.
+Settings are documented in nmt/config/.
 """
 
 
@@ -82,9 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
         "train": _train,
-        "translate": _translate,
-        "evaluate": _evaluate,
-        "experts": _experts,
+        **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts")},
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -208,14 +205,10 @@ def _run_config(run: RunDirectory, overrides: list[str]) -> Config:
 # ----------------------------------------------------------------------------------------------------- commands
 
 
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
-
-
 def _prepare(arguments: list[str]) -> None:
     from nmt.data.prepare import prepare
 
-    _compose("prepare", arguments, _PREPARE_HELP, lambda config: print(prepare(config.corpus, _say).path))
+    _compose("prepare", arguments, _PREPARE_HELP, lambda config: print(prepare(config.corpus, say).path))
 
 
 def _train(arguments: list[str]) -> None:
@@ -228,19 +221,19 @@ def _train_run(config: Config) -> None:
 
     if not config.run.name:
         raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
-    prepared = prepare(config.corpus, _say)
+    prepared = prepare(config.corpus, say)
     run = RunDirectory(Path(config.run.directory) / config.run.name)
     corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint, **_corpus_facts(prepared.manifest)}
     for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
-        _say(f"changed since the run was started: {line}")
+        say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):
         run.write_text(split, *prepared.text(split))
     try:
         Trainer(config, prepared, run).train()
     except Stopped as stopped:
-        _say(str(stopped))
+        say(str(stopped))
         sys.exit(stopped.status)
-    _say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
+    say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
     print(run.path)
 
 
@@ -249,172 +242,14 @@ def _corpus_facts(manifest: dict[str, Any]) -> dict[str, Any]:
     return {name: manifest[name] for name in facts}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (try {self.prog} --help)")
-
-
-def _parser(command: str, description: str, examples: str) -> _Parser:
-    parser = _Parser(
-        prog=f"nmt {command}",
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
-    return parser
-
-
-def _parse(parser: _Parser, arguments: list[str]) -> tuple[argparse.Namespace, RunDirectory, Config]:
-    """Options, the run, and its configuration with every key=value among the arguments applied."""
+def _run_command(command: str, arguments: list[str]) -> None:
+    """A command on a trained run: its options, the run, and the run's configuration with key=value changes applied."""
+    # Loaded when asked for: nobody should wait for torch to read a help text of another command.
+    module = import_module(f"nmt.commands.{command}")
     overrides = [each for each in arguments if re.match(r"[a-z_][a-z_0-9]*(\.[a-z_0-9]+)+=", each)]
-    options = parser.parse_args([each for each in arguments if each not in overrides])
+    options = module.parser().parse_args([each for each in arguments if each not in overrides])
     run = RunDirectory.existing(options.run)
-    return options, run, _run_config(run, overrides)
-
-
-def _translate(arguments: list[str]) -> None:
-    parser = _parser(
-        "translate",
-        "Translate text, one sentence a line; line n of the output translates line n of the input.",
-        "  nmt translate runs/demo input.en -o output.de\n"
-        "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
-        "  nmt translate demo input.en decoding.beam_size=8 decoding.checkpoint=average",
-    )
-    parser.add_argument("input", nargs="?", default="-", metavar="INPUT", help="a file (default: standard input)")
-    parser.add_argument("-o", "--output", default="-", metavar="OUTPUT", help="a file (default: standard output)")
-    options, run, config = _parse(parser, arguments)
-    from nmt.decoding.lines import LineReader, open_input, open_output
-    from nmt.decoding.translator import Translator
-
-    with open_input(options.input) as stream, open_output(options.output, options.input) as output:
-        translator = Translator.load(run, config)
-        reader = LineReader(stream, window=32 * config.decoding.batch_sentences)
-        started = time.perf_counter()
-        for window in reader:
-            texts = (translation.text for translation in translator.translate(window))
-            output.write("".join(f"{text}\n" for text in texts).encode())
-            output.flush()
-    seconds = time.perf_counter() - started
-    _say(f"{reader.num_lines:,} lines in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
-    if reader.num_invalid:
-        _say(f"{reader.num_invalid:,} lines held bytes that are not UTF-8; they were replaced by U+FFFD")
-    if translator.num_long_lines:
-        limit = config.decoding.max_source_pieces
-        _say(f"{translator.num_long_lines:,} lines had more than {limit} pieces; they were translated in parts")
-
-
-def _evaluate(arguments: list[str]) -> None:
-    parser = _parser(
-        "evaluate",
-        "BLEU and chrF of a run's translations, and the perplexity of the references.",
-        "  nmt evaluate runs/demo --show 10\n"
-        "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8",
-    )
-    parser.add_argument("--source", metavar="F", help="sentences to translate (default: the run's own test set)")
-    parser.add_argument("--reference", metavar="F", help="their translations, line by line")
-    parser.add_argument("--split", choices=("test", "dev"), default="test", help="which of the run's own sets")
-    parser.add_argument(
-        "--show", type=int, default=0, metavar="N", help="print N translations beside source and reference"
-    )
-    options, run, config = _parse(parser, arguments)
-    sources, references = _evaluation_text(options, run)
-    from nmt.decoding.translator import Translator
-    from nmt.evaluation.scores import corpus_scores
-    from nmt.training.validation import perplexity
-
-    translator = Translator.load(run, config)
-    started = time.perf_counter()
-    hypotheses = [translation.text for translation in translator.translate(sources)]
-    seconds = time.perf_counter() - started
-    scores = corpus_scores(hypotheses, references)
-    measured = perplexity(
-        translator.model,
-        translator.subwords,
-        sources,
-        references,
-        min(config.training.batch_tokens, 8192),
-        translator.device,
-        config.decoding.precision,
-    )
-    name = options.split if options.source is None else Path(options.source).name
-    for index in range(min(options.show, len(sources))):
-        # Spread over the set, so that more is seen than its first lines.
-        place = index * len(sources) // options.show
-        print(f"source      {sources[place]}\nreference   {references[place]}\ntranslation {hypotheses[place]}\n")
-    for score in scores:
-        print(score)
-    print(f"perplexity {measured.pieces:.3f} per piece, {measured.words:.2f} per word")
-    print(f"{len(sources):,} sentences of {name}, {len(sources) / seconds:,.1f} sentences/s, {_decoding_line(config)}")
-    folder = run.report
-    folder.mkdir(exist_ok=True)
-    write_atomically(folder / f"{name}.hypotheses", "".join(f"{line}\n" for line in hypotheses).encode())
-    result = {
-        "set": name,
-        "scores": {score.name: {"value": score.value, "signature": score.signature} for score in scores},
-        "perplexity": measured.pieces,
-        "word_perplexity": measured.words,
-        "sentences": len(sources),
-        "seconds": seconds,
-        "decoding": config.to_dict()["decoding"],
-    }
-    write_atomically(folder / f"{name}.json", json.dumps(result, indent=2).encode())
-    _say(f"translations and scores are in {folder}")
-
-
-def _decoding_line(config: Config) -> str:
-    decoding = config.decoding
-    return f"beam {decoding.beam_size}, alpha {decoding.alpha}, beta {decoding.beta}, checkpoint {decoding.checkpoint}"
-
-
-def _evaluation_text(options: argparse.Namespace, run: RunDirectory) -> tuple[list[str], list[str]]:
-    from nmt.decoding.lines import read_all
-
-    if (options.source is None) != (options.reference is None):
-        raise UserError("--source and --reference go together")
-    if options.source is not None:
-        sources, references = read_all(options.source), read_all(options.reference)
-        if len(sources) != len(references):
-            raise DataError(
-                f"{options.source} has {len(sources)} lines but {options.reference} has {len(references)}: "
-                "they must pair line by line"
-            )
-    else:
-        sources, references, _ = run.text(options.split)
-    if not sources:
-        raise DataError(f"{run.path} has no {options.split} set: give --source and --reference")
-    return sources, references
-
-
-def _experts(arguments: list[str]) -> None:
-    parser = _parser(
-        "experts",
-        "How the experts of each MoE layer share the work, and which domains each prefers, on the run's test set.",
-        "  nmt experts runs/demo\n  nmt experts demo decoding.checkpoint=last",
-    )
-    _, run, config = _parse(parser, arguments)
-    from nmt.decoding.translator import Translator
-    from nmt.evaluation.expert_report import expert_report
-
-    if not config.model.moe.num_experts:
-        raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0")
-    split = "test" if run.text("test")[0] else "dev"
-    translator = Translator.load(run, config)
-    sources, targets, domains = run.text(split)
-    layers = expert_report(
-        translator.model,
-        translator.subwords,
-        sources,
-        targets,
-        domains,
-        translator.device,
-        config.decoding.precision,
-    )
-    print("\n\n".join(str(layer) for layer in layers))
-    run.report.mkdir(exist_ok=True)
-    content = json.dumps({"split": split, "layers": [layer.to_dict() for layer in layers]}, indent=2)
-    write_atomically(run.report / "experts.json", content.encode())
-    _say(f"the whole table is in {run.report / 'experts.json'}")
+    module.run(options, run, _run_config(run, overrides))
 
 
 if __name__ == "__main__":

@@ -105,15 +105,15 @@ def masked_loop(moe: MoE, x_TD: Tensor) -> Tensor:
         mask_TK = gate.expert_TK == expert
         token_M = mask_TK.any(dim=1)
         if token_M.any():
-            hidden = (x_TD[token_M] @ moe.experts.w1_EDH[expert]).relu()
+            hidden = (x_TD[token_M] @ moe.experts.weights[0][expert]).relu()
             weight_M = (gate.gates_TK * mask_TK).sum(dim=1)[token_M]
-            y_TD[token_M] += weight_M[:, None] * (hidden @ moe.experts.w2_EHD[expert])
+            y_TD[token_M] += weight_M[:, None] * (hidden @ moe.experts.weights[1][expert])
     return y_TD
 
 
 def moe_part(num_experts: int, tokens: int = 2500, width: int = 128, hidden: int = 256, k: int = 2) -> dict[str, Work]:
     """The whole MoE layer, gate included, beside a dense pair on k x tokens rows and the loop over masks."""
-    moe = MoE(width, MoEConfig(num_experts=num_experts, k=k, hidden_size=hidden)).train()
+    moe = MoE(width, num_experts, MoEConfig(num_experts=num_experts, k=k, hidden_sizes=[hidden])).train()
     init_parameters(nn.ModuleList([moe]), nn.Linear(1, 1))
     dense = nn.Sequential(nn.Linear(width, hidden, bias=False), nn.ReLU(), nn.Linear(hidden, width, bias=False))
     x_TD, grad_TD = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
@@ -235,7 +235,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
         model = Seq2Seq(config.model, vocabulary).train()
         optimizer = make_optimizer(model, config.training)
         works[name] = lambda model=model, optimizer=optimizer, config=config: [  # type: ignore[misc]
-            update(model, optimizer, config, [batch], 1e-3, CPU) for batch in batches
+            update(model, optimizer, config, [batch], 1, 1e-3, CPU) for batch in batches
         ]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9

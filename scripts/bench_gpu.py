@@ -94,7 +94,7 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
 
     def round_trip() -> None:
         for batch in batches:
-            update(model, optimizer, config, [batch], 1e-4, device)
+            update(model, optimizer, config, [batch], 1, 1e-4, device)
         torch.cuda.synchronize()
 
     round_trip()
@@ -119,7 +119,7 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
 def moe_layer(num_experts: int, tokens: int, device: torch.device) -> dict[str, float]:
     """Forward and backward of one MoE layer in bf16 (d 512, hidden 2048, k 4), beside a dense pair of equal FLOPs."""
     torch.manual_seed(1)
-    moe = MoE(512, MoEConfig(num_experts=num_experts, k=4, hidden_size=2048)).to(device).train()
+    moe = MoE(512, num_experts, MoEConfig(num_experts=num_experts, k=4, hidden_sizes=[2048])).to(device).train()
     holder = nn.Linear(1, 1)
     init_parameters(nn.ModuleList([moe]), holder)
     moe.experts.to(torch.bfloat16)

@@ -28,7 +28,7 @@ def tiny_config() -> Callable[..., ModelConfig]:
     """A ModelConfig of single-digit sizes; keywords of the model, its attention or its experts override."""
 
     def build(**changes: Any) -> ModelConfig:
-        moe = {"num_experts": 4, "k": 2, "hidden_size": 7}
+        moe = {"num_experts": 4, "k": 2, "hidden_sizes": [7]}
         attention = {"size": 5}
         moe |= {key: changes.pop(key) for key in ("num_experts", "k", "output") if key in changes}
         attention |= {key: changes.pop(key) for key in ("function", "wiring") if key in changes}

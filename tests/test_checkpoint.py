@@ -45,7 +45,7 @@ def model_of(value: float = 0.0) -> nn.Linear:
 
 def save(folder: Path, step: int, score: float | None = None, value: float | None = None) -> Path:
     model = model_of(float(step) if value is None else value)
-    return save_checkpoint(folder, step, model, {"random.cpu": torch.arange(9)}, {"at": step}, score, "words")
+    return save_checkpoint(folder, step, model, {"exp_avg.x": torch.arange(9)}, {"at": step}, score, "words")
 
 
 def steps(folder: Path) -> list[int]:
@@ -60,7 +60,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     (found,) = list_checkpoints(tmp_path / "deep" / "er")
     assert (found.path, found.step, found.score, found.verify()) == (path, 7, 1.5, None)
     assert found.state() == {"at": 7}
-    assert torch.equal(found.training_tensors()["random.cpu"], torch.arange(9))
+    assert torch.equal(found.training_tensors()["exp_avg.x"], torch.arange(9))
     model = model_of()
     load_parameters(model, [found], "words")
     assert all(torch.equal(p, torch.full_like(p, 7.0)) for p in model.parameters())

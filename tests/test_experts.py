@@ -23,7 +23,9 @@ def randn(*size: int) -> Tensor:
 
 
 def moe_layer(num_experts: int, k: int, output: str = "none") -> MoE:
-    moe = MoE(WIDTH, MoEConfig(num_experts=num_experts, k=k, hidden_size=HIDDEN, output=output)).double()
+    moe = MoE(
+        WIDTH, num_experts, MoEConfig(num_experts=num_experts, k=k, hidden_sizes=[HIDDEN], output=output)
+    ).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     return moe

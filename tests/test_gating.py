@@ -213,7 +213,7 @@ def test_balance_loss_weighs_importance_and_load():
 
 @pytest.mark.parametrize("k", [1, 2])
 def test_the_task_teaches_the_gate_only_with_two_experts_or_more(k: int):
-    moe = MoE(6, MoEConfig(num_experts=4, k=k, hidden_size=5)).double()
+    moe = MoE(6, 4, MoEConfig(num_experts=4, k=k, hidden_sizes=[5])).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     y_TD, gate = moe(torch.randn(10, 6, dtype=torch.float64))

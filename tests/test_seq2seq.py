@@ -10,7 +10,8 @@ from conftest import TINY_VOCAB
 from torch import Tensor, nn
 
 from nmt.batch import Batch
-from nmt.config import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, WIRINGS, AttentionConfig, ModelConfig, MoEConfig
+from nmt.config import AttentionConfig, ModelConfig, MoEConfig
+from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, WIRINGS
 from nmt.model.attention import Attention, Memory
 from nmt.model.gating import balance_loss
 from nmt.model.init import init_parameters
@@ -284,7 +285,7 @@ def test_initial_values_are_those_of_the_table():
         cell_size=cells,
         output_bias=True,
         attention=AttentionConfig(function="normalised", size=size),
-        moe=MoEConfig(num_experts=8, hidden_size=hidden),
+        moe=MoEConfig(num_experts=8, hidden_sizes=[hidden]),
     )
     model = Seq2Seq(config, vocab)
 

@@ -45,7 +45,7 @@ TINY_RUN = [
     "model.dropout=0.2",
     "model.attention.size=16",
     "model.moe.num_experts=4",
-    "model.moe.hidden_size=16",
+    "model.moe.hidden_sizes=[16]",
     "training.schedule=inverse_sqrt",
     "training.batch_tokens=120",
     "training.warmup_steps=2",
@@ -241,7 +241,7 @@ def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig
     results = []
     for micro_batches in (batches, halves):
         optimizer = Keep(model.parameters(), lr=1.0)
-        done = update(model, optimizer, config, micro_batches, 0.1, torch.device("cpu"))
+        done = update(model, optimizer, config, micro_batches, 1, 0.1, torch.device("cpu"))
         results.append((optimizer.kept, done))
     (whole, one), (sum_of_parts, two) = results
     for expected, actual in zip(whole, sum_of_parts, strict=True):
@@ -265,7 +265,7 @@ def test_balance_losses_are_averaged_over_micro_batches(
     kept = []
     for micro_batches in ([batch], [batch, batch]):
         optimizer = Keep((p for n, p in model.named_parameters() if not n.endswith("w_noise_DE")), lr=1.0)
-        update(model, optimizer, config, micro_batches, 0.1, torch.device("cpu"))
+        update(model, optimizer, config, micro_batches, 1, 0.1, torch.device("cpu"))
         kept.append(optimizer.kept)
     for once, twice in zip(*kept, strict=True):
         torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-12)
@@ -410,7 +410,7 @@ def test_a_tiny_mixture_of_experts_learns_to_reverse(tiny_config: Callable[..., 
     batch = make_batch(np.arange(40), sources, [source[::-1] for source in sources])
     losses = []
     for step in range(1, 201):
-        done = update(model, optimizer, config, [batch], 0.02 * min(1, step / 20), torch.device("cpu"))
+        done = update(model, optimizer, config, [batch], step, 0.02 * min(1, step / 20), torch.device("cpu"))
         losses.append(float(done.nll) / batch.num_target_tokens)
     assert losses[0] > 1.5
     assert losses[-1] < 0.3

@@ -50,6 +50,7 @@ class Translator:
     """A model, its vocabulary and how to search with it."""
 
     def __init__(self, model: Seq2Seq, subwords: Subwords, decoding: DecodingConfig, device: torch.device) -> None:
+        model.set_experts_per_token(decoding.experts_per_token)
         self.model = model
         self.subwords = subwords
         self.decoding = decoding

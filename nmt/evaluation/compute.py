@@ -2,12 +2,29 @@
 
 ops/timestep is the paper's measure (S17 sections 5.1 and 5.3): multiply-adds of one forward pass for one source and
 one target position, softmax included, biases and element-wise work not. Training FLOPs count a multiply-add as two,
-and the backward pass as twice the forward pass.
+and the backward pass as twice the forward pass. Bytes and seconds are worked out from these in `budget.py`.
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import NamedTuple
 
-from nmt.config import ModelConfig
+from nmt.config import ModelConfig, MoEConfig
+
+
+class Count(NamedTuple):
+    """What a layer holds, and what it does at one position."""
+
+    parameters: int
+    ops: int
+    """Multiply-adds of one forward pass."""
+
+
+class MoECount(NamedTuple):
+    """The two parts of one mixture-of-experts layer."""
+
+    experts: Count
+    gates: Count
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,16 @@ class Cost:
         return sum(self.parameters.values())
 
     @property
+    def num_expert_parameters(self) -> int:
+        """Those of the experts: what expert parallelism divides among the GPUs."""
+        return sum(count for part, count in self.parameters.items() if part.endswith("experts"))
+
+    @property
+    def num_vocabulary_parameters(self) -> int:
+        """Those of the embeddings and the softmax, which the paper's "params" leaves out (S17 Tables 7 and 8)."""
+        return self.parameters["embeddings"] + self.parameters["softmax"]
+
+    @property
     def ops_per_timestep(self) -> int:
         """The paper's figure."""
         return sum(self.encoder_ops.values()) + sum(self.decoder_ops.values())
@@ -41,14 +68,39 @@ class Cost:
         return 6.0 * forward
 
 
-def _lstm(input_size: int, cell_size: int, output_size: int) -> tuple[int, int]:
-    """(weights = multiply-adds, biases) of `nmt.model.lstm.LSTM`."""
+def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = True) -> Count:
+    """One direction of an LSTM of C cells from I inputs to P outputs, projected if P < C (`nmt.model.lstm.LSTM`).
+
+    4 C (I + P) weights, C P more for the projection, one multiply-add each; and 8 C biases, which the paper has not.
+    """
     projection = cell_size * output_size if output_size < cell_size else 0
-    return 4 * cell_size * (input_size + output_size) + projection, 8 * cell_size
+    weights = 4 * cell_size * (input_size + output_size) + projection
+    return Count(weights + 8 * cell_size * biases, weights)
 
 
-def _lstm_sizes(config: ModelConfig) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
-    """(input, cells, output) of every LSTM of the encoder and of the decoder, each direction counted."""
+def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoECount:
+    """One MoE layer D -> D of n experts; `moe` says all else. Every weight of a chosen expert is one multiply-add.
+
+    A noisy gate has two matrices, W_g and W_noise, and both count: D x n each (S17 section 2.1). The hierarchical one
+    has them for its a groups and for each group's n/a experts; of the latter, the chosen groups' count (appendix B).
+    Without noise there is W_g alone; strictly balanced gates have n thresholds as well (appendix F).
+    """
+    expert = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))
+    match moe.gating:
+        case "hierarchical":
+            chosen = moe.primary_k * num_experts // moe.branching
+            gates = Count(2 * width * (moe.branching + num_experts), 2 * width * (moe.branching + chosen))
+        case "noisy_top_k":
+            gates = Count(2 * width * num_experts, 2 * width * num_experts)
+        case "softmax_top_k":
+            gates = Count(width * num_experts, width * num_experts)
+        case _:
+            gates = Count(width * num_experts + num_experts, width * num_experts)
+    return MoECount(Count(num_experts * expert, moe.experts_per_token * expert), gates)
+
+
+def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
+    """(input, cells, output) of every LSTM of the `encoder` and of the `decoder`, each direction counted."""
     width, cells = config.hidden_size, config.cell_size
     directions = 1 if config.bottom_layer == "forward" else 2
     second = 2 * width if config.bottom_layer == "bidirectional_full" else width
@@ -58,7 +110,7 @@ def _lstm_sizes(config: ModelConfig) -> tuple[list[tuple[int, int, int]], list[t
     first = 2 * width if config.attention.wiring in ("feedback", "gnmt") else width
     above = 2 * width if config.attention.wiring in ("gnmt", "gnmt_v2") else width
     decoder = [(first, cells, width)] + [(above, cells, width)] * (config.num_decoder_layers - 1)
-    return encoder, decoder
+    return {"encoder": encoder, "decoder": decoder}
 
 
 def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
@@ -66,26 +118,23 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
     width, attention, moe = config.hidden_size, config.attention, config.moe
     table = vocab_size * width
     parameters = {"embeddings": table if config.tie_embeddings else 2 * table}
-    encoder_ops: dict[str, int] = {}
-    decoder_ops: dict[str, int] = {}
-    for side, ops, sizes in zip(("encoder", "decoder"), (encoder_ops, decoder_ops), _lstm_sizes(config), strict=True):
-        counts = [_lstm(*size) for size in sizes]
-        ops[f"{side} LSTMs"] = sum(weights for weights, _ in counts)
-        parameters[f"{side} LSTMs"] = sum(weights + biases for weights, biases in counts)
-        places = len(getattr(config, f"{side}_moe_after")) if moe.num_experts else 0
-        if places:
-            expert, gate = 2 * width * moe.hidden_size, 2 * width * moe.num_experts
-            ops[f"{side} experts"] = places * moe.k * expert
-            ops[f"{side} gates"] = places * gate
-            parameters[f"{side} experts"] = places * moe.num_experts * expert
-            parameters[f"{side} gates"] = places * gate
-    encoder_ops["attention keys"] = width * attention.size
-    decoder_ops["attention query"] = width * attention.size
+    ops: dict[str, dict[str, int]] = {"encoder": {}, "decoder": {}}
+    for side, sizes in lstm_sizes(config).items():
+        lstms = [lstm_cost(*size) for size in sizes]
+        parameters[f"{side} LSTMs"] = sum(lstm.parameters for lstm in lstms)
+        ops[side][f"{side} LSTMs"] = sum(lstm.ops for lstm in lstms)
+        layers = [layer for layer in config.moe_layers() if layer.startswith(side)]
+        counts = [moe_cost(width, moe, moe.experts_at(layer)) for layer in layers]
+        for part in MoECount._fields if counts else ():
+            parameters[f"{side} {part}"] = sum(getattr(count, part).parameters for count in counts)
+            ops[side][f"{side} {part}"] = sum(getattr(count, part).ops for count in counts)
+    ops["encoder"]["attention keys"] = width * attention.size
+    ops["decoder"]["attention query"] = width * attention.size
     parameters["attention"] = 2 * width * attention.size + attention.size
     if attention.function == "normalised":
         parameters["attention"] += attention.size + 1
     if attention.wiring == "parallel":
-        decoder_ops["context projection"] = parameters["context projection"] = width * width
-    decoder_ops["softmax"] = table
+        ops["decoder"]["context projection"] = parameters["context projection"] = width * width
+    ops["decoder"]["softmax"] = table
     parameters["softmax"] = (0 if config.tie_embeddings else table) + vocab_size * config.output_bias
-    return Cost(parameters, encoder_ops, decoder_ops, attention.size + width)
+    return Cost(parameters, ops["encoder"], ops["decoder"], attention.size + width)

@@ -127,6 +127,6 @@ def expert_report(
             gates = model(batch.to(device)).gates
         for layer, gate in gates.items():
             rows_N = batch.source_rows_N if layer.startswith("encoder") else batch.target_rows_N
-            tally = counts.setdefault(layer, _LayerCounts(gate.count_E.numel(), max(len(names), 1)))
+            tally = counts.setdefault(layer, _LayerCounts(gate.sums.count_E.numel(), max(len(names), 1)))
             tally.add(gate.expert_TK, gate.gates_TK, domain_B[rows_N % len(domain_B)])
     return [tally.report(layer, names) for layer, tally in counts.items()]

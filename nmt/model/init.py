@@ -13,18 +13,22 @@ choice measured on this model: see the README's results.
 | attention v                        | uniform, variance 1/N          | scores of unit scale: the softmax starts open  |
 | attention gain, bias (normalised)  | N^-1/2, 0                      | Bahdanau's normalised form as in GNMT v2       |
 | context projection (parallel)      | Xavier uniform                 | keeps the scale of the encoder                 |
-| expert w1                          | normal, variance 2/D           | He: variance kept through the ReLU             |
-| expert w2                          | normal, variance 1/H           | outputs of unit scale before the gate weights  |
-| gate w_gate, w_noise               | 0                              | all experts equally likely (S17 appendix A)    |
+| expert, all layers but the last    | normal, variance 2/inputs      | He: variance kept through the ReLU             |
+| expert, last layer                 | normal, variance 1/inputs      | outputs of unit scale before the gate weights  |
+| noisy gates                        | 0                              | all experts equally likely (S17 appendix A)    |
+| gates without noise: w_gate        | normal, std D^-1/2             | logits of unit scale; nothing else breaks ties |
+| strictly balanced: thresholds      | log T = -log E                 | the value of every gate if all were equal      |
 | output bias                        | 0                              | -                                              |
 """
+
+import math
 
 import torch
 from torch import nn
 
 from nmt.model.attention import Attention
 from nmt.model.experts import Experts
-from nmt.model.gating import NoisyTopKGate
+from nmt.model.gating import THRESHOLD_SCALE, Gate, SoftmaxTopKGate, StrictlyBalancedGate
 from nmt.model.lstm import LSTM
 
 
@@ -42,12 +46,11 @@ def init_parameters(model: nn.Module, softmax: nn.Linear) -> None:
             case Attention():
                 _init_scores(module)
             case Experts():
-                _, width, hidden = module.w1_EDH.shape
-                nn.init.normal_(module.w1_EDH, std=(2.0 / width) ** 0.5)
-                nn.init.normal_(module.w2_EHD, std=hidden**-0.5)
-            case NoisyTopKGate():
-                nn.init.zeros_(module.w_gate_DE)
-                nn.init.zeros_(module.w_noise_DE)
+                for place, w_EIO in enumerate(module.weights, start=1):
+                    gain = 2.0 if place < len(module.weights) else 1.0
+                    nn.init.normal_(w_EIO, std=(gain / w_EIO.shape[1]) ** 0.5)
+            case Gate():
+                _init_gate(module)
     nn.init.normal_(softmax.weight, std=softmax.in_features**-0.5)
     if softmax.bias is not None:
         nn.init.zeros_(softmax.bias)
@@ -63,6 +66,15 @@ def _init_lstm(lstm: nn.LSTM) -> None:
         # Gates stand in PyTorch's order: input, forget, cell, output. One of the two bias vectors carries the 1.
         if name.startswith("bias_hh"):
             parameter[lstm.hidden_size : 2 * lstm.hidden_size] = 1.0
+
+
+def _init_gate(gate: Gate) -> None:
+    for parameter in gate.parameters():
+        nn.init.zeros_(parameter)
+    if isinstance(gate, SoftmaxTopKGate | StrictlyBalancedGate):
+        nn.init.normal_(gate.w_gate_DE, std=gate.w_gate_DE.shape[0] ** -0.5)
+    if isinstance(gate, StrictlyBalancedGate):
+        nn.init.constant_(gate.threshold_E, -math.log(gate.num_experts) / THRESHOLD_SCALE)
 
 
 def _init_scores(attention: Attention) -> None:

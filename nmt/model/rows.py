@@ -3,7 +3,8 @@
 PyTorch's own backward of an index is an accumulating scatter, which a GPU does with atomics, slowly and in an order
 that changes from run to run. Where the index is known to be unique, or its inverse is known, none is needed.
 
-Letters: T tokens, K choices per token, R = T * K routed rows, N selected rows, M rows to select from, D width.
+Letters: T tokens, K places for experts a token has, S = T * K slots, R <= S routed rows, N selected rows, M rows to
+select from, D width.
 """
 
 from typing import Any
@@ -27,27 +28,35 @@ class _TakeRows(Function):
         return grad_MD.index_copy_(0, index_N, grad_ND), None
 
 
+def _rows_of_slots(rows_RD: Tensor, row_S: Tensor) -> Tensor:
+    """The row of each slot; zeros for an empty slot, whose row is R or more."""
+    num_rows = rows_RD.shape[0]
+    if row_S.numel() > num_rows:
+        rows_RD, row_S = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]), row_S.clamp_max(num_rows)
+    return rows_RD.index_select(0, row_S)
+
+
 class _RouteRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_R)
+    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
+        ctx.save_for_backward(row_S)
         ctx.num_tokens = x_TD.shape[0]
-        choices = order_R.numel() // max(x_TD.shape[0], 1)
+        choices = row_S.numel() // max(x_TD.shape[0], 1)
         return x_TD.index_select(0, order_R // max(choices, 1))
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (inverse_R,) = ctx.saved_tensors
+        (row_S,) = ctx.saved_tensors
         width = grad_RD.shape[1]
-        choices = inverse_R.numel() // max(ctx.num_tokens, 1)
-        grad_TKD = grad_RD.index_select(0, inverse_R).view(ctx.num_tokens, choices, width)
+        choices = row_S.numel() // max(ctx.num_tokens, 1)
+        grad_TKD = _rows_of_slots(grad_RD, row_S).view(ctx.num_tokens, choices, width)
         return grad_TKD.sum(1), None, None
 
 
 class _CombineRows(Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-        rows_TKD = rows_RD.index_select(0, inverse_R).view(*gates_TK.shape, rows_RD.shape[1])
+    def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
+        rows_TKD = _rows_of_slots(rows_RD, row_S).view(*gates_TK.shape, rows_RD.shape[1])
         ctx.save_for_backward(rows_TKD, gates_TK, order_R)
         return torch.bmm(gates_TK.to(rows_RD.dtype).unsqueeze(1), rows_TKD).squeeze(1)
 
@@ -71,14 +80,17 @@ def put_rows(x_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     return x_ND.new_zeros(num_rows, *x_ND.shape[1:]).index_copy(0, index_N, x_ND)
 
 
-def route_rows(x_TD: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """Row r of the result is the token of slot order[r], where slot t * K + j is token t's j-th choice."""
-    return _RouteRows.apply(x_TD, order_R, inverse_R)
+def route_rows(x_TD: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
+    """Row r of the result is the token of slot order[r], where slot t * K + j is token t's j-th place for an expert.
+
+    `row_S` is the inverse: the row of each slot, R or more for a slot that is empty.
+    """
+    return _RouteRows.apply(x_TD, order_R, row_S)
 
 
-def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, inverse_R: Tensor) -> Tensor:
-    """The way back from `route_rows`: y_t = sum_j gates[t, j] * (the row of slot t * K + j)."""
-    return _CombineRows.apply(rows_RD, gates_TK, order_R, inverse_R)
+def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
+    """The way back from `route_rows`: y_t = sum_j gates[t, j] * (the row of slot t * K + j). Empty slots give 0."""
+    return _CombineRows.apply(rows_RD, gates_TK, order_R, row_S)
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:

@@ -64,7 +64,12 @@ class _MoELayers(nn.Module):
         super().__init__()
         places = places if config.moe.num_experts else []
         self.side = side
-        self.moe = nn.ModuleDict({str(place): MoE(config.hidden_size, config.moe) for place in places})
+        self.moe = nn.ModuleDict(
+            {
+                str(place): MoE(config.hidden_size, config.moe.experts_at(f"{side}.{place}"), config.moe)
+                for place in places
+            }
+        )
         self.dropout = nn.Dropout(config.dropout)
 
     def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, gates: Gates) -> Tensor:
@@ -230,12 +235,26 @@ class Seq2Seq(nn.Module):
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
         """Summed loss of predicting every target token of the batch from the source and the tokens before it."""
-        memory, gates = self.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
-        decoded = self.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
+        decoded, gates = self._read(batch)
         x_ND = take_rows(decoded.x_TRD.flatten(0, 1), batch.target_rows_N)
         target_N = batch.target_out_TB.flatten().index_select(0, batch.target_rows_N)
         loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing)
-        return LossOutput(loss, nll, gates | decoded.gates)
+        return LossOutput(loss, nll, gates)
+
+    def gates(self, batch: Batch) -> Gates:
+        """The gates that `forward` would return, without the softmax layer."""
+        return self._read(batch)[1]
+
+    def set_experts_per_token(self, count: int) -> None:
+        """Wake `count` experts per token and layer outside training; 0: as in training. ValueError if impossible."""
+        for module in self.modules():
+            if isinstance(module, MoE):
+                module.gate.set_experts_per_token(count)
+
+    def _read(self, batch: Batch) -> tuple[DecoderOutput, Gates]:
+        memory, gates = self.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
+        decoded = self.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
+        return decoded, gates | decoded.gates
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
         # Unit scale for what the LSTMs read, while the matrix itself keeps the scale that the softmax wants.

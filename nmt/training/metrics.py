@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nmt.model.gating import GateOutput, cv_squared
+from nmt.model.gating import GateOutput, GateSums, cv_squared
 from nmt.model.seq2seq import Gates
 
 
 @torch.no_grad()
-def gate_health(gate: GateOutput, interval_count_E: Tensor) -> dict[str, Tensor]:
+def gate_health(gate: GateOutput, sums: GateSums, interval_count_E: Tensor) -> dict[str, Tensor]:
     """The figures by which a gate is watched, as tensors of one element.
 
     cv_importance and cv_load (S17 Table 6), max_over_mean_load, the mean entropy of a token's gates in nats, and
@@ -25,9 +25,9 @@ def gate_health(gate: GateOutput, interval_count_E: Tensor) -> dict[str, Tensor]
     """
     gates_TK = gate.gates_TK.clamp_min(1e-20)
     return {
-        "cv_importance": cv_squared(gate.importance_E).sqrt(),
-        "cv_load": cv_squared(gate.load_E).sqrt(),
-        "max_over_mean_load": gate.load_E.max() / gate.load_E.mean().clamp_min(1e-20),
+        "cv_importance": cv_squared(sums.importance_E).sqrt(),
+        "cv_load": cv_squared(sums.load()).sqrt(),
+        "max_over_mean_load": sums.count_E.max() / sums.count_E.mean().clamp_min(1e-20),
         "gate_entropy": -(gates_TK * gates_TK.log()).sum(1).mean(),
         "idle_experts": (interval_count_E == 0).sum().float(),
     }
@@ -40,6 +40,7 @@ class Interval:
         self.sums = torch.zeros(4, device=device, dtype=torch.float64)  # loss, nll, gradient norm, skipped
         self.counts: dict[str, Tensor] = {}
         self.gates: Gates = {}
+        self.sums_of_layers: dict[str, GateSums] = {}
         self.updates = 0
         self.source_tokens = 0
         self.target_tokens = 0
@@ -56,17 +57,17 @@ class Interval:
         self.target_tokens += target_tokens
         self.flops += flops
 
-    def watch(self, gates: Gates) -> None:
+    def watch(self, sums: dict[str, GateSums], gates: Gates) -> None:
         """Count the tokens of each expert, and keep the newest gates for their figures."""
-        self.gates = gates
-        for name, gate in gates.items():
-            self.counts[name] = self.counts[name] + gate.count_E if name in self.counts else gate.count_E
+        self.sums_of_layers, self.gates = sums, gates
+        for name, each in sums.items():
+            self.counts[name] = self.counts[name] + each.count_E if name in self.counts else each.count_E
 
     def read(self) -> dict[str, float]:
         """The figures; waits for the device once."""
         names, values = ["loss", "nll", "gradient_norm", "skipped_updates"], [self.sums]
         for layer, gate in self.gates.items():
-            health = gate_health(gate, self.counts[layer])
+            health = gate_health(gate, self.sums_of_layers[layer], self.counts[layer])
             names += [f"{layer}.{name}" for name in health]
             values.append(torch.stack(list(health.values())).double())
         figures = dict(zip(names, torch.cat(values).tolist(), strict=True))

@@ -2,7 +2,8 @@
 
 An update sums the gradients of its micro-batches, all divided by the update's number of target tokens, so that nothing
 depends on how the tokens were split. What a run will do next follows from its last checkpoint alone: parameters,
-moments, position in the data, random states and counters; stopping and going on changes no bit on a CPU.
+moments, position in the data and counters (dropout and gate noise follow from the seed and the step); stopping and
+going on changes no bit on a CPU.
 """
 
 import math
@@ -124,12 +125,12 @@ class Trainer:
     def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
         self.progress.step += 1
         rate = learning_rate(self.config.training, self.progress.step)
-        done = update(self.model, self.optimizer, self.config, micro_batches, rate, self.device)
+        done = update(self.model, self.optimizer, self.config, micro_batches, self.progress.step, rate, self.device)
         interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
-        for batch, gates in zip(micro_batches, done.gates, strict=True):
+        interval.watch(done.sums, done.gates)
+        for batch in micro_batches:
             sizes = batch.num_source_tokens, batch.num_target_tokens
             interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
-            interval.watch(gates)
             self.progress.target_tokens += batch.num_target_tokens
 
     # ---------------------------------------------------------------------------------- figures and validation
@@ -207,9 +208,7 @@ class Trainer:
     # ------------------------------------------------------------------------------------- saving and going on
 
     def _save(self, score: float | None) -> None:
-        training: dict[str, Tensor] = {"random.cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            training["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        training: dict[str, Tensor] = {}
         for name, parameter in self.model.named_parameters():
             for moment, value in self.optimizer.state[parameter].items():
                 training[f"{moment}.{name}"] = value.detach().cpu().contiguous()
@@ -241,9 +240,6 @@ class Trainer:
             self.optimizer.state[parameter] = {
                 moment: tensors[f"{moment}.{name}"].to(self.device) for moment in ("step", "exp_avg", "exp_avg_sq")
             }
-        torch.set_rng_state(tensors["random.cpu"])
-        if self.device.type == "cuda" and "random.cuda" in tensors:
-            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
         return checkpoint
 
     @contextmanager

@@ -1,0 +1,177 @@
+"""Every setting of the program, once: its type, its default and its documentation.
+
+These dataclasses are the schema of the Hydra configuration in conf/. The YAML files choose values; a misspelt key, a
+wrong type or a value that contradicts another is refused with the full key before anything runs. Below the command
+line nothing knows Hydra: the program is handed these plain objects.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from nmt.config.checks import above, at_least, fraction, one_of
+from nmt.config.corpus import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config.model import AttentionConfig, ModelConfig, MoEConfig
+
+__all__ = [
+    "AttentionConfig",
+    "Config",
+    "CorpusConfig",
+    "DecodingConfig",
+    "FilesConfig",
+    "FilterConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "RunConfig",
+    "SubwordConfig",
+    "TrainingConfig",
+]
+
+SCHEDULES = ("inverse_sqrt", "linear")
+PRECISIONS = ("auto", "fp32", "bf16")
+DEVICES = ("auto", "cpu", "cuda")
+BEST_BY = ("perplexity", "bleu")
+
+
+@dataclass
+class TrainingConfig:
+    """How the network learns."""
+
+    seed: int = 1
+    """Initial weights, order of the data, dropout and gate noise all follow from it."""
+    max_steps: int = 20000
+    """Optimiser updates."""
+    batch_tokens: int = 16384
+    """Padded tokens of one micro-batch, on its larger side: what must fit in the memory of one GPU."""
+    micro_batches: int = 1
+    """Micro-batches summed into one update, over all GPUs together. Fixes what an update sees, whatever the number
+    of GPUs: it must be a multiple of that number."""
+    learning_rate: float = 2.0e-3
+    """Peak learning rate."""
+    schedule: str = "inverse_sqrt"
+    """inverse_sqrt: linear warm-up, hold, then step^-0.5 (S17 appendix E); linear: warm-up, then to 0 at max_steps."""
+    warmup_steps: int = 2000
+    """Updates of linear warm-up."""
+    hold_steps: int = 8000
+    """Updates at the peak, for inverse_sqrt."""
+    adam_beta1: float = 0.9
+    """Adam's decay of the first moment."""
+    adam_beta2: float = 0.98
+    """Adam's decay of the second moment."""
+    adam_epsilon: float = 1.0e-9
+    """Adam's epsilon."""
+    label_smoothing: float = 0.1
+    """Share of the target probability spread evenly over the vocabulary."""
+    clip_norm: float = 1.0
+    """Largest norm of the whole gradient; 0 for no clipping."""
+    precision: str = "auto"
+    """bf16 (matrix products; weights, gates, losses and optimiser stay float32), fp32, or auto: bf16 on a GPU."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    log_every: int = 50
+    """Updates between lines of metrics."""
+    validate_every: int = 1000
+    """Updates between validations."""
+    validation_sentences: int = 500
+    """Sentences of the dev set translated (greedily) for validation BLEU; 0 for perplexity alone."""
+    checkpoint_every: int = 1000
+    """Updates between checkpoints. The last update is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept, besides the best one."""
+    best_by: str = "perplexity"
+    """What makes a checkpoint the best: perplexity, or bleu of the validation."""
+    patience: int = 0
+    """Stop after this many validations without a new best; 0: never."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_tokens", "micro_batches", "log_every", "validate_every"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("checkpoint_every", "keep_checkpoints"):
+            at_least(f"training.{name}", getattr(self, name), 1)
+        for name in ("warmup_steps", "hold_steps", "clip_norm", "validation_sentences", "patience", "seed"):
+            at_least(f"training.{name}", getattr(self, name), 0)
+        above("training.learning_rate", self.learning_rate, 0.0)
+        above("training.adam_epsilon", self.adam_epsilon, 0.0)
+        for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
+            fraction(f"training.{name}", getattr(self, name))
+        one_of("training.schedule", self.schedule, SCHEDULES)
+        one_of("training.precision", self.precision, PRECISIONS)
+        one_of("training.device", self.device, DEVICES)
+        one_of("training.best_by", self.best_by, BEST_BY)
+        if self.best_by == "bleu" and self.validation_sentences == 0:
+            raise ValueError("training.best_by=bleu needs training.validation_sentences of at least 1")
+
+
+@dataclass
+class DecodingConfig:
+    """How a trained model translates. May be overridden for every command that takes a run."""
+
+    checkpoint: str = "best"
+    """best, last, average (the mean of the newest `average_checkpoints`), or a step such as 12000."""
+    average_checkpoints: int = 3
+    """Checkpoints in the mean, for checkpoint=average."""
+    beam_size: int = 4
+    """Hypotheses kept for each sentence; 1 is greedy search."""
+    experts_per_token: int = 0
+    """Experts that each token wakes while translating, in all groups together; 0: as many as in training. Fewer are
+    cheaper, more may be better (`nmt evaluate RUN --dial 1,2,4` shows it)."""
+    alpha: float = 0.2
+    """Length normalisation lp(Y) = ((5+|Y|)/6)^alpha (GNMT eq. 14)."""
+    beta: float = 0.2
+    """Weight of the coverage penalty (GNMT eq. 14)."""
+    max_length_ratio: float = 2.0
+    """A translation has at most this many times the pieces of its source (GNMT section 7), and 10 more."""
+    max_source_pieces: int = 250
+    """Longer lines are translated in parts of this many pieces, joined again; a warning counts them."""
+    batch_sentences: int = 64
+    """Sentences searched together."""
+    device: str = "auto"
+    """cuda, cpu, or auto."""
+    precision: str = "auto"
+    """bf16, fp32, or auto: bf16 on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("average_checkpoints", "beam_size", "max_source_pieces", "batch_sentences"):
+            at_least(f"decoding.{name}", getattr(self, name), 1)
+        for name in ("alpha", "beta", "experts_per_token"):
+            at_least(f"decoding.{name}", getattr(self, name), 0)
+        above("decoding.max_length_ratio", self.max_length_ratio, 0.0)
+        one_of("decoding.device", self.device, DEVICES)
+        one_of("decoding.precision", self.precision, PRECISIONS)
+        if self.checkpoint not in ("best", "last", "average") and not self.checkpoint.isdigit():
+            raise ValueError(
+                f"decoding.checkpoint={self.checkpoint} is not best, last, average or the number of a step"
+            )
+
+
+@dataclass
+class RunConfig:
+    """Where a run lives."""
+
+    name: str = ""
+    """Folder of the run below `directory`. The same name continues the run."""
+    directory: str = "runs"
+    """Folder of all runs."""
+
+    def __post_init__(self) -> None:
+        if "/" in self.name or self.name in (".", ".."):
+            raise ValueError(f"run.name={self.name!r} must be a plain name: it becomes a folder in run.directory")
+
+
+@dataclass
+class Config:
+    """The whole program."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    """The run."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The text."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """The learning."""
+    decoding: DecodingConfig = field(default_factory=DecodingConfig)
+    """The translating."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionaries, for YAML and JSON."""
+        return asdict(self)

@@ -1,0 +1,110 @@
+"""Settings of the text: where it comes from, what is dropped, how it is cut into pieces."""
+
+from dataclasses import dataclass, field
+
+from nmt.config.checks import at_least, one_of
+
+SUBWORD_KINDS = ("unigram", "bpe")
+NORMALISATIONS = ("nmt_nfkc", "nfkc", "identity")
+
+
+@dataclass
+class FilesConfig:
+    """Parallel text of one split, for `corpus.source: files`. Line n of `source` pairs with line n of `target`.
+
+    Compression is told by the ending: .gz, .xz, .zst or none.
+    """
+
+    source: list[str] = field(default_factory=list)
+    """Text files of the source language, one sentence per line; several are read one after the other."""
+    target: list[str] = field(default_factory=list)
+    """Text files of the target language, in the same order."""
+    pairs: list[str] = field(default_factory=list)
+    """Files that hold both sides: .tsv (source TAB target), .jsonl or .parquet with a column `translation`
+    (language -> text) or one column per language."""
+
+
+@dataclass
+class FilterConfig:
+    """What a training pair must satisfy; dev and test are never filtered. 0 or false switches a filter off."""
+
+    blank: bool = True
+    """Drop pairs of which one side is blank."""
+    identical: bool = False
+    """Drop pairs whose two sides are the same text (untranslated lines of web corpora)."""
+    duplicates: bool = False
+    """Drop pairs seen before. Costs about 100 bytes of memory a pair."""
+    max_words: int = 150
+    """Drop pairs with more blank-separated words on either side."""
+    max_length_ratio: float = 0.0
+    """Drop pairs whose longer side has more than this many times the words of the shorter one."""
+    max_pieces: int = 200
+    """Drop pairs with more subword pieces on either side."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_words", "max_length_ratio", "max_pieces"):
+            at_least(f"corpus.filters.{name}", getattr(self, name), 0)
+
+
+@dataclass
+class SubwordConfig:
+    """One SentencePiece vocabulary for both languages (GNMT section 4: a shared vocabulary makes copying trivial)."""
+
+    kind: str = "unigram"
+    """unigram or bpe."""
+    vocab_size: int = 32000
+    """Pieces, the four special ones included. A multiple of 8 keeps the softmax on the fast matrix path."""
+    character_coverage: float = 0.9999
+    """Share of the characters that get a piece of their own; the rest are unknown."""
+    normalisation: str = "nmt_nfkc"
+    """nmt_nfkc, nfkc, or identity (keeps typographic spaces and ligatures)."""
+    training_sentences: int = 400000
+    """Sentences, of both languages together, drawn evenly from the corpus to learn the pieces from."""
+
+    def __post_init__(self) -> None:
+        one_of("corpus.subwords.kind", self.kind, SUBWORD_KINDS)
+        one_of("corpus.subwords.normalisation", self.normalisation, NORMALISATIONS)
+        at_least("corpus.subwords.vocab_size", self.vocab_size, 16)
+        at_least("corpus.subwords.training_sentences", self.training_sentences, 1)
+        if not 0.9 <= self.character_coverage <= 1.0:
+            raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0")
+
+
+@dataclass
+class CorpusConfig:
+    """Where sentence pairs come from and how they become numbers (`nmt prepare`)."""
+
+    name: str = "corpus"
+    """Names the prepared corpus; it lies in `directory`/`name`-<fingerprint of this whole section>."""
+    directory: str = "data/prepared"
+    """Folder of all prepared corpora."""
+    source: str = "phrasebook"
+    """phrasebook (embedded), files (train/dev/test below), or a dataset of the Hugging Face hub such as wmt/wmt14,
+    or a local folder laid out like one."""
+    subset: str = ""
+    """Hub datasets: the configuration, e.g. de-en."""
+    source_language: str = "en"
+    """Language code; with hub datasets the key in the column `translation`."""
+    target_language: str = "de"
+    """Language code; with hub datasets the key in the column `translation`."""
+    root: str = ""
+    """Folder that the file names below are relative to; empty: the working directory."""
+    train: FilesConfig = field(default_factory=FilesConfig)
+    """Training text, for `source: files`."""
+    dev: FilesConfig = field(default_factory=FilesConfig)
+    """Validation text, for `source: files`."""
+    test: FilesConfig = field(default_factory=FilesConfig)
+    """Test text, for `source: files`. May be empty: then `nmt evaluate` wants --source and --reference."""
+    max_pairs: int = 0
+    """Read only this many training pairs (0: all; for the phrasebook 0 means 30,000)."""
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    """What is dropped from the training text."""
+    subwords: SubwordConfig = field(default_factory=SubwordConfig)
+    """The vocabulary."""
+
+    def __post_init__(self) -> None:
+        at_least("corpus.max_pairs", self.max_pairs, 0)
+        if not self.name or "/" in self.name:
+            raise ValueError(f"corpus.name={self.name!r} must be a plain name: it becomes a folder")
+        if self.source_language == self.target_language:
+            raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
