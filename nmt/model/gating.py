@@ -109,7 +109,7 @@ def batchwise_mask(x_TE: Tensor, m: int) -> Tensor:
 
 
 def batchwise_loss(x_TE: Tensor, threshold_E: Tensor, mask_TE: Tensor) -> Tensor:
-    """L_batchwise (S17 eq. 20) = sum of (M_threshold - M_batchwise)_ji (X_ji - T_i): >= 0, and 0 iff the masks agree."""
+    """L_batchwise (S17 eq. 20), sum of (M_threshold - M_batchwise)_ji (X_ji - T_i); 0 if the masks agree, else more."""
     difference_TE = x_TE - threshold_E
     return ((difference_TE > 0).to(x_TE.dtype) - mask_TE.to(x_TE.dtype)).mul(difference_TE).sum()
 
