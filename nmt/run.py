@@ -20,7 +20,7 @@ from nmt.errors import CheckpointError, DataError, StorageError
 from nmt.files import write_atomically
 
 # What may differ when a run goes on: none of it changes what an update computes, but max_steps under schedule=linear.
-_SAFE_TO_CHANGE = ("run.", "decoding.", "corpus.directory", "corpus.root", "training.device")
+_SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
 _SAFE_TRAINING = (
     "max_steps",
     "log_every",

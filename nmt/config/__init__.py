@@ -21,6 +21,7 @@ __all__ = [
     "FilterConfig",
     "MoEConfig",
     "ModelConfig",
+    "ParallelConfig",
     "RunConfig",
     "SubwordConfig",
     "TrainingConfig",
@@ -102,6 +103,23 @@ class TrainingConfig:
 
 
 @dataclass
+class ParallelConfig:
+    """How the processes that torchrun started share the work. None of it changes what an update computes."""
+
+    expert_group_size: int = 0
+    """Processes over which one copy of the experts is spread; 0: all of them. A divisor of their number makes each such
+    group hold all experts, for instance the GPUs of one host."""
+    timeout_seconds: int = 600
+    """A process that the others wait for longer than this has failed: all of them stop."""
+    overlap: bool = True
+    """Sum the gradients of dense parameters while the backward pass goes on, instead of after it."""
+
+    def __post_init__(self) -> None:
+        at_least("parallel.expert_group_size", self.expert_group_size, 0)
+        at_least("parallel.timeout_seconds", self.timeout_seconds, 1)
+
+
+@dataclass
 class DecodingConfig:
     """How a trained model translates. May be overridden for every command that takes a run."""
 
@@ -169,6 +187,8 @@ class Config:
     """The network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The learning."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """The processes."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """The translating."""
 

@@ -9,7 +9,7 @@ E experts, D width, I and O inputs and outputs of one layer of an expert.
 """
 
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,16 @@ class Route(NamedTuple):
     row_S: Tensor  # int64, the sorted row of each slot; R or more for an empty slot
 
 
+class Dispatcher(Protocol):
+    """Brings rows to their experts and back."""
+
+    def dispatch(self, x_TD: Tensor, gate: GateOutput, num_experts: int) -> tuple[Tensor, Tensor, Any]:
+        """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, what `combine` needs)."""
+
+    def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Any) -> Tensor:
+        """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
+
+
 class LocalDispatcher:
     """Sorts rows by expert on one device."""
 
@@ -101,7 +111,7 @@ class MoE(nn.Module):
         self.experts = Experts(num_experts, hidden_size, config.hidden_sizes)
         self.num_experts = num_experts
         self.sigmoid_output = config.output == "sigmoid"
-        self.dispatcher = LocalDispatcher()
+        self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, GateOutput]:
         """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional')."""

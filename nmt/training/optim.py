@@ -1,12 +1,14 @@
 """Adam and its learning rate."""
 
 import math
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nmt.config import TrainingConfig
+from nmt.parallel.mesh import World
 
 
 def learning_rate(training: TrainingConfig, step: int) -> float:
@@ -42,18 +44,36 @@ class Update(NamedTuple):
     skipped: Tensor  # float32, 1 if the gradient was not finite and nothing was changed
 
 
-def clipped_step(optimizer: torch.optim.Adam, clip_norm: float, rate: float) -> Update:
+def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: World | None) -> Tensor:
+    shared = {id(parameter) for parameter in experts} if world else set()
+    dense = [p.grad for p in parameters if p.grad is not None and id(p) not in shared]
+    own = [p.grad for p in parameters if p.grad is not None and id(p) in shared]
+    norm = torch.nn.utils.get_total_norm(dense, foreach=True)
+    if world is None or not own:
+        return norm
+    return (norm.square() + world.sum_over_group(torch.nn.utils.get_total_norm(own, foreach=True).square())).sqrt()
+
+
+def clipped_step(
+    optimizer: torch.optim.Adam,
+    clip_norm: float,
+    rate: float,
+    experts: Collection[Tensor] = (),
+    world: World | None = None,
+) -> Update:
     """Scale the whole gradient to at most `clip_norm` (0: leave it) and take one step at `rate`.
+
+    `experts` are the parameters of which this process of a `world` holds a share; all others are the same everywhere.
 
     The fused kernel divides by the scale and skips a gradient that is not finite in the same pass over the
     parameters, so clipping costs no pass of its own and a NaN never reaches a weight or a moment.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters], foreach=True)
+    norm = _global_norm(parameters, experts, world)
     skipped = (~norm.isfinite()).float()
     scale = (norm / clip_norm).clamp_min(1.0) if clip_norm else torch.ones_like(norm)
     # The interface through which torch.amp.GradScaler drives fused optimisers.
-    vars(optimizer).update(grad_scale=torch.where(skipped.bool(), 1.0, scale), found_inf=skipped)
+    vars(optimizer).update(grad_scale=torch.where(skipped.bool(), 1.0, scale).float(), found_inf=skipped)
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()

@@ -1,16 +1,22 @@
 """One optimiser update: what the trainer repeats and the benchmarks time."""
 
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from nmt.batch import Batch
 from nmt.config import Config
 from nmt.device import autocast
 from nmt.model.gating import GateSums, balance_loss
-from nmt.model.seq2seq import Gates, Seq2Seq
+from nmt.model.seq2seq import Gates, LossOutput, Seq2Seq
+from nmt.parallel.expert_parallel import is_expert
+from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step
 
 LayerSums = dict[str, GateSums]
@@ -18,23 +24,125 @@ LayerSums = dict[str, GateSums]
 
 
 class UpdateOutput(NamedTuple):
-    """What an update did; sums over its target tokens, as tensors, so that nobody waits for the device."""
+    """What an update did, as tensors, so that nobody waits for the device.
+
+    `loss` and `nll` are sums over the target tokens of this process; the rest is the same in all processes.
+    """
 
     loss: Tensor
     nll: Tensor
     gradient_norm: Tensor
     skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed
     sums: LayerSums
-    gates: Gates  # of the last micro-batch, detached
+    gates: Gates  # of this process's last micro-batch, detached
 
 
 def seed_everything(seed: int, step: int, micro_batch: int) -> None:
     """Seed PyTorch for one micro-batch: dropout and gate noise are a function of these three numbers alone.
 
-    So they do not depend on what ran before, nor on which device a micro-batch falls to.
+    So they do not depend on what ran before, nor on which process a micro-batch falls to.
     """
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(2, np.uint32)
     torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+
+
+class Updater:
+    """Updates of a model by the processes of a world, of which this one has its share of every update's micro-batches.
+
+    The gradient of an update is the sum over all micro-batches, each loss divided by the tokens of all of them; no
+    factor depends on how many processes there are. Balance losses are those of all micro-batches taken as one batch
+    (S17 section 4). Where a process has several, that needs the sums of all before the first backward pass: a forward
+    pass up to the last gate, with the same dropout and noise, finds them.
+    """
+
+    def __init__(self, model: Seq2Seq, optimizer: torch.optim.Adam, config: Config, world: World) -> None:
+        self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
+        self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
+        self.forward: Callable[..., LossOutput] = model
+        self.hold_back: Callable[[], Any] = _nothing_to_hold
+        if world.size > 1:
+            wrapped = _data_parallel(model, config.parallel.overlap, world)
+            self.forward, self.hold_back = wrapped, wrapped.no_sync
+
+    def update(self, micro_batches: list[Batch], step: int, rate: float) -> UpdateOutput:
+        """Update number `step` at learning rate `rate`, from this process's micro-batches."""
+        target_tokens = self.world.sum_int(sum(batch.num_target_tokens for batch in micro_batches))
+        number = len(micro_batches) * self.world.size
+        joined = self._joined_sums(micro_batches, step) if len(micro_batches) > 1 else {}
+        loss = nll = torch.zeros((), device=self.world.device)
+        gates: Gates = {}
+        for index, host_batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with _nothing_to_hold() if last else self.hold_back():
+                output = self._forward(self.forward, host_batch, step, index, self.config.training.label_smoothing)
+                if not joined:
+                    joined = self._summed({layer: gate.sums.detach() for layer, gate in output.gates.items()})
+                total = output.loss / target_tokens
+                for layer, gate in output.gates.items():
+                    sums = joined[layer].with_gradient_of(gate.sums)
+                    weights = self.config.model.moe.balance_weights(layer)
+                    total = total + balance_loss(sums, *weights) + gate.own_loss / number
+                total.backward()
+            loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
+            # Kept until the next line of metrics: they must not keep the graph alive.
+            gates = {layer: gate.detach() for layer, gate in output.gates.items()}
+        for parameter in self.experts:
+            if parameter.grad is not None:
+                self.world.sum_over_replicas(parameter.grad)
+        norm, skipped = clipped_step(self.optimizer, self.config.training.clip_norm, rate, self.experts, self.world)
+        self.optimizer.zero_grad(set_to_none=True)
+        return UpdateOutput(loss, nll, norm, skipped, joined, gates)
+
+    def _forward(self, call: Callable[..., Any], host_batch: Batch, step: int, index: int, *more: float) -> Any:
+        # Micro-batch i of this process is number rank + i * size of the update.
+        seed_everything(self.config.training.seed, step, self.world.rank + index * self.world.size)
+        with autocast(self.world.device, self.config.training.precision):
+            return call(host_batch.to(self.world.device), *more)
+
+    @torch.no_grad()
+    def _joined_sums(self, micro_batches: list[Batch], step: int) -> LayerSums:
+        joined: LayerSums = {}
+        if not self.config.model.moe_layers():
+            return joined
+        for index, host_batch in enumerate(micro_batches):
+            for layer, gate in self._forward(self.model.gates, host_batch, step, index).items():
+                joined[layer] = joined[layer].plus(gate.sums) if layer in joined else gate.sums
+        return self._summed(joined)
+
+    def _summed(self, sums: LayerSums) -> LayerSums:
+        """Over all processes, in one exchange."""
+        if self.world.size == 1 or not sums:
+            return sums
+        parts = [part for each in sums.values() for part in each.parts()]
+        together = self.world.sum(torch.cat(parts)).split([part.numel() for part in parts])
+        place = iter(together)
+        return {layer: GateSums(*(next(place).to(part.dtype) for part in each.parts())) for layer, each in sums.items()}
+
+
+@contextmanager
+def _nothing_to_hold() -> Iterator[None]:
+    yield
+
+
+def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDataParallel:
+    """Sums (not means) the gradients of dense parameters over all processes; experts are left alone."""
+    names = [name for name, _ in model.named_parameters() if is_expert(name)]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    wrapped = DistributedDataParallel(
+        model,
+        device_ids=[world.device.index] if world.device.type == "cuda" else None,
+        # One bucket holds everything: nothing to send before the backward pass is over.
+        bucket_cap_mb=25 if overlap else size / 2**20 + 1,
+        gradient_as_bucket_view=True,
+    )
+    wrapped.register_comm_hook(None, _sum_bucket)
+    return wrapped
+
+
+def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    work = dist.all_reduce(bucket.buffer(), async_op=True)
+    return work.get_future().then(lambda future: future.value()[0])
 
 
 def update(
@@ -46,45 +154,5 @@ def update(
     rate: float,
     device: torch.device,
 ) -> UpdateOutput:
-    """Sum the gradients of the micro-batches, each loss divided by the tokens of all of them, and step at `rate`.
-
-    Balance losses are those of all micro-batches taken as one batch (S17 section 4 sums over the batch, whatever its
-    parts). With several micro-batches that needs the sums of all before the first backward pass: a forward pass up to
-    the last gate, with the same dropout and noise, finds them.
-    """
-    training, moe = config.training, config.model.moe
-    target_tokens = sum(batch.num_target_tokens for batch in micro_batches)
-    joined = _joined_sums(model, config, micro_batches, step, device) if len(micro_batches) > 1 else {}
-    loss = nll = torch.zeros((), device=device)
-    gates: Gates = {}
-    for index, host_batch in enumerate(micro_batches):
-        seed_everything(training.seed, step, index)
-        with autocast(device, training.precision):
-            output = model(host_batch.to(device), training.label_smoothing)
-        total = output.loss / target_tokens
-        for layer, gate in output.gates.items():
-            sums = joined[layer].with_gradient_of(gate.sums) if joined else gate.sums
-            total = total + balance_loss(sums, *moe.balance_weights(layer)) + gate.own_loss / len(micro_batches)
-        total.backward()
-        loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
-        # Kept until the next line of metrics: they must not keep the graph alive.
-        gates = {layer: gate.detach() for layer, gate in output.gates.items()}
-    norm, skipped = clipped_step(optimizer, training.clip_norm, rate)
-    optimizer.zero_grad(set_to_none=True)
-    return UpdateOutput(loss, nll, norm, skipped, joined or {layer: gate.sums for layer, gate in gates.items()}, gates)
-
-
-@torch.no_grad()
-def _joined_sums(
-    model: Seq2Seq, config: Config, micro_batches: list[Batch], step: int, device: torch.device
-) -> LayerSums:
-    joined: LayerSums = {}
-    if not config.model.moe_layers():
-        return joined
-    for index, host_batch in enumerate(micro_batches):
-        seed_everything(config.training.seed, step, index)
-        with autocast(device, config.training.precision):
-            gates = model.gates(host_batch.to(device))
-        for layer, gate in gates.items():
-            joined[layer] = joined[layer].plus(gate.sums) if layer in joined else gate.sums
-    return joined
+    """One update in a single process."""
+    return Updater(model, optimizer, config, World(device)).update(micro_batches, step, rate)

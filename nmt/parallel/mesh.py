@@ -1,0 +1,123 @@
+"""The processes that train together: who they are, and the few things they say to each other.
+
+torchrun starts them and PyTorch connects them: NCCL between GPUs, gloo between CPUs (and for the host's own numbers). A
+`World` of one process has the same methods, which then do nothing, so the code that trains is the same for any number.
+
+Every process holds all dense parameters and 1/M of the experts, M being the size of an expert group; the processes of a
+group together hold each expert once. With more processes than a group has, groups are replicas of each other.
+"""
+
+import os
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from nmt.config import ParallelConfig
+from nmt.device import pick_device
+from nmt.errors import UserError
+
+
+class World:
+    """This process among all: `rank` of `size`, its device, and its place in an expert group."""
+
+    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+        self.device = device
+        self.mesh = mesh
+        """(replica, expert): the experts are spread over the second dimension. None for a single process."""
+        self.rank = dist.get_rank() if mesh else 0
+        self.size = dist.get_world_size() if mesh else 1
+        self.num_replicas = mesh.size(0) if mesh else 1
+        self.group_size = mesh.size(1) if mesh else 1
+        self.group_rank = mesh.get_local_rank("expert") if mesh else 0
+
+    @classmethod
+    def start(cls, device_name: str, config: ParallelConfig) -> "World":
+        """Join the processes that torchrun started, or be alone. UserError if the settings do not fit their number."""
+        size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
+        device = pick_device(device_name, "training.device")
+        if size == 1:
+            return cls(device)
+        group = config.expert_group_size or size
+        if size % group:
+            raise UserError(
+                f"parallel.expert_group_size={group} does not divide the {size} processes: use a divisor, or 0 for all"
+            )
+        if device.type == "cuda":
+            if local_rank >= torch.cuda.device_count():
+                raise UserError(
+                    f"process {local_rank} of this host has no GPU of its own ({torch.cuda.device_count()} are "
+                    "visible): start as many processes as there are GPUs (torchrun --nproc-per-node=gpu)"
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        timeout = timedelta(seconds=config.timeout_seconds)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+        mesh = init_device_mesh(device.type, (size // group, group), mesh_dim_names=("replica", "expert"))
+        return cls(device, mesh)
+
+    def stop(self) -> None:
+        """Leave. Only after all work that the others wait for."""
+        if self.mesh:
+            dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that writes and speaks."""
+        return self.rank == 0
+
+    @property
+    def expert_group(self) -> dist.ProcessGroup | None:
+        """The processes that hold the experts together."""
+        return self.mesh.get_group("expert") if self.mesh else None
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, summed over all processes. No gradient."""
+        if self.mesh:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over_group(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, summed over the processes that share the experts."""
+        if self.group_size > 1:
+            dist.all_reduce(tensor, group=self.expert_group)
+        return tensor
+
+    def sum_over_replicas(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, summed over the processes that hold the same experts."""
+        if self.mesh and self.num_replicas > 1:
+            dist.all_reduce(tensor, group=self.mesh.get_group("replica"))
+        return tensor
+
+    def sum_int(self, value: int) -> int:
+        """The sum of a host's number over all processes."""
+        return int(self.sum(torch.tensor(value)))
+
+    def max_int(self, value: int) -> int:
+        """The largest of a host's number over all processes."""
+        if not self.mesh:
+            return value
+        tensor = torch.tensor(value)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def from_main(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, as the main process has it."""
+        if self.mesh:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def object_from_main(self, value: object) -> object:
+        """A small picklable value of the main process."""
+        values = [value]
+        if self.mesh:
+            dist.broadcast_object_list(values, src=0)
+        return values[0]
+
+    def wait_for_all(self) -> None:
+        """Return when all processes are here."""
+        if self.mesh:
+            dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

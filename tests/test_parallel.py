@@ -1,0 +1,216 @@
+"""Several processes compute what one computes: outputs, gradients, balance losses, optimiser step."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from nmt.errors import UserError
+from nmt.model.experts import MoE
+from nmt.model.gating import balance_loss
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.expert_parallel import AllToAllDispatcher, distribute, is_expert
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.update import Updater
+from tests.ranks import run_ranks
+
+VOCABULARY = 13
+# Two for each of up to four processes.
+LENGTHS = [(3, 4), (1, 2), (5, 1), (2, 7), (6, 6), (4, 4), (1, 1), (7, 3)]
+
+HIERARCHICAL = {"gating": "hierarchical", "branching": 4, "k": 1}
+CASES: dict[str, dict[str, Any]] = {
+    "noisy_top_k": {},
+    "hierarchical": HIERARCHICAL,
+    "hierarchical, groups across processes": {"gating": "hierarchical", "branching": 2, "k": 2},
+    "softmax_top_k": {"gating": "softmax_top_k"},
+    "strictly_balanced": {"gating": "strictly_balanced"},
+    "all active": {"num_experts": 4, "k": 4},
+    "deep experts": {"hidden_sizes": [5, 4, 6]},
+    "no experts": {"num_experts": 0},
+    "sigmoid": {"output": "sigmoid"},
+}
+
+
+def config_of(case: str, micro_batches: int, group: int = 0, training: bool = True) -> Config:
+    moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2} | CASES[case]
+    model = ModelConfig(
+        hidden_size=6,
+        cell_size=8,
+        dropout=0.2 if training else 0.0,
+        attention=AttentionConfig(size=5),
+        moe=MoEConfig(**moe),
+    )
+    training_config = TrainingConfig(micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5)
+    return Config(model=model, training=training_config, parallel=ParallelConfig(expert_group_size=group))
+
+
+def micro_batches_of(number: int) -> list[Batch]:
+    """All sentences, in `number` micro-batches."""
+    generator = np.random.default_rng(3)
+    sides = [[generator.integers(NUM_SPECIAL, VOCABULARY, size=n) for n in side] for side in zip(*LENGTHS, strict=True)]
+    size = len(LENGTHS) // number
+    return [
+        make_batch(np.arange(size), *(side[start : start + size] for side in sides))
+        for start in range(0, len(LENGTHS), size)
+    ]
+
+
+def trained_model(config: Config) -> Seq2Seq:
+    """A float64 model whose gates have preferences and noise."""
+    torch.manual_seed(1)
+    model = Seq2Seq(config.model, VOCABULARY).double()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name and "threshold" not in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def run_updates(case: str, total: int, group: int = 0, training: bool = True, steps: int = 2) -> dict[str, Any]:
+    """Outputs, gradients and parameters of two updates of `total` micro-batches, by all processes there are."""
+    config = config_of(case, total, group, training)
+    world = World.start("cpu", config.parallel)
+    model = trained_model(config).train(training)
+    for name, parameter in model.named_parameters():
+        # Without noise its weights take no part, which data parallelism must know beforehand.
+        parameter.requires_grad_(training or "w_noise" not in name)
+    distribute(model, world)
+    optimizer = make_optimizer(model, config.training)
+    updater = Updater(model, optimizer, config, world)
+    gradients: dict[str, torch.Tensor] = {}
+
+    def keep(*_: Any) -> None:
+        gradients.update({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+
+    optimizer.register_step_pre_hook(keep)
+    done = []
+    for step in range(1, steps + 1):
+        out = updater.update(micro_batches_of(total)[world.rank :: world.size], step, 0.01)
+        losses = [balance_loss(sums, 0.3, 0.2) for sums in out.sums.values()]
+        done.append((world.sum(out.nll.clone()), out.gradient_norm, *losses))
+    with torch.no_grad():
+        outputs = model.eval()(micro_batches_of(8)[0]).nll
+    return {
+        "figures": torch.stack([torch.stack(list(each)) for each in done]),
+        "outputs": outputs,
+        "gradients": gradients,
+        "parameters": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        "drift": world.rank,
+    }
+
+
+def whole(results: list[dict[str, Any]], what: str, group: int) -> dict[str, torch.Tensor]:
+    """The tensors of one expert group put together; dense ones must be the same in all processes."""
+    joined = {}
+    for name in results[0][what]:
+        parts = [result[what][name] for result in results]
+        if is_expert(name):
+            joined[name] = torch.cat(parts[:group])
+            for start in range(group, len(parts), group):
+                assert torch.equal(torch.cat(parts[start : start + group]), joined[name]), name
+        else:
+            assert all(torch.equal(part, parts[0]) for part in parts), name
+            joined[name] = parts[0]
+    return joined
+
+
+def run_cases(total: int, group: int, training: bool, cases: list[str]) -> dict[str, Any]:
+    return {case: run_updates(case, total, group, training) for case in cases}
+
+
+def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) -> None:
+    for result in several:
+        torch.testing.assert_close(result["figures"], one["figures"], rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(result["outputs"], one["outputs"], rtol=1e-10, atol=1e-10)
+    for what in ("gradients", "parameters"):
+        joined = whole(several, what, group)
+        assert joined.keys() == one[what].keys()
+        for name, tensor in one[what].items():
+            torch.testing.assert_close(joined[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: n + text)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("two")
+    return run_ranks(2, folder, _two_ranks)
+
+
+def _two_ranks() -> dict[str, Any]:
+    joined = [case for case in CASES if case != "strictly_balanced"]
+    return {
+        "micro-batches": run_cases(2, 0, True, list(CASES)),
+        "more micro-batches": run_cases(4, 0, True, ["noisy_top_k", "hierarchical"]),
+        "replicas": run_cases(2, 1, True, ["noisy_top_k", "no experts"]),
+        "joined": run_cases(2, 0, False, joined),
+    }
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_with_two_micro_batches(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    """With dropout and noise, which belong to the micro-batch and not to the process."""
+    assert_same([result["micro-batches"][case] for result in two_ranks], run_updates(case, 2), 2)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case != "strictly_balanced"])
+def test_two_processes_are_one_with_the_joined_batch(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    """Without dropout and noise. A strictly balanced gate fills its experts for each micro-batch, so it differs."""
+    assert_same([result["joined"][case] for result in two_ranks], run_updates(case, 1, training=False), 2)
+
+
+@pytest.mark.parametrize("case", ["noisy_top_k", "hierarchical"])
+def test_two_processes_with_two_micro_batches_each(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    assert_same([result["more micro-batches"][case] for result in two_ranks], run_updates(case, 4), 2)
+
+
+@pytest.mark.parametrize("case", ["noisy_top_k", "no experts"])
+def test_expert_groups_smaller_than_the_world(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    assert_same([result["replicas"][case] for result in two_ranks], run_updates(case, 2), 1)
+
+
+def _four_ranks() -> dict[str, Any]:
+    return {"all": run_cases(4, 0, True, list(CASES)), "pairs": run_cases(4, 2, True, list(CASES))}
+
+
+@pytest.mark.slow
+def test_four_processes_are_one(tmp_path: Path) -> None:
+    results = run_ranks(4, tmp_path, _four_ranks)
+    for case in CASES:
+        one = run_updates(case, 4)
+        assert_same([result["all"][case] for result in results], one, 4)
+        assert_same([result["pairs"][case] for result in results], one, 2)
+
+
+def test_experts_that_do_not_divide_are_refused() -> None:
+    model = Seq2Seq(config_of("noisy_top_k", 1).model, VOCABULARY)
+    world = World(torch.device("cpu"))
+    world.group_size = 3
+    with pytest.raises(UserError, match=r"the 8 experts of encoder.* cannot be spread over 3 processes"):
+        distribute(model, world)
+
+
+def test_a_group_that_does_not_divide_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(UserError, match=r"parallel.expert_group_size=3 does not divide the 4 processes"):
+        World.start("cpu", ParallelConfig(expert_group_size=3))
+
+
+def test_one_process_keeps_its_experts() -> None:
+    model = Seq2Seq(config_of("noisy_top_k", 1).model, VOCABULARY)
+    before = dict(model.named_parameters())
+    distribute(model, World(torch.device("cpu")))
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+    assert not any(isinstance(m.dispatcher, AllToAllDispatcher) for m in model.modules() if isinstance(m, MoE))
+
+
+def test_nothing_in_the_parallel_settings_is_left_undocumented() -> None:
+    assert {field.name for field in dataclasses.fields(ParallelConfig)} == {
+        "expert_group_size",
+        "timeout_seconds",
+        "overlap",
+    }
