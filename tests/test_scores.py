@@ -1,6 +1,7 @@
 """Scores are sacreBLEU's own; the report on experts counts what it says."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from nmt.cli import main
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.errors import DataError
 from nmt.evaluation.expert_report import _LayerCounts, expert_report
-from nmt.evaluation.scores import corpus_scores
+from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.run import RunDirectory
 from nmt.training.validation import perplexity
 
@@ -62,6 +63,55 @@ def test_unequal_counts_are_refused_with_both(drop: tuple[str, int]) -> None:
 def test_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="no sentences"):
         corpus_scores([], [])
+
+
+REFERENCES = [f"the small dog runs over meadow {i} this morning" for i in range(60)]
+
+
+def spoilt(every: int) -> list[str]:
+    """REFERENCES with a wrong word in one sentence of `every`."""
+    return [line if i % every else line.replace("dog", "cat") for i, line in enumerate(REFERENCES)]
+
+
+def test_the_paired_bootstrap_of_two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SACREBLEU_SEED", "99")
+    baseline, system = spoilt(2), spoilt(4)
+    found = paired_bootstrap(baseline, system, REFERENCES, samples=200)
+    before, after = corpus_scores(baseline, REFERENCES), corpus_scores(system, REFERENCES)
+    assert [(each.name, each.baseline) for each in found] == [(score.name, score.value) for score in before]
+    assert [(each.name, each.system) for each in found] == [(score.name, score.value) for score in after]
+    for each in found:
+        assert each.difference == each.system - each.baseline > 0
+        assert each.baseline_interval[0] < each.baseline < each.baseline_interval[1]
+        assert each.system_interval[0] < each.system < each.system_interval[1]
+        assert 1 / 201 <= each.p_value < 0.05
+    assert paired_bootstrap(baseline, system, REFERENCES, samples=200) == found
+    assert paired_bootstrap(baseline, system, REFERENCES, samples=200, seed=7) != found
+    assert os.environ["SACREBLEU_SEED"] == "99"
+    monkeypatch.delenv("SACREBLEU_SEED")
+    assert paired_bootstrap(baseline, system, REFERENCES, samples=200) == found
+    assert "SACREBLEU_SEED" not in os.environ
+
+
+def test_as_many_mistakes_in_other_sentences_are_no_evidence() -> None:
+    system = [line if i % 4 != 1 else line.replace("dog", "cat") for i, line in enumerate(REFERENCES[:-1])]
+    system.append(REFERENCES[-1].replace("small", "little"))
+    assert all(each.p_value > 0.2 for each in paired_bootstrap(spoilt(4), system, REFERENCES, samples=200))
+
+
+def test_a_system_against_itself_is_no_difference() -> None:
+    for each in paired_bootstrap(spoilt(3), spoilt(3), REFERENCES, samples=50):
+        assert (each.difference, each.p_value) == (0.0, 1.0)
+        assert each.baseline_interval == each.system_interval
+
+
+def test_systems_that_do_not_pair_are_refused() -> None:
+    with pytest.raises(DataError, match="59 translations but 60 references"):
+        paired_bootstrap(REFERENCES[1:], REFERENCES, REFERENCES)
+    with pytest.raises(DataError, match="59 translations but 60 references"):
+        paired_bootstrap(REFERENCES, REFERENCES[1:], REFERENCES)
+    with pytest.raises(DataError, match="no sentences"):
+        paired_bootstrap([], [], [])
 
 
 def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,11 +1,42 @@
 """nmt experts RUN --explain SENTENCE."""
 
 import argparse
+import hashlib
+import json
+import re
 
+from nmt.commands import say
 from nmt.config import Config
+from nmt.decoding.translator import Translator
+from nmt.errors import DataError, UserError
+from nmt.evaluation.explain import explain_sentence
+from nmt.evaluation.explain_page import explanation_page
+from nmt.files import write_atomically
 from nmt.run import RunDirectory
+
+_LONGEST_SLUG = 40
 
 
 def explain(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """The experts of every token of a sentence, and what each contributed."""
-    raise NotImplementedError
+    """The experts of every token of a sentence, and what each contributed: a table, and a page and JSON in report/."""
+    if options.source is not None or options.reference is not None:
+        raise UserError("--source and --reference are for the report: --explain has its sentence")
+    # What came from the command line need not be Unicode.
+    sentence = options.explain.encode(errors="replace").decode()
+    if not sentence.strip():
+        raise DataError("the sentence of --explain is blank")
+    explanation = explain_sentence(Translator.load(run, config), sentence)
+    run.report.mkdir(exist_ok=True)
+    path = run.report / f"explain-{slug(sentence)}.html"
+    content = {**explanation.to_dict(), "decoding": config.to_dict()["decoding"]}
+    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=2).encode())
+    write_atomically(path, explanation_page(explanation).encode())
+    print(explanation)
+    say(f"the same as a page is in {path}, with all digits in {path.with_suffix('.json').name}")
+
+
+def slug(sentence: str) -> str:
+    """A file name for a sentence: its first words as far as they are plain letters and digits, and a hash of it all."""
+    words = "-".join(re.findall(r"[a-z0-9]+", sentence.lower()))[:_LONGEST_SLUG].strip("-")
+    digest = hashlib.sha256(sentence.encode()).hexdigest()[:8]
+    return f"{words}-{digest}" if words else digest

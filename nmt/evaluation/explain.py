@@ -1,0 +1,324 @@
+"""Why a sentence went where it did: the experts of every position, and what each gave to the translation.
+
+The contribution of an expert at a position of a layer, in nats, is
+
+    log P(Y|X) - log P(Y|X, its term taken away)
+
+with Y the translation that the search found, its end included, and no length normalisation. Taken away means: at that
+one position the term g_i E_i(x) is left out of the layer's sum y = sum_i g_i E_i(x) (S17 eq. 1; inside the sigmoid of
+`output: sigmoid`), while the layer's other gates stay as they were, not scaled up to sum to 1. All that follows is
+computed anew: higher layers and what their gates choose, later positions, and for an encoder layer the memory and the
+whole decoder. Positive means that Y would be less probable without it. Contributions of several experts do not add up.
+
+They are computed, not estimated: the pair is scored once for each thing taken away, in columns of a batch whose column
+0 is left whole. They are as fine as the precision that the model runs in: on a model of the demo's size bf16 moved them
+by a few hundredths of a nat and at most by a tenth, fp32 by 1e-5.
+
+Letters: S source positions, T target positions, C columns (one whole, the others each without one thing), N = T C rows
+of a layer in time-major order, K slots of a token, D width, V vocabulary, M positions of a piece of the softmax.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nmt.batch import EOS, make_batch
+from nmt.decoding.translator import Translator
+from nmt.device import autocast
+from nmt.errors import DataError
+from nmt.model.experts import MoE
+from nmt.model.gating import GateOutput
+from nmt.model.seq2seq import Gates, Seq2Seq
+
+_EVERYWHERE, _NOTHING = -1, -1
+# Numbers that the columns of one pass may hold in the larger layers, and in the logits of one piece.
+_ELEMENTS = 2**28
+_LOGITS = 2**24
+_MAX_COLUMNS = 128
+
+
+class Removal(NamedTuple):
+    """One thing to take away: an expert of a layer at a position, or at all positions (None)."""
+
+    layer: str
+    expert: int
+    position: int | None = None
+
+
+@dataclass(frozen=True)
+class Slot:
+    """An expert that one position chose."""
+
+    expert: int
+    group: int | None
+    """Its group, in a hierarchical layer."""
+    gate: float
+    contribution: float
+    """Nats; see the top of this file."""
+
+
+@dataclass(frozen=True)
+class ExpertTotal:
+    """An expert over the whole sentence."""
+
+    expert: int
+    group: int | None
+    positions: int
+    """How many chose it."""
+    contribution: float
+    """Nats, when it is taken away at all of them at once."""
+
+
+@dataclass(frozen=True)
+class LayerExplanation:
+    """One MoE layer; `positions` are the source's or the target's, each with its experts by falling gate."""
+
+    layer: str
+    num_experts: int
+    positions: list[list[Slot]]
+    experts: list[ExpertTotal]
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What the experts gave to the translation of one sentence."""
+
+    sentence: str
+    translation: str
+    source_pieces: list[str]
+    """End of sentence included. The encoder's position s reads piece s."""
+    target_pieces: list[str]
+    """End of sentence included. The decoder's position t predicts piece t, and reads the one before it."""
+    log_probability: float
+    """Of the translation, in nats."""
+    piece_log_probabilities: list[float]
+    precision: str
+    """fp32 or bf16, what all was computed in."""
+    layers: list[LayerExplanation]
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    def pieces_of(self, layer: LayerExplanation) -> list[str]:
+        """The pieces that the positions of a layer stand for."""
+        return self.source_pieces if layer.layer.startswith("encoder") else self.target_pieces
+
+    def __str__(self) -> str:
+        """Tables for a terminal."""
+        lines = [
+            f"source       {self.sentence}",
+            f"translation  {self.translation}",
+            f"log-probability {self.log_probability:.3f} of {len(self.target_pieces)} pieces, in {self.precision}",
+            "Each expert with its gate, and by how many nats the translation would be less probable without it.",
+        ]
+        for layer in self.layers:
+            pieces = self.pieces_of(layer)
+            width = max(len(piece) for piece in pieces)
+            lines += ["", f"{layer.layer}: {layer.num_experts} experts"]
+            for place, (piece, slots) in enumerate(zip(pieces, layer.positions, strict=True)):
+                shown = "   ".join(f"{expert_name(each):>4} {each.gate:.2f} {each.contribution:+.3f}" for each in slots)
+                lines.append(f"  {place:>3}  {piece:<{width}}  {shown or 'none'}")
+            totals = ", ".join(f"{expert_name(each)} {each.contribution:+.3f}" for each in layer.experts)
+            lines.append(f"  taken away at all positions: {totals or 'none was chosen'}")
+        return "\n".join(lines)
+
+
+def expert_name(expert: Slot | ExpertTotal) -> str:
+    """The number of an expert, after that of its group if it has one."""
+    return f"{expert.expert}" if expert.group is None else f"{expert.group}/{expert.expert}"
+
+
+def moe_layers(model: Seq2Seq) -> dict[str, MoE]:
+    """The MoE layers by their names."""
+    found: dict[str, MoE] = {}
+    for layers in (model.encoder.moe_layers, model.decoder.moe_layers):
+        for place, moe in layers.moe.items():
+            assert isinstance(moe, MoE)
+            found[f"{layers.side}.{place}"] = moe
+    return found
+
+
+def _removing_hook(expert_C: Tensor, position_C: Tensor) -> Callable[[Any, Any, GateOutput], GateOutput]:
+    """A hook on a gate that sets to 0 what each column is to do without."""
+
+    def remove(_module: Any, _inputs: Any, gate: GateOutput) -> GateOutput:
+        columns = len(expert_C)
+        row_N = torch.arange(len(gate.expert_TK), device=expert_C.device)
+        column_N, place_N = row_N % columns, row_N // columns
+        position_N = position_C[column_N]
+        here_N = (position_N == _EVERYWHERE) | (position_N == place_N)
+        gone_NK = (gate.expert_TK == expert_C[column_N, None]) & here_N[:, None]
+        return gate._replace(gates_TK=gate.gates_TK.masked_fill(gone_NK, 0.0))
+
+    return remove
+
+
+@contextmanager
+def taken_away(layers: dict[str, MoE], removals: Sequence[Removal | None], device: torch.device) -> Iterator[None]:
+    """While this lasts, column c of every batch of `len(removals)` equally long columns does without removals[c]."""
+    handles = []
+    try:
+        for layer, moe in layers.items():
+            mine = [each if each is not None and each.layer == layer else None for each in removals]
+            if not any(mine):
+                continue
+            experts = [_NOTHING if each is None else each.expert for each in mine]
+            positions = [_EVERYWHERE if each is None or each.position is None else each.position for each in mine]
+            hook = _removing_hook(torch.tensor(experts, device=device), torch.tensor(positions, device=device))
+            handles.append(moe.gate.register_forward_hook(hook))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class Scorer:
+    """log P(Y|X) of one pair of pieces, whole or with things taken away. The model must be in evaluation mode."""
+
+    def __init__(
+        self, model: Seq2Seq, source: np.ndarray, target: np.ndarray, device: torch.device, precision: str
+    ) -> None:
+        assert not model.training
+        self.model, self.device, self.precision = model, device, precision
+        self.layers = moe_layers(model)
+        self.batch = make_batch(np.arange(1), [source], [target]).to(device)
+        with torch.inference_mode(), autocast(device, precision):
+            self.precision_used = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+            self.memory, gates = model.encode(self.batch.source_SB, self.batch.source_length_B, None)
+            decoded = model.decode(self.batch.target_in_TB, self.memory)
+            self.gates: Gates = gates | decoded.gates
+            self.log_probability_T = self._log_probabilities(decoded.x_TRD)[:, 0]
+
+    def contributions(self, removals: Sequence[Removal]) -> list[float]:
+        """What log P(Y|X) loses by each of them alone, in as many passes as memory wants."""
+        found = [0.0] * len(removals)
+        size = self._columns_at_once() - 1
+        for side in ("encoder", "decoder"):
+            mine = [index for index, removal in enumerate(removals) if removal.layer.startswith(side)]
+            for start in range(0, len(mine), size):
+                chosen = mine[start : start + size]
+                whole, *without = self.scores(side, [None, *(removals[index] for index in chosen)])
+                for index, score in zip(chosen, without, strict=True):
+                    found[index] = whole - score
+        return found
+
+    @torch.inference_mode()
+    def scores(self, side: str, removals: Sequence[Removal | None]) -> list[float]:
+        """log P(Y|X) with each of them taken away in a column of its own; all are of one side's layers."""
+        columns = len(removals)
+        with taken_away(self.layers, removals, self.device), autocast(self.device, self.precision):
+            memory = self.memory
+            if side == "encoder":
+                source_SC = self.batch.source_SB.repeat(1, columns)
+                memory, _ = self.model.encode(source_SC, self.batch.source_length_B.repeat(columns), None)
+            # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
+            decoded = self.model.decode(self.batch.target_in_TB.repeat(1, columns), memory)
+            log_probability_TC = self._log_probabilities(decoded.x_TRD)
+        scores: list[float] = log_probability_TC.double().sum(0).tolist()
+        return scores
+
+    def _log_probabilities(self, x_TCD: Tensor) -> Tensor:
+        """log P of every target piece, shape (T, C): softmax in float32, some positions at a time."""
+        target_T1, columns = self.batch.target_out_TB, x_TCD.shape[1]
+        vocabulary = self.model.output.out_features
+        step = max(1, _LOGITS // (columns * vocabulary))
+        pieces = []
+        for start in range(0, len(x_TCD), step):
+            logits_MCV = self.model.logits(x_TCD[start : start + step])
+            exact = torch.promote_types(logits_MCV.dtype, torch.float32)
+            index_MC1 = target_T1[start : start + step].expand(-1, columns).unsqueeze(2)
+            pieces.append(logits_MCV.log_softmax(2, dtype=exact).gather(2, index_MC1).squeeze(2))
+        return torch.cat(pieces)
+
+    def _columns_at_once(self) -> int:
+        """Columns of one pass, the whole one included."""
+        config = self.model.config
+        num_source, num_target = len(self.batch.source_SB), len(self.batch.target_in_TB)
+        slots = max((gate.expert_TK.shape[1] for gate in self.gates.values()), default=0)
+        per_position = 8 * config.cell_size + slots * max(config.hidden_size, *config.moe.hidden_sizes)
+        pairs = num_source * num_target * (1 if config.attention.function == "product" else config.attention.size)
+        return min(_MAX_COLUMNS, max(2, _ELEMENTS // ((num_source + num_target) * per_position + pairs)))
+
+
+def explain_pair(scorer: Scorer) -> list[LayerExplanation]:
+    """Every MoE layer of a scored pair: the contribution of each slot, and of each expert as a whole."""
+    chosen = {layer: _chosen(gate, scorer.layers[layer].num_experts) for layer, gate in scorer.gates.items()}
+    removals = [
+        Removal(layer, expert, position)
+        for layer, positions in chosen.items()
+        for position, slots in enumerate(positions)
+        for expert, _ in slots
+    ]
+    removals += dict.fromkeys(Removal(each.layer, each.expert) for each in removals)
+    contributions = dict(zip(removals, scorer.contributions(removals), strict=True))
+    return [_explain_layer(scorer, layer, positions, contributions) for layer, positions in chosen.items()]
+
+
+_Chosen = list[list[tuple[int, float]]]
+"""(expert, gate) of each slot of each position."""
+
+
+def _chosen(gate: GateOutput, num_experts: int) -> _Chosen:
+    """The slots of each position by falling gate; those that stay empty are left out."""
+    positions = []
+    for experts, values in zip(gate.expert_TK.tolist(), gate.gates_TK.tolist(), strict=True):
+        slots = [(expert, value) for expert, value in zip(experts, values, strict=True) if expert < num_experts]
+        positions.append(sorted(slots, key=lambda slot: -slot[1]))
+    return positions
+
+
+def _explain_layer(
+    scorer: Scorer, layer: str, positions: _Chosen, contributions: dict[Removal, float]
+) -> LayerExplanation:
+    moe, num_experts = scorer.model.config.moe, scorer.layers[layer].num_experts
+
+    def group(expert: int) -> int | None:
+        return expert * moe.branching // num_experts if moe.gating == "hierarchical" else None
+
+    rows = [
+        [Slot(expert, group(expert), gate, contributions[Removal(layer, expert, place)]) for expert, gate in slots]
+        for place, slots in enumerate(positions)
+    ]
+    counts = Counter(expert for slots in positions for expert, _ in slots)
+    totals = [
+        ExpertTotal(expert, group(expert), count, contributions[Removal(layer, expert)])
+        for expert, count in counts.items()
+    ]
+    return LayerExplanation(layer, num_experts, rows, sorted(totals, key=lambda total: -total.contribution))
+
+
+def explain_sentence(translator: Translator, sentence: str) -> Explanation:
+    """Translate a sentence and explain the translation.
+
+    DataError for a sentence without pieces, or with more than are translated at once.
+    """
+    subwords, limit = translator.subwords, translator.decoding.max_source_pieces
+    source = subwords.encode(sentence)
+    if not len(source):
+        raise DataError("the sentence is blank: there is nothing to explain")
+    if len(source) > limit:
+        raise DataError(
+            f"the sentence has {len(source)} pieces, more than the decoding.max_source_pieces={limit} that are "
+            "translated at once"
+        )
+    ((target, _),) = translator.search([source])
+    scorer = Scorer(
+        translator.model, source, np.array(target, dtype=np.int64), translator.device, translator.decoding.precision
+    )
+    return Explanation(
+        sentence=sentence,
+        translation=subwords.decode(target),
+        source_pieces=subwords.pieces([*source, EOS]),
+        target_pieces=subwords.pieces([*target, EOS]),
+        log_probability=float(scorer.log_probability_T.double().sum()),
+        piece_log_probabilities=scorer.log_probability_T.tolist(),
+        precision=scorer.precision_used,
+        layers=explain_pair(scorer),
+    )
