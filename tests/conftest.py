@@ -1,6 +1,7 @@
 """What several test files share: a seed, few threads, and the smallest configuration that has every part."""
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -30,8 +31,8 @@ def tiny_config() -> Callable[..., ModelConfig]:
     def build(**changes: Any) -> ModelConfig:
         moe = {"num_experts": 4, "k": 2, "hidden_sizes": [7]}
         attention = {"size": 5}
-        moe |= {key: changes.pop(key) for key in ("num_experts", "k", "output") if key in changes}
-        attention |= {key: changes.pop(key) for key in ("function", "wiring") if key in changes}
+        moe |= {each.name: changes.pop(each.name) for each in fields(MoEConfig) if each.name in changes}
+        attention |= {each.name: changes.pop(each.name) for each in fields(AttentionConfig) if each.name in changes}
         model = {"hidden_size": 6, "cell_size": 8, "dropout": 0.0} | changes
         return ModelConfig(attention=AttentionConfig(**attention), moe=MoEConfig(**moe), **model)
 

@@ -1,5 +1,8 @@
 """The mixture of experts and its parts against loops over tokens and experts."""
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -11,7 +14,7 @@ from torch.autograd import gradcheck
 from nmt.config import MoEConfig
 from nmt.model import grouped
 from nmt.model.experts import Experts, LocalDispatcher, MoE
-from nmt.model.gating import MIN_NOISE_STD
+from nmt.model.gating import MIN_NOISE_STD, GateOutput, GateSums
 from nmt.model.grouped import grouped_matmul, grouped_outer
 from nmt.model.rows import combine_rows, inverse_permutation, put_rows, route_rows, take_rows
 
@@ -22,13 +25,19 @@ def randn(*size: int) -> Tensor:
     return torch.randn(*size, dtype=torch.float64, requires_grad=True)
 
 
-def moe_layer(num_experts: int, k: int, output: str = "none") -> MoE:
-    moe = MoE(
-        WIDTH, num_experts, MoEConfig(num_experts=num_experts, k=k, hidden_sizes=[HIDDEN], output=output)
-    ).double()
+def moe_layer(num_experts: int, k: int, output: str = "none", hidden_sizes: Sequence[int] = (HIDDEN,)) -> MoE:
+    config = MoEConfig(num_experts=num_experts, k=k, hidden_sizes=list(hidden_sizes), output=output)
+    moe = MoE(WIDTH, num_experts, config).double()
     for parameter in moe.parameters():
         torch.nn.init.normal_(parameter)
     return moe
+
+
+def expert_by_loops(experts: Experts, e: int, x_D: Tensor) -> Tensor:
+    *hidden, last = (w_EIO[e] for w_EIO in experts.weights)
+    for w_IO in hidden:
+        x_D = (x_D @ w_IO).relu()
+    return x_D @ last
 
 
 def moe_by_loops(moe: MoE, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
@@ -43,8 +52,7 @@ def moe_by_loops(moe: MoE, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
         total = sum(logits[i].exp() for i in kept)
         y_D = torch.zeros_like(x_D)
         for i in kept:
-            hidden_H = (x_D @ moe.experts.w1_EDH[i]).relu()
-            y_D = y_D + logits[i].exp() / total * (hidden_H @ moe.experts.w2_EHD[i])
+            y_D = y_D + logits[i].exp() / total * expert_by_loops(moe.experts, i, x_D)
         outputs.append(y_D.sigmoid() if moe.sigmoid_output else y_D)
     return torch.stack(outputs)
 
@@ -52,11 +60,21 @@ def moe_by_loops(moe: MoE, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
 @pytest.mark.parametrize("output", ["none", "sigmoid"])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize(
-    ("num_tokens", "num_experts", "k"),
-    [(1, 1, 1), (6, 1, 1), (1, 4, 2), (5, 3, 3), (3, 16, 2), (20, 4, 1), (31, 8, 4)],
+    ("num_tokens", "num_experts", "k", "hidden_sizes"),
+    [
+        (1, 1, 1, [6]),
+        (6, 1, 1, [9, 4]),  # one expert: MoE-1-Wide and MoE-1-Deep of S17 appendix C
+        (1, 4, 2, [4, 7, 3]),
+        (5, 3, 3, [6]),  # all active
+        (3, 16, 2, [6, 6]),
+        (20, 4, 1, [3, 6, 2, 7]),
+        (31, 8, 4, [6]),
+    ],
 )
-def test_output_and_every_gradient_equal_a_loop(num_tokens: int, num_experts: int, k: int, training: bool, output: str):
-    moe = moe_layer(num_experts, k, output).train(training)
+def test_output_and_every_gradient_equal_a_loop(
+    num_tokens: int, num_experts: int, k: int, hidden_sizes: list[int], training: bool, output: str
+):
+    moe = moe_layer(num_experts, k, output, hidden_sizes).train(training)
     x_TD, direction_TD = randn(num_tokens, WIDTH), randn(num_tokens, WIDTH).detach()
     leaves = {"x": x_TD, **dict(moe.named_parameters())}
     torch.manual_seed(5)
@@ -74,37 +92,46 @@ def test_output_and_every_gradient_equal_a_loop(num_tokens: int, num_experts: in
             continue
         torch.testing.assert_close(gradient, oracle, rtol=0, atol=1e-10, msg=lambda text, n=name: f"{n}: {text}")
     if num_tokens * k < num_experts:
-        assert (gate.count_E == 0).any()
+        assert (gate.sums.count_E == 0).any()
 
 
+@pytest.mark.parametrize("hidden_sizes", [[6], [4, 3], [3, 7, 2], [2, 6, 3, 4]], ids=len)
 @pytest.mark.parametrize("ends", [[0, 0, 4], [4, 4, 4], [0, 3, 3], [1, 2, 4], [0, 0, 0]])
-def test_experts_may_go_without_rows(ends: list[int]):
-    experts = Experts(3, WIDTH, HIDDEN).double()
+def test_experts_of_any_depth_may_go_without_rows(path: str, ends: list[int], hidden_sizes: list[int]):
+    experts = Experts(3, WIDTH, hidden_sizes).double()
+    sizes = [WIDTH, *hidden_sizes, WIDTH]
+    assert [tuple(w_EIO.shape) for w_EIO in experts.weights] == [(3, a, b) for a, b in pairwise(sizes)]
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter)
     rows_RD, ends_E = randn(ends[-1], WIDTH), torch.tensor(ends, dtype=torch.int32)
     y_RD = experts(rows_RD, ends_E)
     assert y_RD.shape == rows_RD.shape
-    for row in range(ends[-1]):
-        expert = sum(end <= row for end in ends)
-        expected_D = (rows_RD[row] @ experts.w1_EDH[expert]).relu() @ experts.w2_EHD[expert]
-        torch.testing.assert_close(y_RD[row], expected_D)
-    y_RD.sum().backward()
-    for expert, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-        used = end > start
-        assert bool(experts.w1_EDH.grad[expert].any()) == used
-        assert bool(experts.w2_EHD.grad[expert].any()) == used
+    owners = [sum(end <= row for end in ends) for row in range(ends[-1])]
+    expected = [expert_by_loops(experts, e, row_D) for e, row_D in zip(owners, rows_RD, strict=True)]
+    direction_RD, leaves = torch.randn_like(y_RD), [rows_RD, *experts.weights]
+    gradients = torch.autograd.grad(y_RD, leaves, direction_RD)
+    if not expected:
+        assert not any(gradient.any() for gradient in gradients)
+        return
+    torch.testing.assert_close(y_RD, torch.stack(expected))
+    for gradient, oracle in zip(
+        gradients, torch.autograd.grad(torch.stack(expected), leaves, direction_RD), strict=True
+    ):
+        torch.testing.assert_close(gradient, oracle)
+    for gradient in gradients[1:]:
+        assert not any(gradient[e].any() for e in range(3) if e not in owners)
 
 
-def test_gradcheck_of_the_experts():
+@pytest.mark.parametrize("hidden_sizes", [[4], [4, 3], [3, 2, 4], [2, 4, 3, 2]], ids=len)
+def test_gradcheck_of_the_experts(hidden_sizes: list[int]):
     ends_E = torch.tensor([2, 2, 5, 6], dtype=torch.int32)
-    experts = Experts(4, 3, 4)
+    experts = Experts(4, 3, hidden_sizes)
 
-    def outputs(rows_RD: Tensor, w1_EDH: Tensor, w2_EHD: Tensor) -> Tensor:
-        weights = {"w1_EDH": w1_EDH, "w2_EHD": w2_EHD}
-        return torch.func.functional_call(experts, weights, (rows_RD, ends_E))
+    def outputs(rows_RD: Tensor, *weights_EIO: Tensor) -> Tensor:
+        named = {f"weights.{layer}": w_EIO for layer, w_EIO in enumerate(weights_EIO)}
+        return torch.func.functional_call(experts, named, (rows_RD, ends_E))
 
-    assert gradcheck(outputs, (randn(6, 3), randn(4, 3, 4), randn(4, 4, 3)))
+    assert gradcheck(outputs, (randn(6, 3), *(randn(*w_EIO.shape) for w_EIO in experts.weights)))
 
 
 def test_float32_experts_follow_the_precision_of_their_rows():
@@ -117,7 +144,7 @@ def test_float32_experts_follow_the_precision_of_their_rows():
     torch.testing.assert_close(y_TD.float(), expected_TD, rtol=0.1, atol=0.2)
     y_TD.sum().backward()
     assert x_TD.grad.dtype == torch.bfloat16
-    assert moe.experts.w1_EDH.grad.dtype == torch.float32
+    assert all(w_EIO.grad.dtype == torch.float32 for w_EIO in moe.experts.weights)
 
 
 def matmul_by_loops(a_RI: Tensor, w_EIO: Tensor, ends: list[int]) -> Tensor:
@@ -184,9 +211,9 @@ def test_grouped_products_equal_loops(path: str, ends: list[int], extra: int):
     torch.testing.assert_close(grouped_outer(a_RI, b_RO, ends_E), outer_by_loops(a_RI, b_RO, ends))
 
 
-def test_both_paths_of_the_experts_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
+def test_both_paths_of_the_layer_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
     moe, x_TD = moe_layer(8, 2).eval(), randn(11, WIDTH)
-    leaves = (x_TD, moe.gate.w_gate_DE, moe.experts.w1_EDH, moe.experts.w2_EHD)
+    leaves = (x_TD, moe.gate.w_gate_DE, *moe.experts.weights)
     y_TD, _ = moe(x_TD)
     expected = torch.autograd.grad(y_TD.square().sum(), leaves)
     monkeypatch.setattr(grouped, "_has_fast_path", lambda a: True)
@@ -198,28 +225,79 @@ def test_both_paths_of_the_experts_give_the_same_gradients(monkeypatch: pytest.M
         torch.testing.assert_close(gradient, oracle)
 
 
-@settings(max_examples=40, deadline=None)
-@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6))
-def test_dispatch_groups_by_expert_and_combine_brings_back(num_tokens: int, num_experts: int, k: int, seed: int):
+def gate_output(expert_TK: Tensor, gates_TK: Tensor, num_experts: int) -> GateOutput:
+    """What a gate that chose so returns, as far as a dispatcher looks."""
+    zero, zero_E = torch.zeros(()), torch.zeros(num_experts)
+    num_routed = int((expert_TK < num_experts).sum())
+    return GateOutput(expert_TK, gates_TK, num_routed, GateSums(zero_E, zero_E, zero_E), zero, zero)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([0, 0.3, 1]))
+def test_dispatch_groups_by_expert_and_combine_brings_back(
+    num_tokens: int, num_experts: int, k: int, seed: int, empty: float
+):
     k = min(k, num_experts)
     generator = torch.Generator().manual_seed(seed)
     expert_TK = torch.rand(num_tokens, num_experts, generator=generator).topk(k, dim=1).indices
-    gates_TK = torch.rand(num_tokens, k, generator=generator, dtype=torch.float64)
+    empty_TK = torch.rand(num_tokens, k, generator=generator) < empty
+    expert_TK = expert_TK.masked_fill(empty_TK, num_experts)
+    gates_TK = torch.rand(num_tokens, k, generator=generator, dtype=torch.float64).masked_fill(empty_TK, 0.0)
     # Column 0 tells tokens apart.
     x_TD = torch.arange(num_tokens, dtype=torch.float64)[:, None] + torch.tensor([[0.0, 0.5]])
     dispatcher = LocalDispatcher()
-    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, expert_TK, num_experts)
+    gate = gate_output(expert_TK, gates_TK, num_experts)
+    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate, num_experts)
     assert ends_E.dtype == torch.int32
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
         wanted = [float(t) for t in range(num_tokens) if expert in expert_TK[t]]
         assert rows_RD[start:end, 0].tolist() == wanted
         start = end
-    assert start == num_tokens * k
+    assert start == len(rows_RD) == gate.num_routed
     # Experts that multiply by their number + 1: each token must get the gates of its own choices.
     factor_R = 1.0 + torch.repeat_interleave(torch.arange(num_experts), ends_E.diff(prepend=ends_E.new_zeros(1)))
     y_TD = dispatcher.combine(rows_RD * factor_R[:, None], gates_TK, route)
     torch.testing.assert_close(y_TD, x_TD * (gates_TK * (1.0 + expert_TK)).sum(1, keepdim=True))
+
+
+EMPTY_SLOTS = [  # 4 stands for a slot that stays empty
+    [[0, 1], [4, 4], [2, 4], [4, 0], [3, 0]],
+    [[4, 4], [4, 4], [4, 4]],
+    [[4, 4]],
+    [[4, 1]],
+    [[2, 4]],
+    [[0, 4, 1, 4], [4, 4, 4, 4]],
+]
+
+
+@pytest.mark.parametrize("choices", EMPTY_SLOTS)
+def test_empty_slots_give_nothing_and_get_no_gradient(path: str, choices: list[list[int]]):
+    expert_TK = torch.tensor(choices)
+    empty_TK, (tokens, slots) = expert_TK == 4, expert_TK.shape
+    x_TD, experts = randn(tokens, WIDTH), moe_layer(4, 2, hidden_sizes=[3, 6]).experts
+    gates_TK = torch.rand(tokens, slots, dtype=torch.float64).masked_fill(empty_TK, 0.0).requires_grad_()
+    dispatcher, gate = LocalDispatcher(), gate_output(expert_TK, gates_TK, 4)
+    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate, 4)
+    assert len(rows_RD) == ends_E[-1] == (~empty_TK).sum()
+    y_TD = dispatcher.combine(experts(rows_RD, ends_E), gates_TK, route)
+    expected_TD = torch.zeros_like(y_TD)
+    for t, of_token in enumerate(choices):
+        for place, e in enumerate(of_token):
+            if e < 4:
+                one_D = gates_TK[t, place] * expert_by_loops(experts, e, x_TD[t])
+                expected_TD = expected_TD + F.pad(one_D[None], (0, 0, t, tokens - 1 - t))
+    torch.testing.assert_close(y_TD, expected_TD)
+    assert not y_TD[empty_TK.all(1)].any()
+    direction_TD, leaves = torch.randn_like(y_TD), (x_TD, gates_TK, *experts.weights)
+    found = torch.autograd.grad(y_TD, leaves, direction_TD)
+    assert not found[1][empty_TK].any()
+    if empty_TK.all():
+        assert not any(gradient.any() for gradient in found)
+        return
+    wanted = torch.autograd.grad(expected_TD, leaves, direction_TD)
+    for gradient, oracle in zip(found, wanted, strict=True):
+        torch.testing.assert_close(gradient, oracle)
 
 
 def test_gradients_of_the_row_functions():
@@ -230,6 +308,9 @@ def test_gradients_of_the_row_functions():
     assert gradcheck(lambda x: put_rows(x, index_N, 5), randn(3, 2))
     assert gradcheck(lambda x: route_rows(x, order_R, inverse_R), randn(3, 2))
     assert gradcheck(lambda x, g: combine_rows(x, g, order_R, inverse_R), (randn(6, 2), randn(3, 2)))
+    routed_R, row_S = order_R[:4], inverse_permutation(order_R)  # the last two slots are empty
+    assert gradcheck(lambda x: route_rows(x, routed_R, row_S), randn(3, 2))
+    assert gradcheck(lambda x, g: combine_rows(x, g, routed_R, row_S), (randn(4, 2), randn(3, 2)))
 
 
 def test_the_row_functions_say_what_they_do():

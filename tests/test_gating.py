@@ -1,10 +1,15 @@
-"""The noisy top-k gate against its definitions (S17 section 2.1, 4 and appendix A)."""
+"""Gates against their definitions: noisy top-k (S17 section 2.1, 4, appendix A), strictly balanced (appendix F).
+
+All gates with the layer behind them: test_gates.py.
+"""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_training import one_thread  # noqa: F401
 from torch import Tensor
 from torch.func import functional_call
 
@@ -12,15 +17,20 @@ from nmt.config import MoEConfig
 from nmt.model.experts import MoE
 from nmt.model.gating import (
     MIN_NOISE_STD,
-    GateOutput,
+    THRESHOLD_SCALE,
+    GateSums,
     NoisyTopKGate,
+    StrictlyBalancedGate,
     balance_loss,
+    batchwise_loss,
+    batchwise_mask,
     count_tokens,
     cv_squared,
     keep_top_k,
     prob_in_top_k,
 )
 
+WIDTH = 5
 SIZES = [(2, 1), (3, 2), (5, 1), (8, 3), (16, 4), (16, 15)]
 
 
@@ -89,12 +99,15 @@ def test_load_of_the_gate_is_the_definition_with_the_noise_it_drew(num_experts: 
     noisy_TE = clean_TE + std_TE * noise_of(7, 30, num_experts)
     torch.manual_seed(7)
     out = gate(x_TD)
-    torch.testing.assert_close(out.load_E, load_by_definition(clean_TE, noisy_TE, std_TE, k).sum(0))
+    torch.testing.assert_close(out.sums.load_E, load_by_definition(clean_TE, noisy_TE, std_TE, k).sum(0))
     gates_TK, expert_TK = keep_top_k(noisy_TE, k)
     assert torch.equal(out.expert_TK, expert_TK)
     dense_TE = torch.zeros_like(noisy_TE).scatter(1, expert_TK, gates_TK)
-    torch.testing.assert_close(out.importance_E, dense_TE.sum(0))
-    torch.testing.assert_close(out.count_E.double(), (dense_TE > 0).double().sum(0))
+    torch.testing.assert_close(out.sums.importance_E, dense_TE.sum(0))
+    torch.testing.assert_close(out.sums.count_E.double(), (dense_TE > 0).double().sum(0))
+    torch.testing.assert_close(out.noise_std, std_TE.mean())
+    assert out.num_routed == 30 * k
+    assert out.own_loss == 0
 
 
 def test_load_is_how_often_an_expert_is_chosen_when_its_own_noise_is_drawn_again():
@@ -104,7 +117,7 @@ def test_load_is_how_often_an_expert_is_chosen_when_its_own_noise_is_drawn_again
     clean_TE, std_TE = clean_and_std(gate, x_TD)
     noisy_TE = clean_TE + std_TE * noise_of(7, num_tokens, num_experts)
     torch.manual_seed(7)
-    load_E = gate(x_TD).load_E
+    load_E = gate(x_TD).sums.load_E
     for i in range(num_experts):
         redrawn_MTE = noisy_TE.expand(redraws, -1, -1).clone()
         redrawn_MTE[:, :, i] = clean_TE[:, i] + std_TE[:, i] * torch.randn(redraws, num_tokens)
@@ -123,8 +136,8 @@ def test_load_sums_to_k_per_token_and_agrees_with_the_counts(trained: bool):
     x_TD = torch.randn(num_tokens, 6, dtype=torch.float64)
     with torch.no_grad():
         outs = [gate(x_TD) for _ in range(draws)]
-    load_ME = torch.stack([out.load_E for out in outs])
-    count_ME = torch.stack([out.count_E.double() for out in outs])
+    load_ME = torch.stack([out.sums.load_E for out in outs])
+    count_ME = torch.stack([out.sums.count_E.double() for out in outs])
     assert (count_ME.sum(1) == k * num_tokens).all()
     sums_M = load_ME.sum(1)
     assert sums_M.mean() == pytest.approx(k * num_tokens, abs=5 * sums_M.std().item() / draws**0.5)
@@ -155,8 +168,8 @@ def test_a_gate_that_learnt_away_its_noise_has_a_finite_load_and_gradient():
     gate, x_TD = trained_gate(2, 5, 2), torch.rand(20, 2, dtype=torch.float64) + 0.5
     torch.nn.init.constant_(gate.w_noise_DE, -1000.0)
     out = gate(x_TD)
-    balance_loss(out, 1.0, 1.0).backward()
-    assert out.load_E.isfinite().all()
+    balance_loss(out.sums, 1.0, 1.0).backward()
+    assert out.sums.load_E.isfinite().all()
     assert gate.w_gate_DE.grad.isfinite().all()
     assert gate.w_noise_DE.grad.isfinite().all()
 
@@ -167,16 +180,17 @@ def test_evaluation_has_no_noise_and_counts_hard():
     gates_TK, expert_TK = keep_top_k(x_TD @ gate.w_gate_DE, 3)
     assert torch.equal(out.expert_TK, expert_TK)
     assert torch.equal(out.gates_TK, gates_TK)
-    assert torch.equal(out.load_E, out.count_E)
+    assert torch.equal(out.sums.load_E, out.sums.count_E)
+    assert out.noise_std == 0
     gate.train()
     assert not torch.equal(gate(x_TD).gates_TK, gates_TK)
 
 
 def test_with_k_equal_to_e_the_load_is_the_hard_count():
     out = trained_gate(6, 4, 4)(torch.randn(9, 6, dtype=torch.float64))
-    assert out.load_E.tolist() == [9.0] * 4
-    assert not out.load_E.requires_grad
-    assert out.importance_E.requires_grad
+    assert out.sums.load_E.tolist() == [9.0] * 4
+    assert not out.sums.load_E.requires_grad
+    assert out.sums.importance_E.requires_grad
 
 
 @pytest.mark.parametrize("field", ["importance_E", "load_E"])
@@ -187,7 +201,7 @@ def test_gradients_of_the_balance_terms_are_right_and_reach_both_weights(field: 
     def value(w_gate_DE: Tensor, w_noise_DE: Tensor, x_TD: Tensor) -> Tensor:
         torch.manual_seed(5)  # the same noise at every evaluation
         weights = {"w_gate_DE": w_gate_DE, "w_noise_DE": w_noise_DE}
-        return getattr(functional_call(gate, weights, x_TD), field) @ direction_E
+        return getattr(functional_call(gate, weights, x_TD).sums, field) @ direction_E
 
     inputs = (gate.w_gate_DE, gate.w_noise_DE, x_TD)
     assert torch.autograd.gradcheck(value, inputs)
@@ -204,11 +218,10 @@ def test_cv_squared_is_population_variance_over_squared_mean():
 
 
 def test_balance_loss_weighs_importance_and_load():
-    unused = torch.zeros(0)
-    gate = GateOutput(unused, unused, torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), torch.tensor([9.0, 0.0]))
-    assert balance_loss(gate, 0.1, 0.0).item() == pytest.approx(0.1 * 0.25)
-    assert balance_loss(gate, 0.0, 0.1).item() == pytest.approx(0.1 * 1.0)
-    assert balance_loss(gate, 0.1, 0.3).item() == pytest.approx(0.025 + 0.3)
+    sums = GateSums(torch.tensor([1.0, 3.0]), torch.tensor([0.0, 2.0]), torch.tensor([9.0, 0.0]))
+    assert balance_loss(sums, 0.1, 0.0).item() == pytest.approx(0.1 * 0.25)
+    assert balance_loss(sums, 0.0, 0.1).item() == pytest.approx(0.1 * 1.0)
+    assert balance_loss(sums, 0.1, 0.3).item() == pytest.approx(0.025 + 0.3)
 
 
 @pytest.mark.parametrize("k", [1, 2])
@@ -225,16 +238,16 @@ def test_the_task_teaches_the_gate_only_with_two_experts_or_more(k: int):
     else:
         assert moe.gate.w_gate_DE.grad.any()
         assert moe.gate.w_noise_DE.grad.any()
-    assert moe.experts.w1_EDH.grad.any()
+    assert all(w_EIO.grad.any() for w_EIO in moe.experts.weights)
 
 
 def test_an_untrained_gate_is_balanced_by_its_noise_alone():
     """Without noise all logits tie and every token takes the same experts: no load to judge at step 0."""
     gate, x_TD = NoisyTopKGate(6, 16, 4), torch.randn(4096, 6)
-    noisy = gate(x_TD).count_E
+    noisy = gate(x_TD).sums.count_E
     assert noisy.max() / noisy.mean() < 1.2
     tied = gate.eval()(x_TD)
-    assert sorted(tied.count_E.tolist()) == [0.0] * 12 + [4096.0] * 4
+    assert sorted(tied.sums.count_E.tolist()) == [0.0] * 12 + [4096.0] * 4
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(1, 1, 1), (1, 6, 2), (30, 4, 2), (5, 40, 3)])
@@ -256,4 +269,129 @@ def test_the_gate_stays_in_float32_under_autocast():
     gates_TK, expert_TK = keep_top_k(noisy_TE, 2)
     assert torch.equal(out.expert_TK, expert_TK)
     torch.testing.assert_close(out.gates_TK, gates_TK)
-    assert out.load_E.dtype == out.importance_E.dtype == torch.float32
+    assert out.sums.load_E.dtype == out.sums.importance_E.dtype == torch.float32
+
+
+# --------------------------------------------------------------------------------------------- strictly balanced
+
+
+@pytest.mark.parametrize(("tokens", "experts", "m"), [(1, 1, 1), (6, 4, 3), (40, 8, 5), (5, 3, 5), (9, 2, 1)])
+def test_batchwise_mask_is_the_m_largest_of_each_column(tokens: int, experts: int, m: int):
+    x_TE = torch.rand(tokens, experts, dtype=torch.float64)
+    mask_TE = batchwise_mask(x_TE, m)
+    assert mask_TE.dtype == torch.bool
+    for i in range(experts):
+        column = x_TE[:, i].tolist()
+        chosen = {j for j in range(tokens) if mask_TE[j, i]}
+        assert len(chosen) == m
+        assert chosen == set(sorted(range(tokens), key=lambda j, c=column: -c[j])[:m])
+
+
+def test_batchwise_loss_is_its_definition():
+    x_TE, threshold_E = torch.rand(30, 6, dtype=torch.float64), torch.rand(6, dtype=torch.float64, requires_grad=True)
+    mask_TE = batchwise_mask(x_TE, 10)
+    loss = batchwise_loss(x_TE, threshold_E, mask_TE)
+    expected, difference_sums = 0.0, [0] * 6
+    for j in range(30):
+        for i in range(6):
+            difference = int(x_TE[j, i] > threshold_E[i]) - int(mask_TE[j, i])
+            expected += difference * (x_TE[j, i] - threshold_E[i]).item()
+            difference_sums[i] += difference
+    assert loss.item() == pytest.approx(expected)
+    assert torch.autograd.grad(loss, threshold_E)[0].tolist() == [-total for total in difference_sums]
+    # Zero iff thresholds lie between the m-th and the next value of each column.
+    sorted_TE = x_TE.sort(0, descending=True).values
+    assert batchwise_loss(x_TE, (sorted_TE[9] + sorted_TE[10]) / 2, mask_TE) == 0
+    for i in range(6):
+        for wrong in ((sorted_TE[10, i] + sorted_TE[11, i]) / 2, (sorted_TE[8, i] + sorted_TE[9, i]) / 2):
+            threshold_E = (sorted_TE[9] + sorted_TE[10]) / 2
+            threshold_E[i] = wrong
+            assert batchwise_loss(x_TE, threshold_E, mask_TE) > 0
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k", "m"),
+    [(1, 1, 1, 1), (6, 4, 2, 3), (12, 6, 1, 2), (10, 3, 3, 10), (5, 16, 2, 1), (3, 16, 1, 1), (31, 8, 4, 16)],
+)
+def test_every_expert_gets_exactly_m_tokens_and_only_thresholds_learn_of_it(
+    num_tokens: int, num_experts: int, k: int, m: int
+):
+    config = MoEConfig(num_experts=num_experts, k=k, gating="strictly_balanced", hidden_sizes=[2])
+    moe = MoE(WIDTH, num_experts, config).double()
+    gate, x_TD = moe.gate, torch.randn(num_tokens, WIDTH, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.normal_(gate.w_gate_DE)
+    torch.nn.init.normal_(gate.threshold_E, mean=-2.0 / THRESHOLD_SCALE, std=1.0 / THRESHOLD_SCALE)
+    out = gate(x_TD)
+    assert out.sums.count_E.tolist() == [m] * num_experts
+    assert out.num_routed == m * num_experts
+    assert torch.equal(out.sums.load(), out.sums.count_E)
+    _, ends_E, _ = moe.dispatcher.dispatch(x_TD, out, num_experts)
+    assert ends_E.tolist() == [m * (e + 1) for e in range(num_experts)]
+    log_TE = (x_TD @ gate.w_gate_DE).log_softmax(1)
+    by_threshold_TE = log_TE > THRESHOLD_SCALE * gate.threshold_E
+    difference_TE = by_threshold_TE.double() - batchwise_mask(log_TE, m).double()
+    assert out.own_loss >= 0
+    assert (out.own_loss == 0) == (not difference_TE.any())
+    of_x_TD, of_gate_DE, of_threshold_E = torch.autograd.grad(
+        out.own_loss, (x_TD, gate.w_gate_DE, gate.threshold_E), allow_unused=True
+    )
+    assert of_x_TD is of_gate_DE is None
+    torch.testing.assert_close(of_threshold_E, -THRESHOLD_SCALE * difference_TE.sum(0) / num_tokens)
+
+
+def test_gates_too_small_for_float32_still_sum_to_one():
+    """A token may go to experts alone that it hardly wants: their softmax values underflow, not their ratio."""
+    gate = StrictlyBalancedGate(4, 4, 1)
+    gate.w_gate_DE = torch.nn.Parameter(torch.eye(4))
+    x_TD = torch.tensor([[0.0, -150.0, -150.5, 0.0], [0.0, -200.0, -200.0, 1.0], [1.0, -300.0, -300.0, 0.0]])
+    out = gate(x_TD.requires_grad_())
+    assert out.expert_TK.tolist() == [[1, 2], [3, 4], [0, 4]]
+    expected = torch.tensor([0.5, 0.0]).softmax(0).tolist()
+    assert out.gates_TK.flatten().tolist() == pytest.approx([*expected, 1.0, 0.0, 1.0, 0.0])
+    out.gates_TK[0, 0].backward()
+    slope = expected[0] * expected[1]
+    assert x_TD.grad[0].tolist() == pytest.approx([0.0, slope, -slope, 0.0], abs=1e-6)
+
+
+def train_thresholds(gate: StrictlyBalancedGate, steps: int, gain: Callable[[int], float]) -> None:
+    """Adam at the default rate, on the thresholds alone; w_gate grows by `gain` from its start."""
+    start_DE = gate.w_gate_DE.detach().clone()
+    adam = torch.optim.Adam([gate.threshold_E], lr=2e-3, betas=(0.9, 0.98), eps=1e-9)
+    for step in range(steps):
+        gate.w_gate_DE.data = gain(step) * start_DE
+        adam.zero_grad()
+        gate(tokens_of_a_kind(512)).own_loss.backward()
+        adam.step()
+    gate.w_gate_DE.data = gain(steps) * start_DE
+
+
+def tokens_of_a_kind(count: int) -> Tensor:
+    """Tokens that like some experts better than others."""
+    return torch.randn(count, WIDTH) + torch.linspace(-1.0, 1.0, WIDTH)
+
+
+def agreement(gate: StrictlyBalancedGate) -> tuple[float, float, float]:
+    """On new tokens: (share of token-expert pairs, chosen by either mask, that both choose; experts per token;
+    largest over mean load) with thresholds against the batchwise mask."""
+    x_TD = tokens_of_a_kind(4096)
+    out = gate.eval()(x_TD)
+    gate.train()
+    log_TE = (x_TD @ gate.w_gate_DE).log_softmax(1)
+    mask_TE = batchwise_mask(log_TE, round(gate.k * 4096 / gate.num_experts))
+    chosen_TE = torch.zeros(4096, gate.num_experts + 1, dtype=torch.bool).scatter(1, out.expert_TK, True)[:, :-1]
+    both = (mask_TE & chosen_TE).sum() / (mask_TE | chosen_TE).sum()
+    count_E = out.sums.count_E
+    return both.item(), out.num_routed / 4096, (count_E.max() / count_E.mean()).item()
+
+
+@pytest.mark.parametrize("sharpens", [False, True])
+def test_thresholds_come_to_choose_as_the_batch_did(sharpens: bool):
+    gate = StrictlyBalancedGate(WIDTH, 8, 2)
+    torch.nn.init.normal_(gate.w_gate_DE, std=WIDTH**-0.5)
+    torch.nn.init.constant_(gate.threshold_E, -math.log(8) / THRESHOLD_SCALE)
+    assert agreement(gate)[0] < 0.7
+    train_thresholds(gate, 500, lambda step: 1.0 + 3.0 * min(step / 300, 1.0) if sharpens else 1.0)
+    both, per_token, most = agreement(gate)
+    assert both > 0.95
+    assert per_token == pytest.approx(2.0, rel=0.04)
+    assert most < 1.1

@@ -4,24 +4,30 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from test_training import one_thread  # noqa: F401
 from torch import Tensor, nn
 
-from nmt.batch import Batch
-from nmt.config import AttentionConfig, ModelConfig, MoEConfig
-from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, WIRINGS
+from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
 from nmt.model.attention import Attention, Memory
-from nmt.model.gating import balance_loss
+from nmt.model.gating import THRESHOLD_SCALE, balance_loss
 from nmt.model.init import init_parameters
 from nmt.model.lstm import LSTM, BidirectionalLSTM
 from nmt.model.seq2seq import Decoder, Encoder, Seq2Seq
+from nmt.training.optim import make_optimizer
+from nmt.training.update import update
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
 
 VARIANTS = list(itertools.product(WIRINGS, BOTTOM_LAYERS, ATTENTION_FUNCTIONS))
+GATING = {gating: {"branching": 2, "k": 1} if gating == "hierarchical" else {"k": 2} for gating in GATINGS}
+"""The MoE settings that go with each gating: two experts a token in all of them."""
 
 
 def randomised(config: ModelConfig) -> Seq2Seq:
@@ -59,6 +65,27 @@ def test_a_whole_sequence_equals_one_position_at_a_time(
     for pair, expected in zip(state.lstm, whole.state.lstm, strict=True):
         close(pair[0], expected[0])
         close(pair[1], expected[1])
+
+
+@pytest.mark.parametrize("gating", GATING)
+def test_every_gating_decodes_one_position_as_the_whole_sequence(
+    tiny_config: Configs, tiny_batch: Batches, gating: str
+):
+    """What a search sees: the choice for a token does not depend on the tokens around it."""
+    config = tiny_config(gating=gating, num_experts=8, hidden_sizes=[7, 3], encoder_moe_after=[1], **GATING[gating])
+    model, batch = randomised(config).eval(), tiny_batch((4, 5), (2, 5), (6, 5))
+    with torch.no_grad():
+        memory = encode(model, batch)
+        whole = model.decode(batch.target_in_TB, memory)
+        state = None
+        for t, target_1B in enumerate(batch.target_in_TB.split(1)):
+            one = model.decode(target_1B, memory, state)
+            state = one.state
+            close(one.x_TRD[0], whole.x_TRD[t])
+    chosen = whole.gates["decoder.1"]
+    assert chosen.num_routed == (chosen.expert_TK < 8).sum()
+    if gating == "strictly_balanced":
+        assert (chosen.expert_TK == 8).any()  # slots that stay empty are among what is tested
 
 
 def slow_decoder(decoder: Decoder, x_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -139,7 +166,19 @@ def test_every_parameter_gets_a_gradient(
     config = tiny_config(wiring=wiring, bottom_layer=bottom, function=function, output_bias=True, tie_embeddings=False)
     model = Seq2Seq(config, TINY_VOCAB).double()  # as it starts, zero gates included
     out = model(tiny_batch(*[(5, 6)] * 8), label_smoothing=0.1)
-    (out.loss + sum(balance_loss(gate, 0.1, 0.1) for gate in out.gates.values())).backward()
+    (out.loss + sum(balance_loss(gate.sums, 0.1, 0.1) for gate in out.gates.values())).backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("gating", GATING)
+def test_every_parameter_of_every_gating_gets_a_gradient(tiny_config: Configs, tiny_batch: Batches, gating: str):
+    changes = {"num_experts": 8, "hidden_sizes": [7, 6], "branching": 4 if gating == "hierarchical" else 0}
+    model = Seq2Seq(tiny_config(gating=gating, **GATING[gating] | changes), TINY_VOCAB).double()
+    out = model(tiny_batch(*[(5, 6)] * 8))
+    (out.loss + sum(balance_loss(gate.sums, 0.1, 0.1) + gate.own_loss for gate in out.gates.values())).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
@@ -198,8 +237,8 @@ def test_gates_count_real_tokens_only(tiny_config: Configs, tiny_batch: Batches,
     assert gates.keys() == tokens.keys()
     for name, gate in gates.items():
         assert gate.expert_TK.shape == (tokens[name], 3)
-        assert gate.count_E.sum() == 3 * tokens[name]
-        assert gate.importance_E.sum().item() == pytest.approx(tokens[name])
+        assert gate.sums.count_E.sum() == 3 * tokens[name]
+        assert gate.sums.importance_E.sum().item() == pytest.approx(tokens[name])
 
 
 def test_padding_takes_nothing_from_the_noise(tiny_config: Configs, tiny_batch: Batches):
@@ -214,7 +253,7 @@ def test_padding_takes_nothing_from_the_noise(tiny_config: Configs, tiny_batch: 
     out = model(batch._replace(source_SB=source_SB, target_in_TB=target_in_TB))
     close(out.loss, expected.loss)
     for name, gate in expected.gates.items():
-        close(out.gates[name].load_E, gate.load_E)
+        close(out.gates[name].sums.load_E, gate.sums.load_E)
 
 
 @pytest.mark.parametrize("wiring", WIRINGS)
@@ -278,16 +317,20 @@ def test_every_parameter_has_an_initial_value(
         assert not parameter.isnan().any(), name
 
 
-def test_initial_values_are_those_of_the_table():
-    width, cells, size, hidden, vocab = 64, 128, 4096, 256, 1000
+@pytest.mark.parametrize("gating", GATING)
+def test_initial_values_are_those_of_the_table(gating: str):
+    width, cells, size, hidden_sizes, experts, vocab = 64, 128, 4096, [256, 32, 100], 8, 1000
     config = ModelConfig(
         hidden_size=width,
         cell_size=cells,
         output_bias=True,
         attention=AttentionConfig(function="normalised", size=size),
-        moe=MoEConfig(num_experts=8, hidden_sizes=[hidden]),
+        moe=MoEConfig(num_experts=experts, hidden_sizes=hidden_sizes, gating=gating, **GATING[gating]),
     )
     model = Seq2Seq(config, vocab)
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    init_parameters(model, model.output)
 
     def assert_std(tensor: Tensor, std: float) -> None:
         # 5 standard errors; 1/sqrt(2n) is a normal's, a uniform's is smaller.
@@ -305,10 +348,17 @@ def test_initial_values_are_those_of_the_table():
     assert not model.output.bias.any()
     for side in (model.encoder, model.decoder):
         for moe in side.moe_layers.moe.values():
-            assert not moe.gate.w_gate_DE.any()
-            assert not moe.gate.w_noise_DE.any()
-            assert_std(moe.experts.w1_EDH, math.sqrt(2 / width))
-            assert_std(moe.experts.w2_EHD, hidden**-0.5)
+            zeros = dict(moe.gate.named_parameters())
+            if gating in ("softmax_top_k", "strictly_balanced"):
+                assert_std(zeros.pop("w_gate_DE"), width**-0.5)
+            if gating == "strictly_balanced":
+                log_threshold_E = THRESHOLD_SCALE * zeros.pop("threshold_E")
+                assert log_threshold_E.tolist() == pytest.approx([-math.log(experts)] * experts)
+            assert len(zeros) == {"noisy_top_k": 2, "hierarchical": 4}.get(gating, 0)
+            assert not any(parameter.any() for parameter in zeros.values())
+            for w_EIO, inputs, gain in zip(moe.experts.weights, [width, *hidden_sizes], [2, 2, 2, 1], strict=True):
+                assert w_EIO.shape[1] == inputs
+                assert_std(w_EIO, math.sqrt(gain / inputs))
     lstms = [module.lstm for module in model.modules() if isinstance(module, LSTM)]
     assert len(lstms) == 2 + 2 + 2
     for lstm in lstms:
@@ -318,6 +368,37 @@ def test_initial_values_are_those_of_the_table():
             if name.startswith("weight"):
                 assert weight.abs().max() <= cells**-0.5
                 assert_std(weight, cells**-0.5 / math.sqrt(3))
+
+
+@pytest.mark.parametrize("gating", GATING)
+def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
+    """A few hundred words in two micro-batches an update; every parameter takes part."""
+    vocabulary, experts = 10, {"num_experts": 8, "hidden_sizes": [8, 6]}
+    depth = {"num_encoder_layers": 2, "num_decoder_layers": 1}
+    model_config = tiny_config(hidden_size=24, cell_size=24, gating=gating, **depth, **experts, **GATING[gating])
+    training = TrainingConfig(label_smoothing=0.0, precision="fp32")
+    model = Seq2Seq(model_config, vocabulary)
+    optimizer = make_optimizer(model, training)
+    rng = np.random.default_rng(1)
+    sources = [rng.integers(NUM_SPECIAL, vocabulary, size=n) for n in rng.integers(1, 5, size=40)]
+    targets = [source[::-1] for source in sources]
+    batches = [make_batch(np.arange(20), sources[half], targets[half]) for half in (slice(20), slice(20, 40))]
+    tokens = sum(batch.num_target_tokens for batch in batches)
+    start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    losses = []
+    for step in range(1, 71):
+        config, rate = Config(model=model_config, training=training), 0.02 * min(1, step / 20)
+        done = update(model, optimizer, config, batches, step, rate, torch.device("cpu"))
+        assert not done.skipped
+        losses.append(float(done.nll) / tokens)
+    assert losses[0] > 1.5
+    assert losses[-1] < 0.5
+    for name, parameter in model.named_parameters():
+        assert parameter.isfinite().all(), name
+        assert not torch.equal(parameter, start[name]), name
+    with torch.no_grad():
+        nll = sum(float(model.eval()(batch).nll) for batch in batches)
+    assert nll / tokens < 0.5
 
 
 def test_product_attention_starts_open():

@@ -1,4 +1,4 @@
-"""Training: updates, clipping, rates, learning, and going on bit for bit after any stop."""
+"""Training: updates, clipping, rates, and going on bit for bit after any stop."""
 
 import json
 import math
@@ -9,7 +9,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,10 +23,12 @@ from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import compose_config, main
 from nmt.config import Config, ModelConfig, TrainingConfig
-from nmt.model.seq2seq import Seq2Seq
+from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.update import update
+
+Configs = Callable[..., ModelConfig]
 
 ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
 GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
@@ -193,26 +197,23 @@ def test_lines_of_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> No
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 
-def test_patience_stops_early_and_saves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([3.0, 4.0, math.nan, 5.0])
-    measured = nmt.training.trainer.perplexity
+def script_perplexity(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
+    measured, coming = nmt.training.trainer.perplexity, iter(scores)
 
     def scripted(*arguments: object) -> object:
-        return replace(measured(*arguments), pieces=next(scores))
+        return replace(measured(*arguments), pieces=next(coming))
 
     monkeypatch.setattr(nmt.training.trainer, "perplexity", scripted)
+
+
+def test_patience_stops_early_and_saves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script_perplexity(monkeypatch, 3.0, 4.0, math.nan, 5.0)
     run = train(corpus, "a", 50, "training.validate_every=1", "training.patience=2", "training.keep_checkpoints=9")
     assert [(each.step, each.score) for each in list_checkpoints(run / "checkpoints")] == [(1, 3.0), (3, None)]
 
 
 def test_a_validation_that_is_not_a_number_is_never_the_best(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scores = iter([math.nan, 4.0, math.nan])
-    measured = nmt.training.trainer.perplexity
-
-    def scripted(*arguments: object) -> object:
-        return replace(measured(*arguments), pieces=next(scores))
-
-    monkeypatch.setattr(nmt.training.trainer, "perplexity", scripted)
+    script_perplexity(monkeypatch, math.nan, 4.0, math.nan)
     changes = ("training.validate_every=1", "training.checkpoint_every=1")
     found = list_checkpoints(train(corpus, "a", 3, *changes) / "checkpoints")
     assert [each.score for each in found] == [None, 4.0, None]
@@ -229,46 +230,91 @@ class Keep(torch.optim.SGD):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def test_accumulation_is_one_larger_batch(tiny_config: Callable[..., ModelConfig]) -> None:
-    config = Config(model=tiny_config(num_experts=0), training=TrainingConfig(clip_norm=0.0, precision="fp32"))
-    model = Seq2Seq(config.model, 13).double()
+def gradient_of(model: Seq2Seq, config: Config, batches: list[Batch], step: int = 1) -> tuple[list[Tensor], Any]:
+    """The gradient of one update (zeros for parameters without one), and what the update returned."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer = Keep(model.parameters(), lr=1.0)
+    done = update(model, optimizer, config, batches, step, 0.1, torch.device("cpu"))
+    assert all(parameter.grad is None for parameter in model.parameters())
+    return optimizer.kept, done
+
+
+def fp64_model(model_config: ModelConfig) -> tuple[Seq2Seq, Config]:
+    model = Seq2Seq(model_config, 13).double()
+    for name, parameter in model.named_parameters():
+        if ".gate." in name:
+            nn.init.normal_(parameter)
+    return model, Config(model=model_config, training=TrainingConfig(clip_norm=0.0, precision="fp32"))
+
+
+def micro_batches(*bounds: int) -> list[Batch]:
+    """Five sentence pairs, cut at `bounds`."""
     generator = np.random.default_rng(5)
     lengths = [(3, 4), (1, 2), (5, 1), (2, 7), (6, 6)]
     sides = [[generator.integers(NUM_SPECIAL, 13, size=n) for n in side] for side in zip(*lengths, strict=True)]
-    batches = [make_batch(np.arange(len(s)), s, t) for s, t in ((sides[0], sides[1]),)]
-    halves = [make_batch(np.arange(len(s)), s, t) for s, t in zip(*([x[:2], x[2:]] for x in sides), strict=True)]
-
-    results = []
-    for micro_batches in (batches, halves):
-        optimizer = Keep(model.parameters(), lr=1.0)
-        done = update(model, optimizer, config, micro_batches, 1, 0.1, torch.device("cpu"))
-        results.append((optimizer.kept, done))
-    (whole, one), (sum_of_parts, two) = results
-    for expected, actual in zip(whole, sum_of_parts, strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
-    torch.testing.assert_close(two.nll, one.nll)
-    torch.testing.assert_close(two.gradient_norm, one.gradient_norm)
-    assert all(parameter.grad is None for parameter in model.parameters())
+    return [make_batch(np.arange(b - a), *(side[a:b] for side in sides)) for a, b in pairwise([0, *bounds, 5])]
 
 
-def test_balance_losses_are_averaged_over_micro_batches(
-    tiny_config: Callable[..., ModelConfig], tiny_batch: Callable[..., Batch]
+BALANCE: dict[str, Any] = {"w_importance": 10.0, "w_load": 7.0, "w_importance_decoder": 3.0}
+NO_EXPERTS = {"num_experts": 0}
+FLAT = {"num_experts": 6, "k": 2} | BALANCE
+GROUPS = {"num_experts": 9, "gating": "hierarchical", "branching": 3, "k": 2} | BALANCE
+SOFTMAX, STRICT = FLAT | {"gating": "softmax_top_k"}, FLAT | {"gating": "strictly_balanced"}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("moe", [NO_EXPERTS, FLAT, GROUPS, SOFTMAX, STRICT])
+def test_accumulation_is_one_larger_batch(
+    tiny_config: Configs, moe: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same micro-batch twice is the same update: without gate noise, so in evaluation mode."""
-    config = Config(model=tiny_config(), training=TrainingConfig(clip_norm=0.0, precision="fp32"))
-    config.model.moe.w_importance = 10.0
-    model = Seq2Seq(config.model, 13).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("w_gate_DE"):
-            nn.init.normal_(parameter)
-    batch = tiny_batch((3, 4), (5, 2))
-    kept = []
-    for micro_batches in ([batch], [batch, batch]):
-        optimizer = Keep((p for n, p in model.named_parameters() if not n.endswith("w_noise_DE")), lr=1.0)
-        update(model, optimizer, config, micro_batches, 1, 0.1, torch.device("cpu"))
-        kept.append(optimizer.kept)
-    for once, twice in zip(*kept, strict=True):
-        torch.testing.assert_close(twice, once, rtol=1e-9, atol=1e-12)
+    """Balance losses included: those of the joined batch. Gates draw zeros as noise, which parts cannot share."""
+    if training and moe is STRICT:
+        return  # m and the mask are a micro-batch's own
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    model, config = fp64_model(tiny_config(**moe))
+    whole, one = gradient_of(model.train(training), config, micro_batches())
+    for bounds in ((2,), (1, 3)):
+        parts, several = gradient_of(model, config, micro_batches(*bounds))
+        for expected, actual in zip(whole, parts, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(several.nll, one.nll)
+        torch.testing.assert_close(several.gradient_norm, one.gradient_norm)
+        assert several.sums.keys() == one.sums.keys() == set(config.model.moe_layers())
+        for layer, sums in one.sums.items():
+            for expected, actual in zip(sums.parts(), several.sums[layer].parts(), strict=True):
+                torch.testing.assert_close(actual, expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("moe", [FLAT, GROUPS, SOFTMAX, STRICT])
+def test_both_passes_over_a_micro_batch_draw_the_same(tiny_config: Configs, moe: dict) -> None:
+    """The statistics of an update are the sums of the gates that its losses were taken through."""
+    model, config = fp64_model(tiny_config(dropout=0.3, **moe))
+    seen: list[Gates] = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.gates))
+    _, done = gradient_of(model, config, micro_batches(2, 3))
+    assert len(seen) == 3
+    for layer, sums in done.sums.items():
+        expected = seen[0][layer].sums.plus(seen[1][layer].sums).plus(seen[2][layer].sums)
+        assert not any(part.requires_grad for part in sums.parts())
+        for actual, wanted in zip(sums.parts(), expected.parts(), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
+        assert torch.equal(done.gates[layer].gates_TK, seen[2][layer].gates_TK)
+
+
+def test_dropout_and_noise_follow_from_seed_step_and_place_alone(tiny_config: Configs) -> None:
+    model, config = fp64_model(tiny_config(dropout=0.3, **FLAT))
+    seen: list[Gates] = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(output.gates))
+    batches = micro_batches(2) + micro_batches(2)
+    first, _ = gradient_of(model, config, batches, step=3)
+    assert not torch.equal(seen[0]["encoder.2"].gates_TK, seen[2]["encoder.2"].gates_TK)
+    torch.manual_seed(99)
+    torch.randn(7)
+    assert all(map(torch.equal, gradient_of(model, config, batches, step=3)[0], first))
+    assert not all(map(torch.equal, gradient_of(model, config, batches, step=4)[0], first))
+    config.training.seed += 1
+    assert not all(map(torch.equal, gradient_of(model, config, batches, step=3)[0], first))
 
 
 def clones(model: nn.Module, optimizer: torch.optim.Adam) -> list[Tensor]:
@@ -331,12 +377,12 @@ def break_gradients(monkeypatch: pytest.MonkeyPatch, bad_updates: Callable[[int]
     """Put a NaN into the gradient of each update whose number `bad_updates` says yes to."""
     calls = 0
 
-    def broken(optimizer: torch.optim.Adam, clip_norm: float, rate: float) -> object:
+    def broken(optimizer: torch.optim.Adam, *arguments: Any) -> object:
         nonlocal calls
         calls += 1
         if bad_updates(calls):
             optimizer.param_groups[0]["params"][0].grad.view(-1)[0] = math.nan
-        return clipped_step(optimizer, clip_norm, rate)
+        return clipped_step(optimizer, *arguments)
 
     monkeypatch.setattr("nmt.training.update.clipped_step", broken)
 
@@ -393,27 +439,6 @@ def test_rates_are_positive_bounded_and_without_a_jump(schedule: str, warmup: in
     for step in range(1, 1000):
         allowed = max(steepest, 1 - math.sqrt(step / (step + 1)))
         assert abs(rates[step] - rates[step - 1]) <= allowed + 1e-12
-
-
-# --------------------------------------------------------------------------------------------------- learning
-
-
-def test_a_tiny_mixture_of_experts_learns_to_reverse(tiny_config: Callable[..., ModelConfig]) -> None:
-    vocabulary = 10
-    model_config = tiny_config(hidden_size=24, cell_size=24)
-    training = TrainingConfig(label_smoothing=0.0, precision="fp32")
-    config = Config(model=model_config, training=training)
-    model = Seq2Seq(model_config, vocabulary).train()
-    optimizer = make_optimizer(model, training)
-    generator = np.random.default_rng(1)
-    sources = [generator.integers(NUM_SPECIAL, vocabulary, size=n) for n in generator.integers(1, 5, size=40)]
-    batch = make_batch(np.arange(40), sources, [source[::-1] for source in sources])
-    losses = []
-    for step in range(1, 201):
-        done = update(model, optimizer, config, [batch], step, 0.02 * min(1, step / 20), torch.device("cpu"))
-        losses.append(float(done.nll) / batch.num_target_tokens)
-    assert losses[0] > 1.5
-    assert losses[-1] < 0.3
 
 
 def test_compose_config_reads_the_same_settings(tmp_path: Path) -> None:

@@ -1,11 +1,312 @@
 """nmt experts RUN --grow | --prune | --merge ... -o NEWRUN."""
 
 import argparse
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
-from nmt.config import Config
-from nmt.run import RunDirectory
+import torch
+import yaml
+
+from nmt.commands import say
+from nmt.config import Config, DecodingConfig, RunConfig
+from nmt.data.subwords import Subwords
+from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.device import pick_device, set_fast_math
+from nmt.errors import CheckpointError, DataError, UserError
+from nmt.evaluation.compute import model_cost
+from nmt.evaluation.scores import paired_bootstrap
+from nmt.resources import resource_dir
+from nmt.run import RunDirectory, flatten
+from nmt.training import shrinking
+from nmt.training.growing import grow
+from nmt.training.shrinking import Pair, Seen, Use
+from nmt.training.surgery import Network, moe_modules, read_network, write_run
+from nmt.training.validation import perplexity
+
+_COUNTS = "model.moe.num_experts_at."
+
+# Of the dev set, spread over it: pairs that experts are watched with, sentences that are translated before and after,
+# and pairs whose perplexity shows that growing changed nothing.
+_WATCHED, _TRANSLATED, _COMPARED = 2000, 500, 200
 
 
 def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Write a new run with more or fewer experts."""
-    raise NotImplementedError
+    """Write a new run with more or fewer experts, and say how to train it on."""
+    path = _new_path(options.output, run)
+    _check_count(options, config)
+    subwords = load_vocabulary(run)
+    network, checkpoint = read_network(run, config, subwords.fingerprint, subwords.size)
+    bench = _Bench(run, config, subwords)
+    if options.grow is not None:
+        changed = grow(network, options.grow, config.training.seed + checkpoint.step)
+        bench.show_that_nothing_changed(network, changed)
+    else:
+        changed = bench.shrink(options, network)
+    decoding, notes = _own_decoding(run)
+    new = replace(config, run=RunConfig(path.name, str(path.parent)), model=changed.config, decoding=decoding)
+    write_run(path, run, new, changed, checkpoint)
+    for note in notes:
+        say(note)
+    print(_sizes(network, changed))
+    print(f"{path} goes on from step {checkpoint.step:,} of {run.path} with")
+    steps = {}
+    if checkpoint.step >= config.training.max_steps:
+        say(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more to go on")
+        steps = {"training.max_steps": 2 * checkpoint.step}
+    print(f"  {train_command(new, steps)}")
+
+
+def _check_count(options: argparse.Namespace, config: Config) -> None:
+    """Refuse what can be seen to be impossible before anything is measured."""
+    (task,) = (name for name in ("grow", "prune", "merge") if getattr(options, name) is not None)
+    count = str(getattr(options, task))
+    if (task, count) == ("prune", "idle"):
+        return
+    if not count.isdecimal() or int(count) < 1:
+        raise UserError(f"--{task} {count}: give a number of at least 1" + (", or idle" if task == "prune" else ""))
+    for layer in config.model.moe_layers() if task != "grow" else ():
+        shrinking.per_group(f"--{task} {count}", config.model.moe, layer, int(count), merging=task == "merge")
+
+
+def _new_path(output: str, run: RunDirectory) -> Path:
+    """NEWRUN is a path, or a plain name beside RUN. UserError if something stands there."""
+    path = Path(output) if "/" in output else run.path.parent / output
+    if Path(output).name in ("", ".."):
+        raise UserError(f"-o {output}: name the folder of the new run, or give its name")
+    if path.exists():
+        raise UserError(f"-o {output}: {path} exists already; choose another name")
+    return path
+
+
+def _own_decoding(run: RunDirectory) -> tuple[DecodingConfig, list[str]]:
+    """How the run translates by its own config.yaml, without what the user changed for this command.
+
+    A step that `checkpoint` names is not there in the new run, and a dial may be impossible.
+    """
+    try:
+        stored = DecodingConfig(**yaml.safe_load(run.config_path.read_text(encoding="utf-8"))["decoding"])
+    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise CheckpointError(f"{run.config_path} is damaged: {error}") from error
+    notes = []
+    if stored.checkpoint.isdigit():
+        notes.append(f"decoding.checkpoint={stored.checkpoint} is best in the new run")
+        stored = replace(stored, checkpoint="best")
+    if stored.experts_per_token:
+        notes.append(
+            f"decoding.experts_per_token={stored.experts_per_token} is 0 in the new run: as many as in training"
+        )
+        stored = replace(stored, experts_per_token=0)
+    return stored, notes
+
+
+def _sizes(before: Network, after: Network) -> str:
+    lines = []
+    for layer in after.config.moe_layers():
+        old = before.config.moe.experts_at(layer) if before.config.moe.num_experts else 0
+        lines.append(f"{layer} {old} -> {after.config.moe.experts_at(layer)} experts")
+    costs = [model_cost(network.config, network.vocab_size) for network in (before, after)]
+    parameters = " -> ".join(f"{cost.num_parameters / 1e6:,.1f}M" for cost in costs)
+    ops = " -> ".join(f"{cost.ops_per_timestep / 1e6:,.1f}M" for cost in costs)
+    return f"{', '.join(lines)}; {parameters} parameters, {ops} ops/timestep"
+
+
+# -------------------------------------------------------------------------------------- the dev set, before and after
+
+
+class _Bench:
+    """The dev set, and networks before and after an operation on it."""
+
+    def __init__(self, run: RunDirectory, config: Config, subwords: Subwords) -> None:
+        self.config, self.subwords = config, subwords
+        self.device = pick_device(config.decoding.device, "decoding.device")
+        set_fast_math(self.device)
+        self.sources, self.targets, _ = run.text("dev")
+        if not self.sources:
+            raise DataError(f"{run.path} has no dev set to measure with")
+
+    def spread(self, count: int) -> tuple[list[str], list[str]]:
+        """At most `count` pairs of the dev set, from all over it."""
+        size = len(self.sources)
+        places = [index * size // min(count, size) for index in range(min(count, size))]
+        return [self.sources[place] for place in places], [self.targets[place] for place in places]
+
+    def translator(self, network: Network) -> Translator:
+        """A greedy translator with this network, which wakes as many experts as in training."""
+        greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
+        return Translator(network.build().to(self.device), self.subwords, greedy, self.device)
+
+    def perplexity(self, translator: Translator, count: int) -> float:
+        """Of the dev set, per piece."""
+        precision = self.config.decoding.precision
+        sources, targets = self.spread(count)
+        return perplexity(translator.model, self.subwords, sources, targets, 4096, self.device, precision).pieces
+
+    def show_that_nothing_changed(self, *networks: Network) -> None:
+        """Print the perplexity before and after."""
+        before, after = (self.perplexity(self.translator(network), _COMPARED) for network in networks)
+        count = min(_COMPARED, len(self.sources))
+        print(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
+
+    def shrink(self, options: argparse.Namespace, network: Network) -> Network:
+        """The network with fewer experts. UserError if it translates worse than the user allows."""
+        translator = self.translator(network)
+        texts = self.spread(_WATCHED)
+        say(f"watching the experts work on {len(texts[0]):,} dev pairs")
+        seen = shrinking.look(translator.model, self.subwords, *texts, self.device, self.config.decoding.precision)
+        if options.merge is not None:
+            changed = _merged(network, translator, seen, options.merge)
+        else:
+            changed = _pruned(network, seen, options.prune)
+        self.compare(translator, self.translator(changed), options.max_loss)
+        return changed
+
+    def compare(self, before: Translator, after: Translator, max_loss: float) -> None:
+        """Print scores before and after; UserError if BLEU falls by more than `max_loss`."""
+        sources, references = self.spread(_TRANSLATED)
+        say(f"translating {len(sources)} dev sentences, before and after")
+        baseline, system = ([line.text for line in each.translate(sources)] for each in (before, after))
+        comparisons = paired_bootstrap(baseline, system, references)
+        print(f"\n{'':30}before     after  difference  p-value (paired bootstrap)")
+        for each in comparisons:
+            print(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
+        old, new = (self.perplexity(each, _TRANSLATED) for each in (before, after))
+        print(_score_line("perplexity", old, new, digits=3) + "\n")
+        bleu = comparisons[0]
+        if not -bleu.difference <= max_loss:
+            enough = math.ceil(-10 * bleu.difference) / 10
+            raise UserError(
+                f"BLEU falls by {-bleu.difference:.2f}, from {bleu.baseline:.2f} to {bleu.system:.2f}: more than "
+                f"--max-loss {max_loss:g}, so nothing was written; --max-loss {enough:g} allows it"
+            )
+
+
+def _score_line(name: str, before: float, after: float, digits: int = 2) -> str:
+    return f"{name:>26} {before:9.{digits}f} {after:9.{digits}f} {after - before:+11.{digits}f}"
+
+
+def _pruned(network: Network, seen: Seen, which: str) -> Network:
+    moe = network.config.moe
+    if which == "idle":
+        removed = {layer: shrinking.idle(moe, layer, use) for layer, use in seen.use.items()}
+        if not any(removed.values()):
+            raise UserError(
+                f"--prune idle: no expert gets less than {shrinking.IDLE_SHARE:.0%} of an equal share of the tokens"
+            )
+    else:
+        removed = {layer: shrinking.least_useful(moe, layer, use, int(which)) for layer, use in seen.use.items()}
+    for layer, experts in removed.items():
+        print(f"{layer}: {len(experts)} of {moe.experts_at(layer)} experts removed")
+        _print_table([(expert,) for expert in experts], seen.use[layer], [])
+    return shrinking.prune(network, removed)
+
+
+def _merged(network: Network, translator: Translator, seen: Seen, count: int) -> Network:
+    pairs: dict[str, list[Pair]] = {}
+    for layer, moe in moe_modules(translator.model).items():
+        similarity_EE = shrinking.output_similarity(moe, seen.sample[layer])
+        pairs[layer] = shrinking.most_alike(network.config.moe, layer, seen.use[layer], similarity_EE, count)
+        print(f"{layer}: {count} pairs of {network.config.moe.experts_at(layer)} experts merged")
+        similarities = [pair.similarity for pair in pairs[layer]]
+        _print_table([pair[:2] for pair in pairs[layer]], seen.use[layer], similarities)
+    return shrinking.merge(network, pairs)
+
+
+def _print_table(members: list[tuple[int, ...]], use: Use, similarities: list[float]) -> None:
+    """A line for each expert or pair: its part of the layer's load, gate mass and output mass."""
+    if not members:
+        return
+    width = 8 if max(map(len, members)) == 1 else 16
+    head = "".join(f"{name:>{width}}" for name in ("load", "gate", "output"))
+    alike = f"{'cosine':>8}" if similarities else ""
+    print(f"  {'expert':>{width}}{alike}{head}   (an equal share is {1 / len(use.load_E):.1%})")
+    shares = [values_E / values_E.sum().clamp_min(torch.finfo(values_E.dtype).tiny) for values_E in use]
+    for place, experts in enumerate(members):
+        cells = [" + ".join(f"{float(share_E[expert]):.1%}" for expert in experts) for share_E in shares]
+        alike = f"{similarities[place]:>8.3f}" if similarities else ""
+        print(f"  {' + '.join(map(str, experts)):>{width}}{alike}" + "".join(f"{cell:>{width}}" for cell in cells))
+
+
+# --------------------------------------------------------------------------------------------- the command that goes on
+
+
+def train_command(config: Config, changes: dict[str, Any]) -> str:
+    """The `nmt train` command whose settings are `config` with `changes`: the experiment that needs the fewest others.
+
+    It is exact whatever experiment the run was started with, since every setting that differs is named.
+    """
+    wanted = flatten(config.to_dict()) | changes
+    conf = resource_dir("conf")
+    starts = {"": flatten(_composed(conf, {}))}
+    for path in sorted((conf / "experiment").glob("*.yaml")):
+        starts[f"experiment={path.stem}"] = flatten(_composed(conf, yaml.safe_load(path.read_text(encoding="utf-8"))))
+    missing = object()
+    differing = {
+        name: [key for key, value in wanted.items() if settings.get(key, missing) != value]
+        for name, settings in starts.items()
+    }
+    name = min(differing, key=lambda each: len(differing[each]))
+    keys = [key for key in differing[name] if not key.startswith(_COUNTS)]
+    settings = [f"{key}={_hydra(wanted[key])}" for key in keys]
+    if len(keys) < len(differing[name]):
+        # Hydra takes new keys only as a whole dictionary, and with a plus.
+        settings.append(f"+{_COUNTS[:-1]}={_hydra(config.model.moe.num_experts_at)}")
+    return " ".join(["nmt train", *filter(None, [name]), *map(shlex.quote, settings)])
+
+
+def _composed(conf: Path, experiment: dict[str, Any]) -> dict[str, Any]:
+    """The settings that Hydra makes of conf/config.yaml and an experiment, read without it.
+
+    What it does not understand (interpolations) stays as it stands in the file; such a setting differs from all.
+    """
+    chosen = {}
+    base = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
+    for entry in [*base["defaults"], *experiment.get("defaults", [])]:
+        for group, name in entry.items() if isinstance(entry, dict) else ():
+            chosen[group.removeprefix("override ").strip("/")] = name
+    settings = Config().to_dict()
+    for group in settings.keys() & chosen.keys():
+        _merge_into(settings, {group: _group_file(conf / group, chosen[group])})
+    _merge_into(settings, {key: value for key, value in experiment.items() if key != "defaults"})
+    return settings
+
+
+def _group_file(folder: Path, name: str) -> dict[str, Any]:
+    own = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) or {}
+    settings: dict[str, Any] = {}
+    for base in own.pop("defaults", []):
+        if base != "_self_":
+            _merge_into(settings, _group_file(folder, base))
+    _merge_into(settings, own)
+    return settings
+
+
+def _merge_into(settings: dict[str, Any], changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(settings.get(key), dict):
+            _merge_into(settings[key], value)
+        else:
+            settings[key] = value
+
+
+def _hydra(value: Any) -> str:
+    """A value as Hydra's command line reads it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"[{','.join(map(_hydra, value))}]"
+        case dict():
+            return f"{{{','.join(f'{key}:{_hydra(each)}' for key, each in value.items())}}}"
+        case str() if not re.fullmatch(
+            r"(?!(null|true|false|nan|inf)$)[A-Za-z_/.][A-Za-z0-9_/.-]*", value, re.IGNORECASE
+        ):
+            # A backslash is itself but before a quote.
+            escaped = re.sub(r"(\\*)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value), count=1)
+            return f'"{escaped}"'
+    return str(value)

@@ -1,21 +1,74 @@
-"""What the experts of a trained model do: how they share the work, and which domains each prefers."""
+"""What the experts of a trained model do: how they share the work, and what each is chosen for.
+
+Counts over one pass, without gate noise; the pictures of them are in expert_page.py. What is kept between batches is
+bounded by the number of (expert, piece) combinations that occur.
+
+Letters: T tokens of a batch, K slots of a token, R slots that are not empty, N tokens of one side of the text,
+P sentence pairs, E experts, M domains, S shuffles, C (expert, piece) combinations, each the number e * V + v.
+"""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from nmt.batch import BOS, EOS, UNK
 from nmt.data.batching import eval_batches
-from nmt.data.subwords import Subwords
+from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
 from nmt.device import autocast
-from nmt.model.gating import cv_squared
+from nmt.model.gating import GateOutput, cv_squared
 from nmt.model.seq2seq import Seq2Seq
 
 # An expert "prefers" a domain that it sees this much more often than chance.
 _LEAST_LIFT = 1.15
 _MAX_DOMAINS = 3
+
+MATRIX_EXPERTS = 64
+"""Layers of more experts get no whole matrix of pairs."""
+DOMAIN_SHUFFLES, TOKEN_SHUFFLES = 20, 5
+MIN_COUNT = 5
+"""A token that an expert saw less often is not listed for it."""
+Z = 2.576
+"""Standard deviations of a 99% interval."""
+_MAX_TOKENS, _MAX_CONTEXTS, _MAX_PAIRS = 8, 4, 20
+# Spare contexts replace those with the same neighbours.
+_KEPT_CONTEXTS = 4 * _MAX_CONTEXTS
+_CONTEXT_WORDS, _CONTEXT_PIECES = 6, 24
+_MAX_WAITING, _MAX_EXAMPLES = 500_000, 4_000_000
+_SIDES = ("encoder", "decoder")
+_SPECIAL = {BOS: "▁⟨start⟩", EOS: "▁⟨end⟩", UNK: UNKNOWN_SURFACE}
+
+
+@dataclass(frozen=True)
+class Context:
+    """One place where an expert was chosen: the token with what stands left and right of it, blanks included."""
+
+    before: str
+    token: str
+    after: str
+    gate: float
+    predicts: str | None
+    """The piece that has to follow; decoder only."""
+
+
+@dataclass(frozen=True)
+class TokenRole:
+    """A token that an expert is chosen for above expectation."""
+
+    piece: str
+    """As SentencePiece writes it, "▁" for a blank."""
+    count: int
+    """Times it went to the expert."""
+    rate: float
+    """Of its occurrences."""
+    lift: float
+    """`rate` over the expert's rate for all tokens."""
+    least_lift: float
+    """The same with the lower end of a 99% interval of `rate`."""
+    contexts: list[Context]
+    """By gate value, largest first."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +82,39 @@ class ExpertRow:
     """Mean gate value when chosen."""
     domains: dict[str, float]
     """Lift of every domain: share of the expert's tokens from it, over the domain's share of all tokens."""
+    importance: float = 0.0
+    """Of the sum of all gate values."""
+    position: float = 0.0
+    """Mean place in the sentence, 0 the first token, 1 the last."""
+    specialisation: float = 0.0
+    """Bits by which its tokens differ from all tokens (Kullback-Leibler), less those of shuffled tokens."""
+    tokens: list[TokenRole] = field(default_factory=list)
+    """By `least_lift`, largest first."""
+
+
+@dataclass(frozen=True)
+class Purity:
+    """Mutual information between a label of a token and one of its experts, beside that of shuffled labels."""
+
+    bits: float
+    label_bits: float
+    """Entropy of the labels: what there is to know."""
+    share: float
+    """bits / label_bits: 0 if the expert tells nothing of the label, 1 if it tells the label."""
+    shuffles: int
+    chance_share: float
+    """Mean over the shuffles."""
+    chance_max_share: float
+
+
+@dataclass(frozen=True)
+class ExpertPair:
+    """Two experts that are chosen together more often than their loads explain."""
+
+    first: int
+    second: int
+    count: int
+    lift: float
 
 
 @dataclass(frozen=True)
@@ -36,71 +122,296 @@ class LayerReport:
     """One MoE layer over a corpus, without gate noise."""
 
     layer: str
-    k: int
+    k: float
+    """Mean number of experts per token; whole but for the strictly balanced gate."""
     num_tokens: int
     cv_importance: float
     cv_load: float
     max_over_mean_load: float
     idle_experts: int
     experts: list[ExpertRow]
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
+    gate_entropy: float = 0.0
+    """Mean over tokens, in nats."""
+    token_purity: Purity | None = None
+    domain_purity: Purity | None = None
+    """None where the domains of sentences are unknown, or all the same."""
+    pair_lift: list[list[float]] = field(default_factory=list)
+    """How often two experts are chosen together, over what their loads explain; empty above MATRIX_EXPERTS."""
+    pairs: list[ExpertPair] = field(default_factory=list)
+    """Those of greatest lift, by the lower end of its interval."""
 
     def __str__(self) -> str:
         lines = [
-            f"{self.layer}: {len(self.experts)} experts, {self.k} per token, {self.num_tokens:,} tokens; "
+            f"{self.layer}: {len(self.experts)} experts, {self.k:.3g} per token, {self.num_tokens:,} tokens; "
             f"CV(importance) {self.cv_importance:.2f}, CV(load) {self.cv_load:.2f}, "
             f"max/mean load {self.max_over_mean_load:.2f}, idle {self.idle_experts}",
             f"  {'expert':>6}  {'share':>6}  {'gate':>5}  prefers (times its chance)",
         ]
         for row in self.experts:
-            ranked = sorted(row.domains.items(), key=lambda item: -item[1])
-            shown = [f"{name} x{lift:.1f}" for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_DOMAINS]
+            shown = [f"{name} x{lift:.1f}" for name, lift in preferred_domains(row)]
             lines.append(f"  {row.expert:>6}  {row.share:>6.1%}  {row.mean_gate:>5.2f}  {', '.join(shown) or '-'}")
         return "\n".join(lines)
 
 
+def preferred_domains(row: ExpertRow) -> list[tuple[str, float]]:
+    """The domains that an expert sees clearly more often than chance, with their lift, largest first."""
+    ranked = sorted(row.domains.items(), key=lambda item: -item[1])
+    return [(name, lift) for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_DOMAINS]
+
+
+# ------------------------------------------------------------------------------------------------- statistics
+
+
+def entropy_bits(count: np.ndarray) -> float:
+    """Entropy of the distribution that counts of any shape stand for."""
+    p = count[count > 0] / max(count.sum(), 1)
+    return float(-(p * np.log2(p)).sum())
+
+
+def information(expert_C: np.ndarray, label_C: np.ndarray, count_C: np.ndarray, num_experts: int) -> np.ndarray:
+    """sum of n log2 lift for each expert, from a table of how often (expert, label) occurred.
+
+    Over the expert's count: the Kullback-Leibler divergence of its labels from all labels. The sum of all over the
+    total count: the mutual information I(expert; label).
+    """
+    expert_C, label_C, count_C = expert_C[count_C > 0], label_C[count_C > 0], count_C[count_C > 0]
+    count_E, count_V = np.bincount(expert_C, count_C, num_experts), np.bincount(label_C, count_C)
+    lift_C = count_C * count_C.sum() / (count_E[expert_C] * count_V[label_C])
+    return np.bincount(expert_C, count_C * np.log2(lift_C), num_experts)
+
+
+def make_purity(bits_L: np.ndarray, label_bits: float) -> Purity:
+    """Of mutual informations, the first the true one, the others with shuffled labels."""
+    share, *chance = (bits_L / max(label_bits, 1e-9)).clip(0).tolist()
+    return Purity(float(bits_L[0]), label_bits, share, len(chance), float(np.mean(chance)), max(chance))
+
+
+def least_rate(count: np.ndarray, trials: np.ndarray) -> np.ndarray:
+    """Lower end of Wilson's 99% interval of count / trials: near it for many trials, cautious for few."""
+    p, z2n = count / trials, Z * Z / trials
+    return (p + z2n / 2 - Z * np.sqrt((p * (1 - p) + z2n / 4) / trials)) / (1 + z2n)
+
+
+def expected_pairs(together_EE: np.ndarray) -> np.ndarray:
+    """How often two experts would be chosen together if only their loads mattered.
+
+    A token never chooses an expert twice, so products of loads are too large; quasi-independence is a_i a_j off the
+    diagonal, with the a that gives each expert as many partners as it has.
+    """
+    partners_E = together_EE.sum(1) - together_EE.diagonal()
+    a_E = partners_E / np.sqrt(max(partners_E.sum(), 1.0))
+    for _ in range(100):
+        a_E = np.sqrt(a_E * partners_E / np.maximum(a_E.sum() - a_E, 1e-30))
+    expected_EE = np.outer(a_E, a_E)
+    np.fill_diagonal(expected_EE, 0.0)
+    return expected_EE
+
+
+def rank_in_runs(key: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... within each run of equal keys."""
+    index = np.arange(len(key))
+    starts = np.append(True, key[1:] != key[:-1])[: len(key)]
+    return index - np.maximum.accumulate(np.where(starts, index, 0))
+
+
+# ------------------------------------------------------------------------------------------------- counting
+
+
+class _Side:
+    """The tokens of one side of the text in a row, as the gates of that side see them: pieces and EOS in the
+    encoder, BOS and pieces in the decoder, which predicts the next one."""
+
+    def __init__(self, sentences: Sequence[np.ndarray], decoder: bool, generator: np.random.Generator) -> None:
+        self.decoder = decoder
+        parts = [[[BOS], pieces] if decoder else [pieces, [EOS]] for pieces in sentences]
+        piece_N = np.concatenate([part for pair in parts for part in pair]).astype(np.int32)
+        self.pieces = [piece_N, *(generator.permutation(piece_N) for _ in range(TOKEN_SHUFFLES))]  # each N
+        self.length_P = np.array([len(pieces) + 1 for pieces in sentences])
+        self.end_P = self.length_P.cumsum()
+
+    def context(self, gate: float, place: int, subwords: Subwords) -> Context:
+        """What stands around a token, some words to either side."""
+        sentence = int(np.searchsorted(self.end_P, place, side="right"))
+        end = int(self.end_P[sentence])
+        first = max(place - _CONTEXT_PIECES, end - int(self.length_P[sentence]))
+        ids_n = [*self.pieces[0][first : min(place + _CONTEXT_PIECES, end)].tolist(), EOS]
+        pieces = [
+            _SPECIAL.get(piece, text).replace("▁", " ")
+            for piece, text in zip(ids_n, subwords.pieces(ids_n), strict=True)
+        ]
+        here = place - first
+        token, following = pieces[here], pieces[here + 1]
+        before = "".join(pieces[:here]) + token[: len(token) - len(token.lstrip())]
+        after = "".join(pieces[here + 1 : -1])
+        return Context(
+            " ".join(before.split(" ")[-_CONTEXT_WORDS - 1 :]).lstrip(),
+            token.strip() or "␣",
+            " ".join(after.split(" ")[: _CONTEXT_WORDS + 1]),
+            gate,
+            (following.strip() or "␣") if self.decoder else None,
+        )
+
+
 class _LayerCounts:
-    """Sums over batches for one layer."""
+    """Sums over batches for one layer: load, importance and domains."""
 
     def __init__(self, num_experts: int, num_domains: int) -> None:
         self.importance_E = torch.zeros(num_experts, dtype=torch.float64)
-        self.count_EM = torch.zeros(num_experts, num_domains, dtype=torch.float64)  # experts x domains
-        self.k = 0
+        self.count_EM = torch.zeros(num_experts, num_domains, dtype=torch.float64)
+        self.num_tokens = 0
+        self.entropy = 0.0
 
     def add(self, expert_TK: Tensor, gates_TK: Tensor, domain_T: Tensor) -> None:
-        self.k = expert_TK.shape[1]
-        flat_R, gates_R = expert_TK.flatten().cpu(), gates_TK.flatten().double().cpu()
-        self.importance_E.index_add_(0, flat_R, gates_R)
-        domain_R = domain_T.repeat_interleave(self.k)
-        cell_R = flat_R * self.count_EM.shape[1] + domain_R
+        filled_TK = expert_TK < len(self.importance_E)
+        gates_TK = gates_TK.double()
+        self.importance_E.index_add_(0, expert_TK[filled_TK], gates_TK[filled_TK])
+        domain_TK = domain_T[:, None].expand_as(expert_TK)
+        cell_R = (expert_TK * self.count_EM.shape[1] + domain_TK)[filled_TK]
         self.count_EM += torch.bincount(cell_R, minlength=self.count_EM.numel()).view_as(self.count_EM)
+        self.num_tokens += len(expert_TK)
+        self.entropy -= float(torch.special.xlogy(gates_TK, gates_TK).sum())
 
     def report(self, layer: str, domains: list[str]) -> LayerReport:
         count_E, count_M = self.count_EM.sum(1), self.count_EM.sum(0)
-        total = float(count_E.sum())
+        total = max(float(count_E.sum()), 1.0)
         lift_EM = (self.count_EM / count_E.clamp_min(1)[:, None]) / (count_M / total)
+        importance_E = self.importance_E / self.importance_E.sum().clamp_min(1e-20)
         rows = [
             ExpertRow(
                 expert,
                 float(count_E[expert]) / total,
                 float(self.importance_E[expert] / count_E[expert].clamp_min(1)),
                 {name: float(lift_EM[expert, place]) for place, name in enumerate(domains) if count_M[place]},
+                float(importance_E[expert]),
             )
             for expert in range(len(count_E))
         ]
         return LayerReport(
             layer=layer,
-            k=self.k,
-            num_tokens=round(total / self.k),
+            k=float(count_E.sum()) / self.num_tokens,
+            num_tokens=self.num_tokens,
             cv_importance=float(cv_squared(self.importance_E).sqrt()),
             cv_load=float(cv_squared(count_E).sqrt()),
-            max_over_mean_load=float(count_E.max() / count_E.mean()),
+            max_over_mean_load=float(count_E.max() / count_E.mean().clamp_min(1e-20)),
             idle_experts=int((count_E == 0).sum()),
             experts=rows,
+            gate_entropy=self.entropy / self.num_tokens,
         )
+
+
+class _Layer:
+    """All that is counted of one layer. Of labels, domain tables and cells the first are true, the others shuffled."""
+
+    def __init__(self, side: _Side, num_experts: int, label_LP: np.ndarray, num_domains: int, num_pieces: int) -> None:
+        self.side, self.label_LP, self.num_pieces = side, label_LP, num_pieces
+        self.counts = _LayerCounts(num_experts, num_domains)
+        self.count_LEM = np.zeros((len(label_LP), num_experts, num_domains))
+        self.together_EE = np.zeros((num_experts, num_experts))
+        self.position_E = np.zeros(num_experts)
+        self.cells: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0)) for _ in side.pieces]
+        self.examples = (np.empty(0, np.int64), np.empty(0), np.empty(0, np.int64))  # cell, gate, place
+        self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (expert_R, gate_R, place_R)
+
+    def add(self, gate: GateOutput, sentence_T: np.ndarray, position_T: np.ndarray) -> None:
+        """Tokens by sentence and by position in it, with what the gate decided for them."""
+        num_experts, length_T = len(self.position_E), self.side.length_P[sentence_T]
+        chosen_TE = gate.gates_TK.new_zeros(len(sentence_T), num_experts + 1).scatter_(1, gate.expert_TK, 1.0)[:, :-1]
+        self.together_EE += (chosen_TE.T @ chosen_TE).cpu().numpy()
+        expert_TK, gates_TK = gate.expert_TK.cpu(), gate.gates_TK.double().cpu()
+        self.counts.add(expert_TK, gates_TK, torch.from_numpy(self.label_LP[0, sentence_T]))
+        token_R, slot_R = np.nonzero(expert_TK.numpy() < num_experts)
+        expert_R, gate_R = expert_TK.numpy()[token_R, slot_R], gates_TK.numpy()[token_R, slot_R]
+        for count_EM, label_P in zip(self.count_LEM, self.label_LP, strict=True):
+            np.add.at(count_EM, (expert_R, label_P[sentence_T[token_R]]), 1)
+        np.add.at(self.position_E, expert_R, (position_T / np.maximum(length_T - 1, 1))[token_R])
+        if sum(len(each[0]) for each in self.waiting) > _MAX_WAITING:
+            self._settle()
+        self.waiting.append((expert_R, gate_R, (self.side.end_P[sentence_T] - length_T + position_T)[token_R]))
+
+    def _settle(self) -> None:
+        """Count the pieces of what waits, and sort it into the examples."""
+        expert_R, gate_R, place_R = (np.concatenate(column) for column in zip(*self.waiting, strict=True))
+        self.waiting = []
+        for shuffle, piece_N in enumerate(self.side.pieces):
+            cells = np.concatenate([self.cells[shuffle][0], expert_R * self.num_pieces + piece_N[place_R]])
+            counts = np.concatenate([self.cells[shuffle][1], np.ones(len(expert_R))])
+            cell_C, where = np.unique(cells, return_inverse=True)
+            self.cells[shuffle] = cell_C, np.bincount(where, counts)
+        new = expert_R * self.num_pieces + self.side.pieces[0][place_R], gate_R, place_R
+        cell, gate, place = (np.concatenate(column) for column in zip(self.examples, new, strict=True))
+        order = np.lexsort((place, -gate, cell))
+        order = order[rank_in_runs(cell[order]) < _KEPT_CONTEXTS]
+        order = order[np.sort(np.argsort(-gate[order], kind="stable")[:_MAX_EXAMPLES])]
+        self.examples = cell[order], gate[order], place[order]
+
+    def report(self, layer: str, domains: list[str], subwords: Subwords) -> LayerReport:
+        """The result."""
+        self._settle()
+        count_E = self.together_EE.diagonal()
+        total, shape = max(count_E.sum(), 1.0), self.count_LEM[0].shape
+        pieces = [(*np.divmod(cell_C, self.num_pieces), count_C) for cell_C, count_C in self.cells]
+        piece_bits_LE = np.stack([information(*each, len(count_E)) for each in pieces])
+        piece_entropy = entropy_bits(np.bincount(pieces[0][1], pieces[0][2]))
+        expert_C, label_C = np.indices(shape).reshape(2, -1)
+        domain_bits_LE = np.stack([information(expert_C, label_C, each.ravel(), shape[0]) for each in self.count_LEM])
+        domain_entropy = entropy_bits(self.count_LEM[0].sum(0))
+        special_E = piece_bits_LE[0] - piece_bits_LE[1:].mean(0)
+        figures_FE = np.stack([self.position_E, special_E]) / np.maximum(count_E, 1)
+        base = self.counts.report(layer, domains)
+        rows = [
+            replace(row, position=position, specialisation=special, tokens=tokens)
+            for row, position, special, tokens in zip(
+                base.experts, *figures_FE.tolist(), self._tokens(subwords), strict=True
+            )
+        ]
+        pair_lift, pairs = self._pairs()
+        return replace(
+            base,
+            experts=rows,
+            token_purity=make_purity(piece_bits_LE.sum(1) / total, piece_entropy),
+            domain_purity=make_purity(domain_bits_LE.sum(1) / total, domain_entropy) if domains[1:] else None,
+            pair_lift=pair_lift,
+            pairs=pairs,
+        )
+
+    def _tokens(self, subwords: Subwords) -> list[list[TokenRole]]:
+        """For each expert, the tokens that it is chosen for above expectation."""
+        cell_C, count_C = self.cells[0]
+        expert_C, piece_C = np.divmod(cell_C, self.num_pieces)
+        trials_C = np.bincount(self.side.pieces[0], minlength=self.num_pieces)[piece_C]
+        rate_C = self.together_EE.diagonal()[expert_C] / self.counts.num_tokens
+        least_C = least_rate(count_C, trials_C) / rate_C
+        kept = np.flatnonzero((count_C >= MIN_COUNT) & (least_C > 1))
+        kept = kept[np.lexsort((-least_C[kept], expert_C[kept]))]
+        roles: list[list[TokenRole]] = [[] for _ in self.position_E]
+        for c in kept[rank_in_runs(expert_C[kept]) < _MAX_TOKENS]:
+            found = slice(*np.searchsorted(self.examples[0], [cell_C[c], cell_C[c] + 1]))
+            different: dict[str, Context] = {}
+            for gate, place in zip(self.examples[1][found].tolist(), self.examples[2][found].tolist(), strict=True):
+                context = self.side.context(gate, place, subwords)
+                different.setdefault(str((context.before.split(" ")[-3:], context.after.split(" ")[:3])), context)
+            contexts = list(different.values())[:_MAX_CONTEXTS]
+            rate = float(count_C[c] / trials_C[c])
+            figures = int(count_C[c]), rate, rate / float(rate_C[c]), float(least_C[c])
+            roles[expert_C[c]].append(TokenRole(subwords.pieces([piece_C[c]])[0], *figures, contexts))
+        return roles
+
+    def _pairs(self) -> tuple[list[list[float]], list[ExpertPair]]:
+        """The matrix of lifts, and the pairs that stand out."""
+        expected_EE = expected_pairs(self.together_EE)
+        if not expected_EE.any():
+            return [], []
+        lift_EE = np.divide(self.together_EE, expected_EE, out=np.ones_like(expected_EE), where=expected_EE > 0)
+        first, second = np.nonzero(np.triu(expected_EE > 0, 1))
+        count = self.together_EE[first, second]
+        least = least_rate(count, np.full(len(count), self.counts.num_tokens)) / expected_EE[first, second]
+        best = np.argsort(-least, kind="stable")[:_MAX_PAIRS]
+        best = best[least[best] * self.counts.num_tokens > 1]
+        pairs = [
+            ExpertPair(int(i), int(j), int(self.together_EE[i, j]), float(lift_EE[i, j]))
+            for i, j in zip(first[best], second[best], strict=True)
+        ]
+        return lift_EE.tolist() if len(lift_EE) <= MATRIX_EXPERTS else [], pairs
 
 
 @torch.inference_mode()
@@ -117,16 +428,22 @@ def expert_report(
 
     The model must be in evaluation mode. Every real token counts, end of sentence included. Empty without MoE layers.
     """
+    generator = np.random.default_rng(0)
     names = sorted(set(domains))
-    label = torch.tensor([names.index(domain) for domain in domains] or [0] * len(sources))
-    counts: dict[str, _LayerCounts] = {}
+    label_P = np.array([names.index(domain) for domain in domains] or [0] * len(sources))
+    label_LP = np.stack([label_P, *(generator.permutation(label_P) for _ in range(DOMAIN_SHUFFLES))])
     encoded = (subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets)))
+    sides = {name: _Side(text, name == "decoder", generator) for name, text in zip(_SIDES, encoded, strict=True)}
+    layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):
-        domain_B = label[batch.pairs_B]
         with autocast(device, precision):
-            gates = model(batch.to(device)).gates
+            gates = model.gates(batch.to(device))
         for layer, gate in gates.items():
-            rows_N = batch.source_rows_N if layer.startswith("encoder") else batch.target_rows_N
-            tally = counts.setdefault(layer, _LayerCounts(gate.sums.count_E.numel(), max(len(names), 1)))
-            tally.add(gate.expert_TK, gate.gates_TK, domain_B[rows_N % len(domain_B)])
-    return [tally.report(layer, names) for layer, tally in counts.items()]
+            name = layer.split(".")[0]
+            if layer not in layers:
+                sizes = gate.sums.count_E.numel(), label_LP, max(len(names), 1), subwords.size
+                layers[layer] = _Layer(sides[name], *sizes)
+            rows_N = (batch.source_rows_N if name == "encoder" else batch.target_rows_N).numpy()
+            position_T, column_T = np.divmod(rows_N, len(batch.pairs_B))
+            layers[layer].add(gate, batch.pairs_B.numpy()[column_T], position_T)
+    return [tally.report(layer, names, subwords) for layer, tally in layers.items()]

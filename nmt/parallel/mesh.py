@@ -23,10 +23,12 @@ from nmt.errors import UserError
 class World:
     """This process among all: `rank` of `size`, its device, and its place in an expert group."""
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None) -> None:
+    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None, host: DeviceMesh | None = None) -> None:
         self.device = device
         self.mesh = mesh
         """(replica, expert): the experts are spread over the second dimension. None for a single process."""
+        self.host_mesh = host
+        """The same for tensors on the host."""
         self.rank = dist.get_rank() if mesh else 0
         self.size = dist.get_world_size() if mesh else 1
         self.num_replicas = mesh.size(0) if mesh else 1
@@ -56,8 +58,10 @@ class World:
         timeout = timedelta(seconds=config.timeout_seconds)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
-        mesh = init_device_mesh(device.type, (size // group, group), mesh_dim_names=("replica", "expert"))
-        return cls(device, mesh)
+        shape, names = (size // group, group), ("replica", "expert")
+        mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
+        host = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
+        return cls(device, mesh, host)
 
     def stop(self) -> None:
         """Leave. Only after all work that the others wait for."""

@@ -3,44 +3,34 @@
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nmt.model.gating import GateOutput, GateSums, cv_squared
+from nmt.config import MoEConfig
+from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
+from nmt.training.gate_watch import GateFigures, LayerTally, read_tally
 
-
-@torch.no_grad()
-def gate_health(gate: GateOutput, sums: GateSums, interval_count_E: Tensor) -> dict[str, Tensor]:
-    """The figures by which a gate is watched, as tensors of one element.
-
-    cv_importance and cv_load (S17 Table 6), max_over_mean_load, the mean entropy of a token's gates in nats, and
-    idle_experts: those without any token since the last line of metrics.
-    """
-    gates_TK = gate.gates_TK.clamp_min(1e-20)
-    return {
-        "cv_importance": cv_squared(sums.importance_E).sqrt(),
-        "cv_load": cv_squared(sums.load()).sqrt(),
-        "max_over_mean_load": sums.count_E.max() / sums.count_E.mean().clamp_min(1e-20),
-        "gate_entropy": -(gates_TK * gates_TK.log()).sum(1).mean(),
-        "idle_experts": (interval_count_E == 0).sum().float(),
-    }
+# Bars of a histogram, from 0 to its largest value.
+_NUM_BARS = 60
 
 
 class Interval:
     """Sums since the last line of metrics, kept on the device until the line is written."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, moe: MoEConfig) -> None:
+        self.moe = moe
         self.sums = torch.zeros(4, device=device, dtype=torch.float64)  # loss, nll, gradient norm, skipped
-        self.counts: dict[str, Tensor] = {}
-        self.gates: Gates = {}
-        self.sums_of_layers: dict[str, GateSums] = {}
+        self.layers: dict[str, LayerTally] = {}
         self.updates = 0
         self.source_tokens = 0
         self.target_tokens = 0
@@ -58,25 +48,30 @@ class Interval:
         self.flops += flops
 
     def watch(self, sums: dict[str, GateSums], gates: Gates) -> None:
-        """Count the tokens of each expert, and keep the newest gates for their figures."""
-        self.sums_of_layers, self.gates = sums, gates
-        for name, each in sums.items():
-            self.counts[name] = self.counts[name] + each.count_E if name in self.counts else each.count_E
+        """One update's gates: count the tokens of each expert, and keep the newest gates for their figures."""
+        for layer, each in sums.items():
+            if layer in self.layers:
+                self.layers[layer].add(each, gates[layer])
+            else:
+                self.layers[layer] = LayerTally(each, gates[layer])
 
-    def read(self) -> dict[str, float]:
-        """The figures; waits for the device once."""
-        names, values = ["loss", "nll", "gradient_norm", "skipped_updates"], [self.sums]
-        for layer, gate in self.gates.items():
-            health = gate_health(gate, self.sums_of_layers[layer], self.counts[layer])
-            names += [f"{layer}.{name}" for name in health]
-            values.append(torch.stack(list(health.values())).double())
-        figures = dict(zip(names, torch.cat(values).tolist(), strict=True))
+    def read(self) -> tuple[dict[str, float], dict[str, GateFigures]]:
+        """The figures of a line, and those of each MoE layer by themselves; waits for the device once."""
+        parts = [self.sums, *(tally.measure() for tally in self.layers.values())]
+        ends = np.cumsum([part.numel() for part in parts])
+        values, *of_layers = np.split(torch.cat(parts).cpu().numpy(), ends[:-1])
+        figures = dict(zip(("loss", "nll", "gradient_norm", "skipped_updates"), values.tolist(), strict=True))
+        gates = {}
+        for layer, layer_values in zip(self.layers, of_layers, strict=True):
+            gates[layer] = read_tally(layer_values, self.moe.balance_weights(layer))
+            own = gates[layer].to_dict(self.moe.gating)
+            figures |= {f"{layer}.{name}": value for name, value in own.items()}
         tokens = max(self.target_tokens, 1)
         figures["loss"] /= tokens
         figures["nll"] /= tokens
         figures["gradient_norm"] /= max(self.updates - figures["skipped_updates"], 1)
         figures["perplexity"] = math.exp(min(figures["nll"], 50.0))
-        return figures
+        return figures, gates
 
 
 class MetricsWriter:
@@ -107,6 +102,12 @@ class MetricsWriter:
         for name, value in figures.items():
             if isinstance(value, (int, float)):
                 self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+
+    def write_histograms(self, step: int, kind: str, values: Mapping[str, NDArray[np.float64]]) -> None:
+        """The distributions of these values, to TensorBoard alone."""
+        for name, each in values.items():
+            bars = np.linspace(0.0, max(float(each.max()), 1.0), _NUM_BARS + 1)
+            self.tensorboard.add_histogram(f"{kind}/{name}", each, step, bins=bars)
 
     def advance(self, step: int) -> None:
         """Move the bar."""

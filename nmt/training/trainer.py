@@ -37,6 +37,7 @@ from nmt.errors import CheckpointError, NonFiniteError
 from nmt.evaluation.compute import model_cost
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
+from nmt.training.gate_watch import GateWatch, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer
 from nmt.training.update import update
@@ -80,6 +81,7 @@ class Trainer:
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
         self.progress = Progress()
+        self.gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
         pairs = prepared.train()
         self.num_pairs = len(pairs)
         self.stream = BatchStream(pairs, config.training, pin_memory=self.device.type == "cuda")
@@ -100,7 +102,7 @@ class Trainer:
         ):
             self._introduce(out, resumed_from)
             self.model.train()
-            interval, started = Interval(self.device), time.perf_counter()
+            interval, started = Interval(self.device, self.config.model.moe), time.perf_counter()
             while self.progress.step < training.max_steps and not self._out_of_patience():
                 self._update(next(self.stream), interval)
                 step = self.progress.step
@@ -108,7 +110,7 @@ class Trainer:
                 last = step == training.max_steps
                 if step % training.log_every == 0 or last:
                     self._log(out, interval, time.perf_counter() - started)
-                    interval, started = Interval(self.device), time.perf_counter()
+                    interval, started = Interval(self.device, self.config.model.moe), time.perf_counter()
                 score = None
                 if step % training.validate_every == 0 or last:
                     score = self._validate(out)
@@ -147,21 +149,25 @@ class Trainer:
         )
 
     def _log(self, out: MetricsWriter, interval: Interval, seconds: float) -> None:
-        figures = interval.read()
+        figures, gates = interval.read()
         figures["learning_rate"] = learning_rate(self.config.training, self.progress.step)
         figures["tokens_per_second"] = (interval.source_tokens + interval.target_tokens) / seconds
         figures["tflops"] = interval.flops / seconds / 1e12
         if self.device.type == "cuda":
             figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
         out.write(self.progress.step, "train", figures)
+        loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
+        out.write_histograms(self.progress.step, "train", loads)
         short = (
             f"loss {figures['loss']:.3f}, ppl {figures['perplexity']:.2f}, {figures['tokens_per_second']:,.0f} tokens/s"
         )
         left = self.config.training.max_steps - self.progress.step
         minutes = left * seconds / max(interval.updates, 1) / 60
-        out.show(
-            short, f"step {self.progress.step:,}/{self.config.training.max_steps:,}  {short}, {minutes:.1f} min left"
-        )
+        worst = summary(gates, self.config.model.moe.gating)
+        place = f"step {self.progress.step:,}/{self.config.training.max_steps:,}"
+        out.show(f"{short}{worst}", f"{place}  {short}, {minutes:.1f} min left{worst}")
+        for warning in self.gate_watch.judge(self.progress.step, interval.updates, figures["loss"], gates):
+            out.say(warning)
         if figures["skipped_updates"]:
             out.say(f"step {self.progress.step}: {figures['skipped_updates']:.0f} updates skipped: gradient not finite")
         all_bad = figures["skipped_updates"] == interval.updates

@@ -1,0 +1,191 @@
+"""Saving and loading by all processes together: torch.distributed.checkpoint, in safetensors files.
+
+Each process writes what it holds and nobody else does; a checkpoint knows the whole tensors, so any number of processes
+reads it back, each its own share. Several hosts need a file system that all of them see. Nothing is pickled: the only
+formats are safetensors and JSON. What a step folder holds, and how one is chosen, is `nmt.checkpoint`.
+
+Saving costs training a copy of the tensors to host memory; the rest is done by a thread beside it.
+"""
+
+import shutil
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from nmt.checkpoint import Checkpoint, finish_folder, prune_checkpoints, step_folder
+from nmt.errors import CheckpointError, StorageError
+from nmt.parallel.expert_parallel import is_expert
+from nmt.parallel.mesh import World
+
+Tensors = dict[str, Tensor]
+
+
+class Saver:
+    """Writes the checkpoints of a run, one at a time, while training goes on.
+
+    All processes must call the same methods. An error of an earlier save is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, vocabulary: str, keep: int, world: World) -> None:
+        self.folder, self.vocabulary, self.keep, self.world = folder, vocabulary, keep, world
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+        # Its own group: these messages must not mix with those of training, which go on meanwhile.
+        self._group = dist.new_group(backend="gloo") if world.mesh else None
+
+    def save(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
+        """Copy the tensors (`parts`: model and training) and begin to write checkpoints/step-N."""
+        self.wait()
+        staged = {part: {name: _on_host(tensor) for name, tensor in parts[part].items()} for part in parts}
+        self._thread = threading.Thread(target=self._run, args=(step, staged, state, score), name="Saver")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is on disk. StorageError if it could not be written (earlier ones stay)."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
+        final, temporary = step_folder(self.folder, step)
+        try:
+            self._on_main(lambda: _make_empty(temporary, parts))
+            for part, tensors in parts.items():
+                with _quiet():
+                    dcp.save(
+                        {name: share_of_whole(name, tensor, self.world) for name, tensor in tensors.items()},
+                        storage_writer=HuggingFaceStorageWriter(str(temporary / part), save_distributed=True),
+                        process_group=self._group,
+                        no_dist=self._group is None,
+                    )
+            self._on_main(lambda: finish_folder(temporary, final, step, state, score, self.vocabulary))
+            self._on_main(lambda: prune_checkpoints(self.folder, self.keep, step))
+        except (OSError, safetensors.SafetensorError, CheckpointException, StorageError, RuntimeError) as error:
+            if self.world.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self._error = StorageError(
+                f"cannot write checkpoint {final}: {_cause(error)}; earlier checkpoints are untouched"
+            )
+
+    def _on_main(self, action: Callable[[], None]) -> None:
+        """Let the main process act while all wait; what it raises, all raise."""
+        error: Exception | None = None
+        if self.world.is_main:
+            try:
+                action()
+            except Exception as raised:
+                error = raised
+        if self._group is not None:
+            told = [str(error) if error else None]
+            dist.broadcast_object_list(told, src=0, group=self._group)
+            if told[0] is not None and error is None:
+                error = StorageError(told[0])
+        if error is not None:
+            raise error
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def _make_empty(temporary: Path, parts: Iterable[str]) -> None:
+    shutil.rmtree(temporary, ignore_errors=True)
+    for part in parts:
+        (temporary / part).mkdir(parents=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason, in one line."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return _cause(next(iter(error.failures.values()))[0])
+    return " ".join(str(error).split())
+
+
+def share_of_whole(name: str, tensor: Tensor, world: World) -> Tensor:
+    """What torch.distributed.checkpoint must know: experts are this process's part of a larger tensor."""
+    if world.group_size == 1 or not (is_expert(name) and tensor.dim()):
+        return tensor
+    return DTensor.from_local(tensor, world.host_mesh, [Replicate(), Shard(0)], run_check=False)
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of one part of a checkpoint, whole, on the CPU."""
+    sizes = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in sizes.items()}
+    _read_into(folder, tensors)
+    return tensors
+
+
+def read_share(folder: Path, targets: Tensors, world: World) -> None:
+    """Fill `targets` (CPU tensors, experts as this process holds them) from one part of a checkpoint."""
+    _read_into(folder, {name: share_of_whole(name, tensor, world) for name, tensor in targets.items()})
+
+
+def _read_into(folder: Path, targets: Tensors) -> None:
+    if targets:
+        with _quiet():
+            dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the library's warning that there is one process, which is what we mean."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def load_parameters(
+    model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str, world: World | None = None
+) -> None:
+    """Set `model` to the (mean of the) parameters of verified checkpoints made with this vocabulary."""
+    world = world or World(torch.device("cpu"))
+    own = dict(model.named_parameters())
+    mean: Tensors = {}
+    for checkpoint in checkpoints:
+        _check(checkpoint, own, vocabulary, world)
+        read = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in own.items()}
+        read_share(checkpoint.path / "model", read, world)
+        for name, tensor in read.items():
+            share = tensor if len(checkpoints) == 1 else tensor / len(checkpoints)
+            mean[name] = mean[name] + share if name in mean else share
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(mean[name])
+
+
+def _check(checkpoint: Checkpoint, own: Tensors, vocabulary: str, world: World) -> None:
+    if checkpoint.manifest["vocabulary"] != vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
+            f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
+        )
+    problem = world.object_from_main(checkpoint.verify("model") if world.is_main else None)
+    if problem:
+        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP")
+    written = HuggingFaceStorageReader(str(checkpoint.path / "model")).read_metadata().state_dict_metadata
+    for name in sorted(own.keys() | written.keys()):
+        if name in own and name in written:
+            shape = list(own[name].shape)
+            if is_expert(name):
+                shape[0] *= world.group_size
+            if shape == list(written[name].size):
+                continue
+        raise CheckpointError(
+            f"{checkpoint.path} does not fit the run's config.yaml (parameter {name}): one of them was changed"
+        )

@@ -1,0 +1,310 @@
+"""Watching the gates while a model trains: the figures of each MoE layer, and warnings that name a remedy.
+
+Letters: T tokens of a micro-batch, E experts, K places for experts a token has.
+
+S17 Table 6 gives the scale, for 256 experts and k = 4: CV(load) 3.0 and max/mean load 17.8 without balance losses,
+0.05 to 0.3 and 1.1 to 1.5 with them.
+"""
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nmt.config import MoEConfig
+from nmt.model.gating import GateOutput, GateSums, cv_squared
+
+# A judgement needs this many updates, and tokens enough that every expert would have this many of them if all were
+# equally busy: chance alone then leaves no expert idle, and adds less than 0.02 to CV(load)^2.
+LEAST_UPDATES = 10
+LEAST_EXPECTED = 50
+# Judgements in a row that begin a warning, and that end it.
+PATIENCE = 3
+
+# Bounds of CV^2 above which a gate has collapsed, see `collapse_bound`.
+_COLLAPSE_LEAST, _COLLAPSE_MOST = 0.4, 3.0
+# The balance losses of a layer dominate from this share of the token loss on. Below half a nat there is little left to
+# learn (text known nearly by heart, as the phrasebook's is after a minute), and they are compared with that instead.
+_DOMINANT_SHARE = 0.1
+_LEAST_TOKEN_LOSS = 0.5
+# What a balance weight becomes in a remedy: ten times as much or little, the default where it was 0, never above 1.
+_STEP, _FIRST_WEIGHT, _LARGEST_WEIGHT = 10.0, 0.01, 1.0
+
+_NOISY = ("noisy_top_k", "hierarchical")
+
+
+class GateFigures(NamedTuple):
+    """One MoE layer at a line of metrics."""
+
+    cv_importance: float  # of the newest update
+    cv_load: float  # of the newest update, S17 eq. 10 and 13
+    max_over_mean_load: float  # tokens since the last line
+    gate_entropy: float  # in nats, mean over the newest micro-batch's tokens that have experts; at most log k
+    idle_experts: int  # those without a token since the last line
+    importance_loss: float  # w_importance CV(Importance)^2 as it entered the newest update's loss
+    load_loss: float  # w_load CV(Load)^2, likewise
+    noise_std: float  # mean over the newest micro-batch (of the primary gate, if there are two)
+    tokens_without_experts: float  # share of the newest micro-batch
+    batchwise_loss: float  # S17 eq. 20, of the newest micro-batch
+    count_E: NDArray[np.float64]  # tokens of each expert since the last line
+    importance_E: NDArray[np.float64]  # and the sums of their gates
+
+    def to_dict(self, gating: str) -> dict[str, float]:
+        """The figures that this kind of gate has."""
+        figures: dict[str, float] = {
+            "cv_importance": self.cv_importance,
+            "cv_load": self.cv_load,
+            "max_over_mean_load": self.max_over_mean_load,
+            "gate_entropy": self.gate_entropy,
+            "idle_experts": self.idle_experts,
+            "importance_loss": self.importance_loss,
+            "load_loss": self.load_loss,
+        }
+        if gating in _NOISY:
+            figures["noise_std"] = self.noise_std
+        if gating == "strictly_balanced":
+            figures["tokens_without_experts"] = self.tokens_without_experts
+            figures["batchwise_loss"] = self.batchwise_loss
+        return figures
+
+    def load_per_expert(self) -> NDArray[np.float64]:
+        """Each expert's share of the tokens times the number of experts: 1 is fair."""
+        return self.count_E / max(self.count_E.mean(), 1e-20)
+
+
+class LayerTally:
+    """What one MoE layer did since the last line, on the device."""
+
+    def __init__(self, sums: GateSums, gate: GateOutput) -> None:
+        self.sums, self.gate = sums, gate
+        self.count_E, self.importance_E = sums.count_E, sums.importance_E
+
+    def add(self, sums: GateSums, gate: GateOutput) -> None:
+        """One more update: the sums of all of it, and the gate of its last micro-batch."""
+        self.sums, self.gate = sums, gate
+        self.count_E = self.count_E + sums.count_E
+        self.importance_E = self.importance_E + sums.importance_E
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """What `read_tally` takes apart, float64 (6 + 2 E)."""
+        gate = self.gate
+        has_expert_T = (gate.expert_TK < self.count_E.numel()).any(1)
+        num_with = has_expert_T.sum()
+        # -0 log 0 = 0: empty slots, and tokens without experts, add nothing.
+        entropy = torch.special.entr(gate.gates_TK).sum() / num_with.clamp_min(1)
+        without = (has_expert_T.numel() - num_with) / max(has_expert_T.numel(), 1)
+        figures = (
+            cv_squared(self.sums.importance_E),
+            cv_squared(self.sums.load()),
+            entropy,
+            gate.noise_std,
+            without,
+            gate.own_loss,
+        )
+        scalars = torch.stack([figure.double() for figure in figures])
+        return torch.cat([scalars, self.count_E.double(), self.importance_E.double()])
+
+
+def read_tally(values: NDArray[np.float64], weights: tuple[float, float]) -> GateFigures:
+    """The figures of a layer from what `LayerTally.measure` gave; `weights` as `MoEConfig.balance_weights` has them."""
+    cv2_importance, cv2_load, entropy, noise_std, without, own_loss = values[:6].tolist()
+    count_E, importance_E = values[6:].reshape(2, -1)
+    return GateFigures(
+        cv_importance=math.sqrt(cv2_importance),
+        cv_load=math.sqrt(cv2_load),
+        max_over_mean_load=float(count_E.max() / max(count_E.mean(), 1e-20)),
+        gate_entropy=entropy,
+        idle_experts=int((count_E == 0).sum()),
+        importance_loss=weights[0] * cv2_importance,
+        load_loss=weights[1] * cv2_load,
+        noise_std=noise_std,
+        tokens_without_experts=without,
+        batchwise_loss=own_loss,
+        count_E=count_E,
+        importance_E=importance_E,
+    )
+
+
+def summary(gates: Mapping[str, GateFigures], gating: str) -> str:
+    """The end of a line for the terminal: the layer that is worst; empty without MoE layers."""
+    if not gates:
+        return ""
+    idle = sum(each.idle_experts for each in gates.values())
+    if gating == "strictly_balanced":
+        # Its load is always even; what may be uneven is how many experts a token gets.
+        worst = max(gates, key=lambda layer: gates[layer].tokens_without_experts)
+        return f"; gates: {gates[worst].tokens_without_experts:.1%} of tokens without experts {worst}, idle {idle}"
+    worst = max(gates, key=lambda layer: gates[layer].cv_load)
+    return f"; gates: worst CV(load) {gates[worst].cv_load:.2f} {worst}, idle {idle}"
+
+
+def collapse_bound(num_experts: int, experts_per_token: int) -> float:
+    """The CV^2 of loads above which a gate of E experts that wakes k of them has collapsed.
+
+    Loads x_E keep E / (1 + CV^2) = (sum x)^2 / sum x^2 experts busy in effect: E if all are equal, k if every token
+    goes to the same k. A gate has collapsed when fewer than sqrt(E k) are busy, the geometric middle of the two, or
+    fewer than E / 4 where that is more: CV^2 = sqrt(E/k) - 1, at most 3. CV^2 cannot be more than E/k - 1; the bound is
+    at least 0.4, so that a gate which wakes more than 71 % of its experts, and can waste few, never counts as
+    collapsed. CV bounds for k = 1 of 2: 0.64; 2 of 8: 1; 4 of 32: 1.35; 4 of 256 (S17 Table 6: 3.0) to 2048: 1.73.
+    """
+    return min(max(math.sqrt(num_experts / experts_per_token) - 1.0, _COLLAPSE_LEAST), _COLLAPSE_MOST)
+
+
+class _Alarm:
+    """Off until so many judgements in a row were bad, then on until PATIENCE in a row were good."""
+
+    def __init__(self) -> None:
+        self.on = False
+        self.streak = 0
+
+    def begins(self, bad: bool, patience: int = PATIENCE) -> bool:
+        """Take one judgement; whether it switches the alarm on."""
+        self.streak = self.streak + 1 if bad != self.on else 0
+        if self.streak < (PATIENCE if self.on else patience):
+            return False
+        self.on, self.streak = bad, 0
+        return bad
+
+
+class _LayerState:
+    """What the judgements of one layer need to remember."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.collapse, self.idle, self.dominance = _Alarm(), _Alarm(), _Alarm()
+        self.concentration = 0.0  # CV^2 over its `collapse_bound`
+        self.dominated: deque[bool] = deque(maxlen=PATIENCE)
+        self.updates = 0
+        self.count_E = np.zeros(num_experts)
+        self.importance_E = np.zeros(num_experts)
+        self.idle_judgements_E = np.zeros(num_experts, dtype=np.int64)  # in a row, up to now
+        self.missed_E = np.zeros(num_experts)  # tokens that a fair share of these would have been
+
+    def take(self, gate: GateFigures, updates: int) -> bool:
+        """Add an interval to what is to be judged; whether that is enough now."""
+        self.updates += updates
+        self.count_E += gate.count_E
+        self.importance_E += gate.importance_E
+        if self.updates < LEAST_UPDATES or self.count_E.mean() < LEAST_EXPECTED:
+            return False
+        idle_E = self.count_E == 0
+        self.idle_judgements_E = np.where(idle_E, self.idle_judgements_E + 1, 0)
+        self.missed_E = np.where(idle_E, self.missed_E + self.count_E.mean(), 0.0)
+        return True
+
+    def clear(self) -> None:
+        """Start what is judged next."""
+        self.updates = 0
+        self.count_E[:] = 0.0
+        self.importance_E[:] = 0.0
+
+
+class GateWatch:
+    """Says in one line when a gate goes wrong, and what to do; silent while it lasts.
+
+    Collapse: a few experts get nearly all tokens, or nearly all of the gates' weight (`collapse_bound`). Idle: the same
+    experts got no token in PATIENCE judgements. Dominance: a gate far from collapse has balance losses of more than a
+    tenth of the token loss in most of PATIENCE judgements (these are of single updates). While a gate is collapsed the
+    other two, which follow from it, are not said.
+
+    Judged are loads over at least LEAST_UPDATES updates and LEAST_EXPECTED tokens per expert, whatever
+    training.log_every is, and only past training.warmup_steps: gates that start equal lean one way before the balance
+    losses answer, and the length of the warm-up is the run's own word on when its start is over. A warning begins
+    after PATIENCE bad judgements in a row and may be said again only after as many good ones.
+    """
+
+    def __init__(self, moe: MoEConfig, warmup_steps: int) -> None:
+        self.moe = moe
+        self.warmup_steps = warmup_steps
+        self.states: dict[str, _LayerState] = {}
+
+    def judge(self, step: int, updates: int, token_loss: float, gates: Mapping[str, GateFigures]) -> list[str]:
+        """The warnings that begin with the line of metrics at `step`, which covers `updates` updates."""
+        if step - updates < self.warmup_steps or not math.isfinite(token_loss):
+            return []
+        warnings: list[str] = []
+        for layer, gate in gates.items():
+            state = self.states.setdefault(layer, _LayerState(gate.count_E.size))
+            if not state.take(gate, updates):
+                continue
+            text = self._collapse(state, layer)
+            if not state.collapse.on:
+                text = self._idle(state, layer) + self._dominance(state, layer, gate, token_loss)
+            state.clear()
+            warnings += [f"step {step:,}: warning: {layer} {each}" for each in text]
+        return warnings
+
+    def _collapse(self, state: _LayerState, layer: str) -> list[str]:
+        num_experts = state.count_E.size
+        cv2_load, cv2_importance = _cv_squared(state.count_E), _cv_squared(state.importance_E)
+        # At worst all tokens have the same k experts, but all of their weight may go to the same one.
+        of_load = cv2_load / collapse_bound(num_experts, min(self.moe.experts_per_token, num_experts))
+        of_importance = cv2_importance / collapse_bound(num_experts, 1)
+        state.concentration = max(of_load, of_importance)
+        if not state.collapse.begins(state.concentration > 1.0):
+            return []
+        what, cv2 = ("tokens go", cv2_load) if of_load > 1.0 else ("gates' weight goes", cv2_importance)
+        return [
+            f"has collapsed: its {what} to {num_experts / (1.0 + cv2):.1f} of {num_experts} experts in effect "
+            f"(CV {math.sqrt(cv2):.2f}, {int((state.count_E == 0).sum())} idle); {self._remedy(layer, num_experts)}"
+        ]
+
+    def _idle(self, state: _LayerState, layer: str) -> list[str]:
+        long_E = state.idle_judgements_E >= PATIENCE
+        # Once said, it lasts until no expert is idle.
+        bad = bool((state.count_E == 0).any()) if state.idle.on else bool(long_E.any())
+        if not state.idle.begins(bad, patience=1):
+            return []
+        return [
+            f"has {int(long_E.sum())} of {long_E.size} experts that stay idle: no token where "
+            f"{state.missed_E[long_E].min():,.0f} would be fair; {self._remedy(layer, long_E.size)}, "
+            "or drop them with nmt experts RUN --prune"
+        ]
+
+    def _dominance(self, state: _LayerState, layer: str, gate: GateFigures, token_loss: float) -> list[str]:
+        weights = self._weights(layer, state.count_E.size)
+        losses = dict(zip(weights, (gate.importance_loss, gate.load_loss), strict=False))
+        share = sum(losses.values()) / max(token_loss, _LEAST_TOKEN_LOSS)
+        # Where a gate leans, high balance losses are what it needs.
+        state.dominated.append(share > _DOMINANT_SHARE and state.concentration < 0.5)
+        if not state.dominance.begins(2 * sum(state.dominated) > PATIENCE == len(state.dominated), patience=1):
+            return []
+        mean = sum(losses.values()) / len(losses)
+        lower = {name: weight / _STEP for name, weight in weights.items() if losses[name] >= mean}
+        return [
+            f"balances more than it learns: its balance losses {sum(losses.values()):.2f} stand beside a token loss of "
+            f"{token_loss:.2f}; {_new_run(lower, weights)}"
+        ]
+
+    def _weights(self, layer: str, num_experts: int) -> dict[str, float]:
+        """The balance weights, by setting, that have a gradient for this layer's gate: importance, and maybe load."""
+        weights = {}
+        for name, weight in zip(("w_importance", "w_load"), self.moe.balance_weights(layer), strict=True):
+            own = layer.startswith("decoder") and getattr(self.moe, f"{name}_decoder") is not None
+            weights[f"model.moe.{name}{'_decoder' if own else ''}"] = weight
+        if self.moe.gating not in _NOISY or self.moe.experts_per_token >= num_experts:
+            weights.popitem()
+        return weights
+
+    def _remedy(self, layer: str, num_experts: int) -> str:
+        weights = self._weights(layer, num_experts)
+        raised = {name: min(weight * _STEP or _FIRST_WEIGHT, _LARGEST_WEIGHT) for name, weight in weights.items()}
+        raised = {name: weight for name, weight in raised.items() if weight > weights[name]}
+        if raised:
+            return _new_run(raised, weights)
+        return "start a new run with a lower training.learning_rate or a smaller model.moe.num_experts"
+
+
+def _new_run(new: Mapping[str, float], now: Mapping[str, float]) -> str:
+    # A run keeps its balance weights (nmt/run.py): every remedy is for the next one.
+    settings = " ".join(f"{name}={weight:g}" for name, weight in new.items())
+    return f"start a new run with {settings} (now {', '.join(f'{now[name]:g}' for name in new)})"
+
+
+def _cv_squared(x_E: NDArray[np.float64]) -> float:
+    return float(x_E.var() / (x_E.mean() ** 2 + 1e-10))

@@ -1,0 +1,454 @@
+"""What training says of its gates: figures against hand-computed ones, and warnings that come only when they should."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
+
+from nmt.batch import Batch
+from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.model.gating import GateOutput, GateSums, HierarchicalGate, StrictlyBalancedGate, balance_loss, count_tokens
+from nmt.model.seq2seq import Seq2Seq
+from nmt.training.gate_watch import (
+    LEAST_EXPECTED,
+    LEAST_UPDATES,
+    PATIENCE,
+    GateFigures,
+    GateWatch,
+    collapse_bound,
+    summary,
+)
+from nmt.training.metrics import Interval, MetricsWriter
+from nmt.training.optim import make_optimizer
+from nmt.training.update import update
+
+Loads = NDArray[np.float64] | list[float]
+CPU = torch.device("cpu")
+UNIQUE_WEIGHTS = {"w_importance": 0.3, "w_load": 0.7, "w_importance_decoder": 0.11, "w_load_decoder": 0.13}
+
+
+def gate_of(expert_TK: list[list[int]], gates_TK: list[list[float]], load_E: list[float] | None = None) -> GateOutput:
+    """A gate's decision by hand, among as many experts as `load_E` or four."""
+    experts, gates = torch.tensor(expert_TK), torch.tensor(gates_TK)
+    num_experts = len(load_E) if load_E else 4
+    importance_E = torch.zeros(num_experts + 1).scatter_add(0, experts.flatten(), gates.flatten())[:num_experts]
+    count_E = count_tokens(experts, num_experts)
+    sums = GateSums(importance_E, torch.tensor(load_E) if load_E else count_E, count_E)
+    num_routed = int((experts < num_experts).sum())
+    return GateOutput(experts, gates, num_routed, sums, torch.tensor(0.6), torch.tensor(0.25))
+
+
+def read_one(moe: MoEConfig, *gates: GateOutput, layer: str = "encoder.1") -> GateFigures:
+    interval = Interval(CPU, moe)
+    for gate in gates:
+        interval.watch({layer: gate.sums}, {layer: gate})
+    return interval.read()[1][layer]
+
+
+def cv(values: list[float]) -> float:
+    return float(np.std(values) / np.mean(values))
+
+
+def test_figures_are_those_of_the_definitions() -> None:
+    first = gate_of([[0, 1], [0, 2]], [[0.9, 0.1], [0.8, 0.2]], [2.0, 1.0, 1.0, 0.0])
+    newest = gate_of([[0, 1], [1, 0], [0, 2]], [[0.5, 0.5], [0.7, 0.3], [1.0, 0.0]], [2.5, 2.0, 1.0, 0.5])
+    figures = read_one(MoEConfig(**UNIQUE_WEIGHTS), first, newest)
+    importance, load = [1.8, 1.2, 0.0, 0.0], [2.5, 2.0, 1.0, 0.5]
+    assert figures.cv_importance == pytest.approx(cv(importance))
+    assert figures.cv_load == pytest.approx(cv(load))
+    assert figures.importance_loss == pytest.approx(0.3 * cv(importance) ** 2)
+    assert figures.load_loss == pytest.approx(0.7 * cv(load) ** 2)
+    decoder = read_one(MoEConfig(**UNIQUE_WEIGHTS), first, newest, layer="decoder.1")
+    assert decoder.importance_loss == pytest.approx(0.11 * cv(importance) ** 2)
+    assert decoder.load_loss == pytest.approx(0.13 * cv(load) ** 2)
+    assert figures.count_E.tolist() == [5, 3, 2, 0]
+    np.testing.assert_allclose(figures.importance_E, [3.5, 1.3, 0.2, 0.0], rtol=1e-6)
+    assert figures.max_over_mean_load == pytest.approx(5 / 2.5)
+    assert figures.load_per_expert().tolist() == [2.0, 1.2, 0.8, 0.0]
+    assert figures.idle_experts == 1
+    half_half, seven_three = math.log(2), -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
+    assert figures.gate_entropy == pytest.approx((half_half + seven_three + 0.0) / 3)
+    assert figures.noise_std == pytest.approx(0.6)
+    assert figures.tokens_without_experts == 0.0
+
+
+def test_empty_slots_and_tokens_without_experts() -> None:
+    """Of five tokens one has two experts, two have one, two have none."""
+    gate = gate_of(
+        [[1, 3], [2, 4], [4, 4], [1, 4], [4, 4]], [[0.25, 0.75], [1.0, 0.0], [0.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    )
+    figures = read_one(MoEConfig(), gate)
+    assert figures.tokens_without_experts == pytest.approx(2 / 5)
+    two = -0.25 * math.log(0.25) - 0.75 * math.log(0.75)
+    assert figures.gate_entropy == pytest.approx(two / 3)
+    assert figures.count_E.tolist() == [0, 2, 1, 1]
+    assert figures.idle_experts == 1
+    assert figures.max_over_mean_load == pytest.approx(2.0)
+    nothing = read_one(MoEConfig(), gate_of([[4], [4]], [[0.0], [0.0]]))
+    assert (nothing.tokens_without_experts, nothing.idle_experts) == (1.0, 4)
+    assert all(np.isfinite(value).all() for value in (*nothing, nothing.load_per_expert()))
+
+
+def test_a_strictly_balanced_gate_is_read() -> None:
+    gate = StrictlyBalancedGate(6, 4, 1).train()
+    torch.nn.init.normal_(gate.w_gate_DE)
+    out = gate(torch.randn(50, 6)).detach()
+    figures = read_one(MoEConfig(num_experts=4, k=1, gating="strictly_balanced"), out)
+    rows = [[g for g in row if g > 0] for row in out.gates_TK.tolist()]
+    assert any(len(row) == 0 for row in rows)
+    assert any(len(row) > 1 for row in rows)
+    entropies = [-sum(g * math.log(g) for g in row) for row in rows if row]
+    assert figures.gate_entropy == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+    assert figures.tokens_without_experts == pytest.approx(sum(not row for row in rows) / 50)
+    assert figures.batchwise_loss == pytest.approx(float(out.own_loss))
+    assert (figures.max_over_mean_load, figures.cv_load) == (1.0, 0.0)
+
+
+def test_load_of_a_hierarchical_gate_is_that_of_both_levels() -> None:
+    gate = HierarchicalGate(6, 8, 4, 2, 1).train()
+    for parameter in gate.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    out = gate(torch.randn(40, 6)).detach()
+    figures = read_one(MoEConfig(num_experts=8, k=1, gating="hierarchical", branching=4), out)
+    assert figures.cv_load == pytest.approx(cv(out.sums.load().tolist()), rel=1e-5)
+    assert figures.cv_load != pytest.approx(cv(out.sums.load_E.tolist()), rel=1e-3)
+
+
+def test_each_kind_of_gate_has_its_figures() -> None:
+    common = {"cv_importance", "cv_load", "max_over_mean_load", "gate_entropy", "idle_experts"}
+    common |= {"importance_loss", "load_loss"}
+    figures = read_one(MoEConfig(), gate_of([[0]], [[1.0]]))
+    assert figures.to_dict("noisy_top_k").keys() == figures.to_dict("hierarchical").keys() == common | {"noise_std"}
+    assert figures.to_dict("softmax_top_k").keys() == common
+    balanced = figures.to_dict("strictly_balanced").keys()
+    assert balanced == common | {"tokens_without_experts", "batchwise_loss"}
+
+
+def test_an_interval_gives_means_over_tokens_and_updates_and_its_layers() -> None:
+    interval = Interval(CPU, MoEConfig())
+    for loss, norm, skipped in ((6.0, 2.0, 0.0), (2.0, math.nan, 1.0), (4.0, 4.0, 0.0)):
+        interval.add(*(torch.tensor(value) for value in (loss, loss / 2, norm, skipped)))
+        interval.count(5, 4, 1e6)
+    gate = gate_of([[0], [1]], [[1.0], [1.0]])
+    for layer in ("encoder.1", "decoder.1"):
+        interval.watch({layer: gate.sums}, {layer: gate})
+    figures, gates = interval.read()
+    assert (figures["loss"], figures["nll"]) == (1.0, 0.5)
+    assert (figures["gradient_norm"], figures["skipped_updates"]) == (3.0, 1.0)
+    assert figures["perplexity"] == pytest.approx(math.exp(0.5))
+    assert list(gates) == ["encoder.1", "decoder.1"]
+    assert figures["decoder.1.max_over_mean_load"] == 2.0
+    json.dumps(figures, allow_nan=False)
+
+
+def test_figures_of_an_update_are_over_all_its_micro_batches(
+    tiny_config: Callable[..., ModelConfig], tiny_batch: Callable[..., Batch]
+) -> None:
+    config = Config(model=tiny_config(), training=TrainingConfig(precision="fp32"))
+    config.model.moe.w_importance, config.model.moe.w_load = 0.4, 0.9
+    model = Seq2Seq(config.model, 13).train()
+    batches = [tiny_batch((3, 4), (5, 2)), tiny_batch((2, 2))]
+    done = update(model, make_optimizer(model, config.training), config, batches, 1, 0.01, CPU)
+    interval = Interval(CPU, config.model.moe)
+    interval.watch(done.sums, done.gates)
+    figures, gates = interval.read()
+    k, ends = config.model.moe.k, 3
+    assert gates["encoder.2"].count_E.sum() == k * (3 + 5 + 2 + ends)
+    assert gates["decoder.1"].count_E.sum() == k * (4 + 2 + 2 + ends)
+    for layer in gates:
+        total = figures[f"{layer}.importance_loss"] + figures[f"{layer}.load_loss"]
+        assert total == pytest.approx(float(balance_loss(done.sums[layer], 0.4, 0.9)), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 512])
+def test_histograms_hold_one_value_per_expert(tmp_path: Path, num_experts: int) -> None:
+    rng = np.random.default_rng(num_experts)
+    values = rng.gamma(2.0, size=num_experts)
+    values *= num_experts / values.sum()
+    even = np.ones(num_experts)
+    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path, 0, 9) as out:
+        out.write_histograms(3, "train", {"uneven": values, "even": even})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    [event] = events.Histograms("train/uneven")
+    found = event.histogram_value
+    assert event.step == 3
+    assert (found.num, found.sum) == (num_experts, pytest.approx(num_experts))
+    assert (found.min, found.max) == pytest.approx((values.min(), values.max()))
+    assert sum(found.bucket) == num_experts
+    expected, _ = np.histogram(values, found.bucket_limit)
+    np.testing.assert_array_equal(found.bucket[1:], expected)
+    assert events.Histograms("train/even")[0].histogram_value.sum_squares == num_experts
+
+
+def test_a_run_writes_figures_and_histograms_of_every_layer(tmp_path_factory: pytest.TempPathFactory) -> None:
+    run = trained_run(tmp_path_factory)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if line["kind"] == "train"]
+    events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0}).Reload()
+    for layer in ("encoder.1", "decoder.1"):
+        histograms = events.Histograms(f"train/{layer}.load_per_expert")
+        assert [event.step for event in histograms] == [line["step"] for line in lines]
+        for event, line in zip(histograms, lines, strict=True):
+            assert (event.histogram_value.num, event.histogram_value.sum) == (4, pytest.approx(4))
+            assert event.histogram_value.max == pytest.approx(line[f"{layer}.max_over_mean_load"])
+        for name in ("cv_importance", "cv_load", "gate_entropy", "noise_std", "importance_loss", "load_loss"):
+            values = [line[f"{layer}.{name}"] for line in lines]
+            assert [event.value for event in events.Scalars(f"train/{layer}.{name}")] == pytest.approx(values)
+    # The gates start at zero: even, and with noise of softplus(0).
+    assert lines[0]["encoder.1.noise_std"] == pytest.approx(math.log(2))
+    assert lines[0]["encoder.1.load_loss"] == pytest.approx(0.01 * lines[0]["encoder.1.cv_load"] ** 2)
+
+
+def state(count_E: Loads, importance_E: Loads | None = None, *losses: float) -> GateFigures:
+    """A layer at a line of metrics, as far as warnings look at it; `losses` are those of importance and load."""
+    count_E = np.array(count_E, dtype=float)
+    importance_E = count_E / 2 if importance_E is None else np.array(importance_E, dtype=float)
+    idle = int((count_E == 0).sum())
+    return GateFigures(0.1, 0.1, 1.0, 0.5, idle, *(losses or (0.0, 0.0)), 0.7, 0.0, 0.0, count_E, importance_E)
+
+
+class Watched:
+    """Feeds lines of metrics to a GateWatch, 50 updates each; a healthy layer is always there too."""
+
+    def __init__(self, warmup_steps: int = 0, layer: str = "encoder.2", **moe: object) -> None:
+        self.watch, self.layer, self.step = GateWatch(MoEConfig(**moe), warmup_steps), layer, 0
+        self.other = state([FAIR] * self.watch.moe.num_experts)
+
+    def see(self, figures: GateFigures, lines: int = 1, loss: float = 3.0, updates: int = 50) -> list[str]:
+        said = []
+        for _ in range(lines):
+            self.step += updates
+            said += self.watch.judge(self.step, updates, loss, {"encoder.9": self.other, self.layer: figures})
+        return said
+
+
+CHOICES = [(2, 1), (8, 1), (8, 2), (8, 4), (32, 4), (32, 1), (512, 4), (512, 1), (2048, 4)]
+FAIR = 400.0
+
+
+def healthy(num_experts: int, seed: int = 0) -> GateFigures:
+    """CV(load) of about 0.3, the upper end of S17's balanced gates."""
+    rng = np.random.default_rng(seed)
+    loads = np.clip(rng.normal(1.0, 0.3, num_experts), 0.4, 1.6)
+    return state(rng.poisson(FAIR * loads))
+
+
+def collapsed(num_experts: int, k: int) -> GateFigures:
+    """Nine tenths of the tokens have the same k experts."""
+    fair = FAIR * num_experts
+    favourites = np.arange(num_experts) < k
+    return state(np.where(favourites, 0.9 * fair / k, 0.1 * fair / (num_experts - k)))
+
+
+@pytest.mark.parametrize(("num_experts", "k"), CHOICES)
+def test_healthy_gates_are_left_alone(num_experts: int, k: int) -> None:
+    watched = Watched(num_experts=num_experts, k=k)
+    said = [line for seed in range(20) for line in watched.see(healthy(num_experts, seed))]
+    assert said == []
+
+
+@pytest.mark.parametrize(("num_experts", "k"), CHOICES)
+def test_a_collapse_is_said_once_with_the_remedy(num_experts: int, k: int) -> None:
+    watched = Watched(num_experts=num_experts, k=k, w_importance=0.02, w_load=0.03)
+    assert watched.see(collapsed(num_experts, k), PATIENCE - 1) == []
+    [line] = watched.see(collapsed(num_experts, k))
+    assert line.startswith(f"step {50 * PATIENCE}: warning: encoder.2 has collapsed: its tokens go to ")
+    assert f" of {num_experts} experts in effect (CV " in line
+    assert line.endswith("start a new run with model.moe.w_importance=0.2 model.moe.w_load=0.3 (now 0.02, 0.03)")
+    assert watched.see(collapsed(num_experts, k), 50) == []
+
+
+def test_the_figures_of_a_collapse() -> None:
+    """Loads 9, 1, 0, 0: 100 / 82 experts in effect, CV^2 = 4 * 82 / 100 - 1. An idle one of two is a collapse too."""
+    [line] = Watched(num_experts=4, k=1).see(state([9000, 1000, 0, 0]), PATIENCE)
+    assert "its tokens go to 1.2 of 4 experts in effect (CV 1.51, 2 idle)" in line
+    [line] = Watched(num_experts=2, k=1).see(state([FAIR, 0]), 20)
+    assert "has collapsed: its tokens go to 1.0 of 2 experts in effect (CV 1.00, 1 idle)" in line
+
+
+def test_the_bound_lies_within_s17_table_6_and_can_be_reached_unless_most_experts_are_awake() -> None:
+    assert 0.5 < collapse_bound(256, 4) ** 0.5 < 3.0
+    for num_experts in (2, 3, 4, 5, 8, 16, 32, 100, 512, 2048):
+        for k in range(1, num_experts + 1):
+            most = num_experts / k - 1
+            assert (collapse_bound(num_experts, k) < most) == (most > 0.4)
+
+
+def test_weight_may_collapse_where_loads_do_not() -> None:
+    """With k = E every expert has every token, and only its gates tell."""
+    watched = Watched(num_experts=4, k=4, w_importance=0.01)
+    [line] = watched.see(state([FAIR] * 4, [390.0, 4.0, 3.0, 3.0]), PATIENCE)
+    assert "gates' weight goes to 1.1 of 4 experts" in line
+    assert line.endswith("start a new run with model.moe.w_importance=0.1 (now 0.01)")
+    assert Watched(num_experts=4, k=4).see(state([FAIR] * 4, [190.0, 100.0, 60.0, 50.0]), 20) == []
+
+
+@pytest.mark.parametrize("num_experts", [8, 32, 512])
+def test_idle_experts_are_said_once_with_their_number(num_experts: int) -> None:
+    loads = healthy(num_experts).count_E
+    idle = 1 if num_experts < 32 else 3
+    loads[:idle] = 0.0
+    watched = Watched(num_experts=num_experts, k=4)
+    assert watched.see(state(loads, loads + 1), PATIENCE - 1) == []
+    [line] = watched.see(state(loads, loads + 1))
+    assert f"has {idle} of {num_experts} experts that stay idle: no token where {3 * loads.mean():,.0f} would" in line
+    assert line.endswith("or drop them with nmt experts RUN --prune")
+    assert watched.see(state(loads, loads + 1), 50) == []
+
+
+def test_different_experts_that_rest_for_one_line_are_not_idle() -> None:
+    watched = Watched(num_experts=8, k=2)
+    for place in range(24):
+        loads = healthy(8, place).count_E
+        loads[place % 8] = 0.0
+        assert watched.see(state(loads)) == []
+    # Two tokens each on average: at every line many have none.
+    rng, watched = np.random.default_rng(0), Watched(num_experts=2048, k=4)
+    assert [line for _ in range(200) for line in watched.see(state(rng.poisson(2.0, 2048)))] == []
+
+
+def test_idle_experts_that_sometimes_wake_are_not_said_again() -> None:
+    watched = Watched(num_experts=8, k=2)
+    idle, awake = healthy(8).count_E, healthy(8).count_E
+    idle[3] = 0.0
+    assert len(watched.see(state(idle), PATIENCE)) == 1
+    for _ in range(10):
+        assert watched.see(state(awake)) + watched.see(state(idle), PATIENCE + 1) == []
+    assert watched.see(state(awake), PATIENCE) == []
+    assert len(watched.see(state(idle), PATIENCE)) == 1
+
+
+def test_a_collapse_speaks_for_idle_experts_until_it_ends() -> None:
+    watched = Watched(num_experts=8, k=1)
+    loads = np.array([8 * FAIR, 1, 0, 0, 0, 0, 0, 0])
+    [line] = watched.see(state(loads, None, 0.4, 0.4), 20)
+    assert "collapsed" in line
+    assert "6 idle" in line
+    half = healthy(8).count_E
+    half[5] = 0.0
+    [line] = watched.see(state(half), PATIENCE)
+    assert "1 of 8 experts that stay idle" in line
+
+
+@pytest.mark.parametrize("num_experts", [2, 8, 32, 512])
+def test_balance_losses_that_dominate_are_said_once(num_experts: int) -> None:
+    watched = Watched(num_experts=num_experts, k=1, w_importance=5.0, w_load=0.02)
+    figures = state(healthy(num_experts).count_E, None, 0.35, 0.01)
+    assert watched.see(figures, PATIENCE - 1) == []
+    [line] = watched.see(figures)
+    assert "balance losses 0.36 stand beside a token loss of 3.00" in line
+    assert line.endswith("start a new run with model.moe.w_importance=0.5 (now 5)")
+    assert watched.see(figures, 50) == []
+
+
+def test_balance_losses_that_do_not_dominate_are_left_alone() -> None:
+    loads = healthy(8).count_E
+    below = state(loads, None, 0.14, 0.14)
+    assert Watched(num_experts=8, k=2).see(below, 20) == []
+    # A text known by heart, whose loss is next to nothing.
+    assert Watched(num_experts=8, k=2).see(state(loads, None, 0.02, 0.02), 20, loss=0.03) == []
+    # One large value of a single update.
+    watched = Watched(num_experts=8, k=2)
+    for _ in range(10):
+        assert watched.see(below, 2) + watched.see(state(loads, None, 0.8, 0.8)) == []
+    # High because the gate leans: then high weights are what it needs.
+    leaning = state([10 * FAIR, *[FAIR] * 7], None, 0.4, 0.4)
+    assert not any("balances more" in line for line in Watched(num_experts=8, k=2).see(leaning, 20))
+    # The load loss of a gate whose load has no gradient takes part in nothing.
+    soft = Watched(num_experts=8, k=2, gating="softmax_top_k")
+    assert soft.see(state(loads, None, 0.01, 0.9), 20) == []
+    assert len(soft.see(state(loads, None, 0.9, 0.01), 20)) == 1
+
+
+def test_a_warning_is_said_again_only_after_it_ended() -> None:
+    watched = Watched(num_experts=8, k=2)
+    bad, good = collapsed(8, 2), healthy(8)
+    assert len(watched.see(bad, 10)) == 1
+    assert watched.see(good, PATIENCE - 1) + watched.see(bad, 10) == []
+    assert watched.see(good, PATIENCE) == []
+    assert len(watched.see(bad, PATIENCE)) == 1
+    watched = Watched(num_experts=8, k=2)
+    for _ in range(10):
+        assert watched.see(bad, PATIENCE - 1) + watched.see(good) == []
+
+
+def test_nothing_is_said_of_the_warm_up_or_without_a_loss() -> None:
+    watched = Watched(warmup_steps=1020, num_experts=8, k=2)
+    # 21 lines begin before step 1020.
+    assert watched.see(collapsed(8, 2), 21 + PATIENCE - 1) == []
+    assert len(watched.see(collapsed(8, 2))) == 1
+    # Nor of updates that went wrong.
+    watched = Watched(num_experts=8, k=2)
+    assert watched.see(collapsed(8, 2), 9, loss=math.nan) + watched.see(collapsed(8, 2), 9, loss=math.inf) == []
+
+
+def test_too_few_tokens_say_nothing_until_enough_have_come() -> None:
+    """Sixteen lines make one judgement; so do LEAST_UPDATES lines of one update."""
+    num_experts, lines = 512, 16
+    counts = np.zeros(num_experts)
+    counts[0] = num_experts * LEAST_EXPECTED / lines
+    watched = Watched(num_experts=num_experts, k=1)
+    assert watched.see(state(counts), PATIENCE * lines - 1) == []
+    assert len(watched.see(state(counts))) == 1
+    watched = Watched(num_experts=8, k=2)
+    assert watched.see(collapsed(8, 2), PATIENCE * LEAST_UPDATES - 1, updates=1) == []
+    assert len(watched.see(collapsed(8, 2), updates=1)) == 1
+
+
+REMEDIES = [
+    ("encoder.1", {"w_importance": 0.0, "w_load": 0.0}, "w_importance=0.01 w_load=0.01 (now 0, 0)"),
+    ("encoder.1", {"w_load_decoder": 0.5}, "w_importance=0.1 w_load=0.1 (now 0.01, 0.01)"),
+    ("decoder.1", {}, "w_importance=0.1 w_load=0.1 (now 0.01, 0.01)"),
+    ("decoder.1", {"w_load_decoder": 0.05}, "w_importance=0.1 w_load_decoder=0.5 (now 0.01, 0.05)"),
+    ("encoder.1", {"w_importance": 2.0, "w_load": 0.2}, "w_load=1 (now 0.2)"),
+    ("encoder.1", {"gating": "softmax_top_k"}, "w_importance=0.1 (now 0.01)"),
+    ("encoder.1", {"w_importance": 1.0, "w_load": 3.0}, "a lower training.learning_rate or a smaller num_experts"),
+]
+
+
+@pytest.mark.parametrize(("layer", "moe", "expected"), REMEDIES)
+def test_remedies_name_settings_and_their_present_values(layer: str, moe: dict[str, object], expected: str) -> None:
+    [line] = Watched(num_experts=8, k=2, layer=layer, **moe).see(collapsed(8, 2), PATIENCE)
+    assert line.split("; start a new run with ")[1].replace("model.moe.", "") == expected
+
+
+def test_a_hierarchical_gate_counts_all_that_a_token_wakes() -> None:
+    """2 groups of 4, 2 experts in each: 4 of 16 may not be taken for 2 of 16."""
+    moe = {"num_experts": 16, "k": 2, "branching": 4, "primary_k": 2, "gating": "hierarchical"}
+    assert collapse_bound(16, 4) == 1.0
+    loads = np.array([3.0] * 4 + [1 / 3] * 12) * FAIR  # CV^2 = 4/3
+    assert len(Watched(**moe).see(state(loads), 20)) == 1
+    assert Watched(num_experts=16, k=2).see(state(loads), 20) == []
+
+
+def test_the_summary_names_the_worst_layer_and_all_idle_experts() -> None:
+    layer = state([FAIR] * 8)
+    gates = {"encoder.2": layer._replace(idle_experts=2), "decoder.1": layer._replace(cv_load=0.314, idle_experts=1)}
+    assert summary(gates, "noisy_top_k") == "; gates: worst CV(load) 0.31 decoder.1, idle 3"
+    gates = {"encoder.2": layer._replace(tokens_without_experts=0.1234), "decoder.1": layer}
+    assert summary(gates, "strictly_balanced") == "; gates: 12.3% of tokens without experts encoder.2, idle 0"
+    assert summary({}, "noisy_top_k") == ""
+
+
+def test_a_line_of_training_ends_with_the_summary(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And warnings follow it."""
+    monkeypatch.setattr("nmt.training.gate_watch.LEAST_UPDATES", 1)
+    monkeypatch.setattr("nmt.training.gate_watch.LEAST_EXPECTED", 1)
+    monkeypatch.setattr("nmt.training.gate_watch.collapse_bound", lambda num_experts, k: 1e-9)
+    write_corpus(tmp_path)
+    train(tmp_path, "a", 5, "training.warmup_steps=1")
+    lines = capfd.readouterr().err.splitlines()
+    logged = [place for place, line in enumerate(lines) if line.startswith("step") and "tokens/s" in line]
+    assert all("; gates: worst CV(load) " in lines[place] for place in logged)
+    [warning] = [place for place, line in enumerate(lines) if "warning: encoder.1" in line]
+    assert lines[warning].startswith(f"step {1 + PATIENCE}: ")
+    assert lines[warning - 1].startswith(f"step {1 + PATIENCE}/5 ")

@@ -1,0 +1,334 @@
+"""nmt experts --grow, --prune, --merge: the new runs train on, translate and score; refusals leave nothing."""
+
+import json
+import math
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import Cli, cli  # noqa: F401
+from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
+
+import nmt.commands.resize
+from nmt.checkpoint import list_checkpoints
+from nmt.cli import _run_config, compose_config
+from nmt.commands.resize import train_command
+from nmt.config import ModelConfig, MoEConfig
+from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.evaluation.scores import Comparison
+from nmt.resources import resource_dir
+from nmt.run import RunDirectory
+from nmt.training.shrinking import look
+from nmt.training.surgery import read_network, with_counts, write_run
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained_run(tmp_path_factory)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A run of its own to damage or to reshape, of two updates."""
+    write_corpus(tmp_path)
+    return train(tmp_path, "tiny", 2)
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file() and "report" not in path.parts}
+
+
+def printed_command(out: str) -> list[str]:
+    """The arguments of the `nmt train` that the last line of the output names."""
+    command = shlex.split(out.splitlines()[-1])
+    assert command[:2] == ["nmt", "train"]
+    return command[2:]
+
+
+def go_on(cli: Cli, new: Path, steps: int) -> None:  # noqa: F811
+    """Follow the command that the last output names, for `steps` more updates, and use the run that comes of it."""
+    command = printed_command(cli.out)
+    (before,) = list_checkpoints(new / "checkpoints")
+    assert before.score is None
+    assert cli("train", *command, f"training.max_steps={before.step + steps}") == 0, cli.err
+    assert "going on from" in cli.err
+    after = list_checkpoints(new / "checkpoints")[-1]
+    assert after.step == before.step + steps
+    assert after.state()["progress"]["target_tokens"] > before.state()["progress"]["target_tokens"]
+    assert all(map(math.isfinite, losses(new)))
+    for arguments in (
+        ("translate", str(new), str(new / "text" / "test.source"), "-o", str(new / "out")),
+        ("evaluate", str(new)),
+        ("experts", str(new)),
+    ):
+        assert cli(*arguments) == 0, cli.err
+    assert len((new / "out").read_text().splitlines()) == 12
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [("last", 8), ("6", 6)])
+def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: str, step: int) -> None:  # noqa: F811
+    before = contents(run)
+    new = tmp_path / "some where" / "grown"
+    assert cli("experts", str(run), "--grow", "8", "-o", str(new), f"decoding.checkpoint={checkpoint}") == 0, cli.err
+    assert contents(run) == before
+    (perplexities,) = re.findall(r"perplexity of 8 dev pairs: (\S+) before, (\S+) after", cli.out)
+    assert perplexities[0] == perplexities[1]
+    assert "encoder.1 4 -> 8 experts, decoder.1 4 -> 8 experts" in cli.out
+    config = compose_config(printed_command(cli.out))
+    assert (config.run.name, config.run.directory) == ("grown", str(tmp_path / "some where"))
+    assert (config.decoding.checkpoint, config.model.moe.gating, config.model.moe.k) == ("best", "hierarchical", 1)
+    (made,) = list_checkpoints(new / "checkpoints")
+    source = next(each for each in list_checkpoints(run / "checkpoints") if each.step == step)
+    assert (made.step, made.score, made.verify()) == (step, None, None)
+    assert made.state()["data"] == source.state()["data"]
+    old, tensors = source.training_tensors(), made.training_tensors()
+    shared = [name for name in old if name in tensors and "moe_layers" not in name]
+    assert len(shared) > 30
+    assert all(torch.equal(old[name], tensors[name]) for name in shared)
+    w_gate = "exp_avg.encoder.moe_layers.moe.1.gate."
+    assert torch.equal(tensors[f"{w_gate}primary_w_gate_DA"], old[f"{w_gate}w_gate_DE"])
+    go_on(cli, new, 3)
+    assert losses(new)[0] == pytest.approx(losses(run)[step - 1], rel=0.2)
+    assert json.loads((new / "metrics.jsonl").read_text().splitlines()[0])["step"] == step + 1
+
+
+def test_a_run_without_experts_gets_some(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    write_corpus(tmp_path)
+    dense = train(tmp_path, "dense", 3, "model.moe.num_experts=0")
+    assert cli("experts", str(dense), "--grow", "4", "-o", "sparse") == 0, cli.err
+    assert "encoder.1 0 -> 4 experts, decoder.1 0 -> 4 experts" in cli.out
+    go_on(cli, tmp_path / "sparse", 3)
+    steps = [
+        float(value)
+        for name, value in list_checkpoints(tmp_path / "sparse" / "checkpoints")[-1].training_tensors().items()
+        if name.startswith("step.")
+    ]
+    assert set(steps) == {3.0, 6.0}
+
+
+def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) -> None:  # noqa: F811
+    tasks = [("--grow", 8, 8), ("--grow", 24, 24), ("--prune", 8, 16), ("--merge", 4, 12), ("--merge", 4, 8)]
+    source = tiny
+    for number, (task, count, left) in enumerate(tasks):
+        name = f"new{number}"
+        assert cli("experts", str(source), task, str(count), "-o", name, "--max-loss", "100") == 0, cli.err
+        assert f"-> {left} experts, decoder.1" in cli.out
+        source = tiny.parent / name
+    go_on(cli, source, 2)
+
+
+@pytest.mark.parametrize(
+    ("task", "gating"),
+    [
+        ("--prune", "noisy_top_k"),
+        ("--merge", "noisy_top_k"),
+        ("--prune", "strictly_balanced"),
+        ("--merge", "softmax_top_k"),
+    ],
+)
+def test_a_flat_run_shrinks_and_goes_on(cli: Cli, tmp_path: Path, task: str, gating: str) -> None:  # noqa: F811
+    write_corpus(tmp_path)
+    run = train(tmp_path, "flat", 2, f"model.moe.gating={gating}")
+    before = contents(run)
+    assert cli("experts", str(run), task, "2", "-o", f"{tmp_path}/few", "--max-loss", "100") == 0, cli.err
+    assert contents(run) == before
+    for words in ("encoder.1 4 -> 2 experts, decoder.1 4 -> 2 experts", "BLEU", "chrF2", "perplexity", "bootstrap"):
+        assert words in cli.out
+    assert len(re.findall(r"^ +\d( \+ \d)? .*%$", cli.out, re.MULTILINE)) == 4
+    go_on(cli, tmp_path / "few", 2)
+
+
+def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
+    """A copy of a run with k = 1 whose gates have columns v, -v and, for these experts, 0: never the largest."""
+    run = RunDirectory(source)
+    config = _run_config(run, [])
+    subwords = load_vocabulary(run)
+    network, checkpoint = read_network(run, config, subwords.fingerprint, subwords.size)
+    layers = {}
+    for layer, experts in idle.items():
+        weights = network.layer(layer)
+        w_DE = torch.randn(weights["gate.w_gate_DE"].value.shape)
+        w_DE[:, 1] = -w_DE[:, 0]
+        w_DE[:, experts] = 0.0
+        layers[layer] = weights | {"gate.w_gate_DE": weights["gate.w_gate_DE"]._replace(value=w_DE)}
+    write_run(new, run, config, network.with_layers(config.model, layers), checkpoint)
+
+
+def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    write_corpus(tmp_path)
+    source, run = train(tmp_path, "source", 2, "model.moe.k=1"), tmp_path / "run"
+    without_work(source, run, {"encoder.1": [2, 3], "decoder.1": [3]})
+    assert cli("experts", str(run), "--prune", "idle", "-o", "busy") == 0, cli.err
+    assert "encoder.1 4 -> 2 experts, decoder.1 4 -> 3 experts" in cli.out
+    # No token chose them: nothing changed.
+    assert re.search(r"BLEU +(\S+) +\1 +\+0.00 +1.000", cli.out)
+    config = compose_config(printed_command(cli.out))
+    assert [config.model.moe.experts_at(layer) for layer in ("encoder.1", "decoder.1")] == [2, 3]
+    go_on(cli, tmp_path / "busy", 2)
+    cli.refuses(2, "experts", str(tmp_path / "busy"), "--grow", "6", "-o", "x", says=("encoder.1 2, decoder.1 3",))
+
+
+def test_nothing_idle(cli: Cli, run: Path, tmp_path: Path) -> None:  # noqa: F811
+    new = tmp_path / "new"
+    says = ("no expert gets less than 5%",)
+    cli.refuses(2, "experts", str(run), "--prune", "idle", "-o", str(new), says=says, progress=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_counts_of_layers_become_settings() -> None:
+    moe = MoEConfig(4, k=2)
+    config = ModelConfig(encoder_moe_after=[1, 3], moe=moe)
+    for counts, usual in (((3, 3, 3), 3), ((3, 4, 4), 4), ((4, 3, 3), 3), ((2, 3, 4), 4)):
+        changed = with_counts(config, dict(zip(config.moe_layers(), counts, strict=True))).moe
+        assert [changed.experts_at(layer) for layer in config.moe_layers()] == list(counts)
+        assert changed.num_experts == usual
+        assert len(changed.num_experts_at) == sum(count != usual for count in counts)
+
+
+def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
+    directory = RunDirectory(run)
+    translator = Translator.load(directory, _run_config(directory, []))
+    sources, targets, _ = directory.text("test")
+    numbers = {
+        "encoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(sources)),
+        "decoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(targets)),
+    }
+    arguments = (translator.model, translator.subwords, sources, targets, translator.device, "fp32")
+    whole, part = look(*arguments, sample_tokens=10**6), look(*arguments, sample_tokens=40)
+    for layer, number in numbers.items():
+        assert whole.use[layer].load_E.sum() == 2 * number
+        assert whole.use[layer].gate_E.sum() == pytest.approx(number)
+        assert len(whole.sample[layer]) == number
+        assert 20 < len(part.sample[layer]) < 60
+        assert torch.equal(part.use[layer].load_E, whole.use[layer].load_E)
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize("task", [("--prune", "1"), ("--merge", "1")], ids=str)
+def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
+    cli: Cli,  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    task: tuple[str, str],
+) -> None:
+    falls = Comparison("BLEU", 31.0, 29.66, 0.01, (30.0, 32.0), (28.0, 31.0))
+    monkeypatch.setattr(nmt.commands.resize, "paired_bootstrap", lambda *_: [falls])
+    arguments = ("experts", str(run), *task, "-o", str(tmp_path / "new"))
+    assert cli(*arguments) == 2
+    line = cli.err.splitlines()[-1]
+    assert "Traceback" not in cli.err
+    assert "BLEU falls by 1.34, from 31.00 to 29.66" in line
+    assert "--max-loss 0.5, so nothing was written; --max-loss 1.4 allows it" in line
+    assert cli(*arguments, "--max-loss", "1.3") == 2
+    assert list(tmp_path.iterdir()) == []
+    assert cli(*arguments, "--max-loss", "1.4") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--grow", "8", "-o", "{run}"], ("exists already",)),
+        (["--grow", "8", "-o", ".."], ("name the folder",)),
+        (["--grow", "8", "-o", ""], ("name the folder",)),
+        (["--grow", "0"], ("--grow 0", "at least 1")),
+        (["--grow", "6"], ("--grow 6", "4 experts can become 8, 12, 16")),
+        (["--grow", "8", "decoding.checkpoint=average"], ("average", "no optimiser state")),
+        (["--prune", "some"], ("--prune some", "or idle")),
+        (["--prune", "3"], ("would leave 1 of 4", "k=2")),
+        (["--merge", "-1"], ("--merge -1", "at least 1")),
+        (["--merge", "3"], ("would leave 1 of 4",)),
+    ],
+    ids=str,
+)
+def test_mistakes(cli: Cli, run: Path, tmp_path: Path, arguments: list[str], says: tuple[str, ...]) -> None:  # noqa: F811
+    arguments = [each.format(run=run) for each in arguments]
+    if "-o" not in arguments:
+        arguments += ["-o", str(tmp_path / "new")]
+    before = sorted(run.parent.iterdir())
+    cli.refuses(2, "experts", str(run), *arguments, says=says)
+    assert list(tmp_path.iterdir()) == []
+    assert sorted(run.parent.iterdir()) == before
+
+
+def test_a_failure_while_writing_leaves_nothing(
+    cli: Cli,  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(RunDirectory, "write_text", full)
+    assert cli("experts", str(run), "--grow", "8", "-o", str(tmp_path / "new")) == 6
+    assert f"cannot write {tmp_path / 'new'}: No space left on device" in cli.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    write_corpus(tmp_path)
+    stops = ("training.validate_every=1", "training.patience=1", "training.learning_rate=1.0e-30")
+    run = train(tmp_path, "a", 9, *stops, "decoding.experts_per_token=1", "decoding.checkpoint=last")
+    assert list_checkpoints(run / "checkpoints")[-1].state()["progress"]["validations_since_best"] == 1
+    assert cli("experts", str(run), "--grow", "8", "-o", "b") == 0, cli.err
+    assert "decoding.experts_per_token=1 is 0 in the new run" in cli.err
+    assert compose_config(printed_command(cli.out)).decoding.checkpoint == "last"
+    progress = list_checkpoints(tmp_path / "b" / "checkpoints")[-1].state()["progress"]
+    assert (progress["validations_since_best"], progress["best_score"]) == (0, math.inf)
+    go_on(cli, tmp_path / "b", 1)
+
+
+# ------------------------------------------------------------------------------------------------- its command line
+
+
+@pytest.mark.parametrize(
+    "path", sorted((resource_dir("conf") / "experiment").glob("*.yaml")), ids=lambda path: path.stem
+)
+def test_the_command_line_of_every_experiment(path: Path) -> None:
+    changes = ["run.name=other", "training.clip_norm=1e-09", "model.moe.w_load_decoder=0.5"]
+    config = compose_config([f"experiment={path.stem}", *changes])
+    if config.model.moe_layers():
+        config = compose_config(
+            [f"experiment={path.stem}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:64}}"]
+        )
+    command = shlex.split(train_command(config, {"training.max_steps": 77}))
+    assert command[:2] == ["nmt", "train"]
+    assert len(command) < 10
+    assert compose_config(command[2:]) == replace(config, training=replace(config.training, max_steps=77))
+
+
+def test_any_text_survives_the_command_line() -> None:
+    hard = [
+        "a b$",
+        'a\\b"c\\',
+        'x\\\\"y',
+        "it's",
+        "",
+        "12",
+        "1e3",
+        "ünï",
+        "[a]",
+        "a,b",
+        "x=y",
+        "null",
+        "True",
+        "\\",
+        "~",
+        "a:b",
+    ]
+    config = compose_config(["experiment=demo"])
+    config.corpus.train.source = hard
+    for text in hard[:5]:
+        config.corpus.root = text
+        assert compose_config(shlex.split(train_command(config, {}))[2:]) == config
