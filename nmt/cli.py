@@ -1,4 +1,4 @@
-"""The command line: nmt prepare | train | translate | evaluate | experts.
+"""The command line: nmt prepare | train | translate | evaluate | experts | cost.
 
 The only file that knows Hydra. Results go to standard output, everything else to standard error. A mistake of the
 user's is told in one line: status 2 for usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
@@ -41,6 +41,7 @@ usage: nmt COMMAND ...
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
                                                  BLEU, chrF and perplexity of a test set
   nmt experts RUN                                how the experts share the work
+  nmt cost experiment=NAME [key=value ...] | RUN what training takes: operations, memory, time
 
 nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/.
 """
@@ -82,6 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
         "prepare": _prepare,
         "train": _train,
         **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts")},
+        "cost": _cost,
     }
     if not arguments or arguments[0] in ("-h", "--help"):
         print(_USAGE, end="")
@@ -250,6 +252,16 @@ def _run_command(command: str, arguments: list[str]) -> None:
     options = module.parser().parse_args([each for each in arguments if each not in overrides])
     run = RunDirectory.existing(options.run)
     module.run(options, run, _run_config(run, overrides))
+
+
+def _cost(arguments: list[str]) -> None:
+    """Of a run, or of settings as `nmt train` takes them."""
+    module = import_module("nmt.commands.cost")
+    options, settings = module.parser().parse_known_args(arguments)
+    if "=" in options.run:
+        _compose("cost", [options.run, *settings], "", partial(module.estimate, options))
+    else:
+        _run_command("cost", arguments)
 
 
 if __name__ == "__main__":

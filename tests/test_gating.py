@@ -353,6 +353,15 @@ def test_gates_too_small_for_float32_still_sum_to_one():
     assert x_TD.grad[0].tolist() == pytest.approx([0.0, slope, -slope, 0.0], abs=1e-6)
 
 
+def test_an_expert_whose_gate_is_zero_still_gets_its_m_tokens():
+    gate = StrictlyBalancedGate(3, 3, 1)
+    gate.w_gate_DE = torch.nn.Parameter(torch.eye(3))
+    out = gate(torch.tensor([[2.0, 1.0, -200.0], [0.0, 2.0, -300.0], [0.0, 0.0, -300.0]]))
+    assert out.expert_TK.tolist() == [[0, 2], [1, 3], [3, 3]]
+    assert out.gates_TK.tolist() == [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0]]
+    assert out.num_routed == 3
+
+
 def train_thresholds(gate: StrictlyBalancedGate, steps: int, gain: Callable[[int], float]) -> None:
     """Adam at the default rate, on the thresholds alone; w_gate grows by `gain` from its start."""
     start_DE = gate.w_gate_DE.detach().clone()

@@ -172,9 +172,8 @@ def test_histograms_hold_one_value_per_expert(tmp_path: Path, num_experts: int) 
     rng = np.random.default_rng(num_experts)
     values = rng.gamma(2.0, size=num_experts)
     values *= num_experts / values.sum()
-    even = np.ones(num_experts)
     with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path, 0, 9) as out:
-        out.write_histograms(3, "train", {"uneven": values, "even": even})
+        out.write_histograms(3, "train", {"uneven": values, "even": np.ones(num_experts)})
     events = EventAccumulator(str(tmp_path)).Reload()
     [event] = events.Histograms("train/uneven")
     found = event.histogram_value
@@ -250,8 +249,7 @@ def collapsed(num_experts: int, k: int) -> GateFigures:
 @pytest.mark.parametrize(("num_experts", "k"), CHOICES)
 def test_healthy_gates_are_left_alone(num_experts: int, k: int) -> None:
     watched = Watched(num_experts=num_experts, k=k)
-    said = [line for seed in range(20) for line in watched.see(healthy(num_experts, seed))]
-    assert said == []
+    assert [line for seed in range(20) for line in watched.see(healthy(num_experts, seed))] == []
 
 
 @pytest.mark.parametrize(("num_experts", "k"), CHOICES)
@@ -274,11 +272,10 @@ def test_the_figures_of_a_collapse() -> None:
 
 
 def test_the_bound_lies_within_s17_table_6_and_can_be_reached_unless_most_experts_are_awake() -> None:
-    assert 0.5 < collapse_bound(256, 4) ** 0.5 < 3.0
+    assert 0.5**2 < collapse_bound(256, 4) == collapse_bound(2048, 4) < 2.0**2
     for num_experts in (2, 3, 4, 5, 8, 16, 32, 100, 512, 2048):
         for k in range(1, num_experts + 1):
-            most = num_experts / k - 1
-            assert (collapse_bound(num_experts, k) < most) == (most > 0.4)
+            assert (collapse_bound(num_experts, k) < num_experts / k - 1) == (num_experts / k - 1 > 0.4)
 
 
 def test_weight_may_collapse_where_loads_do_not() -> None:
@@ -287,7 +284,7 @@ def test_weight_may_collapse_where_loads_do_not() -> None:
     [line] = watched.see(state([FAIR] * 4, [390.0, 4.0, 3.0, 3.0]), PATIENCE)
     assert "gates' weight goes to 1.1 of 4 experts" in line
     assert line.endswith("start a new run with model.moe.w_importance=0.1 (now 0.01)")
-    assert Watched(num_experts=4, k=4).see(state([FAIR] * 4, [190.0, 100.0, 60.0, 50.0]), 20) == []
+    assert Watched(num_experts=4, k=4).see(state([FAIR] * 4, [230.0, 90.0, 50.0, 30.0]), 20) == []
 
 
 @pytest.mark.parametrize("num_experts", [8, 32, 512])
@@ -329,8 +326,7 @@ def test_a_collapse_speaks_for_idle_experts_until_it_ends() -> None:
     watched = Watched(num_experts=8, k=1)
     loads = np.array([8 * FAIR, 1, 0, 0, 0, 0, 0, 0])
     [line] = watched.see(state(loads, None, 0.4, 0.4), 20)
-    assert "collapsed" in line
-    assert "6 idle" in line
+    assert line.split("; ")[0].endswith(" 6 idle)")
     half = healthy(8).count_E
     half[5] = 0.0
     [line] = watched.see(state(half), PATIENCE)

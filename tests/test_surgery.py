@@ -21,6 +21,7 @@ from nmt.training.growing import grow
 from nmt.training.shrinking import (
     Pair,
     Use,
+    aligned_units,
     greedy_matching,
     idle,
     least_useful,
@@ -169,27 +170,6 @@ def test_first_experts_start_as_in_a_new_network_but_for_the_last_matrix(tiny_co
     zeros = ("experts.weights.2", "gate.w_gate_DE", "gate.w_noise_DE")
     assert all(new[name].value.count_nonzero() == 0 for name in zeros)
     assert all(not any(part.any() for part in weight[1:]) for weight in new.values())
-
-
-@pytest.mark.parametrize(
-    ("changes", "size", "says"),
-    [
-        ({}, 6, "4 experts can become 8, 12, 16"),
-        ({}, 4, "4 experts can become 8"),
-        ({}, 2, "4 experts can become 8"),
-        ({"gating": "softmax_top_k"}, 8, "gating=softmax_top_k"),
-        ({"gating": "strictly_balanced"}, 8, "gating=strictly_balanced"),
-        (HIERARCHICAL | {"k": 2}, 12, "gating=hierarchical and k=2"),
-        ({"num_experts_at": {"encoder.2": 6}}, 8, "encoder.2 6, decoder.1 4"),
-        ({"encoder_moe_after": [], "decoder_moe_after": []}, 8, "there is none"),
-        ({"num_experts": 0}, 1, "k=2"),
-        ({"num_experts": 0, "output": "sigmoid"}, 4, "sigmoid"),
-        ({"num_experts": 0, "encoder_moe_after": [], "decoder_moe_after": []}, 4, "no place"),
-    ],
-)
-def test_what_cannot_grow(tiny_config: Configs, changes: dict[str, Any], size: int, says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        grow(network(tiny_config(**changes)), size, seed=1)
 
 
 def test_grown_twice_without_training_all_copies_of_copies_are_met(tiny_config: Configs, batch: Batch) -> None:
@@ -388,6 +368,10 @@ def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, bat
         expected = gates_T2[:, :1] * (hidden_TH @ (last[0] * 0.25 + last[2] * 0.75))
         expected += gates_T2[:, 1:] * ((x_TD @ first[1]).relu() @ last[1])
         torch.testing.assert_close(merged[layer](x_TD)[0], expected)
+        for name in ("experts.weights.0", "gate.w_noise_DE"):
+            for old, new in zip(before.layer(layer)[name][:3], after.layer(layer)[name][:3], strict=True):
+                old, new = (old, new) if name.startswith("experts") else (old.T, new.T)
+                torch.testing.assert_close(new[0], old[0] * 0.25 + old[2] * 0.75)
 
 
 def test_a_pair_of_copies_changes_only_tokens_that_woke_both(tiny_config: Configs, batch: Batch) -> None:
@@ -407,6 +391,12 @@ def test_a_pair_of_copies_changes_only_tokens_that_woke_both(tiny_config: Config
         assert both_T.any()
         assert alone_T.any()
         assert torch.equal(same_T, ~both_T)
+
+
+def test_units_that_read_the_same_are_told_apart_by_what_they_write() -> None:
+    same_DH, out_HD, order_H = torch.ones(3, 8), torch.randn(8, 3), torch.randperm(8)
+    (found_H,) = aligned_units([same_DH, out_HD], [same_DH, out_HD[order_H]])
+    assert torch.equal(order_H[found_H], torch.arange(8))
 
 
 def test_greedy_matching_equals_a_loop() -> None:

@@ -4,12 +4,15 @@ import json
 import math
 import re
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_cli import Cli, cli  # noqa: F401
+from test_surgery import HIERARCHICAL, network
 from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 import nmt.commands.resize
@@ -21,6 +24,7 @@ from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory
+from nmt.training.growing import grow
 from nmt.training.shrinking import look
 from nmt.training.surgery import read_network, with_counts, write_run
 
@@ -251,7 +255,13 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
     ],
     ids=str,
 )
-def test_mistakes(cli: Cli, run: Path, tmp_path: Path, arguments: list[str], says: tuple[str, ...]) -> None:  # noqa: F811
+def test_mistakes(
+    cli: Cli,  # noqa: F811
+    run: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    says: tuple[str, ...],
+) -> None:
     arguments = [each.format(run=run) for each in arguments]
     if "-o" not in arguments:
         arguments += ["-o", str(tmp_path / "new")]
@@ -259,6 +269,29 @@ def test_mistakes(cli: Cli, run: Path, tmp_path: Path, arguments: list[str], say
     cli.refuses(2, "experts", str(run), *arguments, says=says)
     assert list(tmp_path.iterdir()) == []
     assert sorted(run.parent.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "says"),
+    [
+        ({}, 6, "4 experts can become 8, 12, 16"),
+        ({}, 4, "4 experts can become 8"),
+        ({}, 2, "4 experts can become 8"),
+        ({"gating": "softmax_top_k"}, 8, "gating=softmax_top_k"),
+        ({"gating": "strictly_balanced"}, 8, "gating=strictly_balanced"),
+        (HIERARCHICAL | {"k": 2}, 12, "gating=hierarchical and k=2"),
+        ({"num_experts_at": {"encoder.2": 6}}, 8, "encoder.2 6, decoder.1 4"),
+        ({"encoder_moe_after": [], "decoder_moe_after": []}, 8, "there is none"),
+        ({"num_experts": 0}, 1, "k=2"),
+        ({"num_experts": 0, "output": "sigmoid"}, 4, "sigmoid"),
+        ({"num_experts": 0, "encoder_moe_after": [], "decoder_moe_after": []}, 4, "no place"),
+    ],
+)
+def test_what_cannot_grow(
+    tiny_config: Callable[..., ModelConfig], changes: dict[str, Any], size: int, says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        grow(network(tiny_config(**changes)), size, seed=1)
 
 
 def test_a_failure_while_writing_leaves_nothing(

@@ -1,6 +1,6 @@
 """Bytes that one micro-batch keeps between its forward and its backward pass, from the configuration alone.
 
-A list of what the network's operations save, part by part, in the words of the code that saves it; a test compares it
+A list of what the network's operations save, part by part, in the order of the code that saves it; a test compares it
 with what PyTorch really keeps. Small things (initial states, scalars) are left out.
 
 Letters: S source and T target positions of each sentence, B sentences, D width, C cells, P outputs and I inputs of an
@@ -11,10 +11,15 @@ from collections import Counter
 from typing import NamedTuple
 
 from nmt.config import ModelConfig, MoEConfig
-from nmt.evaluation.compute import lstm_sizes
+from nmt.evaluation.compute import lstm_cost, lstm_sizes
 
-FLOAT, INDEX = 4, 8
-"""Bytes of a float32 number and of an index; a truth value has one."""
+# Bytes of a float32 number, of an index and of a truth value.
+_FLOAT, _INDEX, _BOOL = 4, 8, 1
+# Numbers that cuDNN reserves for each position, per cell and per output.
+_CUDNN_CELLS, _CUDNN_OUTPUTS = 6, 0
+# Bytes of oneDNN's workspace, by the size of a number: for each cell, and for each of the inputs or cells, whichever are
+# more; one position more than the sequence has. Fitted, within 5 % from 64 cells up.
+_ONEDNN = {4: (32, 28), 2: (21, 21)}
 
 
 class Shape(NamedTuple):
@@ -29,66 +34,135 @@ class Numbers(NamedTuple):
     """What the matrix products compute with, and where."""
 
     on_gpu: bool
-    """cuDNN's LSTM and masks of one byte; on a CPU, oneDNN's LSTM (or PyTorch's, with a projection) and wide masks."""
+    """cuDNN's LSTM and dropout masks of one byte; else oneDNN's LSTM (PyTorch's own with a projection), wide masks."""
     size: int
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are float32 in any case."""
 
 
 def saved_bytes(config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers) -> dict[str, int]:
-    """Bytes by part. No padding is assumed: experts, gates and softmax see every position."""
+    """Bytes by part, without copies of weights. Every position counts as real: padding saves nothing."""
     saved: Counter[str] = Counter()
-    width, places = config.hidden_size, {"encoder": shape.source, "decoder": shape.target}
-    saved["softmax"] = _softmax(config, vocab_size, shape.sentences * shape.target, numbers)
-    saved["attention"] = _attention(config, shape, numbers)
+    mask = _mask(config, numbers)
     for side, lstms in lstm_sizes(config).items():
-        positions = places[side] * shape.sentences
-        # Token numbers; where the backward direction reads; the mask of the embedding's dropout.
-        turned = INDEX if side == "encoder" and config.bottom_layer != "forward" else 0
-        saved["embeddings"] += positions * (2 * INDEX + turned + width * _mask(config, numbers))
-        for index, sizes in enumerate(lstms):
-            stepwise = side == "decoder" and index == 0 and config.attention.wiring in ("feedback", "gnmt")
-            calls = places[side] if stepwise else 1
-            saved[f"{side} LSTMs"] += _lstm(*sizes, shape.sentences, places[side], calls, numbers)
-            saved[f"{side} LSTMs"] += positions * sizes[2] * _mask(config, numbers)
+        length = shape.source if side == "encoder" else shape.target
+        rows = shape.sentences * length
+        # Token numbers and places of the real ones; where the backward direction reads; the mask of dropout.
+        turned = _INDEX if side == "encoder" and config.bottom_layer != "forward" else 0
+        saved["embeddings"] += rows * (2 * _INDEX + turned + config.hidden_size * mask)
+        for index, size in enumerate(lstms):
+            calls = _calls(config, side, index, length)
+            saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
     for layer in config.moe_layers():
-        side, experts = layer.partition(".")[0], config.moe.experts_at(layer)
-        positions = places[side] * shape.sentences
-        saved[f"{side} gates"] += positions * (_gate(config.moe, experts) + width * FLOAT)
-        saved[f"{side} experts"] += positions * (_experts(config, numbers) + width * _mask(config, numbers))
+        side = layer.partition(".")[0]
+        rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
+        saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
+        saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + config.hidden_size * _FLOAT)
+    saved["attention"] = _attention(config, shape, numbers)
+    # The loss works out its gradients at once: by its input, and by the float32 weights and biases of the softmax.
+    weights = vocab_size * (config.hidden_size + config.output_bias)
+    saved["softmax"] = shape.sentences * shape.target * config.hidden_size * numbers.size + weights * _FLOAT
     return dict(saved)
 
 
-def cast_bytes(config: ModelConfig, numbers: Numbers, num_experts: float) -> tuple[int, int]:
-    """(dense, experts): copies of float32 weights that a bf16 forward pass makes and the backward pass reads.
+def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
+    """Bytes of the bf16 copies of dense float32 weights that are kept for the backward pass; those of experts not.
 
-    `num_experts`: how many a GPU holds of all MoE layers together. LSTM weights are copied twice: to bf16, and by cuDNN
-    into one piece; with feedback wirings, once again at every position (not counted here: see `saved_bytes`).
+    LSTM weights are copied for every call, on a GPU twice (cuDNN wants them in one piece): with feedback wirings the
+    decoder's first LSTM has a call for every position.
     """
-    if numbers.size == FLOAT:
-        return 0, 0
-    raise NotImplementedError
+    if numbers.size == _FLOAT:
+        return 0
+    count = 2 * config.hidden_size * config.attention.size
+    count += config.hidden_size**2 if config.attention.wiring == "parallel" else 0
+    for side, lstms in lstm_sizes(config).items():
+        length = shape.source if side == "encoder" else shape.target
+        for index, size in enumerate(lstms):
+            copies = (1 + numbers.on_gpu) * _calls(config, side, index, length)
+            count += copies * lstm_cost(*size).parameters
+    return count * numbers.size
+
+
+def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
+    """Calls in which LSTM `index` of a side runs over its positions."""
+    stepwise = side == "decoder" and index == 0 and config.attention.wiring in ("feedback", "gnmt")
+    return length if stepwise else 1
 
 
 def _mask(config: ModelConfig, numbers: Numbers) -> int:
     """Bytes a number that dropout keeps."""
     if config.dropout == 0.0:
         return 0
-    return 1 if numbers.on_gpu else numbers.size
+    return _BOOL if numbers.on_gpu else numbers.size
 
 
-def _lstm(
-    inputs: int, cells: int, outputs: int, sentences: int, positions: int, calls: int, numbers: Numbers
-) -> int:
-    """One direction, run in `calls` calls over its positions."""
-    rows = sentences * positions
-    kept = inputs + outputs
+def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, numbers: Numbers) -> int:
+    """One direction of an LSTM."""
+    inputs, cells, outputs = size
+    # Input, output, and what happens in between; the states between calls.
+    kept = length * (inputs + outputs) + calls * (outputs + cells)
     if numbers.on_gpu:
-        kept += _CUDNN_CELLS * cells + _CUDNN_OUTPUTS * outputs
+        kept += length * (_CUDNN_CELLS * cells + _CUDNN_OUTPUTS * outputs)
     elif outputs < cells:
-        # PyTorch's own: four gates, cell before, tanh of the cell after, output before projection.
-        kept += 7 * cells
+        # Four gates; the cell before, the tanh of the cell after, the output before its projection.
+        kept += length * 7 * cells
     else:
-        # oneDNN's workspace, which has one position more than the sequence (fitted to within 3 %).
-        rows_of_workspace = sentences * (positions + calls)
-        return numbers.size * (rows * kept + rows_of_workspace * (8 * cells + 7 * max(inputs, cells)))
-    return numbers.size * rows * kept
+        per_cell, per_width = _ONEDNN[numbers.size]
+        workspace = (length + calls) * (per_cell * cells + per_width * max(inputs, cells))
+        return sentences * (kept * numbers.size + workspace)
+    return sentences * kept * numbers.size
+
+
+def _gate(moe: MoEConfig, num_experts: int) -> int:
+    """Bytes a token, beside the gate's input (float32)."""
+    slots = moe.experts_per_token * (_INDEX + _FLOAT)
+    match moe.gating:
+        case "hierarchical":
+            group = num_experts // moe.branching
+            primary = _noisy(moe.branching, moe.primary_k)
+            # Logits and standard deviations of all groups before the chosen ones are taken from them.
+            secondary = 4 * _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
+            return primary + secondary + slots
+        case "noisy_top_k":
+            return _noisy(num_experts, moe.k)
+        case "softmax_top_k":
+            return slots
+        case _:
+            # Logarithm, value, masked value and gate; distance to the threshold; the mask.
+            return num_experts * (5 * _FLOAT + _BOOL) + 2 * slots
+
+
+def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
+    """A noisy gate's bytes a token; without its standard deviation if that is kept for `all_groups` at once."""
+    # Logit of the noise and its softplus; the noise.
+    numbers = 1 if all_groups else 3
+    # Distance to the threshold, standard deviation and their quotient, unless every expert is in.
+    estimate = num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
+    return num_experts * numbers * _FLOAT + estimate + k * (_INDEX + _FLOAT)
+
+
+def _experts(config: ModelConfig, numbers: Numbers) -> int:
+    """Bytes a token: the inputs of all layers of its experts and their outputs, slot by slot; the layer's output."""
+    moe, width = config.moe, config.hidden_size
+    # Strictly balanced, a token may have more experts than the average; all have as many slots as the busiest.
+    slots = moe.experts_per_token * (2 if moe.gating == "strictly_balanced" else 1)
+    routed = moe.experts_per_token * ((width + sum(moe.hidden_sizes)) * numbers.size + _INDEX)
+    return routed + slots * (width * numbers.size + _INDEX) + width * numbers.size
+
+
+def _attention(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
+    """Keys, queries, scores and contexts."""
+    size, width = config.attention.size, config.hidden_size
+    sources, targets = shape.sentences * shape.source, shape.sentences * shape.target
+    pairs = sources * shape.target
+    kept = sources * width + targets * width
+    if config.attention.function == "product":
+        # tanh of keys and of queries, the latter also times V.
+        kept += sources * size + 2 * targets * size
+    else:
+        kept += pairs * size
+    # The softmax is float32; where that is not the type of the values, it is cast for the second product.
+    weights = pairs * (_FLOAT + (numbers.size if numbers.size < _FLOAT else 0)) + sources * _BOOL
+    if config.attention.wiring == "parallel":
+        # The projection's input, and the mask of its dropout.
+        weights += targets * width * (numbers.size + _mask(config, numbers))
+    return kept * numbers.size + weights

@@ -93,7 +93,8 @@ def layer_prefix(layer: str) -> str:
 
 def moe_modules(model: Seq2Seq) -> dict[str, MoE]:
     """The MoE layers of a model by name."""
-    return {layer: model.get_submodule(layer_prefix(layer)[:-1]) for layer in model.config.moe_layers()}  # type: ignore[misc]
+    layers = {layer: model.get_submodule(layer_prefix(layer)[:-1]) for layer in model.config.moe_layers()}
+    return {layer: module for layer, module in layers.items() if isinstance(module, MoE)}
 
 
 def select_experts(weights: Weights, index_E: Tensor) -> Weights:

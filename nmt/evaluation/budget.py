@@ -1,0 +1,167 @@
+"""What training a configuration takes, before it is started: memory of each GPU, disk, and operations.
+
+Pure functions of the configuration and of the assumptions in `Lengths`; nothing is built or measured.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nmt.config import Config
+from nmt.errors import UserError
+from nmt.evaluation.activations import Numbers, Shape, copied_bytes, saved_bytes
+from nmt.evaluation.compute import Cost, model_cost
+
+_FLOAT = 4
+# Tokens of a sentence where the configuration does not limit them (corpus.filters.max_pieces=0).
+_LONGEST = 250
+
+
+class Lengths(NamedTuple):
+    """What is assumed of the sentences, EOS included."""
+
+    source: float = 30.0
+    """Mean tokens of a source sentence."""
+    target: float = 30.0
+    """Mean tokens of a target sentence."""
+    padding: float = 0.1
+    """Share of padding among the positions of a micro-batch's longer side."""
+
+
+class Tokens(NamedTuple):
+    """Real (not padding) tokens of one micro-batch."""
+
+    source: float
+    target: float
+    sentences: float
+
+
+class Memory(NamedTuple):
+    """Bytes of one kind on one GPU: of what all GPUs hold, and of its share of the experts."""
+
+    kind: str
+    dense: int
+    experts: int
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.dense + self.experts
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What `nmt cost` prints."""
+
+    cost: Cost
+    tokens: Tokens
+    """Of a mean micro-batch."""
+    micro_batches: int
+    """All that are planned, over all updates and GPUs."""
+    gpus: int
+    numbers: Numbers
+    longest: Shape
+    """The micro-batch that the activations are counted for."""
+    memory: list[Memory]
+    checkpoint_bytes: int
+    """One checkpoint: parameters and Adam's two moments, float32."""
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of one GPU."""
+        return sum(row.total for row in self.memory)
+
+    @property
+    def flops_per_target_token(self) -> float:
+        """Training FLOPs (forward and backward, a multiply-add is two) for one target token and its source."""
+        return self.cost.training_flops(*self.tokens) / self.tokens.target
+
+    @property
+    def target_tokens(self) -> float:
+        """Real target tokens of the whole training."""
+        return self.tokens.target * self.micro_batches
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the whole training."""
+        return self.cost.training_flops(*self.tokens) * self.micro_batches
+
+    def seconds(self, tflops: float) -> float:
+        """Time of the whole training if every GPU does `tflops` 10^12 operations a second (S17 section 5.1)."""
+        return self.flops / (tflops * 1e12 * self.gpus)
+
+
+def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int, on_gpu: bool) -> Budget:
+    """The budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings do not allow that number.
+
+    Experts are spread over the GPUs of a group (`parallel.expert_group_size`), all else is on every GPU (S17 section
+    3.1). Weights, gradients and moments are float32.
+    """
+    share = _expert_share(config, gpus)
+    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and on_gpu)
+    numbers = Numbers(on_gpu, 2 if bf16 else _FLOAT)
+    cost = model_cost(config.model, vocab_size)
+    experts = cost.num_expert_parameters // share
+    dense = cost.num_parameters - cost.num_expert_parameters
+    shape = _largest_shape(config, vocab_size, lengths, numbers)
+    saved = saved_bytes(config.model, vocab_size, shape, numbers)
+    of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
+    memory = [
+        Memory("weights", dense * _FLOAT, experts * _FLOAT),
+        Memory("gradients", dense * _FLOAT, experts * _FLOAT),
+        Memory("optimiser", 2 * dense * _FLOAT, 2 * experts * _FLOAT),
+        Memory("copies", copied_bytes(config.model, shape, numbers), experts * numbers.size if bf16 else 0),
+        Memory("activations", sum(saved.values()) - of_experts, of_experts),
+    ]
+    training = config.training
+    return Budget(
+        cost=cost,
+        tokens=_mean_tokens(training.batch_tokens, lengths),
+        micro_batches=training.max_steps * training.micro_batches,
+        gpus=gpus,
+        numbers=numbers,
+        longest=shape,
+        memory=memory,
+        checkpoint_bytes=3 * _FLOAT * cost.num_parameters,
+    )
+
+
+def _expert_share(config: Config, gpus: int) -> int:
+    """GPUs among which the experts are divided. UserError as training would say it."""
+    group = config.parallel.expert_group_size or gpus
+    if gpus < 1:
+        raise UserError(f"--gpus {gpus} must be at least 1")
+    if config.training.micro_batches % gpus:
+        raise UserError(
+            f"--gpus {gpus} must divide training.micro_batches={config.training.micro_batches}: every GPU takes equally "
+            f"many micro-batches of an update (training.micro_batches={gpus * -(-config.training.micro_batches // gpus)} "
+            "would do)"
+        )
+    if gpus % group:
+        raise UserError(f"parallel.expert_group_size={group} must divide --gpus {gpus}: use a divisor, or 0 for all")
+    for layer in config.model.moe_layers():
+        count = config.model.moe.experts_at(layer)
+        if count % group:
+            raise UserError(
+                f"the {count} experts of {layer} cannot be spread over {group} GPUs: their number must be a multiple "
+                "(or set parallel.expert_group_size to a divisor of both)"
+            )
+    return group
+
+
+def _mean_tokens(batch_tokens: int, lengths: Lengths) -> Tokens:
+    longer = max(lengths.source, lengths.target)
+    sentences = batch_tokens * (1.0 - lengths.padding) / longer
+    return Tokens(sentences * lengths.source, sentences * lengths.target, sentences)
+
+
+def _largest_shape(config: Config, vocab_size: int, lengths: Lengths, numbers: Numbers) -> Shape:
+    """The full micro-batch that saves most: of the longest sentences that are kept, or of mean ones."""
+    tokens = config.training.batch_tokens
+    lengths_tried = {(config.corpus.filters.max_pieces or _LONGEST) + 1, round(max(lengths.source, lengths.target))}
+    shapes = [Shape(max(tokens // length, 1), length, length) for length in lengths_tried]
+
+    def size(shape: Shape) -> int:
+        saved = saved_bytes(config.model, vocab_size, shape, numbers)
+        return sum(saved.values()) + copied_bytes(config.model, shape, numbers)
+
+    return max(shapes, key=size)
