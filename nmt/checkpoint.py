@@ -1,8 +1,8 @@
 """Checkpoints: one folder per saved step, complete and verified or not there at all.
 
     checkpoints/step-00001000/
-        model.safetensors       parameters
-        training.safetensors    optimiser moments
+        model/*.safetensors     parameters, a file for each process that wrote
+        training/*.safetensors  optimiser moments
         state.json              step, position in the data, counters, score
         manifest.json           sha256 and size of the others, fingerprint of the vocabulary, its own; written last
 
@@ -18,16 +18,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors
-import safetensors.torch
 import torch
-from torch import Tensor, nn
 
-from nmt.errors import CheckpointError, StorageError
+from nmt.errors import CheckpointError
 from nmt.files import sync
 
 _FOLDER = re.compile(r"step-(\d{8,})")
-_FILES = ("model.safetensors", "training.safetensors", "state.json")
 
 
 class Checkpoint(NamedTuple):
@@ -42,15 +38,17 @@ class Checkpoint(NamedTuple):
         """Validation score of this step, lower is better; None if it was not validated."""
         return self.manifest["score"]
 
-    def verify(self) -> str | None:
-        """What is wrong with the files, or None if they are as they were written."""
+    def verify(self, part: str = "") -> str | None:
+        """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written."""
         for name, written in self.manifest["files"].items():
             path = self.path / name
+            if not name.startswith(part):
+                continue
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != written["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
-            if _sha256(path) != written["sha256"]:
+            if sha256_of(path) != written["sha256"]:
                 return f"{name} is not what was written (sha256 differs)"
         return None
 
@@ -58,63 +56,39 @@ class Checkpoint(NamedTuple):
         """The JSON part of the training state."""
         return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
 
-    def training_tensors(self) -> dict[str, Tensor]:
-        """The tensors of the training state."""
-        return safetensors.torch.load_file(self.path / "training.safetensors")
 
-
-def _sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """The hash of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def parameters_of(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter once (tied ones under one name), on the CPU."""
-    return {name: parameter.detach().cpu().contiguous() for name, parameter in model.named_parameters()}
-
-
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    training: dict[str, Tensor],
-    state: dict[str, Any],
-    score: float | None,
-    vocabulary: str,
-) -> Path:
-    """Write checkpoints/step-N below `folder`; StorageError if it cannot be written (earlier ones stay)."""
+def step_folder(folder: Path, step: int) -> tuple[Path, Path]:
+    """(where the checkpoint of a step stands, where it is written before)."""
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        safetensors.torch.save_file(parameters_of(model), temporary / "model.safetensors")
-        safetensors.torch.save_file(training, temporary / "training.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-        files = {
-            name: {"size": (temporary / name).stat().st_size, "sha256": _sha256(temporary / name)} for name in _FILES
-        }
-        manifest = {
-            "step": step,
-            "score": score,
-            "vocabulary": vocabulary,
-            "torch": torch.__version__,
-            "files": files,
-        }
-        content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
-        (temporary / "manifest.json").write_text(content, encoding="utf-8")
-        for name in (*_FILES, "manifest.json"):
-            sync(temporary / name)
-        sync(temporary)
-        if final.exists():
-            # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
-            shutil.rmtree(final)
-        temporary.rename(final)
-        sync(folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise StorageError(f"cannot write checkpoint {final}: {error}; earlier checkpoints are untouched") from error
-    return final
+    return final, folder / f".{final.name}.tmp"
+
+
+def finish_folder(
+    temporary: Path, final: Path, step: int, state: dict[str, Any], score: float | None, vocabulary: str
+) -> None:
+    """Make what was written in `temporary` a checkpoint: state, hashes, all on disk, then the name. OSError if not."""
+    (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+    written = sorted(path for path in temporary.rglob("*") if path.is_file())
+    files = {
+        str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in written
+    }
+    manifest = {"step": step, "score": score, "vocabulary": vocabulary, "torch": torch.__version__, "files": files}
+    content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
+    (temporary / "manifest.json").write_text(content, encoding="utf-8")
+    for path in (*written, temporary / "manifest.json", temporary / "model", temporary / "training", temporary):
+        if path.exists():
+            sync(path)
+    if final.exists():
+        # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
+        shutil.rmtree(final)
+    temporary.rename(final)
+    sync(final.parent)
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -203,32 +177,3 @@ def choose(folder: Path, which: str, average: int) -> list[Checkpoint]:
         steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
         raise CheckpointError(f"{folder} holds no checkpoint of step {which}; it has {steps}")
     return wanted
-
-
-def load_parameters(model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str) -> None:
-    """Set `model` to the (mean of the) parameters of verified checkpoints made with this vocabulary."""
-    own = dict(model.named_parameters())
-    mean: dict[str, Tensor] = {}
-    for checkpoint in checkpoints:
-        if checkpoint.manifest["vocabulary"] != vocabulary:
-            raise CheckpointError(
-                f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
-                f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
-            )
-        problem = checkpoint.verify()
-        if problem:
-            raise CheckpointError(
-                f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP"
-            )
-        read = safetensors.torch.load_file(checkpoint.path / "model.safetensors")
-        odd = sorted(own.keys() ^ read.keys()) or [name for name in own if own[name].shape != read[name].shape]
-        if odd:
-            raise CheckpointError(
-                f"{checkpoint.path} does not fit the run's config.yaml (parameter {odd[0]}): one of them was changed"
-            )
-        for name, tensor in read.items():
-            share = tensor if len(checkpoints) == 1 else tensor / len(checkpoints)
-            mean[name] = mean[name] + share if name in mean else share
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(mean[name])

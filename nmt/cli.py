@@ -12,7 +12,6 @@ from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 # Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
 # slower; never spinning costs a third on cores of one's own.
@@ -214,34 +213,9 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
-    _compose("train", arguments, _TRAIN_HELP, _train_run)
+    from nmt.commands.train import train
 
-
-def _train_run(config: Config) -> None:
-    from nmt.data.prepare import prepare
-    from nmt.training.trainer import Stopped, Trainer
-
-    if not config.run.name:
-        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
-    prepared = prepare(config.corpus, say)
-    run = RunDirectory(Path(config.run.directory) / config.run.name)
-    corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint, **_corpus_facts(prepared.manifest)}
-    for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
-        say(f"changed since the run was started: {line}")
-    for split in ("dev", "test"):
-        run.write_text(split, *prepared.text(split))
-    try:
-        Trainer(config, prepared, run).train()
-    except Stopped as stopped:
-        say(str(stopped))
-        sys.exit(stopped.status)
-    say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
-    print(run.path)
-
-
-def _corpus_facts(manifest: dict[str, Any]) -> dict[str, Any]:
-    facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
-    return {name: manifest[name] for name in facts}
+    _compose("train", arguments, _TRAIN_HELP, train)
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
@@ -257,9 +231,9 @@ def _run_command(command: str, arguments: list[str]) -> None:
 def _cost(arguments: list[str]) -> None:
     """Of a run, or of settings as `nmt train` takes them."""
     module = import_module("nmt.commands.cost")
-    options, settings = module.parser().parse_known_args(arguments)
+    options, others = module.parser().parse_known_args(arguments)
     if "=" in options.run:
-        _compose("cost", [options.run, *settings], "", partial(module.estimate, options))
+        _compose("cost", module.overrides(options, others), "", partial(module.estimate, options))
     else:
         _run_command("cost", arguments)
 

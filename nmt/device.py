@@ -1,7 +1,5 @@
 """The device and the precision that a command computes in."""
 
-import os
-
 import torch
 
 from nmt.errors import UserError
@@ -20,15 +18,6 @@ def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context of a forward pass: matrix products in bf16 if `precision` says so (auto: on a GPU)."""
     enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
-
-
-def require_single_process() -> None:
-    """ValueError under a launcher that started several processes: training uses one so far."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
-        raise UserError(
-            f"started with {world_size} processes, but training uses one: launch it with --nproc-per-node=1"
-        )
 
 
 def set_fast_math(device: torch.device) -> None:

@@ -35,6 +35,12 @@ class StorageError(UserError):
     status = 6
 
 
+class ProcessError(UserError):
+    """Processes that train together lost each other, or no longer agree."""
+
+    status = 7
+
+
 def exit_status(error: ValueError) -> int:
     """The exit status for a mistake of the user's."""
     return error.status if isinstance(error, UserError) else 2

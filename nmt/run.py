@@ -5,6 +5,7 @@ subwords.model    its vocabulary
 corpus.json       fingerprint and counts of the text it was trained on
 text/             dev and test text, so that it can be scored anywhere
 checkpoints/      see nmt/checkpoint.py
+RUN_STATUS.json   running, finished, stopped (by a signal, saved) or failed; exit status, step, newest checkpoint
 metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
 report/           what nmt evaluate and nmt experts wrote
 """
@@ -52,6 +53,7 @@ class RunDirectory:
         self.subwords_path = path / "subwords.model"
         self.corpus_path = path / "corpus.json"
         self.checkpoints = path / "checkpoints"
+        self.status_path = path / "RUN_STATUS.json"
         self.metrics_path = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report"

@@ -68,7 +68,7 @@ ASSUMED = """\
 Assumed: tokens and experts of a device stay as measured, and with them the compute of experts; the gate's grows with
 all experts. Every device has the full speed of its link, whoever it talks to. Nothing hides the exchange, which waits
 for the busiest process; the backward pass, 2/3 of the compute, hides the sum of dense gradients (a ring). All else as
-measured. Efficiency: measured compute over the projected update."""
+measured. Efficiency: measured compute over the projected update. As many devices as were measured: to see the error."""
 # Columns of the tables, with their formats.
 SPEED = {"experts": "", "processes": "", "overlap": "", "tokens_per_second": ",.0f", "efficiency": ".2f", "ms": ".1f"}
 SPEED |= {"exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
@@ -320,7 +320,7 @@ def work(options: argparse.Namespace) -> list[Record]:
     for experts in options.experts:
         for scaling in ("weak", "strong"):
             for overlap in (True, False) if world.size > 1 else (True,):
-                what = {"experts": experts, "scaling": scaling, "overlap": str(overlap)}
+                what = {"experts": experts, "scaling": scaling, "overlap": str(overlap) if world.size > 1 else "-"}
                 keep("speed", **what, **measure(world, compose(options, experts, overlap), options, scaling))
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -414,14 +414,15 @@ def report_projection(records: list[Record], options: argparse.Namespace) -> Non
     """Print projections from the most processes of weak scaling, and add them to the records."""
     link = options.gigabytes_per_second or _of(records, "link")[-1]["gigabytes_per_second"]
     print(f"\nprojection, with a link of {link:.3g} GB/s a device one way\n{ASSUMED}")
-    rows = [row for row in _of(records, "speed") if row["scaling"] == "weak" and row["overlap"] == "True"]
+    rows = [row for row in _of(records, "speed") if row["scaling"] == "weak" and row["overlap"] != "False"]
     for experts, row in {row["experts"]: row for row in rows}.items():
         model, per_second = compose(options, experts).model, link * 1e9 / row["value_bytes"]
         flops = model_cost(model, options.vocabulary).training_flops(*(row[name] for name in SIZES))
         own = flops / 2 / (row["compute_ms"] / 1e3) / per_second
         print(f"\nfrom {experts} experts on {row['processes']} processes, {row['compute_ms']:.1f} ms of compute")
         print(f"multiply-adds for each value on the link: an expert {io_ratio(model):,.0f}, the device {own:,.0f}")
-        projected = [project(row, model, options.vocabulary, per_second, devices) for devices in DEVICES]
+        many = sorted({row["processes"], *DEVICES})
+        projected = [project(row, model, options.vocabulary, per_second, devices) for devices in many]
         print_table(PROJECTION, projected)
         records += projected
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.config import ATTENTION_FUNCTIONS, AttentionConfig
+from nmt.config import AttentionConfig
+from nmt.config.model import ATTENTION_FUNCTIONS
 from nmt.model.attention import Attention
 
 WIDTH, SIZE = 4, 5

@@ -10,29 +10,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 import yaml
 from test_training import one_thread, saved, settings, train, trained_run, write_corpus  # noqa: F401
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 from nmt.checkpoint import (
     best_of,
     choose,
     damaged_manifests,
     list_checkpoints,
-    load_parameters,
     newest_verified,
-    parameters_of,
     prune_checkpoints,
-    save_checkpoint,
 )
 from nmt.cli import main
 from nmt.config import Config, CorpusConfig
 from nmt.errors import CheckpointError, DataError, StorageError
+from nmt.parallel.checkpoint import load_parameters, read_tensors, save_checkpoint
 from nmt.run import RunDirectory
 
-FILES = ("model.safetensors", "training.safetensors", "state.json", "manifest.json")
+MODEL = "model/shard-00001-model-00001-of-00001.safetensors"
+TRAINING = "training/shard-00001-model-00001-of-00001.safetensors"
+FILES = (MODEL, TRAINING, "state.json", "manifest.json")
 
 
 def model_of(value: float = 0.0) -> nn.Linear:
@@ -43,9 +43,14 @@ def model_of(value: float = 0.0) -> nn.Linear:
     return model
 
 
+def parameters_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
 def save(folder: Path, step: int, score: float | None = None, value: float | None = None) -> Path:
     model = model_of(float(step) if value is None else value)
-    return save_checkpoint(folder, step, model, {"exp_avg.x": torch.arange(9)}, {"at": step}, score, "words")
+    parts = {"model": parameters_of(model), "training": {"exp_avg.x": torch.arange(9)}}
+    return save_checkpoint(folder, step, parts, {"at": step}, score, "words")
 
 
 def steps(folder: Path) -> list[int]:
@@ -60,7 +65,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     (found,) = list_checkpoints(tmp_path / "deep" / "er")
     assert (found.path, found.step, found.score, found.verify()) == (path, 7, 1.5, None)
     assert found.state() == {"at": 7}
-    assert torch.equal(found.training_tensors()["exp_avg.x"], torch.arange(9))
+    assert torch.equal(read_tensors(path / "training")["exp_avg.x"], torch.arange(9))
     model = model_of()
     load_parameters(model, [found], "words")
     assert all(torch.equal(p, torch.full_like(p, 7.0)) for p in model.parameters())
@@ -70,7 +75,7 @@ def test_a_tied_parameter_is_saved_once(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     model[1].weight = model[0].weight
     assert set(parameters_of(model)) == {"0.weight", "0.bias", "1.bias"}
-    save_checkpoint(tmp_path, 1, model, {}, {}, None, "words")
+    save_checkpoint(tmp_path, 1, {"model": parameters_of(model)}, {}, None, "words")
     other = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
     other[1].weight = other[0].weight
     load_parameters(other, list_checkpoints(tmp_path), "words")
@@ -164,7 +169,7 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path: Path, cap
     changes = ("training.checkpoint_every=1", "training.keep_checkpoints=1", "training.validate_every=100")
     whole = saved(train(tmp_path, "whole", 5, *changes))
     run = train(tmp_path, "hurt", 4, *changes, "training.keep_checkpoints=9")
-    for step, name in ((3, "model.safetensors"), (4, "manifest.json")):
+    for step, name in ((3, MODEL), (4, "manifest.json")):
         path = run / "checkpoints" / f"step-{step:08d}" / name
         path.write_bytes(path.read_bytes()[:-3] + b"   ")
     capfd.readouterr()
@@ -172,7 +177,7 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path: Path, cap
     train(tmp_path, "hurt", 3, *changes)
     errors = capfd.readouterr().err
     assert "step-00000004 is damaged (manifest.json" in errors
-    assert "step-00000003 is damaged (model.safetensors is not what was written" in errors
+    assert f"step-00000003 is damaged ({MODEL} is not what was written" in errors
     assert newest_verified(list_checkpoints(run / "checkpoints"))[0].step == 3  # type: ignore[union-attr]
     assert saved(train(tmp_path, "hurt", 5, *changes)) == whole
 
@@ -181,7 +186,7 @@ def test_damaged_later_steps_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
     for step in (1, 2, 6, 7):
         save(tmp_path, step)
     for step in (6, 7):
-        (tmp_path / f"step-{step:08d}" / "model.safetensors").write_bytes(b"")
+        (tmp_path / f"step-{step:08d}" / MODEL).write_bytes(b"")
     save(tmp_path, 3)
     prune_checkpoints(tmp_path, 1, newest=3)
     assert steps(tmp_path) == [3]
@@ -243,7 +248,7 @@ def test_average_is_the_mean(tmp_path: Path) -> None:
     for step in range(3):
         model = model_of()
         model.weight.data.copy_(weights[step])
-        save_checkpoint(tmp_path, step + 1, model, {}, {}, None, "words")
+        save_checkpoint(tmp_path, step + 1, {"model": parameters_of(model)}, {}, None, "words")
     model = model_of()
     load_parameters(model, choose(tmp_path, "average", 3), "words")
     torch.testing.assert_close(model.weight.data, weights.mean(0))
@@ -266,7 +271,7 @@ def test_parameters_that_do_not_fit_are_refused(tmp_path: Path, model: nn.Module
 
 def test_averaged_checkpoints_must_be_of_one_shape(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    save_checkpoint(tmp_path, 2, nn.Linear(4, 2), {}, {}, None, "words")
+    save_checkpoint(tmp_path, 2, {"model": parameters_of(nn.Linear(4, 2))}, {}, None, "words")
     with pytest.raises(CheckpointError, match="does not fit"):
         load_parameters(model_of(), choose(tmp_path, "average", 2), "words")
 
@@ -281,7 +286,7 @@ class FullDisk:
         self.left = allowed
         self.failed = False
         for owner, name in (
-            (safetensors.torch, "save_file"),
+            (HuggingFaceStorageWriter, "write_data"),
             (Path, "write_text"),
             (Path, "mkdir"),
             (Path, "rename"),
@@ -337,7 +342,7 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(safetensors.torch, "save_file", full)
+        patch.setattr(HuggingFaceStorageWriter, "write_data", full)
         capfd.readouterr()
         assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 6
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]

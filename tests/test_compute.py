@@ -221,8 +221,8 @@ WIDE = MoEConfig(1, k=1, hidden_sizes=[4096])
 DEEP = MoEConfig(1, k=1, hidden_sizes=[1024, 1024, 1024, 1024])
 LSTM_512 = (512, 512, 512)
 
-# Name, experts, LSTM, LSTMs, ops, parameters: S17 Table 7, whose first level has 16 groups (but for its last rows, which
-# 32 fit), and Table 8, where it has 32 to 256. LSTM-512-512 is not here: it projects 512 cells to 512 outputs.
+# Name, experts, LSTM, LSTMs, ops, parameters: S17 Table 7, whose first level has 16 groups (32 in its last two rows, of
+# which the last fits no 16), and Table 8, where it has 32 to 256. LSTM-512-512, which projects 512 to 512, is left out.
 LANGUAGE_MODELS = [
     ("LSTM-1024-512", None, (512, 1024, 512), 1, "4.7", "4.7"),
     ("LSTM-2048-512", None, (512, 2048, 512), 1, "9.4", "9.4"),

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+from test_experts import expert_by_loops
 from test_training import one_thread  # noqa: F401
 from torch import Tensor
 
 from nmt.config import MoEConfig
-from nmt.model.experts import Experts, MoE
+from nmt.model.experts import MoE
 from nmt.model.gating import (
     MIN_NOISE_STD,
     THRESHOLD_SCALE,
@@ -207,13 +208,6 @@ def layer_by_loops(moe: MoE, x_TD: Tensor, gates: list[dict[int, Tensor]]) -> Te
             y_D = y_D + value * expert_by_loops(moe.experts, e, x_D)
         outputs.append(y_D.sigmoid() if moe.sigmoid_output else y_D)
     return torch.stack(outputs)
-
-
-def expert_by_loops(experts: Experts, e: int, x_D: Tensor) -> Tensor:
-    *hidden, last = (w_EIO[e] for w_EIO in experts.weights)
-    for w_IO in hidden:
-        x_D = (x_D @ w_IO).relu()
-    return x_D @ last
 
 
 def dense(gates: list[dict[int, Tensor]], num_experts: int = 12) -> Tensor:

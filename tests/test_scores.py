@@ -16,6 +16,7 @@ from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.errors import DataError
 from nmt.evaluation.expert_report import _LayerCounts, expert_report
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
+from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.validation import perplexity
 
@@ -136,9 +137,8 @@ def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
     sources, targets, _ = RunDirectory(run).text("test")
 
     def measured(batch_tokens: int) -> Sequence[float]:
-        found = perplexity(
-            translator.model, translator.subwords, sources, targets, batch_tokens, torch.device("cpu"), "fp32"
-        )
+        world = World(torch.device("cpu"))
+        found = perplexity(translator.model, translator.subwords, sources, targets, batch_tokens, world, "fp32")
         return found.pieces, found.words
 
     assert measured(1) == pytest.approx(measured(100_000), rel=1e-6)

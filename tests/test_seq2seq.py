@@ -372,7 +372,7 @@ def test_initial_values_are_those_of_the_table(gating: str):
 
 @pytest.mark.parametrize("gating", GATING)
 def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
-    """A few hundred words in two micro-batches an update; every parameter takes part."""
+    """Forty words in two micro-batches an update; every parameter takes part."""
     vocabulary, experts = 10, {"num_experts": 8, "hidden_sizes": [8, 6]}
     depth = {"num_encoder_layers": 2, "num_decoder_layers": 1}
     model_config = tiny_config(hidden_size=24, cell_size=24, gating=gating, **depth, **experts, **GATING[gating])

@@ -4,7 +4,8 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from nmt.commands import Parser
@@ -13,7 +14,10 @@ from nmt.errors import UserError
 from nmt.evaluation.budget import Budget, Lengths, training_budget
 from nmt.run import RunDirectory
 
-_SCALES = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+# Options of Hydra's that make sense here.
+_HYDRA_OPTIONS = ("--multirun", "-m", "--cfg", "-c", "--resolve")
+_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+_COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
 class Basis(NamedTuple):
@@ -56,6 +60,15 @@ def parser() -> Parser:
     return parser
 
 
+def overrides(options: argparse.Namespace, others: Sequence[str]) -> list[str]:
+    """What Hydra is to be told: its own options, then the settings. UserError for an option that nobody knows."""
+    for other in others:
+        if other.startswith("-") and other not in _HYDRA_OPTIONS:
+            parser().error(f"unknown option {other}")
+    settings = [each for each in (options.run, *others) if "=" in each]
+    return [each for each in others if "=" not in each] + settings
+
+
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """The cost of a run: its own vocabulary, sentence lengths and speed."""
     info = run.corpus_info()
@@ -63,7 +76,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     # Pieces are counted without EOS.
     lengths = Lengths(info["source_pieces"] / pairs + 1, info["target_pieces"] / pairs + 1)
     lines = list(_train_lines(run))
-    speeds = [line["tflops"] for line in lines if line.get("tflops")]
+    # A line has the operations of all processes of the run.
+    speeds = [line["tflops"] / line.get("processes", 1) for line in lines if line.get("tflops")]
     memory = [line["gpu_memory_gb"] for line in lines if "gpu_memory_gb" in line]
     _report(
         options,
@@ -75,7 +89,9 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
             lengths_from="the run's corpus",
             on_gpu=_on_gpu(options, config, bool(memory) or not lines),
             tflops=options.tflops or (statistics.median(speeds) if speeds else None),
-            tflops_from="" if options.tflops else f"the median of {len(speeds)} lines of {run.metrics_path}",
+            tflops_from=""
+            if options.tflops
+            else f"the median of {len(speeds)} line{'s' * (len(speeds) != 1)} of {run.metrics_path}",
             measured_gb=max(memory, default=None),
         ),
     )
@@ -174,86 +190,108 @@ def _as_text(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     yield ""
     yield from _time(budget, basis, config)
     yield ""
-    yield from _assumptions(budget, basis)
+    yield from _assumptions(budget, basis, config)
 
 
 def _counts(budget: Budget) -> Iterator[str]:
     cost = budget.cost
     ops = cost.encoder_ops | cost.decoder_ops
     ops["attention"] = ops.pop("attention keys") + ops.pop("attention query")
-    yield f"{'':<34}{'parameters':>14}{'share':>8}{'ops/timestep':>16}{'share':>8}"
+    yield f"{'':<32}{'parameters':>14}{'share':>8}{'ops/timestep':>16}{'share':>8}"
 
-    def line(name: str, parameters: int, operations: int | None) -> str:
-        text = f"{name:<34}{parameters / 1e6:>12,.3f} M{parameters / cost.num_parameters:>8.1%}"
-        if operations is not None:
-            text += f"{operations / 1e6:>14,.3f} M{operations / cost.ops_per_timestep:>8.1%}"
-        return text
+    def column(count: int, whole: int, width: int) -> str:
+        return f"{count / 1e6:>{width},.3f} M{count / whole:>8.1%}" if count else f"{'-':>{width + 2}}{'-':>8}"
+
+    def line(name: str, parameters: int, operations: int) -> str:
+        columns = column(parameters, cost.num_parameters, 12), column(operations, cost.ops_per_timestep, 14)
+        return f"{name:<32}{''.join(columns)}"
 
     for part, parameters in cost.parameters.items():
-        yield line(part, parameters, ops.get(part, 0))
+        yield line(part if parameters else f"{part} (the embeddings' matrix)", parameters, ops.get(part, 0))
     yield line("all", cost.num_parameters, cost.ops_per_timestep)
-    yield line("all but embeddings and softmax", cost.num_parameters - cost.num_vocabulary_parameters, None)
-    yield f"training, for each target token: {budget.flops_per_target_token / 1e6:,.0f} MFLOP"
+    rest = cost.num_parameters - cost.num_vocabulary_parameters
+    yield line("all but embeddings and softmax", rest, cost.ops_per_timestep - ops["softmax"])
+    yield f"training FLOPs for each target token: {budget.flops_per_target_token / 1e6:,.0f} M"
 
 
 def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
-    unit = "GPU" if basis.on_gpu else "CPU process"
+    products = "bf16" if budget.numbers.size == 2 else "float32"
     names = {
         "weights": "weights, float32",
-        "gradients": "gradients, float32",
         "optimiser": "Adam's two moments, float32",
-        "copies": "copies of weights, bf16",
-        "activations": f"activations, {'bf16' if budget.numbers.size == 2 else 'float32'}",
-        "working space": "working space",
+        "gradients": "gradients, float32",
+        "copies": f"copies of weights, {products}",
+        "activations": f"activations, {products}",
+        "working": "working space",
+        "shared": "of these never there at once",
     }
-    yield f"{f'memory of each of {budget.gpus} {unit}s' if budget.gpus > 1 else f'memory of one {unit}':<34}" + "".join(
-        f"{column:>12}" for column in ("dense", "experts", "all")
-    )
+    title = f"memory of each of {_devices(budget)}" if budget.gpus > 1 else f"memory of {_devices(budget)}"
+    yield f"{title:<32}{'dense':>14}{'experts':>14}{'all':>14}"
+
+    def line(name: str, *counts: int) -> str:
+        return f"{name:<32}" + "".join(f"{count / 1e9:>11,.2f} GB" if count else f"{'-':>14}" for count in counts)
+
     for row in budget.memory:
         if row.total:
-            yield f"{names[row.kind]:<34}" + "".join(
-                f"{count / 1e9:>9,.2f} GB" for count in (row.dense, row.experts, row.total)
-            )
-    sums = [sum(row.dense for row in budget.memory), sum(row.experts for row in budget.memory), budget.memory_bytes]
-    yield f"{'all':<34}" + "".join(f"{count / 1e9:>9,.2f} GB" for count in sums)
+            yield line(names[row.kind], row.dense, row.experts, row.total)
+    dense = sum(row.dense for row in budget.memory)
+    yield line("all", dense, budget.memory_bytes - dense, budget.memory_bytes)
     if basis.measured_gb is not None:
-        yield f"{'the most that the run had':<34}{'':>24}{basis.measured_gb:>9,.2f} GB"
-    kept = config.training.keep_checkpoints + 1
-    yield (
-        f"checkpoint on disk: {budget.checkpoint_bytes / 1e9:,.2f} GB; the run keeps up to {kept}, "
-        f"{kept * budget.checkpoint_bytes / 1e9:,.1f} GB"
-    )
+        yield f"{'the most that the run had':<60}{basis.measured_gb:>11,.2f} GB"
+    kept, size = config.training.keep_checkpoints + 1, budget.checkpoint_bytes / 1e9
+    yield f"checkpoint on disk: {size:,.2f} GB; up to {kept} are kept, {kept * size:,.2f} GB"
 
 
 def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     training = config.training
     yield (
-        f"{training.max_steps:,} updates of {training.micro_batches} x {training.batch_tokens:,} positions a side: "
-        f"{budget.target_tokens / 1e6:,.0f} M target tokens, {_flops(budget.flops)}"
+        f"{training.max_steps:,} updates of {training.micro_batches:,} x {training.batch_tokens:,} positions a side: "
+        f""
+        f"{_scaled(budget.target_tokens, _COUNTS)} target tokens, {_scaled(budget.flops, _FLOPS)}"
     )
-    on = f"{budget.gpus} {'GPU' if basis.on_gpu else 'CPU process'}{'s' if budget.gpus > 1 else ''}"
     if basis.tflops is None:
-        yield (
-            f"time: {budget.flops / 3.6e15:,.4g} hours / X on {on} at X TFLOP/s each"
-            if budget.gpus == 1
-            else f"time: {budget.flops / 3.6e15 / budget.gpus:,.4g} hours / X on {on} at X TFLOP/s each"
-        )
-        yield "give --tflops X: make bench-gpu measures it, and nmt cost RUN takes it from a run"
+        hours = budget.seconds(1.0) / 3600
+        yield f"time: {hours:,.4g} hours / X on {_devices(budget)}, at X TFLOP/s each; give --tflops X"
+        yield "(make bench-gpu measures it, nmt cost RUN takes it from a run)"
         return
+    each = " each" if budget.gpus > 1 else ""
     source = f" ({basis.tflops_from})" if basis.tflops_from else ""
-    yield f"time: {_duration(budget.seconds(basis.tflops))} on {on} at {basis.tflops:,.4g} TFLOP/s each{source}"
-
-
-def _assumptions(budget: Budget, basis: Basis) -> Iterator[str]:
-    lengths, shape = basis.lengths, budget.longest
     yield (
-        f"sentences: {lengths.source:.1f} source and {lengths.target:.1f} target tokens with EOS ({basis.lengths_from}), "
-        f"all alike; {lengths.padding:.0%} of a micro-batch's longer side is padding, which is no work"
+        f"time: {_duration(budget.seconds(basis.tflops))} on {_devices(budget)}, at {basis.tflops:,.4g} TFLOP/s"
+        f"{each}{source}"
     )
 
 
-def _flops(count: float) -> str:
-    scale, unit = next(((scale, unit) for scale, unit in _SCALES if count >= scale), _SCALES[-1])
+def _assumptions(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
+    lengths, shape = basis.lengths, budget.longest
+    text = (
+        f"Sentences have {lengths.source:.1f} source and {lengths.target:.1f} target tokens with EOS "
+        f"({basis.lengths_from}); {lengths.padding:.0%} of a micro-batch's longer side is padding, which is no work. "
+        "A multiply-add is two FLOPs, the backward pass twice the forward pass; validation and saving come on top. "
+    )
+    if config.model.moe_layers() and config.training.micro_batches > budget.gpus:
+        text += (
+            "With several micro-batches a GPU, all below the last gate runs forward twice, which FLOPs do not count: "
+            "take X from such a run. "
+        )
+    text += (
+        f"GB are 10^9 bytes. Activations are those of {shape.sentences:,} sentences of {shape.source} tokens a side, a "
+        "full micro-batch without padding, with experts equally busy; what the driver takes comes on top."
+    )
+    if config.model.moe_layers() and config.model.moe.gating == "strictly_balanced":
+        text += " No token has more than twice as many experts as on average."
+    yield from textwrap.wrap(text, 100)
+
+
+def _devices(budget: Budget) -> str:
+    unit = "GPU" if budget.numbers.on_gpu else "CPU process"
+    if budget.gpus == 1:
+        return f"one {unit}"
+    return f"{budget.gpus} {unit}{'es' if unit.endswith('s') else 's'}"
+
+
+def _scaled(count: float, units: tuple[tuple[float, str], ...]) -> str:
+    scale, unit = next((each for each in units if count >= each[0]), units[-1])
     return f"{count / scale:,.4g} {unit}"
 
 

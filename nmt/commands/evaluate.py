@@ -16,6 +16,7 @@ from nmt.errors import DataError, UserError
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.scores import Comparison, Score, corpus_scores, paired_bootstrap
 from nmt.files import write_atomically
+from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.validation import Perplexity, perplexity
 
@@ -103,7 +104,7 @@ def _measure(translator: Translator, sources: list[str], references: list[str], 
         sources,
         references,
         min(config.training.batch_tokens, 8192),
-        translator.device,
+        World(translator.device),
         config.decoding.precision,
     )
     return _Measured(hypotheses, seconds, scores, measured)

@@ -19,6 +19,7 @@ from nmt.device import pick_device, set_fast_math
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.scores import paired_bootstrap
+from nmt.parallel.mesh import World
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
 from nmt.training import shrinking
@@ -143,7 +144,8 @@ class _Bench:
         """Of the dev set, per piece."""
         precision = self.config.decoding.precision
         sources, targets = self.spread(count)
-        return perplexity(translator.model, self.subwords, sources, targets, 4096, self.device, precision).pieces
+        world = World(self.device)
+        return perplexity(translator.model, self.subwords, sources, targets, 4096, world, precision).pieces
 
     def show_that_nothing_changed(self, *networks: Network) -> None:
         """Print the perplexity before and after."""

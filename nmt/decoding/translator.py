@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmt.batch import EOS, source_batch
-from nmt.checkpoint import choose, load_parameters
+from nmt.checkpoint import choose
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords
 from nmt.decoding.search import StepOutput, beam_search
@@ -20,6 +20,7 @@ from nmt.device import autocast, pick_device, set_fast_math
 from nmt.errors import CheckpointError
 from nmt.model.attention import Memory
 from nmt.model.seq2seq import DecoderState, Seq2Seq
+from nmt.parallel.checkpoint import load_parameters
 from nmt.run import RunDirectory
 
 # A translation may be this much longer than max_length_ratio allows: short sentences need the room.

@@ -1,7 +1,7 @@
 """Bytes that one micro-batch keeps between its forward and its backward pass, from the configuration alone.
 
-A list of what the network's operations save, part by part, in the order of the code that saves it; a test compares it
-with what PyTorch really keeps. Small things (initial states, scalars) are left out.
+A list of what the network's operations save, part by part; tests compare it with what PyTorch really keeps, on a CPU
+and (recorded figures) on a GPU. Small things such as scalars are left out.
 
 Letters: S source and T target positions of each sentence, B sentences, D width, C cells, P outputs and I inputs of an
 LSTM, N attention size, V vocabulary, K slots for experts of a token, E experts, A groups of them.
@@ -11,14 +11,14 @@ from collections import Counter
 from typing import NamedTuple
 
 from nmt.config import ModelConfig, MoEConfig
-from nmt.evaluation.compute import lstm_cost, lstm_sizes
+from nmt.evaluation.compute import lstm_cost, lstm_sizes, moe_cost
 
 # Bytes of a float32 number, of an index and of a truth value.
 _FLOAT, _INDEX, _BOOL = 4, 8, 1
-# Numbers that cuDNN reserves for each position, per cell and per output.
-_CUDNN_CELLS, _CUDNN_OUTPUTS = 6, 0
-# Bytes of oneDNN's workspace, by the size of a number: for each cell, and for each of the inputs or cells, whichever are
-# more; one position more than the sequence has. Fitted, within 5 % from 64 cells up.
+# Logits that exist at once, as in nmt/model/loss.py.
+PIECE_ELEMENTS = 2**26
+# Bytes of oneDNN's workspace by the size of a number: for each cell, and for each of the inputs or cells, whichever are
+# more; it has one position more than the sequence. Fitted: within 5 % from 64 cells up.
 _ONEDNN = {4: (32, 28), 2: (21, 21)}
 
 
@@ -34,7 +34,7 @@ class Numbers(NamedTuple):
     """What the matrix products compute with, and where."""
 
     on_gpu: bool
-    """cuDNN's LSTM and dropout masks of one byte; else oneDNN's LSTM (PyTorch's own with a projection), wide masks."""
+    """cuDNN's LSTM, and dropout masks of one byte; else oneDNN's (PyTorch's own with a projection), and wide masks."""
     size: int
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are float32 in any case."""
 
@@ -46,9 +46,10 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: Shape, numbers: Num
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         rows = shape.sentences * length
-        # Token numbers and places of the real ones; where the backward direction reads; the mask of dropout.
-        turned = _INDEX if side == "encoder" and config.bottom_layer != "forward" else 0
-        saved["embeddings"] += rows * (2 * _INDEX + turned + config.hidden_size * mask)
+        # Token numbers; places of the real ones, for experts and softmax; where the backward direction reads.
+        sorted_out = side == "decoder" or any(layer.startswith(side) for layer in config.moe_layers())
+        turned = side == "encoder" and config.bottom_layer != "forward"
+        saved["embeddings"] += rows * ((1 + sorted_out + turned) * _INDEX + config.hidden_size * mask)
         for index, size in enumerate(lstms):
             calls = _calls(config, side, index, length)
             saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
@@ -82,6 +83,32 @@ def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
     return count * numbers.size
 
 
+def working_bytes(
+    config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers, expert_share: int
+) -> tuple[int, int]:
+    """(dense, experts): bytes of the largest thing that comes and goes while the activations are there; one is 0.
+
+    The backward pass of an LSTM needs about what its forward pass reserved; the loss has a piece of the logits, the
+    softmax weights in the type of the products and their gradient; a MoE layer has the gradients of its experts (of
+    which a GPU has 1/expert_share) in that type. Fitted to peaks measured on a GPU.
+    """
+    lstms, width = lstm_sizes(config), config.hidden_size
+    rows = {"encoder": shape.sentences * shape.source, "decoder": shape.sentences * shape.target}
+    reserved = [rows[side] * _reserved(cells, outputs) for side in lstms for _, cells, outputs in lstms[side]]
+    # The plain form of the loss makes a few copies of its logits, the GPU's works in place.
+    copies = 1 if numbers.on_gpu and numbers.size < _FLOAT else 4
+    logits = copies * min(PIECE_ELEMENTS, rows["decoder"] * vocab_size) + 2 * vocab_size * width
+    layers = [moe_cost(width, config.moe, config.moe.experts_at(layer)) for layer in config.moe_layers()]
+    experts = [layer.experts.parameters // expert_share for layer in layers]
+    dense, of_experts = max(*reserved, logits), max(experts, default=0)
+    return (numbers.size * dense, 0) if dense >= of_experts else (0, numbers.size * of_experts)
+
+
+def _reserved(cells: int, outputs: int) -> int:
+    """Numbers a position in cuDNN's reserve: gates and cell; with a projection also its input and its result."""
+    return 5 * cells if outputs == cells else 6 * cells + outputs
+
+
 def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
     """Calls in which LSTM `index` of a side runs over its positions."""
     stepwise = side == "decoder" and index == 0 and config.attention.wiring in ("feedback", "gnmt")
@@ -101,7 +128,7 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, n
     # Input, output, and what happens in between; the states between calls.
     kept = length * (inputs + outputs) + calls * (outputs + cells)
     if numbers.on_gpu:
-        kept += length * (_CUDNN_CELLS * cells + _CUDNN_OUTPUTS * outputs)
+        kept += length * _reserved(cells, outputs)
     elif outputs < cells:
         # Four gates; the cell before, the tanh of the cell after, the output before its projection.
         kept += length * 7 * cells

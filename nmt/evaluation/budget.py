@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from nmt.config import Config
 from nmt.errors import UserError
-from nmt.evaluation.activations import Numbers, Shape, copied_bytes, saved_bytes
+from nmt.evaluation.activations import Numbers, Shape, copied_bytes, saved_bytes, working_bytes
 from nmt.evaluation.compute import Cost, model_cost
 
 _FLOAT = 4
@@ -36,7 +36,7 @@ class Tokens(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Bytes of one kind on one GPU: of what all GPUs hold, and of its share of the experts."""
+    """Bytes of one kind on one GPU: of what every GPU holds, and of its share of the experts."""
 
     kind: str
     dense: int
@@ -97,22 +97,11 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
     3.1). Weights, gradients and moments are float32.
     """
     share = _expert_share(config, gpus)
-    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and on_gpu)
+    training = config.training
+    bf16 = training.precision == "bf16" or (training.precision == "auto" and on_gpu)
     numbers = Numbers(on_gpu, 2 if bf16 else _FLOAT)
     cost = model_cost(config.model, vocab_size)
-    experts = cost.num_expert_parameters // share
-    dense = cost.num_parameters - cost.num_expert_parameters
     shape = _largest_shape(config, vocab_size, lengths, numbers)
-    saved = saved_bytes(config.model, vocab_size, shape, numbers)
-    of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
-    memory = [
-        Memory("weights", dense * _FLOAT, experts * _FLOAT),
-        Memory("gradients", dense * _FLOAT, experts * _FLOAT),
-        Memory("optimiser", 2 * dense * _FLOAT, 2 * experts * _FLOAT),
-        Memory("copies", copied_bytes(config.model, shape, numbers), experts * numbers.size if bf16 else 0),
-        Memory("activations", sum(saved.values()) - of_experts, of_experts),
-    ]
-    training = config.training
     return Budget(
         cost=cost,
         tokens=_mean_tokens(training.batch_tokens, lengths),
@@ -120,21 +109,48 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
         gpus=gpus,
         numbers=numbers,
         longest=shape,
-        memory=memory,
+        memory=memory_of(config, vocab_size, shape, numbers, gpus, share),
         checkpoint_bytes=3 * _FLOAT * cost.num_parameters,
     )
 
 
+def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, gpus: int, share: int) -> list[Memory]:
+    """The highest memory of an update by kind, on each of `gpus` GPUs with 1/share of the experts.
+
+    With one micro-batch a GPU, gradients come while activations go, so what both have is taken off once ("shared"). It
+    is not where gradients outlive the update: with several micro-batches, and those that GPUs exchange (the dense).
+    """
+    cost = model_cost(config.model, vocab_size)
+    experts = cost.num_expert_parameters // share
+    dense = cost.num_parameters - cost.num_expert_parameters
+    saved = saved_bytes(config.model, vocab_size, shape, numbers)
+    of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
+    copies = Memory("copies", copied_bytes(config.model, shape, numbers), experts * numbers.size)
+    rows = [
+        Memory("weights", dense * _FLOAT, experts * _FLOAT),
+        Memory("optimiser", 2 * dense * _FLOAT, 2 * experts * _FLOAT),
+        Memory("gradients", dense * _FLOAT, experts * _FLOAT),
+        copies if numbers.size < _FLOAT else Memory("copies", 0, 0),
+        Memory("activations", sum(saved.values()) - of_experts, of_experts),
+        Memory("working", *working_bytes(config.model, vocab_size, shape, numbers, share)),
+    ]
+    if config.training.micro_batches == gpus:
+        freed = rows[3].total + rows[4].total
+        shared_dense = min(rows[2].dense, freed) if gpus == 1 else 0
+        rows.append(Memory("shared", -shared_dense, -min(rows[2].experts, freed - shared_dense)))
+    return rows
+
+
 def _expert_share(config: Config, gpus: int) -> int:
     """GPUs among which the experts are divided. UserError as training would say it."""
-    group = config.parallel.expert_group_size or gpus
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
-    if config.training.micro_batches % gpus:
+    group = config.parallel.expert_group_size or gpus if gpus > 1 else 1
+    planned = config.training.micro_batches
+    if planned % gpus:
         raise UserError(
-            f"--gpus {gpus} must divide training.micro_batches={config.training.micro_batches}: every GPU takes equally "
-            f"many micro-batches of an update (training.micro_batches={gpus * -(-config.training.micro_batches // gpus)} "
-            "would do)"
+            f"--gpus {gpus} must divide training.micro_batches={planned}: every GPU takes equally many micro-batches "
+            f"of an update (training.micro_batches={-(-planned // gpus) * gpus} would do)"
         )
     if gpus % group:
         raise UserError(f"parallel.expert_group_size={group} must divide --gpus {gpus}: use a divisor, or 0 for all")

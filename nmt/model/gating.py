@@ -7,6 +7,7 @@ Letters: T tokens, D width, E experts, A groups of B experts (hierarchical), P g
 (in a group, for the hierarchical gate).
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -272,7 +273,7 @@ class HierarchicalGate(Gate):
         return gate._replace(sums=sums)
 
     def _of_groups(self, values_TE: Tensor, group_TP: Tensor) -> Tensor:
-        values_TAB = values_TE.view(len(values_TE), self.branching, -1)
+        values_TAB = values_TE.view(len(values_TE), self.branching, self.num_experts // self.branching)
         return values_TAB.gather(1, group_TP[:, :, None].expand(-1, -1, values_TAB.shape[2]))
 
     def _by_expert(self, values_TPB: Tensor, group_TP: Tensor) -> Tensor:
@@ -312,9 +313,11 @@ class StrictlyBalancedGate(Gate):
             mask_TE = mask_TE.scatter_(1, log_TE.topk(self.dialled, dim=1).indices, True)
         else:
             mask_TE = log_TE > log_threshold_E
-        masked_TE = log_TE.exp() * mask_TE
-        gates_TE = masked_TE / masked_TE.sum(1, keepdim=True).clamp_min(torch.finfo(masked_TE.dtype).tiny)
         count_T = mask_TE.sum(1)
+        # Eq. 16 is a softmax over the kept logarithms, which no underflow makes 0/0. A token without experts keeps all
+        # of them for it, and none of the result.
+        kept_TE = mask_TE | (count_T == 0)[:, None]
+        gates_TE = log_TE.masked_fill(~kept_TE, -math.inf).softmax(1) * mask_TE
         # The one gate that must ask the device: how many slots a token needs.
         num_slots, num_routed = torch.stack([count_T.max(), count_T.sum()]).tolist() if len(count_T) else (0, 0)
         expert_TK = (mask_TE + gates_TE.detach()).topk(max(num_slots, 1), dim=1).indices

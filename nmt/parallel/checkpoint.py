@@ -8,20 +8,21 @@ Saving costs training a copy of the tensors to host memory; the rest is done by 
 """
 
 import shutil
+import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nmt.checkpoint import Checkpoint, finish_folder, prune_checkpoints, step_folder
@@ -30,6 +31,8 @@ from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
 
 Tensors = dict[str, Tensor]
+Parts = Mapping[str, Mapping[str, Tensor]]
+"""The parts of a checkpoint by name: "model" (parameters) and "training" (moments)."""
 
 
 class Saver:
@@ -45,8 +48,8 @@ class Saver:
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
         self._group = dist.new_group(backend="gloo") if world.mesh else None
 
-    def save(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
-        """Copy the tensors (`parts`: model and training) and begin to write checkpoints/step-N."""
+    def save(self, step: int, parts: Parts, state: dict[str, Any], score: float | None) -> None:
+        """Copy the tensors and begin to write checkpoints/step-N."""
         self.wait()
         staged = {part: {name: _on_host(tensor) for name, tensor in parts[part].items()} for part in parts}
         self._thread = threading.Thread(target=self._run, args=(step, staged, state, score), name="Saver")
@@ -75,12 +78,14 @@ class Saver:
                     )
             self._on_main(lambda: finish_folder(temporary, final, step, state, score, self.vocabulary))
             self._on_main(lambda: prune_checkpoints(self.folder, self.keep, step))
-        except (OSError, safetensors.SafetensorError, CheckpointException, StorageError, RuntimeError) as error:
+        # The second is no Exception, though it tells of nothing worse.
+        except (Exception, CheckpointException) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             self._error = StorageError(
                 f"cannot write checkpoint {final}: {_cause(error)}; earlier checkpoints are untouched"
             )
+            self._error.__cause__ = error
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Let the main process act while all wait; what it raises, all raise."""
@@ -125,8 +130,7 @@ def share_of_whole(name: str, tensor: Tensor, world: World) -> Tensor:
 
 def read_tensors(folder: Path) -> Tensors:
     """All tensors of one part of a checkpoint, whole, on the CPU."""
-    sizes = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in sizes.items()}
+    tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in _sizes(folder).items()}
     _read_into(folder, tensors)
     return tensors
 
@@ -134,6 +138,11 @@ def read_tensors(folder: Path) -> Tensors:
 def read_share(folder: Path, targets: Tensors, world: World) -> None:
     """Fill `targets` (CPU tensors, experts as this process holds them) from one part of a checkpoint."""
     _read_into(folder, {name: share_of_whole(name, tensor, world) for name, tensor in targets.items()})
+
+
+def _sizes(folder: Path) -> dict[str, TensorStorageMetadata]:
+    read = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    return {name: each for name, each in read.items() if isinstance(each, TensorStorageMetadata)}
 
 
 def _read_into(folder: Path, targets: Tensors) -> None:
@@ -148,6 +157,16 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
+
+
+def save_checkpoint(
+    folder: Path, step: int, parts: Parts, state: dict[str, Any], score: float | None, vocabulary: str
+) -> Path:
+    """Write one checkpoint of a single process, and return its folder. StorageError if it cannot be written."""
+    saver = Saver(folder, vocabulary, keep=sys.maxsize, world=World(torch.device("cpu")))
+    saver.save(step, parts, state, score)
+    saver.wait()
+    return step_folder(folder, step)[0]
 
 
 def load_parameters(
@@ -169,7 +188,7 @@ def load_parameters(
             parameter.copy_(mean[name])
 
 
-def _check(checkpoint: Checkpoint, own: Tensors, vocabulary: str, world: World) -> None:
+def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, world: World) -> None:
     if checkpoint.manifest["vocabulary"] != vocabulary:
         raise CheckpointError(
             f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
@@ -178,7 +197,7 @@ def _check(checkpoint: Checkpoint, own: Tensors, vocabulary: str, world: World) 
     problem = world.object_from_main(checkpoint.verify("model") if world.is_main else None)
     if problem:
         raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP")
-    written = HuggingFaceStorageReader(str(checkpoint.path / "model")).read_metadata().state_dict_metadata
+    written = _sizes(checkpoint.path / "model")
     for name in sorted(own.keys() | written.keys()):
         if name in own and name in written:
             shape = list(own[name].shape)

@@ -8,6 +8,8 @@ Letters: T tokens, K places for experts a token has, R rows sent, G rows receive
 D width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -90,6 +92,20 @@ class AllToAllDispatcher:
 def is_expert(name: str) -> bool:
     """Whether a parameter of `Seq2Seq` belongs to an expert, by its name."""
     return ".experts.weights." in name
+
+
+@contextmanager
+def passes_alike(model: nn.Module) -> Iterator[None]:
+    """Passes in which all processes have the same tokens, and must take the same way: the first one's results count."""
+    dispatchers = [m.dispatcher for m in model.modules() if isinstance(m, MoE)]
+    changed = [each for each in dispatchers if isinstance(each, AllToAllDispatcher)]
+    for each in changed:
+        each.main_decides = True
+    try:
+        yield
+    finally:
+        for each in changed:
+            each.main_decides = False
 
 
 def distribute(model: nn.Module, world: World) -> None:

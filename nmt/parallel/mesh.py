@@ -9,6 +9,7 @@ group together hold each expert once. With more processes than a group has, grou
 
 import os
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -98,15 +99,17 @@ class World:
 
     def sum_int(self, value: int) -> int:
         """The sum of a host's number over all processes."""
-        return int(self.sum(torch.tensor(value)))
+        return int(self.sum(torch.tensor(value))) if self.mesh else value
+
+    def max(self, tensor: Tensor) -> Tensor:
+        """`tensor`, in place, the largest of each number over all processes."""
+        if self.mesh:
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor
 
     def max_int(self, value: int) -> int:
         """The largest of a host's number over all processes."""
-        if not self.mesh:
-            return value
-        tensor = torch.tensor(value)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-        return int(tensor)
+        return int(self.max(torch.tensor(value))) if self.mesh else value
 
     def from_main(self, tensor: Tensor) -> Tensor:
         """`tensor`, in place, as the main process has it."""
@@ -114,7 +117,7 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def object_from_main(self, value: object) -> object:
+    def object_from_main(self, value: Any) -> Any:
         """A small picklable value of the main process."""
         values = [value]
         if self.mesh:

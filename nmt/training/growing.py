@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.checkpoint import parameters_of
 from nmt.config import ModelConfig
 from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
@@ -69,7 +68,7 @@ def _first_experts(network: Network, num_experts: int, seed: int) -> Network:
         raise UserError("--grow: model.encoder_moe_after and model.decoder_moe_after name no place for experts")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        values = parameters_of(Seq2Seq(config, network.vocab_size))
+        values = {n: p.detach() for n, p in Seq2Seq(config, network.vocab_size).named_parameters()}
     fresh = Network(config, network.vocab_size, {name: Weight.new(value) for name, value in values.items()})
     last = f"experts.weights.{len(moe.hidden_sizes)}"
     layers = {}

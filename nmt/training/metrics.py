@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nmt.config import MoEConfig
 from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
+from nmt.parallel.mesh import World
 from nmt.training.gate_watch import GateFigures, LayerTally, read_tally
 
 # Bars of a histogram, from 0 to its largest value.
@@ -55,8 +56,14 @@ class Interval:
             else:
                 self.layers[layer] = LayerTally(each, gates[layer])
 
-    def read(self) -> tuple[dict[str, float], dict[str, GateFigures]]:
-        """The figures of a line, and those of each MoE layer by themselves; waits for the device once."""
+    def read(self, world: World) -> tuple[dict[str, float], dict[str, GateFigures]]:
+        """The figures of a line, and those of each MoE layer by themselves; waits for the device once.
+
+        Losses and counts become those of all processes.
+        """
+        world.sum(self.sums[:2])
+        counted = world.sum(torch.tensor([self.source_tokens, self.target_tokens, self.flops], dtype=torch.float64))
+        self.source_tokens, self.target_tokens, self.flops = (int(value) for value in counted)
         parts = [self.sums, *(tally.measure() for tally in self.layers.values())]
         ends = np.cumsum([part.numel() for part in parts])
         values, *of_layers = np.split(torch.cat(parts).cpu().numpy(), ends[:-1])
@@ -80,7 +87,12 @@ class MetricsWriter:
     Going on from step n, lines of later steps are dropped first: every step stands there once.
     """
 
-    def __init__(self, path: Path, tensorboard: Path, step: int, max_steps: int) -> None:
+    def __init__(self, places: tuple[Path, Path] | None, step: int, max_steps: int) -> None:
+        """`places` are metrics.jsonl and the folder for TensorBoard; None in a process that is to keep quiet."""
+        self.quiet = places is None
+        if places is None:
+            return
+        path, tensorboard = places
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
             path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -97,6 +109,8 @@ class MetricsWriter:
 
     def write(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         """One line and one point on each curve."""
+        if self.quiet:
+            return
         self.file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
         self.file.flush()
         for name, value in figures.items():
@@ -105,21 +119,29 @@ class MetricsWriter:
 
     def write_histograms(self, step: int, kind: str, values: Mapping[str, NDArray[np.float64]]) -> None:
         """The distributions of these values, to TensorBoard alone."""
+        if self.quiet:
+            return
         for name, each in values.items():
             bars = np.linspace(0.0, max(float(each.max()), 1.0), _NUM_BARS + 1)
             self.tensorboard.add_histogram(f"{kind}/{name}", each, step, bins=bars)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
+        if self.quiet:
+            return
         self.bar.update(step - self.bar.n)
 
     def say(self, line: str) -> None:
         """A line for the person, on stderr, above the bar if there is one."""
+        if self.quiet:
+            return
         self.bar.write(line, file=sys.stderr)
         sys.stderr.flush()
 
     def show(self, text: str, line: str) -> None:
         """Newest figures: beside the bar on a terminal, else as a line."""
+        if self.quiet:
+            return
         if self.bar.disable:
             self.say(line)
         else:
@@ -131,6 +153,8 @@ class MetricsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.quiet:
+            return
         self.bar.close()
         self.file.close()
         self.tensorboard.close()

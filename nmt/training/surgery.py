@@ -19,12 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nmt.checkpoint import Checkpoint, choose, load_parameters, save_checkpoint
+from nmt.checkpoint import Checkpoint, choose
 from nmt.config import Config, ModelConfig
 from nmt.errors import CheckpointError, StorageError, UserError
 from nmt.files import sync
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.checkpoint import load_parameters, read_tensors, save_checkpoint
 from nmt.run import RunDirectory
 from nmt.training.trainer import Progress
 
@@ -133,7 +134,7 @@ def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size:
     (checkpoint,) = choose(run.checkpoints, config.decoding.checkpoint, 1)
     model = Seq2Seq(config.model, vocab_size)
     load_parameters(model, [checkpoint], vocabulary)
-    tensors = checkpoint.training_tensors()
+    tensors = read_tensors(checkpoint.path / "training")
     try:
         weights = {
             name: Weight(value.detach(), *(tensors[f"{moment}.{name}"] for moment in Weight._fields[1:]))
@@ -166,8 +167,7 @@ def write_run(path: Path, source: RunDirectory, config: Config, network: Network
         save_checkpoint(
             new.checkpoints,
             checkpoint.step,
-            model,
-            moments,
+            {"model": dict(model.named_parameters()), "training": moments},
             state | {"progress": asdict(progress)},
             None,
             checkpoint.manifest["vocabulary"],

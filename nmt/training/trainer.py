@@ -7,6 +7,7 @@ going on changes no bit on a CPU.
 """
 
 import math
+import re
 import signal
 import sys
 import time
@@ -16,31 +17,27 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from nmt.batch import Batch
-from nmt.checkpoint import (
-    Checkpoint,
-    damaged_manifests,
-    list_checkpoints,
-    load_parameters,
-    newest_verified,
-    prune_checkpoints,
-    save_checkpoint,
-)
+from nmt.checkpoint import Checkpoint, damaged_manifests, list_checkpoints, newest_verified
 from nmt.config import Config
 from nmt.data.batching import BatchStream
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator
-from nmt.device import pick_device, require_single_process, set_fast_math
-from nmt.errors import CheckpointError, NonFiniteError
+from nmt.device import set_fast_math
+from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.compute import model_cost
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.checkpoint import Saver, load_parameters, read_share
+from nmt.parallel.expert_parallel import distribute, is_expert, passes_alike
+from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.gate_watch import GateWatch, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer
-from nmt.training.update import update
+from nmt.training.update import Updater
 from nmt.training.validation import perplexity, validation_bleu
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
@@ -69,22 +66,25 @@ class Stopped(Exception):  # noqa: N818 - not an error
 class Trainer:
     """One run from its newest checkpoint (or from the start) to its end."""
 
-    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory) -> None:
-        require_single_process()
-        self.config, self.run = config, run
-        self.device = pick_device(config.training.device, "training.device")
+    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World) -> None:
+        self.config, self.run, self.world = config, run, world
+        self.device = world.device
         set_fast_math(self.device)
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         torch.manual_seed(config.training.seed)
-        self.model = Seq2Seq(config.model, self.subwords.size).to(self.device)
+        self.model = Seq2Seq(config.model, self.subwords.size)
+        distribute(self.model, world)
+        self.model.to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
+        self.updater = Updater(self.model, self.optimizer, config, world)
+        self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
         self.progress = Progress()
         self.gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
         pairs = prepared.train()
         self.num_pairs = len(pairs)
-        self.stream = BatchStream(pairs, config.training, pin_memory=self.device.type == "cuda")
+        self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
         self.signal = 0
         greedy = replace(config.decoding, beam_size=1, precision=config.training.precision)
         self.translator = Translator(self.model, self.subwords, greedy, self.device)
@@ -93,47 +93,59 @@ class Trainer:
 
     def train(self) -> None:
         """Train until max_steps or early stopping. Raises Stopped after a SIGTERM or SIGINT has been saved."""
-        training = self.config.training
         resumed_from = self._resume()
+        metrics = (self.run.metrics_path, self.run.tensorboard) if self.world.is_main else None
         with (
-            MetricsWriter(self.run.metrics_path, self.run.tensorboard, self.progress.step, training.max_steps) as out,
+            MetricsWriter(metrics, self.progress.step, self.config.training.max_steps) as out,
             self._catch_signals(),
+            self._lost_processes_told(),
             self.stream,
         ):
             self._introduce(out, resumed_from)
             self.model.train()
-            interval, started = Interval(self.device, self.config.model.moe), time.perf_counter()
-            while self.progress.step < training.max_steps and not self._out_of_patience():
-                self._update(next(self.stream), interval)
-                step = self.progress.step
-                out.advance(step)
-                last = step == training.max_steps
-                if step % training.log_every == 0 or last:
-                    self._log(out, interval, time.perf_counter() - started)
-                    interval, started = Interval(self.device, self.config.model.moe), time.perf_counter()
-                score = None
-                if step % training.validate_every == 0 or last:
-                    score = self._validate(out)
-                    started = time.perf_counter()
-                improved = score is not None and self.progress.validations_since_best == 0
-                if improved or last or self.signal or step % training.checkpoint_every == 0 or self._out_of_patience():
-                    self._save(score)
-                    started = time.perf_counter()
-                if self.signal:
-                    raise Stopped(self.signal, step)
-            if self._out_of_patience():
-                out.say(f"no better validation for {training.patience} in a row: stopped at step {self.progress.step}")
+            try:
+                self._loop(out)
+            finally:
+                self.saver.wait()
+
+    def _loop(self, out: MetricsWriter) -> None:
+        training, progress = self.config.training, self.progress
+        interval, started = self._interval(), time.perf_counter()
+        while progress.step < training.max_steps and not self._out_of_patience():
+            self._update(next(self.stream), interval)
+            out.advance(progress.step)
+            last = progress.step == training.max_steps
+            if progress.step % training.log_every == 0 or last:
+                self._log(out, interval, time.perf_counter() - started)
+                interval, started = self._interval(), time.perf_counter()
+            score = None
+            if progress.step % training.validate_every == 0 or last:
+                score = self._validate(out)
+                started = time.perf_counter()
+            improved = score is not None and progress.validations_since_best == 0
+            # All processes stop after the same update, whichever of them was told.
+            stop = self.world.max_int(self.signal)
+            if improved or last or stop or progress.step % training.checkpoint_every == 0 or self._out_of_patience():
+                self._save(score)
+            if stop:
+                self.saver.wait()
+                raise Stopped(stop, progress.step)
+        if self._out_of_patience():
+            out.say(f"no better validation for {training.patience} in a row: stopped at step {progress.step}")
+
+    def _interval(self) -> Interval:
+        return Interval(self.device, self.config.model.moe)
 
     def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
         self.progress.step += 1
         rate = learning_rate(self.config.training, self.progress.step)
-        done = update(self.model, self.optimizer, self.config, micro_batches, self.progress.step, rate, self.device)
+        done = self.updater.update(micro_batches, self.progress.step, rate)
         interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
         interval.watch(done.sums, done.gates)
         for batch in micro_batches:
             sizes = batch.num_source_tokens, batch.num_target_tokens
             interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
-            self.progress.target_tokens += batch.num_target_tokens
+        self.progress.target_tokens += done.target_tokens
 
     # ---------------------------------------------------------------------------------- figures and validation
 
@@ -145,11 +157,12 @@ class Trainer:
         out.say(
             f"{cost.num_parameters / 1e6:,.1f}M parameters, {cost.ops_per_timestep / 1e6:,.1f}M ops/timestep, "
             f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens an update, "
-            f"on {_name(self.device)}"
+            f"on {_name(self.world)}"
         )
 
     def _log(self, out: MetricsWriter, interval: Interval, seconds: float) -> None:
-        figures, gates = interval.read()
+        self._check_replicas()
+        figures, gates = interval.read(self.world)
         figures["learning_rate"] = learning_rate(self.config.training, self.progress.step)
         figures["tokens_per_second"] = (interval.source_tokens + interval.target_tokens) / seconds
         figures["tflops"] = interval.flops / seconds / 1e12
@@ -188,14 +201,16 @@ class Trainer:
             self.dev_sources,
             self.dev_targets,
             training.batch_tokens,
-            self.device,
+            self.world,
             training.precision,
         )
         figures: dict[str, Any] = {"perplexity": measured.pieces, "word_perplexity": measured.words}
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
         score, count = measured.pieces, training.validation_sentences
         if count:
-            figures["bleu"] = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+            with passes_alike(self.model):
+                figures["bleu"] = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+            figures["bleu"] = self.world.object_from_main(figures["bleu"])
             line += f", greedy BLEU {figures['bleu']:.1f} of {min(count, len(self.dev_sources))} sentences"
             score = -figures["bleu"] if training.best_by == "bleu" else score
         self.model.train()
@@ -214,39 +229,73 @@ class Trainer:
     # ------------------------------------------------------------------------------------- saving and going on
 
     def _save(self, score: float | None) -> None:
-        training: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            for moment, value in self.optimizer.state[parameter].items():
-                training[f"{moment}.{name}"] = value.detach().cpu().contiguous()
-        save_checkpoint(
-            self.run.checkpoints,
-            self.progress.step,
-            self.model,
-            training,
-            {"progress": asdict(self.progress), "data": self.stream.state_dict()},
-            score,
-            self.subwords.fingerprint,
-        )
-        prune_checkpoints(self.run.checkpoints, self.config.training.keep_checkpoints, self.progress.step)
+        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+        moments = {
+            f"{moment}.{name}": value
+            for name, parameter in parameters.items()
+            for moment, value in self.optimizer.state[parameter].items()
+        }
+        state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
+        self.saver.save(self.progress.step, {"model": parameters, "training": moments}, state, score)
 
     def _resume(self) -> Checkpoint | None:
+        checkpoint = self.world.object_from_main(self._newest() if self.world.is_main else None)
+        if checkpoint is None:
+            return None
+        load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
+        state = checkpoint.state()
+        self.progress = Progress(**state["progress"])
+        self.stream.load_state_dict(state["data"])
+        moments = {
+            f"{moment}.{name}": torch.zeros((), dtype=torch.float32) if moment == "step" else _like_on_host(parameter)
+            for name, parameter in self.model.named_parameters()
+            for moment in ("step", "exp_avg", "exp_avg_sq")
+        }
+        read_share(checkpoint.path / "training", moments, self.world)
+        for name, parameter in self.model.named_parameters():
+            self.optimizer.state[parameter] = {
+                moment: moments[f"{moment}.{name}"].to(self.device) for moment in ("step", "exp_avg", "exp_avg_sq")
+            }
+        return checkpoint
+
+    def _newest(self) -> Checkpoint | None:
         checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
         warnings = damaged_manifests(self.run.checkpoints) + warnings
         for warning in warnings:
             print(warning, file=sys.stderr, flush=True)
-        if checkpoint is None:
-            if warnings:
-                raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
-            return None
-        load_parameters(self.model, [checkpoint], self.subwords.fingerprint)
-        state, tensors = checkpoint.state(), checkpoint.training_tensors()
-        self.progress = Progress(**state["progress"])
-        self.stream.load_state_dict(state["data"])
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: tensors[f"{moment}.{name}"].to(self.device) for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
+        if checkpoint is None and warnings:
+            raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
         return checkpoint
+
+    # --------------------------------------------------------------------------------- signals and other processes
+
+    def _check_replicas(self) -> None:
+        """ProcessError if dense parameters, which all processes should hold alike, have drifted apart."""
+        if self.world.size == 1:
+            return
+        dense = [parameter for name, parameter in self.model.named_parameters() if not is_expert(name)]
+        # Sums of the bits: any difference shows, and NaN does not hide one.
+        bits = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in dense])
+        spread = torch.stack([bits, -bits]).cpu()
+        if bool((self.world.max(spread[0]) + self.world.max(spread[1])).any()):
+            raise ProcessError(
+                f"step {self.progress.step}: the processes no longer hold the same dense parameters (rank "
+                f"{self.world.rank} of {self.world.size}): training stops; see {self.run.checkpoints} for good ones"
+            )
+
+    @contextmanager
+    def _lost_processes_told(self) -> Iterator[None]:
+        """What PyTorch raises when another process is gone, as one line that names this process and the step."""
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            text = " ".join(str(error).split())
+            if self.world.size == 1 or not re.search(r"gloo|nccl|connection|timed out|timeout|peer", text, re.I):
+                raise
+            raise ProcessError(
+                f"rank {self.world.rank} of {self.world.size} lost the others at step {self.progress.step} "
+                f"({text[:200]}); the same command goes on from the last checkpoint"
+            ) from error
 
     @contextmanager
     def _catch_signals(self) -> Iterator[None]:
@@ -264,5 +313,13 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+def _like_on_host(parameter: Tensor) -> Tensor:
+    return torch.empty(parameter.shape, dtype=parameter.dtype)
+
+
+def _name(world: World) -> str:
+    if world.device.type == "cuda":
+        name = torch.cuda.get_device_name(world.device)
+    else:
+        name = f"CPU, {torch.get_num_threads()} threads"
+    return name if world.size == 1 else f"{world.size} processes of {name}"

@@ -32,6 +32,7 @@ class UpdateOutput(NamedTuple):
     loss: Tensor
     nll: Tensor
     gradient_norm: Tensor
+    target_tokens: int
     skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed
     sums: LayerSums
     gates: Gates  # of this process's last micro-batch, detached
@@ -91,7 +92,7 @@ class Updater:
                 self.world.sum_over_replicas(parameter.grad)
         norm, skipped = clipped_step(self.optimizer, self.config.training.clip_norm, rate, self.experts, self.world)
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateOutput(loss, nll, norm, skipped, joined, gates)
+        return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, gates)
 
     def _forward(self, call: Callable[..., Any], host_batch: Batch, step: int, index: int, *more: float) -> Any:
         # Micro-batch i of this process is number rank + i * size of the update.

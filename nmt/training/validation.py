@@ -12,6 +12,7 @@ from nmt.decoding.translator import Translator
 from nmt.device import autocast
 from nmt.evaluation.scores import corpus_scores
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.mesh import World
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,23 @@ def perplexity(
     sources: Sequence[str],
     targets: Sequence[str],
     batch_tokens: int,
-    device: torch.device,
+    world: World,
     precision: str,
 ) -> Perplexity:
-    """Perplexity of `targets` given `sources`; the model must be in evaluation mode."""
+    """Perplexity of `targets` given `sources`, shared out over all processes; the model must be in evaluation mode."""
     encoded = (subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets)))
-    nll = torch.zeros((), dtype=torch.float64, device=device)
-    pieces = 0
-    for batch in eval_batches(*encoded, batch_tokens):
-        with autocast(device, precision):
-            nll += model(batch.to(device)).nll
-        pieces += batch.num_target_tokens
+    batches = list(eval_batches(*encoded, batch_tokens))
+    nll = torch.zeros((), dtype=torch.float64, device=world.device)
+    for first in range(0, len(batches), world.size):
+        # Experts need all processes in every pass: in the last round some repeat a batch that does not count.
+        mine = first + world.rank
+        with autocast(world.device, precision):
+            output = model(batches[min(mine, len(batches) - 1)].to(world.device))
+        if mine < len(batches):
+            nll += output.nll
+    pieces = sum(batch.num_target_tokens for batch in batches)
     words = sum(len(target.split()) + 1 for target in targets)
-    total = float(nll)
+    total = float(world.sum(nll))
     return Perplexity(math.exp(min(total / pieces, 50.0)), math.exp(min(total / words, 50.0)))
 
 

@@ -1,0 +1,182 @@
+"""scripts/bench_scaling.py: what it refuses, counts and projects; and, slow, a whole run of two processes."""
+
+import importlib.util
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from nmt.batch import Batch
+from nmt.config import Config, ModelConfig, TrainingConfig
+from nmt.model.experts import MoE
+from nmt.model.gating import GateSums
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.expert_parallel import AllToAllDispatcher
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.update import Updater
+from tests.conftest import TINY_VOCAB
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_scaling.py"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def bench() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("bench_scaling", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """A group of this process alone, whose collectives are those of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--processes 0 --small", "'0' is no whole number of at least 1"),
+        ("--processes 1,x --small", "'x' is no whole number"),
+        ("--processes 3 --small training.device=cpu --global-tokens 999 --experts 8", "8 experts and 3 processes"),
+        ("--processes 3 --small training.device=cpu", "--global-tokens 1024 cannot be divided among 3 processes"),
+        ("--processes 2 --small training.device=cpu parallel.expert_group_size=4", "an expert group's 4 processes"),
+        ("--processes 2 --small model.nope=1", "Could not override 'model.nope'"),
+        ("--processes 2 --small --experts 8 model.moe.k=9", "model.moe.k=9 must lie in 1..num_experts=8"),
+        ("--processes 1 --small --project", "needs --gigabytes-per-second"),
+        ("--processes 2 --small --gigabytes-per-second nan", "must be above 0"),
+        ("--processes 2 --small --output /no/such/folder/x.json", "there is no such folder"),
+        ("--nope", "unrecognized arguments: --nope"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(
+    arguments: str, message: str, bench: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench.main(arguments.split()) == 2
+    out, error = capsys.readouterr()
+    assert out == ""
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_micro_batches_are_the_same_for_any_number_of_processes(bench: ModuleType) -> None:
+    options = bench.read_options(["--small", "--processes", "1,2", "training.device=cpu"])
+    first, again, other = (bench.micro_batch(options, 512, 3, number) for number in (1, 1, 0))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not torch.equal(first.source_rows_N, other.source_rows_N)
+    assert first.source_SB.numel() <= 512 < 1.5 * first.num_source_tokens
+    assert int(first.source_SB.max()) < options.vocabulary
+
+
+def test_load_is_the_busiest_process_over_the_mean(bench: ModuleType) -> None:
+    count_E = torch.tensor([1.0, 2.0, 4.0, 5.0])
+    sums = {"encoder.2": GateSums(count_E, count_E, count_E), "decoder.1": GateSums(*[torch.ones(4)] * 3)}
+    assert bench.load_of(sums, 2) == pytest.approx(9 / 6)
+    assert bench.load_of(sums, 4) == pytest.approx(5 / 3)
+    assert bench.load_of({}, 4) == 1.0
+
+
+def test_only_blocking_collectives_are_watched(bench: ModuleType, group: Any) -> None:
+    spans: dict[str, list[Any]] = {}
+    before = dist.all_reduce, dist.all_to_all_single
+    with bench.watching(CPU, spans):
+        dist.all_reduce(torch.ones(3))
+        dist.all_reduce(torch.ones(3), async_op=True).wait()
+        dist.all_to_all_single(torch.empty(4), torch.ones(4), group=group)
+        dist.all_to_all_single(torch.empty(4), torch.ones(4))
+    assert (dist.all_reduce, dist.all_to_all_single) == before
+    dist.all_reduce(torch.ones(3))
+    assert {kind: len(each) for kind, each in spans.items()} == {"other": 1, "exchange": 2}
+    assert bench.seconds_in(spans, "exchange") > 0
+    assert bench.seconds_in({}, "exchange") == 0
+
+
+def a_row(**changes: Any) -> dict[str, Any]:
+    """A measurement of 4 experts on one process."""
+    row = {"experts": 4, "processes": 1, "group_size": 1, "value_bytes": 4, "load": 1.0}
+    row |= {"source_tokens": 1000.0, "target_tokens": 1200.0, "sentences": 50.0, "tokens_per_second": 22000.0}
+    return row | {"ms": 100.0, "compute_ms": 100.0, "exchange": 0.0, "dense": 0.0, "other": 0.0} | changes
+
+
+def test_projection_counts_the_values_that_travel(
+    bench: ModuleType,
+    group: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: Callable[..., ModelConfig],
+    tiny_batch: Callable[..., Batch],
+) -> None:
+    model_config = tiny_config()
+    config = Config(model=model_config, training=TrainingConfig(precision="fp32", device="cpu"))
+    model, batch = Seq2Seq(model_config, TINY_VOCAB).train(), tiny_batch((3, 4), (6, 2), (1, 5))
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatcher = AllToAllDispatcher(group, 1)
+    values, exchange = [], dist.all_to_all_single
+
+    def count(output: torch.Tensor, rows: torch.Tensor, *more: Any, **named: Any) -> None:
+        values.append(rows.numel() if rows.is_floating_point() else 0)
+        exchange(output, rows, *more, **named)
+
+    monkeypatch.setattr(dist, "all_to_all_single", count)
+    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([batch], 1, 1e-3)
+
+    row = a_row(source_tokens=batch.num_source_tokens, target_tokens=batch.num_target_tokens, sentences=3, load=1.5)
+    projected = bench.project(row, model_config, TINY_VOCAB, 1e6, devices=4)
+    seconds = projected["exchange"] * projected["ms"] / 1e3
+    # A quarter stays at home, and the busiest process has half as much again.
+    assert seconds == pytest.approx(sum(values) * 0.75 / 1e6 * 1.5)
+
+
+def test_projection_keeps_the_experts_of_a_device(bench: ModuleType, tiny_config: Callable[..., ModelConfig]) -> None:
+    row = a_row(processes=2, group_size=2)
+    fast, slow = (bench.project(row, tiny_config(), TINY_VOCAB, link, devices=8) for link in (1e15, 1e5))
+    assert (fast["experts"], fast["experts_per_device"]) == (16, 2)
+    assert fast["exchange"] == pytest.approx(0, abs=1e-6)
+    assert fast["dense"] == 0
+    # Only the gate has grown.
+    assert 0.8 < fast["efficiency"] < 1
+    assert slow["efficiency"] < fast["efficiency"]
+    assert slow["exchange"] + slow["dense"] < 1
+    assert fast["tokens_per_second"] == pytest.approx(8 * 2200 / fast["ms"] * 1e3)
+
+
+def test_compute_to_transfer_ratio_is_the_hidden_size(
+    bench: ModuleType, tiny_config: Callable[..., ModelConfig]
+) -> None:
+    assert bench.io_ratio(tiny_config(hidden_sizes=[7])) == 7
+    assert bench.io_ratio(tiny_config(hidden_size=6, hidden_sizes=[6, 6, 6])) == 12
+
+
+@pytest.mark.slow
+def test_one_and_two_processes(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    what = "--small training.device=cpu --processes 1,2 --experts 0,8 --project"
+    brief = "--updates 2 --rounds 1 --steps-equal 5"
+    assert bench.main([*what.split(), *brief.split(), "--output", str(tmp_path / "out.json")]) == 0
+    records = json.loads((tmp_path / "out.json").read_text())
+    out = capsys.readouterr().out
+    speed = [record for record in records if record["kind"] == "speed"]
+    assert len(speed) == 2 * 2 + 2 * 2 * 2
+    for row in speed:
+        alone = row["processes"] == 1
+        assert row["tokens_per_second"] > 0
+        assert row["load"] >= 1
+        assert (row["exchange"] > 0) == (row["experts"] > 0 and not alone)
+        assert row["dense"] == 0 or not alone
+    (equality,) = (record for record in records if record["kind"] == "equality" and record["processes"] == 2)
+    assert equality["difference"] < 1e-5
+    assert len({loss for loss in equality["losses"] if math.isfinite(loss)}) == 5
+    assert "weak scaling" in out
+    assert "strong scaling" in out
+    assert "multiply-adds for each value on the link: an expert 256" in out

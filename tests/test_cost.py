@@ -1,0 +1,428 @@
+"""Memory and time as `nmt cost` works them out: against what PyTorch keeps, and against peaks measured on a GPU."""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from nmt.batch import make_batch
+from nmt.cli import compose_config, main
+from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from nmt.data.batching import plan_epoch
+from nmt.errors import UserError
+from nmt.evaluation.activations import PIECE_ELEMENTS, Numbers, Shape, copied_bytes, saved_bytes
+from nmt.evaluation.budget import Lengths, memory_of, training_budget
+from nmt.evaluation.compute import model_cost
+from nmt.model import loss
+from nmt.model.seq2seq import Seq2Seq
+from nmt.training.optim import make_optimizer
+
+Json = dict[str, Any]
+
+# ------------------------------------------------------------------------------------------ activations, on this CPU
+
+VOCAB = 600
+FLAT = MoEConfig(8, k=2, hidden_sizes=[256])
+HIERARCHICAL = MoEConfig(64, k=2, hidden_sizes=[64], gating="hierarchical", branching=8, primary_k=2)
+
+
+def bytes_kept(config: ModelConfig, shape: Shape, bf16: bool = False) -> int:
+    """What autograd keeps of a forward pass: every storage once, parameters left out."""
+    torch.manual_seed(1)
+    model = Seq2Seq(config, VOCAB).train()
+    rng = np.random.default_rng(1)
+    lengths = (shape.source - 1, shape.target - 1)
+    sides = [[rng.integers(4, VOCAB, size=length) for _ in range(shape.sentences)] for length in lengths]
+    batch = make_batch(np.arange(shape.sentences), *sides)
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            # Held, so that no other storage takes its place.
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=bf16),
+    ):
+        output = model(batch, label_smoothing=0.1)
+    assert output.loss.requires_grad
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+def small(**changes: Any) -> ModelConfig:
+    """64 wide."""
+    sizes = {"hidden_size": 64, "cell_size": 64, "attention": AttentionConfig(size=64), "moe": MoEConfig(0)}
+    return ModelConfig(**(sizes | changes))
+
+
+def middling(**changes: Any) -> ModelConfig:
+    """256 wide, 3 + 2 layers, projected."""
+    sizes = {"hidden_size": 256, "cell_size": 512, "attention": AttentionConfig(size=128), "moe": MoEConfig(0)}
+    return ModelConfig(**(sizes | changes))
+
+
+SHORT, LONG = Shape(12, 15, 18), Shape(6, 48, 40)
+CASES = {
+    "small, no experts": (small(), SHORT),
+    "small, no experts, long": (small(), LONG),
+    "small, no dropout": (small(dropout=0.0), SHORT),
+    "small, experts": (small(moe=FLAT), SHORT),
+    "small, experts, long": (small(moe=FLAT), LONG),
+    "small, many experts": (small(moe=replace(FLAT, num_experts=256)), SHORT),
+    "small, all experts": (small(moe=replace(FLAT, k=8)), SHORT),
+    "small, deep experts with sigmoid": (small(moe=replace(FLAT, hidden_sizes=[128, 64, 96], output="sigmoid")), SHORT),
+    "small, hierarchical": (small(moe=HIERARCHICAL), SHORT),
+    "small, softmax gate": (small(moe=replace(FLAT, gating="softmax_top_k")), SHORT),
+    "small, strictly balanced": (small(moe=replace(FLAT, k=4, gating="strictly_balanced")), SHORT),
+    "small, forward bottom": (small(bottom_layer="forward", moe=FLAT), SHORT),
+    "small, feedback": (small(attention=AttentionConfig("additive", 64, "feedback")), SHORT),
+    "small, gnmt": (small(attention=AttentionConfig("additive", 64, "gnmt"), bottom_layer="bidirectional_full"), LONG),
+    "small, gnmt_v2": (small(attention=AttentionConfig("normalised", 64, "gnmt_v2"), tie_embeddings=False), SHORT),
+    "middling, no experts": (middling(), SHORT),
+    "middling, experts": (middling(moe=FLAT), SHORT),
+    "middling, experts, long": (middling(moe=FLAT), LONG),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_activations_are_what_autograd_keeps(name: str) -> None:
+    config, shape = CASES[name]
+    estimate = sum(saved_bytes(config, VOCAB, shape, Numbers(on_gpu=False, size=4)).values())
+    # oneDNN's workspace is padded; all else is exact, and experts are most of what is here.
+    assert estimate == pytest.approx(bytes_kept(config, shape), rel=0.05)
+
+
+def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> None:
+    config, numbers = middling(cell_size=256, moe=FLAT), Numbers(on_gpu=False, size=2)
+    estimate = sum(saved_bytes(config, VOCAB, LONG, numbers).values()) + copied_bytes(config, LONG, numbers)
+    estimate += 2 * model_cost(config, VOCAB).num_expert_parameters
+    assert estimate == pytest.approx(bytes_kept(config, LONG, bf16=True), rel=0.05)
+
+
+@pytest.mark.parametrize("moe", [FLAT, replace(FLAT, k=4, num_experts=32), HIERARCHICAL])
+def test_what_experts_add_is_exact(moe: MoEConfig) -> None:
+    """Nothing of it is oneDNN's; only the ends of the groups, an int32 for each expert, are left out."""
+    numbers = Numbers(on_gpu=False, size=4)
+    estimates = [sum(saved_bytes(small(moe=each), VOCAB, LONG, numbers).values()) for each in (moe, MoEConfig(0))]
+    kept = bytes_kept(small(moe=moe), LONG) - bytes_kept(small(), LONG)
+    assert estimates[0] - estimates[1] == kept - 2 * moe.num_experts * 4
+
+
+def test_pieces_of_the_softmax_are_those_of_the_loss() -> None:
+    assert PIECE_ELEMENTS == loss._PIECE_ELEMENTS
+
+
+# -------------------------------------------------------------------------------------------- recorded on an H200
+
+GNMT = ModelConfig(
+    hidden_size=1024,
+    cell_size=1024,
+    num_encoder_layers=4,
+    num_decoder_layers=4,
+    bottom_layer="bidirectional_full",
+    residual_from=3,
+    dropout=0.2,
+    tie_embeddings=False,
+    output_bias=True,
+    attention=AttentionConfig("normalised", 1024, "gnmt_v2"),
+    moe=MoEConfig(0),
+)
+GNMT_V1 = replace(GNMT, attention=AttentionConfig("additive", 1024, "gnmt"))
+PAPER = ModelConfig(
+    bottom_layer="forward", tie_embeddings=False, dropout=0.4, attention=AttentionConfig(wiring="feedback")
+)
+DENSE = ModelConfig(moe=MoEConfig(0))
+
+# Name: model, vocabulary, micro-batch, MB that autograd kept in bf16 and in fp32 (torch 2.11, CUDA 13.0).
+KEPT_ON_GPU = {
+    "moe": (ModelConfig(), 16000, Shape(64, 30, 35), 988.4, 968.4),
+    "dense": (DENSE, 16000, Shape(64, 30, 35), 598.8, 740.8),
+    "hierarchical": (
+        ModelConfig(moe=MoEConfig(64, k=2, gating="hierarchical", branching=16, primary_k=2)),
+        16000,
+        Shape(64, 30, 35),
+        1260.4,
+        972.0,
+    ),
+    "strictly balanced": (
+        ModelConfig(moe=MoEConfig(32, gating="strictly_balanced", output="sigmoid")),
+        16000,
+        Shape(64, 30, 35),
+        1007.6,
+        1002.3,
+    ),
+    "softmax gate": (
+        ModelConfig(moe=MoEConfig(32, gating="softmax_top_k", hidden_sizes=[1024, 1024])),
+        16000,
+        Shape(64, 30, 35),
+        984.9,
+        964.9,
+    ),
+    "feedback": (PAPER, 16000, Shape(64, 10, 12), 1258.2, 324.4),
+    "gnmt_v2": (GNMT, 32000, Shape(32, 30, 35), 735.1, 579.9),
+    "gnmt": (GNMT_V1, 32000, Shape(32, 10, 12), 1141.0, 258.1),
+}
+
+
+@pytest.mark.parametrize("name", KEPT_ON_GPU)
+def test_activations_are_what_autograd_kept_on_a_gpu(name: str) -> None:
+    config, vocabulary, shape, *measured = KEPT_ON_GPU[name]
+    for size, megabytes in zip((2, 4), measured, strict=True):
+        numbers = Numbers(on_gpu=True, size=size)
+        estimate = sum(saved_bytes(config, vocabulary, shape, numbers).values())
+        estimate += copied_bytes(config, shape, numbers)
+        estimate += 2 * model_cost(config, vocabulary).num_expert_parameters if size == 2 else 0
+        assert estimate / 1e6 == pytest.approx(megabytes, rel=0.005)
+
+
+SIGMOID_PAPER = replace(PAPER, moe=MoEConfig(32, output="sigmoid"))
+
+# Model, vocabulary, tokens a side, length of the sentences, micro-batches, highest GB allocated in an update, bf16.
+PEAKS = {
+    "moe": (ModelConfig(), 16000, 32768, 32, 1, 11.41),
+    "dense": (DENSE, 16000, 32768, 32, 1, 7.62),
+    "512 experts": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 1, 41.36),
+    "512 experts, two micro-batches": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 2, 50.16),
+    "moe, two micro-batches": (ModelConfig(), 32000, 8192, 32, 2, 6.03),
+    "moe, long sentences": (ModelConfig(), 32000, 8192, 200, 1, 5.18),
+    "gnmt_v2": (GNMT, 32000, 4096, 32, 1, 4.10),
+    "gnmt_v2, two micro-batches": (GNMT, 32000, 4096, 32, 2, 4.87),
+    "feedback": (SIGMOID_PAPER, 32000, 16384, 32, 1, 9.03),
+}
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_memory_is_the_peak_measured_on_a_gpu(name: str) -> None:
+    model, vocabulary, tokens, length, micro_batches, gigabytes = PEAKS[name]
+    config = Config(model=model, training=TrainingConfig(micro_batches=micro_batches))
+    shape = Shape(tokens // length, length, length)
+    rows = memory_of(config, vocabulary, shape, Numbers(on_gpu=True, size=2), gpus=1, share=1)
+    assert sum(row.total for row in rows) / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
+# ----------------------------------------------------------------------------------------- a budget, and its sharing
+
+
+def budget_of(gpus: int = 1, lengths: Lengths | None = None, **changes: Any) -> Any:
+    """Of a model of 12 experts, trained with 12 micro-batches an update."""
+    moe = MoEConfig(12, k=2, hidden_sizes=[64])
+    config = Config(model=small(moe=moe), training=TrainingConfig(micro_batches=12, batch_tokens=3000))
+    config = replace(config, **changes)
+    return training_budget(config, VOCAB, lengths or Lengths(), gpus, on_gpu=True)
+
+
+def rows_of(budget: Any) -> dict[str, tuple[int, int]]:
+    return {row.kind: (row.dense, row.experts) for row in budget.memory}
+
+
+@pytest.mark.parametrize(("gpus", "group", "share"), [(2, 0, 2), (6, 0, 6), (6, 3, 3), (1, 4, 1)])
+def test_experts_are_divided_among_gpus_and_nothing_else_is(gpus: int, group: int, share: int) -> None:
+    alone, together = rows_of(budget_of()), rows_of(budget_of(gpus, parallel=ParallelConfig(expert_group_size=group)))
+    for kind in ("weights", "gradients", "optimiser", "copies"):
+        assert together[kind][0] == alone[kind][0] > 0
+        assert together[kind][1] * share == alone[kind][1] > 0
+    # Everybody has a micro-batch of its own, and its experts get as many rows as they send.
+    assert together["activations"] == alone["activations"]
+
+
+def test_gradients_and_activations_are_not_there_together_with_one_micro_batch() -> None:
+    one = rows_of(budget_of(training=TrainingConfig(micro_batches=1)))
+    assert one["shared"] == (-one["gradients"][0], -one["gradients"][1])
+    assert "shared" not in rows_of(budget_of())
+    # Between GPUs, dense gradients stand in buffers that stay.
+    two = rows_of(budget_of(2, training=TrainingConfig(micro_batches=2)))
+    assert two["shared"] == (0, -two["gradients"][1])
+
+
+def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser() -> None:
+    config = small(moe=FLAT)
+    model = Seq2Seq(config, VOCAB)
+    optimizer = make_optimizer(model, TrainingConfig())
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    held = {"weights": list(model.parameters()), "optimiser": moments}
+    real = {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in held.items()}
+    budget = training_budget(Config(model=config), VOCAB, Lengths(), 1, on_gpu=False)
+    assert {kind: sum(rows_of(budget)[kind]) for kind in held} == real
+    assert budget.checkpoint_bytes == sum(real.values())
+
+
+@pytest.mark.parametrize(
+    ("gpus", "changes", "says"),
+    [
+        (0, {}, "--gpus 0 must be at least 1"),
+        (5, {}, r"--gpus 5 must divide training.micro_batches=12: .* \(training.micro_batches=15 would do\)"),
+        (6, {"parallel": ParallelConfig(expert_group_size=4)}, "expert_group_size=4 must divide --gpus 6"),
+        (8, {"training": TrainingConfig(micro_batches=8)}, "12 experts of encoder.2 cannot be spread over 8 GPUs"),
+    ],
+)
+def test_numbers_of_gpus_that_training_would_refuse(gpus: int, changes: Json, says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        budget_of(gpus, **changes)
+
+
+def test_time_is_operations_over_speed() -> None:
+    budget = budget_of(4, training=TrainingConfig(max_steps=7, micro_batches=12, batch_tokens=3000))
+    sentences = 3000 * 0.9 / 30
+    assert budget.tokens == pytest.approx((2700, 2700, sentences))
+    flops = model_cost(small(moe=MoEConfig(12, k=2, hidden_sizes=[64])), VOCAB).training_flops(2700, 2700, sentences)
+    assert budget.flops == pytest.approx(7 * 12 * flops)
+    assert budget.flops_per_target_token == pytest.approx(flops / 2700)
+    assert budget.seconds(50.0) == pytest.approx(7 * 12 * flops / (50e12 * 4))
+
+
+@pytest.mark.parametrize(("source", "target", "spread"), [(16, 16, 0.35), (32, 37, 0.55), (37, 32, 0.55)])
+def test_tokens_of_a_micro_batch_are_about_those_of_real_batches(source: int, target: int, spread: float) -> None:
+    rng = np.random.default_rng(1)
+    common = rng.normal(0.0, spread, 60000)
+    lengths = [
+        np.clip(np.exp(np.log(mean) - spread**2 / 2 + common + rng.normal(0.0, 0.15, 60000)), 2, 200).astype(int)
+        for mean in (source, target)
+    ]
+    steps = plan_epoch(*lengths, 8192, 1, 1, 0)
+    means = [float(length.mean()) + 1 for length in lengths]
+    tokens = budget_of(lengths=Lengths(*means), training=TrainingConfig(batch_tokens=8192)).tokens
+    for length, expected in zip(lengths, tokens, strict=False):
+        assert expected == pytest.approx(sum(length) / len(steps) + len(length) / len(steps), rel=0.08)
+
+
+def test_the_activations_are_those_of_the_micro_batch_that_keeps_most() -> None:
+    """Additive attention keeps a row for every pair of positions, so its longest sentences are the ones to fit."""
+    additive = small(attention=AttentionConfig("additive", 64, "gnmt_v2"))
+    assert budget_of(model=additive).longest == Shape(3000 // 201, 201, 201)
+    # A pair longer than the micro-batch is one of its own.
+    assert budget_of(model=additive, training=TrainingConfig(micro_batches=12, batch_tokens=100)).longest.sentences == 1
+
+
+# ------------------------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture
+def cost(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """`nmt cost ARGUMENTS`: what it prints; or, with `fails`, the line of its mistake."""
+
+    def call(*arguments: str, fails: bool = False) -> str:
+        capfd.readouterr()
+        status = main(["cost", *arguments])
+        out, err = capfd.readouterr()
+        if fails:
+            assert (status, out, err.count("\n")) == (2, "", 1), (status, out, err)
+            return err
+        assert (status, err) == (0, "")
+        return out
+
+    return call
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The files of a run that `nmt cost` reads."""
+    config = compose_config(["experiment=demo"])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
+    corpus = {"fingerprint": "0", "pairs_kept": 1000, "source_pieces": 14000, "target_pieces": 19000}
+    (tmp_path / "corpus.json").write_text(json.dumps(corpus | {"vocabulary_size": 1400}), encoding="utf-8")
+    lines = [{"step": step, "kind": "train", "tflops": speed} for step, speed in ((1, 0.01), (2, 0.05), (3, 0.04))]
+    lines.append({"step": 3, "kind": "dev", "perplexity": 3.0, "tflops": 1000.0})
+    text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 4, "kind": "tr'
+    (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def test_an_experiment_s_cost(cost: Callable[..., str]) -> None:
+    out = cost("experiment=europarl_en_fr_moe_32", "--tflops", "261")
+    assert re.search(r"^all +194\.741 M +100\.0% +77\.201 M +100\.0%$", out, re.M)
+    assert re.search(r"^all +7\.78 GB +3\.59 GB +11\.37 GB$", out, re.M)
+    assert "checkpoint on disk: 2.34 GB" in out
+    # It took about a minute, validation included, at this speed (README).
+    assert "time: 52.4 seconds on one GPU, at 261 TFLOP/s\n" in out
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_settings_options_and_their_order_are_free(cost: Callable[..., str]) -> None:
+    settings = ["experiment=wmt14_en_de_moe_32", "model.moe.num_experts=64"]
+    out = cost("--gpus", "8", settings[0], "--tflops=200", settings[1])
+    assert out == cost(*settings, "--gpus", "8", "--tflops", "200")
+    assert "memory of each of 8 GPUs" in out
+    assert "on 8 GPUs, at 200 TFLOP/s each" in out
+    assert "runs forward twice" not in out
+    assert "runs forward twice" in cost(*settings, "--gpus", "4")
+
+
+def test_without_a_speed_the_time_is_a_formula(cost: Callable[..., str]) -> None:
+    flops = json.loads(cost("experiment=demo", "--json"))["training_flops"]
+    found = re.search(r"^time: ([\d.e-]+) hours / X on one GPU", cost("experiment=demo"), re.M)
+    assert found
+    assert float(found[1]) == pytest.approx(flops / 3600e12, rel=1e-3)
+
+
+def test_json_has_the_same_figures(cost: Callable[..., str]) -> None:
+    figures = json.loads(cost("experiment=wmt14_en_fr_moe_2048", "--gpus", "8", "--tflops", "150", "--json"))
+    assert figures["parameters"]["all"] == 8_662_778_368
+    memory = figures["memory_bytes_per_gpu"]
+    assert memory["weights"]["experts"] == 8_589_934_592 * 4 // 8
+    assert memory.pop("all") == sum(sum(row.values()) for row in memory.values())
+    assert figures["seconds"] == pytest.approx(figures["training_flops"] / (8 * 150e12))
+
+
+def test_a_cpu_computes_in_float32_and_holds_no_copies(cost: Callable[..., str]) -> None:
+    assert "copies of weights, bf16" in cost("experiment=demo")
+    for arguments in (["experiment=demo", "--device", "cpu"], ["experiment=demo", "training.device=cpu"]):
+        out = cost(*arguments)
+        assert "memory of one CPU process" in out
+        assert "activations, float32" in out
+        assert "copies" not in out
+
+
+def test_a_run_s_cost_is_that_of_its_corpus_and_speed(cost: Callable[..., str], run: Path) -> None:
+    figures = json.loads(cost(str(run), "--json"))
+    assert (figures["vocabulary_size"], figures["tflops_per_gpu"], figures["device"]) == (1400, 0.04, "cpu")
+    assert figures["assumed"]["source_tokens_per_sentence"] == 15
+    assert figures["assumed"]["target_tokens_per_sentence"] == 20
+    assert figures["seconds"] == pytest.approx(figures["training_flops"] / 0.04e12)
+    assert f"at 0.04 TFLOP/s (the median of 3 lines of {run / 'metrics.jsonl'})" in cost(str(run))
+    assert "at 3 TFLOP/s\n" in cost(str(run), "--tflops", "3")
+    (run / "metrics.jsonl").unlink()
+    assert "hours / X on one GPU" in cost(str(run))
+
+
+def test_a_run_on_gpus_tells_its_memory_and_the_speed_of_each(cost: Callable[..., str], run: Path) -> None:
+    line = {"step": 1, "kind": "train", "tflops": 400.0, "processes": 4, "gpu_memory_gb": 12.5}
+    (run / "metrics.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    out = cost(str(run))
+    assert re.search(r"^the most that the run had +12\.50 GB$", out, re.M)
+    assert "on one GPU, at 100 TFLOP/s (the median of 1 line" in out
+
+
+def test_multirun_compares(cost: Callable[..., str], tmp_path: Path) -> None:
+    out = cost("experiment=demo", "--multirun", "model.moe.num_experts=4,8", f"run.directory={tmp_path}")
+    assert re.findall(r"^encoder experts +([\d.]+) M", out, re.M) == ["0.262", "0.524"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "required: RUN (try nmt cost --help)"),
+        (["experiment=demo", "--gpus", "3"], "--gpus 3 must divide training.micro_batches=1"),
+        (["experiment=demo", "--gpus", "two"], "--gpus: invalid int value: 'two'"),
+        (["experiment=demo", "--tflops", "0"], "--tflops 0.0 must be greater than 0"),
+        (["experiment=demo", "--tflops", "nan"], "--tflops nan must be greater than 0"),
+        (["experiment=demo", "--speed", "3"], "unknown option --speed (try nmt cost --help)"),
+        (["experiment=demo", "model.moe.k=99"], "model.moe.k=99 must lie in 1..num_experts=8"),
+        (["experiment=demo", "model.moe.hiden=9"], "unknown setting model.moe.hiden"),
+    ],
+)
+def test_mistakes_are_told_in_one_line(cost: Callable[..., str], arguments: list[str], says: str) -> None:
+    assert says in cost(*arguments, fails=True)
