@@ -4,8 +4,9 @@
   python scripts/studies.py show                               # tables of what has been run
   python scripts/studies.py plot docs/experts.svg              # curves of the study `count` (needs matplotlib)
 
-All runs are variations of experiment=europarl_en_fr_study; a run that stands already is not run again. Options that
-start with a key, such as corpus.root=/data/europarl, go to every `nmt train`.
+All runs are variations of one experiment (--experiment; europarl_en_fr_study_small is for CPUs, six minutes a run on a
+core); a run that stands already is not run again. Options that start with a key, such as corpus.root=/data/europarl,
+go to every `nmt train`.
 """
 
 import argparse
@@ -15,7 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-BASE = "experiment=europarl_en_fr_study"
+from nmt.cli import compose_config
+from nmt.evaluation.compute import model_cost
+
 KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=4"]
 BALANCED = ["model.moe.w_importance=0.1", "model.moe.w_load=0.1"]
 
@@ -30,7 +33,7 @@ RUNS: dict[str, list[str]] = {
     "strictly_balanced": [*BALANCED, "model.moe.gating=strictly_balanced"],
     "softmax_top_k": [*BALANCED, "model.moe.gating=softmax_top_k"],
     "none": ["model.moe.num_experts=0"],
-    "moe_1_wide": ["model.moe.num_experts=1", "model.moe.k=1", "model.moe.hidden_sizes=[8192]"],
+    "moe_1_wide": ["model.moe.num_experts=1", "model.moe.k=1"],  # and as wide as four: see `wide`,
     "moe_4": [*BALANCED, "model.moe.num_experts=4"],
     "moe_128": [*BALANCED, "model.moe.num_experts=128"],
     "moe_8": [*BALANCED, "model.moe.num_experts=8", *KEEP_ALL],
@@ -69,9 +72,9 @@ def nmt(*arguments: str) -> str:
     return done.stdout
 
 
-def train(name: str, runs: Path, overrides: list[str], *more: str) -> None:
-    """Train run `name` of the study to its end, and score its test set."""
-    nmt("train", BASE, f"run.directory={runs}", f"run.name={name}", *overrides, *more)
+def train(name: str, runs: Path, overrides: list[str], common: list[str]) -> None:
+    """Train run `name` of the study to its end."""
+    nmt("train", *common[:1], f"run.directory={runs}", f"run.name={name}", *overrides, *common[1:])
 
 
 def run_one(name: str, runs: Path, common: list[str]) -> None:
@@ -83,10 +86,17 @@ def run_one(name: str, runs: Path, common: list[str]) -> None:
         if not (runs / GROWN).exists():
             chosen = f"decoding.checkpoint={GROWN_AT}"
             nmt("experts", str(runs / "moe_8"), "--grow", "32", "-o", str(runs / GROWN), chosen)
-        train(GROWN, runs, GROWN_OVERRIDES, *common)
+        train(GROWN, runs, GROWN_OVERRIDES, common)
     else:
-        train(name, runs, RUNS[name], *common)
+        experiment = common[0].removeprefix("experiment=")
+        train(name, runs, RUNS[name] + [wide(experiment)] * (name == "moe_1_wide"), common)
     nmt("evaluate", str(runs / name), "decoding.batch_sentences=256", "decoding.checkpoint=last")
+
+
+def wide(experiment: str) -> str:
+    """The setting that makes one expert as wide as the four that a token wakes (S17 MoE-1-Wide)."""
+    moe = compose_config([f"experiment={experiment}"]).model.moe
+    return f"model.moe.hidden_sizes=[{moe.k * moe.hidden_sizes[0]}]"
 
 
 def read_lines(run: Path, kind: str) -> list[dict[str, Any]]:
@@ -128,10 +138,15 @@ def show(runs: Path) -> None:
             print(f"| {name} | {' | '.join(f'{row[column]:.2f}' for column in columns)} |")
 
 
-def collect(runs: Path) -> dict[str, Any]:
+def collect(runs: Path, experiment: str) -> dict[str, Any]:
     """Everything the tables and the plot need, small enough to carry away."""
     done = [path.parent.parent for path in sorted(runs.glob("*/report/test.json"))]
-    return {run.name: {"figures": figures(run), "dev": read_lines(run, "dev")} for run in done}
+    config = compose_config([f"experiment={experiment}"])
+    of_four = model_cost(config.model, config.corpus.subwords.vocab_size).ops_per_timestep
+    title = f"Europarl en-fr, {config.corpus.max_pairs:,} pairs, {of_four / 1e6:.1f}M ops/timestep with 32 experts"
+    step = f"updates of {config.training.batch_tokens / 1024:.0f}k tokens a side"
+    collected = {run.name: {"figures": figures(run), "dev": read_lines(run, "dev")} for run in done}
+    return {"title": title, "step": step, "runs": collected}
 
 
 def plot(collected: dict[str, Any], output: Path) -> None:
@@ -140,14 +155,14 @@ def plot(collected: dict[str, Any], output: Path) -> None:
 
     plt.rcParams["svg.fonttype"] = "none"
     figure, axes = plt.subplots(figsize=(7, 4))
-    labels = {"none": "no MoE (60M ops)", "moe_1_wide": "1 expert, 4 x as wide", "moe_4": "4 experts, all active"}
+    labels = {"none": "no MoE (fewer ops)", "moe_1_wide": "1 expert, 4 x as wide", "moe_4": "4 experts, all active"}
     for name in STUDIES["count"][1]:
-        if name in collected:
-            line = collected[name]["dev"]
+        if name in collected["runs"]:
+            line = collected["runs"][name]["dev"]
             label = labels.get(name, f"{name.removeprefix('moe_')} experts, 4 active")
             axes.plot([each["step"] for each in line], [each["perplexity"] for each in line], marker="o", label=label)
-    axes.set(xlabel="updates of 32k tokens a side", ylabel="dev perplexity", yscale="log")
-    axes.set_title("Europarl en-fr, 250,000 pairs, 77M ops/timestep", fontsize=10)
+    axes.set(xlabel=collected["step"], ylabel="dev perplexity", yscale="log")
+    axes.set_title(collected["title"], fontsize=10)
     axes.yaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.grid(alpha=0.3, which="both")
@@ -162,6 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("run", "show", "plot"))
     parser.add_argument("what", nargs="*", help="studies or runs; the file to plot to; settings key=value")
+    parser.add_argument("--experiment", default="europarl_en_fr_study", help="what all runs are variations of")
     parser.add_argument("--runs", type=Path, default=Path("runs/studies"), help="folder of the runs")
     options = parser.parse_args()
     results = options.runs / "results.json"
@@ -169,12 +185,12 @@ def main() -> None:
         plot(json.loads(results.read_text()), Path(options.what[0]))
         return
     if options.action == "run":
-        common = [each for each in options.what if "=" in each]
+        common = [f"experiment={options.experiment}", *(each for each in options.what if "=" in each)]
         wanted = [each for each in options.what if "=" not in each] or list(STUDIES)
         for each in wanted:
             for name in STUDIES[each][1] if each in STUDIES else [each]:
                 run_one(name, options.runs, common)
-                results.write_text(json.dumps(collect(options.runs), indent=1))
+                results.write_text(json.dumps(collect(options.runs, options.experiment), indent=1))
     show(options.runs)
 
 
