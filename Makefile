@@ -34,9 +34,9 @@ demo: $(READY)  ## train a small MoE translator on the embedded phrasebook and t
 		echo "model       runs/demo-$(PAIR)/checkpoints" && \
 		echo "translate   echo 'The train to Berlin leaves at 14:35.' | $(BIN)/nmt translate runs/demo-$(PAIR)"
 
-train-wmt14: $(READY)  ## prepare WMT14, train EXPERIMENT (default wmt14_en_de_moe_32), score newstest2014
+train-wmt14: $(READY)  ## prepare WMT14, train EXPERIMENT on all GPUs (default wmt14_en_de_moe_32), score newstest2014
 	$(BIN)/nmt prepare experiment=$(EXPERIMENT) $(ARGS)
-	$(BIN)/torchrun --standalone --nproc-per-node=1 -m nmt.cli train experiment=$(EXPERIMENT) $(ARGS)
+	$(BIN)/nmt train --processes gpu experiment=$(EXPERIMENT) $(ARGS)
 	$(BIN)/nmt evaluate runs/$(EXPERIMENT) --show 5
 
 translate: $(READY)  ## translate a file: RUN=runs/demo-en-de IN=input.txt OUT=output.txt

@@ -20,13 +20,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import hydra
 import yaml
 from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nmt.commands import say
 from nmt.config import Config
-from nmt.errors import CheckpointError, UserError, exit_status
+from nmt.errors import CheckpointError, ProcessError, UserError, exit_status
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
 
@@ -34,7 +35,8 @@ _USAGE = """\
 usage: nmt COMMAND ...
 
   nmt prepare corpus=NAME [key=value ...]        read, filter and encode a corpus
-  nmt train experiment=NAME [key=value ...]      train a run, or go on with it
+  nmt train [--processes N|gpu] experiment=NAME [key=value ...]
+                                                 train a run, or go on with it
   nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
                                                  translate a file, line by line
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
@@ -61,7 +63,7 @@ nmt prepare corpus=NAME --cfg job prints every setting.
 """
 
 _TRAIN_HELP = """\
-usage: nmt train experiment=NAME [key=value ...]
+usage: nmt train [--processes N|gpu] experiment=NAME [key=value ...]
 
 Train a run in runs/NAME; the same command goes on where it stopped. The corpus is prepared first if it is not.
 Experiments: {experiments}.
@@ -70,6 +72,10 @@ Experiments: {experiments}.
   nmt train experiment=europarl_en_fr_moe_32 run.name=try1 training.max_steps=1000
   nmt train experiment=demo run.name='demo-${{model.moe.num_experts}}' --multirun model.moe.num_experts=4,8,16
   nmt train experiment=demo --cfg job            print every setting and stop
+  nmt train --processes gpu experiment=wmt14_en_de_moe_32
+
+--processes gpu trains on all GPUs of this host, one process on each; --processes 2 in two processes. Over several
+hosts, torchrun starts `-m nmt.cli train ...` (scripts/slurm.sh).
 
 Settings are documented in nmt/config/.
 """
@@ -97,6 +103,10 @@ def main(arguments: list[str] | None = None) -> int:
     except (HydraException, OmegaConfBaseException) as error:
         return _complain(_config_message(error), 2)
     except ValueError as error:
+        rank = os.environ.get("RANK", "0")
+        if rank != "0" and not isinstance(error, ProcessError):
+            # Every process finds the same mistake; the main one tells it.
+            return exit_status(error)
         return _complain(str(error), exit_status(error))
     except BrokenPipeError:
         # The reader of our output went away (| head): nothing is wrong, and nobody is there to tell.
@@ -213,9 +223,31 @@ def _prepare(arguments: list[str]) -> None:
 
 
 def _train(arguments: list[str]) -> None:
+    from nmt.commands.launch import launch, num_processes
     from nmt.commands.train import train
 
-    _compose("train", arguments, _TRAIN_HELP, train)
+    wanted, arguments = _take_option("--processes", arguments)
+    processes = num_processes(wanted) if wanted is not None else 1
+
+    def job(config: Config) -> None:
+        if processes == 1:
+            train(config)
+        else:
+            launch(config, list(HydraConfig.get().overrides.task), processes)
+
+    _compose("train", arguments, _TRAIN_HELP, job)
+
+
+def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
+    """(value of an option of ours, what is left for Hydra)."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith(f"{name}="):
+            return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
+        if argument == name:
+            if index + 1 == len(arguments):
+                raise UserError(f"{name} needs a value")
+            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+    return None, arguments
 
 
 def _run_command(command: str, arguments: list[str]) -> None:

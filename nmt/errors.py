@@ -41,6 +41,12 @@ class ProcessError(UserError):
     status = 7
 
 
+def same_error(status: int, message: str) -> UserError:
+    """The error of that exit status: what one process found, raised in another."""
+    kinds = (DataError, CheckpointError, NonFiniteError, StorageError, ProcessError)
+    return next((kind for kind in kinds if kind.status == status), UserError)(message)
+
+
 def exit_status(error: ValueError) -> int:
     """The exit status for a mistake of the user's."""
     return error.status if isinstance(error, UserError) else 2

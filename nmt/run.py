@@ -119,6 +119,18 @@ class RunDirectory:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{self.corpus_path} is missing or damaged: the run is not usable") from error
 
+    def write_status(self, state: str, code: int | None, message: str, step: int, checkpoint: str | None) -> None:
+        """Leave word of how the run stands: running, finished, stopped (by a signal, saved) or failed."""
+        content = {"state": state, "code": code, "message": message, "step": step, "checkpoint": checkpoint}
+        write_atomically(self.status_path, json.dumps(content, indent=2).encode())
+
+    def status(self) -> dict[str, Any]:
+        """What `write_status` left; empty if there is nothing to read."""
+        try:
+            return json.loads(self.status_path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
     def write_text(self, split: str, sources: list[str], targets: list[str], domains: list[str]) -> None:
         """Keep a held-out split in the run, one sentence a line."""
         folder = self.path / "text"

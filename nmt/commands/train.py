@@ -1,19 +1,16 @@
 """nmt train: a run from its newest checkpoint, or from the start, to its end; by one process or all of torchrun's."""
 
-import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
-from nmt.errors import UserError, exit_status
-from nmt.files import write_atomically
+from nmt.errors import ProcessError, StorageError, UserError, exit_status
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.trainer import Stopped, Trainer
@@ -21,19 +18,16 @@ from nmt.training.trainer import Stopped, Trainer
 
 def train(config: Config) -> None:
     """Prepare the corpus if need be, open or create the run, train, and leave word of how it ended."""
-    if not config.run.name:
-        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
+    run = run_of(config)
     speaks = os.environ.get("RANK", "0") == "0"
     # Every process asks for the corpus; one makes it while the others wait for its lock.
     prepared = prepare(config.corpus, say if speaks else _say_nothing)
     world = World.start(config.training.device, config.parallel)
-    run = RunDirectory(Path(config.run.directory) / config.run.name)
-    if world.is_main:
-        _open(run, config, prepared)
-    world.wait_for_all()
     try:
-        with _status(run, world):
-            Trainer(config, prepared, run, world).train()
+        with world.losses_told(lambda: "before the first step"):
+            world.on_main(lambda: _open(run, config, prepared))
+            with _status(run, world):
+                Trainer(config, prepared, run, world).train()
     except Stopped as stopped:
         if world.is_main:
             say(str(stopped))
@@ -43,6 +37,13 @@ def train(config: Config) -> None:
     if world.is_main:
         say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
         print(run.path)
+
+
+def run_of(config: Config) -> RunDirectory:
+    """The folder that `run.*` names. UserError if they name none."""
+    if not config.run.name:
+        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
+    return RunDirectory(Path(config.run.directory) / config.run.name)
 
 
 def _say_nothing(_line: str) -> None:
@@ -64,22 +65,24 @@ def _status(run: RunDirectory, world: World) -> Iterator[None]:
     """Keep RUN_STATUS.json: torchrun ends with status 1 however its processes ended, so this file says it."""
 
     def write(state: str, code: int | None, message: str) -> None:
-        if not world.is_main:
-            return
         saved = list_checkpoints(run.checkpoints)
-        content: dict[str, Any] = {"state": state, "code": code, "message": message}
-        content["step"] = saved[-1].step if saved else 0
-        content["checkpoint"] = str(saved[-1].path) if saved else None
-        write_atomically(run.status_path, json.dumps(content, indent=2).encode())
+        step, checkpoint = (saved[-1].step, str(saved[-1].path)) if saved else (0, None)
+        run.write_status(state, code, message, step, checkpoint)
 
-    write("running", None, "")
+    if world.is_main:
+        write("running", None, "")
     try:
         yield
     except Stopped as stopped:
-        write("stopped", stopped.status, str(stopped))
+        if world.is_main:
+            write("stopped", stopped.status, str(stopped))
         raise
     except BaseException as error:
-        code = exit_status(error) if isinstance(error, ValueError) else 1
-        write("failed", code, " ".join(f"{type(error).__name__}: {error}".split()))
+        # Whoever lost the others says so, since those that still run are to end when they are told to.
+        if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
+            code = exit_status(error) if isinstance(error, ValueError) else 1
+            with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
+                write("failed", code, " ".join(f"{type(error).__name__}: {error}".split()))
         raise
-    write("finished", 0, "")
+    if world.is_main:
+        write("finished", 0, "")

@@ -11,7 +11,7 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
-        self._group = dist.new_group(backend="gloo") if world.mesh else None
+        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.mesh else None
 
     def save(self, step: int, parts: Parts, state: dict[str, Any], score: float | None) -> None:
         """Copy the tensors and begin to write checkpoints/step-N."""
@@ -67,7 +67,7 @@ class Saver:
     def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
         final, temporary = step_folder(self.folder, step)
         try:
-            self._on_main(lambda: _make_empty(temporary, parts))
+            self.world.on_main(lambda: _make_empty(temporary, parts), self._group)
             for part, tensors in parts.items():
                 with _quiet():
                     dcp.save(
@@ -76,32 +76,19 @@ class Saver:
                         process_group=self._group,
                         no_dist=self._group is None,
                     )
-            self._on_main(lambda: finish_folder(temporary, final, step, state, score, self.vocabulary))
-            self._on_main(lambda: prune_checkpoints(self.folder, self.keep, step))
+            self.world.on_main(
+                lambda: finish_folder(temporary, final, step, state, score, self.vocabulary), self._group
+            )
+            self.world.on_main(lambda: prune_checkpoints(self.folder, self.keep, step), self._group)
         # The second is no Exception, though it tells of nothing worse.
         except (Exception, CheckpointException) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self._error = StorageError(
-                f"cannot write checkpoint {final}: {_cause(error)}; earlier checkpoints are untouched"
+            cause = _cause(error)
+            self._error = self.world.loss(cause, f"while saving step {step}") or StorageError(
+                f"cannot write checkpoint {final}: {cause}; earlier checkpoints are untouched"
             )
             self._error.__cause__ = error
-
-    def _on_main(self, action: Callable[[], None]) -> None:
-        """Let the main process act while all wait; what it raises, all raise."""
-        error: Exception | None = None
-        if self.world.is_main:
-            try:
-                action()
-            except Exception as raised:
-                error = raised
-        if self._group is not None:
-            told = [str(error) if error else None]
-            dist.broadcast_object_list(told, src=0, group=self._group)
-            if told[0] is not None and error is None:
-                error = StorageError(told[0])
-        if error is not None:
-            raise error
 
 
 def _on_host(tensor: Tensor) -> Tensor:
@@ -194,7 +181,7 @@ def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, w
             f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
             f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
         )
-    problem = world.object_from_main(checkpoint.verify("model") if world.is_main else None)
+    problem = world.on_main(lambda: checkpoint.verify("model"))
     if problem:
         raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP")
     written = _sizes(checkpoint.path / "model")

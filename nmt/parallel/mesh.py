@@ -8,8 +8,11 @@ group together hold each expert once. With more processes than a group has, grou
 """
 
 import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,14 +21,27 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from nmt.config import ParallelConfig
 from nmt.device import pick_device
-from nmt.errors import UserError
+from nmt.errors import ProcessError, StorageError, UserError, exit_status, same_error
+
+T = TypeVar("T")
+
+# How gloo and NCCL say that another process is gone or late.
+_LOST = re.compile(r"gloo|nccl|connection|timed out|timeout|peer", re.IGNORECASE)
 
 
 class World:
     """This process among all: `rank` of `size`, its device, and its place in an expert group."""
 
-    def __init__(self, device: torch.device, mesh: DeviceMesh | None = None, host: DeviceMesh | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        mesh: DeviceMesh | None = None,
+        host: DeviceMesh | None = None,
+        timeout: timedelta | None = None,
+    ) -> None:
         self.device = device
+        self.timeout = timeout
+        """How long a process waits for the others."""
         self.mesh = mesh
         """(replica, expert): the experts are spread over the second dimension. None for a single process."""
         self.host_mesh = host
@@ -50,7 +66,7 @@ class World:
             )
         if device.type == "cuda":
             if local_rank >= torch.cuda.device_count():
-                raise UserError(
+                raise ProcessError(
                     f"process {local_rank} of this host has no GPU of its own ({torch.cuda.device_count()} are "
                     "visible): start as many processes as there are GPUs (torchrun --nproc-per-node=gpu)"
                 )
@@ -62,7 +78,7 @@ class World:
         shape, names = (size // group, group), ("replica", "expert")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         host = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
-        return cls(device, mesh, host)
+        return cls(device, mesh, host, timeout)
 
     def stop(self) -> None:
         """Leave. Only after all work that the others wait for."""
@@ -117,12 +133,44 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def object_from_main(self, value: Any) -> Any:
-        """A small picklable value of the main process."""
-        values = [value]
+    def on_main(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """Let the main process act while all wait (in `group`, if given). What it returns, a small picklable value, all
+        return; what it raises, all raise."""
+        told: list[tuple[T | None, int, str]] = [(None, 0, "")]
+        error: Exception | None = None
+        if self.is_main:
+            try:
+                told = [(action(), 0, "")]
+            except Exception as raised:
+                error = raised
+                status = exit_status(raised) if isinstance(raised, ValueError) else StorageError.status
+                told = [(None, status, " ".join(str(raised).split()))]
         if self.mesh:
-            dist.broadcast_object_list(values, src=0)
-        return values[0]
+            dist.broadcast_object_list(told, src=0, group=group)
+        value, status, message = told[0]
+        if status:
+            raise error or same_error(status, message)
+        return value  # type: ignore[return-value]
+
+    @contextmanager
+    def losses_told(self, where: Callable[[], str]) -> Iterator[None]:
+        """What PyTorch raises when another process is gone, as a ProcessError that names this one and `where`."""
+        try:
+            yield
+        except (dist.DistError, RuntimeError) as error:
+            lost = self.loss(str(error), where())
+            if lost is None:
+                raise
+            raise lost from error
+
+    def loss(self, text: str, where: str) -> ProcessError | None:
+        """The error to raise if `text` is how PyTorch says that another process is gone or late, else None."""
+        if self.size == 1 or not _LOST.search(text):
+            return None
+        return ProcessError(
+            f"rank {self.rank} of {self.size} lost another {where} ({' '.join(text.split())[:200]}); the same command "
+            "goes on from the last checkpoint"
+        )
 
     def wait_for_all(self) -> None:
         """Return when all processes are here."""

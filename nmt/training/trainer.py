@@ -7,7 +7,7 @@ going on changes no bit on a CPU.
 """
 
 import math
-import re
+import os
 import signal
 import sys
 import time
@@ -17,7 +17,6 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from nmt.batch import Batch
@@ -98,7 +97,7 @@ class Trainer:
         with (
             MetricsWriter(metrics, self.progress.step, self.config.training.max_steps) as out,
             self._catch_signals(),
-            self._lost_processes_told(),
+            self.world.losses_told(lambda: f"at step {self.progress.step}"),
             self.stream,
         ):
             self._introduce(out, resumed_from)
@@ -209,8 +208,8 @@ class Trainer:
         score, count = measured.pieces, training.validation_sentences
         if count:
             with passes_alike(self.model):
-                figures["bleu"] = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
-            figures["bleu"] = self.world.object_from_main(figures["bleu"])
+                bleu = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+            figures["bleu"] = self.world.on_main(lambda: bleu)
             line += f", greedy BLEU {figures['bleu']:.1f} of {min(count, len(self.dev_sources))} sentences"
             score = -figures["bleu"] if training.best_by == "bleu" else score
         self.model.train()
@@ -239,7 +238,7 @@ class Trainer:
         self.saver.save(self.progress.step, {"model": parameters, "training": moments}, state, score)
 
     def _resume(self) -> Checkpoint | None:
-        checkpoint = self.world.object_from_main(self._newest() if self.world.is_main else None)
+        checkpoint = self.world.on_main(self._newest)
         if checkpoint is None:
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
@@ -284,24 +283,13 @@ class Trainer:
             )
 
     @contextmanager
-    def _lost_processes_told(self) -> Iterator[None]:
-        """What PyTorch raises when another process is gone, as one line that names this process and the step."""
-        try:
-            yield
-        except (dist.DistError, RuntimeError) as error:
-            text = " ".join(str(error).split())
-            if self.world.size == 1 or not re.search(r"gloo|nccl|connection|timed out|timeout|peer", text, re.I):
-                raise
-            raise ProcessError(
-                f"rank {self.world.rank} of {self.world.size} lost the others at step {self.progress.step} "
-                f"({text[:200]}); the same command goes on from the last checkpoint"
-            ) from error
-
-    @contextmanager
     def _catch_signals(self) -> Iterator[None]:
         """Finish the update, save and stop on SIGTERM or SIGINT; a second one takes its ordinary effect."""
 
         def note(number: int, _frame: Any) -> None:
+            if self.world.size > 1 and self.run.status().get("state") == "failed":
+                # The others have given up: there is no update to finish with them.
+                os._exit(128 + number)
             self.signal = number
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 

@@ -1,0 +1,107 @@
+"""nmt train --processes N: torchrun's agent on this host, and its end told as one process would tell it.
+
+torchrun answers everything that went wrong with status 1. RUN_STATUS.json, which the processes keep, says what it was.
+For several hosts start torchrun itself: scripts/slurm.sh.
+"""
+
+import logging
+import os
+import signal
+import sys
+
+import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from nmt.commands.train import run_of
+from nmt.config import Config
+from nmt.errors import ProcessError, UserError
+from nmt.run import RunDirectory
+
+# Seconds between the signal to stop and the one that kills: a large checkpoint must be written in between.
+_SAVING_SECONDS = "600"
+
+
+def num_processes(wanted: str) -> int:
+    """What --processes says: a number, or `gpu` for one on each GPU that is visible (one in all if there is none)."""
+    if wanted == "gpu":
+        return max(torch.cuda.device_count(), 1)
+    if not (wanted.isdigit() and int(wanted) >= 1):
+        raise UserError(f"--processes {wanted} must be a number of at least 1, or gpu: one on each GPU")
+    return int(wanted)
+
+
+def launch(config: Config, overrides: list[str], processes: int) -> None:
+    """Train with the settings `overrides` in so many processes of this host.
+
+    Ends the program with the status of the run if a signal stopped it; raises what made it fail, in one line.
+    """
+    if config.training.micro_batches % processes:
+        raise UserError(
+            f"training.micro_batches={config.training.micro_batches} does not divide among {processes} processes: "
+            f"every one takes equally many (--processes {_divisor(config.training.micro_batches, processes)} would do)"
+        )
+    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
+    # What the agent logs of processes that ended, they have said themselves.
+    logging.disable()
+    agent = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=str(os.getpid()),
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+    )
+    run = run_of(config)
+    before = _written_at(run)
+    try:
+        elastic_launch(agent, sys.executable)("-m", "nmt.cli", "train", *overrides)
+    except SignalException as stopped:
+        state, code = _told(run, before)
+        if state != "finished":
+            sys.exit(code or 128 + int(stopped.sigval))
+    except ChildFailedError as failed:
+        _end_like(run, before, failed, processes)
+
+
+def _divisor(micro_batches: int, most: int) -> int:
+    return next(count for count in range(most, 0, -1) if micro_batches % count == 0)
+
+
+def _written_at(run: RunDirectory) -> int:
+    return run.status_path.stat().st_mtime_ns if run.status_path.exists() else 0
+
+
+def _told(run: RunDirectory, before: int) -> tuple[str, int | None]:
+    """(state, exit status) that the processes left; ("", None) if they never came to open the run."""
+    if _written_at(run) == before:
+        return "", None
+    status = run.status()
+    return status["state"], status["code"]
+
+
+def _end_like(run: RunDirectory, before: int, failed: ChildFailedError, processes: int) -> None:
+    """End the program as the run ended. ProcessError if nobody was left to say how."""
+    state, code = _told(run, before)
+    codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
+    mistakes = [status for status in codes.values() if status > 0]
+    if state in ("stopped", "failed"):
+        sys.exit(code)
+    if state != "running" and mistakes:
+        # A mistake that every process found, and the main one told.
+        sys.exit(mistakes[0])
+    # The agent ends those that are left with SIGTERM.
+    lost = next((rank for rank, status in codes.items() if status != -signal.SIGTERM), min(codes))
+    how = f"was ended by signal {-codes[lost]}" if codes[lost] < 0 else f"ended with status {codes[lost]}"
+    message = (
+        f"rank {lost} of {processes} {how}, and no other could save: the same command goes on from the newest "
+        f"checkpoint in {run.checkpoints}"
+    )
+    if state == "running":
+        status = run.status()
+        run.write_status("failed", ProcessError.status, message, status["step"], status["checkpoint"])
+    raise ProcessError(message)

@@ -1,0 +1,106 @@
+"""nmt train --processes: several processes through the one command, and the status that one process would end with."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_training import settings, write_corpus
+
+from nmt.cli import main
+from nmt.commands.launch import num_processes
+from nmt.errors import UserError
+
+PAIR = ("training.micro_batches=2", "training.log_every=1")
+
+
+def command(*arguments: str) -> subprocess.Popen[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "nmt.cli", "train", "--processes=2", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def status(run: Path) -> dict[str, object]:
+    return json.loads((run / "RUN_STATUS.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("launch")
+    write_corpus(folder)
+    return folder
+
+
+def test_two_processes_stop_together_go_on_and_refuse_other_settings(corpus: Path) -> None:
+    run = corpus / "pair"
+    endless = settings(corpus, "run.name=pair", "training.max_steps=100000", "training.validate_every=100000", *PAIR)
+    process = command(*endless)
+    deadline = time.monotonic() + 60
+    while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=40)
+    assert process.returncode == 143, errors
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-1].startswith("stopped by SIGTERM at step ")
+    step = int(status(run)["step"])  # type: ignore[call-overload]
+    assert status(run)["state"] == "stopped"
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
+
+    more = settings(corpus, "run.name=pair", f"training.max_steps={step + 2}", "training.validate_every=100000", *PAIR)
+    process = command(*more)
+    out, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert out.splitlines() == [str(run)]
+    assert status(run) == {
+        "state": "finished",
+        "code": 0,
+        "message": "",
+        "step": step + 2,
+        "checkpoint": str(run / "checkpoints" / f"step-{step + 2:08d}"),
+    }
+
+    process = command(*more, "model.moe.k=1")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 4
+    assert "Traceback" not in errors
+    assert errors.count("model.moe.k was 2, now 1") == 1
+    assert status(run)["state"] == "finished"
+
+
+def test_a_number_that_does_not_divide_is_refused(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    six = settings(corpus, "run.name=none", "training.micro_batches=6")
+    assert main(["train", "--processes", "4", *six]) == 2
+    assert capfd.readouterr().err == (
+        "nmt: training.micro_batches=6 does not divide among 4 processes: every one takes equally many "
+        "(--processes 3 would do)\n"
+    )
+    assert not (corpus / "none").exists()
+
+
+@pytest.mark.parametrize("wanted", ["0", "-1", "two", "", "1.5"])
+def test_processes_are_a_number_or_gpu(wanted: str) -> None:
+    with pytest.raises(UserError, match=r"must be a number of at least 1, or gpu"):
+        num_processes(wanted)
+
+
+@pytest.mark.parametrize(("visible", "expected"), [(0, 1), (1, 1), (8, 8)])
+def test_gpu_means_one_process_on_each(monkeypatch: pytest.MonkeyPatch, visible: int, expected: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: visible)
+    assert num_processes("gpu") == expected
+
+
+def test_an_option_without_its_value_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "experiment=demo", "--processes"]) == 2
+    assert "--processes needs a value" in capfd.readouterr().err
