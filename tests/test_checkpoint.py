@@ -27,7 +27,8 @@ from nmt.checkpoint import (
 from nmt.cli import main
 from nmt.config import Config, CorpusConfig
 from nmt.errors import CheckpointError, DataError, StorageError
-from nmt.parallel.checkpoint import load_parameters, read_tensors, save_checkpoint
+from nmt.parallel.checkpoint import Saver, load_parameters, read_tensors, save_checkpoint
+from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 
 MODEL = "model/shard-00001-model-00001-of-00001.safetensors"
@@ -348,6 +349,33 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
     assert steps(run / "checkpoints") == [1]
     assert saved(train(tmp_path, "a", 2))["data"] == saved(train(tmp_path, "b", 2))["data"]
+
+
+@pytest.mark.parametrize(("free", "enough"), [(499, False), (500, True)])
+def test_space_for_all_that_is_kept_is_wanted_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, enough: bool
+) -> None:
+    save(tmp_path / "a", 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - free, free))
+    saver = Saver(tmp_path / "a", "words", keep=4, world=World(torch.device("cpu")))
+    # Four, the best and the one that is being written, of which one is there; less only if fewer will be saved.
+    if enough:
+        saver.check_space(100, saves_left=1000)
+        saver.check_space(250, saves_left=2)
+        saver.check_space(10**6, saves_left=0)
+    else:
+        with pytest.raises(StorageError, match=r"will hold 5 more checkpoints of .* lower training.keep_checkpoints=4"):
+            saver.check_space(100, saves_left=1000)
+
+
+def test_a_disk_too_small_is_told_before_the_first_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
+    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=3")]) == 6
+    assert "make room" in capfd.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "a" / "metrics.jsonl").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- run folder

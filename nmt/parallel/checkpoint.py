@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from nmt.checkpoint import Checkpoint, finish_folder, prune_checkpoints, step_folder
+from nmt.checkpoint import Checkpoint, finish_folder, list_checkpoints, prune_checkpoints, step_folder
 from nmt.errors import CheckpointError, StorageError
 from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
@@ -47,6 +47,23 @@ class Saver:
         self._error: Exception | None = None
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
         self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.mesh else None
+
+    def check_space(self, checkpoint_bytes: int, saves_left: int) -> None:
+        """StorageError, in all processes, if the disk cannot hold the checkpoints that a run will keep at once."""
+
+        def check() -> None:
+            there = len(list_checkpoints(self.folder))
+            # Those kept, the best, and the one being written before an old one goes.
+            more = min(self.keep + 2 - there, saves_left)
+            existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
+            free = shutil.disk_usage(existing).free
+            if more * checkpoint_bytes > free:
+                raise StorageError(
+                    f"{self.folder} will hold {more} more checkpoints of {checkpoint_bytes / 1e9:.3g} GB, but its disk "
+                    f"has {free / 1e9:.3g} GB free: make room, or lower training.keep_checkpoints={self.keep}"
+                )
+
+        self.world.on_main(check)
 
     def save(self, step: int, parts: Parts, state: dict[str, Any], score: float | None) -> None:
         """Copy the tensors and begin to write checkpoints/step-N."""

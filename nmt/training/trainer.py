@@ -101,6 +101,10 @@ class Trainer:
             self.stream,
         ):
             self._introduce(out, resumed_from)
+            left = self.config.training.max_steps - self.progress.step
+            every = min(self.config.training.checkpoint_every, self.config.training.validate_every)
+            # Parameters and both moments of Adam, float32.
+            self.saver.check_space(12 * self.cost.num_parameters, math.ceil(max(left, 0) / every))
             self.model.train()
             try:
                 self._loop(out)
