@@ -13,8 +13,9 @@ tokens_per_second   source and target tokens, without padding, of all processes
 efficiency          tokens_per_second a process, over that of the fewest processes that ran (one, if the model fits)
 dense               share that summing the gradients of dense parameters adds: an update less the same update without
                     it, timed in turns. What the backward pass hides is not in it; noise may make it negative
-exchange            share inside the all-to-all exchanges of rows and of their numbers, forward and backward: device
-                    events (a CPU: wall time) in updates without `dense`. Nothing hides it; it includes waiting
+exchange            share spent waiting for the all-to-all exchanges of rows and of their numbers, forward and backward:
+                    device events (a CPU: wall time) in updates without `dense`. It includes waiting for a busy process
+halves              tokens travel in two halves, one while experts work on the other (parallel.overlap_exchange)
 other               likewise inside blocking sums: number of tokens, balance statistics, norm, replicas of experts
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
@@ -36,6 +37,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
@@ -70,8 +72,8 @@ all experts. Every device has the full speed of its link, whoever it talks to. N
 for the busiest process; the backward pass, 2/3 of the compute, hides the sum of dense gradients (a ring). All else as
 measured. Efficiency: measured compute over the projected update. As many devices as were measured: to see the error."""
 # Columns of the tables, with their formats.
-SPEED = {"experts": "", "processes": "", "overlap": "", "tokens_per_second": ",.0f", "efficiency": ".2f", "ms": ".1f"}
-SPEED |= {"exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
+SPEED = {"experts": "", "processes": "", "overlap": "", "halves": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
+SPEED |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
 PROJECTION = {"devices": "", "experts": "", "experts_per_device": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
 PROJECTION |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%"}
 
@@ -148,14 +150,14 @@ def _check(options: argparse.Namespace) -> None:
                 raise UserError(f"{what} are not both multiples of an expert group's {group} processes")
 
 
-def compose(options: argparse.Namespace, experts: int, overlap: bool = True) -> Config:
+def compose(options: argparse.Namespace, experts: int, overlap: bool = True, halves: bool = False) -> Config:
     """The configuration of a measurement. UserError if the settings are not understood."""
     model = "small" if options.small else "moe"
     try:
         config = compose_config([f"model={model}", f"model.moe.num_experts={experts}", *options.settings])
     except Exception as error:  # Hydra's errors and those of the settings themselves have no base in common
         raise UserError(f"--experts {experts} {' '.join(options.settings)}: {error}") from error
-    return replace(config, parallel=replace(config.parallel, overlap=overlap))
+    return replace(config, parallel=replace(config.parallel, overlap=overlap, overlap_exchange=halves))
 
 
 def micro_batch(options: argparse.Namespace, tokens: int, step: int, number: int) -> Batch:
@@ -178,7 +180,7 @@ def make_updater(world: World, config: Config, vocabulary: int) -> Updater:
     # Made on the device: a host would take minutes over billions of random weights.
     with torch.device(world.device):
         model = Seq2Seq(config.model, vocabulary).train()
-    distribute(model, world)
+    distribute(model, world, config.parallel)
     return Updater(model, make_optimizer(model, config.training), config, world)
 
 
@@ -194,14 +196,18 @@ def watching(device: torch.device, spans: Spans) -> Iterator[None]:
         return event
 
     def timed(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **named: Any) -> Any:
-            # Buckets of dense gradients do not block.
-            if named.get("async_op"):
-                return collective(*arguments, **named)
+        def span(action: Callable[[], Any]) -> Any:
             start = mark()
-            result = collective(*arguments, **named)
+            result = action()
             spans.setdefault(kind, []).append((start, mark()))
             return result
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not named.get("async_op"):
+                return span(lambda: collective(*arguments, **named))
+            work = collective(*arguments, **named)
+            # Rows under way are waited for where they are wanted. Buckets of dense gradients do not block.
+            return SimpleNamespace(wait=lambda: span(work.wait)) if kind == "exchange" else work
 
         return call
 
@@ -319,9 +325,11 @@ def work(options: argparse.Namespace) -> list[Record]:
         keep("link", gigabytes_per_second=link_speed(world))
     for experts in options.experts:
         for scaling in ("weak", "strong"):
-            for overlap in (True, False) if world.size > 1 else (True,):
-                what = {"experts": experts, "scaling": scaling, "overlap": str(overlap) if world.size > 1 else "-"}
-                keep("speed", **what, **measure(world, compose(options, experts, overlap), options, scaling))
+            ways = [(True, False), (False, False)] if world.size > 1 else [(True, False)]
+            for overlap, halves in ways + [(True, True)] * (world.size > 1 and experts > 0):
+                shown = {"overlap": str(overlap), "halves": str(halves)} if world.size > 1 else {}
+                what = {"experts": experts, "scaling": scaling, "overlap": "-", "halves": "-"} | shown
+                keep("speed", **what, **measure(world, compose(options, experts, overlap, halves), options, scaling))
                 gc.collect()
                 torch.cuda.empty_cache()
     world.stop()
@@ -415,6 +423,8 @@ def report_projection(records: list[Record], options: argparse.Namespace) -> Non
     link = options.gigabytes_per_second or _of(records, "link")[-1]["gigabytes_per_second"]
     print(f"\nprojection, with a link of {link:.3g} GB/s a device one way\n{ASSUMED}")
     rows = [row for row in _of(records, "speed") if row["scaling"] == "weak" and row["overlap"] != "False"]
+    # The plain exchange, whose time nothing hides.
+    rows = [row for row in rows if row["halves"] != "True"]
     for experts, row in {row["experts"]: row for row in rows}.items():
         model, per_second = compose(options, experts).model, link * 1e9 / row["value_bytes"]
         flops = model_cost(model, options.vocabulary).training_flops(*(row[name] for name in SIZES))

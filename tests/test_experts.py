@@ -247,7 +247,7 @@ def test_dispatch_groups_by_expert_and_combine_brings_back(
     x_TD = torch.arange(num_tokens, dtype=torch.float64)[:, None] + torch.tensor([[0.0, 0.5]])
     dispatcher = LocalDispatcher()
     gate = gate_output(expert_TK, gates_TK, num_experts)
-    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate, num_experts)
+    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate)
     assert ends_E.dtype == torch.int32
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
@@ -278,7 +278,7 @@ def test_empty_slots_give_nothing_and_get_no_gradient(path: str, choices: list[l
     x_TD, experts = randn(tokens, WIDTH), moe_layer(4, 2, hidden_sizes=[3, 6]).experts
     gates_TK = torch.rand(tokens, slots, dtype=torch.float64).masked_fill(empty_TK, 0.0).requires_grad_()
     dispatcher, gate = LocalDispatcher(), gate_output(expert_TK, gates_TK, 4)
-    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate, 4)
+    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate)
     assert len(rows_RD) == ends_E[-1] == (~empty_TK).sum()
     y_TD = dispatcher.combine(experts(rows_RD, ends_E), gates_TK, route)
     expected_TD = torch.zeros_like(y_TD)

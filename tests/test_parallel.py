@@ -7,14 +7,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.errors import UserError
+from nmt.model import experts
 from nmt.model.experts import MoE
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import AllToAllDispatcher, distribute, is_expert
+from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, distribute, is_expert
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -38,7 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(case: str, micro_batches: int, group: int = 0, training: bool = True) -> Config:
+def config_of(
+    case: str, micro_batches: int, group: int = 0, training: bool = True, parallel: dict[str, bool] | None = None
+) -> Config:
     moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2} | CASES[case]
     model = ModelConfig(
         hidden_size=6,
@@ -48,7 +52,7 @@ def config_of(case: str, micro_batches: int, group: int = 0, training: bool = Tr
         moe=MoEConfig(**moe),
     )
     training_config = TrainingConfig(micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5)
-    return Config(model=model, training=training_config, parallel=ParallelConfig(expert_group_size=group))
+    return Config(model=model, training=training_config, parallel=ParallelConfig(group, **parallel or {}))
 
 
 def micro_batches_of(number: int) -> list[Batch]:
@@ -72,15 +76,17 @@ def trained_model(config: Config) -> Seq2Seq:
     return model
 
 
-def run_updates(case: str, total: int, group: int = 0, training: bool = True, steps: int = 2) -> dict[str, Any]:
+def run_updates(
+    case: str, total: int, group: int = 0, training: bool = True, parallel: dict[str, bool] | None = None
+) -> dict[str, Any]:
     """Outputs, gradients and parameters of two updates of `total` micro-batches, by all processes there are."""
-    config = config_of(case, total, group, training)
+    config = config_of(case, total, group, training, parallel)
     world = World.start("cpu", config.parallel)
     model = trained_model(config).train(training)
     for name, parameter in model.named_parameters():
         # Without noise its weights take no part, which data parallelism must know beforehand.
         parameter.requires_grad_(training or "w_noise" not in name)
-    distribute(model, world)
+    distribute(model, world, config.parallel)
     optimizer = make_optimizer(model, config.training)
     updater = Updater(model, optimizer, config, world)
     gradients: dict[str, torch.Tensor] = {}
@@ -90,7 +96,7 @@ def run_updates(case: str, total: int, group: int = 0, training: bool = True, st
 
     optimizer.register_step_pre_hook(keep)
     done = []
-    for step in range(1, steps + 1):
+    for step in (1, 2):
         out = updater.update(micro_batches_of(total)[world.rank :: world.size], step, 0.01)
         losses = [balance_loss(sums, 0.3, 0.2) for sums in out.sums.values()]
         done.append((world.sum(out.nll.clone()), out.gradient_norm, *losses))
@@ -120,8 +126,8 @@ def whole(results: list[dict[str, Any]], what: str, group: int) -> dict[str, tor
     return joined
 
 
-def run_cases(total: int, group: int, training: bool, cases: list[str]) -> dict[str, Any]:
-    return {case: run_updates(case, total, group, training) for case in cases}
+def run_cases(total: int, group: int, training: bool, cases: list[str], **parallel: bool) -> dict[str, Any]:
+    return {case: run_updates(case, total, group, training, parallel) for case in cases}
 
 
 def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) -> None:
@@ -133,6 +139,9 @@ def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) 
         assert joined.keys() == one[what].keys()
         for name, tensor in one[what].items():
             torch.testing.assert_close(joined[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: n + text)
+
+
+HALVED = ["noisy_top_k", "hierarchical", "strictly_balanced", "deep experts", "sigmoid"]
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +157,8 @@ def _two_ranks() -> dict[str, Any]:
         "more micro-batches": run_cases(4, 0, True, ["noisy_top_k", "hierarchical"]),
         "replicas": run_cases(2, 1, True, ["noisy_top_k", "no experts"]),
         "joined": run_cases(2, 0, False, joined),
+        "halves": run_cases(2, 0, True, HALVED, overlap_exchange=True),
+        "in turn": run_cases(2, 0, True, ["noisy_top_k"], overlap=False),
     }
 
 
@@ -173,8 +184,49 @@ def test_expert_groups_smaller_than_the_world(case: str, two_ranks: list[dict[st
     assert_same([result["replicas"][case] for result in two_ranks], run_updates(case, 2), 1)
 
 
+@pytest.mark.parametrize("case", HALVED)
+def test_tokens_that_travel_in_halves_come_to_the_same(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    assert_same([result["halves"][case] for result in two_ranks], run_updates(case, 2), 2)
+
+
+def test_one_half_travels_while_experts_work_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward: before the experts see the first half, the second is on its way."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    events: list[str] = []
+    for owner, name in ((_Transfer, "begin"), (_Transfer, "finish"), (experts, "grouped_matmul")):
+        function = getattr(owner, name)
+
+        def noted(*arguments: Any, function: Any = function, name: str = name) -> Any:
+            # An expert of one hidden layer is two products.
+            if events[-1:] != [name] or name != "grouped_matmul":
+                events.append(name)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, noted)
+    try:
+        moe = MoE(6, 4, config_of("noisy_top_k", 1).model.moe)
+        moe.dispatcher = AllToAllDispatcher(dist.group.WORLD, 1, halves=True)
+        y_TD, _ = moe(torch.randn(9, 6, requires_grad=True))
+        one_half = ["finish", "grouped_matmul", "begin"]
+        expected = ["begin", "begin", *one_half, *one_half, "finish", "finish"]
+        assert events == expected
+        events.clear()
+        y_TD.sum().backward()
+        assert events == expected
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gradients_summed_after_the_backward_pass_are_the_same(two_ranks: list[dict[str, Any]]) -> None:
+    assert_same([result["in turn"]["noisy_top_k"] for result in two_ranks], run_updates("noisy_top_k", 2), 2)
+
+
 def _four_ranks() -> dict[str, Any]:
-    return {"all": run_cases(4, 0, True, list(CASES)), "pairs": run_cases(4, 2, True, list(CASES))}
+    return {
+        "all": run_cases(4, 0, True, list(CASES)),
+        "halves": run_cases(4, 0, True, list(CASES), overlap_exchange=True),
+        "pairs": run_cases(4, 2, True, list(CASES)),
+    }
 
 
 @pytest.mark.slow
@@ -183,6 +235,7 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
     for case in CASES:
         one = run_updates(case, 4)
         assert_same([result["all"][case] for result in results], one, 4)
+        assert_same([result["halves"][case] for result in results], one, 4)
         assert_same([result["pairs"][case] for result in results], one, 2)
 
 
@@ -191,7 +244,7 @@ def test_experts_that_do_not_divide_are_refused() -> None:
     world = World(torch.device("cpu"))
     world.group_size = 3
     with pytest.raises(UserError, match=r"the 8 experts of encoder.* cannot be spread over 3 processes"):
-        distribute(model, world)
+        distribute(model, world, ParallelConfig())
 
 
 def test_a_group_that_does_not_divide_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -203,7 +256,7 @@ def test_a_group_that_does_not_divide_the_processes_is_refused(monkeypatch: pyte
 def test_one_process_keeps_its_experts() -> None:
     model = Seq2Seq(config_of("noisy_top_k", 1).model, VOCABULARY)
     before = dict(model.named_parameters())
-    distribute(model, World(torch.device("cpu")))
+    distribute(model, World(torch.device("cpu")), ParallelConfig())
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert not any(isinstance(m.dispatcher, AllToAllDispatcher) for m in model.modules() if isinstance(m, MoE))
 
@@ -213,4 +266,5 @@ def test_nothing_in_the_parallel_settings_is_left_undocumented() -> None:
         "expert_group_size",
         "timeout_seconds",
         "overlap",
+        "overlap_exchange",
     }

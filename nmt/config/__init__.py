@@ -113,6 +113,9 @@ class ParallelConfig:
     """A process that the others wait for longer than this has failed: all of them stop."""
     overlap: bool = True
     """Sum the gradients of dense parameters while the backward pass goes on, instead of after it."""
+    overlap_exchange: bool = False
+    """Send tokens to their experts in two halves, one while experts work on the other. Pays where the exchange takes
+    long and experts have rows enough to be halved (`scripts/bench_scaling.py` measures both)."""
 
     def __post_init__(self) -> None:
         at_least("parallel.expert_group_size", self.expert_group_size, 0)

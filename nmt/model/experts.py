@@ -8,6 +8,7 @@ Letters: T tokens, K places for experts a token has, S = T * K slots, R routed r
 E experts, D width, I and O inputs and outputs of one layer of an expert.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any, NamedTuple, Protocol
 
@@ -75,22 +76,24 @@ class Route(NamedTuple):
 class Dispatcher(Protocol):
     """Brings rows to their experts and back."""
 
-    def dispatch(self, x_TD: Tensor, gate: GateOutput, num_experts: int) -> tuple[Tensor, Tensor, Any]:
-        """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, what `combine` needs)."""
-
-    def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Any) -> Tensor:
-        """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
+    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """y_t = sum_j gate_tj E_j(x_t) (S17 eq. 1); `experts` takes (rows_RD, ends_E) as `Experts` does."""
 
 
 class LocalDispatcher:
     """Sorts rows by expert on one device."""
 
-    def dispatch(self, x_TD: Tensor, gate: GateOutput, num_experts: int) -> tuple[Tensor, Tensor, Route]:
+    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """Dispatch, experts, combine."""
+        rows_RD, ends_E, route = self.dispatch(x_TD, gate)
+        return self.combine(experts(rows_RD, ends_E), gate.gates_TK, route)
+
+    def dispatch(self, x_TD: Tensor, gate: GateOutput) -> tuple[Tensor, Tensor, Route]:
         """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, the way back)."""
         sorted_S, order_S = gate.expert_TK.reshape(-1).to(torch.int32).sort(stable=True)
         # Empty slots, whose expert is E, come last.
         route = Route(order_S[: gate.num_routed], inverse_permutation(order_S))
-        expert_E = torch.arange(num_experts, dtype=torch.int32, device=x_TD.device)
+        expert_E = torch.arange(gate.sums.count_E.numel(), dtype=torch.int32, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_S, expert_E, right=True, out_int32=True)
         return route_rows(x_TD, route.order_R, route.row_S), ends_E, route
 
@@ -116,6 +119,5 @@ class MoE(nn.Module):
     def forward(self, x_TD: Tensor) -> tuple[Tensor, GateOutput]:
         """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional')."""
         gate = self.gate(x_TD)
-        rows_RD, ends_E, route = self.dispatcher.dispatch(x_TD, gate, self.num_experts)
-        y_TD = self.dispatcher.combine(self.experts(rows_RD, ends_E), gate.gates_TK, route)
+        y_TD = self.dispatcher.run(self.experts, x_TD, gate)
         return (y_TD.sigmoid() if self.sigmoid_output else y_TD), gate

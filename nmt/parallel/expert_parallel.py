@@ -5,10 +5,10 @@ there are. Experts are numbered by process: with M processes, process r holds ex
 hierarchical gate these are whole groups wherever M divides their number, as in the paper.
 
 Letters: T tokens, K places for experts a token has, R rows sent, G rows received, E experts, L = E / M of them here,
-D width.
+P parts in which tokens travel, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
+from nmt.config import ParallelConfig
 from nmt.errors import UserError
 from nmt.model.experts import Experts, LocalDispatcher, MoE, Route
 from nmt.model.gating import GateOutput
@@ -24,69 +25,134 @@ from nmt.model.rows import inverse_permutation, route_rows
 from nmt.parallel.mesh import World
 
 
-class _AllToAll(Function):
-    """Rows to the other processes, and theirs here; backward, their gradients the same way back."""
+class _Transfer:
+    """One exchange of rows, and in the backward pass of their gradients: begun at one place, awaited at another."""
+
+    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> None:
+        self.group, self.send, self.receive = group, send, receive
+
+    def begin(self, rows_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """The tensor that will hold what comes."""
+        # Kept here as long as they travel.
+        self.rows_RD = rows_RD.contiguous()
+        self.came_GD = rows_RD.new_empty(sum(receive), *rows_RD.shape[1:])
+        self.work = dist.all_to_all_single(self.came_GD, self.rows_RD, receive, send, group=self.group, async_op=True)
+        return self.came_GD
+
+    def finish(self) -> Tensor:
+        """Wait for what comes (on a GPU its stream waits, not the host)."""
+        self.work.wait()
+        came_GD = self.came_GD
+        del self.work, self.rows_RD, self.came_GD
+        return came_GD
+
+
+class _Begin(Function):
+    """Rows set off; backward, their gradients have come back."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-        ctx.send, ctx.receive, ctx.group = send, receive, group
-        return _exchange(rows_RD, send, receive, group)
+    def forward(ctx: Any, rows_RD: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.begin(rows_RD, transfer.send, transfer.receive)
 
     @staticmethod
-    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None, None, None]:
-        return _exchange(grad_GD, ctx.receive, ctx.send, ctx.group), None, None, None
+    def backward(ctx: Any, _grad_GD: Tensor) -> tuple[Tensor, None]:
+        return ctx.transfer.finish(), None
 
 
-def _exchange(rows_RD: Tensor, send: list[int], receive: list[int], group: dist.ProcessGroup) -> Tensor:
-    out_GD = rows_RD.new_empty(sum(receive), *rows_RD.shape[1:])
-    dist.all_to_all_single(out_GD, rows_RD.contiguous(), receive, send, group=group)
-    return out_GD
+class _Finish(Function):
+    """Rows have come; backward, their gradients set off, and nothing that is handed on is read."""
+
+    @staticmethod
+    def forward(ctx: Any, came_GD: Tensor, transfer: _Transfer) -> Tensor:
+        ctx.transfer = transfer
+        return transfer.finish().view_as(came_GD)
+
+    @staticmethod
+    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None]:
+        transfer = ctx.transfer
+        transfer.begin(grad_GD, transfer.receive, transfer.send)
+        return grad_GD, None
 
 
-class _Route(NamedTuple):
-    """How rows were sorted here, how many went where, and how those that came were sorted."""
+class _Part(NamedTuple):
+    """Some of the tokens on their way: how they were sorted here, how many rows come from where, and the transfer."""
 
+    gates_TK: Tensor
     local: Route
-    send: list[int]
-    receive: list[int]
-    order_G: Tensor
-    inverse_G: Tensor
+    received_ML: Tensor
+    transfer: _Transfer
+    coming_GD: Tensor
 
 
 class AllToAllDispatcher:
-    """`LocalDispatcher`, for experts that live in a group of processes."""
+    """`LocalDispatcher`, for experts that live in a group of processes.
 
-    def __init__(self, group: dist.ProcessGroup, group_size: int) -> None:
-        self.group, self.group_size = group, group_size
+    `halves`: tokens travel in two halves, one while experts work on the other, forward and backward. The results are
+    the same; experts see fewer rows at a time.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, group_size: int, halves: bool) -> None:
+        self.group, self.group_size, self.halves = group, group_size, halves
         self.local = LocalDispatcher()
         self.main_decides = False
         """Take every result from the first process: for passes in which all have the same tokens and must not part."""
 
-    def dispatch(self, x_TD: Tensor, gate: GateOutput, num_experts: int) -> tuple[Tensor, Tensor, _Route]:
-        """(rows_GD for the experts here, grouped by expert; ends_L; the way back)."""
-        rows_RD, ends_E, local = self.local.dispatch(x_TD, gate, num_experts)
-        count_ML = ends_E.diff(prepend=ends_E.new_zeros(1)).long().view(self.group_size, -1)
-        received_ML = torch.empty_like(count_ML)
-        dist.all_to_all_single(received_ML, count_ML, group=self.group)
-        # The one wait for the device: the exchange must be told its sizes.
-        send, receive = torch.stack([count_ML.sum(1), received_ML.sum(1)]).tolist()
-        came_GD = _AllToAll.apply(rows_RD, send, receive, self.group)
-        # Rows came by process and in it by expert; the experts want them by expert.
-        expert_M = torch.arange(count_ML.shape[1], device=x_TD.device).repeat(self.group_size)
-        expert_G = expert_M.repeat_interleave(received_ML.flatten(), output_size=sum(receive))
-        order_G = expert_G.argsort(stable=True)
-        route = _Route(local, send, receive, order_G, inverse_permutation(order_G))
-        ends_L = received_ML.sum(0).cumsum(0).int()
-        return route_rows(came_GD, order_G, route.inverse_G), ends_L, route
-
-    def combine(self, rows_GD: Tensor, gates_TK: Tensor, route: _Route) -> Tensor:
-        """y_t = sum_j gate_tj row_tj, the rows fetched from where their experts are."""
-        back_GD = route_rows(rows_GD, route.inverse_G, route.order_G)
-        rows_RD = _AllToAll.apply(back_GD, route.receive, route.send, self.group)
-        y_TD = self.local.combine(rows_RD, gates_TK, route.local)
+    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """y_t = sum_j gate_tj E_j(x_t), each x_t sent to the process of its experts, and their results fetched."""
+        back = []
+        for part in self._send(x_TD, gate):
+            came_GD = _Finish.apply(part.coming_GD, part.transfer)
+            # Rows came by process and in it by expert; the experts want them by expert.
+            counts_ML = part.received_ML
+            expert_M = torch.arange(counts_ML.shape[1], device=x_TD.device).repeat(self.group_size)
+            expert_G = expert_M.repeat_interleave(counts_ML.flatten(), output_size=len(came_GD))
+            order_G = expert_G.argsort(stable=True)
+            inverse_G = inverse_permutation(order_G)
+            rows_GD = experts(route_rows(came_GD, order_G, inverse_G), counts_ML.sum(0).cumsum(0).int())
+            home = _Transfer(self.group, part.transfer.receive, part.transfer.send)
+            back.append((part, home, _Begin.apply(route_rows(rows_GD, inverse_G, order_G), home)))
+        parts = [
+            self.local.combine(_Finish.apply(coming_RD, home), part.gates_TK, part.local)
+            for part, home, coming_RD in back
+        ]
+        y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
         if self.main_decides:
             dist.broadcast(y_TD, group=self.group, group_src=0)
         return y_TD
+
+    def _send(self, x_TD: Tensor, gate: GateOutput) -> list[_Part]:
+        """All parts set off, after one exchange that says how many rows there are."""
+        pieces = [(x_TD, gate)]
+        if self.halves:
+            pieces = list(zip(x_TD.tensor_split(2), _halves(gate), strict=True))
+        sorted_pieces = [self.local.dispatch(*piece) for piece in pieces]
+        ends = [ends_E.diff(prepend=ends_E.new_zeros(1)) for _, ends_E, _ in sorted_pieces]
+        # By process, part, and expert there.
+        count_MPL = torch.stack(ends).long().view(len(pieces), self.group_size, -1).transpose(0, 1).contiguous()
+        received_MPL = torch.empty_like(count_MPL)
+        dist.all_to_all_single(received_MPL, count_MPL, group=self.group)
+        # The one wait for the device: the exchanges must be told their sizes.
+        send_PM, receive_PM = torch.stack([count_MPL.sum(2).T, received_MPL.sum(2).T]).tolist()
+        parts = []
+        for place, ((_, part_gate), (rows_RD, _, route)) in enumerate(zip(pieces, sorted_pieces, strict=True)):
+            transfer = _Transfer(self.group, send_PM[place], receive_PM[place])
+            coming_GD = _Begin.apply(rows_RD, transfer)
+            parts.append(_Part(part_gate.gates_TK, route, received_MPL[:, place], transfer, coming_GD))
+        return parts
+
+
+def _halves(gate: GateOutput) -> list[GateOutput]:
+    """The decisions for the first and for the second half of the tokens; the sums stay those of all."""
+    experts, gates = gate.expert_TK.tensor_split(2), gate.gates_TK.tensor_split(2)
+    if gate.num_routed == gate.expert_TK.numel():
+        routed = [expert_TK.numel() for expert_TK in experts]
+    else:
+        routed = torch.stack([(expert_TK < gate.sums.count_E.numel()).sum() for expert_TK in experts]).tolist()
+    return [
+        gate._replace(expert_TK=expert_TK, gates_TK=gates_TK, num_routed=count)
+        for expert_TK, gates_TK, count in zip(experts, gates, routed, strict=True)
+    ]
 
 
 def is_expert(name: str) -> bool:
@@ -108,7 +174,7 @@ def passes_alike(model: nn.Module) -> Iterator[None]:
             each.main_decides = False
 
 
-def distribute(model: nn.Module, world: World) -> None:
+def distribute(model: nn.Module, world: World, config: ParallelConfig) -> None:
     """Keep this process's share of the experts, and let the MoE layers exchange rows. UserError if they do not divide.
 
     Nothing changes for a single process.
@@ -124,7 +190,7 @@ def distribute(model: nn.Module, world: World) -> None:
                 )
             group = world.expert_group
             assert group is not None
-            module.dispatcher = AllToAllDispatcher(group, world.group_size)
+            module.dispatcher = AllToAllDispatcher(group, world.group_size, config.overlap_exchange)
             _keep_share(module.experts, world)
 
 

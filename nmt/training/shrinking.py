@@ -113,7 +113,7 @@ def _watched(model: Seq2Seq) -> Iterator[dict[str, tuple[MoE, Tensor, GateOutput
 
 def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> Use:
     """What each expert did for T tokens."""
-    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate, moe.num_experts)
+    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
     norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
     expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
     gate_R = gate.gates_TK.flatten()[route.order_R]

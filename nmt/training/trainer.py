@@ -73,7 +73,7 @@ class Trainer:
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         torch.manual_seed(config.training.seed)
         self.model = Seq2Seq(config.model, self.subwords.size)
-        distribute(self.model, world)
+        distribute(self.model, world, config.parallel)
         self.model.to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
