@@ -1,0 +1,144 @@
+"""Runs of several processes: going on changes no bit, and any number of processes goes on with a checkpoint of any."""
+
+import json
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from test_training import one_thread, saved, settings, write_corpus  # noqa: F401
+
+from nmt.checkpoint import list_checkpoints
+from nmt.cli import main
+from nmt.parallel.mesh import World
+from nmt.training.trainer import Trainer
+from tests.ranks import run_ranks
+
+STEPS = 10
+# Four micro-batches an update, so that two processes accumulate; dropout and noise; more than an epoch; validations.
+HARD = (
+    "training.micro_batches=4",
+    "training.batch_tokens=400",
+    "training.validation_sentences=2",
+    "training.patience=9",
+)
+HALF = 5
+
+
+class Job(NamedTuple):
+    """One `nmt train`: told to stop after update `stop`, as by SIGTERM, or let go on to the end."""
+
+    name: str
+    stop: int | None = None
+    changes: tuple[str, ...] = ()
+
+
+@contextmanager
+def _told_to_stop(step: int | None) -> Iterator[None]:
+    before: Callable[..., Any] = Trainer._update
+
+    def update(trainer: Trainer, *arguments: Any) -> None:
+        before(trainer, *arguments)
+        # One process is told; all must stop.
+        if trainer.progress.step == step and trainer.world.rank == trainer.world.size - 1:
+            trainer.signal = signal.SIGTERM
+
+    Trainer._update = update  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Trainer._update = before  # type: ignore[method-assign]
+
+
+def work(folder: Path, jobs: list[Job]) -> None:
+    """These trainings, one after the other, by the processes there are."""
+    # They stay connected from one to the next.
+    World.stop = lambda self: None  # type: ignore[method-assign]
+    for job in jobs:
+        arguments = settings(folder, f"run.name={job.name}", f"training.max_steps={STEPS}", *HARD, *job.changes)
+        with _told_to_stop(job.stop):
+            try:
+                status = main(["train", *arguments])
+            except SystemExit as stopped:
+                status = int(str(stopped.code))
+        assert status == (0 if job.stop is None else 128 + signal.SIGTERM), (job, os.environ.get("RANK"))
+
+
+def state(run: Path) -> dict[str, Any]:
+    """Position in the data, counters of early stopping, best score."""
+    return list_checkpoints(run / "checkpoints")[-1].state()
+
+
+def losses(run: Path) -> list[float]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line["loss"] for line in lines if line["kind"] == "train"]
+
+
+def assert_goes_on_alike(run: Path, whole: Path) -> None:
+    """By another number of processes: the same order of sentences, and the losses up to rounding."""
+    assert len(losses(whole)) == STEPS
+    assert losses(run) == pytest.approx(losses(whole), rel=1e-5)
+    assert state(run)["data"] == state(whole)["data"]
+    for counter in ("step", "target_tokens", "validations_since_best"):
+        assert state(run)["progress"][counter] == state(whole)["progress"][counter]
+    assert state(run)["progress"]["best_score"] == pytest.approx(state(whole)["progress"]["best_score"], rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one process did, then two processes, then one again."""
+    folder = tmp_path_factory.mktemp("world")
+    write_corpus(folder)
+    work(folder, [Job("one"), Job("one-two", HALF)])
+    by_two = [Job("two"), Job("twice")]
+    by_two += [Job(f"two-stopped-{stop}", last) for stop in (1, 4, 7) for last in (stop, None)]
+    by_two += [Job("one-two"), Job("two-one", HALF)]
+    by_two += [Job("regrouped", HALF), Job("regrouped", None, ("parallel.expert_group_size=1",))]
+    run_ranks(2, folder / "ranks", work, folder, by_two)
+    work(folder, [Job("two-one")])
+    return folder
+
+
+def test_runs_cross_the_end_of_an_epoch_and_validate(folder: Path) -> None:
+    assert state(folder / "two")["data"]["epoch"] >= 1
+    assert 4 in [each.step for each in list_checkpoints(folder / "two" / "checkpoints")]
+
+
+def test_two_processes_do_the_same_twice(folder: Path) -> None:
+    assert saved(folder / "twice") == saved(folder / "two")
+    assert losses(folder / "twice") == losses(folder / "two")
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7])
+def test_two_processes_go_on_without_changing_a_bit(folder: Path, stop: int) -> None:
+    run = folder / f"two-stopped-{stop}"
+    assert saved(run) == saved(folder / "two")
+    assert state(run) == state(folder / "two")
+    assert losses(run) == losses(folder / "two")
+
+
+@pytest.mark.parametrize("run", ["two", "one-two", "two-one", "regrouped"])
+def test_the_number_of_processes_may_change(folder: Path, run: str) -> None:
+    assert_goes_on_alike(folder / run, folder / "one")
+
+
+@pytest.mark.slow
+def test_four_processes_and_other_groups(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    work(tmp_path, [Job("one")])
+    pairs = ("parallel.expert_group_size=2",)
+    run_ranks(
+        4,
+        tmp_path / "four",
+        work,
+        tmp_path,
+        [Job("four"), Job("four-twice", 3), Job("four-twice"), Job("pairs", 3, pairs), Job("pairs"), Job("less", HALF)],
+    )
+    assert saved(tmp_path / "four-twice") == saved(tmp_path / "four")
+    run_ranks(2, tmp_path / "two", work, tmp_path, [Job("less", 7)])
+    work(tmp_path, [Job("less")])
+    for run in ("four", "pairs", "less"):
+        assert_goes_on_alike(tmp_path / run, tmp_path / "one")
