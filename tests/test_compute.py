@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from test_training import one_thread  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.batch import Batch, make_batch

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from test_training import one_thread  # noqa: F401
 
 from nmt.batch import make_batch
 from nmt.cli import compose_config, main
@@ -110,7 +111,18 @@ def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> Non
     assert estimate == pytest.approx(bytes_kept(config, LONG, bf16=True), rel=0.05)
 
 
-@pytest.mark.parametrize("moe", [FLAT, replace(FLAT, k=4, num_experts=32), HIERARCHICAL])
+# Some token has all four experts of the last one: twice the average, as is assumed of strictly balanced gates.
+@pytest.mark.parametrize(
+    "moe",
+    [
+        FLAT,
+        replace(FLAT, k=4, num_experts=32),
+        replace(FLAT, gating="softmax_top_k"),
+        HIERARCHICAL,
+        replace(FLAT, num_experts=4, gating="strictly_balanced"),
+    ],
+    ids=lambda moe: moe.gating,
+)
 def test_what_experts_add_is_exact(moe: MoEConfig) -> None:
     """Nothing of it is oneDNN's; only the ends of the groups, an int32 for each expert, are left out."""
     numbers = Numbers(on_gpu=False, size=4)
@@ -345,10 +357,20 @@ def test_an_experiment_s_cost(cost: Callable[..., str]) -> None:
     out = cost("experiment=europarl_en_fr_moe_32", "--tflops", "261")
     assert re.search(r"^all +194\.741 M +100\.0% +77\.201 M +100\.0%$", out, re.M)
     assert re.search(r"^all +7\.78 GB +3\.59 GB +11\.37 GB$", out, re.M)
-    assert "checkpoint on disk: 2.34 GB" in out
+    assert "checkpoint on disk: 2.337 GB; up to 4 are kept, 9.348 GB" in out
+    assert re.search(r"^training, for each target token: [\d.]+ MFLOP$", out, re.M)
     # It took about a minute, validation included, at this speed (README).
     assert "time: 52.4 seconds on one GPU, at 261 TFLOP/s\n" in out
     assert max(map(len, out.splitlines())) <= 110
+
+
+def test_a_small_model_s_memory_is_in_megabytes(cost: Callable[..., str]) -> None:
+    out = cost("experiment=demo", "--device", "cpu")
+    figures = json.loads(cost("experiment=demo", "--device", "cpu", "--json"))
+    for kind, name in (("weights", "weights, float32"), ("optimiser", "Adam's two moments, float32")):
+        megabytes = sum(figures["memory_bytes_per_gpu"][kind].values()) / 1e6
+        assert re.search(rf"^{name} .* {megabytes:.2f} MB$", out, re.M)
+    assert " GB " not in out.partition("Sentences")[0]
 
 
 def test_settings_options_and_their_order_are_free(cost: Callable[..., str]) -> None:

@@ -343,6 +343,16 @@ def test_the_table_in_the_terminal() -> None:
     assert lines[at + 3] == "  taken away at all positions: 1/4 +0.500, 0/2 -1.500"
 
 
+def test_nothing_is_no_loss() -> None:
+    """What rounds to 0 has no minus before it."""
+    tiny = [[Slot(0, None, 1.0, -1e-6)]]
+    layer = LayerExplanation("decoder.1", 2, tiny, [ExpertTotal(0, None, 1, -1e-6)])
+    explanation = Explanation("a", "b", ["</s>"], ["</s>"], -1e-6, [-1e-6], "fp32", [layer])
+    for shown in (str(explanation), explanation_page(explanation)):
+        assert "+0.000" in shown
+        assert "-0.00" not in shown
+
+
 # ---------------------------------------------------------------------------------------------------- the command
 
 

@@ -16,7 +16,8 @@ from nmt.run import RunDirectory
 
 # Options of Hydra's that make sense here.
 _HYDRA_OPTIONS = ("--multirun", "-m", "--cfg", "-c", "--resolve")
-_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+_FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
+_BYTES = ((1e9, "GB"), (1e6, "MB"))
 _COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
@@ -211,7 +212,7 @@ def _counts(budget: Budget) -> Iterator[str]:
     yield line("all", cost.num_parameters, cost.ops_per_timestep)
     rest = cost.num_parameters - cost.num_vocabulary_parameters
     yield line("all but embeddings and softmax", rest, cost.ops_per_timestep - ops["softmax"])
-    yield f"training FLOPs for each target token: {budget.flops_per_target_token / 1e6:,.0f} M"
+    yield f"training, for each target token: {_scaled(budget.flops_per_target_token, _FLOPS)}"
 
 
 def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
@@ -228,8 +229,10 @@ def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     title = f"memory of each of {_devices(budget)}" if budget.gpus > 1 else f"memory of {_devices(budget)}"
     yield f"{title:<32}{'dense':>14}{'experts':>14}{'all':>14}"
 
+    scale, unit = _BYTES[budget.memory_bytes < _BYTES[0][0]]
+
     def line(name: str, *counts: int) -> str:
-        return f"{name:<32}" + "".join(f"{count / 1e9:>11,.2f} GB" if count else f"{'-':>14}" for count in counts)
+        return f"{name:<32}" + "".join(f"{count / scale:>11,.2f} {unit}" if count else f"{'-':>14}" for count in counts)
 
     for row in budget.memory:
         if row.total:
@@ -238,15 +241,14 @@ def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     yield line("all", dense, budget.memory_bytes - dense, budget.memory_bytes)
     if basis.measured_gb is not None:
         yield f"{'the most that the run had':<60}{basis.measured_gb:>11,.2f} GB"
-    kept, size = config.training.keep_checkpoints + 1, budget.checkpoint_bytes / 1e9
-    yield f"checkpoint on disk: {size:,.2f} GB; up to {kept} are kept, {kept * size:,.2f} GB"
+    kept, size = config.training.keep_checkpoints + 1, budget.checkpoint_bytes
+    yield f"checkpoint on disk: {_scaled(size, _BYTES)}; up to {kept} are kept, {_scaled(kept * size, _BYTES)}"
 
 
 def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     training = config.training
     yield (
         f"{training.max_steps:,} updates of {training.micro_batches:,} x {training.batch_tokens:,} positions a side: "
-        f""
         f"{_scaled(budget.target_tokens, _COUNTS)} target tokens, {_scaled(budget.flops, _FLOPS)}"
     )
     if basis.tflops is None:
@@ -275,8 +277,8 @@ def _assumptions(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
             "take X from such a run. "
         )
     text += (
-        f"GB are 10^9 bytes. Activations are those of {shape.sentences:,} sentences of {shape.source} tokens a side, a "
-        "full micro-batch without padding, with experts equally busy; what the driver takes comes on top."
+        f"GB are 10^9 bytes, MB 10^6. Activations are those of {shape.sentences:,} sentences of {shape.source} tokens "
+        "a side, a full micro-batch without padding, with experts equally busy; what the driver takes comes on top."
     )
     if config.model.moe_layers() and config.model.moe.gating == "strictly_balanced":
         text += " No token has more than twice as many experts as on average."

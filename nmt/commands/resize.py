@@ -49,16 +49,15 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         changed = bench.shrink(options, network)
     decoding, notes = _own_decoding(run)
     new = replace(config, run=RunConfig(path.name, str(path.parent)), model=changed.config, decoding=decoding)
-    write_run(path, run, new, changed, checkpoint)
-    for note in notes:
-        say(note)
-    print(_sizes(network, changed))
-    print(f"{path} goes on from step {checkpoint.step:,} of {run.path} with")
     steps = {}
     if checkpoint.step >= config.training.max_steps:
-        say(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more to go on")
+        notes.append(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more")
         steps = {"training.max_steps": 2 * checkpoint.step}
-    print(f"  {train_command(new, steps)}")
+    write_run(path, run, new, changed, checkpoint)
+    print(_sizes(network, changed), flush=True)
+    for note in notes:
+        say(note)
+    print(f"{path} goes on from step {checkpoint.step:,} of {run.path} with\n  {train_command(new, steps)}")
 
 
 def _check_count(options: argparse.Namespace, config: Config) -> None:
@@ -110,8 +109,8 @@ def _sizes(before: Network, after: Network) -> str:
         old = before.config.moe.experts_at(layer) if before.config.moe.num_experts else 0
         lines.append(f"{layer} {old} -> {after.config.moe.experts_at(layer)} experts")
     costs = [model_cost(network.config, network.vocab_size) for network in (before, after)]
-    parameters = " -> ".join(f"{cost.num_parameters / 1e6:,.1f}M" for cost in costs)
-    ops = " -> ".join(f"{cost.ops_per_timestep / 1e6:,.1f}M" for cost in costs)
+    parameters = " -> ".join(f"{cost.num_parameters / 1e6:,.2f}M" for cost in costs)
+    ops = " -> ".join(f"{cost.ops_per_timestep / 1e6:,.2f}M" for cost in costs)
     return f"{', '.join(lines)}; {parameters} parameters, {ops} ops/timestep"
 
 

@@ -154,8 +154,8 @@ def _gate(moe: MoEConfig, num_experts: int) -> int:
         case "softmax_top_k":
             return slots
         case _:
-            # Logarithm, value, masked value and gate; distance to the threshold; the mask.
-            return num_experts * (5 * _FLOAT + _BOOL) + 2 * slots
+            # Logarithm, softmax over the kept, gate, difference of the masks; the mask, and what it leaves out.
+            return num_experts * (4 * _FLOAT + 2 * _BOOL) + 2 * slots
 
 
 def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
@@ -172,8 +172,9 @@ def _experts(config: ModelConfig, numbers: Numbers) -> int:
     moe, width = config.moe, config.hidden_size
     # Strictly balanced, a token may have more experts than the average; all have as many slots as the busiest.
     slots = moe.experts_per_token * (2 if moe.gating == "strictly_balanced" else 1)
-    routed = moe.experts_per_token * ((width + sum(moe.hidden_sizes)) * numbers.size + _INDEX)
-    return routed + slots * (width * numbers.size + _INDEX) + width * numbers.size
+    routed = moe.experts_per_token * (width + sum(moe.hidden_sizes)) * numbers.size
+    # The output of a slot, and where its row went and came from.
+    return routed + slots * (width * numbers.size + 2 * _INDEX) + width * numbers.size
 
 
 def _attention(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:

@@ -139,7 +139,8 @@ HOW = {
     "nothing, 100% everything (mutual information over entropy). The same with shuffled labels is what chance gives.",
     "domains": "How often an expert sees a domain, over how often it would if it saw all domains as they come: 2.0 is "
     "twice as often as by chance, 0.5 half as often.",
-    "pairs": "How often two experts are chosen for the same token, over what their loads alone would give.",
+    "pairs": "How often two experts are chosen for the same token, over what their loads alone would give. A list is "
+    "ranked by the cautious end of a 99% interval of it.",
     "roles": "Each expert's most telling tokens, with the places where its gate was largest (the number before each). "
     "×2 is twice the expert's rate for all tokens; tokens are ranked by the cautious end of a 99% interval of it, so "
     "that rare ones do not win by chance. Plain letters complete the word of a token. Experts come most specialised "

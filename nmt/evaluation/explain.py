@@ -115,7 +115,7 @@ class Explanation:
         lines = [
             f"source       {self.sentence}",
             f"translation  {self.translation}",
-            f"log-probability {self.log_probability:.3f} of {len(self.target_pieces)} pieces, in {self.precision}",
+            f"log-probability {self.log_probability:z.3f} of {len(self.target_pieces)} pieces, in {self.precision}",
             "Each expert with its gate, and by how many nats the translation would be less probable without it.",
         ]
         for layer in self.layers:
@@ -123,9 +123,11 @@ class Explanation:
             width = max(len(piece) for piece in pieces)
             lines += ["", f"{layer.layer}: {layer.num_experts} experts"]
             for place, (piece, slots) in enumerate(zip(pieces, layer.positions, strict=True)):
-                shown = "   ".join(f"{expert_name(each):>4} {each.gate:.2f} {each.contribution:+.3f}" for each in slots)
+                shown = "   ".join(
+                    f"{expert_name(each):>4} {each.gate:.2f} {each.contribution:+z.3f}" for each in slots
+                )
                 lines.append(f"  {place:>3}  {piece:<{width}}  {shown or 'none'}")
-            totals = ", ".join(f"{expert_name(each)} {each.contribution:+.3f}" for each in layer.experts)
+            totals = ", ".join(f"{expert_name(each)} {each.contribution:+z.3f}" for each in layer.experts)
             lines.append(f"  taken away at all positions: {totals or 'none was chosen'}")
         return "\n".join(lines)
 

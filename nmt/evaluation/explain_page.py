@@ -31,7 +31,7 @@ td, th { padding: 3px .75rem 3px 0; border-bottom: 1px solid var(--line); vertic
   white-space: nowrap; }
 .piece { width: 1%; min-width: 6rem; max-width: 16rem; overflow-wrap: anywhere; font-family: ui-monospace, monospace; }
 .chips { display: flex; flex-wrap: wrap; gap: 3px; }
-.chip { display: block; width: calc(var(--gate, 0) * min(36rem, 55vw)); min-width: 5.4rem; padding: 1px 6px;
+.chip { display: block; width: calc(var(--gate, 0) * min(36rem, 55vw)); min-width: max-content; padding: 1px 6px;
   border-radius: 4px; font-size: .8rem; white-space: nowrap; overflow: hidden; font-variant-numeric: tabular-nums;
   background: var(--zero); background: color-mix(in oklab, var(--tint) var(--strength), var(--zero)); }
 .gain { --tint: var(--gain); } .loss { --tint: var(--loss); } .chip b { margin-right: .35rem; }
@@ -55,7 +55,7 @@ def explanation_page(explanation: Explanation) -> str:
     facts = {
         "source": f"<bdi>{_text(explanation.sentence)}</bdi>",
         "translation": f"<bdi>{_text(explanation.translation)}</bdi>",
-        "log-probability": f"{explanation.log_probability:.3f} nats, {len(explanation.target_pieces)} pieces",
+        "log-probability": f"{explanation.log_probability:z.3f} nats, {len(explanation.target_pieces)} pieces",
         "computed in": explanation.precision + _ROUNDING.get(explanation.precision, ""),
     }
     listed = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in facts.items())
@@ -66,7 +66,8 @@ def explanation_page(explanation: Explanation) -> str:
         f"<title>Experts: {_text(explanation.sentence)}</title><style>{_STYLE}</style></head>\n"
         f"<body><h1>What each expert gave to this translation</h1><dl>{listed}</dl>\n<p>{_MEANING}</p>\n"
         f'<p class="legend"><span>less probable with it <span class="ramp"></span> more probable with it</span>'
-        f"<span>width: gate value</span><span>in a chip: expert, contribution</span></p>\n{layers}</body></html>\n"
+        f"<span>width: gate value (its text at least)</span><span>in a chip: expert, contribution</span></p>\n"
+        f"{layers}</body></html>\n"
     )
 
 
@@ -76,7 +77,7 @@ def _layer(explanation: Explanation, layer: LayerExplanation) -> str:
     rows = []
     for place, (piece, slots) in enumerate(zip(explanation.pieces_of(layer), layer.positions, strict=True)):
         chips = "".join(_chip(slot, strongest) for slot in slots) or '<span class="soft">no expert</span>'
-        number = f'<td class="number">{explanation.piece_log_probabilities[place]:.2f}</td>' if decoder else ""
+        number = f'<td class="number">{explanation.piece_log_probabilities[place]:z.2f}</td>' if decoder else ""
         rows.append(
             f'<tr><td class="place">{place}</td><td class="piece"><bdi>{_text(piece)}</bdi></td>{number}'
             f'<td><div class="chips">{chips}</div></td></tr>\n'
@@ -95,13 +96,13 @@ def _layer(explanation: Explanation, layer: LayerExplanation) -> str:
 
 
 def _chip(slot: Slot, strongest: float) -> str:
-    title = f"expert {expert_name(slot)}: gate {slot.gate:.4f}, contribution {slot.contribution:+.4f} nats"
+    title = f"expert {expert_name(slot)}: gate {slot.gate:.4f}, contribution {slot.contribution:+z.4f} nats"
     return _coloured(slot, strongest, title, f"--gate:{slot.gate:.4f};")
 
 
 def _total(total: ExpertTotal, strongest: float) -> str:
     chosen = f"chosen at {total.positions} position{'s' if total.positions > 1 else ''}"
-    title = f"expert {expert_name(total)}: {chosen}, contribution {total.contribution:+.4f} nats"
+    title = f"expert {expert_name(total)}: {chosen}, contribution {total.contribution:+z.4f} nats"
     return _coloured(total, strongest, title, "")
 
 
@@ -111,7 +112,7 @@ def _coloured(expert: Slot | ExpertTotal, strongest: float, title: str, style: s
     kind = "gain" if expert.contribution >= 0 else "loss"
     return (
         f'<span class="chip {kind}" style="{style}--strength:{100 * share:.0f}%" title="{title}">'
-        f"<b>{expert_name(expert)}</b>{expert.contribution:+.3f}</span>"
+        f"<b>{expert_name(expert)}</b>{expert.contribution:+z.3f}</span>"
     )
 
 
