@@ -131,8 +131,24 @@ def read_tally(values: NDArray[np.float64], weights: tuple[float, float]) -> Gat
     )
 
 
+def layer_lines(gates: Mapping[str, GateFigures], gating: str) -> list[str]:
+    """A line of each MoE layer's figures, to stand below a line of metrics."""
+    lines = []
+    for layer, gate in gates.items():
+        text = (
+            f"  {layer}  CV(importance) {gate.cv_importance:.2f}, CV(load) {gate.cv_load:.2f}, "
+            f"max/mean load {gate.max_over_mean_load:.2f}, entropy {gate.gate_entropy:.2f}, idle {gate.idle_experts}"
+        )
+        if gating in _NOISY:
+            text += f", noise {gate.noise_std:.2f}"
+        if gating == "strictly_balanced":
+            text += f", tokens without experts {gate.tokens_without_experts:.1%}"
+        lines.append(text)
+    return lines
+
+
 def summary(gates: Mapping[str, GateFigures], gating: str) -> str:
-    """The end of a line for the terminal: the layer that is worst; empty without MoE layers."""
+    """The end of a line beside a progress bar: the layer that is worst; empty without MoE layers."""
     if not gates:
         return ""
     idle = sum(each.idle_experts for each in gates.values())

@@ -33,7 +33,7 @@ from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import distribute, is_expert, passes_alike
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
-from nmt.training.gate_watch import GateWatch, summary
+from nmt.training.gate_watch import GateWatch, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer
 from nmt.training.update import Updater
@@ -179,9 +179,10 @@ class Trainer:
         )
         left = self.config.training.max_steps - self.progress.step
         minutes = left * seconds / max(interval.updates, 1) / 60
-        worst = summary(gates, self.config.model.moe.gating)
+        gating = self.config.model.moe.gating
         place = f"step {self.progress.step:,}/{self.config.training.max_steps:,}"
-        out.show(f"{short}{worst}", f"{place}  {short}, {minutes:.1f} min left{worst}")
+        lines = [f"{place}  {short}, {minutes:.1f} min left", *layer_lines(gates, gating)]
+        out.show(f"{short}{summary(gates, gating)}", "\n".join(lines))
         for warning in self.gate_watch.judge(self.progress.step, interval.updates, figures["loss"], gates):
             out.say(warning)
         if figures["skipped_updates"]:
