@@ -136,6 +136,9 @@ def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDa
         # One bucket holds everything: nothing to send before the backward pass is over.
         bucket_cap_mb=25 if overlap else size / 2**20 + 1,
         gradient_as_bucket_view=True,
+        # Otherwise buckets are laid out anew after the first update, and from three processes on the order in which
+        # an element's gradients are added changes with them: a run that goes on would differ in the last bit.
+        find_unused_parameters=True,
     )
     wrapped.register_comm_hook(None, _sum_bucket)
     return wrapped
