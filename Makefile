@@ -57,10 +57,10 @@ lint: $(READY)  ## ruff and mypy
 	$(BIN)/mypy
 
 test: lint  ## lint, types and the fast tests
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses=auto
 
 test-all: lint  ## the same with the slow tests
-	$(BIN)/pytest -m ""
+	$(BIN)/pytest --numprocesses=auto -m ""
 
 bench: $(READY)  ## speed on this CPU, against plain torch parts
 	$(BIN)/python scripts/bench.py

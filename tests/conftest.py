@@ -1,5 +1,6 @@
 """What several test files share: a seed, few threads, and the smallest configuration that has every part."""
 
+import os
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -16,7 +17,8 @@ TINY_VOCAB = 13
 
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
-    torch.set_num_threads(2)
+    # The processes of `make test` share the cores.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 @pytest.fixture(autouse=True)
