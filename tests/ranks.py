@@ -38,4 +38,4 @@ def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments:
     except Exception as error:
         errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
         raise AssertionError(f"a process failed:\n{errors}") from error
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
