@@ -2,7 +2,7 @@
 
   python scripts/studies.py run balance gates count growth     # one GPU: about a minute a run
   python scripts/studies.py show                               # tables of what has been run
-  python scripts/studies.py plot docs/experts.svg              # curves of the study `count` (needs matplotlib)
+  python scripts/studies.py plot docs/experts.svg              # curves of the study `count` (needs the extra .[plots])
 
 All runs are variations of one experiment (--experiment; europarl_en_fr_study_small is for CPUs, six minutes a run on a
 core); a run that stands already is not run again. Options that start with a key, such as corpus.root=/data/europarl,
