@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import torch
 from test_training import one_thread, saved, settings, write_corpus  # noqa: F401
 
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
+from nmt.errors import ProcessError
 from nmt.parallel.mesh import World
 from nmt.training.trainer import Trainer
 from tests.ranks import run_ranks
@@ -29,21 +31,28 @@ HALF = 5
 
 
 class Job(NamedTuple):
-    """One `nmt train`: told to stop after update `stop`, as by SIGTERM, or let go on to the end."""
+    """One `nmt train`: told to stop after update `stop`, as by SIGTERM, or let go on to the end.
+
+    `drift`: the parameter whose last bit changes in the last process before update 3.
+    """
 
     name: str
     stop: int | None = None
     changes: tuple[str, ...] = ()
+    drift: str | None = None
 
 
 @contextmanager
-def _told_to_stop(step: int | None) -> Iterator[None]:
+def _disturbed(job: Job) -> Iterator[None]:
     before: Callable[..., Any] = Trainer._update
 
     def update(trainer: Trainer, *arguments: Any) -> None:
+        last = trainer.world.rank == trainer.world.size - 1
+        if last and job.drift and trainer.progress.step == 2:
+            trainer.model.get_parameter(job.drift).detach().view(torch.int32).flatten()[3] ^= 1
         before(trainer, *arguments)
         # One process is told; all must stop.
-        if trainer.progress.step == step and trainer.world.rank == trainer.world.size - 1:
+        if last and trainer.progress.step == job.stop:
             trainer.signal = signal.SIGTERM
 
     Trainer._update = update  # type: ignore[method-assign]
@@ -59,12 +68,13 @@ def work(folder: Path, jobs: list[Job]) -> None:
     World.stop = lambda self: None  # type: ignore[method-assign]
     for job in jobs:
         arguments = settings(folder, f"run.name={job.name}", f"training.max_steps={STEPS}", *HARD, *job.changes)
-        with _told_to_stop(job.stop):
+        with _disturbed(job):
             try:
                 status = main(["train", *arguments])
             except SystemExit as stopped:
                 status = int(str(stopped.code))
-        assert status == (0 if job.stop is None else 128 + signal.SIGTERM), (job, os.environ.get("RANK"))
+        expected = ProcessError.status if job.drift else 0 if job.stop is None else 128 + signal.SIGTERM
+        assert status == expected, (job, os.environ.get("RANK"))
 
 
 def state(run: Path) -> dict[str, Any]:
@@ -96,6 +106,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     by_two = [Job("two"), Job("twice")]
     by_two += [Job(f"two-stopped-{stop}", last) for stop in (1, 4, 7) for last in (stop, None)]
     by_two += [Job("one-two"), Job("two-one", HALF)]
+    by_two += [Job("dense-drift", drift="decoder.bottom.lstm.weight_hh_l0")]
+    replicas = ("parallel.expert_group_size=1",)
+    by_two += [Job("expert-drift", None, replicas, drift="encoder.moe_layers.moe.1.experts.weights.1")]
     by_two += [Job("regrouped", HALF), Job("regrouped", None, ("parallel.expert_group_size=1",))]
     run_ranks(2, folder / "ranks", work, folder, by_two)
     work(folder, [Job("two-one")])
@@ -123,6 +136,16 @@ def test_two_processes_go_on_without_changing_a_bit(folder: Path, stop: int) -> 
 @pytest.mark.parametrize("run", ["two", "one-two", "two-one", "regrouped"])
 def test_the_number_of_processes_may_change(folder: Path, run: str) -> None:
     assert_goes_on_alike(folder / run, folder / "one")
+
+
+@pytest.mark.parametrize("run", ["dense-drift", "expert-drift"])
+def test_one_bit_that_differs_between_processes_stops_training(folder: Path, run: str) -> None:
+    """Said by all of them (see `work`), at the next line of metrics, which is update 3's."""
+    assert list_checkpoints(folder / run / "checkpoints") == []
+    assert losses(folder / run) == pytest.approx(losses(folder / "two")[:2], rel=1e-5)
+    status = json.loads((folder / run / "RUN_STATUS.json").read_text())
+    assert (status["state"], status["code"]) == ("failed", ProcessError.status)
+    assert "step 3: the 2 processes no longer hold the same parameters" in status["message"]
 
 
 @pytest.mark.slow

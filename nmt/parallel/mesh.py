@@ -133,6 +133,17 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
+    def hold_the_same(self, shared: Tensor, replicated: Tensor) -> bool:
+        """Whether these int64 (on the host) are the same in all processes, and in those that hold the same experts."""
+        if self.host_mesh is None:
+            return True
+        differences = []
+        for numbers, group in ((shared, None), (replicated, self.host_mesh.get_group("replica"))):
+            extremes = torch.stack([numbers, ~numbers])  # ~ turns the order round, and has no overflow
+            dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
+            differences.append((extremes[0] != ~extremes[1]).any())
+        return not self.max_int(int(torch.stack(differences).any()))
+
     def on_main(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
         """Let the main process act while all wait (in `group`, if given). What it returns, a small picklable value, all
         return; what it raises, all raise."""

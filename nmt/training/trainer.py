@@ -274,17 +274,18 @@ class Trainer:
     # --------------------------------------------------------------------------------- signals and other processes
 
     def _check_replicas(self) -> None:
-        """ProcessError if dense parameters, which all processes should hold alike, have drifted apart."""
+        """ProcessError if parameters that should be alike (dense ones, replicas of experts) have drifted apart."""
         if self.world.size == 1:
             return
-        dense = [parameter for name, parameter in self.model.named_parameters() if not is_expert(name)]
-        # Sums of the bits: any difference shows, and NaN does not hide one.
-        bits = torch.stack([parameter.detach().view(torch.int32).sum(dtype=torch.int64) for parameter in dense])
-        spread = torch.stack([bits, -bits]).cpu()
-        if bool((self.world.max(spread[0]) + self.world.max(spread[1])).any()):
+        bits: dict[bool, list[Tensor]] = {False: [], True: []}
+        for name, parameter in self.model.named_parameters():
+            # Sums of the bits: any one difference shows, and NaN does not hide it.
+            bits[is_expert(name)].append(parameter.detach().view(torch.int32).sum(dtype=torch.int64))
+        shared, experts = (torch.stack([*each, torch.zeros_like(bits[False][0])]).cpu() for each in bits.values())
+        if not self.world.hold_the_same(shared, experts):
             raise ProcessError(
-                f"step {self.progress.step}: the processes no longer hold the same dense parameters (rank "
-                f"{self.world.rank} of {self.world.size}): training stops; see {self.run.checkpoints} for good ones"
+                f"step {self.progress.step}: the {self.world.size} processes no longer hold the same parameters; "
+                f"training stops, and goes on from the last checkpoint in {self.run.checkpoints} with the same command"
             )
 
     @contextmanager
