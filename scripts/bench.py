@@ -7,14 +7,17 @@ decoding beside nothing. Tokens are real (not padding) source and target tokens.
 """
 
 import argparse
+import io
 import json
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -38,8 +41,11 @@ from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.mesh import World
+from nmt.training.gate_watch import GateWatch, layer_lines
+from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer
-from nmt.training.update import update
+from nmt.training.update import Updater, update
 
 CPU = torch.device("cpu")
 Figures = dict[str, float]
@@ -252,6 +258,39 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
     return results
 
 
+def watching_cost(config: Config, intervals: int = 1) -> Figures:
+    """Milliseconds a step of updates and of watching their gates, timed apart in one loop, as training does both.
+
+    Watching is adding up the gates of every update, and a line of metrics every training.log_every: its figures,
+    curves, histograms, text and judgement. What the line has of other things is in it, so this is an upper bound.
+    """
+    vocabulary, moe = config.corpus.subwords.vocab_size, config.model.moe
+    batches = random_batches(2500, vocabulary, 8)
+    model = Seq2Seq(config.model, vocabulary).train()
+    world, watch = World(CPU), GateWatch(moe, 0)
+    updater = Updater(model, make_optimizer(model, config.training), config, world)
+    every, interval = config.training.log_every, Interval(CPU, moe)
+    updating = watching = 0.0
+    with TemporaryDirectory() as folder, redirect_stderr(io.StringIO()):
+        places = (Path(folder) / "metrics.jsonl", Path(folder) / "tensorboard")
+        with MetricsWriter(places, 0, every * intervals) as out:
+            for step in range(1, every * intervals + 1):
+                begun = time.perf_counter()
+                done = updater.update([batches[step % len(batches)]], step, 1e-3)
+                updated = time.perf_counter()
+                interval.watch(done.sums, done.gates)
+                if step % every == 0:
+                    figures, gates = interval.read(world)
+                    out.write(step, "train", figures)
+                    loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
+                    out.write_histograms(step, "train", loads)
+                    out.say("\n".join([*layer_lines(gates, moe.gating), *watch.judge(step, every, 5.0, gates)]))
+                    interval = Interval(CPU, moe)
+                updating, watching = updating + updated - begun, watching + time.perf_counter() - updated
+    steps = every * intervals
+    return {"ms_per_update": updating / steps * 1e3, "ms_watching": watching / steps * 1e3}
+
+
 def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     """Sentences of 5 to 19 random pieces through greedy and beam search, with random weights.
 
@@ -326,11 +365,14 @@ def report_models() -> dict[str, dict[str, Figures]]:
         print(f"{name:<34}{speed}{row['ms_per_update']:>9.1f}")
     with_moe, without = (training[name]["tokens_per_second"] for name in models)
     print(f"{'tokens/s, MoE over no MoE':<34}{with_moe / without:>9.2f}")
+    watched = watching_cost(demo)
+    share = watched["ms_watching"] / watched["ms_per_update"]
+    print(f"{'watching the gates, of a step':<34}{share:>9.2%}{'':>17}{watched['ms_watching']:>9.2f}")
     decoding = decoding_speed(demo)
     print(f"\n{'decoding, demo, random weights':<34}{'sentences/s':>12}{'pieces each':>13}")
     for name, row in decoding.items():
         print(f"{name:<34}{row['sentences_per_second']:>12.1f}{row['pieces_per_sentence']:>13.1f}")
-    return {"training": training, "decoding": decoding}
+    return {"training": training, "watching": {"demo": watched}, "decoding": decoding}
 
 
 def main(arguments: list[str] | None = None) -> int:
