@@ -8,9 +8,10 @@ import logging
 import os
 import signal
 import sys
+from tempfile import TemporaryDirectory
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -46,7 +47,22 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
     # What the agent logs of processes that ended, they have said themselves.
     logging.disable()
-    agent = LaunchConfig(
+    run = run_of(config)
+    before = _written_at(run)
+    with TemporaryDirectory(prefix="nmt-launch-") as folder:
+        agent = _agent(processes, folder)
+        try:
+            elastic_launch(agent, sys.executable)("-m", "nmt.cli", "train", *overrides)
+        except SignalException as stopped:
+            state, code = _told(run, before)
+            if state != "finished":
+                sys.exit(code or 128 + int(stopped.sigval))
+        except ChildFailedError as failed:
+            _end_like(run, before, failed, processes)
+
+
+def _agent(processes: int, folder: str) -> LaunchConfig:
+    return LaunchConfig(
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=processes,
@@ -55,17 +71,8 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
         rdzv_endpoint="localhost:0",
         max_restarts=0,
         monitor_interval=0.1,
+        logs_specs=DefaultLogsSpecs(log_dir=folder),  # else its empty folders would stay
     )
-    run = run_of(config)
-    before = _written_at(run)
-    try:
-        elastic_launch(agent, sys.executable)("-m", "nmt.cli", "train", *overrides)
-    except SignalException as stopped:
-        state, code = _told(run, before)
-        if state != "finished":
-            sys.exit(code or 128 + int(stopped.sigval))
-    except ChildFailedError as failed:
-        _end_like(run, before, failed, processes)
 
 
 def _divisor(micro_batches: int, most: int) -> int:
