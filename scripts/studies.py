@@ -11,6 +11,7 @@ go to every `nmt train`.
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def median(values: list[float]) -> float:
 
 
 def figures(run: Path) -> dict[str, float]:
-    """What a row of a table holds; gate figures are those of the encoder's MoE in training, last lines' mean."""
+    """What a row of a table holds; gate figures are means over the last four lines of training."""
     training, dev = read_lines(run, "train"), read_lines(run, "dev")
     test = json.loads((run / "report" / "test.json").read_text())
     row = {
@@ -119,10 +120,15 @@ def figures(run: Path) -> dict[str, float]:
         "BLEU": test["scores"]["BLEU"]["value"],
         "ktokens/s": median([line["tokens_per_second"] for line in training[2:]]) / 1000,
     }
-    for layer in ("encoder.2", "decoder.1"):
+    for side in ("encoder", "decoder"):
         for name in ("cv_importance", "cv_load", "max_over_mean_load"):
-            values = [line[f"{layer}.{name}"] for line in training[-4:] if f"{layer}.{name}" in line]
-            row[f"{layer} {name}"] = sum(values) / len(values) if values else float("nan")
+            values = [
+                value
+                for line in training[-4:]
+                for key, value in line.items()
+                if re.fullmatch(rf"{side}\.\d+\.{name}", key)
+            ]
+            row[f"{side} {name}"] = sum(values) / len(values) if values else float("nan")
     return row
 
 
