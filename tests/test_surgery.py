@@ -26,9 +26,9 @@ from nmt.training.shrinking import (
     idle,
     least_useful,
     merge,
-    most_alike,
     output_similarity,
     prune,
+    redundant_pairs,
     use_of,
 )
 from nmt.training.surgery import Network, Weight, moe_modules, select_experts
@@ -298,8 +298,12 @@ def test_idle_is_less_than_a_twentieth_of_an_equal_share() -> None:
         (GROUPED, lambda moe: least_useful(moe, "encoder.2", use(*range(6)), 3), "a multiple of .*branching=2"),
         (GROUPED, lambda moe: least_useful(moe, "encoder.2", use(*range(6)), 6), "0 of 3 experts of each group"),
         (MoEConfig(3, k=2), lambda moe: idle(moe, "encoder.2", use(1, 2, 3, load=[9, 0, 0])), "would leave 1 of 3"),
-        (MoEConfig(4, k=1), lambda moe: most_alike(moe, "encoder.2", use(*range(4)), torch.eye(4), 3), "make 2 pairs"),
-        (GROUPED, lambda moe: most_alike(moe, "encoder.2", use(*range(6)), torch.eye(6), 4), "make 2 pairs"),
+        (
+            MoEConfig(4, k=1),
+            lambda moe: redundant_pairs(moe, "encoder.2", use(*range(4)), torch.eye(4), 3),
+            "make 2 pairs",
+        ),
+        (GROUPED, lambda moe: redundant_pairs(moe, "encoder.2", use(*range(6)), torch.eye(6), 4), "make 2 pairs"),
     ],
 )
 def test_what_cannot_shrink(moe: MoEConfig, task: Callable[[MoEConfig], object], says: str) -> None:
@@ -423,17 +427,23 @@ def test_similarity_is_the_cosine_of_outputs(tiny_config: Configs, monkeypatch: 
     assert output_similarity(moe, x_TD)[1].tolist() == [0, 0, 0, 0]
 
 
-def test_the_most_alike_are_paired_once_and_within_their_group() -> None:
+def test_pairs_with_the_least_to_lose_are_merged_once_and_within_their_group() -> None:
+    """m_i m_j / (m_i + m_j) (1 - cos), by hand."""
     similarity = torch.eye(6)
     for first, second, value in ((0, 4, 0.9), (0, 1, 0.8), (1, 2, 0.7), (3, 5, 0.6), (2, 3, 0.5)):
         similarity[first, second] = similarity[second, first] = value
-    load = use(*range(6), load=[30, 10, 1, 1, 10, 0])
+    equal = use(*[1.0] * 6, load=[30, 10, 1, 1, 10, 0])
 
-    def pairs(moe: MoEConfig, count: int) -> list[tuple[int, int, float]]:
-        return [(each.first, each.second, each.share) for each in most_alike(moe, "encoder.2", load, similarity, count)]
+    def pairs(moe: MoEConfig, count: int, used: Use = equal) -> list[tuple[int, int, float]]:
+        found = redundant_pairs(moe, "encoder.2", used, similarity, count)
+        return [(each.first, each.second, each.share) for each in found]
 
     flat = MoEConfig(6, k=1)
     assert pairs(flat, 1) == [(0, 4, 0.75)]
     assert pairs(flat, 3) == [(0, 4, 0.75), (1, 2, 10 / 11), (3, 5, 1.0)]
     assert pairs(GROUPED, 2) == [(0, 1, 0.75), (3, 5, 1.0)]
-    assert most_alike(flat, "x", use(*range(6), load=[0] * 6), similarity, 1)[0].share == 0.5
+    # 0 and 4 are the most alike, but busy: 4 * 4 / 8 * 0.1 is more than 4 * 0.5 / 4.5 * 0.3.
+    assert pairs(flat, 1, use(4.0, 4.0, 0.5, 4.0, 4.0, 4.0))[0][:2] == (1, 2)
+    # Who adds nothing goes first, to the one that it is most like.
+    assert pairs(flat, 1, use(1.0, 1.0, 1.0, 1.0, 1.0, 0.0))[0][:2] == (3, 5)
+    assert redundant_pairs(flat, "x", use(*[0.0] * 6, load=[0] * 6), similarity, 1)[0].share == 0.5

@@ -139,8 +139,9 @@ HOW = {
     "nothing, 100% everything (mutual information over entropy). The same with shuffled labels is what chance gives.",
     "domains": "How often an expert sees a domain, over how often it would if it saw all domains as they come: 2.0 is "
     "twice as often as by chance, 0.5 half as often.",
-    "pairs": "How often two experts are chosen for the same token, over what their loads alone would give. A list is "
-    "ranked by the cautious end of a 99% interval of it.",
+    "pairs": "How often two experts are chosen for the same token, over what their loads alone would give.",
+    "ranked": "How often two experts are chosen for the same token, over what their loads alone would give; ranked by "
+    "the cautious end of a 99% interval of it.",
     "roles": "Each expert's most telling tokens, with the places where its gate was largest (the number before each). "
     "×2 is twice the expert's rate for all tokens; tokens are ranked by the cautious end of a 99% interval of it, so "
     "that rare ones do not win by chance. Plain letters complete the word of a token. Experts come most specialised "
@@ -349,7 +350,7 @@ def _panels(layer: LayerReport) -> Iterator[str]:
         picture = _heat_map(experts, experts, layer.pair_lift, "Lift of each pair of experts")
         yield _panel("Chosen together", "pairs", picture, key)
     elif layer.pairs:
-        yield _panel("Chosen together", "pairs", _html_table(["experts", "tokens", "lift"], _pairs(layer)))
+        yield _panel("Chosen together", "ranked", _html_table(["experts", "tokens", "lift"], _pairs(layer)))
 
 
 def _html_table(head: list[str], rows: list[list[str]]) -> str:
@@ -429,7 +430,7 @@ def _markdown_section(layer: LayerReport) -> str:
         text += f"### Experts and domains\n\n{HOW['domains']}\n\n{_table(['expert', *map(_plain, names)], rows)}"
     if layer.pairs:
         table = _table(["experts", "tokens", "lift"], _pairs(layer))
-        text += f"### Chosen together\n\n{HOW['pairs']}\n\n{table}"
+        text += f"### Chosen together\n\n{HOW['ranked']}\n\n{table}"
     ranked = by_specialisation(layer)
     rows = [[str(row.expert), *(value for _, value in _facts(row)), *_summary(row, _plain)] for row in ranked]
     head = ["expert", *(name for name, _ in _facts(ranked[0])), "domains", "tokens"]
