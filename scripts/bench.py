@@ -41,10 +41,11 @@ from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.checkpoint import Saver
 from nmt.parallel.mesh import World
 from nmt.training.gate_watch import GateWatch, layer_lines
 from nmt.training.metrics import Interval, MetricsWriter
-from nmt.training.optim import make_optimizer
+from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.update import Updater, update
 
 CPU = torch.device("cpu")
@@ -291,6 +292,35 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
     return {"ms_per_update": updating / steps * 1e3, "ms_watching": watching / steps * 1e3}
 
 
+def saving_cost(config: Config, updates: int = 25, rounds: int = 5) -> Figures:
+    """Milliseconds that one checkpoint adds to training: updates with one saved meanwhile and without one, in turns."""
+    vocabulary = config.corpus.subwords.vocab_size
+    batches = random_batches(2500, vocabulary, 5)
+    model = Seq2Seq(config.model, vocabulary).train()
+    world, optimizer = World(CPU), make_optimizer(model, config.training)
+    updater = Updater(model, optimizer, config, world)
+    copying: list[float] = []
+    with TemporaryDirectory() as folder:
+        saver = Saver(Path(folder), "none", 1, world)
+
+        def train(saving: bool) -> None:
+            for step in range(1, updates + 1):
+                updater.update([batches[step % len(batches)]], step, 1e-3)
+                if saving and step == 1:
+                    begun = time.perf_counter()
+                    saver.save(step, tensors_to_save(model, optimizer), {}, None)
+                    copying.append(time.perf_counter() - begun)
+            saver.wait()
+
+        times = samples_of({"with": lambda: train(True), "without": lambda: train(False)}, rounds, budget=60.0)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    return {
+        "ms_per_update": seconds["without"] / updates * 1e3,
+        "ms_saving": (seconds["with"] - seconds["without"]) * 1e3,
+        "ms_training_waits": statistics.median(copying) * 1e3,
+    }
+
+
 def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     """Sentences of 5 to 19 random pieces through greedy and beam search, with random weights.
 
@@ -368,11 +398,15 @@ def report_models() -> dict[str, dict[str, Figures]]:
     watched = watching_cost(demo)
     share = watched["ms_watching"] / watched["ms_per_update"]
     print(f"{'watching the gates, of a step':<34}{share:>9.2%}{'':>17}{watched['ms_watching']:>9.2f}")
+    saved = saving_cost(demo)
+    share = saved["ms_saving"] / (1000 * saved["ms_per_update"])
+    note = f"waits {saved['ms_training_waits']:.0f} ms"
+    print(f"{'a checkpoint, of 1,000 steps':<34}{share:>9.2%}{note:>17}{saved['ms_saving']:>9.1f}")
     decoding = decoding_speed(demo)
     print(f"\n{'decoding, demo, random weights':<34}{'sentences/s':>12}{'pieces each':>13}")
     for name, row in decoding.items():
         print(f"{name:<34}{row['sentences_per_second']:>12.1f}{row['pieces_per_sentence']:>13.1f}")
-    return {"training": training, "watching": {"demo": watched}, "decoding": decoding}
+    return {"training": training, "watching": {"demo": watched}, "saving": {"demo": saved}, "decoding": decoding}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -37,6 +37,17 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Ad
     )
 
 
+def tensors_to_save(model: nn.Module, optimizer: torch.optim.Adam) -> dict[str, dict[str, Tensor]]:
+    """The parts of a checkpoint: parameters by name ("model"), and Adam's moments as "exp_avg.NAME" ("training")."""
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    moments = {
+        f"{moment}.{name}": value
+        for name, parameter in parameters.items()
+        for moment, value in optimizer.state[parameter].items()
+    }
+    return {"model": parameters, "training": moments}
+
+
 class Update(NamedTuple):
     """What one update did; tensors, so that nobody waits for the device."""
 

@@ -35,7 +35,7 @@ from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.gate_watch import GateWatch, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
-from nmt.training.optim import learning_rate, make_optimizer
+from nmt.training.optim import learning_rate, make_optimizer, tensors_to_save
 from nmt.training.update import Updater
 from nmt.training.validation import perplexity, validation_bleu
 
@@ -233,14 +233,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------- saving and going on
 
     def _save(self, score: float | None) -> None:
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-        moments = {
-            f"{moment}.{name}": value
-            for name, parameter in parameters.items()
-            for moment, value in self.optimizer.state[parameter].items()
-        }
         state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
-        self.saver.save(self.progress.step, {"model": parameters, "training": moments}, state, score)
+        self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 
     def _resume(self) -> Checkpoint | None:
         checkpoint = self.world.on_main(self._newest)
