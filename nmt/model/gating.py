@@ -128,7 +128,11 @@ def cv_squared(x_E: Tensor) -> Tensor:
 
 
 def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
-    """w_importance CV(Importance)^2 + w_load CV(Load)^2 (S17 eq. 7 and 11)."""
+    """w_importance CV(Importance)^2 + w_load CV(Load)^2 (S17 eq. 7 and 11).
+
+    The paper does not say what these stand beside: here the sums are those of all micro-batches and devices of an
+    update, the token loss is its mean over target tokens, and the losses of all MoE layers are added (nmt/training/).
+    """
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
@@ -290,7 +294,8 @@ class StrictlyBalancedGate(Gate):
 
     Choices where the paper is silent: m and M are taken over the tokens of one device's micro-batch; L_batchwise is
     divided by their number, acts on logarithms of X and T (masks are the same, and steps of T are relative), and gives
-    its gradient to T alone; Load is the hard count, which is constant. In the decoder the mask of training looks at
+    its gradient to T alone; Load is the hard count, which is constant, so that of the two balance losses only that of
+    importance acts. There is one level: how the mask goes with two is not said. In the decoder the mask of training looks at
     later target tokens, which decoding cannot; noisy top-k has no such leak. w_gate starts random, since equal logits
     would give all experts the same tokens.
     """
