@@ -295,9 +295,9 @@ class StrictlyBalancedGate(Gate):
     Choices where the paper is silent: m and M are taken over the tokens of one device's micro-batch; L_batchwise is
     divided by their number, acts on logarithms of X and T (masks are the same, and steps of T are relative), and gives
     its gradient to T alone; Load is the hard count, which is constant, so that of the two balance losses only that of
-    importance acts. There is one level: how the mask goes with two is not said. In the decoder the mask of training looks at
-    later target tokens, which decoding cannot; noisy top-k has no such leak. w_gate starts random, since equal logits
-    would give all experts the same tokens.
+    importance acts. There is one level: how the mask goes with two is not said. In the decoder the mask of training
+    looks at later target tokens, which decoding cannot; noisy top-k has no such leak. w_gate starts random, since equal
+    logits would give all experts the same tokens.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
