@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from nmt.training.gate_watch import (
     layer_lines,
     summary,
 )
+from nmt.training.trainer import Trainer
 
 Loads = NDArray[np.float64] | list[float]
 
@@ -281,3 +283,27 @@ def test_below_a_line_of_training_are_its_layers(
     [warning] = [place for place, line in enumerate(lines) if "warning: encoder.1" in line]
     assert lines[warning].startswith(f"step {1 + PATIENCE}: ")
     assert lines[warning - 3].startswith(f"step {1 + PATIENCE}/5 ")
+
+
+@pytest.mark.parametrize("layer", ["encoder.1", "decoder.1"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gate_that_is_not_finite_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], layer: str, bad: float
+) -> None:
+    updates = 0
+    original = Trainer._update
+
+    def update(trainer: Trainer, *arguments: Any) -> None:
+        nonlocal updates
+        updates += 1
+        gate = trainer.model.get_submodule(f"{layer.replace('.', '.moe_layers.moe.')}.gate")
+        handle = gate.register_forward_pre_hook(lambda _, inputs: (inputs[0] * bad,)) if updates == 2 else None
+        original(trainer, *arguments)
+        if handle:
+            handle.remove()
+
+    monkeypatch.setattr(Trainer, "_update", update)
+    write_corpus(tmp_path)
+    train(tmp_path, "a", 3)
+    told = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    assert told == [f"step 2: 1 updates skipped: gradient not finite (the first gate that is not: {layer})"]

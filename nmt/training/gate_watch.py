@@ -160,6 +160,14 @@ def summary(gates: Mapping[str, GateFigures], gating: str) -> str:
     return f"; gates: worst CV(load) {gates[worst].cv_load:.2f} {worst}, idle {idle}"
 
 
+def first_not_finite(gates: Mapping[str, GateFigures]) -> str | None:
+    """The first layer, as a sentence passes them, whose gates were not finite since the last line; None if all were.
+
+    A logit that is NaN or +inf makes the gates of its token NaN, and these every layer after.
+    """
+    return next((layer for layer, gate in gates.items() if not np.isfinite(gate.importance_E).all()), None)
+
+
 def collapse_bound(num_experts: int, experts_per_token: int) -> float:
     """The CV^2 of loads above which a gate of E experts that wakes k of them has collapsed.
 

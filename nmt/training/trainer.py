@@ -33,7 +33,7 @@ from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import distribute, is_expert, passes_alike
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
-from nmt.training.gate_watch import GateWatch, layer_lines, summary
+from nmt.training.gate_watch import GateWatch, first_not_finite, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer, tensors_to_save
 from nmt.training.update import Updater
@@ -186,7 +186,10 @@ class Trainer:
         for warning in self.gate_watch.judge(self.progress.step, interval.updates, figures["loss"], gates):
             out.say(warning)
         if figures["skipped_updates"]:
-            out.say(f"step {self.progress.step}: {figures['skipped_updates']:.0f} updates skipped: gradient not finite")
+            gate = first_not_finite(gates)
+            cause = f" (the first gate that is not: {gate})" if gate else ""
+            count = f"{figures['skipped_updates']:.0f} updates skipped"
+            out.say(f"step {self.progress.step}: {count}: gradient not finite{cause}")
         all_bad = figures["skipped_updates"] == interval.updates
         self.progress.bad_intervals = self.progress.bad_intervals + 1 if all_bad else 0
         if self.progress.bad_intervals >= _MAX_BAD_INTERVALS or (all_bad and left == 0):
