@@ -135,10 +135,10 @@ def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) 
 @pytest.mark.parametrize(
     ("task", "gating"),
     [
-        ("--prune", "noisy_top_k"),
-        ("--merge", "noisy_top_k"),
         ("--prune", "strictly_balanced"),
-        ("--merge", "softmax_top_k"),
+        ("--merge", "noisy_top_k"),
+        pytest.param("--prune", "noisy_top_k", marks=pytest.mark.slow),
+        pytest.param("--merge", "softmax_top_k", marks=pytest.mark.slow),
     ],
 )
 def test_a_flat_run_shrinks_and_goes_on(cli: Cli, tmp_path: Path, task: str, gating: str) -> None:  # noqa: F811

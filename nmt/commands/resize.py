@@ -210,7 +210,7 @@ def _merged(network: Network, translator: Translator, seen: Seen, count: int) ->
     for layer, moe in moe_modules(translator.model).items():
         similarity_EE = shrinking.output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrinking.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
-        print(f"{layer}: {count} pairs of {network.config.moe.experts_at(layer)} experts merged")
+        print(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
         similarities = [pair.similarity for pair in pairs[layer]]
         _print_table([pair[:2] for pair in pairs[layer]], seen.use[layer], similarities)
     return shrinking.merge(network, pairs)
