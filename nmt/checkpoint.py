@@ -8,6 +8,9 @@
 
 A folder is written under another name, flushed to disk and renamed, so a crash leaves earlier ones untouched. Which
 one is the newest or the best is worked out from the folders, never stored. Nothing is ever unpickled.
+
+What `nmt export` writes is a checkpoint too, without training state: model.safetensors, all that a reader needs beside
+it, and such a manifest over them. It is verified and read by the same functions.
 """
 
 import hashlib
@@ -23,6 +26,9 @@ import torch
 from nmt.errors import CheckpointError
 from nmt.files import sync
 
+MANIFEST = "manifest.json"
+EXPORTED_PARAMETERS = "model.safetensors"
+EXPORT_FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
 
 
@@ -32,6 +38,21 @@ class Checkpoint(NamedTuple):
     path: Path
     step: int
     manifest: dict[str, Any]
+
+    @property
+    def exported(self) -> bool:
+        """Whether `nmt export` wrote it, not training."""
+        return EXPORTED_PARAMETERS in self.manifest["files"]
+
+    @property
+    def parameters(self) -> Path:
+        """The folder whose safetensors files are the parameters."""
+        return self.path if self.exported else self.path / "model"
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps whose parameters these are the mean of: its own, but for an exported average."""
+        return self.manifest["steps"] if self.exported else [self.step]
 
     @property
     def score(self) -> float | None:
@@ -50,6 +71,10 @@ class Checkpoint(NamedTuple):
                 return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
             if sha256_of(path) != written["sha256"]:
                 return f"{name} is not what was written (sha256 differs)"
+        for path in self.path.rglob("*.safetensors"):
+            # Every such file in a folder is read.
+            if str(path.relative_to(self.path)) not in self.manifest["files"]:
+                return f"{path.relative_to(self.path)} does not belong to it"
         return None
 
     def state(self) -> dict[str, Any]:
@@ -74,21 +99,27 @@ def finish_folder(
 ) -> None:
     """Make what was written in `temporary` a checkpoint: state, hashes, all on disk, then the name. OSError if not."""
     (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    written = sorted(path for path in temporary.rglob("*") if path.is_file())
-    files = {
-        str(path.relative_to(temporary)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in written
-    }
-    manifest = {"step": step, "score": score, "vocabulary": vocabulary, "torch": torch.__version__, "files": files}
-    content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
-    (temporary / "manifest.json").write_text(content, encoding="utf-8")
-    for path in (*written, temporary / "manifest.json", temporary / "model", temporary / "training", temporary):
-        if path.exists():
-            sync(path)
+    seal(temporary, {"step": step, "score": score, "vocabulary": vocabulary})
     if final.exists():
         # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
         shutil.rmtree(final)
     temporary.rename(final)
     sync(final.parent)
+
+
+def seal(folder: Path, facts: dict[str, Any]) -> None:
+    """Write the manifest of all files in a folder, `facts` in it, and have everything on disk. OSError if not."""
+    written = sorted(folder.rglob("*"))
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in written
+        if path.is_file()
+    }
+    manifest = facts | {"torch": torch.__version__, "files": files}
+    content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
+    (folder / MANIFEST).write_text(content, encoding="utf-8")
+    for path in (*written, folder / MANIFEST, folder):
+        sync(path)
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -100,14 +131,29 @@ def _folders(folder: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in matches if match)
 
 
-def _read_manifest(path: Path, step: int) -> dict[str, Any] | None:
-    """The manifest of a checkpoint folder; None if it is missing or not as it was written."""
+def _read_manifest(path: Path, step: int | None) -> dict[str, Any] | None:
+    """The manifest of a folder, of any step for None; None if it is missing or not as it was written."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         written = manifest.pop("sha256")
     except (OSError, ValueError, KeyError, AttributeError, TypeError):
         return None
-    return manifest if written == _manifest_sha256(manifest) and manifest["step"] == step else None
+    return manifest if written == _manifest_sha256(manifest) and step in (None, manifest["step"]) else None
+
+
+def exported_checkpoint(folder: Path) -> Checkpoint:
+    """What `nmt export` wrote to a folder. CheckpointError if its manifest is not intact, or of another format."""
+    manifest = _read_manifest(folder, None)
+    if manifest is None:
+        raise CheckpointError(
+            f"{folder} is a damaged export ({MANIFEST} is missing or not what was written): copy it again"
+        )
+    if manifest.get("format") != EXPORT_FORMAT:
+        raise CheckpointError(
+            f"{folder} has format {manifest.get('format')} of exported models, this program reads {EXPORT_FORMAT}: "
+            "use the version of nmt that wrote it, or export the run again"
+        )
+    return Checkpoint(folder, manifest["step"], manifest)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:

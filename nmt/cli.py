@@ -1,4 +1,4 @@
-"""The command line: nmt prepare | train | translate | evaluate | experts | cost.
+"""The command line: nmt prepare | train | translate | evaluate | experts | export | cost.
 
 The only file that knows Hydra. Results go to standard output, everything else to standard error. A mistake of the
 user's is told in one line: status 2 for usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
@@ -16,6 +16,8 @@ from pathlib import Path
 # Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
 # slower; never spinning costs a third on cores of one's own.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# PyTorch warns every process that we look for unused parameters without having any; nmt/training/update.py says why.
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import hydra
 import yaml
@@ -42,9 +44,10 @@ usage: nmt COMMAND ...
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
                                                  BLEU, chrF and perplexity of a test set
   nmt experts RUN                                how the experts share the work
+  nmt export RUN DIR [decoding.checkpoint=..]    one folder to hand on: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN what training takes: operations, memory, time
 
-nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/.
+nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/; an exported folder does as well.
 """
 
 _PREPARE_HELP = """\
@@ -87,7 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
         "train": _train,
-        **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts")},
+        **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts", "export")},
         "cost": _cost,
     }
     if not arguments or arguments[0] in ("-h", "--help"):

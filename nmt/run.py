@@ -8,6 +8,9 @@ checkpoints/      see nmt/checkpoint.py
 RUN_STATUS.json   running, finished, stopped (by a signal, saved) or failed; exit status, step, newest checkpoint
 metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
 report/           what nmt evaluate and nmt experts wrote
+
+A folder that `nmt export` wrote has the first three and, instead of text and checkpoints, one set of parameters under a
+manifest: model.safetensors, manifest.json, and README.md, the model card. Commands that only read take it like a run.
 """
 
 import json
@@ -16,8 +19,9 @@ from typing import Any
 
 import yaml
 
-from nmt.config import Config
-from nmt.errors import CheckpointError, DataError, StorageError
+from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
+from nmt.config import Config, DecodingConfig
+from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import write_atomically
 
 # What may differ when a run goes on: none of it changes what an update computes, but max_steps under schedule=linear.
@@ -60,13 +64,47 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, name: str) -> "RunDirectory":
-        """The run at path `name`, or runs/`name`. CheckpointError if there is none."""
-        for path in (Path(name), Path("runs") / name):
-            if (path / "config.yaml").is_file():
-                return cls(path)
+        """The run or exported model at path `name`, or runs/`name`.
+
+        CheckpointError if there is none, or if a file of an exported model is not what was written. Its parameters are
+        verified when they are read.
+        """
+        for run in (cls(Path(name)), cls(Path("runs") / name)):
+            if run.exported:
+                run._verify_exported()
+                return run
+            if run.config_path.is_file():
+                return run
         known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
         there = f"runs/ has {', '.join(known)}" if known else "there are no runs yet: start one with nmt train"
         raise CheckpointError(f"{name} is not a run (no {Path(name) / 'config.yaml'}); {there}")
+
+    @property
+    def exported(self) -> bool:
+        """Whether this is no run, but what `nmt export` made of one, whatever became of it since."""
+        sealed = self.config_path.exists() and (self.path / MANIFEST).exists()
+        return sealed or (self.path / EXPORTED_PARAMETERS).exists()
+
+    def _verify_exported(self) -> None:
+        checkpoint = exported_checkpoint(self.path)
+        for name in checkpoint.manifest["files"]:
+            problem = checkpoint.verify(name) if name != EXPORTED_PARAMETERS else None
+            if problem:
+                raise CheckpointError(f"{self.path} is damaged ({problem}): copy it again from where it came from")
+
+    def chosen(self, decoding: DecodingConfig) -> list[Checkpoint]:
+        """The checkpoints whose parameters, or the mean of them, `decoding.checkpoint` names.
+
+        An exported model has one, and takes no other name for it than the default. CheckpointError if there is none.
+        """
+        if not self.exported:
+            return choose(self.checkpoints, decoding.checkpoint, decoding.average_checkpoints)
+        if decoding.checkpoint != DecodingConfig.checkpoint:
+            raise UserError(
+                f"decoding.checkpoint={decoding.checkpoint}: {self.path} is an exported model, which has one set of "
+                "parameters; leave it out"
+            )
+        return [exported_checkpoint(self.path)]
 
     def start_or_continue(self, config: Config, subwords_model: Path, corpus: dict[str, Any]) -> list[str]:
         """Create the run, or check that the one that stands here is being continued with the same settings and text.

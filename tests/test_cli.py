@@ -12,7 +12,7 @@ from test_training import one_thread, settings, trained_run, write_corpus  # noq
 import nmt.decoding.translator
 from nmt.cli import main
 
-COMMANDS = ("prepare", "train", "translate", "evaluate", "experts")
+COMMANDS = ("prepare", "train", "translate", "evaluate", "experts", "export")
 
 
 @pytest.fixture

@@ -196,8 +196,7 @@ def _as_text(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
 
 def _counts(budget: Budget) -> Iterator[str]:
     cost = budget.cost
-    ops = cost.encoder_ops | cost.decoder_ops
-    ops["attention"] = ops.pop("attention keys") + ops.pop("attention query")
+    ops = cost.ops
     yield f"{'':<32}{'parameters':>14}{'share':>8}{'ops/timestep':>16}{'share':>8}"
 
     def column(count: int, whole: int, width: int) -> str:

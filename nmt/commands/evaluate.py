@@ -56,7 +56,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         _keep_dial(positions, name, run, config)
         _show(options.show, sources, references, {each.label: each.measured.hypotheses for each in positions})
         print("\n".join([_HEAD, *(position.row() for position in positions)]))
-        print(f"{len(sources):,} sentences of {name}, {_decoding_line(config)}")
+        print(f"{len(sources):,} sentences of {name}, {_decoding_line(translator)}")
         print("\n".join(f"{score.name}: {score.signature}" for score in positions[0].measured.scores))
         print(f"p and 95 %: paired bootstrap, {_BOOTSTRAP_SAMPLES} samples")
         return
@@ -66,12 +66,13 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         print(score)
     print(f"perplexity {found.perplexity.pieces:.3f} per piece, {found.perplexity.words:.2f} per word")
     speed = f"{len(sources) / found.seconds:,.1f} sentences/s"
-    print(f"{len(sources):,} sentences of {name}, {speed}, {_decoding_line(config)}")
+    print(f"{len(sources):,} sentences of {name}, {speed}, {_decoding_line(translator)}")
     folder = run.report
     folder.mkdir(exist_ok=True)
     write_atomically(folder / f"{name}.hypotheses", "".join(f"{line}\n" for line in found.hypotheses).encode())
     result = {
         "set": name,
+        "steps": translator.steps,
         "scores": {score.name: {"value": score.value, "signature": score.signature} for score in found.scores},
         "perplexity": found.perplexity.pieces,
         "word_perplexity": found.perplexity.words,
@@ -121,9 +122,10 @@ def _show(count: int, sources: list[str], references: list[str], translations: d
         print()
 
 
-def _decoding_line(config: Config) -> str:
-    decoding = config.decoding
-    return f"beam {decoding.beam_size}, alpha {decoding.alpha}, beta {decoding.beta}, checkpoint {decoding.checkpoint}"
+def _decoding_line(translator: Translator) -> str:
+    decoding, steps = translator.decoding, translator.steps
+    of = f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}"
+    return f"beam {decoding.beam_size}, alpha {decoding.alpha}, beta {decoding.beta}, {of}"
 
 
 def evaluation_text(

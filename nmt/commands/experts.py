@@ -47,6 +47,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     resizing = options.grow is not None or options.prune is not None or options.merge is not None
     if resizing != (options.output is not None):
         raise UserError("-o NEWRUN goes with --grow, --prune or --merge" + (", which need it" if resizing else ""))
+    if resizing and run.exported:
+        raise UserError(f"{run.path} is an exported model, which cannot be trained on: give the run it was made of")
     if not config.model.moe.num_experts and options.grow is None:
         raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0 (--grow gives it some)")
     if resizing:

@@ -10,7 +10,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
-from nmt.errors import ProcessError, StorageError, UserError, exit_status
+from nmt.errors import CheckpointError, ProcessError, StorageError, UserError, exit_status
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.trainer import Stopped, Trainer
@@ -40,10 +40,13 @@ def train(config: Config) -> None:
 
 
 def run_of(config: Config) -> RunDirectory:
-    """The folder that `run.*` names. UserError if they name none."""
+    """The folder that `run.*` names. UserError if they name none, CheckpointError if an exported model is there."""
     if not config.run.name:
         raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
-    return RunDirectory(Path(config.run.directory) / config.run.name)
+    run = RunDirectory(Path(config.run.directory) / config.run.name)
+    if run.exported:
+        raise CheckpointError(f"{run.path} is an exported model, which cannot be trained on: choose another run.name")
+    return run
 
 
 def _say_nothing(_line: str) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nmt.batch import EOS, source_batch
-from nmt.checkpoint import choose
+from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords
 from nmt.decoding.search import StepOutput, beam_search
@@ -58,20 +58,21 @@ class Translator:
         self.device = device
         self.num_long_lines = 0
         """Lines that were translated in parts so far."""
+        self.steps: list[int] = []
+        """Steps of training whose parameters, or the mean of them, the model has, if it was loaded."""
 
     @classmethod
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
-        """The translator of a run at the checkpoint that `config.decoding` names.
+        """The translator of a run at the checkpoint that `config.decoding` names, or of an exported model.
 
-        CheckpointError if the run, its checkpoint or its vocabulary is missing, damaged or does not fit.
+        CheckpointError as for `load_model`.
         """
         device = pick_device(config.decoding.device, "decoding.device")
         set_fast_math(device)
-        subwords = load_vocabulary(run)
-        model = Seq2Seq(config.model, subwords.size)
-        chosen = choose(run.checkpoints, config.decoding.checkpoint, config.decoding.average_checkpoints)
-        load_parameters(model, chosen, subwords.fingerprint)
-        return cls(model.to(device).eval(), subwords, config.decoding, device)
+        loaded = load_model(run, config)
+        translator = cls(loaded.model.to(device).eval(), loaded.subwords, config.decoding, device)
+        translator.steps = loaded.steps
+        return translator
 
     def translate(self, lines: Sequence[str]) -> list[Translation]:
         """The translation of each line, in order. Any text is a line; what it has no pieces for comes back blank."""
@@ -128,6 +129,32 @@ class Translator:
             decoded.weights_TRS[0].view(beam_size, sentences, -1),
             state._replace(decoder=decoded.state),
         )
+
+
+class Loaded(NamedTuple):
+    """A trained model, on the CPU."""
+
+    model: Seq2Seq
+    subwords: Subwords
+    checkpoints: list[Checkpoint]
+    """Those whose parameters, or the mean of them, it has."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Of all checkpoints."""
+        return [step for checkpoint in self.checkpoints for step in checkpoint.steps]
+
+
+def load_model(run: RunDirectory, config: Config) -> Loaded:
+    """The model of a run at the checkpoint that `config.decoding` names, or an exported one: the one way to get it.
+
+    CheckpointError if the run, its checkpoint or its vocabulary is missing, damaged or does not fit.
+    """
+    subwords = load_vocabulary(run)
+    model = Seq2Seq(config.model, subwords.size)
+    chosen = run.chosen(config.decoding)
+    load_parameters(model, chosen, subwords.fingerprint)
+    return Loaded(model, subwords, chosen)
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:

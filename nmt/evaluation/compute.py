@@ -55,9 +55,16 @@ class Cost:
         return self.parameters["embeddings"] + self.parameters["softmax"]
 
     @property
+    def ops(self) -> dict[str, int]:
+        """Multiply-adds of one source and one target position, named as in `parameters`."""
+        ops = self.encoder_ops | self.decoder_ops
+        ops["attention"] = ops.pop("attention keys") + ops.pop("attention query")
+        return ops
+
+    @property
     def ops_per_timestep(self) -> int:
         """The paper's figure."""
-        return sum(self.encoder_ops.values()) + sum(self.decoder_ops.values())
+        return sum(self.ops.values())
 
     def training_flops(self, source_tokens: float, target_tokens: float, sentences: float) -> float:
         """FLOPs of forward and backward for real (not padding) tokens, sentences taken as equally long."""

@@ -19,6 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
@@ -173,6 +175,15 @@ def save_checkpoint(
     return step_folder(folder, step)[0]
 
 
+def write_parameters(model: nn.Module, path: Path) -> None:
+    """Write all parameters of a model on the CPU into one safetensors file, tied ones once. StorageError if not."""
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"cannot write {path}: {_cause(error)}") from error
+
+
 def load_parameters(
     model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str, world: World | None = None
 ) -> None:
@@ -183,7 +194,7 @@ def load_parameters(
     for checkpoint in checkpoints:
         _check(checkpoint, own, vocabulary, world)
         read = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in own.items()}
-        read_share(checkpoint.path / "model", read, world)
+        read_share(checkpoint.parameters, read, world)
         for name, tensor in read.items():
             share = tensor if len(checkpoints) == 1 else tensor / len(checkpoints)
             mean[name] = mean[name] + share if name in mean else share
@@ -200,8 +211,12 @@ def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, w
         )
     problem = world.on_main(lambda: checkpoint.verify("model"))
     if problem:
-        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): choose another with decoding.checkpoint=STEP")
-    written = _sizes(checkpoint.path / "model")
+        again, other = "copy it again from where it came from", "choose another with decoding.checkpoint=STEP"
+        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")
+    try:
+        written = _sizes(checkpoint.parameters)
+    except Exception as error:  # the reader's own, which differ: a manifest can vouch for any bytes
+        raise CheckpointError(f"{checkpoint.parameters} holds no safetensors ({_cause(error)})") from error
     for name in sorted(own.keys() | written.keys()):
         if name in own and name in written:
             shape = list(own[name].shape)

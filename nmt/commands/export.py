@@ -1,0 +1,148 @@
+"""nmt export: one folder with all that a model needs to be used, to be handed to someone else."""
+
+import argparse
+import json
+import os
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, seal
+from nmt.commands import Parser, say
+from nmt.config import Config, CorpusConfig, DecodingConfig, RunConfig
+from nmt.decoding.translator import Loaded, load_model
+from nmt.errors import StorageError, UserError
+from nmt.evaluation.model_card import CardFacts, SetScores, model_card, own_sets
+from nmt.files import sync
+from nmt.parallel.checkpoint import write_parameters
+from nmt.run import RunDirectory
+
+
+def parser() -> Parser:
+    """Options of `nmt export`."""
+    parser = Parser(
+        "export",
+        "Write a folder that needs nothing else: the parameters of one checkpoint (the best one, unless\n"
+        "decoding.checkpoint says otherwise) in safetensors, configuration, vocabulary, what the run recorded of its\n"
+        "text, hashes of all these, and a model card, README.md, with the scores that nmt evaluate found before. No\n"
+        "text and no optimiser state. Other commands take the folder like a run, but for training.",
+        "  nmt export demo exports/demo\n"
+        "  nmt export runs/demo /models/demo decoding.checkpoint=average\n"
+        "  nmt translate exports/demo input.en -o output.de",
+    )
+    parser.add_argument("folder", metavar="DIR", help="the folder to write: new, or empty")
+    return parser
+
+
+def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
+    """Write `options.folder`, whole or not at all."""
+    if run.exported:
+        raise UserError(f"{run.path} is an exported model already: copy it")
+    final = _new_folder(options.folder)
+    loaded = load_model(run, config)
+    facts = CardFacts(
+        _portable(config, run),
+        run.corpus_info(),
+        loaded.subwords.fingerprint,
+        {checkpoint.step: checkpoint.score for checkpoint in loaded.checkpoints},
+        _reports(run),
+        parameter_bytes=0,
+    )
+    # Of another name than that of a process which does the same now.
+    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        size = _write(temporary, run, loaded, facts)
+        temporary.rename(final)
+        sync(final.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {options.folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    steps = ", ".join(f"{step:,}" for step in loaded.steps)
+    say(f"step{'s' * (len(loaded.steps) > 1)} {steps} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
+    if not own_sets(facts):
+        say("it has no BLEU or chrF, since nmt evaluate was not run before with the same decoding.checkpoint")
+    print(options.folder)
+
+
+def _new_folder(name: str) -> Path:
+    """The absolute path of DIR. UserError if something stands there, or in a run."""
+    path = Path(name).resolve()
+    for folder in (path, *path.parents):
+        found = RunDirectory(folder)
+        if found.config_path.exists() and found.subwords_path.exists():
+            where = "is a run or an exported model" if folder == path else f"lies in {folder}, a run or exported model"
+            raise UserError(f"{name} {where}: name a folder elsewhere")
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{name} is a file: name a new folder")
+    if path.exists() and any(path.iterdir()):
+        raise UserError(f"{name} is not empty: name a new folder")
+    return path
+
+
+def _portable(config: Config, run: RunDirectory) -> Config:
+    """The configuration that goes along: one set of parameters, no folders of this machine."""
+    return replace(
+        config,
+        run=RunConfig(config.run.name or run.path.resolve().name),
+        corpus=replace(config.corpus, directory=CorpusConfig.directory, root=CorpusConfig.root),
+        decoding=replace(config.decoding, checkpoint=DecodingConfig.checkpoint),
+    )
+
+
+def _reports(run: RunDirectory) -> list[SetScores]:
+    """What `nmt evaluate` left in the run; other reports lie there too."""
+    found = []
+    for path in sorted(run.report.glob("*.json")):
+        try:
+            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            scored = {"set", "scores"} <= report.keys()
+        except (OSError, ValueError, AttributeError):
+            say(f"{path} cannot be read: left out of the card")
+            continue
+        if scored:
+            found.append(
+                SetScores(
+                    report["set"],
+                    report["sentences"],
+                    # Reports of older versions do not say it.
+                    report.get("steps", []),
+                    report["scores"],
+                    report["perplexity"],
+                    report["decoding"],
+                )
+            )
+    return found
+
+
+def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) -> int:
+    """Write everything, the manifest last; returns the size of the parameters in bytes."""
+    parameters = folder / EXPORTED_PARAMETERS
+    write_parameters(loaded.model, parameters)
+    size = parameters.stat().st_size
+    copy = RunDirectory(folder)
+    text = yaml.safe_dump(facts.config.to_dict(), sort_keys=False, allow_unicode=True)
+    copy.config_path.write_text(text, encoding="utf-8")
+    shutil.copyfile(run.subwords_path, copy.subwords_path)
+    copy.corpus_path.write_text(json.dumps(facts.corpus, indent=2), encoding="utf-8")
+    # safetensors makes files that nobody else may read.
+    shutil.copymode(copy.config_path, parameters)
+    (folder / "README.md").write_text(model_card(replace(facts, parameter_bytes=size)), encoding="utf-8")
+    scores = list(facts.validations.values())
+    manifest = {
+        "format": EXPORT_FORMAT,
+        "step": max(loaded.steps),
+        "steps": loaded.steps,
+        # Lower is better: perplexity, or BLEU with a minus (training.best_by). A mean of several has none.
+        "score": scores[0] if len(scores) == 1 else None,
+        "best_by": facts.config.training.best_by,
+        "vocabulary": facts.vocabulary,
+        "scores": [asdict(each) for each in own_sets(facts)],
+    }
+    seal(folder, manifest)
+    return size
