@@ -40,7 +40,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_processes_stop_together_go_on_and_refuse_other_settings(corpus: Path) -> None:
+def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path) -> None:
     run = corpus / "pair"
     endless = settings(corpus, "run.name=pair", "training.max_steps=100000", "training.validate_every=100000", *PAIR)
     process = command(*endless)
@@ -58,25 +58,29 @@ def test_two_processes_stop_together_go_on_and_refuse_other_settings(corpus: Pat
     assert status(run)["state"] == "stopped"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
 
-    more = settings(corpus, "run.name=pair", f"training.max_steps={step + 2}", "training.validate_every=100000", *PAIR)
-    process = command(*more)
-    out, errors = process.communicate(timeout=60)
-    assert process.returncode == 0, errors
-    assert out.splitlines() == [str(run)]
-    assert status(run) == {
-        "state": "finished",
-        "code": 0,
-        "message": "",
-        "step": step + 2,
-        "checkpoint": str(run / "checkpoints" / f"step-{step + 2:08d}"),
-    }
-
-    process = command(*more, "model.moe.k=1")
+    process = command(*endless, "model.moe.k=1")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4
     assert "Traceback" not in errors
     assert errors.count("model.moe.k was 2, now 1") == 1
-    assert status(run)["state"] == "finished"
+    assert status(run)["state"] == "stopped"
+
+
+@pytest.mark.slow
+def test_two_processes_go_on_to_the_end(corpus: Path) -> None:
+    for steps in (2, 4):
+        process = command(*settings(corpus, "run.name=whole", f"training.max_steps={steps}", *PAIR))
+        out, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert out.splitlines() == [str(corpus / "whole")]
+        assert "Traceback" not in errors
+        assert status(corpus / "whole") == {
+            "state": "finished",
+            "code": 0,
+            "message": "",
+            "step": steps,
+            "checkpoint": str(corpus / "whole" / "checkpoints" / f"step-{steps:08d}"),
+        }
 
 
 def test_a_number_that_does_not_divide_is_refused(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:

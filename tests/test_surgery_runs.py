@@ -336,7 +336,7 @@ def test_the_command_line_of_every_experiment(path: Path) -> None:
     config = compose_config([f"experiment={path.stem}", *changes])
     if config.model.moe_layers():
         config = compose_config(
-            [f"experiment={path.stem}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:64}}"]
+            [f"experiment={path.stem}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:128}}"]
         )
     command = shlex.split(train_command(config, {"training.max_steps": 77}))
     assert command[:2] == ["nmt", "train"]

@@ -103,8 +103,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     write_corpus(folder)
     work(folder, [Job("one"), Job("one-two", HALF)])
-    by_two = [Job("two"), Job("twice")]
-    by_two += [Job(f"two-stopped-{stop}", last) for stop in (1, 4, 7) for last in (stop, None)]
+    by_two = [Job("two")]
+    by_two += [Job(f"two-stopped-{stop}", last) for stop in (4, 7) for last in (stop, None)]
     by_two += [Job("one-two"), Job("two-one", HALF)]
     by_two += [Job("dense-drift", drift="decoder.bottom.lstm.weight_hh_l0")]
     replicas = ("parallel.expert_group_size=1",)
@@ -120,12 +120,7 @@ def test_runs_cross_the_end_of_an_epoch_and_validate(folder: Path) -> None:
     assert 4 in [each.step for each in list_checkpoints(folder / "two" / "checkpoints")]
 
 
-def test_two_processes_do_the_same_twice(folder: Path) -> None:
-    assert saved(folder / "twice") == saved(folder / "two")
-    assert losses(folder / "twice") == losses(folder / "two")
-
-
-@pytest.mark.parametrize("stop", [1, 4, 7])
+@pytest.mark.parametrize("stop", [4, 7])
 def test_two_processes_go_on_without_changing_a_bit(folder: Path, stop: int) -> None:
     run = folder / f"two-stopped-{stop}"
     assert saved(run) == saved(folder / "two")
