@@ -3,7 +3,9 @@
 import json
 import math
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -16,6 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from nmt.config import MoEConfig
+from nmt.errors import StorageError
+from nmt.files import write_atomically
 from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
 from nmt.parallel.mesh import World
@@ -84,7 +88,8 @@ class Interval:
 class MetricsWriter:
     """metrics.jsonl, TensorBoard curves and a progress bar (plain lines where there is no terminal).
 
-    Going on from step n, lines of later steps are dropped first: every step stands there once.
+    Going on from step n, lines of later steps are dropped first: every step stands there once. All methods raise
+    StorageError if a file cannot be written.
     """
 
     def __init__(self, places: tuple[Path, Path] | None, step: int, max_steps: int) -> None:
@@ -93,11 +98,14 @@ class MetricsWriter:
         if places is None:
             return
         path, tensorboard = places
+        self.path, self.tensorboard_path = places
         if path.exists():
             kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
-            path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-        self.file = path.open("a", encoding="utf-8")
-        self.tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
+            write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
+        with _writing(path):
+            self.file = path.open("a", encoding="utf-8")
+        with _writing(tensorboard):
+            self.tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
         self.bar = tqdm(
             total=max_steps,
             initial=step,
@@ -111,19 +119,22 @@ class MetricsWriter:
         """One line and one point on each curve."""
         if self.quiet:
             return
-        self.file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
-        self.file.flush()
-        for name, value in figures.items():
-            if isinstance(value, (int, float)):
-                self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        with _writing(self.path):
+            self.file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
+            self.file.flush()
+        with _writing(self.tensorboard_path):
+            for name, value in figures.items():
+                if isinstance(value, (int, float)):
+                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
 
     def write_histograms(self, step: int, kind: str, values: Mapping[str, NDArray[np.float64]]) -> None:
         """The distributions of these values, to TensorBoard alone."""
         if self.quiet:
             return
-        for name, each in values.items():
-            bars = np.linspace(0.0, max(float(each.max()), 1.0), _NUM_BARS + 1)
-            self.tensorboard.add_histogram(f"{kind}/{name}", each, step, bins=bars)
+        with _writing(self.tensorboard_path):
+            for name, each in values.items():
+                bars = np.linspace(0.0, max(float(each.max()), 1.0), _NUM_BARS + 1)
+                self.tensorboard.add_histogram(f"{kind}/{name}", each, step, bins=bars)
 
     def advance(self, step: int) -> None:
         """Move the bar."""
@@ -148,7 +159,14 @@ class MetricsWriter:
             self.bar.set_postfix_str(text, refresh=False)
 
     def __enter__(self) -> Self:
+        if not self.quiet:
+            self.hook_before, threading.excepthook = threading.excepthook, self._in_thread
         return self
+
+    def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
+        # What TensorBoard's thread cannot write, its next call raises again.
+        if not isinstance(failure.exc_value, OSError):
+            self.hook_before(failure)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -156,8 +174,24 @@ class MetricsWriter:
         if self.quiet:
             return
         self.bar.close()
-        self.file.close()
-        self.tensorboard.close()
+        try:
+            with _writing(self.tensorboard_path), self.file:
+                self.tensorboard.close()
+        except StorageError:
+            if error is None:
+                raise
+        finally:
+            threading.excepthook = self.hook_before
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {path}: {error.strerror or error}; the same command goes on from the last checkpoint"
+        ) from error
 
 
 def _step_of(line: str) -> float:
