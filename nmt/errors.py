@@ -47,6 +47,9 @@ def same_error(status: int, message: str) -> UserError:
     return next((kind for kind in kinds if kind.status == status), UserError)(message)
 
 
-def exit_status(error: ValueError) -> int:
-    """The exit status for a mistake of the user's."""
-    return error.status if isinstance(error, UserError) else 2
+def exit_status(error: BaseException) -> int:
+    """The exit status for a mistake of the user's, or for a system that refuses; 1 for what is neither."""
+    if isinstance(error, UserError):
+        return error.status
+    kinds = ((ValueError, 2), (OSError, StorageError.status), (KeyboardInterrupt, 130))
+    return next((status for kind, status in kinds if isinstance(error, kind)), 1)

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 import torch
@@ -17,7 +18,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from nmt.commands.train import run_of
 from nmt.config import Config
-from nmt.errors import ProcessError, UserError
+from nmt.errors import ProcessError, StorageError, UserError, same_error
 from nmt.run import RunDirectory
 
 # Seconds between the signal to stop and the one that kills: a large checkpoint must be written in between.
@@ -92,23 +93,27 @@ def _told(run: RunDirectory, before: int) -> tuple[str, int | None]:
 
 
 def _end_like(run: RunDirectory, before: int, failed: ChildFailedError, processes: int) -> None:
-    """End the program as the run ended. ProcessError if nobody was left to say how."""
+    """End the program as the run ended. Raises what one process found, ProcessError if nobody could say."""
     state, code = _told(run, before)
     codes = {rank: failure.exitcode for rank, failure in sorted(failed.failures.items())}
-    mistakes = [status for status in codes.values() if status > 0]
-    if state in ("stopped", "failed"):
+    # What a process found wrong itself; that others lost it then, and may have said so, is no cause.
+    causes = {rank: status for rank, status in codes.items() if status > 1 and status != ProcessError.status}
+    if state == "stopped" or (state == "failed" and (code != ProcessError.status or not causes)):
         sys.exit(code)
-    if state != "running" and mistakes:
-        # A mistake that every process found, and the main one told.
+    mistakes = [status for status in codes.values() if status > 0]
+    if state not in ("running", "failed") and mistakes:
+        # Found by all before there was a run to say it of; the main process told it.
         sys.exit(mistakes[0])
     # The agent ends those that are left with SIGTERM.
-    lost = next((rank for rank, status in codes.items() if status != -signal.SIGTERM), min(codes))
+    lost = min(causes or (rank for rank, status in codes.items() if status != -signal.SIGTERM), default=min(codes))
     how = f"was ended by signal {-codes[lost]}" if codes[lost] < 0 else f"ended with status {codes[lost]}"
     message = (
         f"rank {lost} of {processes} {how}, and no other could save: the same command goes on from the newest "
         f"checkpoint in {run.checkpoints}"
     )
-    if state == "running":
+    error = same_error(causes.get(lost, ProcessError.status), message)
+    if state:
         status = run.status()
-        run.write_status("failed", ProcessError.status, message, status["step"], status["checkpoint"])
-    raise ProcessError(message)
+        with suppress(StorageError):  # a full disk may be why
+            run.write_status("failed", error.status, message, status["step"], status["checkpoint"])
+    raise error

@@ -83,9 +83,8 @@ def _status(run: RunDirectory, world: World) -> Iterator[None]:
     except BaseException as error:
         # Whoever lost the others says so, since those that still run are to end when they are told to.
         if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
-            code = exit_status(error) if isinstance(error, ValueError) else 1
             with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
-                write("failed", code, " ".join(f"{type(error).__name__}: {error}".split()))
+                write("failed", exit_status(error), " ".join(f"{type(error).__name__}: {error}".split()))
         raise
     if world.is_main:
         write("finished", 0, "")
