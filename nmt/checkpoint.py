@@ -78,8 +78,11 @@ class Checkpoint(NamedTuple):
         return None
 
     def state(self) -> dict[str, Any]:
-        """The JSON part of the training state."""
-        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        """The JSON part of the training state. CheckpointError if it is not one."""
+        try:
+            return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.path / 'state.json'} is not what this program writes ({error})") from error
 
 
 def sha256_of(path: Path) -> str:

@@ -152,9 +152,14 @@ def _sizes(folder: Path) -> dict[str, TensorStorageMetadata]:
 
 
 def _read_into(folder: Path, targets: Tensors) -> None:
-    if targets:
+    if not targets:
+        return
+    try:
         with _quiet():
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    # The reader's own, which differ: a manifest can vouch for any bytes.
+    except (Exception, CheckpointException) as error:
+        raise CheckpointError(f"{folder} holds other tensors than this program writes ({_cause(error)})") from error
 
 
 @contextmanager

@@ -245,8 +245,11 @@ class Trainer:
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
         state = checkpoint.state()
-        self.progress = Progress(**state["progress"])
-        self.stream.load_state_dict(state["data"])
+        try:
+            self.progress = Progress(**state["progress"])
+            self.stream.load_state_dict(state["data"])
+        except (KeyError, TypeError) as error:
+            raise CheckpointError(f"{checkpoint.path / 'state.json'} is not what this program writes") from error
         moments = {
             f"{moment}.{name}": torch.zeros((), dtype=torch.float32) if moment == "step" else _like_on_host(parameter)
             for name, parameter in self.model.named_parameters()

@@ -1,0 +1,181 @@
+"""What the sweep of scripts/faults.py once found broken, each in a test of its own."""
+
+import errno
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import one_thread, settings, train, write_corpus  # noqa: F401
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.utils.tensorboard import SummaryWriter
+
+import nmt.files
+from nmt.checkpoint import list_checkpoints, seal
+from nmt.cli import main
+from nmt.commands.launch import _end_like, _written_at
+from nmt.errors import ProcessError, StorageError, UserError, exit_status
+from nmt.run import RunDirectory
+from nmt.training.metrics import MetricsWriter
+from nmt.training.trainer import Trainer
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def places(folder: Path) -> tuple[Path, Path]:
+    return folder / "metrics.jsonl", folder / "tensorboard"
+
+
+# -------------------------------------------------------------------------------------------- metrics on a full disk
+
+
+def test_metrics_that_find_no_space_name_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricsWriter(places(tmp_path), 0, 9) as out:
+        out.write(1, "train", {"loss": 1.0})
+        with monkeypatch.context() as patch:
+            patch.setattr(SummaryWriter, "add_scalar", no_space)
+            with pytest.raises(StorageError, match=r"cannot write .*tensorboard: No space left on device"):
+                out.write(2, "train", {"loss": 1.0})
+
+    def write_to_full_device() -> None:
+        with MetricsWriter(places(tmp_path), 1, 9) as out:
+            out.file = open("/dev/full", "w")  # noqa: SIM115 - the writer closes it
+            out.write(2, "train", {"loss": 1.0})
+
+    with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
+        write_to_full_device()
+
+
+def test_the_thread_of_tensorboard_does_not_speak_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its error comes out of a later call, or of the end; a thread's other errors are still told."""
+    before = threading.excepthook
+
+    def write_many() -> None:
+        with MetricsWriter(places(tmp_path), 0, 9) as out:
+            monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", no_space)
+            for step in range(1, 1000):
+                out.write(step, "train", {"loss": 1.0})
+
+    with pytest.raises(StorageError, match=r"cannot write .*tensorboard: No space left"):
+        write_many()
+    assert threading.excepthook is before
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_an_error_of_training_is_not_hidden_by_files_that_cannot_be_closed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SummaryWriter, "close", no_space)
+    with pytest.raises(KeyError), MetricsWriter(places(tmp_path), 0, 9):
+        raise KeyError
+    with pytest.raises(StorageError, match=r"cannot write"), MetricsWriter(places(tmp_path), 0, 9):
+        pass
+
+
+def test_going_on_with_a_full_disk_keeps_the_lines_there_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, _ = places(tmp_path)
+    lines = '{"step": 1}\n{"step": 2}\n'
+    path.write_text(lines)
+    monkeypatch.setattr(nmt.files.os, "fsync", no_space)
+    with pytest.raises(StorageError):
+        MetricsWriter(places(tmp_path), 1, 9)
+    assert path.read_text() == lines
+
+
+# ------------------------------------------------------------------------------------------------ what a run leaves
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (UserError("x"), 2),
+        (StorageError("x"), 6),
+        (ValueError("x"), 2),
+        (OSError(errno.EIO, "x"), 6),
+        (KeyboardInterrupt(), 130),
+        (RuntimeError("x"), 1),
+        (SystemExit(0), 1),
+    ],
+    ids=repr,
+)
+def test_run_status_has_the_status_of_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+) -> None:
+    assert exit_status(error) == status
+    if not isinstance(error, OSError):
+        return
+    write_corpus(tmp_path)
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(Trainer, "_introduce", fail)
+    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=1")]) == status
+    told = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    assert (told["state"], told["code"]) == ("failed", status)
+
+
+@pytest.mark.parametrize("pattern", ["model/*", "training/*", "state.json"])
+@pytest.mark.parametrize("content", [b"", b"\x80\x04no safetensors", b"{}"])
+def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], pattern: str, content: bytes
+) -> None:
+    write_corpus(tmp_path)
+    run = train(tmp_path, "a", 1)
+    [checkpoint] = list_checkpoints(run / "checkpoints")
+    for path in checkpoint.path.glob(pattern):
+        path.write_bytes(content)
+    (checkpoint.path / "manifest.json").unlink()
+    seal(checkpoint.path, {name: checkpoint.manifest[name] for name in ("step", "score", "vocabulary")})
+    capfd.readouterr()
+    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
+    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nmt:")]
+    assert str(checkpoint.path / pattern.split("/")[0]) in line
+
+
+# ------------------------------------------------------------------------------------- the cause, of several processes
+
+
+def failed(codes: dict[int, int]) -> ChildFailedError:
+    failures = {rank: ProcessFailure(rank, 0, code, "/nowhere") for rank, code in codes.items()}
+    return ChildFailedError("nmt", failures)
+
+
+@pytest.mark.parametrize(
+    ("told", "codes", "status"),
+    [
+        (("failed", 7), {0: 6, 1: 7}, 6),  # rank 0 could not say why; rank 1 said that rank 0 was lost
+        (("failed", 7), {0: 7, 1: 6}, 6),
+        (("running", None), {0: 6, 1: -15}, 6),
+        (("running", None), {1: -9}, 7),
+        (("failed", 7), {0: 7, 1: -9}, 7),
+        (("failed", 5), {0: 5, 1: 5}, 5),
+        (("failed", 1), {0: -15, 1: 7}, 1),
+        (("stopped", 143), {0: 143, 1: 143}, 143),
+        (("", None), {0: 2, 1: 2}, 2),
+    ],
+)
+def test_the_launcher_ends_with_the_cause(
+    tmp_path: Path, told: tuple[str, int | None], codes: dict[int, int], status: int
+) -> None:
+    run = RunDirectory(tmp_path)
+    before = _written_at(run)
+    if told[0]:
+        run.write_status(*told, "", 3, "step-3")
+    with pytest.raises((SystemExit, UserError)) as caught:
+        _end_like(run, before, failed(codes), 2)
+    error = caught.value
+    assert (error.code if isinstance(error, SystemExit) else exit_status(error)) == status
+    if told[0]:
+        assert (run.status()["state"], run.status()["code"]) == (told[0].replace("running", "failed"), status)
+        assert run.status()["step"] == 3
+    if isinstance(error, UserError):
+        lost = next(rank for rank, code in codes.items() if code not in (7, -15))
+        assert f"rank {lost} of 2" in str(error)
+    assert (type(error) is ProcessError) == (status == 7 and isinstance(error, UserError))
