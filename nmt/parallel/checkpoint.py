@@ -155,6 +155,7 @@ def _read_into(folder: Path, targets: Tensors) -> None:
     if not targets:
         return
     try:
+        _sizes(folder)  # what cannot be read at all the library would log at length
         with _quiet():
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     # The reader's own, which differ: a manifest can vouch for any bytes.
