@@ -114,11 +114,17 @@ class RunDirectory:
         """
         continued = self.config_path.exists()
         changed = self._check_same(config, corpus) if continued else []
+        keeps_vocabulary = continued and self.subwords_path.exists()
+        if keeps_vocabulary and self.subwords_path.read_bytes() != subwords_model.read_bytes():
+            raise CheckpointError(
+                f"{self.subwords_path} is not the vocabulary that the run was started with: restore it from "
+                f"{subwords_model}"
+            )
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
-        if not (continued and self.subwords_path.exists()):
+        if not keeps_vocabulary:
             # Without config.yaml, a file that stands here was left by a start that failed.
             write_atomically(self.subwords_path, subwords_model.read_bytes())
         write_atomically(self.corpus_path, json.dumps(corpus, indent=2).encode())

@@ -135,8 +135,32 @@ def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(
     seal(checkpoint.path, {name: checkpoint.manifest[name] for name in ("step", "score", "vocabulary")})
     capfd.readouterr()
     assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
-    [line] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("nmt:")]
+    errors = capfd.readouterr().err
+    assert "Traceback" not in errors
+    [line] = [line for line in errors.splitlines() if line.startswith("nmt:")]
     assert str(checkpoint.path / pattern.split("/")[0]) in line
+
+
+def test_a_run_does_not_go_on_with_another_vocabulary_beside_it(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would train well and never translate."""
+    write_corpus(tmp_path)
+    run = train(tmp_path, "a", 1)
+    own = run / "subwords.model"
+    own.write_bytes(own.read_bytes() + b"x")
+    capfd.readouterr()
+    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
+    assert f"{own} is not the vocabulary that the run was started with" in capfd.readouterr().err.splitlines()[-1]
+
+
+def test_a_corpus_that_cannot_be_written_is_no_fault_of_the_text(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path)
+    (tmp_path / "p").write_text("a file")
+    assert main(["train", *settings(tmp_path, "run.name=a")]) == 6
+    assert f"corpus.directory={tmp_path}/p cannot be written" in capfd.readouterr().err.splitlines()[-1]
 
 
 # ------------------------------------------------------------------------------------- the cause, of several processes

@@ -21,7 +21,7 @@ from nmt.config import CorpusConfig
 from nmt.data.corpus import Filters, ReadReport, read_pairs, source_files
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, ShardWriter, file_record
 from nmt.data.subwords import Subwords, train_subwords
-from nmt.errors import DataError
+from nmt.errors import DataError, StorageError
 from nmt.files import sync
 
 VOCABULARY = "subwords.model"
@@ -355,7 +355,7 @@ def _lock(path: Path, log: Log) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         stream = path.with_name(f".{path.name}.lock").open("w")
     except OSError as error:
-        raise DataError(
+        raise StorageError(
             f"corpus.directory={path.parent} cannot be written ({error.strerror}): choose another"
         ) from error
     with stream:
