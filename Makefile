@@ -1,7 +1,7 @@
 # Everything a person does here. Each target that needs the environment makes it first.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-wmt14 translate evaluate experts tensorboard test test-all lint bench bench-gpu clean
+.PHONY: help setup demo train-wmt14 translate evaluate experts tensorboard test test-all test-faults lint bench bench-gpu clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -61,6 +61,9 @@ test: lint  ## lint, types and the fast tests
 
 test-all: lint  ## the same with the slow tests
 	$(BIN)/pytest --numprocesses=auto -m ""
+
+test-faults: $(READY)  ## inject faults into training and count what survives (QUICK=1: what CI runs)
+	$(BIN)/python scripts/faults.py $(if $(QUICK),--quick)
 
 bench: $(READY)  ## speed on this CPU, against plain torch parts
 	$(BIN)/python scripts/bench.py

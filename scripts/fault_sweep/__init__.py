@@ -1,0 +1,1 @@
+"""The cases of scripts/faults.py, and what they share."""

@@ -1,0 +1,53 @@
+"""One of two processes fails: none is left over, the status tells it, and the same command goes on."""
+
+import time
+
+from fault_sweep.box import PATIENCE_SECONDS, TIMEOUT_SECONDS, Box, status
+
+
+def _fails(box: Box, run: str, fault: dict[str, object], seconds: float) -> None:
+    step = box.random.randint(3, box.shared.steps - 2)
+    rank = fault.pop("rank", 1)
+    process = box.start(run, processes=2, faults=[{"kind": "in_step", "step": step, "rank": rank, **fault}])
+    if not process.wait_until(lambda: bool(process.happened("in_step"))):
+        box.fault(False, f"{run}: the fault did not happen", process)
+        return
+    happened = time.monotonic()
+    code = process.wait(TIMEOUT_SECONDS + PATIENCE_SECONDS)
+    took = time.monotonic() - happened
+    told = status(box.run(run))
+    named = f"step {step}" in process.errors() and f"rank {1 - int(str(rank))} of 2" in process.errors()
+    kept = code not in (0, 143) and told.get("state") == "failed" and told.get("code") == code and named
+    # Only what a process raised itself, which is a bug and not a mistake, may show where.
+    kept = kept and ("Traceback" not in process.errors() or fault["do"] == "raise") and took <= seconds
+    what = f"{run} at step {step}: status {code}, RUN_STATUS {told.get('state')} {told.get('code')}, {took:.0f} s"
+    if box.fault(kept, what, process):
+        box.finish(run, processes=2)
+    box.tally.notes.append(f"{fault['do']} {took:.1f} s")
+
+
+def rank_hangs(box: Box) -> None:
+    """one of two processes sleeps for ever: all gone within the timeout and 15 s"""
+    _fails(box, "asleep", {"do": "sleep"}, TIMEOUT_SECONDS + PATIENCE_SECONDS)
+
+
+def rank_fails(box: Box) -> None:
+    """one of two processes is killed, raises, or exits with 0"""
+    _fails(box, "killed", {"do": "signal", "signals": ["SIGKILL"]}, PATIENCE_SECONDS)
+    _fails(box, "main-killed", {"do": "signal", "signals": ["SIGKILL"], "rank": 0}, PATIENCE_SECONDS)
+    _fails(box, "raises", {"do": "raise"}, PATIENCE_SECONDS)
+    _fails(box, "main-raises", {"do": "raise", "rank": 0}, PATIENCE_SECONDS)
+    _fails(box, "exits", {"do": "exit"}, PATIENCE_SECONDS)
+
+
+def several_runs(box: Box) -> None:
+    """the same command twice gives the same bits, in one process and in two"""
+    for processes in (1,) if box.quick else (1, 2):
+        # The clock's zone, the order of sets and the language of messages change nothing.
+        extra = {"TZ": "Asia/Kathmandu", "PYTHONHASHSEED": "7", "LC_ALL": "C", "LANG": "C"}
+        box.tally.injected += 1
+        box.tally.survived += box.finish(f"again{processes}", processes=processes, **extra)
+
+
+CASES = (rank_hangs, rank_fails, several_runs)
+LONG = (rank_fails,)
