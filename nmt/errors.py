@@ -9,6 +9,8 @@ class UserError(ValueError):
     """A mistake of usage or configuration: unknown key, wrong type, value that contradicts another."""
 
     status = 2
+    told = False
+    """Whether another process, whose error this is, tells it."""
 
 
 class DataError(UserError):
@@ -44,7 +46,9 @@ class ProcessError(UserError):
 def same_error(status: int, message: str) -> UserError:
     """The error of that exit status: what one process found, raised in another."""
     kinds = (DataError, CheckpointError, NonFiniteError, StorageError, ProcessError)
-    return next((kind for kind in kinds if kind.status == status), UserError)(message)
+    error = next((kind for kind in kinds if kind.status == status), UserError)(message)
+    error.told = True
+    return error
 
 
 def exit_status(error: BaseException) -> int:

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.multiprocessing as mp
+
+_LIMIT_SECONDS = 300
 
 
 def _rank(rank: int, size: int, port: int, folder: str, function: Callable[..., Any], arguments: tuple) -> None:
@@ -34,7 +37,15 @@ def run_ranks(size: int, folder: Path, function: Callable[..., Any], *arguments:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     try:
-        mp.start_processes(_rank, (size, port, str(folder), function, arguments), nprocs=size, start_method="spawn")
+        context = mp.start_processes(
+            _rank, (size, port, str(folder), function, arguments), nprocs=size, start_method="spawn", join=False
+        )
+        deadline = time.monotonic() + _LIMIT_SECONDS
+        while not context.join(timeout=1.0):
+            if time.monotonic() > deadline:
+                for process in context.processes:
+                    process.kill()
+                raise TimeoutError(f"{size} processes took more than {_LIMIT_SECONDS} seconds")
     except Exception as error:
         errors = "\n".join(path.read_text() for path in sorted(folder.glob("*.error")))
         raise AssertionError(f"a process failed:\n{errors}") from error

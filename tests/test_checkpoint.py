@@ -442,7 +442,8 @@ def test_a_start_that_failed_leaves_no_vocabulary_for_the_next_one(tmp_path: Pat
     run.start_or_continue(Config(), vocabulary, CORPUS)
     assert run.subwords_path.read_bytes() == b"pieces"
     run.subwords_path.write_bytes(b"the run's own")
-    run.start_or_continue(Config(), vocabulary, CORPUS)
+    with pytest.raises(CheckpointError, match=r"subwords\.model is not the vocabulary"):
+        run.start_or_continue(Config(), vocabulary, CORPUS)
     assert run.subwords_path.read_bytes() == b"the run's own"
 
 

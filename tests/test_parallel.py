@@ -1,6 +1,5 @@
 """Several processes compute what one computes: outputs, gradients, balance losses, optimiser step."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -259,12 +258,3 @@ def test_one_process_keeps_its_experts() -> None:
     distribute(model, World(torch.device("cpu")), ParallelConfig())
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
     assert not any(isinstance(m.dispatcher, AllToAllDispatcher) for m in model.modules() if isinstance(m, MoE))
-
-
-def test_nothing_in_the_parallel_settings_is_left_undocumented() -> None:
-    assert {field.name for field in dataclasses.fields(ParallelConfig)} == {
-        "expert_group_size",
-        "timeout_seconds",
-        "overlap",
-        "overlap_exchange",
-    }

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -10,10 +12,14 @@ from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
-from nmt.errors import CheckpointError, ProcessError, StorageError, UserError, exit_status
+from nmt.errors import CheckpointError, DataError, ProcessError, StorageError, UserError, exit_status
+from nmt.files import write_atomically
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.trainer import Stopped, Trainer
+
+# What a network's file system may take to show other hosts a new file.
+_SEEN_SECONDS = 30.0
 
 
 def train(config: Config) -> None:
@@ -26,6 +32,7 @@ def train(config: Config) -> None:
     try:
         with world.losses_told(lambda: "before the first step"):
             world.on_main(lambda: _open(run, config, prepared))
+            _check_that_all_see(run, world)
             with _status(run, world):
                 Trainer(config, prepared, run, world).train()
     except Stopped as stopped:
@@ -33,6 +40,10 @@ def train(config: Config) -> None:
             say(str(stopped))
         world.stop()
         sys.exit(stopped.status)
+    except (DataError, CheckpointError) as error:
+        if not (world.is_main or error.told):
+            say(f"nmt: rank {world.rank} of {world.size}: {error}")
+        raise
     world.stop()
     if world.is_main:
         say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
@@ -51,6 +62,29 @@ def run_of(config: Config) -> RunDirectory:
 
 def _say_nothing(_line: str) -> None:
     pass
+
+
+def _check_that_all_see(run: RunDirectory, world: World) -> None:
+    """StorageError, in all processes, if the folder of the run is not the same one for all hosts."""
+    if world.size == 1:
+        return
+    mark = run.path / ".shared"
+    token = world.on_main(lambda: _write_token(mark))
+    deadline = time.monotonic() + _SEEN_SECONDS
+    while not (seen := mark.is_file() and mark.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    blind = world.max_int(0 if seen else world.rank + 1)
+    if blind:
+        raise StorageError(
+            f"rank {blind - 1} does not see what rank 0 writes to {run.path}: all hosts need one file system for "
+            "run.directory"
+        )
+
+
+def _write_token(mark: Path) -> str:
+    token = uuid.uuid4().hex
+    write_atomically(mark, token.encode())
+    return token
 
 
 def _open(run: RunDirectory, config: Config, prepared: Prepared) -> None:

@@ -13,6 +13,7 @@ import threading
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,9 @@ from nmt.errors import CheckpointError, StorageError
 from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
 
+# The main process hashes what all have written while the others wait: minutes, where there are a hundred GB.
+_HASHING = timedelta(hours=2)
+
 Tensors = dict[str, Tensor]
 Parts = Mapping[str, Mapping[str, Tensor]]
 """The parts of a checkpoint by name: "model" (parameters) and "training" (moments)."""
@@ -48,7 +52,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
-        self._group = dist.new_group(backend="gloo", timeout=world.timeout) if world.mesh else None
+        self._group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
 
     def check_space(self, checkpoint_bytes: int, saves_left: int) -> None:
         """StorageError, in all processes, if the disk cannot hold the checkpoints that a run will keep at once."""
@@ -71,7 +75,7 @@ class Saver:
         """Copy the tensors and begin to write checkpoints/step-N."""
         self.wait()
         staged = {part: {name: _on_host(tensor) for name, tensor in parts[part].items()} for part in parts}
-        self._thread = threading.Thread(target=self._run, args=(step, staged, state, score), name="Saver")
+        self._thread = threading.Thread(target=self._run, args=(step, staged, state, score), name="Saver", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
@@ -85,6 +89,9 @@ class Saver:
 
     def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
         final, temporary = step_folder(self.folder, step)
+        if self.world.device.type == "cuda":
+            # A thread starts on the first GPU, where every process would take memory.
+            torch.cuda.set_device(self.world.device)
         try:
             self.world.on_main(lambda: _make_empty(temporary, parts), self._group)
             for part, tensors in parts.items():
@@ -103,9 +110,11 @@ class Saver:
         except (Exception, CheckpointException) as error:
             if self.world.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
-            cause = _cause(error)
-            self._error = self.world.loss(cause, f"while saving step {step}") or StorageError(
-                f"cannot write checkpoint {final}: {cause}; earlier checkpoints are untouched"
+            cause = _innermost(error)
+            # What a file system says may name a path with any words in it.
+            lost = None if isinstance(cause, OSError) else self.world.loss(str(cause), f"while saving step {step}")
+            self._error = lost or StorageError(
+                f"cannot write checkpoint {final}: {_cause(cause)}; earlier checkpoints are untouched"
             )
             self._error.__cause__ = error
 
@@ -120,11 +129,16 @@ def _make_empty(temporary: Path, parts: Iterable[str]) -> None:
         (temporary / part).mkdir(parents=True)
 
 
+def _innermost(error: BaseException) -> BaseException:
+    """What the library's exception was raised for."""
+    if isinstance(error, CheckpointException) and error.failures:
+        return _innermost(next(iter(error.failures.values()))[0])
+    return error
+
+
 def _cause(error: BaseException) -> str:
     """The innermost reason, in one line."""
-    if isinstance(error, CheckpointException) and error.failures:
-        return _cause(next(iter(error.failures.values()))[0])
-    return " ".join(str(error).split())
+    return " ".join(str(_innermost(error)).split())
 
 
 def share_of_whole(name: str, tensor: Tensor, world: World) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from nmt.config import ParallelConfig
 from nmt.device import pick_device
@@ -78,6 +79,10 @@ class World:
         shape, names = (size // group, group), ("replica", "expert")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         host = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
+        for each in (mesh, host):
+            for name in names:
+                # Groups smaller than the world are made with PyTorch's own timeout.
+                _set_pg_timeout(timeout, each.get_group(name))
         return cls(device, mesh, host, timeout)
 
     def stop(self) -> None:

@@ -62,7 +62,9 @@ def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: W
     norm = torch.nn.utils.get_total_norm(dense, foreach=True)
     if world is None or not own:
         return norm
-    return (norm.square() + world.sum_over_group(torch.nn.utils.get_total_norm(own, foreach=True).square())).sqrt()
+    of_experts = world.sum_over_group(torch.nn.utils.get_total_norm(own, foreach=True).square())
+    # Groups may add in another order; one bit of the norm would be one bit of every parameter.
+    return world.from_main((norm.square() + of_experts).sqrt())
 
 
 def clipped_step(

@@ -97,7 +97,6 @@ class Trainer:
         with (
             MetricsWriter(metrics, self.progress.step, self.config.training.max_steps) as out,
             self._catch_signals(),
-            self.world.losses_told(lambda: f"at step {self.progress.step}"),
             self.stream,
         ):
             self._introduce(out, resumed_from)
@@ -107,9 +106,14 @@ class Trainer:
             self.saver.check_space(12 * self.cost.num_parameters, math.ceil(max(left, 0) / every))
             self.model.train()
             try:
-                self._loop(out)
-            finally:
+                with self.world.losses_told(lambda: f"at step {self.progress.step}"):
+                    self._loop(out)
+            except ProcessError:
+                raise  # with the others lost, no checkpoint can be finished
+            except BaseException:
                 self.saver.wait()
+                raise
+            self.saver.wait()
 
     def _loop(self, out: MetricsWriter) -> None:
         training, progress = self.config.training, self.progress
@@ -236,6 +240,8 @@ class Trainer:
     # ------------------------------------------------------------------------------------- saving and going on
 
     def _save(self, score: float | None) -> None:
+        # One copy of what all hold is written: it must not hide that they differ.
+        self._check_replicas()
         state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
         self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 
