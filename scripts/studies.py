@@ -20,7 +20,8 @@ from typing import Any
 from nmt.cli import compose_config
 from nmt.evaluation.compute import model_cost
 
-KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=4"]
+# Every validation may save: the one that is grown must still be there at the end.
+KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=8"]
 BALANCED = ["model.moe.w_importance=0.1", "model.moe.w_load=0.1"]
 
 # Runs by name. `moe_32` is the paper's network with 32 experts and both losses at 0.1.
