@@ -121,6 +121,20 @@ def test_run_status_has_the_status_of_the_command(
     assert (told["state"], told["code"]) == ("failed", status)
 
 
+def test_a_bug_is_told_with_rank_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path)
+
+    def fail(trainer: Trainer, _score: float | None) -> None:
+        raise TypeError("a bug")
+
+    monkeypatch.setattr(Trainer, "_save", fail)
+    with pytest.raises(TypeError) as caught:
+        main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=9", "training.checkpoint_every=2")])
+    assert caught.value.__notes__ == ["rank 0 of 1, at step 2"]
+    told = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    assert (told["code"], told["message"]) == (1, "TypeError: a bug (rank 0 of 1, at step 2)")
+
+
 @pytest.mark.parametrize("pattern", ["model/*", "training/*", "state.json"])
 @pytest.mark.parametrize("content", [b"", b"\x80\x04no safetensors", b"{}"])
 def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(

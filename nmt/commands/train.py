@@ -117,8 +117,10 @@ def _status(run: RunDirectory, world: World) -> Iterator[None]:
     except BaseException as error:
         # Whoever lost the others says so, since those that still run are to end when they are told to.
         if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
+            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+            message = " ".join(f"{type(error).__name__}: {error}{notes}".split())
             with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
-                write("failed", exit_status(error), " ".join(f"{type(error).__name__}: {error}".split()))
+                write("failed", exit_status(error), message)
         raise
     if world.is_main:
         write("finished", 0, "")

@@ -170,14 +170,20 @@ class World:
 
     @contextmanager
     def losses_told(self, where: Callable[[], str]) -> Iterator[None]:
-        """What PyTorch raises when another process is gone, as a ProcessError that names this one and `where`."""
+        """What PyTorch raises when another process is gone, as a ProcessError that names this one and `where`.
+
+        Any other error but a mistake of the user's is a bug: it is given both as a note, and raised again.
+        """
         try:
             yield
-        except (dist.DistError, RuntimeError) as error:
-            lost = self.loss(str(error), where())
-            if lost is None:
-                raise
-            raise lost from error
+        except Exception as error:
+            broke = isinstance(error, (dist.DistError, RuntimeError))
+            lost = self.loss(str(error), where()) if broke else None
+            if lost is not None:
+                raise lost from error
+            if not isinstance(error, ValueError) and not hasattr(error, "__notes__"):
+                error.add_note(f"rank {self.rank} of {self.size}, {where()}")
+            raise
 
     def loss(self, text: str, where: str) -> ProcessError | None:
         """The error to raise if `text` is how PyTorch says that another process is gone or late, else None."""
