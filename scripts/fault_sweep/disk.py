@@ -39,7 +39,7 @@ def _calls_that_fail(box: Box, processes: int, numbers: list[int]) -> None:
 
 
 def disk_one(box: Box) -> None:
-    """every writing call of a single process fails in turn (ENOSPC, EIO)"""
+    """writing calls of a single process fail, one after the other (ENOSPC, EIO)"""
     _calls_that_fail(box, 1, [1, 9] if box.quick else list(range(1, _CALLS)))
 
 

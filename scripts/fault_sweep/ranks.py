@@ -1,5 +1,6 @@
 """One of two processes fails: none is left over, the status tells it, and the same command goes on."""
 
+import re
 import time
 
 from fault_sweep.box import PATIENCE_SECONDS, TIMEOUT_SECONDS, Box, status
@@ -16,10 +17,16 @@ def _fails(box: Box, run: str, fault: dict[str, object], seconds: float) -> None
     code = process.wait(TIMEOUT_SECONDS + PATIENCE_SECONDS)
     took = time.monotonic() - happened
     told = status(box.run(run))
-    named = f"step {step}" in process.errors() and f"rank {1 - int(str(rank))} of 2" in process.errors()
-    kept = code not in (0, 143) and told.get("state") == "failed" and told.get("code") == code and named
-    # Only what a process raised itself, which is a bug and not a mistake, may show where.
+    kept = code not in (0, 143) and told.get("state") == "failed" and told.get("code") == code
+    # Only what a process raised itself, which is a bug and not a mistake, may show where. Else the other one says that
+    # it was lost, at this step or in the save of an earlier one.
     kept = kept and ("Traceback" not in process.errors() or fault["do"] == "raise") and took <= seconds
+    message = process.errors() + str(told.get("message"))
+    if fault["do"] == "raise":
+        kept = kept and f"rank {rank} of 2, at step {step}" in message
+    else:
+        last = re.search(rf"rank {1 - int(str(rank))} of 2 lost another (?:at|while saving) step (\d+)", message)
+        kept = kept and last is not None and step - 5 <= int(last[1]) <= step
     what = f"{run} at step {step}: status {code}, RUN_STATUS {told.get('state')} {told.get('code')}, {took:.0f} s"
     if box.fault(kept, what, process):
         box.finish(run, processes=2)

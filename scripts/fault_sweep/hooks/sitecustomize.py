@@ -264,8 +264,7 @@ def lean(fault: Fault) -> None:
 KINDS = (in_step, in_validation, before_first_step, slow_steps, in_save, slow_save, full_disk, nan, fingerprints, lean)
 
 # The launcher and torchrun only start the others.
-_TRAINS = not any(word in " ".join(sys.orig_argv) for word in ("--processes", "torchrun", "torch.distributed.run"))
-if "NMT_FAULTS" in os.environ and _TRAINS:
+if "NMT_FAULTS" in os.environ and not {"--processes", "torch.distributed.run"} & set(sys.orig_argv):
     kinds = {kind.__name__: kind for kind in KINDS}
     for each in json.loads(os.environ["NMT_FAULTS"]):
         if each.get("rank", RANK) == RANK:
