@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -217,3 +218,21 @@ def test_the_launcher_ends_with_the_cause(
         lost = next(rank for rank, code in codes.items() if code not in (7, -15))
         assert f"rank {lost} of 2" in str(error)
     assert (type(error) is ProcessError) == (status == 7 and isinstance(error, UserError))
+
+
+# ------------------------------------------------------------------------------------------------ nothing is unpickled
+
+
+def unpickles(source: str) -> list[str]:
+    """What in a source could run a program hidden in a file that it reads."""
+    return re.findall(
+        r"\bpickle\b(?=[.\s]*(?:import|load|\n))|\btorch\.load\b|\ballow_pickle\b|\bunsafe_load\b", source
+    )
+
+
+def test_no_file_that_is_read_can_run_a_program() -> None:
+    sources = {path: path.read_text() for path in Path(nmt.files.__file__).parent.rglob("*.py")}
+    assert len(sources) > 50
+    assert {path: unpickles(source) for path, source in sources.items() if unpickles(source)} == {}
+    for evil in ("import pickle\n", "torch.load(path)", "np.load(path, allow_pickle=True)", "yaml.unsafe_load(text)"):
+        assert unpickles(evil)

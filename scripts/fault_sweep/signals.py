@@ -59,7 +59,7 @@ def signals_early_and_twice(box: Box) -> None:
 
 def signals_two(box: Box) -> None:
     """SIGTERM to nmt train --processes 2, to torchrun, to one of two processes"""
-    ways = [("launcher", NMT, {"to": "parent"}), ("worker", NMT, {}), ("by-torchrun", TORCHRUN, {"to": "parent"})]
+    ways = [("worker", NMT, {}), ("launcher", NMT, {"to": "parent"}), ("by-torchrun", TORCHRUN, {"to": "parent"})]
     for run, program, target in ways[:1] if box.quick else ways:
         several = ["--processes", "2"] if program is NMT else []
         step = box.random.randint(2, box.shared.steps - 2)
