@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from test_training import one_thread, settings, train, write_corpus  # noqa: F401
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.utils.tensorboard import SummaryWriter
 
@@ -17,7 +19,9 @@ import nmt.files
 from nmt.checkpoint import list_checkpoints, seal
 from nmt.cli import main
 from nmt.commands.launch import _end_like, _written_at
-from nmt.errors import ProcessError, StorageError, UserError, exit_status
+from nmt.errors import ProcessError, StorageError, UserError, exit_status, same_error
+from nmt.parallel.checkpoint import Saver
+from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.metrics import MetricsWriter
 from nmt.training.trainer import Trainer
@@ -179,6 +183,53 @@ def test_a_corpus_that_cannot_be_written_is_no_fault_of_the_text(
 
 
 # ------------------------------------------------------------------------------------- the cause, of several processes
+
+
+class RankOne(World):
+    """Rank 1 of 2, without the other."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.rank, self.size = 1, 2
+
+
+@pytest.mark.parametrize(
+    ("raised", "told"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), False),  # the other knows nothing of it
+        (CheckpointException("save", {1: _wrap_exception(OSError("no space"))}), False),
+        (CheckpointException("save", {0: _wrap_exception(OSError("no space"))}), True),
+        (same_error(6, "no space"), True),
+    ],
+)
+def test_a_save_that_failed_here_is_told_here(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    raised: BaseException,
+    told: bool,
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise raised
+
+    monkeypatch.setattr("nmt.parallel.checkpoint.dcp.save", fail)
+    saver = Saver(tmp_path, "vocabulary", 1, RankOne())
+    saver.save(1, {"model": {}}, {}, None)
+    with pytest.raises(StorageError, match=r"[nN]o space") as caught:
+        saver.wait()
+    assert caught.value.told is told
+
+    def train(*_: Any) -> None:
+        raise caught.value
+
+    write_corpus(tmp_path)
+    monkeypatch.setattr("nmt.commands.train.World.start", lambda *_: RankOne())
+    monkeypatch.setattr("nmt.commands.train._open", train)
+    monkeypatch.setattr(RankOne, "on_main", lambda _self, action: action())
+    monkeypatch.setenv("RANK", "1")
+    assert main(["train", *settings(tmp_path, "run.name=a")]) == 6
+    said = [line for line in capfd.readouterr().err.splitlines() if "cannot write checkpoint" in line]
+    assert len(said) == (0 if told else 1)
 
 
 def failed(codes: dict[int, int]) -> ChildFailedError:

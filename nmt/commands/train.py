@@ -40,7 +40,7 @@ def train(config: Config) -> None:
             say(str(stopped))
         world.stop()
         sys.exit(stopped.status)
-    except (DataError, CheckpointError) as error:
+    except (DataError, CheckpointError, StorageError) as error:
         if not (world.is_main or error.told):
             say(f"nmt: rank {world.rank} of {world.size}: {error}")
         raise

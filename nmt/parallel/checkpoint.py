@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from nmt.checkpoint import Checkpoint, finish_folder, list_checkpoints, prune_checkpoints, step_folder
-from nmt.errors import CheckpointError, StorageError
+from nmt.errors import CheckpointError, StorageError, UserError
 from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
 
@@ -50,7 +50,7 @@ class Saver:
     def __init__(self, folder: Path, vocabulary: str, keep: int, world: World) -> None:
         self.folder, self.vocabulary, self.keep, self.world = folder, vocabulary, keep, world
         self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._error: UserError | None = None
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
         self._group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
 
@@ -116,7 +116,15 @@ class Saver:
             self._error = lost or StorageError(
                 f"cannot write checkpoint {final}: {_cause(cause)}; earlier checkpoints are untouched"
             )
+            self._error.told = _is_of_others(error, self.world.rank)
             self._error.__cause__ = error
+
+
+def _is_of_others(error: BaseException, rank: int) -> bool:
+    """Whether a save failed in other processes alone."""
+    if isinstance(error, CheckpointException):
+        return rank not in error.failures
+    return isinstance(error, UserError) and error.told
 
 
 def _on_host(tensor: Tensor) -> Tensor:
