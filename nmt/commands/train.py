@@ -14,6 +14,7 @@ from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
 from nmt.errors import CheckpointError, DataError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
+from nmt.parallel.lookout import looking_out
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.trainer import Stopped, Trainer
@@ -34,7 +35,9 @@ def train(config: Config) -> None:
             world.on_main(lambda: _open(run, config, prepared))
             _check_that_all_see(run, world)
             with _status(run, world):
-                Trainer(config, prepared, run, world).train()
+                trainer = Trainer(config, prepared, run, world)
+                with looking_out(world, trainer.where, lambda error: _tell_loss(run, world, error)):
+                    trainer.train()
     except Stopped as stopped:
         if world.is_main:
             say(str(stopped))
@@ -100,27 +103,37 @@ def _open(run: RunDirectory, config: Config, prepared: Prepared) -> None:
 @contextmanager
 def _status(run: RunDirectory, world: World) -> Iterator[None]:
     """Keep RUN_STATUS.json: torchrun ends with status 1 however its processes ended, so this file says it."""
-
-    def write(state: str, code: int | None, message: str) -> None:
-        saved = list_checkpoints(run.checkpoints)
-        step, checkpoint = (saved[-1].step, str(saved[-1].path)) if saved else (0, None)
-        run.write_status(state, code, message, step, checkpoint)
-
     if world.is_main:
-        write("running", None, "")
+        _write_status(run, "running", None, "")
     try:
         yield
     except Stopped as stopped:
         if world.is_main:
-            write("stopped", stopped.status, str(stopped))
+            _write_status(run, "stopped", stopped.status, str(stopped))
         raise
     except BaseException as error:
-        # Whoever lost the others says so, since those that still run are to end when they are told to.
-        if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
-            notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-            message = " ".join(f"{type(error).__name__}: {error}{notes}".split())
-            with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
-                write("failed", exit_status(error), message)
+        _write_failure(run, world, error)
         raise
     if world.is_main:
-        write("finished", 0, "")
+        _write_status(run, "finished", 0, "")
+
+
+def _write_failure(run: RunDirectory, world: World, error: BaseException) -> None:
+    # Whoever lost the others says so, since those that still run are to end when they are told to.
+    if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
+        notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+        message = " ".join(f"{type(error).__name__}: {error}{notes}".split())
+        with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
+            _write_status(run, "failed", exit_status(error), message)
+
+
+def _write_status(run: RunDirectory, state: str, code: int | None, message: str) -> None:
+    saved = list_checkpoints(run.checkpoints)
+    step, checkpoint = (saved[-1].step, str(saved[-1].path)) if saved else (0, None)
+    run.write_status(state, code, message, step, checkpoint)
+
+
+def _tell_loss(run: RunDirectory, world: World, error: ProcessError) -> None:
+    """What else would happen on the way out, for a process that can take it no more."""
+    say(f"nmt: {error}")
+    _write_failure(run, world, error)

@@ -187,10 +187,12 @@ class World:
 
     def loss(self, text: str, where: str) -> ProcessError | None:
         """The error to raise if `text` is how PyTorch says that another process is gone or late, else None."""
-        if self.size == 1 or not _LOST.search(text):
-            return None
+        return self.lost(text, where) if self.size > 1 and _LOST.search(text) else None
+
+    def lost(self, cause: str, where: str) -> ProcessError:
+        """The error of this process when another is gone or late."""
         return ProcessError(
-            f"rank {self.rank} of {self.size} lost another {where} ({' '.join(text.split())[:200]}); the same command "
+            f"rank {self.rank} of {self.size} lost another {where} ({' '.join(cause.split())[:200]}); the same command "
             "goes on from the last checkpoint"
         )
 

@@ -106,7 +106,7 @@ class Trainer:
             self.saver.check_space(12 * self.cost.num_parameters, math.ceil(max(left, 0) / every))
             self.model.train()
             try:
-                with self.world.losses_told(lambda: f"at step {self.progress.step}"):
+                with self.world.losses_told(self.where):
                     self._loop(out)
             except ProcessError:
                 raise  # with the others lost, no checkpoint can be finished
@@ -114,6 +114,10 @@ class Trainer:
                 self.saver.wait()
                 raise
             self.saver.wait()
+
+    def where(self) -> str:
+        """How far training is, for messages."""
+        return f"at step {self.progress.step}"
 
     def _loop(self, out: MetricsWriter) -> None:
         training, progress = self.config.training, self.progress
