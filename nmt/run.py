@@ -135,7 +135,8 @@ class RunDirectory:
 
     def _check_same(self, config: Config, corpus: dict[str, Any]) -> list[str]:
         try:
-            old = flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")))
+            # Settings that the run's version did not know have their defaults.
+            old = flatten(Config().to_dict()) | flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
             raise CheckpointError(f"{self.config_path} is damaged: restore it, or choose another run.name") from error
         new = flatten(config.to_dict())
