@@ -405,6 +405,19 @@ def test_unsafe_changes_are_refused_by_key_and_both_values(tmp_path: Path, vocab
     assert yaml.safe_load(run.config_path.read_text())["model"]["moe"]["k"] == 4
 
 
+def test_a_setting_that_is_newer_than_the_run_has_its_default_there(tmp_path: Path, vocabulary: Path) -> None:
+    run = RunDirectory(tmp_path / "a")
+    run.start_or_continue(Config(), vocabulary, CORPUS)
+    old = yaml.safe_load(run.config_path.read_text())
+    del old["training"]["expert_optimizer"]
+    run.config_path.write_text(yaml.safe_dump(old))
+    config = Config()
+    config.training.expert_optimizer = "factored"
+    with pytest.raises(CheckpointError, match=r"training\.expert_optimizer was adam, now factored"):
+        run.start_or_continue(config, vocabulary, CORPUS)
+    assert run.start_or_continue(Config(), vocabulary, CORPUS) == []
+
+
 @pytest.mark.parametrize(
     ("section", "key", "value"),
     [

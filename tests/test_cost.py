@@ -23,6 +23,7 @@ from nmt.evaluation.budget import Lengths, memory_of, training_budget
 from nmt.evaluation.compute import model_cost
 from nmt.model import loss
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.expert_parallel import is_expert
 from nmt.training.optim import make_optimizer
 
 Json = dict[str, Any]
@@ -257,19 +258,31 @@ def test_gradients_and_activations_are_not_there_together_with_one_micro_batch()
     assert two["shared"] == (0, -two["gradients"][1])
 
 
-def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser() -> None:
-    config = small(moe=FLAT)
+@pytest.mark.parametrize("kind", ["adam", "factored"])
+@pytest.mark.parametrize(
+    "moe", [FLAT, replace(HIERARCHICAL, hidden_sizes=[64, 48]), MoEConfig(0)], ids=lambda m: m.gating
+)
+def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser(moe: MoEConfig, kind: str) -> None:
+    config = small(moe=moe)
     model = Seq2Seq(config, VOCAB)
-    optimizer = make_optimizer(model, TrainingConfig())
+    training = TrainingConfig(expert_optimizer=kind)
+    optimizer = make_optimizer(model, training)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    moments = [state[name] for state in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq")]
-    held = {"weights": list(model.parameters()), "optimiser": moments}
-    real = {kind: sum(tensor.nbytes for tensor in tensors) for kind, tensors in held.items()}
-    budget = training_budget(Config(model=config), VOCAB, Lengths(), 1, on_gpu=False)
-    assert {kind: sum(rows_of(budget)[kind]) for kind in held} == real
-    assert budget.checkpoint_bytes == sum(real.values())
+    held = {"weights": {name: [parameter] for name, parameter in model.named_parameters()}}
+    held["optimiser"] = {
+        name: [value for key, value in optimizer.state[parameter].items() if key != "step"]
+        for name, parameter in model.named_parameters()
+    }
+    budget = training_budget(Config(model=config, training=training), VOCAB, Lengths(), 1, on_gpu=False)
+    total = 0
+    for row, tensors in held.items():
+        of_experts = sum(tensor.nbytes for name in tensors if is_expert(name) for tensor in tensors[name])
+        both = sum(tensor.nbytes for each in tensors.values() for tensor in each)
+        assert rows_of(budget)[row] == (both - of_experts, of_experts)
+        total += both
+    assert budget.checkpoint_bytes == total
 
 
 @pytest.mark.parametrize(
@@ -371,6 +384,18 @@ def test_a_small_model_s_memory_is_in_megabytes(cost: Callable[..., str]) -> Non
         megabytes = sum(figures["memory_bytes_per_gpu"][kind].values()) / 1e6
         assert re.search(rf"^{name} .* {megabytes:.2f} MB$", out, re.M)
     assert " GB " not in out.partition("Sentences")[0]
+
+
+def test_experts_with_a_factored_moment_need_no_room_for_it(cost: Callable[..., str]) -> None:
+    """2048 experts train on two GPUs of 80 GB."""
+    arguments = ("experiment=wmt14_en_fr_moe_2048", "--gpus", "2")
+    out = cost(*arguments)
+    assert re.search(r"^Adam \(experts factored\), float32 +0\.58 GB +0\.04 GB +0\.63 GB$", out, re.M)
+    assert re.search(r"^all +5\.56 GB +48\.14 GB +53\.71 GB$", out, re.M)
+    out = cost(*arguments, "training.expert_optimizer=adam")
+    assert re.search(r"^Adam's two moments, float32 +0\.58 GB +34\.36 GB +34\.94 GB$", out, re.M)
+    dense = cost("experiment=demo", "model.moe.num_experts=0", "training.expert_optimizer=factored")
+    assert "Adam's two moments, float32" in dense
 
 
 def test_settings_options_and_their_order_are_free(cost: Callable[..., str]) -> None:

@@ -36,6 +36,7 @@ CASES: dict[str, dict[str, Any]] = {
     "deep experts": {"hidden_sizes": [5, 4, 6]},
     "no experts": {"num_experts": 0},
     "sigmoid": {"output": "sigmoid"},
+    "factored": {"hidden_sizes": [7, 5]},
 }
 
 
@@ -50,7 +51,10 @@ def config_of(
         attention=AttentionConfig(size=5),
         moe=MoEConfig(**moe),
     )
-    training_config = TrainingConfig(micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5)
+    optimizer = "factored" if case == "factored" else "adam"
+    training_config = TrainingConfig(
+        micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5, expert_optimizer=optimizer
+    )
     return Config(model=model, training=training_config, parallel=ParallelConfig(group, **parallel or {}))
 
 
@@ -140,6 +144,7 @@ def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) 
             torch.testing.assert_close(joined[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: n + text)
 
 
+REPLICAS = ["noisy_top_k", "no experts", "factored"]
 HALVED = ["noisy_top_k", "hierarchical", "strictly_balanced", "deep experts", "sigmoid"]
 
 
@@ -154,7 +159,7 @@ def _two_ranks() -> dict[str, Any]:
     return {
         "micro-batches": run_cases(2, 0, True, list(CASES)),
         "more micro-batches": run_cases(4, 0, True, ["noisy_top_k", "hierarchical"]),
-        "replicas": run_cases(2, 1, True, ["noisy_top_k", "no experts"]),
+        "replicas": run_cases(2, 1, True, REPLICAS),
         "joined": run_cases(2, 0, False, joined),
         "halves": run_cases(2, 0, True, HALVED, overlap_exchange=True),
         "in turn": run_cases(2, 0, True, ["noisy_top_k"], overlap=False),
@@ -178,7 +183,7 @@ def test_two_processes_with_two_micro_batches_each(case: str, two_ranks: list[di
     assert_same([result["more micro-batches"][case] for result in two_ranks], run_updates(case, 4), 2)
 
 
-@pytest.mark.parametrize("case", ["noisy_top_k", "no experts"])
+@pytest.mark.parametrize("case", REPLICAS)
 def test_expert_groups_smaller_than_the_world(case: str, two_ranks: list[dict[str, Any]]) -> None:
     assert_same([result["replicas"][case] for result in two_ranks], run_updates(case, 2), 1)
 

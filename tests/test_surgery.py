@@ -18,6 +18,7 @@ from nmt.decoding.translator import Translator
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.growing import grow
+from nmt.training.optim import state_shapes
 from nmt.training.shrinking import (
     Pair,
     Use,
@@ -38,15 +39,29 @@ Batches = Callable[..., Batch]
 HIERARCHICAL = {"gating": "hierarchical", "num_experts": 6, "branching": 3, "primary_k": 2, "k": 1}
 
 
-def network(config: ModelConfig, dtype: torch.dtype = torch.float64) -> Network:
-    """Random weights, large enough that experts and gates matter, and random moments."""
+def network(config: ModelConfig, dtype: torch.dtype = torch.float64, kind: str = "adam") -> Network:
+    """Random weights, large enough that experts and gates matter, and random moments of an optimiser of this kind."""
 
-    def weight(like: Tensor) -> Weight:
-        randn = torch.randn_like(like, dtype=dtype)
-        return Weight(randn * 0.4, torch.randn_like(randn), torch.rand_like(randn), torch.tensor(9.0))
+    def weight(name: str, like: Tensor) -> Weight:
+        value = torch.randn_like(like, dtype=dtype) * 0.4
+        shapes = state_shapes(name, like.shape, kind)
+        moments = {moment: torch.rand(shape, dtype=dtype) for moment, shape in shapes.items() if moment != "step"}
+        return Weight(value, moments, torch.tensor(9.0))
 
     model = Seq2Seq(config, TINY_VOCAB)
-    return Network(config, TINY_VOCAB, {name: weight(parameter) for name, parameter in model.named_parameters()})
+    return Network(config, TINY_VOCAB, {name: weight(name, each) for name, each in model.named_parameters()})
+
+
+def tensors_of(weight: Weight) -> dict[str, Tensor]:
+    """What goes along with the experts."""
+    return {"value": weight.value, **weight.moments}
+
+
+def pairs_of(ours: Weight, theirs: Weight) -> list[tuple[Tensor, Tensor]]:
+    """The same tensors of both."""
+    mine, others = tensors_of(ours), tensors_of(theirs)
+    assert mine.keys() == others.keys()
+    return [(mine[name], others[name]) for name in mine]
 
 
 def in_precision(changed: Network, dtype: torch.dtype) -> Network:
@@ -115,19 +130,20 @@ def test_a_search_finds_the_same(tiny_config: Configs) -> None:
         assert [score for _, score in other] == pytest.approx([score for _, score in found[0]], abs=1e-9)
 
 
-def test_copies_keep_weights_and_moments_and_the_old_gate_chooses_groups(tiny_config: Configs) -> None:
-    before = network(tiny_config())
+@pytest.mark.parametrize("kind", ["adam", "factored"])
+def test_copies_keep_weights_and_moments_and_the_old_gate_chooses_groups(tiny_config: Configs, kind: str) -> None:
+    before = network(tiny_config(), kind=kind)
     after = grow(before, 12, seed=1)
     old, new = before.layer("encoder.2"), after.layer("encoder.2")
     for place in range(2):
         name = f"experts.weights.{place}"
-        for ours, theirs in zip(new[name][:3], old[name][:3], strict=True):
+        for ours, theirs in pairs_of(new[name], old[name]):
             assert torch.equal(ours, theirs.repeat_interleave(3, dim=0))
         assert new[name].step == 9
     for part in ("gate", "noise"):
         assert new[f"gate.primary_w_{part}_DA"] is old[f"gate.w_{part}_DE"]
         fresh = new[f"gate.w_{part}_DE"]
-        assert (fresh.exp_avg.count_nonzero(), fresh.exp_avg_sq.count_nonzero(), fresh.step) == (0, 0, 0)
+        assert (fresh.moments, fresh.step) == ({}, 0)
     assert new["gate.w_noise_DE"].value.count_nonzero() == 0
     assert new["gate.w_gate_DE"].value.count_nonzero() == 6 * 12
     others = [name for name in before.weights if "moe" not in name]
@@ -140,8 +156,8 @@ def test_growing_again_keeps_moments_and_wakes_a_copy_of_the_same_expert(tiny_co
     after = grow(before, 24, seed=3)
     old, new = before.layer("decoder.1"), after.layer("decoder.1")
     for name in ("w_gate_DE", "w_noise_DE"):
-        for place in (1, 2):
-            assert torch.equal(new[f"gate.{name}"][place], old[f"gate.{name}"][place].repeat_interleave(4, dim=1))
+        for moment, theirs in old[f"gate.{name}"].moments.items():
+            assert torch.equal(new[f"gate.{name}"].moments[moment], theirs.repeat_interleave(4, dim=1))
         assert new[f"gate.{name}"].step == 9
     assert torch.equal(new["gate.w_noise_DE"].value, old["gate.w_noise_DE"].value.repeat_interleave(4, dim=1))
     gates, grown = before.build().gates(batch), after.build().gates(batch)
@@ -169,7 +185,7 @@ def test_first_experts_start_as_in_a_new_network_but_for_the_last_matrix(tiny_co
     assert new["experts.weights.1"].value.std() == pytest.approx((2 / 64) ** 0.5, rel=0.1)
     zeros = ("experts.weights.2", "gate.w_gate_DE", "gate.w_noise_DE")
     assert all(new[name].value.count_nonzero() == 0 for name in zeros)
-    assert all(not any(part.any() for part in weight[1:]) for weight in new.values())
+    assert all((weight.moments, weight.step) == ({}, 0) for weight in new.values())
 
 
 def test_grown_twice_without_training_all_copies_of_copies_are_met(tiny_config: Configs, batch: Batch) -> None:
@@ -244,9 +260,10 @@ def test_pruning_experts_that_no_token_chooses_changes_nothing(
     torch.testing.assert_close(log_probs(after.build(), batch), log_probs(model, batch), rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "factored"])
 @pytest.mark.parametrize("kind", GATES)
-def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind: str) -> None:
-    before = network(tiny_config(**GATES[kind]))
+def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind: str, optimizer: str) -> None:
+    before = network(tiny_config(**GATES[kind]), kind=optimizer)
     gone = [0, 5, 7] if kind == "hierarchical" else [1, 3]
     after = prune(before, dict.fromkeys(before.config.moe_layers(), gone))
     after.build()
@@ -255,7 +272,7 @@ def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind
         kept = [expert for expert in range(before.config.moe.num_experts) if expert not in gone]
         assert old.keys() == new.keys()
         for name in old:
-            for ours, theirs in zip(new[name][:3], old[name][:3], strict=True):
+            for ours, theirs in pairs_of(new[name], old[name]):
                 if "primary" in name:
                     assert torch.equal(ours, theirs)
                 else:
@@ -320,21 +337,29 @@ def permuted_copy(weights: dict[str, Weight], first: int, second: int, orders: l
     around = [torch.arange(width), *orders, torch.arange(width)]
     changed = {name: weight.changed(torch.clone) for name, weight in weights.items()}
     for name, weight in changed.items():
-        for tensor in weight[:3]:
+        for moment, tensor in tensors_of(weight).items():
             if name.startswith("experts."):
                 place = int(name[-1])
-                tensor[second] = tensor[first][around[place]][:, around[place + 1]]
+                rows, columns = around[place], around[place + 1]
+                match moment:
+                    case "exp_avg_sq_row":
+                        tensor[second] = tensor[first][rows]
+                    case "exp_avg_sq_column":
+                        tensor[second] = tensor[first][columns]
+                    case _:
+                        tensor[second] = tensor[first][rows][:, columns]
             elif "primary" not in name:
                 tensor[..., second] = tensor[..., first]
     return changed
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "factored"])
 @pytest.mark.parametrize("hidden_sizes", [[1], [9], [9, 6], [5, 7, 8]], ids=str)
 @pytest.mark.parametrize("kind", GATES)
 def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
-    tiny_config: Configs, hidden_sizes: list[int], kind: str
+    tiny_config: Configs, hidden_sizes: list[int], kind: str, optimizer: str
 ) -> None:
-    before = network(tiny_config(hidden_sizes=hidden_sizes, **GATES[kind]), torch.float32)
+    before = network(tiny_config(hidden_sizes=hidden_sizes, **GATES[kind]), torch.float32, optimizer)
     orders = [torch.randperm(size) for size in hidden_sizes]
     layers = {layer: permuted_copy(before.layer(layer), 0, 2, orders) for layer in before.config.moe_layers()}
     before = before.with_layers(before.config, layers)
@@ -349,17 +374,18 @@ def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
         expected = select_experts(before.layer(layer), kept)
         for name, weight in after.layer(layer).items():
             # The others, which were no copies of each other, did change.
-            for ours, theirs in zip(weight[:3], expected[name][:3], strict=True):
+            for ours, theirs in pairs_of(weight, expected[name]):
                 assert torch.equal(
                     *(part[0] if name.startswith("experts.") else part[..., 0] for part in (ours, theirs))
                 )
             assert weight.step == 9
 
 
+@pytest.mark.parametrize("kind", ["adam", "factored"])
 @torch.no_grad()
-def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, batch: Batch) -> None:
+def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, batch: Batch, kind: str) -> None:
     """With one hidden unit there is nothing to align."""
-    before = network(tiny_config(num_experts=3, k=2, hidden_sizes=[1]))
+    before = network(tiny_config(num_experts=3, k=2, hidden_sizes=[1]), kind=kind)
     model = before.build()
     after = merge(before, {layer: [Pair(0, 2, 0.0, 0.25)] for layer in before.config.moe_layers()})
     merged = moe_modules(after.build())
@@ -373,7 +399,7 @@ def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, bat
         expected += gates_T2[:, 1:] * ((x_TD @ first[1]).relu() @ last[1])
         torch.testing.assert_close(merged[layer](x_TD)[0], expected)
         for name in ("experts.weights.0", "gate.w_noise_DE"):
-            for old, new in zip(before.layer(layer)[name][:3], after.layer(layer)[name][:3], strict=True):
+            for old, new in pairs_of(before.layer(layer)[name], after.layer(layer)[name]):
                 old, new = (old, new) if name.startswith("experts") else (old.T, new.T)
                 torch.testing.assert_close(new[0], old[0] * 0.25 + old[2] * 0.75)
 

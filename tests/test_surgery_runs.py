@@ -121,6 +121,27 @@ def test_a_run_without_experts_gets_some(cli: Cli, tmp_path: Path) -> None:  # n
     assert set(steps) == {3.0, 6.0}
 
 
+def test_a_run_without_experts_gets_some_with_a_factored_moment_and_grows_again(
+    cli: Cli,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    write_corpus(tmp_path)
+    train(tmp_path, "dense", 2, "model.moe.num_experts=0", "training.expert_optimizer=factored")
+    assert cli("experts", str(tmp_path / "dense"), "--grow", "4", "-o", "sparse") == 0, cli.err
+    go_on(cli, tmp_path / "sparse", 2)
+    for task, count, new in (("--grow", 8, "grown"), ("--merge", 4, "merged")):
+        source = tmp_path / ("sparse" if new == "grown" else "grown")
+        assert cli("experts", str(source), task, str(count), "-o", new, "--max-loss", "100") == 0, cli.err
+    row = "exp_avg_sq_row.encoder.moe_layers.moe.1.experts.weights.0"
+    old, grown = (
+        read_tensors(list_checkpoints(tmp_path / name / "checkpoints")[-1].path / "training")
+        for name in ("sparse", "grown")
+    )
+    assert old[row].any()
+    assert torch.equal(grown[row], old[row].repeat_interleave(2, dim=0))
+    go_on(cli, tmp_path / "merged", 2)
+
+
 def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) -> None:  # noqa: F811
     tasks = [("--grow", 8, 8), ("--grow", 24, 24), ("--prune", 8, 16), ("--merge", 4, 12), ("--merge", 4, 8)]
     source = tiny

@@ -28,6 +28,7 @@ HARD = (
     "training.patience=9",
 )
 HALF = 5
+FACTORED = ("training.expert_optimizer=factored",)
 
 
 class Job(NamedTuple):
@@ -102,7 +103,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What one process did, then two processes, then one again."""
     folder = tmp_path_factory.mktemp("world")
     write_corpus(folder)
-    work(folder, [Job("one"), Job("one-two", HALF)])
+    by_one = [Job("one"), Job("one-two", HALF)]
+    by_one += [Job("factored", None, FACTORED), Job("factored-one-two-one", 3, FACTORED)]
+    work(folder, by_one)
     by_two = [Job("two")]
     by_two += [Job(f"two-stopped-{stop}", last) for stop in (4, 7) for last in (stop, None)]
     by_two += [Job("one-two"), Job("two-one", HALF)]
@@ -110,8 +113,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replicas = ("parallel.expert_group_size=1",)
     by_two += [Job("expert-drift", None, replicas, drift="encoder.moe_layers.moe.1.experts.weights.1")]
     by_two += [Job("regrouped", HALF), Job("regrouped", None, ("parallel.expert_group_size=1",))]
+    by_two += [Job("factored-one-two-one", 6, FACTORED)]
     run_ranks(2, folder / "ranks", work, folder, by_two)
-    work(folder, [Job("two-one")])
+    work(folder, [Job("two-one"), Job("factored-one-two-one", None, FACTORED)])
     return folder
 
 
@@ -131,6 +135,10 @@ def test_two_processes_go_on_without_changing_a_bit(folder: Path, stop: int) -> 
 @pytest.mark.parametrize("run", ["two", "one-two", "two-one", "regrouped"])
 def test_the_number_of_processes_may_change(folder: Path, run: str) -> None:
     assert_goes_on_alike(folder / run, folder / "one")
+
+
+def test_the_number_of_processes_may_change_with_a_factored_moment(folder: Path) -> None:
+    assert_goes_on_alike(folder / "factored-one-two-one", folder / "factored")
 
 
 @pytest.mark.parametrize("run", ["dense-drift", "expert-drift"])

@@ -216,9 +216,10 @@ def _counts(budget: Budget) -> Iterator[str]:
 
 def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     products = "bf16" if budget.numbers.size == 2 else "float32"
+    factored = config.training.expert_optimizer == "factored" and config.model.moe_layers()
     names = {
         "weights": "weights, float32",
-        "optimiser": "Adam's two moments, float32",
+        "optimiser": "Adam (experts factored), float32" if factored else "Adam's two moments, float32",
         "gradients": "gradients, float32",
         "copies": f"copies of weights, {products}",
         "activations": f"activations, {products}",

@@ -31,6 +31,7 @@ SCHEDULES = ("inverse_sqrt", "linear")
 PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
+EXPERT_OPTIMIZERS = ("adam", "factored")
 
 
 @dataclass
@@ -60,6 +61,9 @@ class TrainingConfig:
     """Adam's decay of the second moment."""
     adam_epsilon: float = 1.0e-9
     """Adam's epsilon."""
+    expert_optimizer: str = "adam"
+    """What trains the experts: adam, as all else; factored: Adam without first moment, whose second moment is kept as
+    the means of rows and columns of each expert's matrix (S17 appendix D). It takes next to no memory."""
     label_smoothing: float = 0.1
     """Share of the target probability spread evenly over the vocabulary."""
     clip_norm: float = 1.0
@@ -98,6 +102,7 @@ class TrainingConfig:
         one_of("training.precision", self.precision, PRECISIONS)
         one_of("training.device", self.device, DEVICES)
         one_of("training.best_by", self.best_by, BEST_BY)
+        one_of("training.expert_optimizer", self.expert_optimizer, EXPERT_OPTIMIZERS)
         if self.best_by == "bleu" and self.validation_sentences == 0:
             raise ValueError("training.best_by=bleu needs training.validation_sentences of at least 1")
 

@@ -4,6 +4,7 @@ Pure functions of the configuration and of the assumptions in `Lengths`; nothing
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 from nmt.config import Config
@@ -63,7 +64,7 @@ class Budget:
     """The micro-batch that the activations are counted for."""
     memory: list[Memory]
     checkpoint_bytes: int
-    """One checkpoint: parameters and Adam's two moments, float32."""
+    """One checkpoint: parameters and what the optimiser remembers of them, float32."""
 
     @property
     def memory_bytes(self) -> int:
@@ -94,7 +95,7 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
     """The budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings do not allow that number.
 
     Experts are spread over the GPUs of a group (`parallel.expert_group_size`), all else is on every GPU (S17 section
-    3.1). Weights, gradients and moments are float32.
+    3.1). Weights, gradients and the optimiser's state are float32.
     """
     share = _expert_share(config, gpus)
     training = config.training
@@ -110,8 +111,26 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
         numbers=numbers,
         longest=shape,
         memory=memory_of(config, vocab_size, shape, numbers, gpus, share),
-        checkpoint_bytes=3 * _FLOAT * cost.num_parameters,
+        checkpoint_bytes=checkpoint_bytes(config, cost),
     )
+
+
+def checkpoint_bytes(config: Config, cost: Cost) -> int:
+    """Of one checkpoint of a model with this `cost`: float32 parameters and what the optimiser remembers of them."""
+    return _FLOAT * (cost.num_parameters + sum(_optimizer_numbers(config, cost)))
+
+
+def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
+    """What the optimiser remembers of the dense parameters and of all experts; not the few counts of updates.
+
+    Two moments of each parameter; factored, I + O numbers of an expert's I x O matrix (S17 appendix D).
+    """
+    model, moe = config.model, config.model.moe
+    experts = 2 * cost.num_expert_parameters
+    if config.training.expert_optimizer == "factored":
+        sides = sum(map(sum, pairwise([model.hidden_size, *moe.hidden_sizes, model.hidden_size])))
+        experts = sum(map(moe.experts_at, model.moe_layers())) * sides
+    return 2 * (cost.num_parameters - cost.num_expert_parameters), experts
 
 
 def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, gpus: int, share: int) -> list[Memory]:
@@ -125,10 +144,11 @@ def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, g
     dense = cost.num_parameters - cost.num_expert_parameters
     saved = saved_bytes(config.model, vocab_size, shape, numbers)
     of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
+    remembered = _optimizer_numbers(config, cost)
     copies = Memory("copies", copied_bytes(config.model, shape, numbers), experts * numbers.size)
     rows = [
         Memory("weights", dense * _FLOAT, experts * _FLOAT),
-        Memory("optimiser", 2 * dense * _FLOAT, 2 * experts * _FLOAT),
+        Memory("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
         Memory("gradients", dense * _FLOAT, experts * _FLOAT),
         copies if numbers.size < _FLOAT else Memory("copies", 0, 0),
         Memory("activations", sum(saved.values()) - of_experts, of_experts),

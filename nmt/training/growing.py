@@ -35,7 +35,7 @@ def grow(network: Network, num_experts: int, seed: int) -> Network:
     the first. The C columns are those of the group, the same for all its B old experts j: the logit of copy c is
     x . w_j + x . u_c, so the largest belongs to a copy of the expert that won before, whatever u is.
 
-    Old parameters keep Adam's moments, copies those of their original; new parameters start without.
+    Old parameters keep the optimiser's moments, copies those of their original; new parameters start without.
     """
     moe = network.config.moe
     if not moe.num_experts:

@@ -22,6 +22,7 @@ from nmt.errors import UserError
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Seq2Seq
+from nmt.training.optim import COLUMN, ROW
 from nmt.training.surgery import Network, Weights, moe_modules, select_experts, with_counts
 
 IDLE_SHARE = 0.05
@@ -249,8 +250,8 @@ def merge(network: Network, pairs: dict[str, list[Pair]]) -> Network:
 
     Hidden units of the second expert are put in the order of those of the first that they resemble. An expert's
     function does not depend on that order, so an expert merged with a copy of itself, however ordered, stays the
-    same function exactly. The columns of the gate (and the thresholds) are averaged likewise, and so are Adam's
-    moments; the merged expert takes the first one's place.
+    same function exactly. The columns of the gate (and the thresholds) are averaged likewise, and so are the
+    optimiser's moments; the merged expert takes the first one's place.
 
     Even a merged pair of exact copies changes the layer for tokens that would have woken both: their gates become
     one expert's, and the next best is woken too.
@@ -274,13 +275,22 @@ def _merge_in_place(weights: Weights, pair: Pair) -> None:
     all_D = torch.arange(matrices[0][0].shape[0])
     order = [all_D, *aligned_units(*matrices), all_D]
     for name, weight in weights.items():
-        for tensor in (weight.value, weight.exp_avg, weight.exp_avg_sq):
+        for kind, tensor in {"value": weight.value, **weight.moments}.items():
             if name.startswith("experts."):
                 place = int(name.rpartition(".")[2])
-                second = tensor[pair.second][order[place]][:, order[place + 1]]
+                second = _reordered(tensor[pair.second], kind, order[place], order[place + 1])
                 tensor[pair.first] = second.lerp(tensor[pair.first], pair.share)
             elif not name.startswith("gate.primary_"):
                 tensor[..., pair.first] = tensor[..., pair.second].lerp(tensor[..., pair.first], pair.share)
+
+
+def _reordered(tensor: Tensor, kind: str, order_I: Tensor, order_O: Tensor) -> Tensor:
+    """An expert's matrix, or one of its moments, with its inputs and its outputs in another order."""
+    if kind == ROW:
+        return tensor[order_I]
+    if kind == COLUMN:
+        return tensor[order_O]
+    return tensor[order_I][:, order_O]
 
 
 def aligned_units(first_IO: Sequence[Tensor], second_IO: Sequence[Tensor]) -> list[Tensor]:

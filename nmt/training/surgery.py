@@ -1,6 +1,6 @@
 """A trained network taken out of its checkpoint, and put into a new run after its experts were changed.
 
-`growing` and `shrinking` make the changes. What follows training around goes along: both moments of Adam are copied,
+`growing` and `shrinking` make the changes. What follows training around goes along: the optimiser's moments are copied,
 left out or averaged like the weights they belong to; step and position in the data stay, so that learning rate and
 text go on where they were.
 
@@ -27,25 +27,26 @@ from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.checkpoint import load_parameters, read_tensors, save_checkpoint
 from nmt.run import RunDirectory
+from nmt.training.optim import state_shapes
 from nmt.training.trainer import Progress
 
 
 class Weight(NamedTuple):
-    """A parameter and what Adam remembers of it."""
+    """A parameter and what the optimiser remembers of it (`nmt.training.optim.state_shapes`)."""
 
     value: Tensor
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
+    moments: dict[str, Tensor]
+    """By name; none of a parameter that has never been trained."""
     step: Tensor  # float32 scalar
 
     @classmethod
     def new(cls, value: Tensor) -> "Weight":
         """A parameter that has never been trained."""
-        return cls(value, torch.zeros_like(value), torch.zeros_like(value), torch.zeros(()))
+        return cls(value, {}, torch.zeros(()))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "Weight":
-        """`change` made to the value and to both moments."""
-        return Weight(change(self.value), change(self.exp_avg), change(self.exp_avg_sq), self.step)
+        """`change` made to the value and to all moments."""
+        return Weight(change(self.value), {name: change(moment) for name, moment in self.moments.items()}, self.step)
 
 
 Weights = dict[str, Weight]
@@ -135,11 +136,13 @@ def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size:
     model = Seq2Seq(config.model, vocab_size)
     load_parameters(model, [checkpoint], vocabulary)
     tensors = read_tensors(checkpoint.path / "training")
+    weights = {}
     try:
-        weights = {
-            name: Weight(value.detach(), *(tensors[f"{moment}.{name}"] for moment in Weight._fields[1:]))
-            for name, value in model.named_parameters()
-        }
+        for name, parameter in model.named_parameters():
+            shapes = state_shapes(name, parameter.shape, config.training.expert_optimizer)
+            state = {moment: tensors[f"{moment}.{name}"] for moment in shapes}
+            step = state.pop("step")
+            weights[name] = Weight(parameter.detach(), state, step)
     except KeyError as error:
         raise CheckpointError(f"{checkpoint.path} lacks {error.args[0]} of the optimiser: choose another") from error
     return Network(config.model, vocab_size, weights), checkpoint
@@ -156,11 +159,12 @@ def write_run(path: Path, source: RunDirectory, config: Config, network: Network
     state = checkpoint.state()
     progress = replace(Progress(**state["progress"]), best_score=math.inf, validations_since_best=0, bad_intervals=0)
     model = network.build()
-    moments = {
-        f"{moment}.{name}": getattr(network.weights[name], moment).contiguous()
-        for name, _ in model.named_parameters()
-        for moment in Weight._fields[1:]
-    }
+    moments = {}
+    for name, parameter in model.named_parameters():
+        weight = network.weights[name]
+        held = {"step": weight.step} | weight.moments
+        for moment, shape in state_shapes(name, parameter.shape, config.training.expert_optimizer).items():
+            moments[f"{moment}.{name}"] = held[moment].contiguous() if moment in held else torch.zeros(shape)
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         new.checkpoints.mkdir(parents=True)

@@ -27,6 +27,7 @@ from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator
 from nmt.device import set_fast_math
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
+from nmt.evaluation.budget import checkpoint_bytes
 from nmt.evaluation.compute import model_cost
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
@@ -35,7 +36,7 @@ from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.gate_watch import GateWatch, first_not_finite, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
-from nmt.training.optim import learning_rate, make_optimizer, tensors_to_save
+from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.update import Updater
 from nmt.training.validation import perplexity, validation_bleu
 
@@ -102,8 +103,7 @@ class Trainer:
             self._introduce(out, resumed_from)
             left = self.config.training.max_steps - self.progress.step
             every = min(self.config.training.checkpoint_every, self.config.training.validate_every)
-            # Parameters and both moments of Adam, float32.
-            self.saver.check_space(12 * self.cost.num_parameters, math.ceil(max(left, 0) / every))
+            self.saver.check_space(checkpoint_bytes(self.config, self.cost), math.ceil(max(left, 0) / every))
             self.model.train()
             try:
                 with self.world.losses_told(self.where):
@@ -260,16 +260,13 @@ class Trainer:
             self.stream.load_state_dict(state["data"])
         except (KeyError, TypeError) as error:
             raise CheckpointError(f"{checkpoint.path / 'state.json'} is not what this program writes") from error
-        moments = {
-            f"{moment}.{name}": torch.zeros((), dtype=torch.float32) if moment == "step" else _like_on_host(parameter)
-            for name, parameter in self.model.named_parameters()
-            for moment in ("step", "exp_avg", "exp_avg_sq")
-        }
+        kind = self.config.training.expert_optimizer
+        shapes = {name: state_shapes(name, each.shape, kind) for name, each in self.model.named_parameters()}
+        moments = {f"{moment}.{name}": torch.empty(size) for name in shapes for moment, size in shapes[name].items()}
         read_share(checkpoint.path / "training", moments, self.world)
         for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = {
-                moment: moments[f"{moment}.{name}"].to(self.device) for moment in ("step", "exp_avg", "exp_avg_sq")
-            }
+            own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name]}
+            self.optimizer.state[parameter] = own
         return checkpoint
 
     def _newest(self) -> Checkpoint | None:
@@ -315,10 +312,6 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def _like_on_host(parameter: Tensor) -> Tensor:
-    return torch.empty(parameter.shape, dtype=parameter.dtype)
 
 
 def _name(world: World) -> str:

@@ -56,7 +56,7 @@ class Updater:
     pass up to the last gate, with the same dropout and noise, finds them.
     """
 
-    def __init__(self, model: Seq2Seq, optimizer: torch.optim.Adam, config: Config, world: World) -> None:
+    def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
         self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         self.forward: Callable[..., LossOutput] = model
@@ -151,7 +151,7 @@ def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[T
 
 def update(
     model: Seq2Seq,
-    optimizer: torch.optim.Adam,
+    optimizer: torch.optim.Optimizer,
     config: Config,
     micro_batches: list[Batch],
     step: int,

@@ -1,0 +1,194 @@
+"""training.expert_optimizer=factored: the formula, what it equals, what it leaves alone, and how it is kept."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import HARD, clones, one_thread, saved, steps_logged, train, write_corpus  # noqa: F401
+from torch import Tensor, nn
+
+import nmt.training.optim
+from nmt.checkpoint import list_checkpoints
+from nmt.config import ModelConfig, TrainingConfig
+from nmt.model.experts import Experts
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.checkpoint import read_tensors
+from nmt.training.optim import COLUMN, ROW, clipped_step, make_optimizer, state_shapes
+
+FACTORED = TrainingConfig(expert_optimizer="factored")
+IDLE = 2
+
+
+class Layer(nn.Module):
+    """A dense matrix and experts, named as in the network."""
+
+    def __init__(self, num_experts: int = 5, hidden_sizes: tuple[int, ...] = (7, 4)) -> None:
+        super().__init__()
+        self.dense = nn.Linear(6, 3)
+        self.moe = nn.ModuleDict({"experts": Experts(num_experts, 6, list(hidden_sizes))})
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def experts(self) -> list[Tensor]:
+        """Their matrices, one tensor a layer."""
+        return list(self.moe["experts"].weights)
+
+
+def set_gradients(layer: Layer, step: int, size: float) -> None:
+    """Random ones of very different rows and columns; expert IDLE gets none."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in layer.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator) * size
+        if parameter.dim() == 3:
+            gradient *= 10.0 ** torch.randint(-3, 2, parameter.shape[:2], generator=generator)[:, :, None]
+            gradient *= 10.0 ** torch.randint(-3, 2, parameter.shape[::2], generator=generator)[:, None]
+            gradient[IDLE] = 0.0
+        parameter.grad = gradient
+
+
+class Reference:
+    """The formula, one expert after the other in float64."""
+
+    def __init__(self, matrices: list[Tensor]) -> None:
+        self.w = [[w.double() for w in w_EIO.detach()] for w_EIO in matrices]
+        self.r = [[torch.zeros(len(w)).double() for w in experts] for experts in self.w]
+        self.c = [[torch.zeros(w.shape[1]).double() for w in experts] for experts in self.w]
+
+    def step(self, t: int, rate: float, gradients: list[Tensor], beta2: float = 0.98, epsilon: float = 1e-9) -> None:
+        for w, r, c, g_EIO in zip(self.w, self.r, self.c, gradients, strict=True):
+            for expert, g in enumerate(g_EIO.double()):
+                r[expert] = beta2 * r[expert] + (1 - beta2) * (g**2).mean(1)
+                c[expert] = beta2 * c[expert] + (1 - beta2) * (g**2).mean(0)
+                if g.any():
+                    r_hat, c_hat = r[expert] / (1 - beta2**t), c[expert] / (1 - beta2**t)
+                    v = torch.outer(r_hat, c_hat) / r_hat.mean()
+                    w[expert] = w[expert] - rate * g / (v.sqrt() + epsilon)
+
+
+@pytest.mark.parametrize("hidden_sizes", [(7,), (7, 4)])
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5])
+def test_the_steps_of_experts_are_those_of_the_formula(clip_norm: float, hidden_sizes: tuple[int, ...]) -> None:
+    """Of the clipped gradient; of all else they are Adam's."""
+    ours, theirs = Layer(hidden_sizes=hidden_sizes), Layer(hidden_sizes=hidden_sizes)
+    theirs.load_state_dict(ours.state_dict())
+    optimizer, adam = make_optimizer(ours, FACTORED), make_optimizer(theirs, TrainingConfig())
+    reference, idle = Reference(ours.experts()), [w_EIO[IDLE].clone() for w_EIO in ours.experts()]
+    for step, size in enumerate((0.01, 3.0, 100.0, 1e-6, 1.0)):
+        for layer in (ours, theirs):
+            set_gradients(layer, step, size)
+        rate, gradients = 0.1 / (step + 1), [w_EIO.grad.clone() for w_EIO in ours.experts()]
+        done, expected = clipped_step(optimizer, clip_norm, rate), clipped_step(adam, clip_norm, rate)
+        torch.testing.assert_close(done.gradient_norm, expected.gradient_norm)
+        scale = max(1.0, float(done.gradient_norm) / clip_norm) if clip_norm else 1.0
+        reference.step(step + 1, rate, [gradient / scale for gradient in gradients])
+        for w_EIO, w, r, c in zip(ours.experts(), reference.w, reference.r, reference.c, strict=True):
+            torch.testing.assert_close(w_EIO.double(), torch.stack(w), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(optimizer.state[w_EIO][ROW].double(), torch.stack(r), rtol=1e-5, atol=0)
+            torch.testing.assert_close(optimizer.state[w_EIO][COLUMN].double(), torch.stack(c), rtol=1e-5, atol=0)
+            assert optimizer.state[w_EIO]["step"] == step + 1
+        for actual, wanted in zip(ours.dense.parameters(), theirs.dense.parameters(), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-6, atol=1e-7)
+    assert all(torch.equal(w_EIO[IDLE], before) for w_EIO, before in zip(ours.experts(), idle, strict=True))
+
+
+def test_it_is_adam_without_first_moment_where_the_square_has_rank_one() -> None:
+    ours, theirs = Layer(), Layer()
+    theirs.load_state_dict(ours.state_dict())
+    optimizer = make_optimizer(ours, FACTORED)
+    adam = torch.optim.Adam(theirs.parameters(), betas=(0.0, FACTORED.adam_beta2), eps=FACTORED.adam_epsilon)
+    factors = [(torch.rand(w.shape[:2]) + 0.1, torch.rand(w.shape[::2]) + 0.1) for w in ours.experts()]
+    for step in range(4):
+        for layer in (ours, theirs):
+            set_gradients(layer, step, 1.0)
+            for w_EIO, (a_EI, b_EO) in zip(layer.experts(), factors, strict=True):
+                # The same squares up to a factor, or their average would not have rank one.
+                w_EIO.grad = (step + 1) * w_EIO.grad.sign() * a_EI[:, :, None] * b_EO[:, None]
+        adam.param_groups[0]["lr"] = 0.05
+        adam.step()
+        clipped_step(optimizer, 0.0, 0.05)
+        for actual, wanted in zip(ours.experts(), theirs.experts(), strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("where", ["dense.bias", "moe.experts.weights.1"])
+@pytest.mark.parametrize("good_steps", [0, 2])
+def test_a_gradient_that_is_not_finite_changes_no_bit(bad: float, where: str, good_steps: int) -> None:
+    layer = Layer()
+    optimizer = make_optimizer(layer, FACTORED)
+    for step in range(good_steps):
+        set_gradients(layer, step, 1.0)
+        clipped_step(optimizer, 1.0, 0.1)
+    before = clones(layer, optimizer)
+    set_gradients(layer, 9, 1.0)
+    layer.get_parameter(where).grad.view(-1)[1] = bad
+    assert clipped_step(optimizer, 1.0, 0.1).skipped == 1
+    after = clones(layer, optimizer)
+    before += [torch.zeros_like(tensor) for tensor in after[len(before) :]]
+    # View as integers: -0.0 is another bit than 0.0.
+    assert all(torch.equal(a.view(torch.int32), b.view(torch.int32)) for a, b in zip(after, before, strict=True))
+    set_gradients(layer, 10, 1.0)
+    assert clipped_step(optimizer, 1.0, 0.1).skipped == 0
+    assert all(tensor.isfinite().all() for tensor in clones(layer, optimizer))
+    assert not torch.equal(layer.experts()[0], after[2])
+
+
+def test_how_many_experts_are_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = []
+    for limit in (2**28, 0, 2 * 6 * 7 * 4):
+        monkeypatch.setattr(nmt.training.optim, "_BUFFER_BYTES", limit)
+        torch.manual_seed(1)
+        layer = Layer(num_experts=7)
+        optimizer = make_optimizer(layer, FACTORED)
+        for step in range(3):
+            set_gradients(layer, step, 1.0)
+            clipped_step(optimizer, 1.0, 0.1)
+        layers.append(clones(layer, optimizer))
+    for other in layers[1:]:
+        assert all(map(torch.equal, other, layers[0]))
+
+
+@pytest.mark.parametrize("size", [1e-44, 1e-30, 1e-22, 1e-15, 1e-10, 1e15])
+def test_gradients_whose_squares_or_products_leave_float32_do_no_harm(size: float) -> None:
+    layer = Layer()
+    optimizer, reference = make_optimizer(layer, FACTORED), Reference(layer.experts())
+    for step in range(3):
+        set_gradients(layer, step, size)
+        reference.step(step + 1, 0.1, [w_EIO.grad.clone() for w_EIO in layer.experts()])
+        assert clipped_step(optimizer, 0.0, 0.1).skipped == 0
+        assert all(tensor.isfinite().all() for tensor in clones(layer, optimizer))
+        for w_EIO, w in zip(layer.experts(), reference.w, strict=True):
+            torch.testing.assert_close(w_EIO.double(), torch.stack(w), rtol=1e-5, atol=2e-6)
+
+
+def test_what_is_remembered_is_what_state_shapes_says(tiny_config: Callable[..., ModelConfig]) -> None:
+    model = Seq2Seq(tiny_config(), 13)
+    for kind in ("adam", "factored"):
+        optimizer = make_optimizer(model, TrainingConfig(expert_optimizer=kind))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        clipped_step(optimizer, 1.0, 0.1)
+        for name, parameter in model.named_parameters():
+            found = {key: tuple(tensor.shape) for key, tensor in optimizer.state[parameter].items()}
+            assert found == state_shapes(name, parameter.shape, kind)
+        optimizer.zero_grad(set_to_none=True)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_model_without_experts_is_adam_s(tiny_config: Callable[..., ModelConfig]) -> None:
+    assert isinstance(make_optimizer(Seq2Seq(tiny_config(num_experts=0), 13), FACTORED), torch.optim.Adam)
+
+
+def test_going_on_changes_no_bit(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+    changes = (*HARD, "training.expert_optimizer=factored")
+    whole = train(tmp_path, "whole", 6, *changes)
+    for steps in (1, 4, 6):
+        stopped = train(tmp_path, "stopped", steps, *changes)
+    assert saved(stopped) == saved(whole)
+    assert steps_logged(stopped, "train") == list(range(1, 7))
+    written = read_tensors(list_checkpoints(whole / "checkpoints")[-1].path / "training")
+    assert written[f"{ROW}.encoder.moe_layers.moe.1.experts.weights.0"].shape == (4, 16)
+    assert all(".experts." not in name for name in written if name.startswith("exp_avg."))
