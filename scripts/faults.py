@@ -3,11 +3,13 @@
     python scripts/faults.py            everything, about a quarter of an hour on two cores
     python scripts/faults.py --quick    what every change must pass, about a minute and a half
     python scripts/faults.py --only kill --only disk --keep
+    python scripts/faults.py --gpus     one of two processes on two GPUs is killed, hangs, raises, is told to stop
 
 Every case trains a tiny model on a few sentences of the phrasebook through the command line, does something to it from
 outside (signals, files, limits, full disks; scripts/fault_sweep/hooks for what has to happen at one place inside), and
 checks what README.md promises. A run that went on must end with the same bits as one that nothing interrupted:
-parameters, moments, state, every logged figure. The end is a table; the status is 1 if any promise was broken.
+parameters, moments, state, every logged figure (on GPUs: with nearly the same perplexity). The end is a table; the
+status is 1 if any promise was broken.
 """
 
 import argparse
@@ -29,6 +31,7 @@ from fault_sweep.box import Box, Shared, Tally
 
 MODULES = (ranks, crashes, signals, disk, damage, numbers, settings, preparation)
 QUICK_STEPS, STEPS = 20, 60
+ON_GPUS = (ranks.rank_hangs, ranks.rank_fails, signals.signals_two)
 
 
 def run_case(case: object, shared: Shared, quick: bool) -> tuple[str, Tally]:
@@ -58,19 +61,20 @@ def main() -> int:
     """Run the cases, print the table; 1 if a promise was broken."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="fewer faults of the kinds that matter most")
+    parser.add_argument("--gpus", action="store_true", help="what two GPUs do with the processes on them")
     parser.add_argument("--only", action="append", default=[], help="cases whose name contains this")
     parser.add_argument("--jobs", type=int, default=2, help="cases at the same time")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--keep", action="store_true", help="leave the folder with all runs and logs")
     options = parser.parse_args()
-    cases = [case for module in MODULES for case in module.CASES]
+    cases = list(ON_GPUS) if options.gpus else [case for module in MODULES for case in module.CASES]
     if options.only:
         cases = [case for case in cases if any(part in case.__name__ for part in options.only)]
-    elif options.quick:
+    elif options.quick and not options.gpus:
         cases = [case for case in cases if case not in {each for module in MODULES for each in module.LONG}]
     folder, started = Path(tempfile.mkdtemp(prefix="nmt-faults-")), time.monotonic()
     try:
-        shared = Shared(folder, options.seed, QUICK_STEPS if options.quick else STEPS)
+        shared = Shared(folder, options.seed, QUICK_STEPS if options.quick or options.gpus else STEPS, options.gpus)
         with ThreadPoolExecutor(options.jobs) as pool:
             results = list(pool.map(lambda case: run_case(case, shared, options.quick), cases))
     finally:

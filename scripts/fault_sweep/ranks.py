@@ -3,10 +3,13 @@
 import re
 import time
 
-from fault_sweep.box import PATIENCE_SECONDS, TIMEOUT_SECONDS, Box, status
+from fault_sweep.box import Box, status
 
 
-def _fails(box: Box, run: str, fault: dict[str, object], seconds: float) -> None:
+def _fails(box: Box, run: str, fault: dict[str, object], waited_for: bool = False) -> None:
+    """`waited_for`: the other one learns of it by waiting in vain. On GPUs it has no other way."""
+    longest = box.shared.timeout_seconds + box.shared.patience_seconds
+    seconds = longest if waited_for or box.shared.gpus else box.shared.patience_seconds
     step = box.random.randint(3, box.shared.steps - 2)
     rank = fault.pop("rank", 1)
     process = box.start(run, processes=2, faults=[{"kind": "in_step", "step": step, "rank": rank, **fault}])
@@ -14,7 +17,7 @@ def _fails(box: Box, run: str, fault: dict[str, object], seconds: float) -> None
         box.fault(False, f"{run}: the fault did not happen", process)
         return
     happened = time.monotonic()
-    code = process.wait(TIMEOUT_SECONDS + PATIENCE_SECONDS)
+    code = process.wait(longest)
     took = time.monotonic() - happened
     told = status(box.run(run))
     kept = code not in (0, 143) and told.get("state") == "failed" and told.get("code") == code
@@ -35,16 +38,16 @@ def _fails(box: Box, run: str, fault: dict[str, object], seconds: float) -> None
 
 def rank_hangs(box: Box) -> None:
     """one of two processes sleeps for ever: all gone within the timeout and 15 s"""
-    _fails(box, "asleep", {"do": "sleep"}, TIMEOUT_SECONDS + PATIENCE_SECONDS)
+    _fails(box, "asleep", {"do": "sleep"}, waited_for=True)
 
 
 def rank_fails(box: Box) -> None:
     """one of two processes is killed, raises, or exits with 0"""
-    _fails(box, "killed", {"do": "signal", "signals": ["SIGKILL"]}, PATIENCE_SECONDS)
-    _fails(box, "main-killed", {"do": "signal", "signals": ["SIGKILL"], "rank": 0}, PATIENCE_SECONDS)
-    _fails(box, "raises", {"do": "raise"}, PATIENCE_SECONDS)
-    _fails(box, "main-raises", {"do": "raise", "rank": 0}, PATIENCE_SECONDS)
-    _fails(box, "exits", {"do": "exit"}, PATIENCE_SECONDS)
+    _fails(box, "killed", {"do": "signal", "signals": ["SIGKILL"]})
+    _fails(box, "main-killed", {"do": "signal", "signals": ["SIGKILL"], "rank": 0})
+    _fails(box, "raises", {"do": "raise"})
+    _fails(box, "main-raises", {"do": "raise", "rank": 0})
+    _fails(box, "exits", {"do": "exit"})
 
 
 def several_runs(box: Box) -> None:
