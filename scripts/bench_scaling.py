@@ -19,7 +19,7 @@ halves              tokens travel in two halves, one while experts work on the o
 other               likewise inside blocking sums: number of tokens, balance statistics, norm, replicas of experts
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
-equality            losses of N processes beside those of the fewest: same micro-batches, float32, learning
+equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning
 """
 
 import argparse
@@ -50,8 +50,7 @@ from nmt.config import Config, ModelConfig
 from nmt.device import pick_device, set_fast_math
 from nmt.errors import UserError
 from nmt.evaluation.compute import model_cost
-from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import distribute
+from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import LayerSums, Updater
@@ -174,13 +173,10 @@ def micro_batch(options: argparse.Namespace, tokens: int, step: int, number: int
     return make_batch(np.arange(sentences), *sides)
 
 
-def make_updater(world: World, config: Config, vocabulary: int) -> Updater:
+def make_updater(world: World, config: Config, vocabulary: int, dtype: torch.dtype = torch.float32) -> Updater:
     """The trainer's updater of a new model, the same in all processes."""
     torch.manual_seed(config.training.seed)
-    # Made on the device: a host would take minutes over billions of random weights.
-    with torch.device(world.device):
-        model = Seq2Seq(config.model, vocabulary).train()
-    distribute(model, world, config.parallel)
+    model = make_model(config, vocabulary, world).to(world.device, dtype).train()
     return Updater(model, make_optimizer(model, config.training), config, world)
 
 
@@ -292,7 +288,7 @@ def equality_losses(world: World, config: Config, options: argparse.Namespace) -
     """Loss per target token of every update, over as many micro-batches as all numbers of processes divide."""
     config = replace(config, training=replace(config.training, precision="fp32"))
     number, tokens = math.lcm(*options.processes), min(options.tokens, EQUALITY_TOKENS)
-    updater = make_updater(world, config, options.vocabulary)
+    updater = make_updater(world, config, options.vocabulary, torch.float64)
     sums = []
     for step in range(options.steps_equal):
         batches = [micro_batch(options, tokens, step, each) for each in range(world.rank, number, world.size)]

@@ -1,6 +1,7 @@
 """What experts, gates and balance losses are worth: the studies of the README's results, run through the nmt command.
 
-  python scripts/studies.py run balance gates count growth     # one GPU: about a minute a run
+  python scripts/studies.py run                                # all, on one GPU: about a minute a run
+  python scripts/studies.py run balance gates count optimizer growth     # the same by name
   python scripts/studies.py show                               # tables of what has been run
   python scripts/studies.py plot docs/experts.svg              # curves of the study `count` (needs the extra .[plots])
 
@@ -34,6 +35,7 @@ RUNS: dict[str, list[str]] = {
     "hierarchical_8x4": [*BALANCED, "model.moe.gating=hierarchical", "model.moe.branching=8", "model.moe.k=2"],
     "strictly_balanced": [*BALANCED, "model.moe.gating=strictly_balanced"],
     "softmax_top_k": [*BALANCED, "model.moe.gating=softmax_top_k"],
+    "factored": [*BALANCED, "training.expert_optimizer=factored"],
     "none": ["model.moe.num_experts=0"],
     "moe_1_wide": ["model.moe.num_experts=1", "model.moe.k=1"],  # and as wide as four: see `wide`,
     "moe_4": [*BALANCED, "model.moe.num_experts=4"],
@@ -61,6 +63,7 @@ STUDIES: dict[str, tuple[str, list[str]]] = {
         ["moe_32", "hierarchical_8x4", "strictly_balanced", "softmax_top_k"],
     ),
     "count": ("Number of experts, 4 per token", ["none", "moe_1_wide", "moe_4", "moe_32", "moe_128"]),
+    "optimizer": ("Optimiser of 32 experts: Adam, and without first moment (S17 appendix D)", ["moe_32", "factored"]),
     "growth": (f"8 experts grown to 32 at update {GROWN_AT}", ["moe_8", GROWN, "moe_32"]),
 }
 

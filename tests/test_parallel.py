@@ -12,10 +12,10 @@ from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.errors import UserError
 from nmt.model import experts
-from nmt.model.experts import MoE
+from nmt.model.experts import MoE, Share
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, distribute, is_expert
+from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, is_expert, make_model
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -69,10 +69,10 @@ def micro_batches_of(number: int) -> list[Batch]:
     ]
 
 
-def trained_model(config: Config) -> Seq2Seq:
+def trained_model(config: Config, world: World) -> Seq2Seq:
     """A float64 model whose gates have preferences and noise."""
     torch.manual_seed(1)
-    model = Seq2Seq(config.model, VOCABULARY).double()
+    model = make_model(config, VOCABULARY, world).double()
     for name, parameter in model.named_parameters():
         if ".gate." in name and "threshold" not in name:
             torch.nn.init.normal_(parameter, std=0.5)
@@ -85,11 +85,10 @@ def run_updates(
     """Outputs, gradients and parameters of two updates of `total` micro-batches, by all processes there are."""
     config = config_of(case, total, group, training, parallel)
     world = World.start("cpu", config.parallel)
-    model = trained_model(config).train(training)
+    model = trained_model(config, world).train(training)
     for name, parameter in model.named_parameters():
         # Without noise its weights take no part, which data parallelism must know beforehand.
         parameter.requires_grad_(training or "w_noise" not in name)
-    distribute(model, world, config.parallel)
     optimizer = make_optimizer(model, config.training)
     updater = Updater(model, optimizer, config, world)
     gradients: dict[str, torch.Tensor] = {}
@@ -244,11 +243,10 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:
-    model = Seq2Seq(config_of("noisy_top_k", 1).model, VOCABULARY)
     world = World(torch.device("cpu"))
     world.group_size = 3
     with pytest.raises(UserError, match=r"the 8 experts of encoder.* cannot be spread over 3 processes"):
-        distribute(model, world, ParallelConfig())
+        make_model(config_of("noisy_top_k", 1), VOCABULARY, world)
 
 
 def test_a_group_that_does_not_divide_the_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,9 +255,26 @@ def test_a_group_that_does_not_divide_the_processes_is_refused(monkeypatch: pyte
         World.start("cpu", ParallelConfig(expert_group_size=3))
 
 
-def test_one_process_keeps_its_experts() -> None:
-    model = Seq2Seq(config_of("noisy_top_k", 1).model, VOCABULARY)
-    before = dict(model.named_parameters())
-    distribute(model, World(torch.device("cpu")), ParallelConfig())
-    assert all(before[name] is parameter for name, parameter in model.named_parameters())
-    assert not any(isinstance(m.dispatcher, AllToAllDispatcher) for m in model.modules() if isinstance(m, MoE))
+def test_one_process_has_all_experts_and_no_exchange() -> None:
+    model = make_model(config_of("noisy_top_k", 1), VOCABULARY, World(torch.device("cpu")))
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    assert [len(layer.experts.weights[0]) for layer in layers] == [8] * len(layers)
+    assert not any(isinstance(layer.dispatcher, AllToAllDispatcher) for layer in layers)
+
+
+def test_a_share_starts_as_that_part_of_the_whole_and_is_all_that_is_made() -> None:
+    """Nobody ever holds all experts, which may exceed the memory of a host; dense layers are the same for all."""
+    config = config_of("noisy_top_k", 1).model
+    made = []
+    for share in (Share(), Share(0, 2), Share(1, 2)):
+        torch.manual_seed(5)
+        made.append(dict(Seq2Seq(config, VOCABULARY, share).named_parameters()))
+    whole, *shares = made
+    for name, parameter in whole.items():
+        parts = [share[name] for share in shares]
+        if not is_expert(name):
+            assert all(torch.equal(part, parameter) for part in parts), name
+        else:
+            assert all(2 * len(part) == len(parameter) for part in parts), name
+            assert torch.equal(torch.cat(parts), parameter), name
+            assert len(parameter.flatten().unique()) == parameter.numel(), name

@@ -47,19 +47,30 @@ class _ExpertFunction(Function):
         return grad_RO, None, *reversed(weight_grads)
 
 
+class Share(NamedTuple):
+    """The part of all experts that one process holds: part `rank` of `size` equal ones, in the order of experts."""
+
+    rank: int = 0
+    size: int = 1
+
+
+WHOLE = Share()
+
+
 class Experts(nn.Module):
     """E feed-forward networks D -> H1 -> ... -> D with ReLU and no biases (S17 sections 2, C.1; Tables 7-8 fix it).
 
     `weights` holds one matrix per layer and expert, (E, inputs, outputs). They are cast to the type of the rows, so
-    that float32 weights work in bf16 products.
+    that float32 weights work in bf16 products. With a share, which must divide E, only its experts are ever made.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, hidden_sizes: list[int]) -> None:
+    def __init__(self, num_experts: int, hidden_size: int, hidden_sizes: list[int], share: Share = WHOLE) -> None:
         super().__init__()
         sizes = [hidden_size, *hidden_sizes, hidden_size]
-        self.weights = nn.ParameterList(
-            torch.empty(num_experts, inputs, outputs) for inputs, outputs in pairwise(sizes)
-        )
+        held = num_experts // share.size
+        self.first = share.rank * held
+        """The number of the first expert here."""
+        self.weights = nn.ParameterList(torch.empty(held, inputs, outputs) for inputs, outputs in pairwise(sizes))
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by expert, those of expert e ending before row ends_E[e] (int32)."""
@@ -108,10 +119,10 @@ class MoE(nn.Module):
     A token without experts (strictly balanced gates know them) gets y = 0, which a sigmoid makes 1/2.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: Share = WHOLE) -> None:
         super().__init__()
         self.gate = make_gate(hidden_size, num_experts, config)
-        self.experts = Experts(num_experts, hidden_size, config.hidden_sizes)
+        self.experts = Experts(num_experts, hidden_size, config.hidden_sizes, share)
         self.num_experts = num_experts
         self.sigmoid_output = config.output == "sigmoid"
         self.dispatcher: Dispatcher = LocalDispatcher()

@@ -22,6 +22,8 @@ choice measured on this model: see the README's results.
 """
 
 import math
+import os
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import nn
@@ -46,14 +48,28 @@ def init_parameters(model: nn.Module, softmax: nn.Linear) -> None:
             case Attention():
                 _init_scores(module)
             case Experts():
-                for place, w_EIO in enumerate(module.weights, start=1):
-                    gain = 2.0 if place < len(module.weights) else 1.0
-                    nn.init.normal_(w_EIO, std=(gain / w_EIO.shape[1]) ** 0.5)
+                _init_experts(module)
             case Gate():
                 _init_gate(module)
     nn.init.normal_(softmax.weight, std=softmax.in_features**-0.5)
     if softmax.bias is not None:
         nn.init.zeros_(softmax.bias)
+
+
+def _init_experts(experts: Experts) -> None:
+    """Every expert from a seed of its own: it starts the same wherever it lives, and whoever else does."""
+    for place, w_EIO in enumerate(experts.weights, start=1):
+        if w_EIO.is_meta:  # made to be counted only
+            continue
+        std = ((2.0 if place < len(experts.weights) else 1.0) / w_EIO.shape[1]) ** 0.5
+        seed = int(torch.randint(2**62, (), device="cpu"))
+        drawn = [
+            (w_IO, torch.Generator(w_IO.device).manual_seed(seed + number))
+            for number, w_IO in enumerate(w_EIO.detach(), start=experts.first)
+        ]
+        # A thread draws from one generator at a time, and there may be billions of weights.
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(lambda each, std=std: nn.init.normal_(each[0], std=std, generator=each[1]), drawn))
 
 
 def _init_lstm(lstm: nn.LSTM) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nmt.batch import Batch
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention, Memory
-from nmt.model.experts import MoE
+from nmt.model.experts import WHOLE, MoE, Share
 from nmt.model.gating import GateOutput
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
@@ -60,13 +60,13 @@ class LossOutput(NamedTuple):
 class _MoELayers(nn.Module):
     """The MoE layers of one side, with their dropout and residual."""
 
-    def __init__(self, side: str, places: list[int], config: ModelConfig) -> None:
+    def __init__(self, side: str, places: list[int], config: ModelConfig, share: Share) -> None:
         super().__init__()
         places = places if config.moe.num_experts else []
         self.side = side
         self.moe = nn.ModuleDict(
             {
-                str(place): MoE(config.hidden_size, config.moe.experts_at(f"{side}.{place}"), config.moe)
+                str(place): MoE(config.hidden_size, config.moe.experts_at(f"{side}.{place}"), config.moe, share)
                 for place in places
             }
         )
@@ -89,7 +89,7 @@ class _MoELayers(nn.Module):
 class Encoder(nn.Module):
     """Stacked LSTMs over the source, the bottom one in both directions if so configured."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, share: Share) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.residual_from = config.residual_from
@@ -99,7 +99,7 @@ class Encoder(nn.Module):
         self.upper = nn.ModuleList(
             LSTM(second if layer == 2 else width, cells, width) for layer in range(2, config.num_encoder_layers + 1)
         )
-        self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config)
+        self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Gates]:
@@ -125,7 +125,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Stacked LSTMs over the target; layer 1 asks the attention (wirings: `AttentionConfig.wiring`)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, share: Share) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.wiring = config.attention.wiring
@@ -138,7 +138,7 @@ class Decoder(nn.Module):
         self.attention = Attention(width, config.attention)
         if self.wiring == "parallel":
             self.context = nn.Linear(width, width, bias=False)
-        self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config)
+        self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
@@ -196,9 +196,12 @@ class Decoder(nn.Module):
 
 
 class Seq2Seq(nn.Module):
-    """The whole network for a shared vocabulary of V pieces."""
+    """The whole network for a shared vocabulary of V pieces; of its experts, a share.
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    A share of experts needs a dispatcher that reaches the others: `nmt.parallel.expert_parallel.make_model`.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> None:
         super().__init__()
         self.config = config
         width = config.hidden_size
@@ -207,8 +210,8 @@ class Seq2Seq(nn.Module):
         self.output = nn.Linear(width, vocab_size, bias=config.output_bias)
         if config.tie_embeddings:
             self.output.weight = self.target_embedding.weight
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder = Encoder(config, share)
+        self.decoder = Decoder(config, share)
         self.dropout = nn.Dropout(config.dropout)
         init_parameters(self, self.output)
 

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from nmt.config import ParallelConfig
+from nmt.config import Config
 from nmt.errors import UserError
-from nmt.model.experts import Experts, LocalDispatcher, MoE, Route
+from nmt.model.experts import LocalDispatcher, MoE, Route, Share
 from nmt.model.gating import GateOutput
 from nmt.model.rows import inverse_permutation, route_rows
+from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 
 
@@ -174,27 +175,23 @@ def passes_alike(model: nn.Module) -> Iterator[None]:
             each.main_decides = False
 
 
-def distribute(model: nn.Module, world: World, config: ParallelConfig) -> None:
-    """Keep this process's share of the experts, and let the MoE layers exchange rows. UserError if they do not divide.
+def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
+    """The network that the processes of `world` train together, new: this one makes its share of the experts alone.
 
-    Nothing changes for a single process.
+    All parameters are those of a single process with the same seed. UserError if the experts do not divide.
     """
-    if world.group_size == 1:
-        return
-    for name, module in model.named_modules():
-        if isinstance(module, MoE):
-            if module.num_experts % world.group_size:
-                raise UserError(
-                    f"the {module.num_experts} experts of {name} cannot be spread over {world.group_size} processes: "
-                    "their number must be a multiple (or set parallel.expert_group_size)"
-                )
-            group = world.expert_group
-            assert group is not None
-            module.dispatcher = AllToAllDispatcher(group, world.group_size, config.overlap_exchange)
-            _keep_share(module.experts, world)
-
-
-@torch.no_grad()
-def _keep_share(experts: Experts, world: World) -> None:
-    for place, w_EIO in enumerate(experts.weights):
-        experts.weights[place] = nn.Parameter(w_EIO.chunk(world.group_size)[world.group_rank].clone())
+    moe = config.model.moe
+    for layer in config.model.moe_layers():
+        if moe.experts_at(layer) % world.group_size:
+            raise UserError(
+                f"the {moe.experts_at(layer)} experts of {layer} cannot be spread over {world.group_size} processes: "
+                "their number must be a multiple (or set parallel.expert_group_size)"
+            )
+    model = Seq2Seq(config.model, vocab_size, Share(world.group_rank, world.group_size))
+    if world.group_size > 1:
+        group = world.expert_group
+        assert group is not None
+        for module in model.modules():
+            if isinstance(module, MoE):
+                module.dispatcher = AllToAllDispatcher(group, world.group_size, config.parallel.overlap_exchange)
+    return model

@@ -29,9 +29,8 @@ from nmt.device import set_fast_math
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.budget import checkpoint_bytes
 from nmt.evaluation.compute import model_cost
-from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
-from nmt.parallel.expert_parallel import distribute, is_expert, passes_alike
+from nmt.parallel.expert_parallel import is_expert, make_model, passes_alike
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.gate_watch import GateWatch, first_not_finite, layer_lines, summary
@@ -73,9 +72,7 @@ class Trainer:
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         torch.manual_seed(config.training.seed)
-        self.model = Seq2Seq(config.model, self.subwords.size)
-        distribute(self.model, world, config.parallel)
-        self.model.to(self.device)
+        self.model = make_model(config, self.subwords.size, world).to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
         self.updater = Updater(self.model, self.optimizer, config, world)
