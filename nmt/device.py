@@ -11,7 +11,8 @@ def pick_device(name: str, key: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key}=cuda, but PyTorch sees no GPU: use {key}=cpu")
-    return torch.device(name)
+    # The GPU has its number: torch.cuda.set_device, which a thread must call, takes none without.
+    return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -351,6 +351,15 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
     assert saved(train(tmp_path, "a", 2))["data"] == saved(train(tmp_path, "b", 2))["data"]
 
 
+def test_whatever_ends_the_thread_is_told_by_the_next_call(tmp_path: Path) -> None:
+    """Nothing of a save happens where its error would go unseen: a run must not finish without its checkpoint."""
+    gone = World(torch.device("cuda"))  # set_device takes no device without a number, and here there is none at all
+    saver = Saver(tmp_path, "words", keep=1, world=gone)
+    saver.save(1, {"model": parameters_of(model_of())}, {}, None)
+    with pytest.raises(StorageError, match=r"cannot write checkpoint .*step-00000001"):
+        saver.wait()
+
+
 @pytest.mark.parametrize(("free", "enough"), [(499, False), (500, True)])
 def test_space_for_all_that_is_kept_is_wanted_before_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, enough: bool

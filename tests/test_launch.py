@@ -7,12 +7,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from test_training import settings, write_corpus
+from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.launcher.api import LaunchConfig
 
 from nmt.cli import main
-from nmt.commands.launch import num_processes
+from nmt.commands.launch import _agent, _let_them_save, num_processes
 from nmt.errors import UserError
 
 PAIR = ("training.micro_batches=2", "training.log_every=1")
@@ -108,3 +111,19 @@ def test_gpu_means_one_process_on_each(monkeypatch: pytest.MonkeyPatch, visible:
 def test_an_option_without_its_value_is_refused(capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", "experiment=demo", "--processes"]) == 2
     assert "--processes needs a value" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_processes_have_time_to_save(monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
+    """Whether this PyTorch's agent asks how long, or has its 30 seconds from nothing but a default."""
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    waited: list[int] = []
+    context = MagicMock(_close=lambda death_sig, timeout: waited.append(timeout))
+    # Restored afterwards.
+    monkeypatch.setattr(PContext.close, "__defaults__", PContext.close.__defaults__)
+    monkeypatch.setattr("nmt.commands.launch.LaunchConfig", LaunchConfig if asks else object)
+    _let_them_save()
+    PContext.close(context, signal.SIGTERM)
+    assert waited == [30 if asks else 600]
+    assert not asks or _agent(2, "").shutdown_timeout == 600
+    os.environ.pop("TORCH_ELASTIC_SHUTDOWN_TIMEOUT")

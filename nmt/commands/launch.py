@@ -12,7 +12,7 @@ from contextlib import suppress
 from tempfile import TemporaryDirectory
 
 import torch
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, PContext, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -22,7 +22,7 @@ from nmt.errors import ProcessError, StorageError, UserError, same_error
 from nmt.run import RunDirectory
 
 # Seconds between the signal to stop and the one that kills: a large checkpoint must be written in between.
-_SAVING_SECONDS = "600"
+_SAVING_SECONDS = 600
 
 
 def num_processes(wanted: str) -> int:
@@ -45,7 +45,7 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
             f"every one takes equally many (--processes {_divisor(config.training.micro_batches, processes)} would do)"
         )
     os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SAVING_SECONDS)
+    _let_them_save()
     # What the agent logs of processes that ended, they have said themselves.
     logging.disable()
     run = run_of(config)
@@ -60,6 +60,13 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
                 sys.exit(code or 128 + int(stopped.sigval))
         except ChildFailedError as failed:
             _end_like(run, before, failed, processes)
+
+
+def _let_them_save() -> None:
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_SAVING_SECONDS))
+    if not hasattr(LaunchConfig, "shutdown_timeout"):
+        # This PyTorch (2.11) does not ask, and its agent would kill after 30 s: a default, and the only way to it.
+        PContext.close.__defaults__ = (None, int(os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"]))
 
 
 def _agent(processes: int, folder: str) -> LaunchConfig:

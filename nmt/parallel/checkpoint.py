@@ -89,10 +89,10 @@ class Saver:
 
     def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
         final, temporary = step_folder(self.folder, step)
-        if self.world.device.type == "cuda":
-            # A thread starts on the first GPU, where every process would take memory.
-            torch.cuda.set_device(self.world.device)
         try:
+            if self.world.device.type == "cuda":
+                # A thread starts on the first GPU, where every process would take memory.
+                torch.cuda.set_device(self.world.device)
             self.world.on_main(lambda: _make_empty(temporary, parts), self._group)
             for part, tensors in parts.items():
                 with _quiet():
