@@ -63,7 +63,7 @@ def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path) -> 
 
     process = command(*endless, "model.moe.k=1")
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 4
+    assert process.returncode == 4, errors
     assert "Traceback" not in errors
     assert errors.count("model.moe.k was 2, now 1") == 1
     assert status(run)["state"] == "stopped"
