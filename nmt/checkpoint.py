@@ -15,9 +15,11 @@ it, and such a manifest over them. It is verified and read by the same functions
 
 import hashlib
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,15 +63,16 @@ class Checkpoint(NamedTuple):
 
     def verify(self, part: str = "") -> str | None:
         """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written."""
-        for name, written in self.manifest["files"].items():
+        files = {name: written for name, written in self.manifest["files"].items() if name.startswith(part)}
+        for name, written in files.items():
             path = self.path / name
-            if not name.startswith(part):
-                continue
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != written["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
-            if sha256_of(path) != written["sha256"]:
+        hashes = _sha256_of_all([self.path / name for name in files])
+        for (name, written), sha256 in zip(files.items(), hashes, strict=True):
+            if sha256 != written["sha256"]:
                 return f"{name} is not what was written (sha256 differs)"
         for path in self.path.rglob("*.safetensors"):
             # Every such file in a folder is read.
@@ -85,10 +88,15 @@ class Checkpoint(NamedTuple):
             raise CheckpointError(f"{self.path / 'state.json'} is not what this program writes ({error})") from error
 
 
-def sha256_of(path: Path) -> str:
-    """The hash of a file, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256_of_all(paths: list[Path]) -> list[str]:
+    """The hashes of files, in hexadecimal digits; side by side, since a large model has a file for each process."""
+
+    def sha256_of(path: Path) -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(sha256_of, paths))
 
 
 def step_folder(folder: Path, step: int) -> tuple[Path, Path]:
@@ -113,10 +121,10 @@ def finish_folder(
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of all files in a folder, `facts` in it, and have everything on disk. OSError if not."""
     written = sorted(folder.rglob("*"))
+    found = [path for path in written if path.is_file()]
     files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
-        for path in written
-        if path.is_file()
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
+        for path, sha256 in zip(found, _sha256_of_all(found), strict=True)
     }
     manifest = facts | {"torch": torch.__version__, "files": files}
     content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)

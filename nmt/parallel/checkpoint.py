@@ -52,7 +52,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
         # Its own group: these messages must not mix with those of training, which go on meanwhile.
-        self._group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
+        self.group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
 
     def check_space(self, checkpoint_bytes: int, saves_left: int) -> None:
         """StorageError, in all processes, if the disk cannot hold the checkpoints that a run will keep at once."""
@@ -93,19 +93,17 @@ class Saver:
             if self.world.device.type == "cuda":
                 # A thread starts on the first GPU, where every process would take memory.
                 torch.cuda.set_device(self.world.device)
-            self.world.on_main(lambda: _make_empty(temporary, parts), self._group)
+            self.world.on_main(lambda: _make_empty(temporary, parts), self.group)
             for part, tensors in parts.items():
                 with _quiet():
                     dcp.save(
                         {name: share_of_whole(name, tensor, self.world) for name, tensor in tensors.items()},
                         storage_writer=HuggingFaceStorageWriter(str(temporary / part), save_distributed=True),
-                        process_group=self._group,
-                        no_dist=self._group is None,
+                        process_group=self.group,
+                        no_dist=self.group is None,
                     )
-            self.world.on_main(
-                lambda: finish_folder(temporary, final, step, state, score, self.vocabulary), self._group
-            )
-            self.world.on_main(lambda: prune_checkpoints(self.folder, self.keep, step), self._group)
+            self.world.on_main(lambda: finish_folder(temporary, final, step, state, score, self.vocabulary), self.group)
+            self.world.on_main(lambda: prune_checkpoints(self.folder, self.keep, step), self.group)
         # The second is no Exception, though it tells of nothing worse.
         except (Exception, CheckpointException) as error:
             if self.world.is_main:
@@ -215,12 +213,15 @@ def write_parameters(model: nn.Module, path: Path) -> None:
 def load_parameters(
     model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str, world: World | None = None
 ) -> None:
-    """Set `model` to the (mean of the) parameters of verified checkpoints made with this vocabulary."""
-    world = world or World(torch.device("cpu"))
+    """Set `model` to the (mean of the) parameters of checkpoints made with this vocabulary.
+
+    With a world, each process its share, from checkpoints whose files were verified; without, they are verified here.
+    """
+    verified, world = world is not None, world or World(torch.device("cpu"))
     own = dict(model.named_parameters())
     mean: Tensors = {}
     for checkpoint in checkpoints:
-        _check(checkpoint, own, vocabulary, world)
+        _check(checkpoint, own, vocabulary, world, verified)
         read = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in own.items()}
         read_share(checkpoint.parameters, read, world)
         for name, tensor in read.items():
@@ -231,13 +232,13 @@ def load_parameters(
             parameter.copy_(mean[name])
 
 
-def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, world: World) -> None:
+def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, world: World, verified: bool) -> None:
     if checkpoint.manifest["vocabulary"] != vocabulary:
         raise CheckpointError(
             f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
             f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
         )
-    problem = world.on_main(lambda: checkpoint.verify("model"))
+    problem = None if verified else checkpoint.verify("model")
     if problem:
         again, other = "copy it again from where it came from", "choose another with decoding.checkpoint=STEP"
         raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")

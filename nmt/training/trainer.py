@@ -247,7 +247,7 @@ class Trainer:
         self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 
     def _resume(self) -> Checkpoint | None:
-        checkpoint = self.world.on_main(self._newest)
+        checkpoint = self.world.on_main(self._newest, self.saver.group)
         if checkpoint is None:
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
