@@ -8,10 +8,12 @@ import difflib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from pathlib import Path
+from typing import NoReturn
 
 # Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
 # slower; never spinning costs a third on cores of one's own.
@@ -273,5 +275,25 @@ def _cost(arguments: list[str]) -> None:
         _run_command("cost", arguments)
 
 
+def _main_of_several() -> NoReturn:
+    """`main` in a process that torchrun started: it ends with main's status whatever state the others left it in.
+
+    After an error, threads of PyTorch's that nobody could stop are still there, and Python's way out would now and then
+    abort the process with a signal instead ("terminate called without an active exception").
+    """
+    try:
+        status = main()
+    except SystemExit:
+        raise  # from a run that was stopped, in good order
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    if status == 0:
+        sys.exit(0)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    _main_of_several() if "RANK" in os.environ else sys.exit(main())

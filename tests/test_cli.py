@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 
+import nmt.cli
 import nmt.decoding.translator
 from nmt.cli import main
 
@@ -278,3 +279,35 @@ def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> Non
     assert done.returncode == 141
     assert len(done.stdout.splitlines()) == 1
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("ends", "expected"), [(7, 7), (4, 4), (RuntimeError("a bug"), 1), (KeyboardInterrupt(), 1)])
+def test_after_an_error_one_of_several_processes_leaves_without_pythons_way_out(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ends: int | BaseException, expected: int
+) -> None:
+    """On which threads of PyTorch that still wait for the others now and then abort it."""
+    left = []
+
+    def main() -> int:
+        if isinstance(ends, BaseException):
+            raise ends
+        return ends
+
+    monkeypatch.setattr(nmt.cli, "main", main)
+    monkeypatch.setattr("os._exit", left.append)
+    nmt.cli._main_of_several()
+    assert left == [expected]
+    assert ("Traceback" in capfd.readouterr().err) == isinstance(ends, BaseException)
+
+
+@pytest.mark.parametrize("ends", [0, SystemExit(143)])
+def test_in_good_order_it_leaves_as_any_program(monkeypatch: pytest.MonkeyPatch, ends: int | SystemExit) -> None:
+    def main() -> int:
+        if isinstance(ends, SystemExit):
+            raise ends
+        return ends
+
+    monkeypatch.setattr(nmt.cli, "main", main)
+    with pytest.raises(SystemExit) as left:
+        nmt.cli._main_of_several()
+    assert left.value.code == (ends.code if isinstance(ends, SystemExit) else ends)
