@@ -26,6 +26,7 @@ from nmt.checkpoint import (
 )
 from nmt.cli import main
 from nmt.config import Config, CorpusConfig
+from nmt.device import pick_device
 from nmt.errors import CheckpointError, DataError, StorageError
 from nmt.parallel.checkpoint import Saver, load_parameters, read_tensors, save_checkpoint
 from nmt.parallel.mesh import World
@@ -349,6 +350,12 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
     assert steps(run / "checkpoints") == [1]
     assert saved(train(tmp_path, "a", 2))["data"] == saved(train(tmp_path, "b", 2))["data"]
+
+
+def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it, torch.cuda.set_device refuses it in the thread that saves."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    assert [pick_device(name, "key") for name in ("auto", "cuda")] == [torch.device("cuda", 0)] * 2
 
 
 def test_whatever_ends_the_thread_is_told_by_the_next_call(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class Saver:
         self.folder, self.vocabulary, self.keep, self.world = folder, vocabulary, keep, world
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
-        # Its own group: these messages must not mix with those of training, which go on meanwhile.
+        # Its own group: these messages must not mix with those of training, which go on meanwhile, and hashing takes
+        # longer than any process may keep the others waiting there.
         self.group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
 
     def check_space(self, checkpoint_bytes: int, saves_left: int) -> None:
