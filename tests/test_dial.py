@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import one_thread, trained_run  # noqa: F401
+from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 from nmt.cli import _run_config, main
 from nmt.commands import evaluate
@@ -16,6 +16,7 @@ from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
+from nmt.model.gating import HierarchicalGate
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
 
@@ -81,9 +82,10 @@ def test_the_cost_is_that_of_what_the_gates_do(
     assert dialled.moe.experts_per_token == count
     assert replace(dialled, moe=config.moe) == config
     model = Seq2Seq(config, 13)
-    model.set_experts_per_token(count)
+    model.check_experts_per_token(count)
     for gate in (model.encoder.moe_layers.moe["2"].gate, model.decoder.moe_layers.moe["1"].gate):
-        assert getattr(gate, "dialled_levels", (groups, experts)) == (groups, experts)
+        if isinstance(gate, HierarchicalGate):
+            assert gate.levels(count) == (groups, experts)
     # One hidden layer of 7 units, width 6: 84 multiply-adds an expert; a group's gate: 4 columns, two matrices.
     more = model_cost(dialled, 13).ops_per_timestep - model_cost(config, 13).ops_per_timestep
     gates = 2 * 6 * 4 * (groups - config.moe.primary_k) if "branching" in moe else 0
@@ -156,3 +158,26 @@ def test_mistakes(run: Path, capfd: pytest.CaptureFixture[str], arguments: list[
     assert err.startswith("nmt: ")
     assert says in err
     assert sorted(run.rglob("*")) == before
+
+
+def test_two_translators_on_one_model_do_not_meet(run: Path) -> None:
+    directory = RunDirectory.existing(str(run))
+    plain = Translator.load(directory, _run_config(directory, []))
+    dialled = Translator(plain.model, plain.subwords, replace(plain.decoding, experts_per_token=1), plain.device)
+    apart = Translator.load(directory, _run_config(directory, ["decoding.experts_per_token=1"]))
+    lines = directory.text("test")[0]
+    before = plain.translate(lines)
+    assert dialled.translate(lines) == apart.translate(lines) != before
+    assert plain.translate(lines) == before
+
+
+def test_validation_wakes_the_experts_of_training(tmp_path: Path) -> None:
+    write_corpus(tmp_path)
+
+    def dev_lines(name: str, *changes: str) -> list[str]:
+        lines = (train(tmp_path, name, 4, "training.validate_every=2", *changes) / "metrics.jsonl").read_text()
+        return [line for line in lines.splitlines() if '"dev"' in line]
+
+    plain = dev_lines("plain")
+    assert len(plain) == 2
+    assert dev_lines("dialled", "decoding.experts_per_token=1") == plain

@@ -52,7 +52,7 @@ class Router:
     def __init__(self, rule: Rule, **sizes: int) -> None:
         self.rule, self.sizes = rule, {name.replace("_", "."): size for name, size in sizes.items()}
 
-    def gates(self, batch: Batch) -> dict[str, GateOutput]:
+    def gates(self, batch: Batch, experts_per_token: int) -> dict[str, GateOutput]:
         return {layer: self._gate(layer, batch, size) for layer, size in self.sizes.items()}
 
     def _gate(self, layer: str, batch: Batch, num_experts: int) -> GateOutput:

@@ -67,8 +67,10 @@ def random_model(config: ModelConfig) -> Seq2Seq:
     return model
 
 
-def scorer_of(model: Seq2Seq, source: np.ndarray = SOURCE, target: np.ndarray = TARGET) -> Scorer:
-    return Scorer(model, source, target, CPU, "fp32")
+def scorer_of(
+    model: Seq2Seq, source: np.ndarray = SOURCE, target: np.ndarray = TARGET, experts_per_token: int = 0
+) -> Scorer:
+    return Scorer(model, source, target, CPU, "fp32", experts_per_token)
 
 
 @pytest.fixture(params=MODELS)
@@ -99,7 +101,7 @@ def nll_by_loops(model: Seq2Seq, without: Removal | None, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch, torch.no_grad():
         for layer, moe in moe_layers(model).items():
             mine = without if without is not None and without.layer == layer else None
-            patch.setattr(moe, "forward", lambda x_TD, moe=moe, mine=mine: moe_by_loops(moe, x_TD, mine))
+            patch.setattr(moe, "forward", lambda x_TD, _count, moe=moe, mine=mine: moe_by_loops(moe, x_TD, mine))
         return float(model(make_batch(np.arange(1), [SOURCE], [TARGET])).nll)
 
 
@@ -162,8 +164,9 @@ def test_no_token_has_an_expert(tiny_config: Config) -> None:
 
 def test_the_number_of_experts_follows_the_dial(tiny_config: Config) -> None:
     model = random_model(tiny_config(num_experts=5))
-    model.set_experts_per_token(4)
-    assert {len(slots) for layer in explain_pair(scorer_of(model)) for slots in layer.positions} == {4}
+    scorer = scorer_of(model, experts_per_token=4)
+    assert {len(slots) for layer in explain_pair(scorer) for slots in layer.positions} == {4}
+    assert {len(slots) for layer in explain_pair(scorer_of(model)) for slots in layer.positions} == {2}
 
 
 def test_a_gate_of_0_contributes_nothing(tiny_config: Config) -> None:

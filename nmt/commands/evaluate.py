@@ -107,6 +107,7 @@ def _measure(translator: Translator, sources: list[str], references: list[str], 
         min(config.training.batch_tokens, 8192),
         World(translator.device),
         config.decoding.precision,
+        translator.decoding.experts_per_token,
     )
     return _Measured(hypotheses, seconds, scores, measured)
 
@@ -246,17 +247,18 @@ def _dial(
     counts: list[int], translator: Translator, sources: list[str], references: list[str], config: Config
 ) -> list[DialPosition]:
     wanted = dial_positions(counts, config.model.moe)
+    dialled = []
     for count, trained in wanted:
+        decoding = replace(translator.decoding, experts_per_token=0 if trained else count)
         try:
-            translator.model.set_experts_per_token(0 if trained else count)
+            dialled.append(Translator(translator.model, translator.subwords, decoding, translator.device))
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
     # The first batch of a process pays for what is made once.
     translator.translate(sources[: config.decoding.batch_sentences])
     measured = []
-    for count, trained in wanted:
-        translator.model.set_experts_per_token(0 if trained else count)
-        measured.append(_measure(translator, sources, references, config))
+    for (count, _), each in zip(wanted, dialled, strict=True):
+        measured.append(_measure(each, sources, references, config))
         say(f"{count} experts per token: {len(sources):,} sentences in {measured[-1].seconds:.1f} s")
     baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses
     positions = []

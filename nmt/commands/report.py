@@ -28,6 +28,7 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         domains,
         translator.device,
         config.decoding.precision,
+        config.decoding.experts_per_token,
     )
     name = f"{split} set" if options.source is None else Path(options.source).name
     subject = f"{name}, {len(sources):,} sentence pairs" + (f", {len(set(domains))} domains" if domains else "")

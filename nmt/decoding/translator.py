@@ -48,10 +48,10 @@ class Translation(NamedTuple):
 
 
 class Translator:
-    """A model, its vocabulary and how to search with it."""
+    """A model, its vocabulary and how to search with it. The model is never changed: several may share it."""
 
     def __init__(self, model: Seq2Seq, subwords: Subwords, decoding: DecodingConfig, device: torch.device) -> None:
-        model.set_experts_per_token(decoding.experts_per_token)
+        model.check_experts_per_token(decoding.experts_per_token)
         self.model = model
         self.subwords = subwords
         self.decoding = decoding
@@ -106,7 +106,7 @@ class Translator:
     def _search_batch(self, sources: list[np.ndarray]) -> list[tuple[list[int], float]]:
         source_SB, length_B, rows_N = (tensor.to(self.device) for tensor in source_batch(sources))
         with autocast(self.device, self.decoding.precision):
-            memory, _ = self.model.encode(source_SB, length_B, rows_N)
+            memory, _ = self.model.encode(source_SB, length_B, rows_N, self.decoding.experts_per_token)
             longest_B = ((length_B - 1) * self.decoding.max_length_ratio).long() + _EXTRA_LENGTH
             found = beam_search(
                 self._step,
@@ -122,7 +122,9 @@ class Translator:
 
     def _step(self, previous_KB: Tensor, state: _State) -> StepOutput:
         beam_size, sentences = previous_KB.shape
-        decoded = self.model.decode(previous_KB.reshape(1, -1), state.memory, state.decoder)
+        decoded = self.model.decode(
+            previous_KB.reshape(1, -1), state.memory, state.decoder, experts_per_token=self.decoding.experts_per_token
+        )
         logits_RV = self.model.logits(decoded.x_TRD[0])
         return StepOutput(
             logits_RV.view(beam_size, sentences, -1),

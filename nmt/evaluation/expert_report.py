@@ -423,6 +423,7 @@ def expert_report(
     domains: Sequence[str],
     device: torch.device,
     precision: str,
+    experts_per_token: int = 0,
 ) -> list[LayerReport]:
     """A report for each MoE layer from one pass over sentence pairs; `domains` labels them, or is empty.
 
@@ -437,7 +438,7 @@ def expert_report(
     layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):
         with autocast(device, precision):
-            gates = model.gates(batch.to(device))
+            gates = model.gates(batch.to(device), experts_per_token)
         for layer, gate in gates.items():
             name = layer.split(".")[0]
             if layer not in layers:

@@ -32,9 +32,10 @@ from nmt.batch import EOS, make_batch
 from nmt.decoding.translator import Translator
 from nmt.device import autocast
 from nmt.errors import DataError
+from nmt.model.attention import Memory
 from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
-from nmt.model.seq2seq import Gates, Seq2Seq
+from nmt.model.seq2seq import DecoderOutput, Gates, Seq2Seq
 
 _EVERYWHERE, _NOTHING = -1, -1
 # Numbers that the columns of one pass may hold in the larger layers, and in the logits of one piece.
@@ -185,16 +186,23 @@ class Scorer:
     """log P(Y|X) of one pair of pieces, whole or with things taken away. The model must be in evaluation mode."""
 
     def __init__(
-        self, model: Seq2Seq, source: np.ndarray, target: np.ndarray, device: torch.device, precision: str
+        self,
+        model: Seq2Seq,
+        source: np.ndarray,
+        target: np.ndarray,
+        device: torch.device,
+        precision: str,
+        experts_per_token: int = 0,
     ) -> None:
         assert not model.training
+        self.experts_per_token = experts_per_token
         self.model, self.device, self.precision = model, device, precision
         self.layers = moe_layers(model)
         self.batch = make_batch(np.arange(1), [source], [target]).to(device)
         with torch.inference_mode(), autocast(device, precision):
             self.precision_used = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
-            self.memory, gates = model.encode(self.batch.source_SB, self.batch.source_length_B, None)
-            decoded = model.decode(self.batch.target_in_TB, self.memory)
+            self.memory, gates = self._encode(1)
+            decoded = self._decode(1, self.memory)
             self.gates: Gates = gates | decoded.gates
             self.log_probability_T = self._log_probabilities(decoded.x_TRD)[:, 0]
 
@@ -218,13 +226,20 @@ class Scorer:
         with taken_away(self.layers, removals, self.device), autocast(self.device, self.precision):
             memory = self.memory
             if side == "encoder":
-                source_SC = self.batch.source_SB.repeat(1, columns)
-                memory, _ = self.model.encode(source_SC, self.batch.source_length_B.repeat(columns), None)
+                memory, _ = self._encode(columns)
             # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
-            decoded = self.model.decode(self.batch.target_in_TB.repeat(1, columns), memory)
+            decoded = self._decode(columns, memory)
             log_probability_TC = self._log_probabilities(decoded.x_TRD)
         scores: list[float] = log_probability_TC.double().sum(0).tolist()
         return scores
+
+    def _encode(self, columns: int) -> tuple[Memory, Gates]:
+        source_SC, length_C = self.batch.source_SB.repeat(1, columns), self.batch.source_length_B.repeat(columns)
+        return self.model.encode(source_SC, length_C, None, self.experts_per_token)
+
+    def _decode(self, columns: int, memory: Memory) -> DecoderOutput:
+        target_TC = self.batch.target_in_TB.repeat(1, columns)
+        return self.model.decode(target_TC, memory, experts_per_token=self.experts_per_token)
 
     def _log_probabilities(self, x_TCD: Tensor) -> Tensor:
         """log P of every target piece, shape (T, C): softmax in float32, some positions at a time."""
@@ -312,7 +327,12 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
         )
     ((target, _),) = translator.search([source])
     scorer = Scorer(
-        translator.model, source, np.array(target, dtype=np.int64), translator.device, translator.decoding.precision
+        translator.model,
+        source,
+        np.array(target, dtype=np.int64),
+        translator.device,
+        translator.decoding.precision,
+        translator.decoding.experts_per_token,
     )
     return Explanation(
         sentence=sentence,

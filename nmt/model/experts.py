@@ -127,8 +127,11 @@ class MoE(nn.Module):
         self.sigmoid_output = config.output == "sigmoid"
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x_TD: Tensor) -> tuple[Tensor, GateOutput]:
-        """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional')."""
-        gate = self.gate(x_TD)
+    def forward(self, x_TD: Tensor, experts_per_token: int = 0) -> tuple[Tensor, GateOutput]:
+        """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional').
+
+        Outside training each token wakes `experts_per_token` experts; 0: as many as in training.
+        """
+        gate = self.gate(x_TD, experts_per_token)
         y_TD = self.dispatcher.run(self.experts, x_TD, gate)
         return (y_TD.sigmoid() if self.sigmoid_output else y_TD), gate

@@ -159,27 +159,28 @@ def _full_slots(
 
 
 class Gate(nn.Module):
-    """What all gates share: the matrix w_gate_DE, and how many experts a token wakes outside training."""
+    """What all gates share: the matrix w_gate_DE, and the number k of experts that a token wakes.
+
+    Outside training a pass may ask for another number, `experts_per_token`; 0 means as many as in training.
+    """
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
         super().__init__()
         self.k = k
         self.num_experts = num_experts
-        self.dialled = 0
         self.w_gate_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
 
-    def set_experts_per_token(self, count: int) -> None:
-        """Wake `count` experts for each token outside training; 0: as many as in training. ValueError if impossible."""
+    def check_experts_per_token(self, count: int) -> None:
+        """ValueError if no pass can wake `count` experts for each token; 0 is always possible."""
         if not 0 <= count <= self.num_experts:
             raise ValueError(f"decoding.experts_per_token={count} must lie in 1..{self.num_experts}, or be 0")
-        self.dialled = count
 
-    def forward(self, x_TD: Tensor) -> GateOutput:
-        """Choose among E experts for each of T tokens."""
+    def forward(self, x_TD: Tensor, experts_per_token: int = 0) -> GateOutput:
+        """Choose among E experts for each of T tokens. In training `experts_per_token` has no effect."""
         with torch.autocast(x_TD.device.type, enabled=False):
-            return self.choose(x_TD.to(self.w_gate_DE.dtype))
+            return self.choose(x_TD.to(self.w_gate_DE.dtype), 0 if self.training else experts_per_token)
 
-    def choose(self, x_TD: Tensor) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
         """`forward` in the precision of the gate's weights."""
         raise NotImplementedError
 
@@ -197,10 +198,10 @@ class NoisyTopKGate(Gate):
         super().__init__(hidden_size, num_experts, k)
         self.w_noise_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
 
-    def choose(self, x_TD: Tensor) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
         clean_TE = x_TD @ self.w_gate_DE
         if not self.training:
-            gates_TK, expert_TK = keep_top_k(clean_TE, self.dialled or self.k)
+            gates_TK, expert_TK = keep_top_k(clean_TE, experts_per_token or self.k)
             return _full_slots(expert_TK, gates_TK, self.num_experts, None, None)
         noise_std_TE = _noise_std(x_TD, self.w_noise_DE)
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
@@ -216,9 +217,8 @@ class SoftmaxTopKGate(Gate):
     alike: w_gate starts random instead of zero.
     """
 
-    def choose(self, x_TD: Tensor) -> GateOutput:
-        k = self.k if self.training else self.dialled or self.k
-        gates_TK, expert_TK = keep_top_k(x_TD @ self.w_gate_DE, k)
+    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+        gates_TK, expert_TK = keep_top_k(x_TD @ self.w_gate_DE, experts_per_token or self.k)
         return _full_slots(expert_TK, gates_TK, self.num_experts, None, None)
 
 
@@ -234,25 +234,27 @@ class HierarchicalGate(Gate):
     def __init__(self, hidden_size: int, num_experts: int, branching: int, primary_k: int, k: int) -> None:
         super().__init__(hidden_size, num_experts, k)
         self.branching, self.primary_k = branching, primary_k
-        self.dialled_levels = (primary_k, k)
         self.w_noise_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
         self.primary_w_gate_DA = nn.Parameter(torch.zeros(hidden_size, branching))
         self.primary_w_noise_DA = nn.Parameter(torch.zeros(hidden_size, branching))
 
-    def set_experts_per_token(self, count: int) -> None:
-        """As many groups as in training if `count` allows it, and equally many experts in each of them."""
-        super().set_experts_per_token(count)
-        groups = min(count, self.primary_k) if count else self.primary_k
-        experts = count // groups if count else self.k
+    def check_experts_per_token(self, count: int) -> None:
+        """ValueError unless `count` can be shared out as `levels` does."""
+        super().check_experts_per_token(count)
+        groups, experts = self.levels(count)
         if count and (count % groups or experts > self.num_experts // self.branching):
             raise ValueError(
                 f"decoding.experts_per_token={count} must be at most {self.primary_k}, or {self.primary_k} times 1.."
                 f"{self.num_experts // self.branching}: each token wakes {self.primary_k} groups"
             )
-        self.dialled_levels = (groups, experts)
 
-    def choose(self, x_TD: Tensor) -> GateOutput:
-        primary_k, k = (self.primary_k, self.k) if self.training else self.dialled_levels
+    def levels(self, count: int) -> tuple[int, int]:
+        """(groups, experts in each) that a token wakes: as many groups as in training if `count` allows it."""
+        groups = min(count, self.primary_k) if count else self.primary_k
+        return groups, count // groups if count else self.k
+
+    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+        primary_k, k = self.levels(experts_per_token)
         clean_TA = noisy_TA = x_TD @ self.primary_w_gate_DA
         if self.training:
             std_TA = _noise_std(x_TD, self.primary_w_noise_DA)
@@ -304,7 +306,7 @@ class StrictlyBalancedGate(Gate):
         super().__init__(hidden_size, num_experts, k)
         self.threshold_E = nn.Parameter(torch.zeros(num_experts))
 
-    def choose(self, x_TD: Tensor) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
         log_TE = (x_TD @ self.w_gate_DE).log_softmax(1)
         own_loss = log_TE.new_zeros(())
         log_threshold_E = THRESHOLD_SCALE * self.threshold_E
@@ -313,9 +315,9 @@ class StrictlyBalancedGate(Gate):
             m = min(num_tokens, max(1, round(self.k * num_tokens / self.num_experts)))
             mask_TE = batchwise_mask(log_TE.detach(), m)
             own_loss = batchwise_loss(log_TE.detach(), log_threshold_E, mask_TE) / max(num_tokens, 1)
-        elif self.dialled:
+        elif experts_per_token:
             mask_TE = torch.zeros_like(log_TE, dtype=torch.bool)
-            mask_TE = mask_TE.scatter_(1, log_TE.topk(self.dialled, dim=1).indices, True)
+            mask_TE = mask_TE.scatter_(1, log_TE.topk(experts_per_token, dim=1).indices, True)
         else:
             mask_TE = log_TE > log_threshold_E
         count_T = mask_TE.sum(1)

@@ -72,7 +72,7 @@ class _MoELayers(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, gates: Gates) -> Tensor:
+    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, gates: Gates, experts_per_token: int) -> Tensor:
         """x after the MoE that stands behind LSTM `layer`, if one does; its gate is put into `gates`.
 
         Padding never reaches a gate: only rows `rows_N` do (None: all are real).
@@ -81,7 +81,7 @@ class _MoELayers(nn.Module):
             return x_TBD
         x_MD = x_TBD.flatten(0, 1)
         real_ND = x_MD if rows_N is None else take_rows(x_MD, rows_N)
-        y_ND, gates[f"{self.side}.{layer}"] = self.moe[str(layer)](real_ND)
+        y_ND, gates[f"{self.side}.{layer}"] = self.moe[str(layer)](real_ND, experts_per_token)
         y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
         return x_TBD + self.dropout(y_MD).view_as(x_TBD)
 
@@ -102,7 +102,9 @@ class Encoder(nn.Module):
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Tensor, Gates]:
+    def forward(
+        self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None, experts_per_token: int = 0
+    ) -> tuple[Tensor, Gates]:
         """(top_SBD, gates) of embedded source; padding positions come out unspecified."""
         gates: Gates = {}
         if isinstance(self.bottom, BidirectionalLSTM):
@@ -110,11 +112,11 @@ class Encoder(nn.Module):
         else:
             y_SBD, _ = self.bottom(x_SBD)
         x_SBD = self._residual(1, x_SBD, self.dropout(y_SBD))
-        x_SBD = self.moe_layers.after(1, x_SBD, rows_N, gates)
+        x_SBD = self.moe_layers.after(1, x_SBD, rows_N, gates, experts_per_token)
         for layer, lstm in enumerate(self.upper, start=2):
             y_SBD, _ = lstm(x_SBD)
             x_SBD = self._residual(layer, x_SBD, self.dropout(y_SBD))
-            x_SBD = self.moe_layers.after(layer, x_SBD, rows_N, gates)
+            x_SBD = self.moe_layers.after(layer, x_SBD, rows_N, gates, experts_per_token)
         return x_SBD, gates
 
     def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
@@ -142,7 +144,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None, rows_N: Tensor | None
+        self,
+        x_TRD: Tensor,
+        memory: Memory,
+        state: DecoderState | None,
+        rows_N: Tensor | None,
+        experts_per_token: int = 0,
     ) -> DecoderOutput:
         """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
         gates: Gates = {}
@@ -156,14 +163,14 @@ class Decoder(nn.Module):
         query_1RD = x_TRD[-1:]
         if self.wiring == "parallel":
             x_TRD = x_TRD + self.dropout(self.context(context_TRD))
-        x_TRD = self.moe_layers.after(1, x_TRD, rows_N, gates)
+        x_TRD = self.moe_layers.after(1, x_TRD, rows_N, gates, experts_per_token)
         states = [first]
         for layer, lstm in enumerate(self.upper, start=2):
             input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.context_above else x_TRD
             y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
             states.append(after)
             x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
-            x_TRD = self.moe_layers.after(layer, x_TRD, rows_N, gates)
+            x_TRD = self.moe_layers.after(layer, x_TRD, rows_N, gates, experts_per_token)
         return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), gates)
 
     def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -199,6 +206,8 @@ class Seq2Seq(nn.Module):
     """The whole network for a shared vocabulary of V pieces; of its experts, a share.
 
     A share of experts needs a dispatcher that reaches the others: `nmt.parallel.expert_parallel.make_model`.
+    `experts_per_token` of its methods: how many experts each token wakes in a pass outside training; 0 means as many
+    as in training.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> None:
@@ -215,10 +224,12 @@ class Seq2Seq(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         init_parameters(self, self.output)
 
-    def encode(self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None) -> tuple[Memory, Gates]:
+    def encode(
+        self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None, experts_per_token: int = 0
+    ) -> tuple[Memory, Gates]:
         """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
         x_SBD = self._embed(self.source_embedding, source_SB)
-        top_SBD, gates = self.encoder(x_SBD, length_B, rows_N)
+        top_SBD, gates = self.encoder(x_SBD, length_B, rows_N, experts_per_token)
         position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
         return self.decoder.attention.memory(top_SBD, position_S1 >= length_B), gates
 
@@ -228,35 +239,38 @@ class Seq2Seq(nn.Module):
         memory: Memory,
         state: DecoderState | None = None,
         rows_N: Tensor | None = None,
+        experts_per_token: int = 0,
     ) -> DecoderOutput:
         """The decoder over T positions, from `state` on: the whole target in training, one position in a search."""
-        return self.decoder(self._embed(self.target_embedding, target_TR), memory, state, rows_N)
+        x_TRD = self._embed(self.target_embedding, target_TR)
+        return self.decoder(x_TRD, memory, state, rows_N, experts_per_token)
 
     def logits(self, x: Tensor) -> Tensor:
         """Softmax input of decoder outputs (..., D) -> (..., V)."""
         return self.output(x)
 
-    def forward(self, batch: Batch, label_smoothing: float = 0.0) -> LossOutput:
+    def forward(self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
         """Summed loss of predicting every target token of the batch from the source and the tokens before it."""
-        decoded, gates = self._read(batch)
+        decoded, gates = self._read(batch, experts_per_token)
         x_ND = take_rows(decoded.x_TRD.flatten(0, 1), batch.target_rows_N)
         target_N = batch.target_out_TB.flatten().index_select(0, batch.target_rows_N)
         loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing)
         return LossOutput(loss, nll, gates)
 
-    def gates(self, batch: Batch) -> Gates:
+    def gates(self, batch: Batch, experts_per_token: int = 0) -> Gates:
         """The gates that `forward` would return, without the softmax layer."""
-        return self._read(batch)[1]
+        return self._read(batch, experts_per_token)[1]
 
-    def set_experts_per_token(self, count: int) -> None:
-        """Wake `count` experts per token and layer outside training; 0: as in training. ValueError if impossible."""
+    def check_experts_per_token(self, count: int) -> None:
+        """ValueError if not every layer can wake `count` experts for each token; 0: as many as in training."""
         for module in self.modules():
             if isinstance(module, MoE):
-                module.gate.set_experts_per_token(count)
+                module.gate.check_experts_per_token(count)
 
-    def _read(self, batch: Batch) -> tuple[DecoderOutput, Gates]:
-        memory, gates = self.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
-        decoded = self.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
+    def _read(self, batch: Batch, experts_per_token: int) -> tuple[DecoderOutput, Gates]:
+        source = batch.source_SB, batch.source_length_B, batch.source_rows_N
+        memory, gates = self.encode(*source, experts_per_token)
+        decoded = self.decode(batch.target_in_TB, memory, None, batch.target_rows_N, experts_per_token)
         return decoded, gates | decoded.gates
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:

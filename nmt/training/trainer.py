@@ -83,7 +83,8 @@ class Trainer:
         self.num_pairs = len(pairs)
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
         self.signal = 0
-        greedy = replace(config.decoding, beam_size=1, precision=config.training.precision)
+        # Experts as in training: a score must not depend on how the model will be asked to translate.
+        greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
         self.translator = Translator(self.model, self.subwords, greedy, self.device)
 
     # ------------------------------------------------------------------------------------------------- the loop

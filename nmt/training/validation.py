@@ -36,8 +36,12 @@ def perplexity(
     batch_tokens: int,
     world: World,
     precision: str,
+    experts_per_token: int = 0,
 ) -> Perplexity:
-    """Perplexity of `targets` given `sources`, shared out over all processes; the model must be in evaluation mode."""
+    """Perplexity of `targets` given `sources`, shared out over all processes; the model must be in evaluation mode.
+
+    Each token wakes `experts_per_token` experts, or for 0 as many as in training.
+    """
     encoded = (subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets)))
     batches = list(eval_batches(*encoded, batch_tokens))
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
@@ -45,7 +49,7 @@ def perplexity(
         # Experts need all processes in every pass: in the last round some repeat a batch that does not count.
         mine = first + world.rank
         with autocast(world.device, precision):
-            output = model(batches[min(mine, len(batches) - 1)].to(world.device))
+            output = model(batches[min(mine, len(batches) - 1)].to(world.device), 0.0, experts_per_token)
         if mine < len(batches):
             nll += output.nll
     pieces = sum(batch.num_target_tokens for batch in batches)
