@@ -14,6 +14,7 @@ FLOORS = {
     "resources": 0,
     "errors": 0,
     "files": 0,
+    "textfile": 0,
     "data": 1,
     "model": 1,
     "device": 2,

@@ -1,0 +1,271 @@
+"""Lines of text, by one rule for all that read any: `nmt prepare`, `nmt translate`, `nmt evaluate`.
+
+The line rule: b"\\n" is the only separator of lines, and one "\\r" before it goes with it. Every other character is
+part of a line (U+2028, U+0085 and NUL too: whoever splits at them pairs every later line with a wrong translation).
+A last line without a "\\n" counts unless it is empty. A BOM at the beginning of the file belongs to no line.
+
+Compression is told by the first bytes, whatever the name says. What is no UTF-8 text, such as UTF-16 or an archive,
+is refused with the way to make it so. Broken bytes become U+FFFD and are counted. Memory does not grow with the
+length of a line, nor with what a small compressed file becomes.
+"""
+
+import bz2
+import gzip
+import io
+import lzma
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from nmt.errors import DataError
+
+MOST_BYTES = 1 << 22
+"""Of a line that is held whole."""
+_BLOCK = 1 << 16
+_BOM = b"\xef\xbb\xbf"
+_MAGIC = {
+    b"\x1f\x8b\x08": "gzip",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\x50\x2a\x4d\x18": "zstd",  # a skippable frame, with which pzstd begins
+    b"BZh": "bzip2",
+}
+_UNPACK = "unpack the text files in it"
+_EXPORT = "export it as text, one sentence per line, in UTF-8"
+_REFUSED = {
+    b"PK\x03\x04": ("a zip archive or an office document", f"{_UNPACK}, or save it as text"),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _UNPACK),
+    b"\x04\x22\x4d\x18": ("compressed by lz4", "unpack it"),
+    b"\x1f\x9d": ("compressed by compress", "unpack it"),
+    b"PAR1": (
+        "a Parquet file",
+        "name it in corpus.train.pairs, with the ending .parquet",
+    ),
+    b"%PDF-": ("a PDF document", _EXPORT),
+    b"{\\rtf": ("an RTF document", _EXPORT),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an office document", _EXPORT),
+}
+_WIDE_BOM = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+# Elements that only files of segments begin with, after a prolog of XML or SGML if they have one.
+_MARKUP = re.compile(
+    rb"\A\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+|<)(tmx|xliff|srcset|refset|tstset|mteval|tbx|martif)\b",
+    re.IGNORECASE | re.DOTALL,
+)
+_SEGMENTS = {
+    "tmx": "write its segments to a .tsv file, source TAB target",
+    "xliff": "write its segments to a .tsv file, source TAB target",
+    "tbx": "write its terms to a .tsv file, source TAB target",
+    "martif": "write its terms to a .tsv file, source TAB target",
+}
+_TAKE_OUT_SEGMENTS = "take its sentences out: sed -n 's/<seg[^>]*>\\(.*\\)<.seg>/\\1/p' FILE.sgm > FILE.txt"
+
+
+class Stream(Protocol):
+    """What a file opened for reading bytes, standard input and io.BytesIO have in common."""
+
+    def read1(self, size: int, /) -> bytes: ...
+
+
+class TextReader:
+    """The lines of a binary stream, without their ends. Nothing is read ahead of what is asked for.
+
+    `name` says in errors what is read, for instance "corpus.train.source: train.en". Iteration and `blocks` raise
+    DataError for what is no UTF-8 text, for damaged compressed data, and for a stream that cannot be read.
+    """
+
+    def __init__(self, stream: Stream, name: str, most_bytes: int = MOST_BYTES) -> None:
+        self.name = name
+        self.most_bytes = most_bytes
+        self.num_lines = 0
+        """Lines that have come to their end."""
+        self.num_invalid = 0
+        """Lines, or parts of one, with bytes that are not UTF-8; these became U+FFFD."""
+        self._stream = stream
+        self._kind = "text"
+
+    def __iter__(self) -> Iterator[str]:
+        """Whole lines. DataError for one of more than `most_bytes` bytes."""
+        for lines, whole in self.blocks():
+            if not whole:
+                raise DataError(
+                    f"{self.name} line {self.num_lines + 1} has more than {self.most_bytes:,} bytes: "
+                    "a line is one sentence; correct or remove it"
+                )
+            yield from lines
+
+    def blocks(self) -> Iterator[tuple[list[str], bool]]:
+        """(lines, whole), as soon as their bytes are there: all lines that one read of the stream completes.
+
+        Not `whole`: one part of a line of more than `most_bytes` bytes, whose next part comes next; its last part
+        counts as a whole line. Parts end after a blank where they can, else between two characters.
+        """
+        rest: list[bytes] = []  # of a line whose end has not come yet
+        size = 0
+        for block in self._read():
+            end = block.rfind(b"\n") + 1
+            if end:
+                lines = b"".join([*rest, block[:end]])
+                rest, size = [], 0
+                yield from self._lines(lines)
+            if end < len(block):
+                rest.append(block[end:])
+                size += len(block) - end
+            while size > self.most_bytes:
+                part, left = _cut(b"".join(rest), self.most_bytes)
+                rest, size = [left], len(left)
+                yield [self._text(part)], False
+        if size:
+            yield from self._lines(b"".join(rest) + b"\n")
+
+    def _lines(self, data: bytes) -> Iterator[tuple[list[str], bool]]:
+        """The lines in `data`, which ends with the end of the last one."""
+        first_end = data.index(b"\n")
+        while first_end > self.most_bytes:  # only the first one had more than one block to grow in
+            part, data = _cut(data, self.most_bytes)
+            first_end -= len(part)
+            yield [self._text(part)], False
+        data = data.replace(b"\r\n", b"\n")
+        try:
+            lines = data.decode("utf-8").split("\n")
+            lines.pop()
+        except UnicodeDecodeError:
+            lines = [self._text(line) for line in data.split(b"\n")[:-1]]
+        self.num_lines += len(lines)
+        yield lines, True
+
+    def _text(self, line: bytes) -> str:
+        try:
+            return line.decode("utf-8")
+        except UnicodeDecodeError:
+            self.num_invalid += 1
+            return line.decode("utf-8", errors="replace")
+
+    def _read(self) -> Iterator[bytes]:
+        """Blocks of plain bytes, none of them empty, the BOM gone."""
+        size = min(_BLOCK, self.most_bytes)
+        try:
+            head, stream = _begin(self._stream, size)
+            self._kind = _compression(head)
+            if self._kind != "text":
+                head, stream = _begin(_decompressed(_Joined(head, stream), self._kind), size)
+            self._check(head)
+            yield from filter(None, [head.removeprefix(_BOM)])
+            while block := stream.read1(size):
+                yield block
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+            problem = "cannot be read" if self._kind == "text" else f"is damaged {self._kind} data"
+            remedy = "check the file" if self._kind == "text" else "get or compress it again"
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.name} {problem} ({reason}): {remedy}") from error
+
+    def _check(self, head: bytes) -> None:
+        """Refuse what is no text, by its first bytes."""
+        wide = next((name for bom, name in _WIDE_BOM.items() if head.startswith(bom)), "") or _wide(head)
+        if wide:
+            raise DataError(f"{self.name} is {wide}, not UTF-8: convert it (iconv -f {wide} -t UTF-8 FILE > NEW)")
+        if (kind := _compression(head)) != "text":
+            raise DataError(f"{self.name} is compressed twice, at last by {kind}: decompress it once")
+        for magic, (what, remedy) in _REFUSED.items():
+            if head.startswith(magic):
+                raise DataError(f"{self.name} is {what}, not text: {remedy}")
+        if markup := _MARKUP.match(head.removeprefix(_BOM)):
+            element = markup[4].decode().lower()
+            remedy = _SEGMENTS.get(element, _TAKE_OUT_SEGMENTS)
+            raise DataError(f"{self.name} is a file of <{element}> markup, not of one sentence per line: {remedy}")
+
+
+@contextmanager
+def open_text(path: Path, key: str, most_bytes: int = MOST_BYTES) -> Iterator[TextReader]:
+    """A reader of the regular file at `path`, which the setting `key` names. DataError as for `open_regular`."""
+    with open_regular(path, key) as stream:
+        yield TextReader(stream, f"{key}: {path}", most_bytes)
+
+
+def open_regular(path: Path, key: str) -> io.BufferedReader:
+    """Open the regular file at `path`. DataError if it is none, for instance a pipe, or if it cannot be read."""
+    try:
+        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISREG(mode):
+            return open(descriptor, "rb")
+        os.close(descriptor)
+        problem = "is a pipe or a device, but is read more than once: write it to a file first"
+        if stat.S_ISDIR(mode):
+            problem = "is a folder: name the files in it"
+    except FileNotFoundError:
+        problem = "does not exist: correct the name, or set corpus.root to the folder it is in"
+    except (OSError, ValueError) as error:
+        problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): check its name and permissions"
+    raise DataError(f"{key}: {path} {problem}")
+
+
+class _Joined(io.RawIOBase):
+    """A stream of which the beginning was read already."""
+
+    def __init__(self, head: bytes, stream: Stream) -> None:
+        super().__init__()
+        self._head = head
+        self._stream = stream
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        data = self._head or self._stream.read1(len(buffer))
+        taken = data[: len(buffer)]
+        self._head = data[len(taken) :]
+        buffer[: len(taken)] = taken
+        return len(taken)
+
+
+def _begin(stream: Stream, size: int) -> tuple[bytes, Stream]:
+    """(the first bytes, the stream after them). As little is waited for as tells compressions apart."""
+    head = b""
+    while any(magic.startswith(head) for magic in (*_MAGIC, *_WIDE_BOM, _BOM) if len(head) < len(magic)):
+        block = stream.read1(size)
+        if not block:
+            break
+        head += block
+    return head, stream
+
+
+def _compression(head: bytes) -> str:
+    return next((kind for magic, kind in _MAGIC.items() if head.startswith(magic)), "text")
+
+
+def _decompressed(raw: _Joined, kind: str) -> Stream:
+    buffered = io.BufferedReader(raw, _BLOCK)
+    if kind == "gzip":
+        return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BLOCK)
+    if kind == "xz":
+        return lzma.LZMAFile(buffered)
+    if kind == "bzip2":
+        return bz2.BZ2File(buffered)
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.CompressedInputStream(buffered, "zstd"), _BLOCK)
+
+
+def _wide(head: bytes) -> str:
+    """UTF-16LE and the like, if every second to fourth byte of the beginning is a NUL as in Western text."""
+    sample = head[: len(head[:1024]) // 4 * 4]
+    nuls = [place for place in range(4) if sample[place::4].count(0) > 0.4 * len(sample) / 4]
+    names = {"UTF-16LE": [1, 3], "UTF-16BE": [0, 2], "UTF-32LE": [1, 2, 3], "UTF-32BE": [0, 1, 2]}
+    return next((name for name, places in names.items() if places == nuls and len(sample) >= 16), "")
+
+
+def _cut(line: bytes, most: int) -> tuple[bytes, bytes]:
+    """(a part of at most `most` bytes, what follows it)."""
+    end = line.rfind(b" ", 0, most) + 1
+    if not end:
+        end = most
+        # A byte 10xxxxxx continues a character; one has at most three.
+        while most - end < 3 and end > 1 and line[end] & 0xC0 == 0x80:
+            end -= 1
+    return line[:end], line[end:]
