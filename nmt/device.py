@@ -1,8 +1,19 @@
 """The device and the precision that a command computes in."""
 
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 import torch
 
-from nmt.errors import UserError
+from nmt.errors import MemoryLimitError, UserError
+
+# How PyTorch words a refusal on the host, where it has no exception of its own.
+_NO_HOST_MEMORY = ("can't allocate memory", "not enough memory")
+# The limits of control groups (containers, batch systems), versions 2 and 1.
+_GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def pick_device(name: str, key: str) -> torch.device:
@@ -25,3 +36,32 @@ def set_fast_math(device: torch.device) -> None:
     """Let float32 products on a GPU (gates, mostly) use tf32: their inputs come from bf16 anyway."""
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")
+
+
+@contextmanager
+def shortage_told(where: Callable[[], str], remedy: str) -> Iterator[None]:
+    """MemoryLimitError, in one line, instead of whatever says that memory ran out on a GPU or on the host."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        text = str(error)
+        on_host = any(words in text for words in _NO_HOST_MEMORY)
+        if not on_host and not isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+            raise
+        tried = re.search(r"ried to allocate ([\d.]+) (\w+)", text)
+        size = ""
+        if tried:
+            size = f" ({int(tried[1]) / 1e9:.3g} GB" if tried[2] == "bytes" else f" ({tried[1]} {tried[2]}"
+            size += " more were asked for)"
+        raise MemoryLimitError(f"out of memory in {where()}{size}: {remedy}") from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """All memory of a GPU; for the CPU that of the machine, or what its control group may use of it if that is less."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for path in _GROUP_LIMITS:
+        limit = path.read_text().strip() if path.is_file() else ""
+        limits += [int(limit)] if limit.isdigit() else []
+    return min(limits)

@@ -37,6 +37,12 @@ class StorageError(UserError):
     status = 6
 
 
+class MemoryLimitError(UserError):
+    """The machine, or its GPU, has too little memory for what was asked."""
+
+    status = 6
+
+
 class ProcessError(UserError):
     """Processes that train together lost each other, or no longer agree."""
 

@@ -24,10 +24,12 @@ from nmt.config import Config, DecodingConfig
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import write_atomically
 
-# What may differ when a run goes on: none of it changes what an update computes, but max_steps under schedule=linear.
+# What may differ when a run goes on: none of it changes what an update computes, but max_steps and max_minutes, which
+# are where schedule=linear ends.
 _SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
 _SAFE_TRAINING = (
     "max_steps",
+    "max_minutes",
     "log_every",
     "validate_every",
     "validation_sentences",

@@ -46,6 +46,7 @@ from nmt.parallel.mesh import World
 from nmt.training.gate_watch import GateWatch, layer_lines
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer, tensors_to_save
+from nmt.training.record import TrainLine
 from nmt.training.update import Updater, update
 
 CPU = torch.device("cpu")
@@ -281,8 +282,9 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
                 updated = time.perf_counter()
                 interval.watch(done.sums, done.gates)
                 if step % every == 0:
-                    figures, gates = interval.read(world)
-                    out.write(step, "train", figures)
+                    means, gates = interval.read(world)
+                    of_gates = {layer: gate.to_dict(moe.gating) for layer, gate in gates.items()}
+                    out.write(TrainLine(step, *means, 1e-3, 1.0, 1.0, 1, gates=of_gates))
                     loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
                     out.write_histograms(step, "train", loads)
                     out.say("\n".join([*layer_lines(gates, moe.gating), *watch.judge(step, every, 5.0, gates)]))

@@ -5,16 +5,19 @@ pip install -e '.[plots]'.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 
+from nmt.training.record import DevLine, Line, TrainLine, read_lines
+
+KINDS: dict[str, type[Line]] = {"train": TrainLine, "dev": DevLine}
+
 
 def curve(run: Path, kind: str, figure: str) -> dict[int, float]:
     """The figure at each step that metrics.jsonl has it for."""
-    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    return {line["step"]: line[figure] for line in lines if line["kind"] == kind and figure in line}
+    lines = (line.to_dict() for line in read_lines(run / "metrics.jsonl", KINDS[kind]))
+    return {line["step"]: line[figure] for line in lines if figure in line}
 
 
 def main() -> None:
@@ -22,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path)
     parser.add_argument("-o", "--output", required=True, type=Path)
-    parser.add_argument("--kind", default="train", help="train (default) or dev")
+    parser.add_argument("--kind", default="train", choices=KINDS, help="train (default) or dev")
     parser.add_argument("--figure", default="loss", help="a figure of metrics.jsonl (default: loss)")
     parser.add_argument("--labels", nargs="*", help="names of the curves (default: of the runs)")
     options = parser.parse_args()

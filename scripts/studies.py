@@ -12,7 +12,6 @@ go to every `nmt train`.
 
 import argparse
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 
 from nmt.cli import compose_config
 from nmt.evaluation.compute import model_cost
+from nmt.training.record import DevLine, TrainLine, read_lines
 
 # Every validation may save: the one that is grown must still be there at the end.
 KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=8"]
@@ -104,12 +104,6 @@ def wide(experiment: str) -> str:
     return f"model.moe.hidden_sizes=[{moe.k * moe.hidden_sizes[0]}]"
 
 
-def read_lines(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of a kind of a run's metrics."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
-
-
 def median(values: list[float]) -> float:
     """The upper median."""
     return sorted(values)[len(values) // 2]
@@ -117,20 +111,17 @@ def median(values: list[float]) -> float:
 
 def figures(run: Path) -> dict[str, float]:
     """What a row of a table holds; gate figures are means over the last four lines of training."""
-    training, dev = read_lines(run, "train"), read_lines(run, "dev")
+    training, dev = (read_lines(run / "metrics.jsonl", record) for record in (TrainLine, DevLine))
     test = json.loads((run / "report" / "test.json").read_text())
     row = {
-        "dev perplexity": dev[-1]["perplexity"],
+        "dev perplexity": dev[-1].perplexity,
         "BLEU": test["scores"]["BLEU"]["value"],
-        "ktokens/s": median([line["tokens_per_second"] for line in training[2:]]) / 1000,
+        "ktokens/s": median([line.tokens_per_second for line in training[2:]]) / 1000,
     }
     for side in ("encoder", "decoder"):
         for name in ("cv_importance", "cv_load", "max_over_mean_load"):
             values = [
-                value
-                for line in training[-4:]
-                for key, value in line.items()
-                if re.fullmatch(rf"{side}\.\d+\.{name}", key)
+                gate[name] for line in training[-4:] for layer, gate in line.gates.items() if layer.startswith(side)
             ]
             row[f"{side} {name}"] = sum(values) / len(values) if values else float("nan")
     return row
@@ -155,7 +146,13 @@ def collect(runs: Path, experiment: str) -> dict[str, Any]:
     of_four = model_cost(config.model, config.corpus.subwords.vocab_size).ops_per_timestep
     title = f"Europarl en-fr, {config.corpus.max_pairs:,} pairs, {of_four / 1e6:.1f}M ops/timestep with 32 experts"
     step = f"updates of {config.training.batch_tokens / 1024:.0f}k tokens a side"
-    collected = {run.name: {"figures": figures(run), "dev": read_lines(run, "dev")} for run in done}
+    collected = {
+        run.name: {
+            "figures": figures(run),
+            "dev": [line.to_dict() for line in read_lines(run / "metrics.jsonl", DevLine)],
+        }
+        for run in done
+    }
     return {"title": title, "step": step, "runs": collected}
 
 

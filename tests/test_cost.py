@@ -25,6 +25,7 @@ from nmt.model import loss
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import is_expert
 from nmt.training.optim import make_optimizer
+from nmt.training.record import DevLine, TrainLine
 
 Json = dict[str, Any]
 
@@ -352,6 +353,11 @@ def cost(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
     return call
 
 
+def train_line(step: int, tflops: float, processes: int = 1, memory: float | None = None) -> dict[str, Any]:
+    """A line as training writes it."""
+    return TrainLine(step, 3.0, 3.0, 20.1, 1.0, 0.0, 1e-3, 100.0, tflops, processes, memory).to_dict()
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The files of a run that `nmt cost` reads."""
@@ -359,8 +365,8 @@ def run(tmp_path: Path) -> Path:
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     corpus = {"fingerprint": "0", "pairs_kept": 1000, "source_pieces": 14000, "target_pieces": 19000}
     (tmp_path / "corpus.json").write_text(json.dumps(corpus | {"vocabulary_size": 1400}), encoding="utf-8")
-    lines = [{"step": step, "kind": "train", "tflops": speed} for step, speed in ((1, 0.01), (2, 0.05), (3, 0.04))]
-    lines.append({"step": 3, "kind": "dev", "perplexity": 3.0, "tflops": 1000.0})
+    lines = [train_line(step, speed) for step, speed in ((1, 0.01), (2, 0.05), (3, 0.04))]
+    lines.append(DevLine(3, 3.0, 9.0).to_dict())
     text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 4, "kind": "tr'
     (tmp_path / "metrics.jsonl").write_text(text, encoding="utf-8")
     return tmp_path
@@ -446,8 +452,8 @@ def test_a_run_s_cost_is_that_of_its_corpus_and_speed(cost: Callable[..., str], 
 
 
 def test_a_run_on_gpus_tells_its_memory_and_the_speed_of_each(cost: Callable[..., str], run: Path) -> None:
-    line = {"step": 1, "kind": "train", "tflops": 400.0, "processes": 4, "gpu_memory_gb": 12.5}
-    (run / "metrics.jsonl").write_text(json.dumps(line), encoding="utf-8")
+    line = train_line(1, 400.0, processes=4, memory=12.5)
+    (run / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     out = cost(str(run))
     assert re.search(r"^the most that the run had +12\.50 GB$", out, re.M)
     assert "on one GPU, at 100 TFLOP/s (the median of 1 line" in out

@@ -24,6 +24,7 @@ from nmt.parallel.checkpoint import Saver
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.metrics import MetricsWriter
+from nmt.training.record import DevLine
 from nmt.training.trainer import Trainer
 
 
@@ -40,16 +41,16 @@ def places(folder: Path) -> tuple[Path, Path]:
 
 def test_metrics_that_find_no_space_name_their_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with MetricsWriter(places(tmp_path), 0, 9) as out:
-        out.write(1, "train", {"loss": 1.0})
+        out.write(DevLine(1, 2.0, 3.0))
         with monkeypatch.context() as patch:
             patch.setattr(SummaryWriter, "add_scalar", no_space)
             with pytest.raises(StorageError, match=r"cannot write .*tensorboard: No space left on device"):
-                out.write(2, "train", {"loss": 1.0})
+                out.write(DevLine(2, 2.0, 3.0))
 
     def write_to_full_device() -> None:
         with MetricsWriter(places(tmp_path), 1, 9) as out:
             out.file = open("/dev/full", "w")  # noqa: SIM115 - the writer closes it
-            out.write(2, "train", {"loss": 1.0})
+            out.write(DevLine(2, 2.0, 3.0))
 
     with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl: No space left on device"):
         write_to_full_device()
@@ -65,7 +66,7 @@ def test_the_thread_of_tensorboard_does_not_speak_for_itself(
         with MetricsWriter(places(tmp_path), 0, 9) as out:
             monkeypatch.setattr("tensorboard.summary.writer.record_writer.RecordWriter.write", no_space)
             for step in range(1, 1000):
-                out.write(step, "train", {"loss": 1.0})
+                out.write(DevLine(step, 2.0, 3.0))
 
     with pytest.raises(StorageError, match=r"cannot write .*tensorboard: No space left"):
         write_many()

@@ -247,9 +247,9 @@ def test_a_hierarchical_gate_counts_all_that_a_token_wakes() -> None:
 def test_the_summary_names_the_worst_layer_and_all_idle_experts() -> None:
     layer = state([FAIR] * 8)
     gates = {"encoder.2": layer._replace(idle_experts=2), "decoder.1": layer._replace(cv_load=0.314, idle_experts=1)}
-    assert summary(gates, "noisy_top_k") == "; gates: worst CV(load) 0.31 decoder.1, idle 3"
+    assert summary(gates, "noisy_top_k") == "; worst CV(load) 0.31 decoder.1, idle 3"
     gates = {"encoder.2": layer._replace(tokens_without_experts=0.1234), "decoder.1": layer}
-    assert summary(gates, "strictly_balanced") == "; gates: 12.3% of tokens without experts encoder.2, idle 0"
+    assert summary(gates, "strictly_balanced") == "; 12.3% without experts encoder.2, idle 0"
     assert summary({}, "noisy_top_k") == ""
 
 

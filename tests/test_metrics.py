@@ -131,13 +131,13 @@ def test_an_interval_gives_means_over_tokens_and_updates_and_its_layers() -> Non
     gate = gate_of([[0], [1]], [[1.0], [1.0]])
     for layer in ("encoder.1", "decoder.1"):
         interval.watch({layer: gate.sums}, {layer: gate})
-    figures, gates = interval.read(ALONE)
-    assert (figures["loss"], figures["nll"]) == (1.0, 0.5)
-    assert (figures["gradient_norm"], figures["skipped_updates"]) == (3.0, 1.0)
-    assert figures["perplexity"] == pytest.approx(math.exp(0.5))
+    means, gates = interval.read(ALONE)
+    assert (means.loss, means.nll) == (1.0, 0.5)
+    assert (means.gradient_norm, means.skipped_updates) == (3.0, 1.0)
+    assert means.perplexity == pytest.approx(math.exp(0.5))
     assert list(gates) == ["encoder.1", "decoder.1"]
-    assert figures["decoder.1.max_over_mean_load"] == 2.0
-    json.dumps(figures, allow_nan=False)
+    assert gates["decoder.1"].max_over_mean_load == 2.0
+    json.dumps(means, allow_nan=False)
 
 
 def test_figures_of_an_update_are_over_all_its_micro_batches(
@@ -150,11 +150,11 @@ def test_figures_of_an_update_are_over_all_its_micro_batches(
     done = Updater(model, make_optimizer(model, config.training), config, ALONE).update(batches, 1, 0.01)
     interval = Interval(CPU, config.model.moe)
     interval.watch(done.sums, done.gates)
-    figures, gates = interval.read(ALONE)
+    _, gates = interval.read(ALONE)
     assert gates["encoder.2"].count_E.sum() == config.model.moe.k * (4 + 6 + 3)  # with the ends of sentences
     assert gates["decoder.1"].count_E.sum() == config.model.moe.k * (5 + 3 + 3)
-    for layer in gates:
-        total = figures[f"{layer}.importance_loss"] + figures[f"{layer}.load_loss"]
+    for layer, figures in gates.items():
+        total = figures.importance_loss + figures.load_loss
         assert total == pytest.approx(float(balance_loss(done.sums[layer], 0.4, 0.9)), rel=1e-5)
 
 

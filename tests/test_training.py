@@ -28,6 +28,7 @@ from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.checkpoint import read_tensors
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
+from nmt.training.record import DevLine
 from nmt.training.update import update
 
 Configs = Callable[..., ModelConfig]
@@ -166,7 +167,16 @@ def test_a_run_twice_is_the_same_run_and_another_seed_another(uninterrupted: Pat
 def test_a_finished_run_stays_as_it_is(corpus: Path) -> None:
     before = saved(train(corpus, "a", 3))
     assert saved(train(corpus, "a", 3)) == before
-    assert saved(train(corpus, "a", 2)) == before
+
+
+def test_an_end_that_is_past_is_refused_and_not_written_down(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = train(corpus, "a", 3)
+    before, config = saved(run), (run / "config.yaml").read_bytes()
+    capfd.readouterr()
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"nmt: training.max_steps=2 is below step 3 that {run} has reached: give at least 3")
+    assert (saved(run), (run / "config.yaml").read_bytes()) == (before, config)
 
 
 def test_sigterm_saves_and_the_same_command_goes_on(corpus: Path) -> None:
@@ -198,7 +208,7 @@ def test_lines_of_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> No
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 3, "ki')
     with MetricsWriter((path, tmp_path / "tensorboard"), 2, 9) as out:
-        out.write(3, "train", {"loss": 1.5})
+        out.write(DevLine(3, 2.0, 3.0))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
 
 

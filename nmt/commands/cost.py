@@ -13,6 +13,8 @@ from nmt.config import Config
 from nmt.errors import UserError
 from nmt.evaluation.budget import Budget, Lengths, training_budget
 from nmt.run import RunDirectory
+from nmt.training.forecast import duration
+from nmt.training.record import TrainLine, read_lines
 
 # Options of Hydra's that make sense here.
 _HYDRA_OPTIONS = ("--multirun", "-m", "--cfg", "-c", "--resolve")
@@ -73,20 +75,16 @@ def overrides(options: argparse.Namespace, others: Sequence[str]) -> list[str]:
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """The cost of a run: its own vocabulary, sentence lengths and speed."""
     info = run.corpus_info()
-    pairs = max(info["pairs_kept"], 1)
-    # Pieces are counted without EOS.
-    lengths = Lengths(info["source_pieces"] / pairs + 1, info["target_pieces"] / pairs + 1)
-    lines = list(_train_lines(run))
-    # A line has the operations of all processes of the run.
-    speeds = [line["tflops"] / line.get("processes", 1) for line in lines if line.get("tflops")]
-    memory = [line["gpu_memory_gb"] for line in lines if "gpu_memory_gb" in line]
+    lines = read_lines(run.metrics_path, TrainLine)
+    speeds = [line.tflops_per_process for line in lines if line.tflops > 0.0]
+    memory = [line.gpu_memory_gb for line in lines if line.gpu_memory_gb is not None]
     _report(
         options,
         config,
         Basis(
             name=str(run.path),
             vocab_size=info["vocabulary_size"],
-            lengths=lengths,
+            lengths=Lengths.of_corpus(info),
             lengths_from="the run's corpus",
             on_gpu=_on_gpu(options, config, bool(memory) or not lines),
             tflops=options.tflops or (statistics.median(speeds) if speeds else None),
@@ -118,18 +116,6 @@ def estimate(options: argparse.Namespace, config: Config) -> None:
 def _on_gpu(options: argparse.Namespace, config: Config, otherwise: bool) -> bool:
     device = options.device or config.training.device
     return otherwise if device == "auto" else device == "cuda"
-
-
-def _train_lines(run: RunDirectory) -> Iterator[dict[str, Any]]:
-    if not run.metrics_path.is_file():
-        return
-    for text in run.metrics_path.read_text(encoding="utf-8").splitlines():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue  # cut short by a crash
-        if isinstance(line, dict) and line.get("kind") == "train":
-            yield line
 
 
 def _report(options: argparse.Namespace, config: Config, basis: Basis) -> None:
@@ -259,7 +245,7 @@ def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     each = " each" if budget.gpus > 1 else ""
     source = f" ({basis.tflops_from})" if basis.tflops_from else ""
     yield (
-        f"time: {_duration(budget.seconds(basis.tflops))} on {_devices(budget)}, at {basis.tflops:,.4g} TFLOP/s"
+        f"time: {duration(budget.seconds(basis.tflops))} on {_devices(budget)}, at {basis.tflops:,.4g} TFLOP/s"
         f"{each}{source}"
     )
 
@@ -295,10 +281,3 @@ def _devices(budget: Budget) -> str:
 def _scaled(count: float, units: tuple[tuple[float, str], ...]) -> str:
     scale, unit = next((each for each in units if count >= each[0]), units[-1])
     return f"{count / scale:,.4g} {unit}"
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"

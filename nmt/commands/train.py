@@ -12,11 +12,13 @@ from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
-from nmt.errors import CheckpointError, DataError, ProcessError, StorageError, UserError, exit_status
+from nmt.device import shortage_told
+from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
 from nmt.parallel.lookout import looking_out
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
+from nmt.training.forecast import check_memory
 from nmt.training.trainer import Stopped, Trainer
 
 # What a network's file system may take to show other hosts a new file.
@@ -35,7 +37,9 @@ def train(config: Config) -> None:
             world.on_main(lambda: _open(run, config, prepared))
             _check_that_all_see(run, world)
             with _status(run, world):
-                trainer = Trainer(config, prepared, run, world)
+                _check_memory(config, prepared, world)
+                with shortage_told(lambda: "building the network", "take a smaller model or fewer experts"):
+                    trainer = Trainer(config, prepared, run, world)
                 with looking_out(world, trainer.where, lambda error: _tell_loss(run, world, error)):
                     trainer.train()
     except Stopped as stopped:
@@ -43,7 +47,7 @@ def train(config: Config) -> None:
             say(str(stopped))
         world.stop()
         sys.exit(stopped.status)
-    except (DataError, CheckpointError, StorageError) as error:
+    except (DataError, CheckpointError, MemoryLimitError, StorageError) as error:
         if not (world.is_main or error.told):
             say(f"nmt: rank {world.rank} of {world.size}: {error}")
         raise
@@ -90,7 +94,24 @@ def _write_token(mark: Path) -> str:
     return token
 
 
+def _check_memory(config: Config, prepared: Prepared, world: World) -> None:
+    warning = world.on_main(lambda: check_memory(config, prepared.manifest, world))
+    if warning and world.is_main:
+        say(warning)
+
+
+def _check_steps(run: RunDirectory, config: Config) -> None:
+    """UserError, before the run's config.yaml is written anew, if it is past the end that is asked for."""
+    saved, wanted = list_checkpoints(run.checkpoints), config.training.max_steps
+    if saved and saved[-1].step > wanted:
+        raise UserError(
+            f"training.max_steps={wanted} is below step {saved[-1].step} that {run.path} has reached: give at least "
+            f"{saved[-1].step}, or choose another run.name"
+        )
+
+
 def _open(run: RunDirectory, config: Config, prepared: Prepared) -> None:
+    _check_steps(run, config)
     facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
     corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
     corpus |= {name: prepared.manifest[name] for name in facts}

@@ -5,6 +5,7 @@ wrong type or a value that contradicts another is refused with the full key befo
 line nothing knows Hydra: the program is handed these plain objects.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -42,6 +43,8 @@ class TrainingConfig:
     """Initial weights, order of the data, dropout and gate noise all follow from it."""
     max_steps: int = 20000
     """Optimiser updates."""
+    max_minutes: float = 0.0
+    """Stop after this many minutes of training, validations and saves included, over all sittings; 0: no limit."""
     batch_tokens: int = 16384
     """Padded tokens of one micro-batch, on its larger side: what must fit in the memory of one GPU."""
     micro_batches: int = 1
@@ -50,7 +53,8 @@ class TrainingConfig:
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
-    """inverse_sqrt: linear warm-up, hold, then step^-0.5 (S17 appendix E); linear: warm-up, then to 0 at max_steps."""
+    """inverse_sqrt: linear warm-up, hold, then step^-0.5 (S17 appendix E); linear: warm-up, then to 0 at max_steps or
+    max_minutes, whichever comes first."""
     warmup_steps: int = 2000
     """Updates of linear warm-up."""
     hold_steps: int = 8000
@@ -94,6 +98,8 @@ class TrainingConfig:
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "hold_steps", "clip_norm", "validation_sentences", "patience", "seed"):
             at_least(f"training.{name}", getattr(self, name), 0)
+        if not 0.0 <= self.max_minutes < math.inf:
+            raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
         above("training.learning_rate", self.learning_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):

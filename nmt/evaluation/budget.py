@@ -3,9 +3,10 @@
 Pure functions of the configuration and of the assumptions in `Lengths`; nothing is built or measured.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nmt.config import Config
 from nmt.errors import UserError
@@ -26,6 +27,13 @@ class Lengths(NamedTuple):
     """Mean tokens of a target sentence."""
     padding: float = 0.1
     """Share of padding among the positions of a micro-batch's longer side."""
+
+    @classmethod
+    def of_corpus(cls, counts: Mapping[str, Any]) -> "Lengths":
+        """Those of a corpus with these counts (`corpus.json`, or the manifest of the prepared corpus)."""
+        pairs = max(counts["pairs_kept"], 1)
+        # Pieces are counted without EOS.
+        return cls(counts["source_pieces"] / pairs + 1, counts["target_pieces"] / pairs + 1)
 
 
 class Tokens(NamedTuple):
@@ -99,10 +107,9 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
     """
     share = _expert_share(config, gpus)
     training = config.training
-    bf16 = training.precision == "bf16" or (training.precision == "auto" and on_gpu)
-    numbers = Numbers(on_gpu, 2 if bf16 else _FLOAT)
+    numbers = numbers_of(config, on_gpu)
     cost = model_cost(config.model, vocab_size)
-    shape = _largest_shape(config, vocab_size, lengths, numbers)
+    shape = largest_shape(config, vocab_size, lengths, numbers)
     return Budget(
         cost=cost,
         tokens=_mean_tokens(training.batch_tokens, lengths),
@@ -113,6 +120,12 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
         memory=memory_of(config, vocab_size, shape, numbers, gpus, share),
         checkpoint_bytes=checkpoint_bytes(config, cost),
     )
+
+
+def numbers_of(config: Config, on_gpu: bool) -> Numbers:
+    """The numbers that matrix products of training work on."""
+    precision = config.training.precision
+    return Numbers(on_gpu, 2 if precision == "bf16" or (precision == "auto" and on_gpu) else _FLOAT)
 
 
 def checkpoint_bytes(config: Config, cost: Cost) -> int:
@@ -190,7 +203,7 @@ def _mean_tokens(batch_tokens: int, lengths: Lengths) -> Tokens:
     return Tokens(sentences * lengths.source, sentences * lengths.target, sentences)
 
 
-def _largest_shape(config: Config, vocab_size: int, lengths: Lengths, numbers: Numbers) -> Shape:
+def largest_shape(config: Config, vocab_size: int, lengths: Lengths, numbers: Numbers) -> Shape:
     """The full micro-batch that saves most: of the longest sentences that are kept, or of mean ones."""
     tokens = config.training.batch_tokens
     lengths_tried = {(config.corpus.filters.max_pieces or _LONGEST) + 1, round(max(lengths.source, lengths.target))}

@@ -155,9 +155,9 @@ def summary(gates: Mapping[str, GateFigures], gating: str) -> str:
     if gating == "strictly_balanced":
         # Its load is always even; what may be uneven is how many experts a token gets.
         worst = max(gates, key=lambda layer: gates[layer].tokens_without_experts)
-        return f"; gates: {gates[worst].tokens_without_experts:.1%} of tokens without experts {worst}, idle {idle}"
+        return f"; {gates[worst].tokens_without_experts:.1%} without experts {worst}, idle {idle}"
     worst = max(gates, key=lambda layer: gates[layer].cv_load)
-    return f"; gates: worst CV(load) {gates[worst].cv_load:.2f} {worst}, idle {idle}"
+    return f"; worst CV(load) {gates[worst].cv_load:.2f} {worst}, idle {idle}"
 
 
 def first_not_finite(gates: Mapping[str, GateFigures]) -> str | None:

@@ -2,13 +2,14 @@
 
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import torch
@@ -24,9 +25,22 @@ from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
 from nmt.parallel.mesh import World
 from nmt.training.gate_watch import GateFigures, LayerTally, read_tally
+from nmt.training.record import DevLine, TrainLine, step_of
 
 # Bars of a histogram, from 0 to its largest value.
 _NUM_BARS = 60
+# A narrower terminal gets lines.
+_BAR_COLUMNS = 60
+
+
+class Means(NamedTuple):
+    """What `TrainLine` has of the losses, under the same names."""
+
+    loss: float
+    nll: float
+    perplexity: float
+    gradient_norm: float
+    skipped_updates: float
 
 
 class Interval:
@@ -60,8 +74,8 @@ class Interval:
             else:
                 self.layers[layer] = LayerTally(each, gates[layer])
 
-    def read(self, world: World) -> tuple[dict[str, float], dict[str, GateFigures]]:
-        """The figures of a line, and those of each MoE layer by themselves; waits for the device once.
+    def read(self, world: World) -> tuple[Means, dict[str, GateFigures]]:
+        """The means of a line, and the figures of each MoE layer; waits for the device once.
 
         Losses and counts become those of all processes.
         """
@@ -71,18 +85,20 @@ class Interval:
         parts = [self.sums, *(tally.measure() for tally in self.layers.values())]
         ends = np.cumsum([part.numel() for part in parts])
         values, *of_layers = np.split(torch.cat(parts).cpu().numpy(), ends[:-1])
-        figures = dict(zip(("loss", "nll", "gradient_norm", "skipped_updates"), values.tolist(), strict=True))
-        gates = {}
-        for layer, layer_values in zip(self.layers, of_layers, strict=True):
-            gates[layer] = read_tally(layer_values, self.moe.balance_weights(layer))
-            own = gates[layer].to_dict(self.moe.gating)
-            figures |= {f"{layer}.{name}": value for name, value in own.items()}
+        loss, nll, norm, skipped = values.tolist()
+        gates = {
+            layer: read_tally(layer_values, self.moe.balance_weights(layer))
+            for layer, layer_values in zip(self.layers, of_layers, strict=True)
+        }
         tokens = max(self.target_tokens, 1)
-        figures["loss"] /= tokens
-        figures["nll"] /= tokens
-        figures["gradient_norm"] /= max(self.updates - figures["skipped_updates"], 1)
-        figures["perplexity"] = math.exp(min(figures["nll"], 50.0))
-        return figures, gates
+        means = Means(
+            loss=loss / tokens,
+            nll=nll / tokens,
+            perplexity=math.exp(min(nll / tokens, 50.0)),
+            gradient_norm=norm / max(self.updates - skipped, 1),
+            skipped_updates=skipped,
+        )
+        return means, gates
 
 
 class MetricsWriter:
@@ -100,7 +116,8 @@ class MetricsWriter:
         path, tensorboard = places
         self.path, self.tensorboard_path = places
         if path.exists():
-            kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= step]
+            text = path.read_text(encoding="utf-8", errors="replace")
+            kept = [line for line in text.splitlines() if step_of(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         with _writing(path):
             self.file = path.open("a", encoding="utf-8")
@@ -109,23 +126,23 @@ class MetricsWriter:
         self.bar = tqdm(
             total=max_steps,
             initial=step,
-            unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=not _has_room(),
             dynamic_ncols=True,
-            smoothing=0.1,
+            bar_format="{n_fmt}/{total_fmt} |{bar:8}| {desc}",
         )
 
-    def write(self, step: int, kind: str, figures: dict[str, Any]) -> None:
+    def write(self, line: TrainLine | DevLine) -> None:
         """One line and one point on each curve."""
         if self.quiet:
             return
+        figures = line.to_dict()
         with _writing(self.path):
-            self.file.write(json.dumps({"step": step, "kind": kind, **figures}) + "\n")
+            self.file.write(json.dumps(figures) + "\n")
             self.file.flush()
         with _writing(self.tensorboard_path):
             for name, value in figures.items():
-                if isinstance(value, (int, float)):
-                    self.tensorboard.add_scalar(f"{kind}/{name}", value, step)
+                if name not in ("step", "kind"):
+                    self.tensorboard.add_scalar(f"{line.kind}/{name}", value, line.step)
 
     def write_histograms(self, step: int, kind: str, values: Mapping[str, NDArray[np.float64]]) -> None:
         """The distributions of these values, to TensorBoard alone."""
@@ -149,14 +166,17 @@ class MetricsWriter:
         self.bar.write(line, file=sys.stderr)
         sys.stderr.flush()
 
-    def show(self, text: str, line: str) -> None:
-        """Newest figures: beside the bar on a terminal, else as a line."""
+    def show(self, text: str, lines: str, keep: bool) -> None:
+        """Newest figures: `text` beside the bar on a terminal, where `lines` stay above it if they are to be kept.
+
+        Without a terminal, always the lines.
+        """
         if self.quiet:
             return
-        if self.bar.disable:
-            self.say(line)
-        else:
-            self.bar.set_postfix_str(text, refresh=False)
+        if not self.bar.disable:
+            self.bar.set_description_str(text, refresh=False)
+        if keep or self.bar.disable:
+            self.say(lines)
 
     def __enter__(self) -> Self:
         if not self.quiet:
@@ -184,6 +204,15 @@ class MetricsWriter:
             threading.excepthook = self.hook_before
 
 
+def _has_room() -> bool:
+    """Whether standard error is a terminal that a bar fits into; some have no rows and columns, and would show none."""
+    try:
+        columns, rows = os.get_terminal_size(sys.stderr.fileno())
+    except (OSError, ValueError, AttributeError):  # no terminal; closed; not there at all
+        return False
+    return columns >= _BAR_COLUMNS and rows >= 2
+
+
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
     try:
@@ -192,10 +221,3 @@ def _writing(path: Path) -> Iterator[None]:
         raise StorageError(
             f"cannot write {path}: {error.strerror or error}; the same command goes on from the last checkpoint"
         ) from error
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line cut short by a crash goes too

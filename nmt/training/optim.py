@@ -21,19 +21,24 @@ ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_column"
 _BUFFER_BYTES = 256 * 2**20
 
 
-def learning_rate(training: TrainingConfig, step: int) -> float:
-    """The rate of update `step`, counted from 1.
+def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> float:
+    """The rate of update `step`, counted from 1, which begins after `seconds` of training.
 
     inverse_sqrt: linear over warmup_steps, constant over hold_steps, then proportional to step^-1/2 (S17 appendix E).
-    linear: linear over warmup_steps, then falling linearly so that the update after max_steps would have 0.
+    linear: linear over warmup_steps, then falling linearly so that the update after max_steps would have 0. With
+    max_minutes it is also never above learning_rate (1 - seconds / max_minutes), and so is 0 when they are over.
     """
     if step <= training.warmup_steps:
-        return training.learning_rate * step / training.warmup_steps
-    if training.schedule == "inverse_sqrt":
+        rate = training.learning_rate * step / training.warmup_steps
+    elif training.schedule == "inverse_sqrt":
         held_until = max(training.warmup_steps + training.hold_steps, 1)
-        return training.learning_rate * min(1.0, math.sqrt(held_until / step))
-    remaining = (training.max_steps + 1 - step) / (training.max_steps + 1 - training.warmup_steps)
-    return training.learning_rate * max(remaining, 0.0)
+        rate = training.learning_rate * min(1.0, math.sqrt(held_until / step))
+    else:
+        remaining = (training.max_steps + 1 - step) / (training.max_steps + 1 - training.warmup_steps)
+        rate = training.learning_rate * max(remaining, 0.0)
+    if training.schedule == "linear" and training.max_minutes:
+        rate = min(rate, training.learning_rate * max(1.0 - seconds / 60.0 / training.max_minutes, 0.0))
+    return rate
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:

@@ -10,7 +10,6 @@ import math
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -25,7 +24,7 @@ from nmt.config import Config
 from nmt.data.batching import BatchStream
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator
-from nmt.device import set_fast_math
+from nmt.device import set_fast_math, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.budget import checkpoint_bytes
 from nmt.evaluation.compute import model_cost
@@ -33,14 +32,23 @@ from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model, passes_alike
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
-from nmt.training.gate_watch import GateWatch, first_not_finite, layer_lines, summary
+from nmt.training.clock import Clock
+from nmt.training.forecast import duration, first_forecast, seconds_left
+from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tensors_to_save
+from nmt.training.record import DevLine, TrainLine
 from nmt.training.update import Updater
 from nmt.training.validation import perplexity, validation_bleu
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
 _MAX_BAD_INTERVALS = 3
+# Updates of a sitting after which the time of the whole is told; the first one is no measure.
+_FORECAST_AFTER = 10
+_SMALLER_BATCH = (
+    "choose another run.name with a lower training.batch_tokens or corpus.filters.max_pieces, a smaller model, or "
+    "without the longest lines of the dev set"
+)
 
 
 @dataclass
@@ -52,6 +60,10 @@ class Progress:
     validations_since_best: int = 0
     bad_intervals: int = 0
     target_tokens: int = 0
+    seconds: float = 0.0
+    """Of training, in all sittings, as `Clock.seconds` has them; the main process's, and so the same in all."""
+    next_rate: float | None = None
+    """The learning rate that the next update was to have when this was saved; an older version did not say."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -78,6 +90,8 @@ class Trainer:
         self.updater = Updater(self.model, self.optimizer, config, world)
         self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
         self.progress = Progress()
+        self.clock = Clock()
+        self.rate = 0.0
         self.gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
         pairs = prepared.train()
         self.num_pairs = len(pairs)
@@ -119,49 +133,86 @@ class Trainer:
 
     def _loop(self, out: MetricsWriter) -> None:
         training, progress = self.config.training, self.progress
-        interval, started = self._interval(), time.perf_counter()
-        while progress.step < training.max_steps and not self._out_of_patience():
-            self._update(next(self.stream), interval)
+        self.clock = Clock(progress.seconds)
+        first, interval = progress.step + 1, self._interval()
+        while self._ended() is None:
+            with shortage_told(lambda: f"update {progress.step}", _SMALLER_BATCH):
+                self._update(next(self.stream), interval)
+            stop = self._meet()
             out.advance(progress.step)
-            last = progress.step == training.max_steps
+            last = progress.step == training.max_steps or self._time_is_up()
+            validates = progress.step % training.validate_every == 0 or last
+            self._forecast(out, first)
             if progress.step % training.log_every == 0 or last:
-                self._log(out, interval, time.perf_counter() - started)
-                interval, started = self._interval(), time.perf_counter()
-            score = None
-            if progress.step % training.validate_every == 0 or last:
-                score = self._validate(out)
-                started = time.perf_counter()
+                self._log(out, interval, keep=validates)
+                interval = self._interval()
+            score = self._validate_safely(out) if validates else None
             improved = score is not None and progress.validations_since_best == 0
-            # All processes stop after the same update, whichever of them was told.
-            stop = self.world.max_int(self.signal)
-            if improved or last or stop or progress.step % training.checkpoint_every == 0 or self._out_of_patience():
+            if validates:
+                # A validation takes long: who was told to stop meanwhile does not begin another update.
+                stop = stop or self.world.max_int(self.signal)
+            if improved or last or stop or progress.step % training.checkpoint_every == 0 or self._ended():
                 self._save(score)
             if stop:
                 self.saver.wait()
                 raise Stopped(stop, progress.step)
-        if self._out_of_patience():
-            out.say(f"no better validation for {training.patience} in a row: stopped at step {progress.step}")
+        if progress.step < training.max_steps:
+            out.say(f"{self._ended()}: stopped at step {progress.step}")
+
+    def _ended(self) -> str | None:
+        """Why there is no further update; None if there is one."""
+        training, progress = self.config.training, self.progress
+        if progress.step >= training.max_steps:
+            return f"training.max_steps={training.max_steps} is reached"
+        if 0 < training.patience <= progress.validations_since_best:
+            return f"no better validation for {training.patience} in a row"
+        if self._time_is_up():
+            return f"training.max_minutes={training.max_minutes:g} is used up"
+        return None
+
+    def _time_is_up(self) -> bool:
+        minutes = self.config.training.max_minutes
+        return 0.0 < minutes <= self.progress.seconds / 60.0
+
+    def _meet(self) -> int:
+        """After an update: the signal that any process was told to stop by (0: none).
+
+        All processes take the time from the main one. They stop after the same update, and their rates are the same.
+        """
+        microseconds = int(self.clock.seconds * 1e6) if self.world.is_main else 0
+        stop, agreed = self.world.max(torch.tensor([self.signal, microseconds])).tolist()
+        self.progress.seconds = agreed / 1e6
+        return stop
 
     def _interval(self) -> Interval:
         return Interval(self.device, self.config.model.moe)
 
+    def _rate(self, step: int) -> float:
+        return learning_rate(self.config.training, step, self.progress.seconds)
+
     def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
-        self.progress.step += 1
-        rate = learning_rate(self.config.training, self.progress.step)
-        done = self.updater.update(micro_batches, self.progress.step, rate)
+        progress = self.progress
+        progress.step += 1
+        self.rate = self._rate(progress.step)
+        done = self.updater.update(micro_batches, progress.step, self.rate)
         interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
         interval.watch(done.sums, done.gates)
         for batch in micro_batches:
             sizes = batch.num_source_tokens, batch.num_target_tokens
             interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
-        self.progress.target_tokens += done.target_tokens
+        progress.target_tokens += done.target_tokens
 
     # ---------------------------------------------------------------------------------- figures and validation
 
     def _introduce(self, out: MetricsWriter, resumed_from: Checkpoint | None) -> None:
         training = self.config.training
         if resumed_from:
-            out.say(f"going on from {resumed_from.path} to step {training.max_steps:,}")
+            ended = self._ended()
+            if ended:
+                out.say(f"nothing is left to do after {resumed_from.path}: {ended}")
+            else:
+                out.say(f"going on from {resumed_from.path} to step {training.max_steps:,}")
+            self._tell_moved_rate(out)
         cost = self.cost
         out.say(
             f"{cost.num_parameters / 1e6:,.1f}M parameters, {cost.ops_per_timestep / 1e6:,.1f}M ops/timestep, "
@@ -169,40 +220,93 @@ class Trainer:
             f"on {_name(self.world)}"
         )
 
-    def _log(self, out: MetricsWriter, interval: Interval, seconds: float) -> None:
-        self._check_replicas()
-        figures, gates = interval.read(self.world)
-        figures["learning_rate"] = learning_rate(self.config.training, self.progress.step)
-        figures["tokens_per_second"] = (interval.source_tokens + interval.target_tokens) / seconds
-        figures["tflops"] = interval.flops / seconds / 1e12
+    def _tell_moved_rate(self, out: MetricsWriter) -> None:
+        """Another end of the linear schedule moves the learning rate: say from what to what."""
+        training, progress = self.config.training, self.progress
+        rate = self._rate(progress.step + 1)
+        if self._ended() is None and progress.next_rate not in (None, rate):
+            minutes = f" or after training.max_minutes={training.max_minutes:g}" if training.max_minutes else ""
+            out.say(
+                f"warning: the learning rate of update {progress.step + 1} is {rate:.3g}, not {progress.next_rate:.3g} "
+                f"as it was to be: training.schedule={training.schedule} now ends at "
+                f"training.max_steps={training.max_steps}{minutes}"
+            )
+
+    def _forecast(self, out: MetricsWriter, first: int) -> None:
+        done = self.progress.step + 1 - first
+        if done == 1:
+            self._wait_for_device()
+            self.clock.mark()
+        elif done == _FORECAST_AFTER + 1:
+            self._wait_for_device()
+            per_update = self.clock.since_mark() / _FORECAST_AFTER
+            on_cpu = self.device.type == "cpu"
+            line = first_forecast(self.config.training, self.progress.step, self.progress.seconds, per_update, on_cpu)
+            out.say(f"step {self.progress.step:,}: {line}")
+
+    def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
-            figures["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        out.write(self.progress.step, "train", figures)
-        loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
-        out.write_histograms(self.progress.step, "train", loads)
-        short = (
-            f"loss {figures['loss']:.3f}, ppl {figures['perplexity']:.2f}, {figures['tokens_per_second']:,.0f} tokens/s"
+            torch.cuda.synchronize(self.device)
+
+    def _log(self, out: MetricsWriter, interval: Interval, keep: bool) -> None:
+        self._check_replicas()
+        means, gates = interval.read(self.world)
+        # Only now has the device done all that was counted.
+        seconds = self.clock.lap()
+        training, gating, step = self.config.training, self.config.model.moe.gating, self.progress.step
+        on_gpu = self.device.type == "cuda"
+        line = TrainLine(
+            step,
+            *means,
+            learning_rate=self.rate,
+            tokens_per_second=(interval.source_tokens + interval.target_tokens) / seconds,
+            tflops=interval.flops / seconds / 1e12,
+            processes=self.world.size,
+            gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None,
+            gates={layer: gate.to_dict(gating) for layer, gate in gates.items()},
         )
-        left = self.config.training.max_steps - self.progress.step
-        minutes = left * seconds / max(interval.updates, 1) / 60
-        gating = self.config.model.moe.gating
-        place = f"step {self.progress.step:,}/{self.config.training.max_steps:,}"
-        lines = [f"{place}  {short}, {minutes:.1f} min left", *layer_lines(gates, gating)]
-        out.show(f"{short}{summary(gates, gating)}", "\n".join(lines))
-        for warning in self.gate_watch.judge(self.progress.step, interval.updates, figures["loss"], gates):
+        out.write(line)
+        loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
+        out.write_histograms(step, "train", loads)
+        per_update = seconds / max(interval.updates, 1)
+        left = duration(seconds_left(training, step, self.progress.seconds, per_update, self.clock.mean_pause))
+        short = f"ppl {line.perplexity:.2f}, {line.tokens_per_second:,.0f} tokens/s"
+        place = f"step {step:,}/{training.max_steps:,}"
+        lines = [f"{place}  loss {line.loss:.3f}, {short}, {left} left", *layer_lines(gates, gating)]
+        out.show(f"{left} left, {short}{summary(gates, gating)}", "\n".join(lines), keep)
+        self._judge(out, interval, line, gates)
+
+    def _judge(self, out: MetricsWriter, interval: Interval, line: TrainLine, gates: dict[str, GateFigures]) -> None:
+        """Warn of what a line shows to go wrong; NonFiniteError if it is beyond help."""
+        for warning in self.gate_watch.judge(line.step, interval.updates, line.loss, gates):
             out.say(warning)
-        if figures["skipped_updates"]:
+        if line.skipped_updates:
             gate = first_not_finite(gates)
             cause = f" (the first gate that is not: {gate})" if gate else ""
-            count = f"{figures['skipped_updates']:.0f} updates skipped"
-            out.say(f"step {self.progress.step}: {count}: gradient not finite{cause}")
-        all_bad = figures["skipped_updates"] == interval.updates
+            count = f"{line.skipped_updates:.0f} updates skipped"
+            out.say(f"step {line.step}: {count}: gradient not finite{cause}")
+        all_bad = line.skipped_updates == interval.updates
         self.progress.bad_intervals = self.progress.bad_intervals + 1 if all_bad else 0
-        if self.progress.bad_intervals >= _MAX_BAD_INTERVALS or (all_bad and left == 0):
+        at_end = self.progress.step == self.config.training.max_steps or self._time_is_up()
+        if self.progress.bad_intervals >= _MAX_BAD_INTERVALS or (all_bad and at_end):
             raise NonFiniteError(
                 f"no finite gradient in the last {self.progress.bad_intervals * interval.updates} updates before step "
                 f"{self.progress.step}: lower training.learning_rate; checkpoints in {self.run.checkpoints} are good"
             )
+
+    def _validate_safely(self, out: MetricsWriter) -> float | None:
+        """`_validate`; if it fails, the updates before it are saved first."""
+        with self.clock.paused():
+            try:
+                with shortage_told(lambda: f"the validation {self.where()}", _SMALLER_BATCH):
+                    return self._validate(out)
+            except ProcessError:
+                raise
+            except Exception:
+                # Several processes cannot save now: the others are in the midst of it.
+                if self.world.size == 1:
+                    self._save(None)
+                raise
 
     def _validate(self, out: MetricsWriter) -> float | None:
         """Score the dev set, keep count of the best, and return the score (lower is better; None if not a number)."""
@@ -217,33 +321,30 @@ class Trainer:
             self.world,
             training.precision,
         )
-        figures: dict[str, Any] = {"perplexity": measured.pieces, "word_perplexity": measured.words}
+        bleu: float | None = None
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
         score, count = measured.pieces, training.validation_sentences
         if count:
             with passes_alike(self.model):
-                bleu = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
-            figures["bleu"] = self.world.on_main(lambda: bleu)
-            line += f", greedy BLEU {figures['bleu']:.1f} of {min(count, len(self.dev_sources))} sentences"
-            score = -figures["bleu"] if training.best_by == "bleu" else score
+                own_bleu = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+            bleu = self.world.on_main(lambda: own_bleu)
+            line += f", greedy BLEU {bleu:.1f} of {min(count, len(self.dev_sources))} sentences"
+            score = -bleu if training.best_by == "bleu" else score
         self.model.train()
         better = score < self.progress.best_score
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
         if better:
             self.progress.best_score = score
-        out.write(self.progress.step, "dev", figures)
+        out.write(DevLine(self.progress.step, measured.pieces, measured.words, bleu))
         out.say(line + (" (best so far)" if better else ""))
         return None if math.isnan(score) else score
-
-    def _out_of_patience(self) -> bool:
-        patience = self.config.training.patience
-        return patience > 0 and self.progress.validations_since_best >= patience
 
     # ------------------------------------------------------------------------------------- saving and going on
 
     def _save(self, score: float | None) -> None:
         # One copy of what all hold is written: it must not hide that they differ.
         self._check_replicas()
+        self.progress.next_rate = self._rate(self.progress.step + 1)
         state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
         self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 

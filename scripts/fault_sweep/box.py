@@ -352,7 +352,7 @@ def differences(run: Path, whole: Path) -> list[str]:
     one, other = newest(run), newest(whole)
     if one is None or other is None or one.step != other.step:
         return [f"newest checkpoint {one and one.step} against {other and other.step}"]
-    found = [] if one.state() == other.state() else ["state.json"]
+    found = [] if _timeless(one.state()) == _timeless(other.state()) else ["state.json"]
     for part in ("model", "training"):
         ours, theirs = (read_tensors(each.path / part) for each in (one, other))
         if ours.keys() != theirs.keys():
@@ -365,6 +365,11 @@ def differences(run: Path, whole: Path) -> list[str]:
             found.append(f"{kind} lines: {len(ours_)} against {len(theirs_)}")
         found += [f"{kind} line {a['step']}" for a, b in zip(ours_, theirs_, strict=False) if repr(a) != repr(b)]
     return found
+
+
+def _timeless(state: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state without how long it took."""
+    return state | {"progress": state["progress"] | {"seconds": 0.0}}
 
 
 def one_line(process: Process, *parts: str) -> bool:
