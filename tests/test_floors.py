@@ -15,6 +15,8 @@ FLOORS = {
     "errors": 0,
     "files": 0,
     "textfile": 0,
+    "process": 0,
+    "lock": 0,
     "data": 1,
     "model": 1,
     "device": 2,

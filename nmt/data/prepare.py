@@ -4,13 +4,12 @@ Everything is written into a temporary folder beside the final one, the manifest
 as a whole. A folder under the final name is therefore complete, whenever the program was killed before.
 """
 
-import fcntl
 import hashlib
 import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice
@@ -23,6 +22,7 @@ from nmt.data.shards import MANIFEST, SIDES, ParallelShards, ShardWriter, file_r
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.errors import DataError, StorageError
 from nmt.files import sync
+from nmt.lock import locked
 
 VOCABULARY = "subwords.model"
 _FORMAT = 1  # of the prepared folder
@@ -350,18 +350,14 @@ def _why_stale(path: Path, corpus: CorpusConfig) -> str:
 
 @contextmanager
 def _lock(path: Path, log: Log) -> Iterator[None]:
-    """Let one process at a time prepare into `path`. The system drops the lock of a process that dies."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.with_name(f".{path.name}.lock").open("w")
-    except OSError as error:
-        raise StorageError(
-            f"corpus.directory={path.parent} cannot be written ({error.strerror}): choose another"
-        ) from error
-    with stream:
+    """Let one process at a time prepare into `path`."""
+    with ExitStack() as held:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"another process is preparing {path}: waiting for it")
-            fcntl.flock(stream, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lock = path.with_name(f".{path.name}.lock")
+            held.enter_context(locked(lock, lambda other: log(f"{other} is preparing {path}: waiting for it")))
+        except OSError as error:
+            raise StorageError(
+                f"corpus.directory={path.parent} cannot be written ({error.strerror or error}): choose another"
+            ) from error
         yield
