@@ -198,10 +198,10 @@ def _config_message(error: Exception) -> str:
 
 
 def _run_config(run: RunDirectory, overrides: list[str]) -> Config:
-    """The configuration that a run was started with, `decoding.*` overridden."""
+    """The configuration that a run was started with, `decoding.*` and `evaluation.*` overridden."""
     for override in overrides:
-        if not override.startswith("decoding."):
-            raise UserError(f"{override}: only decoding.* may be changed for a trained run")
+        if not override.startswith(("decoding.", "evaluation.")):
+            raise UserError(f"{override}: only decoding.* and evaluation.* may be changed for a trained run")
     try:
         stored = OmegaConf.load(run.config_path)
         if not stored:

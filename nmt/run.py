@@ -26,6 +26,7 @@ from nmt.files import write_atomically
 
 # What may differ when a run goes on: none of it changes what an update computes, but max_steps and max_minutes, which
 # are where schedule=linear ends.
+# Nor does evaluation.*, but BLEU by another tokeniser cannot be compared with that of earlier checkpoints.
 _SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
 _SAFE_TRAINING = (
     "max_steps",
@@ -144,6 +145,8 @@ class RunDirectory:
         new = flatten(config.to_dict())
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         safe = (*_SAFE_TO_CHANGE, *(f"training.{name}" for name in _SAFE_TRAINING))
+        if config.training.best_by != "bleu":
+            safe += ("evaluation.",)
         unsafe = [key for key in differing if not key.startswith(safe)]
         if unsafe:
             shown = "; ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in unsafe)

@@ -169,8 +169,8 @@ def test_a_run_that_does_not_exist_or_is_not_named(cli: Cli, command: str, tmp_p
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("training.max_steps=3", ("training.max_steps=3", "only decoding.*")),
-        ("training.adam_beta1=0.5", ("training.adam_beta1=0.5", "only decoding.*")),
+        ("training.max_steps=3", ("training.max_steps=3", "only decoding.* and evaluation.*")),
+        ("training.adam_beta1=0.5", ("training.adam_beta1=0.5", "only decoding.* and evaluation.*")),
         ("decoding.beam_size=0", ("decoding.beam_size=0", "at least 1")),
         ("decoding.beam_size=many", ("decoding.beam_size", "many")),
         ("decoding.beam_sice=3", ("decoding.beam_sice", "did you mean decoding.beam_size?")),
@@ -266,7 +266,8 @@ def test_evaluating_a_file_with_odd_lines(cli: Cli, run: Path, tmp_path: Path) -
     arguments = ("evaluate", str(run), "--source", str(source), "--reference", str(reference))
     assert cli(*arguments) == 0, cli.err
     assert "3 sentences of source.en" in cli.out
-    assert (run / "report" / "source.en.hypotheses").read_bytes().count(b"\n") == 3
+    (hypotheses,) = (run / "report").glob("set-source.en-*.hypotheses")
+    assert hypotheses.read_bytes().count(b"\n") == 3
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ import pytest
 from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 from nmt.cli import _run_config, main
-from nmt.commands import evaluate
-from nmt.commands.evaluate import dial_counts, dial_positions, with_experts_per_token
 from nmt.config import Config, DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
+from nmt.evaluation import dial
 from nmt.evaluation.compute import model_cost
+from nmt.evaluation.dial import dial_counts, dial_positions, with_experts_per_token
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.model.gating import HierarchicalGate
 from nmt.model.seq2seq import Seq2Seq
@@ -25,7 +25,7 @@ HIERARCHICAL = {"gating": "hierarchical", "num_experts": 12, "branching": 3, "pr
 
 @pytest.fixture
 def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(evaluate, "_BOOTSTRAP_SAMPLES", 20)
+    monkeypatch.setattr(dial, "BOOTSTRAP_SAMPLES", 20)
     return trained_run(tmp_path_factory)
 
 
@@ -96,7 +96,7 @@ def test_the_table_and_its_file(run: Path, capfd: pytest.CaptureFixture[str]) ->
     capfd.readouterr()
     assert main(["evaluate", str(run), "--dial", "4,1", "--split", "dev", "--show", "1", "decoding.beam_size=2"]) == 0
     out, err = capfd.readouterr()
-    report = json.loads((run / "report" / "dial.json").read_text())
+    report = json.loads((run / "report" / "dial-dev.json").read_text())
     assert (report["set"], report["sentences"], report["decoding"]["beam_size"]) == ("dev", 8, 2)
     positions = report["positions"]
     assert [(each["experts_per_token"], each["trained"]) for each in positions] == [(1, False), (2, True), (4, False)]
@@ -110,10 +110,10 @@ def test_the_table_and_its_file(run: Path, capfd: pytest.CaptureFixture[str]) ->
         texts.append([found.text for found in Translator.load(directory, config).translate(sources)])
     rows = [line for line in out.splitlines() if line[:1].isdigit() and "M " in line]
     for position, hypotheses, row in zip(positions, texts, rows, strict=True):
-        bleu, chrf = corpus_scores(hypotheses, references)
+        bleu, chrf = corpus_scores(hypotheses, [references], "13a")
         assert position["scores"] == {"BLEU": bleu.value, "chrF2": chrf.value}
         assert report["signatures"] == {"BLEU": bleu.signature, "chrF2": chrf.signature}
-        (compared, _) = paired_bootstrap(texts[1], hypotheses, references, 20)
+        (compared, _) = paired_bootstrap(texts[1], hypotheses, [references], "13a", 20)
         found = position["against_trained"][0]
         assert (found["system"], found["p_value"]) == (bleu.value, compared.p_value)
         assert f"{bleu.value:.2f} (" in row

@@ -267,6 +267,7 @@ def test_the_command_looks_at_other_text(run: Path, tmp_path: Path, capfd: pytes
     source.write_text("the dog <script>\nmeadow\n")
     reference.write_text("der Hund\nWiese\n")
     assert main(["experts", str(run), "--source", str(source), "--reference", str(reference)]) == 0
-    text = (run / "report" / "experts.html").read_text()
+    (page,) = (run / "report").glob("experts-set-my.en-*.html")
+    text = page.read_text()
     assert "my.en, 2 sentence pairs" in Page(text).words()
     assert "<script" not in text

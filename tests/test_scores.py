@@ -15,10 +15,10 @@ from nmt.cli import main
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.errors import DataError
 from nmt.evaluation.expert_report import _LayerCounts, expert_report
+from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
-from nmt.training.validation import perplexity
 
 PAIRS = [
     ("The train leaves at 14:35 o'clock.", "The train leaves at 14:35."),
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_scores_are_sacrebleus() -> None:
     hypotheses, references = map(list, zip(*PAIRS, strict=True))
-    bleu, chrf = corpus_scores(hypotheses, references)
+    bleu, chrf = corpus_scores(hypotheses, [references], "13a")
     assert (bleu.name, bleu.value) == ("BLEU", sacrebleu.corpus_bleu(hypotheses, [references]).score)
     assert (chrf.name, chrf.value) == ("chrF2", sacrebleu.corpus_chrf(hypotheses, [references]).score)
     assert 0 < bleu.value < 100
@@ -48,8 +48,8 @@ def test_scores_are_sacrebleus() -> None:
 
 def test_equal_text_is_100_and_nothing_in_common_0() -> None:
     text = [reference for _, reference in PAIRS]
-    assert [score.value for score in corpus_scores(text, text)] == pytest.approx([100.0, 100.0])
-    assert corpus_scores([""] * 5, text)[0].value == 0.0
+    assert [score.value for score in corpus_scores(text, [text], "13a")] == pytest.approx([100.0, 100.0])
+    assert corpus_scores([""] * 5, [text], "13a")[0].value == 0.0
 
 
 @pytest.mark.parametrize("drop", [("hypotheses", 1), ("references", 1), ("hypotheses", 5), ("references", 5)])
@@ -58,12 +58,12 @@ def test_unequal_counts_are_refused_with_both(drop: tuple[str, int]) -> None:
     sides[drop[0]] = sides[drop[0]][drop[1] :]
     counts = (len(sides["hypotheses"]), len(sides["references"]))
     with pytest.raises(DataError, match=f"{counts[0]} translations but {counts[1]} references"):
-        corpus_scores(sides["hypotheses"], sides["references"])
+        corpus_scores(sides["hypotheses"], [sides["references"]], "13a")
 
 
 def test_nothing_is_refused() -> None:
     with pytest.raises(DataError, match="no sentences"):
-        corpus_scores([], [])
+        corpus_scores([], [[]], "13a")
 
 
 REFERENCES = [f"the small dog runs over meadow {i} this morning" for i in range(60)]
@@ -77,8 +77,8 @@ def spoilt(every: int) -> list[str]:
 def test_the_paired_bootstrap_of_two_systems(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SACREBLEU_SEED", "99")
     baseline, system = spoilt(2), spoilt(4)
-    found = paired_bootstrap(baseline, system, REFERENCES, samples=200)
-    before, after = corpus_scores(baseline, REFERENCES), corpus_scores(system, REFERENCES)
+    found = paired_bootstrap(baseline, system, [REFERENCES], "13a", samples=200)
+    before, after = (corpus_scores(each, [REFERENCES], "13a") for each in (baseline, system))
     assert [(each.name, each.baseline) for each in found] == [(score.name, score.value) for score in before]
     assert [(each.name, each.system) for each in found] == [(score.name, score.value) for score in after]
     for each in found:
@@ -86,33 +86,33 @@ def test_the_paired_bootstrap_of_two_systems(monkeypatch: pytest.MonkeyPatch) ->
         assert each.baseline_interval[0] < each.baseline < each.baseline_interval[1]
         assert each.system_interval[0] < each.system < each.system_interval[1]
         assert 1 / 201 <= each.p_value < 0.05
-    assert paired_bootstrap(baseline, system, REFERENCES, samples=200) == found
-    assert paired_bootstrap(baseline, system, REFERENCES, samples=200, seed=7) != found
+    assert paired_bootstrap(baseline, system, [REFERENCES], "13a", samples=200) == found
+    assert paired_bootstrap(baseline, system, [REFERENCES], "13a", samples=200, seed=7) != found
     assert os.environ["SACREBLEU_SEED"] == "99"
     monkeypatch.delenv("SACREBLEU_SEED")
-    assert paired_bootstrap(baseline, system, REFERENCES, samples=200) == found
+    assert paired_bootstrap(baseline, system, [REFERENCES], "13a", samples=200) == found
     assert "SACREBLEU_SEED" not in os.environ
 
 
 def test_as_many_mistakes_in_other_sentences_are_no_evidence() -> None:
     system = [line if i % 4 != 1 else line.replace("dog", "cat") for i, line in enumerate(REFERENCES[:-1])]
     system.append(REFERENCES[-1].replace("small", "little"))
-    assert all(each.p_value > 0.2 for each in paired_bootstrap(spoilt(4), system, REFERENCES, samples=200))
+    assert all(each.p_value > 0.2 for each in paired_bootstrap(spoilt(4), system, [REFERENCES], "13a", samples=200))
 
 
 def test_a_system_against_itself_is_no_difference() -> None:
-    for each in paired_bootstrap(spoilt(3), spoilt(3), REFERENCES, samples=50):
+    for each in paired_bootstrap(spoilt(3), spoilt(3), [REFERENCES], "13a", samples=50):
         assert (each.difference, each.p_value) == (0.0, 1.0)
         assert each.baseline_interval == each.system_interval
 
 
 def test_systems_that_do_not_pair_are_refused() -> None:
     with pytest.raises(DataError, match="59 translations but 60 references"):
-        paired_bootstrap(REFERENCES[1:], REFERENCES, REFERENCES)
+        paired_bootstrap(REFERENCES[1:], REFERENCES, [REFERENCES], "13a")
     with pytest.raises(DataError, match="59 translations but 60 references"):
-        paired_bootstrap(REFERENCES, REFERENCES[1:], REFERENCES)
+        paired_bootstrap(REFERENCES, REFERENCES[1:], [REFERENCES], "13a")
     with pytest.raises(DataError, match="no sentences"):
-        paired_bootstrap([], [], [])
+        paired_bootstrap([], [], [[]], "13a")
 
 
 def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -121,7 +121,7 @@ def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: 
     out = capfd.readouterr().out
     hypotheses = (run / "report" / "dev.hypotheses").read_bytes().decode().split("\n")[:-1]
     _, references, _ = RunDirectory(run).text("dev")
-    bleu, chrf = corpus_scores(hypotheses, references)
+    bleu, chrf = corpus_scores(hypotheses, [references], "13a")
     assert str(bleu) in out
     assert str(chrf) in out
     assert out.count("translation ") == 2

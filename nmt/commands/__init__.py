@@ -1,14 +1,30 @@
 """The commands that work on a trained run, one file each.
 
 A command file has `parser()`, its options and help, and `run(options, run, config)`, which does it: `config` is the
-run's own, with `decoding.*` as the user changed it. Results go to standard output, `say` to standard error.
+run's own, with `decoding.*` and `evaluation.*` as the user changed them. Results go to standard output, `say` to
+standard error.
 """
 
 import argparse
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from nmt.errors import UserError
+
+
+class _Once(argparse.Action):
+    """Store the value of an option. Given twice, it is refused: one of the two would be dropped without a word."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string and getattr(namespace, self.dest, self.default) is not self.default:
+            raise argparse.ArgumentError(self, "it is given twice: give it once")
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
@@ -21,6 +37,7 @@ class Parser(argparse.ArgumentParser):
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        self.register("action", None, _Once)
         self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
 
     def error(self, message: str) -> NoReturn:

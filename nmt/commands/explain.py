@@ -5,13 +5,12 @@ import hashlib
 import json
 import re
 
-from nmt.commands import say
+from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError, UserError
 from nmt.evaluation.explain import explain_sentence
 from nmt.evaluation.explain_page import explanation_page
-from nmt.files import write_atomically
 from nmt.run import RunDirectory
 
 _LONGEST_SLUG = 40
@@ -26,13 +25,12 @@ def explain(options: argparse.Namespace, run: RunDirectory, config: Config) -> N
     if not sentence.strip():
         raise DataError("the sentence of --explain is blank")
     explanation = explain_sentence(Translator.load(run, config), sentence)
-    run.report.mkdir(exist_ok=True)
-    path = run.report / f"explain-{slug(sentence)}.html"
-    content = {**explanation.to_dict(), "decoding": config.to_dict()["decoding"]}
-    write_atomically(path.with_suffix(".json"), json.dumps(content, indent=2).encode())
-    write_atomically(path, explanation_page(explanation).encode())
     print(explanation)
-    say(f"the same as a page is in {path}, with all digits in {path.with_suffix('.json').name}")
+    content = {**explanation.to_dict(), "decoding": config.to_dict()["decoding"]}
+    name = f"explain-{slug(sentence)}"
+    contents = {f"{name}.json": json.dumps(content, indent=2), f"{name}.html": explanation_page(explanation)}
+    page = run.report / f"{name}.html"
+    keep(run, contents, f"the same as a page is in {page}, with all digits in {name}.json")
 
 
 def slug(sentence: str) -> str:

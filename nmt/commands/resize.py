@@ -18,7 +18,8 @@ from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.device import pick_device, set_fast_math
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.compute import model_cost
-from nmt.evaluation.scores import paired_bootstrap
+from nmt.evaluation.perplexity import perplexity
+from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
 from nmt.parallel.mesh import World
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
@@ -26,7 +27,6 @@ from nmt.training import shrinking
 from nmt.training.growing import grow
 from nmt.training.shrinking import Pair, Seen, Use
 from nmt.training.surgery import Network, moe_modules, read_network, write_run
-from nmt.training.validation import perplexity
 
 _COUNTS = "model.moe.num_experts_at."
 
@@ -122,6 +122,7 @@ class _Bench:
 
     def __init__(self, run: RunDirectory, config: Config, subwords: Subwords) -> None:
         self.config, self.subwords = config, subwords
+        self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.device = pick_device(config.decoding.device, "decoding.device")
         set_fast_math(self.device)
         self.sources, self.targets, _ = run.text("dev")
@@ -170,12 +171,13 @@ class _Bench:
         sources, references = self.spread(_TRANSLATED)
         say(f"translating {len(sources)} dev sentences, before and after")
         baseline, system = ([line.text for line in each.translate(sources)] for each in (before, after))
-        comparisons = paired_bootstrap(baseline, system, references)
+        comparisons = paired_bootstrap(baseline, system, [references], self.tokenizer.name)
         print(f"\n{'':30}before     after  difference  p-value (paired bootstrap)")
         for each in comparisons:
             print(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
         old, new = (self.perplexity(each, _TRANSLATED) for each in (before, after))
-        print(_score_line("perplexity", old, new, digits=3) + "\n")
+        print(_score_line("perplexity", old, new, digits=3))
+        print(f"{self.tokenizer}\n")
         bleu = comparisons[0]
         if not -bleu.difference <= max_loss:
             enough = math.ceil(-10 * bleu.difference) / 10

@@ -18,6 +18,7 @@ __all__ = [
     "Config",
     "CorpusConfig",
     "DecodingConfig",
+    "EvaluationConfig",
     "FilesConfig",
     "FilterConfig",
     "MoEConfig",
@@ -33,6 +34,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
+TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 
 
 @dataclass
@@ -176,6 +178,18 @@ class DecodingConfig:
 
 
 @dataclass
+class EvaluationConfig:
+    """How translations are scored. May be overridden for every command that takes a run."""
+
+    tokenize: str = "auto"
+    """How BLEU cuts text into words, by sacreBLEU's names: 13a, intl, zh, ja-mecab, ko-mecab, char, none; auto: by the
+    target language, 13a for those with blanks between words. Only scores with the same tokeniser can be compared."""
+
+    def __post_init__(self) -> None:
+        one_of("evaluation.tokenize", self.tokenize, TOKENIZERS)
+
+
+@dataclass
 class RunConfig:
     """Where a run lives."""
 
@@ -205,6 +219,8 @@ class Config:
     """The processes."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     """The translating."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """The scoring."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, for YAML and JSON."""

