@@ -21,6 +21,7 @@ from nmt.errors import UserError
 from nmt.evaluation.activations import PIECE_ELEMENTS, Numbers, Shape, copied_bytes, saved_bytes
 from nmt.evaluation.budget import Lengths, memory_of, training_budget
 from nmt.evaluation.compute import model_cost
+from nmt.evaluation.speed import guess_cpu_tflops
 from nmt.model import loss
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import is_expert
@@ -419,6 +420,34 @@ def test_without_a_speed_the_time_is_a_formula(cost: Callable[..., str]) -> None
     found = re.search(r"^time: ([\d.e-]+) hours / X on one GPU", cost("experiment=demo"), re.M)
     assert found
     assert float(found[1]) == pytest.approx(flops / 3600e12, rel=1e-3)
+
+
+def test_a_cpu_s_speed_is_guessed_and_said_to_be_a_guess(cost: Callable[..., str], run: Path) -> None:
+    for arguments in (["experiment=demo", "--device", "cpu"], [str(run), "--device", "cpu"]):
+        (run / "metrics.jsonl").unlink(missing_ok=True)
+        out = cost(*arguments)
+        assert re.search(r"^time: [\d.,]+ \w+ on one CPU process, at [\d.]+ TFLOP/s \(a guess from matrix", out, re.M)
+        assert " X" not in out.replace("--tflops X", "")
+        figures = json.loads(cost(*arguments, "--json"))
+        assert figures["seconds"] == pytest.approx(figures["training_flops"] / figures["tflops_per_gpu"] / 1e12)
+        assert figures["tflops_from"].startswith("a guess")
+    assert "training.max_minutes=0.01 ends it before that" in cost(
+        "experiment=demo", "--tflops", "0.1", "training.max_minutes=0.01"
+    )
+    assert "max_minutes" not in cost("experiment=demo", "--tflops", "0.1", "training.max_minutes=100")
+    given = json.loads(cost("experiment=demo", "--device", "cpu", "--tflops", "0.5", "--json"))
+    assert (given["tflops_per_gpu"], given["tflops_from"]) == (0.5, "given")
+
+
+def test_a_guess_is_shared_by_the_processes_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each product takes a millisecond by this clock; threads are as before afterwards."""
+    ticks = iter(range(10**6))
+    monkeypatch.setattr("nmt.evaluation.speed.time.perf_counter", lambda: next(ticks) * 1e-3)
+    threads = torch.get_num_threads()
+    alone = guess_cpu_tflops(1, seconds=0.02)
+    assert alone == pytest.approx(2 * 512**3 / 1e-3 / 1e12 / 3 * threads)
+    assert guess_cpu_tflops(2, seconds=0.02) == pytest.approx(alone / 2)
+    assert torch.get_num_threads() == threads
 
 
 def test_json_has_the_same_figures(cost: Callable[..., str]) -> None:

@@ -1,8 +1,15 @@
 """What training writes of its gates and losses: figures against hand-computed ones (warnings: test_gate_watch.py)."""
 
+import fcntl
 import json
 import math
-from collections.abc import Callable
+import os
+import pty
+import struct
+import sys
+import termios
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +23,7 @@ from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.gating import GateOutput, GateSums, HierarchicalGate, StrictlyBalancedGate, balance_loss, count_tokens
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
-from nmt.training.gate_watch import GateFigures
+from nmt.training.gate_watch import GateFigures, summary
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -193,3 +200,66 @@ def test_a_run_writes_figures_and_histograms_of_every_layer(tmp_path_factory: py
     # The gates start at zero: even, and with noise of softplus(0).
     assert lines[0]["encoder.1.noise_std"] == pytest.approx(math.log(2))
     assert lines[0]["encoder.1.load_loss"] == pytest.approx(0.01 * lines[0]["encoder.1.cv_load"] ** 2)
+
+
+# ------------------------------------------------------------------------------------------------------ the terminal
+
+
+@contextmanager
+def terminal(rows: int, columns: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """A terminal of that size as standard error; what was written to it so far."""
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
+    os.set_blocking(main, False)
+
+    def written() -> str:
+        sys.stderr.flush()
+        return os.read(main, 1 << 16).decode()
+
+    with open(side, "w", encoding="utf-8") as stream, patch.context() as inner:
+        inner.setattr(sys, "stderr", stream)
+        yield written
+    os.close(main)
+
+
+def gate_figures(name: str) -> dict[str, GateFigures]:
+    gate = gate_of([[0], [1]], [[1.0], [1.0]])
+    return {name: read_one(MoEConfig(), gate)._replace(cv_load=1.23, tokens_without_experts=0.123)}
+
+
+@pytest.mark.parametrize("gating", ["noisy_top_k", "strictly_balanced"])
+def test_the_bar_leaves_room_for_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gating: str) -> None:
+    """At 110 columns, late in a long run."""
+    text = f"123.4 minutes left, ppl 22.70, 123,456 tokens/s{summary(gate_figures('decoder.1'), gating)}"
+    with terminal(40, 110, monkeypatch) as written:
+        with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 11_999, 20_000) as out:
+            out.show(text, "step 12,000/20,000\n  encoder.1", keep=False)
+            out.advance(12_000)
+            out.bar.refresh()
+            bar = written().split("\r")[-1].rstrip()
+            assert bar.startswith("12000/20000 |")
+            assert bar.endswith(text)
+            assert bar.count("█") >= 3
+            out.show(text, "step 12,050/20,000\n  encoder.1", keep=True)
+            out.say("step 12,050: dev perplexity 9.00")
+        shown = written()
+    assert "step 12,050/20,000\r\n  encoder.1\r\n" in shown
+    assert "step 12,050: dev perplexity 9.00\r\n" in shown
+    assert "step 12,000/20,000" not in shown
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(0, 0), (0, 110), (40, 0), (40, 30)])
+def test_a_terminal_without_room_for_a_bar_gets_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int
+) -> None:
+    with terminal(rows, columns, monkeypatch) as written:
+        with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 0, 9) as out:
+            out.advance(1)
+            out.show("beside the bar", "step 1/9  loss 3", keep=False)
+        assert written() == "step 1/9  loss 3\r\n"
+
+
+def test_no_standard_error_gets_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 0, 9) as out:
+        assert out.bar.disable

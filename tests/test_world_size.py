@@ -5,7 +5,9 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,6 +18,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.errors import ProcessError
 from nmt.parallel.mesh import World
+from nmt.training.record import TrainLine, read_lines
 from nmt.training.trainer import Trainer
 from tests.ranks import run_ranks
 
@@ -28,6 +31,9 @@ HARD = (
     "training.patience=9",
 )
 HALF = 5
+# Ended by the clock, after a few dozen updates or hundreds.
+TIMED = ("training.schedule=linear", "training.max_minutes=0.02", "training.max_steps=1000000")
+TIMED += ("training.validate_every=1000000", "training.validation_sentences=0")
 FACTORED = ("training.expert_optimizer=factored",)
 
 
@@ -118,7 +124,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     replicas = ("parallel.expert_group_size=1",)
     by_two += [Job("expert-drift", None, replicas, drift="encoder.moe_layers.moe.1.experts.weights.1")]
     by_two += [Job("regrouped", HALF), Job("regrouped", None, ("parallel.expert_group_size=1",))]
-    by_two += [Job("factored-one-two-one", 6, FACTORED)]
+    by_two += [Job("factored-one-two-one", 6, FACTORED), Job("timed", None, TIMED)]
     run_ranks(2, folder / "ranks", work, folder, by_two)
     work(folder, [Job("two-one"), Job("factored-one-two-one", None, FACTORED)])
     return folder
@@ -144,6 +150,25 @@ def test_the_number_of_processes_may_change(folder: Path, run: str) -> None:
 
 def test_the_number_of_processes_may_change_with_a_factored_moment(folder: Path) -> None:
     assert_goes_on_alike(folder / "factored-one-two-one", folder / "factored")
+
+
+def test_two_processes_end_together_by_the_main_one_s_clock(folder: Path) -> None:
+    """Their parameters, which every line of metrics compares, would differ if their rates did."""
+    lines = read_lines(folder / "timed" / "metrics.jsonl", TrainLine)
+    rates = [line.learning_rate for line in lines[2:]]
+    assert all(after < before for before, after in pairwise(rates))
+    seconds = state(folder / "timed")["progress"]["seconds"]
+    assert seconds >= 0.02 * 60
+    assert [each.step for each in list_checkpoints(folder / "timed" / "checkpoints")] == [lines[-1].step]
+
+
+def test_cost_of_a_run_is_that_of_each_of_its_processes(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lines = read_lines(folder / "two" / "metrics.jsonl", TrainLine)
+    assert {line.processes for line in lines} == {2}
+    capfd.readouterr()
+    assert main(["cost", str(folder / "two"), "--json"]) == 0
+    reached = json.loads(capfd.readouterr().out)["tflops_per_gpu"]
+    assert reached == pytest.approx(median(line.tflops for line in lines) / 2)
 
 
 @pytest.mark.parametrize("run", ["dense-drift", "expert-drift"])

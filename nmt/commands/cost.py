@@ -12,6 +12,7 @@ from nmt.commands import Parser
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.evaluation.budget import Budget, Lengths, training_budget
+from nmt.evaluation.speed import guess_cpu_tflops
 from nmt.run import RunDirectory
 from nmt.training.forecast import duration
 from nmt.training.record import TrainLine, read_lines
@@ -42,7 +43,8 @@ def parser() -> Parser:
     parser = Parser(
         "cost",
         "Parameters, operations, memory of each GPU, size on disk and time of training a configuration. Nothing is\n"
-        "built, read or downloaded; a RUN adds what it measured itself.",
+        "built, read or downloaded; a RUN adds what it measured itself. Where there is no measurement, the speed of a\n"
+        "CPU is guessed, that of a GPU stays a formula.",
         "  nmt cost experiment=europarl_en_fr_moe_32\n"
         "  nmt cost experiment=wmt14_en_fr_moe_2048 --gpus 8 --tflops 150\n"
         "  nmt cost experiment=wmt14_en_de_moe_32 model.moe.num_experts=512 training.batch_tokens=16384\n"
@@ -54,7 +56,8 @@ def parser() -> Parser:
         "--tflops",
         type=float,
         metavar="X",
-        help="10^12 operations a second that each GPU reaches in training (default, for a RUN: the median it logged)",
+        help="10^12 operations a second that each GPU (or CPU process) reaches in training (default: the median that a "
+        "RUN logged; on a CPU, a guess)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="train on this (default: training.device; auto counts as cuda)"
@@ -76,41 +79,48 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """The cost of a run: its own vocabulary, sentence lengths and speed."""
     info = run.corpus_info()
     lines = read_lines(run.metrics_path, TrainLine)
+    on_gpu = _on_gpu(options, config, not lines or any(line.gpu_memory_gb is not None for line in lines))
     speeds = [line.tflops_per_process for line in lines if line.tflops > 0.0]
     memory = [line.gpu_memory_gb for line in lines if line.gpu_memory_gb is not None]
-    _report(
-        options,
-        config,
-        Basis(
-            name=str(run.path),
-            vocab_size=info["vocabulary_size"],
-            lengths=Lengths.of_corpus(info),
-            lengths_from="the run's corpus",
-            on_gpu=_on_gpu(options, config, bool(memory) or not lines),
-            tflops=options.tflops or (statistics.median(speeds) if speeds else None),
-            tflops_from=""
-            if options.tflops
-            else f"the median of {len(speeds)} line{'s' * (len(speeds) != 1)} of {run.metrics_path}",
-            measured_gb=max(memory, default=None),
-        ),
+    if options.tflops or not speeds:
+        tflops, tflops_from = _speed(options, on_gpu)
+    else:
+        tflops = statistics.median(speeds)
+        tflops_from = f"the median of {len(speeds)} line{'s' * (len(speeds) != 1)} of {run.metrics_path}"
+    basis = Basis(
+        name=str(run.path),
+        vocab_size=info["vocabulary_size"],
+        lengths=Lengths.of_corpus(info),
+        lengths_from="the run's corpus",
+        on_gpu=on_gpu,
+        tflops=tflops,
+        tflops_from=tflops_from,
+        measured_gb=max(memory, default=None),
     )
+    _report(options, config, basis)
 
 
 def estimate(options: argparse.Namespace, config: Config) -> None:
     """The cost of a configuration that need not have been trained."""
-    _report(
-        options,
-        config,
-        Basis(
-            name=config.run.name or "this configuration",
-            vocab_size=config.corpus.subwords.vocab_size,
-            lengths=Lengths(),
-            lengths_from="assumed",
-            on_gpu=_on_gpu(options, config, True),
-            tflops=options.tflops,
-            tflops_from="",
-        ),
+    on_gpu = _on_gpu(options, config, True)
+    tflops, tflops_from = _speed(options, on_gpu)
+    basis = Basis(
+        name=config.run.name or "this configuration",
+        vocab_size=config.corpus.subwords.vocab_size,
+        lengths=Lengths(),
+        lengths_from="assumed",
+        on_gpu=on_gpu,
+        tflops=tflops,
+        tflops_from=tflops_from,
     )
+    _report(options, config, basis)
+
+
+def _speed(options: argparse.Namespace, on_gpu: bool) -> tuple[float | None, str]:
+    """(10^12 operations a second of each process, where they are from) where no run measured them."""
+    if options.tflops is not None or on_gpu:
+        return options.tflops, ""
+    return guess_cpu_tflops(max(options.gpus, 1)), "a guess from matrix products, to a factor of 2; or give --tflops X"
 
 
 def _on_gpu(options: argparse.Namespace, config: Config, otherwise: bool) -> bool:
@@ -154,6 +164,7 @@ def _as_dict(budget: Budget, basis: Basis) -> dict[str, Any]:
         "training_flops": budget.flops,
         "target_tokens": budget.target_tokens,
         "tflops_per_gpu": basis.tflops,
+        "tflops_from": basis.tflops_from or ("given" if basis.tflops else None),
         "seconds": None if basis.tflops is None else budget.seconds(basis.tflops),
         "assumed": {
             "source_tokens_per_sentence": basis.lengths.source,
@@ -248,6 +259,8 @@ def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
         f"time: {duration(budget.seconds(basis.tflops))} on {_devices(budget)}, at {basis.tflops:,.4g} TFLOP/s"
         f"{each}{source}"
     )
+    if training.max_minutes and budget.seconds(basis.tflops) > training.max_minutes * 60:
+        yield f"training.max_minutes={training.max_minutes:g} ends it before that"
 
 
 def _assumptions(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:

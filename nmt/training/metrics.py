@@ -128,7 +128,7 @@ class MetricsWriter:
             initial=step,
             disable=not _has_room(),
             dynamic_ncols=True,
-            bar_format="{n_fmt}/{total_fmt} |{bar:8}| {desc}",
+            bar_format="{n_fmt}/{total_fmt} |{bar:6}| {desc}",
         )
 
     def write(self, line: TrainLine | DevLine) -> None:
