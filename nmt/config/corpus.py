@@ -10,9 +10,10 @@ NORMALISATIONS = ("nmt_nfkc", "nfkc", "identity")
 
 @dataclass
 class FilesConfig:
-    """Parallel text of one split, for `corpus.source: files`. Line n of `source` pairs with line n of `target`.
+    """Parallel text of one split. Line n of `source` pairs with line n of `target`.
 
-    Compression is told by the ending: .gz, .xz, .zst or none.
+    Files may be compressed (.gz, .xz, .zst, .bz2), which is told by their content. A dataset of the hub reads no
+    training text from files; dev and test may be files beside it.
     """
 
     source: list[str] = field(default_factory=list)
@@ -20,8 +21,18 @@ class FilesConfig:
     target: list[str] = field(default_factory=list)
     """Text files of the target language, in the same order."""
     pairs: list[str] = field(default_factory=list)
-    """Files that hold both sides: .tsv (source TAB target), .jsonl or .parquet with a column `translation`
-    (language -> text) or one column per language."""
+    """Files that hold both sides: .tsv, .csv, .jsonl or .parquet. See `columns`."""
+    columns: list[str] = field(default_factory=list)
+    """The two columns of `pairs`, or of a dataset of the hub, that hold source and target: by name ([source, target];
+    .tsv and .csv then begin with a line of names) or by number from 1 ([1, 3]; no line of names). Empty: the columns
+    that are called as the two languages, in the column `translation` if there is one; .tsv and .csv without a line of
+    names must then have just two columns, source and target."""
+    domains: list[str] = field(default_factory=list)
+    """The kind of text in each file: one label for each of `source`, then one for each of `pairs`; empty: none.
+    `nmt experts` shows which domains an expert prefers. A column `domain` in a row goes before the label."""
+    from_train: int = 0
+    """dev and test: hold out this many pairs of the training text instead of naming files. A function of the pairs
+    alone, not of their order; no copy of them stays in the training text."""
 
 
 @dataclass
@@ -84,17 +95,17 @@ class CorpusConfig:
     subset: str = ""
     """Hub datasets: the configuration, e.g. de-en."""
     source_language: str = "en"
-    """Language code; with hub datasets the key in the column `translation`."""
+    """Language code; where text has columns, the one that is called so (see `train.columns`)."""
     target_language: str = "de"
-    """Language code; with hub datasets the key in the column `translation`."""
+    """Language code; where text has columns, the one that is called so (see `train.columns`)."""
     root: str = ""
     """Folder that the file names below are relative to; empty: the working directory."""
     train: FilesConfig = field(default_factory=FilesConfig)
     """Training text, for `source: files`."""
     dev: FilesConfig = field(default_factory=FilesConfig)
-    """Validation text, for `source: files`."""
+    """Validation text: files, or held out of the training text. Empty: the split `validation` of the hub."""
     test: FilesConfig = field(default_factory=FilesConfig)
-    """Test text, for `source: files`. May be empty: then `nmt evaluate` wants --source and --reference."""
+    """Test text, in the same ways. May be empty: then `nmt evaluate` wants --source and --reference."""
     max_pairs: int = 0
     """Read only this many training pairs (0: all; for the phrasebook 0 means 30,000)."""
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -106,5 +117,41 @@ class CorpusConfig:
         at_least("corpus.max_pairs", self.max_pairs, 0)
         if not self.name or "/" in self.name:
             raise ValueError(f"corpus.name={self.name!r} must be a plain name: it becomes a folder")
+        for side in ("source_language", "target_language"):
+            # OmegaConf makes the text "False" of what YAML reads as false.
+            if getattr(self, side) in ("", "False", "True"):
+                raise ValueError(
+                    f"corpus.{side}={getattr(self, side)} is no language code: YAML reads an unquoted no as false, so "
+                    f"write {side}: 'no' in a file"
+                )
         if self.source_language == self.target_language:
             raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
+        for split in ("train", "dev", "test"):
+            _check_files(f"corpus.{split}", getattr(self, split))
+        if self.train.from_train:
+            raise ValueError("corpus.train.from_train must be 0: it is dev and test that are held out of train")
+
+
+def _check_files(key: str, files: FilesConfig) -> None:
+    """ValueError for settings of one split that contradict each other."""
+    at_least(f"{key}.from_train", files.from_train, 0)
+    if bool(files.source) != bool(files.target):
+        lacking, given = ("target", "source") if files.source else ("source", "target")
+        raise ValueError(f"{key}.{lacking} is empty, but {key}.{given} is not: name its files")
+    if files.from_train and (files.source or files.pairs):
+        raise ValueError(f"{key} names files and has from_train={files.from_train}: choose one of the two")
+    if files.columns:
+        numbers = [column.isascii() and column.isdigit() for column in files.columns]
+        if len(files.columns) != 2 or any(numbers) != all(numbers) or files.columns[0] == files.columns[1]:
+            raise ValueError(
+                f"{key}.columns=[{', '.join(files.columns)}] must be the column of the source and that of the target, "
+                "as two names or as two numbers"
+            )
+        if "0" in files.columns:
+            raise ValueError(f"{key}.columns=[{', '.join(files.columns)}]: columns are counted from 1")
+    num_files = len(files.source) + len(files.pairs)
+    if files.domains and len(files.domains) != num_files:
+        raise ValueError(
+            f"{key}.domains has {len(files.domains)} labels for {num_files} files: give one for each of {key}.source, "
+            f"then one for each of {key}.pairs"
+        )

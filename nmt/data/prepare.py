@@ -17,7 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from nmt.config import CorpusConfig
-from nmt.data.corpus import Filters, ReadReport, read_pairs, source_files
+from nmt.data.corpus import read_pairs, source_files
+from nmt.data.filters import Filters
+from nmt.data.pairs import ReadReport
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, ShardWriter, file_record
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.errors import DataError, StorageError

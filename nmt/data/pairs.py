@@ -1,0 +1,116 @@
+"""A sentence pair, and how one is made of a row with columns: of a file of pairs, or of a dataset of the hub."""
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from nmt.config import CorpusConfig, FilesConfig
+from nmt.errors import DataError
+from nmt.textfile import MOST_BYTES
+
+
+class SentencePair(NamedTuple):
+    """A sentence, its translation, and where known the kind of text it is. No text holds a "\\n"."""
+
+    source: str
+    target: str
+    domain: str = ""
+
+
+@dataclass
+class ReadReport:
+    """What was noticed while reading, besides the pairs."""
+
+    invalid_lines: int = 0
+    """Lines that were not valid UTF-8; the broken bytes became U+FFFD."""
+    empty_rows: int = 0
+    """Rows of files of pairs and of datasets that are blank, or null on one side; they are left out."""
+    notes: list[str] = field(default_factory=list)
+    """One line each."""
+
+
+class Columns:
+    """Which columns of the rows of one split hold the two texts, by the configuration."""
+
+    def __init__(self, corpus: CorpusConfig, split: str) -> None:
+        files: FilesConfig = getattr(corpus, split)
+        self.key = f"corpus.{split}.columns"
+        self.given = bool(files.columns)
+        """Whether the setting names them; else they are called as the languages."""
+        self.names = tuple(files.columns) or (corpus.source_language, corpus.target_language)
+        self.numbers = tuple(int(name) - 1 for name in files.columns if name.isascii() and name.isdigit())
+        """Their places, where they are chosen by number; else nothing."""
+
+    def named(self, row: Sequence[str], where: str) -> tuple[str, str]:
+        """The names of the two columns, among those of a table in their order. DataError if there are too few."""
+        if not self.numbers:
+            return self.names[0], self.names[1]
+        if max(self.numbers) >= len(row):
+            raise DataError(f"{where}: {len(row)} columns, too few for {self}")
+        return row[self.numbers[0]], row[self.numbers[1]]
+
+    def pair(self, row: Any, names: tuple[str, str], where: str, report: ReadReport) -> SentencePair | None:
+        """The pair in a row: a mapping of column to text, or one with such a mapping as `translation`.
+
+        None, and counted, if the row or a text is null. DataError for other rows.
+        """
+        inner = row.get("translation", row) if isinstance(row, Mapping) else row
+        if inner is None:
+            report.empty_rows += 1
+            return None
+        if not isinstance(inner, Mapping):
+            raise DataError(f"{where}: must be an object with a text for each language, or with `translation`")
+        self.check(names, inner, where)
+        texts = [_text(inner[name], f"{where}: {name}", report) for name in names]
+        if texts[0] is None or texts[1] is None:
+            report.empty_rows += 1
+            return None
+        domain = row.get("domain")
+        return SentencePair(texts[0], texts[1], one_line(domain) if isinstance(domain, str) else "")
+
+    def check(self, names: tuple[str, str], there: Collection[str], where: str) -> None:
+        """DataError if one of `names` is not among the columns that are `there`."""
+        for name in names:
+            if name not in there:
+                raise DataError(f"{where}: {self._lacks(name)}; there are {_brief(there)}: {self.remedy}")
+
+    @property
+    def remedy(self) -> str:
+        """What to do where the columns are not found."""
+        return f"set {self.key} to the two that hold source and target"
+
+    def __str__(self) -> str:
+        return f"{self.key}=[{', '.join(self.names)}]"
+
+    def _lacks(self, name: str) -> str:
+        if self.given:
+            return f"no column {name} of {self}"
+        side = "source_language" if name == self.names[0] else "target_language"
+        return f"no text for corpus.{side}={name}"
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks by the line rule, and without lone surrogates, which JSON can spell."""
+    return text.replace("\n", " ").encode("utf-8", errors="replace").decode("utf-8")
+
+
+def _text(value: Any, where: str, report: ReadReport) -> str | None:
+    """The text of a cell, None if it is null."""
+    if value is None:
+        return None
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            report.invalid_lines += 1
+            value = value.decode("utf-8", errors="replace")
+    if not isinstance(value, str):
+        raise DataError(f"{where} is a value of type {type(value).__name__}, not text")
+    if len(value) > MOST_BYTES:
+        raise DataError(f"{where} has more than {MOST_BYTES:,} characters: a text is one sentence; remove it")
+    return one_line(value)
+
+
+def _brief(names: Collection[str]) -> str:
+    text = ", ".join(map(str, names)) or "none"
+    return text if len(text) <= 200 else f"{text[:200]} ..."
