@@ -14,6 +14,7 @@ manifest: model.safetensors, manifest.json, and README.md, the model card. Comma
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,12 @@ import yaml
 
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
 from nmt.config import Config, DecodingConfig
+from nmt.config.reading import parse_yaml, read_value
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import write_atomically
 
+# The sections of which settings may differ from those of the run whenever it is used.
+_CHANGEABLE = ("decoding", "evaluation")
 # What may differ when a run goes on: none of it changes what an update computes, but max_steps and max_minutes, which
 # are where schedule=linear ends.
 # Nor does evaluation.*, but BLEU by another tokeniser cannot be compared with that of earlier checkpoints.
@@ -94,6 +98,27 @@ class RunDirectory:
             problem = checkpoint.verify(name) if name != EXPORTED_PARAMETERS else None
             if problem:
                 raise CheckpointError(f"{self.path} is damaged ({problem}): copy it again from where it came from")
+
+    def config(self, changes: Sequence[str] = ()) -> Config:
+        """The configuration that the run was started with, with changes such as "decoding.beam_size=8".
+
+        CheckpointError if config.yaml cannot be read; UserError or ValueError for a change that is not allowed.
+        """
+        allowed = " and ".join(f"{section}.*" for section in _CHANGEABLE)
+        for change in changes:
+            if change.partition(".")[0] not in _CHANGEABLE:
+                raise UserError(f"{change}: only {allowed} may be changed for a trained run")
+        try:
+            stored = parse_yaml(self.config_path.read_text(encoding="utf-8"))
+            if not stored:
+                raise ValueError("it is empty")
+            settings = Config.from_dict(stored).to_dict()
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.config_path} is damaged: {error}") from error
+        for key, _, text in (change.partition("=") for change in changes):
+            section, _, name = key.partition(".")
+            settings[section][name] = read_value(Config, key, text)
+        return Config.from_dict(settings)
 
     def chosen(self, decoding: DecodingConfig) -> list[Checkpoint]:
         """The checkpoints whose parameters, or the mean of them, `decoding.checkpoint` names.

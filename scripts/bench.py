@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator

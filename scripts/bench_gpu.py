@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nmt.batch import Batch, make_batch
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.config import Config, MoEConfig
 from nmt.device import set_fast_math
 from nmt.evaluation.compute import model_cost

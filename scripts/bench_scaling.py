@@ -45,7 +45,7 @@ import torch
 import torch.distributed as dist
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig
 from nmt.device import pick_device, set_fast_math
 from nmt.errors import UserError

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.evaluation.compute import model_cost
 from nmt.training.record import DevLine, TrainLine, read_lines
 

@@ -15,7 +15,7 @@ from test_training import one_thread  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.batch import Batch, make_batch
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
 from nmt.evaluation.compute import Count, lstm_cost, lstm_sizes, model_cost, moe_cost

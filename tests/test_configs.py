@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nmt.config
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.evaluation.compute import model_cost
 from nmt.model.seq2seq import Seq2Seq
 from nmt.resources import resource_dir

@@ -14,7 +14,8 @@ import yaml
 from test_training import one_thread  # noqa: F401
 
 from nmt.batch import make_batch
-from nmt.cli import compose_config, main
+from nmt.cli import main
+from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.data.batching import plan_epoch
 from nmt.errors import UserError

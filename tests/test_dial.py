@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
-from nmt.cli import _run_config, main
+from nmt.cli import main
 from nmt.config import Config, DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
@@ -106,7 +106,7 @@ def test_the_table_and_its_file(run: Path, capfd: pytest.CaptureFixture[str]) ->
     sources, references, _ = directory.text("dev")
     texts = []
     for count in (1, 0, 4):
-        config = _run_config(directory, ["decoding.beam_size=2", f"decoding.experts_per_token={count}"])
+        config = directory.config(["decoding.beam_size=2", f"decoding.experts_per_token={count}"])
         texts.append([found.text for found in Translator.load(directory, config).translate(sources)])
     rows = [line for line in out.splitlines() if line[:1].isdigit() and "M " in line]
     for position, hypotheses, row in zip(positions, texts, rows, strict=True):
@@ -133,7 +133,7 @@ def test_the_trained_row_is_what_evaluate_says(run: Path, capfd: pytest.CaptureF
     (_, trained) = json.loads((run / "report" / "dial.json").read_text())["positions"]
     assert trained["scores"] == {name: score["value"] for name, score in plain["scores"].items()}
     assert trained["perplexity"] == pytest.approx(plain["perplexity"], rel=1e-6)
-    config = _run_config(RunDirectory.existing(str(run)), [])
+    config = RunDirectory.existing(str(run)).config()
     vocabulary = Translator.load(RunDirectory.existing(str(run)), config).subwords.size
     assert trained["ops_per_timestep"] == model_cost(config.model, vocabulary).ops_per_timestep
 
@@ -162,9 +162,9 @@ def test_mistakes(run: Path, capfd: pytest.CaptureFixture[str], arguments: list[
 
 def test_two_translators_on_one_model_do_not_meet(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
-    plain = Translator.load(directory, _run_config(directory, []))
+    plain = Translator.load(directory, directory.config())
     dialled = Translator(plain.model, plain.subwords, replace(plain.decoding, experts_per_token=1), plain.device)
-    apart = Translator.load(directory, _run_config(directory, ["decoding.experts_per_token=1"]))
+    apart = Translator.load(directory, directory.config(["decoding.experts_per_token=1"]))
     lines = directory.text("test")[0]
     before = plain.translate(lines)
     assert dialled.translate(lines) == apart.translate(lines) != before

@@ -14,7 +14,7 @@ from test_training import one_thread, trained_run  # noqa: F401
 from torch import Tensor
 
 from nmt.batch import BOS, EOS, make_batch
-from nmt.cli import _run_config, main
+from nmt.cli import main
 from nmt.commands.explain import slug
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
@@ -391,7 +391,7 @@ def test_the_command_prints_and_writes_both_files(run: Path, capfd: pytest.Captu
 
 def test_the_translation_is_the_one_that_is_explained(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
-    translator = Translator.load(directory, _run_config(directory, []))
+    translator = Translator.load(directory, directory.config())
     sentence = directory.text("test")[0][0]
     found = explain_sentence(translator, sentence)
     assert found.translation == translator.translate([sentence])[0].text
@@ -403,7 +403,7 @@ def test_the_translation_is_the_one_that_is_explained(run: Path) -> None:
 
 def test_bf16_is_computed_in_and_said(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
-    config = _run_config(directory, ["decoding.precision=bf16"])
+    config = directory.config(["decoding.precision=bf16"])
     found = explain_sentence(Translator.load(directory, config), "the dog")
     assert found.precision == "bf16"
     assert "in bf16" in str(found)
@@ -412,7 +412,7 @@ def test_bf16_is_computed_in_and_said(run: Path) -> None:
 
 def test_long_sentences_are_refused_and_those_at_the_limit_not(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
-    translator = Translator.load(directory, _run_config(directory, []))
+    translator = Translator.load(directory, directory.config())
     count = len(translator.subwords.encode("the small dog"))
     translator.decoding = replace(translator.decoding, max_source_pieces=count)
     explain_sentence(translator, "the small dog")

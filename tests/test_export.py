@@ -20,7 +20,7 @@ from test_training import one_thread, settings, trained_run, write_corpus  # noq
 
 import nmt.commands.export
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
-from nmt.cli import _run_config, compose_config
+from nmt.compose import compose_config
 from nmt.config import MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.evaluation.compute import model_cost
@@ -65,7 +65,7 @@ def text(run: Path, tmp_path: Path) -> tuple[str, str]:
 
 def translator(path: Path, *overrides: str) -> Translator:
     directory = RunDirectory.existing(str(path))
-    return Translator.load(directory, _run_config(directory, list(overrides)))
+    return Translator.load(directory, directory.config(list(overrides)))
 
 
 def manifest_of(path: Path) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def test_the_folder_holds_the_parameters_once_and_hashes_of_all(run: Path, expor
     assert (manifest["steps"], manifest["score"]) == ([best], scores[best])
     with safe_open(exported / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    config = _run_config(RunDirectory(run), [])
+    config = RunDirectory(run).config()
     assert sum(tensor.numel() for tensor in tensors.values()) == model_cost(config.model, 96).num_parameters
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     # Whoever may read one file may read all.
@@ -389,7 +389,7 @@ def test_the_card_says_what_the_model_is_and_was_trained_on(run: Path, exported:
     found = card(exported)
     info = json.loads((run / "corpus.json").read_text())
     size = (exported / "model.safetensors").stat().st_size
-    cost = model_cost(_run_config(RunDirectory(run), []).model, 96)
+    cost = model_cost(RunDirectory(run).config().model, 96)
     for part in (
         "# run: translates en to de",
         "| corpus | `toy` |",

@@ -27,7 +27,9 @@ FLOORS = {
     "evaluation": 4,
     "training": 5,
     "commands": 6,
-    "cli": 7,
+    "compose": 7,
+    "cli": 8,
+    "__main__": 9,
 }
 """Folders and files of nmt. Each may import lower floors and what is in its own folder; files of floors 0 and
 2 may import others of their floor."""
@@ -36,8 +38,8 @@ NEIGHBOURLY = (0, 2)
 ONE_FILE_EACH = ("sentencepiece", "datasets", "sacrebleu", "tensorboard")
 """Libraries that one file knows, whichever it is."""
 ONLY_IN = {
-    "hydra": "cli.py",
-    "omegaconf": "cli.py",
+    "hydra": "compose.py",
+    "omegaconf": "compose.py",
     "babel": "data/lexicon.py",
     "num2words": "data/lexicon.py",
 }
@@ -82,6 +84,8 @@ def broken_floors(sources: Sources) -> list[str]:
             if parts[0] != "nmt":
                 continue
             there = parts[1] if len(parts) > 1 else ""
+            if name == "nmt" and FLOORS[here] >= FLOORS["cli"]:
+                continue  # for its version
             if path == "__init__.py" or there not in FLOORS:
                 broken.append(f"{path} imports {name}")
                 continue
@@ -189,6 +193,7 @@ def test_a_kept_floor_passes(path: str, source: str):
         {"a.py": "from torch.utils import tensorboard", "b.py": "from torch.utils.tensorboard import X"},
         {"a.py": "def f():\n    import datasets", "b.py": "import datasets.load as d"},
         {"run.py": "from hydra import compose"},
+        {"cli.py": "import hydra"},
         {"config/model.py": "import omegaconf"},
         {"data/corpus.py": "import babel.numbers"},
     ],
@@ -198,7 +203,7 @@ def test_a_library_out_of_its_file_is_seen(sources: Sources):
 
 
 def test_length_is_seen():
-    assert broken_libraries({"a.py": "import datasets, babelfish", "cli.py": "import hydra"}) == []
+    assert broken_libraries({"a.py": "import datasets, babelfish", "compose.py": "import hydra"}) == []
     assert broken_lengths({"a.py": "x = 1\n" * 450}) == []
     assert len(broken_lengths({"a.py": "x = 1\n" * 451})) == 1
     assert broken_lengths({"a.py": "def f():\n" + "    x = 1\n" * 79}) == []

@@ -8,8 +8,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from nmt.cli import compose_config
 from nmt.cli import main as nmt
+from nmt.compose import compose_config
 from nmt.data.corpus import read_pairs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_wmt14_mirror.py"

@@ -152,10 +152,9 @@ def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
 
 
 def load(run: Path) -> Translator:
-    from nmt.cli import _run_config
 
     directory = RunDirectory.existing(str(run))
-    return Translator.load(directory, _run_config(directory, []))
+    return Translator.load(directory, directory.config())
 
 
 def test_lift_by_hand() -> None:

@@ -17,8 +17,8 @@ from test_training import one_thread, train, trained_run, write_corpus  # noqa: 
 
 import nmt.commands.resize
 from nmt.checkpoint import list_checkpoints
-from nmt.cli import _run_config, compose_config
 from nmt.commands.resize import train_command
+from nmt.compose import compose_config
 from nmt.config import ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
@@ -177,7 +177,7 @@ def test_a_flat_run_shrinks_and_goes_on(cli: Cli, tmp_path: Path, task: str, gat
 def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
     """A copy of a run with k = 1 whose gates have columns v, -v and, for these experts, 0: never the largest."""
     run = RunDirectory(source)
-    config = _run_config(run, [])
+    config = run.config()
     subwords = load_vocabulary(run)
     network, checkpoint = read_network(run, config, subwords.fingerprint, subwords.size)
     layers = {}
@@ -223,7 +223,7 @@ def test_counts_of_layers_become_settings() -> None:
 
 def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
     directory = RunDirectory(run)
-    translator = Translator.load(directory, _run_config(directory, []))
+    translator = Translator.load(directory, directory.config())
     sources, targets, _ = directory.text("test")
     numbers = {
         "encoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(sources)),

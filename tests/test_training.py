@@ -21,7 +21,8 @@ from torch import Tensor, nn
 import nmt.training.trainer
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.checkpoint import list_checkpoints
-from nmt.cli import compose_config, main
+from nmt.cli import main
+from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig, TrainingConfig
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq

@@ -16,7 +16,8 @@ from test_training import one_thread, saved, settings, train, write_corpus  # no
 
 import nmt.training.trainer
 from nmt.checkpoint import list_checkpoints
-from nmt.cli import compose_config, main
+from nmt.cli import main
+from nmt.compose import compose_config
 from nmt.config import TrainingConfig
 from nmt.device import memory_bytes, shortage_told
 from nmt.errors import MemoryLimitError

@@ -12,7 +12,6 @@ from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
-from nmt.cli import _run_config
 from nmt.config import Config
 from nmt.decoding.translator import Translation, Translator
 from nmt.errors import CheckpointError
@@ -29,7 +28,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture
 def load(run: RunDirectory) -> Load:
     def build(**decoding: Any) -> Translator:
-        config = _run_config(run, [])
+        config = run.config()
         return Translator.load(run, replace(config, decoding=replace(config.decoding, **decoding)))
 
     return build
@@ -137,7 +136,7 @@ def test_load_takes_the_checkpoint_that_is_named(load: Load, run: RunDirectory, 
     translator = load(checkpoint=which, average_checkpoints=2)
     found = list_checkpoints(run.checkpoints)
     models = [
-        Translator.load(run, replace(Config(), model=_run_config(run, []).model, decoding=replaced)).model
+        Translator.load(run, replace(Config(), model=run.config().model, decoding=replaced)).model
         for replaced in (replace(translator.decoding, checkpoint=str(each.step)) for each in found)
     ]
     wanted = {
@@ -153,4 +152,4 @@ def test_load_takes_the_checkpoint_that_is_named(load: Load, run: RunDirectory, 
 
 def test_a_run_without_vocabulary_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="vocabulary"):
-        Translator.load(RunDirectory(tmp_path), _run_config(run, []))
+        Translator.load(RunDirectory(tmp_path), run.config())

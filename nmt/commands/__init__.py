@@ -6,9 +6,15 @@ standard error.
 """
 
 import argparse
+import re
 import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NoReturn
 
+from nmt.config import Config
+from nmt.config.reading import known_settings
 from nmt.errors import UserError
 
 
@@ -36,13 +42,42 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=f"examples:\n{examples}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
         )
         self.register("action", None, _Once)
         self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
 
+    def sort(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+        """(options with their values, the words that are neither), both in order. After -- all are words."""
+        options: list[str] = []
+        words: list[str] = []
+        values = 0
+        for index, argument in enumerate(arguments):
+            if argument == "--" and not values:
+                return options, [*words, *arguments[index + 1 :]]
+            if values:
+                options.append(argument)
+                values -= 1
+            elif argument.startswith("-") and argument != "-":
+                options.append(argument)
+                action = self._option_string_actions.get(argument)
+                values = 1 if action is not None and action.nargs is None else 0
+            else:
+                words.append(argument)
+        return options, words
+
     def error(self, message: str) -> NoReturn:
         """UserError instead of argparse's own exit."""
         raise UserError(f"{message} (try {self.prog} --help)")
+
+
+def is_setting(word: str) -> bool:
+    """Whether a word among files is a setting such as decoding.beam_size=8: files may have = in their names too."""
+    key, equals, _ = word.partition("=")
+    section = key.split(".")[0]
+    if not (equals and re.fullmatch(r"\w+(\.\w+)+", key) and section in {each.name for each in fields(Config)}):
+        return False
+    return key in known_settings(Config) or not Path(word).exists()
 
 
 def say(line: str) -> None:

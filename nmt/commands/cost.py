@@ -5,7 +5,7 @@ import json
 import math
 import statistics
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nmt.commands import Parser
@@ -17,8 +17,6 @@ from nmt.run import RunDirectory
 from nmt.training.forecast import duration
 from nmt.training.record import TrainLine, read_lines
 
-# Options of Hydra's that make sense here.
-_HYDRA_OPTIONS = ("--multirun", "-m", "--cfg", "-c", "--resolve")
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"))
 _COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
@@ -64,15 +62,6 @@ def parser() -> Parser:
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON (bytes, seconds, FLOPs)")
     return parser
-
-
-def overrides(options: argparse.Namespace, others: Sequence[str]) -> list[str]:
-    """What Hydra is to be told: its own options, then the settings. UserError for an option that nobody knows."""
-    for other in others:
-        if other.startswith("-") and other not in _HYDRA_OPTIONS:
-            parser().error(f"unknown option {other}")
-    settings = [each for each in (options.run, *others) if "=" in each]
-    return [each for each in others if "=" not in each] + settings
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:

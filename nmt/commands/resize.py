@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 
 from nmt.commands import say
 from nmt.config import Config, DecodingConfig, RunConfig
+from nmt.config.reading import written
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.device import pick_device, set_fast_math
@@ -253,10 +253,9 @@ def train_command(config: Config, changes: dict[str, Any]) -> str:
     }
     name = min(differing, key=lambda each: len(differing[each]))
     keys = [key for key in differing[name] if not key.startswith(_COUNTS)]
-    settings = [f"{key}={_hydra(wanted[key])}" for key in keys]
+    settings = [f"{key}={written(wanted[key])}" for key in keys]
     if len(keys) < len(differing[name]):
-        # Hydra takes new keys only as a whole dictionary, and with a plus.
-        settings.append(f"+{_COUNTS[:-1]}={_hydra(config.model.moe.num_experts_at)}")
+        settings.append(f"{_COUNTS[:-1]}={written(config.model.moe.num_experts_at)}")
     return " ".join(["nmt train", *filter(None, [name]), *map(shlex.quote, settings)])
 
 
@@ -293,23 +292,3 @@ def _merge_into(settings: dict[str, Any], changes: dict[str, Any]) -> None:
             _merge_into(settings[key], value)
         else:
             settings[key] = value
-
-
-def _hydra(value: Any) -> str:
-    """A value as Hydra's command line reads it."""
-    match value:
-        case None:
-            return "null"
-        case bool():
-            return str(value).lower()
-        case list():
-            return f"[{','.join(map(_hydra, value))}]"
-        case dict():
-            return f"{{{','.join(f'{key}:{_hydra(each)}' for key, each in value.items())}}}"
-        case str() if not re.fullmatch(
-            r"(?!(null|true|false|nan|inf)$)[A-Za-z_/.][A-Za-z0-9_/.-]*", value, re.IGNORECASE
-        ):
-            # A backslash is itself but before a quote.
-            escaped = re.sub(r"(\\*)$", r"\1\1", re.sub(r'(\\*)"', r'\1\1\\"', value), count=1)
-            return f'"{escaped}"'
-    return str(value)

@@ -1,8 +1,8 @@
 """Every setting of the program, once: its type, its default and its documentation.
 
-These dataclasses are the schema of the Hydra configuration in conf/. The YAML files choose values; a misspelt key, a
-wrong type or a value that contradicts another is refused with the full key before anything runs. Below the command
-line nothing knows Hydra: the program is handed these plain objects.
+The YAML files of conf/ and the command line choose values; a misspelt key, a wrong type or a value that contradicts
+another is refused with the full key before anything runs (nmt/config/reading.py). Hydra puts the files together and
+is known to nmt/compose.py alone: the program is handed these plain objects.
 """
 
 import math
@@ -12,6 +12,7 @@ from typing import Any
 from nmt.config.checks import above, at_least, fraction, one_of
 from nmt.config.corpus import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, ModelConfig, MoEConfig
+from nmt.config.reading import read_settings
 
 __all__ = [
     "AttentionConfig",
@@ -221,6 +222,14 @@ class Config:
     """The translating."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """The scoring."""
+
+    @classmethod
+    def from_dict(cls, settings: Any) -> "Config":
+        """What `to_dict` gave, or its values as text; what is left out has its default.
+
+        ValueError names the full key of a setting that is unknown, of the wrong type or out of its range.
+        """
+        return read_settings(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionaries, for YAML and JSON."""

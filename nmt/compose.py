@@ -1,0 +1,342 @@
+"""From the words of a command line to configurations: the only file that knows Hydra and OmegaConf.
+
+Hydra puts the YAML files together that `experiment=demo` and the like choose. They come from --config-dir, from conf/
+of the working directory, and from the program's own conf/, the first that has the file. What is in them, and every
+KEY=VALUE, is read by nmt/config/reading.py. Mistakes are ValueErrors of one line.
+"""
+
+import argparse
+import difflib
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn, get_origin
+
+import hydra
+import yaml
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.object_type import ObjectType
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException
+from hydra.plugins.config_source import ConfigResult, ConfigSource
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nmt.commands import say
+from nmt.config import Config
+from nmt.config.reading import known_settings, parse_yaml, read_value, setting_type, typed_settings, unknown_setting
+from nmt.errors import UserError
+from nmt.resources import resource_dir
+
+OPTIONS = "--config-dir DIR, --multirun, --cfg job"
+"""What `asked` takes out, for a person."""
+_OWN = "nmt"
+"""What Hydra calls the program's own folder."""
+_QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+class Asked(NamedTuple):
+    """What a command line asks to compose."""
+
+    words: list[str]
+    """group=NAME and KEY=VALUE, as they were typed."""
+    folder: Path | None = None
+    """Of --config-dir."""
+    multirun: bool = False
+    """Whether every combination of values with commas in between is meant."""
+    only_print: bool = False
+    """Whether the settings are to be printed, and no more (--cfg job)."""
+
+
+class Job(NamedTuple):
+    """One configuration, and the arguments that lead to it alone."""
+
+    config: Config
+    arguments: list[str]
+
+
+def asked(arguments: Sequence[str]) -> Asked:
+    """Take the options of composing out; what is left are words, and options of others."""
+    parser = _Options(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config-dir", type=Path)
+    parser.add_argument("--multirun", "-m", action="store_true")
+    parser.add_argument("--cfg", "-c", choices=["job"])
+    options, words = parser.parse_known_args(arguments)
+    if options.config_dir is not None and not options.config_dir.is_dir():
+        raise UserError(f"--config-dir {options.config_dir} is not a folder")
+    return Asked(words, options.config_dir, options.multirun, options.cfg is not None)
+
+
+class _Options(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def jobs(request: Asked) -> list[Job]:
+    """All that is asked for, in the order of the words; more than one with --multirun alone."""
+    places = _places(request.folder)
+    alternatives = [_alternatives(word, places, request.multirun) for word in request.words]
+    options = [] if request.folder is None else ["--config-dir", str(request.folder)]
+    return [Job(_composed(words, places), [*words, *options]) for words in itertools.product(*alternatives)]
+
+
+def compose_config(words: Sequence[str]) -> Config:
+    """The configuration that `nmt train WORDS` would use: for scripts and tests."""
+    [job] = jobs(Asked(list(words)))
+    return job.config
+
+
+def settings_text(config: Config) -> str:
+    """All settings as YAML."""
+    return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def choices(group: str, folder: Path | None = None) -> str:
+    """What there is to choose from in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
+    return "; ".join(
+        ", ".join(names) if place.own else f"{', '.join(names)} (in {place.path / group})"
+        for place in reversed(_places(folder))
+        if (names := place.names(group))
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- folders
+
+
+class _Place(NamedTuple):
+    """A folder of YAML files, and whether it is the program's own."""
+
+    path: Path
+    own: bool = False
+
+    def names(self, group: str) -> list[str]:
+        return sorted(path.stem for path in (self.path / group).glob("*.yaml"))
+
+    def has(self, name: str) -> bool:
+        return (self.path / f"{name}.yaml").is_file()
+
+
+def _places(folder: Path | None) -> list[_Place]:
+    """Where files are looked for, one after the other."""
+    own = resource_dir("conf")
+    given = [] if folder is None else [folder]
+    here = [Path("conf")] if Path("conf").is_dir() and not own.samefile("conf") else []
+    return [*map(_Place, [*given, *here]), _Place(own, own=True)]
+
+
+def _groups() -> list[str]:
+    """experiment, corpus, model ...: what a file is chosen for."""
+    return sorted(path.name for path in resource_dir("conf").iterdir() if path.is_dir())
+
+
+# ----------------------------------------------------------------------------------------------------------- words
+
+
+def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
+    """The word itself, or with --multirun one for each of its values. ValueError if it is no choice and no setting."""
+    if word.startswith("~"):
+        raise ValueError(f"{word}: a setting cannot be taken away; give it another value")
+    key, equals, text = word.partition("=")
+    added, key = key.startswith("+"), key.lstrip("+")
+    if not (equals and key):
+        raise ValueError(_no_value(word, places))
+    if key not in _groups():
+        values = _values(key, text, multirun)
+    elif added:
+        raise ValueError(f"{word}: write it without +, {key}={text}")
+    else:
+        values = _split(text)
+        if len(values) > 1 and not multirun:
+            raise ValueError(f"{word}: several values need --multirun")
+        for value in values:
+            _check_choice(key, value, places)
+    return [f"{key}={value}" for value in values]
+
+
+def _no_value(word: str, places: list[_Place]) -> str:
+    if word in known_settings(Config):
+        return f"{word} has no value: write {word}=VALUE"
+    meant = [f"{group}={word}" for group in _groups() if any(place.has(f"{group}/{word}") for place in places)]
+    return f"{word} is not KEY=VALUE" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+
+
+def _values(key: str, text: str, multirun: bool) -> list[str]:
+    """Those of a setting, each of the right type."""
+    if not any(each == key or each.startswith(f"{key}.") for each in known_settings(Config)):
+        raise ValueError(unknown_setting(key, [*known_settings(Config), *_groups()]))
+    values = _split(text)
+    if len(values) > 1 and not multirun:
+        if get_origin(setting_type(Config, key)) is list:
+            raise ValueError(f"{key}={text} is not a list: write it in brackets, {shlex.quote(f'{key}=[{text}]')}")
+        quoted = shlex.quote(f'{key}="{text}"')
+        raise ValueError(f"{key}={text}: several values need --multirun; for a text with commas write {quoted}")
+    for value in values:
+        read_value(Config, key, value)
+    return values
+
+
+def _split(text: str) -> list[str]:
+    """Cut at the commas that stand in no quotes and no brackets."""
+    pieces, depth, at = [""], 0, 0
+    while at < len(text):
+        before = pieces[-1].rstrip()
+        quoted = _QUOTED.match(text, at) if not before or before[-1] in "[{,:" else None
+        token = quoted[0] if quoted else text[at]
+        at += len(token)
+        depth += (token in ("[", "{")) - (token in ("]", "}"))
+        if token == "," and depth <= 0:
+            pieces.append("")
+        else:
+            pieces[-1] += token
+    return [piece.strip() for piece in pieces] if len(pieces) > 1 else [text]
+
+
+def _check_choice(group: str, name: str, places: list[_Place]) -> None:
+    if (group, name) == ("experiment", "null"):
+        return
+    if not re.fullmatch(r"[\w./-]+", name) or not any(place.has(f"{group}/{name}") for place in places):
+        raise ValueError(_no_choice(group, name, places))
+
+
+def _no_choice(group: str, name: str, places: list[_Place]) -> str:
+    names = [each for place in places for each in place.names(group)]
+    close = difflib.get_close_matches(name, names, 1)
+    hint = f"; did you mean {close[0]}?" if close else "."
+    there = "; ".join(
+        f"{place.path / group} has {', '.join(found)}" for place in places if (found := place.names(group))
+    )
+    return f"there is no {group}={name}{hint} {there}"
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def _composed(words: Sequence[str], places: list[_Place]) -> Config:
+    groups = _groups()
+    pairs = [(key, text) for key, _, text in (word.partition("=") for word in words)]
+    # What ${...} names may have its default.
+    files = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
+    tree = Config().to_dict()
+    for key, value in files.items():
+        _put(tree, key, value)
+    for key, text in pairs:
+        if key not in groups:
+            _put(tree, key, read_value(Config, key, text))
+    try:
+        return Config.from_dict(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{error.full_key or 'a setting'}: its ${{...}} has no value ({_one_line(error)})") from error
+
+
+def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
+    """What the YAML files say together."""
+    _Places.places = places
+    for plugin in (_Source, _Places):
+        Plugins.instance().register(plugin)
+    try:
+        with hydra.initialize(config_path=None, version_base="1.3"):
+            tree = OmegaConf.to_container(hydra.compose("config", words))
+    except MissingConfigException as error:
+        missing = re.fullmatch(r"(?s)In '.+?': Could not find '([^/']+)/(.+?)'.*", str(error))
+        problem = _no_choice(missing[1], missing[2], places) if missing else _one_line(error)
+        raise ValueError(f"{' '.join(words)}: {problem}") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ValueError(f"{' '.join(words)}: {_one_line(error)}") from error
+    assert isinstance(tree, dict)
+    return {str(key): value for key, value in tree.items()}
+
+
+def _put(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set what a full key names; of a section, the settings that are given."""
+    *sections, name = key.split(".")
+    for section in sections:
+        tree = tree.setdefault(section, {})
+    if isinstance(value, dict) and key not in known_settings(Config):
+        for each, inner in value.items():
+            _put(tree, f"{name}.{each}", inner)
+    else:
+        tree[name] = value
+
+
+def _one_line(error: Exception) -> str:
+    """An error of Hydra's or OmegaConf's, and its cause, without their technical lines."""
+    text = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
+    dropped = r"\s*(full_key|object_type|reference_type|Config search path|Hydra search path|To append|provider=).*"
+    return " ".join(line.strip() for line in text.splitlines() if not re.match(dropped, line))
+
+
+class _Source(ConfigSource):
+    """One folder, for Hydra. What a file says is typed when it is read, so that a mistake is told with its name."""
+
+    @staticmethod
+    def scheme() -> str:
+        return "settings"
+
+    def available(self) -> bool:
+        return Path(self.path).is_dir()
+
+    def is_group(self, config_path: str) -> bool:
+        return (Path(self.path) / config_path).is_dir()
+
+    def is_config(self, config_path: str) -> bool:
+        # A folder of the user's adds to the groups; conf/config.yaml is the program's, whatever project we stand in.
+        return self._file(config_path).is_file() and ("/" in config_path or self.provider == _OWN)
+
+    def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
+        return _Place(Path(self.path)).names(config_path)
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        file = self._file(config_path)
+        if self.provider != _OWN:
+            _tell_what_it_hides(file, resource_dir("conf") / f"{config_path}.yaml")
+        try:
+            text = file.read_bytes().decode()
+            header = self._get_header_dict(text)
+            group = config_path.split("/")[0] if "/" in config_path else ""
+            # An experiment reaches all settings, another file those of its group.
+            package = header["package"] or ("_global_" if group in ("", "experiment") else group)
+            content = _typed_file(parse_yaml(text), package.removeprefix("_global_"))
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from error
+        return ConfigResult(
+            provider=self.provider,
+            path=self.path,
+            config=OmegaConf.create(content),
+            header=header | {"package": package},
+        )
+
+    def _file(self, config_path: str) -> Path:
+        return Path(self.path) / f"{config_path.removesuffix('.yaml')}.yaml"
+
+
+class _Places(SearchPathPlugin):
+    """Tells Hydra of the folders."""
+
+    places: ClassVar[list[_Place]] = []
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        for place in reversed(self.places):
+            search_path.prepend(_OWN if place.own else str(place.path), f"{_Source.scheme()}://{place.path}")
+
+
+def _typed_file(content: Any, section: str) -> dict[str, Any]:
+    """A file whose settings lie in `section`, and its list of defaults as it is."""
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise ValueError("it is no set of settings, which are written KEY: VALUE")
+    defaults = {name: content.pop(name) for name in ("defaults",) if name in content}
+    sections = section.split(".") if section else []
+    for name in reversed(sections):
+        content = {name: content}
+    content = typed_settings(Config, content, unresolved=True)
+    for name in sections:
+        content = content[name]
+    return defaults | content
+
+
+def _tell_what_it_hides(file: Path, own: Path) -> None:
+    if own.is_file() and file.read_bytes() != own.read_bytes():
+        say(f"{file} is used instead of the program's own file of that name")

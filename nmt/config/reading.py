@@ -1,0 +1,223 @@
+"""Settings as people write them, in YAML or on a command line, and the typed objects they become.
+
+What a value is follows from the type of its setting alone, never from how it looks: `2024_11_26`, `1e3`, `no` and
+`true` are text where the setting is text. Every mistake is a ValueError of one line that names the full key.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+_LONGEST_SHOWN = 80
+
+T = TypeVar("T")
+
+
+class _TextLoader(yaml.SafeLoader):
+    """YAML of which every plain scalar stays the text that it is, but for null.
+
+    No key may stand twice, and there are no aliases: a few lines of them can stand for more than any memory holds.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith(":null")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark
+            raise yaml.composer.ComposerError(None, None, "an alias (*name) is not allowed: write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                problem = f"{key.value} stands here a second time"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def parse_yaml(text: str) -> Any:
+    """What a YAML text says, scalars as text. ValueError names the line, counted from 1."""
+    try:
+        return yaml.load(text, _TextLoader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise ValueError(f"{line}{error.problem}") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def read_settings(kind: type[T], given: Any, key: str = "") -> T:
+    """An object of the dataclass `kind` from nested dictionaries; what they leave out has its default.
+
+    `key` is the full key of the object itself, empty for the whole configuration.
+    """
+    return _built(kind, typed_settings(kind, given, key))
+
+
+def typed_settings(kind: type, given: Any, key: str = "", unresolved: bool = False) -> dict[str, Any]:
+    """The settings that `given` has, and no others, each as its type wants it.
+
+    `unresolved`: a value may still hold ${...}, which stays as it stands.
+    """
+    if not isinstance(given, dict):
+        example = f"{key}.{next(iter(get_type_hints(kind)))}" if key else "training.max_steps"
+        raise ValueError(f"{_assignment(key, given)} is not a set of settings, such as {example}")
+    hints = get_type_hints(kind)
+    typed = {}
+    for name, value in given.items():
+        full = f"{key}.{name}" if key else str(name)
+        if name not in hints:
+            raise ValueError(unknown_setting(full, known_settings(kind, key)))
+        typed[name] = _typed(hints[name], value, full, unresolved)
+    return typed
+
+
+def read_value(kind: type, key: str, text: str) -> Any:
+    """What KEY=TEXT on a command line gives the setting `key` of `kind`; ${...} in it stays as it stands.
+
+    Text is taken as it was typed, unless all of it stands in quotes. Lists are written [a, b], dictionaries {a: 1}.
+    """
+    hint = setting_type(kind, key)
+    quoted = text.lstrip().startswith(("'", '"'))
+    collection = is_dataclass(hint) or get_origin(hint) in (list, dict)
+    if not (quoted or (collection and "${" not in text)):
+        return _typed(hint, text, key, unresolved=True)
+    try:
+        # Between a name and its number YAML wants a blank, people do not.
+        value = parse_yaml(re.sub(r":(?=\S)", ": ", text) if get_origin(hint) is dict else text)
+    except ValueError as error:
+        problem = str(error).partition(": ")[2] or error
+        advice = "a quote that begins it must end it" if quoted else "put quotes around what has special characters"
+        raise ValueError(f"{_assignment(key, text)} cannot be read ({problem}): {advice}") from error
+    return _typed(hint, text if value is None else value, key, unresolved=True)
+
+
+def setting_type(kind: type, key: str) -> Any:
+    """The type of the setting or section `key`. ValueError if there is none."""
+    hint: Any = kind
+    for name in key.split("."):
+        hints = get_type_hints(hint) if is_dataclass(hint) else {}
+        if name not in hints:
+            raise ValueError(unknown_setting(key, known_settings(kind)))
+        hint = hints[name]
+    return hint
+
+
+def written(value: Any) -> str:
+    """A value as `read_value` takes it."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return str(value).lower()
+        case list():
+            return f"[{','.join(map(written, value))}]"
+        case dict():
+            return f"{{{','.join(f'{written(key)}: {written(each)}' for key, each in value.items())}}}"
+        case str() if value.lower() == "null" or not re.fullmatch(r"[\w/.][\w/.+-]*", value):
+            return f'"{"".join(map(_escaped, value))}"'
+    return str(value)
+
+
+def _escaped(character: str) -> str:
+    if character in '"\\':
+        return f"\\{character}"
+    return character if character.isprintable() else f"\\U{ord(character):08x}"
+
+
+def known_settings(kind: type, key: str = "") -> Iterator[str]:
+    """Full keys of all settings below `key`, whose type is the dataclass `kind`."""
+    for name, hint in get_type_hints(kind).items():
+        full = f"{key}.{name}" if key else name
+        if isinstance(hint, type) and is_dataclass(hint):
+            yield from known_settings(hint, full)
+        else:
+            yield full
+
+
+def unknown_setting(key: str, known: Iterable[str]) -> str:
+    """The line that says so, with the known one that is meant, if one is near."""
+    return f"unknown setting {_shown(key)}{_suggestion(key, list(known))} (--cfg job prints all of them)"
+
+
+def _suggestion(key: str, known: list[str]) -> str:
+    """The same name in other sections, else the nearest one of its section; of all if there is no such section."""
+    section, _, name = key.rpartition(".")
+    found = [each for each in known if each.rpartition(".")[2] == name]
+    beside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == section}
+    found = found or [beside[each] for each in difflib.get_close_matches(name, beside, 1, cutoff=0.7)]
+    if not beside:
+        found = found or difflib.get_close_matches(key, known, 1, cutoff=0.8)
+    return f"; did you mean {' or '.join(found)}?" if found else ""
+
+
+def _typed(hint: Any, value: Any, key: str, unresolved: bool) -> Any:
+    if unresolved and isinstance(value, str) and "${" in value:
+        return value
+    if is_dataclass(hint):
+        assert isinstance(hint, type)
+        return typed_settings(hint, value, key, unresolved)
+    if isinstance(hint, UnionType):
+        if value is None or value == "null":
+            return None
+        hint = next(each for each in get_args(hint) if each is not type(None))
+    if get_origin(hint) is list:
+        if not isinstance(value, list):
+            raise ValueError(f"{_assignment(key, value)} is not a list: write it in brackets, [{_shown(value)}]")
+        return [_typed(get_args(hint)[0], each, key, unresolved) for each in value]
+    if get_origin(hint) is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{_assignment(key, value)} is not a dictionary such as {{name: 1}}")
+        return {str(name): _typed(get_args(hint)[1], each, f"{key}.{name}", unresolved) for name, each in value.items()}
+    return _scalar(hint, value, key)
+
+
+def _scalar(hint: type, value: Any, key: str) -> Any:
+    if value is None:
+        raise ValueError(f"{key} has no value" + (": write '' for empty text" if hint is str else ""))
+    if isinstance(value, list | dict):
+        raise ValueError(f"{_assignment(key, value)} is not a single value")
+    text = value if isinstance(value, str) else written(value)
+    if hint is str:
+        return text
+    if hint is bool and text.lower() in _TRUE + _FALSE:
+        return text.lower() in _TRUE
+    try:
+        if hint is int and re.fullmatch(r"[+-]?[0-9]+(_[0-9]+)*", text):
+            return int(text)
+        if hint is float:
+            # YAML writes .inf and .nan.
+            return float(re.sub(r"(?i)^([+-]?)\.(?=inf$|nan$)", r"\1", text))
+    except ValueError:
+        pass  # no number, or one of thousands of digits
+    kinds = {int: "a whole number", float: "a number", bool: "true or false"}
+    raise ValueError(f"{_assignment(key, value)} is not {kinds[hint]}")
+
+
+def _built(kind: type[T], typed: dict[str, Any]) -> T:
+    hints = get_type_hints(kind)
+    values = {name: _built(hints[name], each) if is_dataclass(hints[name]) else each for name, each in typed.items()}
+    return kind(**values)
+
+
+def _assignment(key: str, value: Any) -> str:
+    return f"{key}={_shown(value)}" if key else _shown(value)
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) else written(value)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}..."
