@@ -8,7 +8,7 @@ from types import ModuleType
 
 import pytest
 
-from nmt.cli import compose_config
+from nmt.compose import compose_config
 from nmt.data.corpus import source_files
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_europarl.py"
