@@ -14,10 +14,14 @@ import numpy as np
 import pytest
 
 import nmt.data.corpus
+import nmt.data.held_out
 import nmt.data.prepare
+import nmt.data.prepared
 from nmt.config import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.prepare import Prepared, prepare, prepared_path
 from nmt.data.shards import ParallelShards
+from nmt.errors import DataError
+from nmt.lock import locked
 
 SHARED = Path(__file__).parents[2] / "shared"
 ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
@@ -110,9 +114,17 @@ def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.Monk
         file.unlink()
     prepare(corpus, log)
     # Where nothing can be written, what is finished can be used.
-    monkeypatch.setattr(nmt.data.prepare, "_lock", None)
+    with monkeypatch.context() as patch:
+        patch.setattr(nmt.data.prepare, "_lock", None)
+        patch.setattr(nmt.data.prepare.os, "access", lambda *_: False)
+        prepare(corpus, log)
+    # What was read whole once, and has not been touched since, is neither locked nor read again.
+    monkeypatch.setattr(nmt.data.prepared, "_UNSURE_SECONDS", -1.0)
     prepare(corpus, log)
-    assert len(log) == 4
+    monkeypatch.setattr(nmt.data.prepare, "_lock", None)
+    monkeypatch.setattr(Prepared, "verify", None)
+    prepare(corpus, log)
+    assert len(log) == 6
     assert contents(first.path) == before
 
 
@@ -211,6 +223,35 @@ def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
         Prepared.open(prepared.path)
 
 
+def test_what_others_left_is_removed(corpus: CorpusConfig) -> None:
+    """The folder of a preparation with other settings that was killed, but not of one that goes on."""
+    directory = Path(corpus.directory)
+    for name in ("toy-00000000", "toy-11111111"):
+        (directory / f".{name}.tmp").mkdir(parents=True)
+    with locked(directory / ".toy-11111111.lock"):
+        prepare(corpus, Log())
+    assert [path.name for path in sorted(directory.glob(".*.tmp"))] == [".toy-11111111.tmp"]
+
+
+def test_long_and_blank_lines_of_dev_are_told(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nmt.data.held_out, "LONGEST_SIDE", 50)
+    for language, line in (("en", "the " * 200), ("de", "")):
+        with (Path(corpus.root) / f"dev.{language}").open("a") as stream:
+            stream.write(f"{line}\n")
+    log = Log()
+    prepare(corpus, log)
+    assert "toy: 1 of 21 pairs of dev have a blank side" in log
+    assert any("toy: dev: 1 pair has more than 50 pieces on a side (line 21)" in line for line in log)
+
+
+def test_dev_has_a_bound(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, most in (("_MOST_PAIRS", 19), ("_MOST_BYTES", 500)):
+        with monkeypatch.context() as patch:
+            patch.setattr(nmt.data.prepare, name, most)
+            with pytest.raises(DataError, match=r"corpus\.dev has more than"):
+                prepare(corpus, Log())
+
+
 def _prepare_in_process(corpus: CorpusConfig, lines: "multiprocessing.Queue[str]") -> None:
     prepare(corpus, lines.put)
 
@@ -243,7 +284,10 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
     corpus = corpus_of(tmp_path, dev=FilesConfig(pairs=["dev.jsonl"]), test=FilesConfig())
     log = Log()
     prepared = prepare(corpus, log)
-    assert "toy: 405 pairs read, 402 kept (blank 2, max_pieces 1)" in log
+    assert (
+        "toy: 405 pairs read, 402 kept; dropped: 2 with a blank side (blank), 1 with more than 200 pieces (max_pieces)"
+        in log
+    )
     assert "toy: lines that were not valid UTF-8, broken bytes replaced: train 1" in log
     assert len(prepared.train()) == 402
     assert prepared.manifest["dropped"]["max_pieces"] == 1
@@ -271,17 +315,29 @@ def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("settings", "part"),
     [
-        ({"dev": FilesConfig()}, "corpus.dev: there is no validation text"),
-        ({"train": FilesConfig()}, "corpus.train: there is no training text"),
-        ({"filters": FilterConfig(max_words=1)}, "leave nothing of 400 training pairs: max_words 400"),
-        ({"filters": FilterConfig(max_pieces=1)}, "leave nothing of 400 training pairs: max_pieces 400"),
+        ({"dev": FilesConfig()}, "or set corpus.dev.from_train"),
+        (
+            {"train": FilesConfig(), "dev": FilesConfig(["test.en"], ["test.de"]), "test": FilesConfig()},
+            "corpus.train: there is no training text in corpus.source=files: name its files in corpus.train",
+        ),
+        (
+            {"filters": FilterConfig(max_words=1)},
+            "leave nothing of 400 training pairs: 400 with more than 1 words (max_words)",
+        ),
+        (
+            {"filters": FilterConfig(max_pieces=1)},
+            "leave nothing of 400 training pairs: 400 with more than 1 pieces (max_pieces)",
+        ),
         ({"subwords": SubwordConfig(vocab_size=9999)}, "corpus.subwords.vocab_size=9999 is too large"),
         ({"test": FilesConfig(pairs=["no.tsv"])}, "corpus.test.pairs"),
+        ({"dev": FilesConfig(from_train=400)}, "corpus.dev.from_train=400 and corpus.test.from_train=0 leave nothing"),
+        ({"dev": FilesConfig(pairs=["blank.jsonl"])}, "corpus.dev: each of its 2 pairs has a blank side"),
         ({"directory": "/dev/null/x"}, "corpus.directory=/dev/null/x cannot be written"),
     ],
 )
 def test_refusals(tmp_path: Path, settings: dict[str, Any], part: str) -> None:
     write_text(tmp_path)
+    (tmp_path / "blank.jsonl").write_text('{"en": "", "de": "a"}\n{"en": "b", "de": " "}\n')
     corpus = corpus_of(tmp_path, **settings)
     with pytest.raises(ValueError, match=r".") as caught:
         prepare(corpus, Log())

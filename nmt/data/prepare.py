@@ -4,50 +4,44 @@ Everything is written into a temporary folder beside the final one, the manifest
 as a whole. A folder under the final name is therefore complete, whenever the program was killed before.
 """
 
-import hashlib
 import json
+import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from nmt.config import CorpusConfig
-from nmt.data.corpus import read_pairs, source_files
-from nmt.data.filters import Filters
-from nmt.data.pairs import ReadReport
-from nmt.data.shards import MANIFEST, SIDES, ParallelShards, ShardWriter, file_record
+from nmt.data.corpus import SPLITS, read_pairs, source_files
+from nmt.data.filters import Filters, HoldOut
+from nmt.data.held_out import describe_cut, encode_pairs
+from nmt.data.pairs import ReadReport, SentencePair
+from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
+from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.errors import DataError, StorageError
 from nmt.files import sync
-from nmt.lock import locked
+from nmt.lock import Held, locked
 
-VOCABULARY = "subwords.model"
-_FORMAT = 1  # of the prepared folder
+HELD_OUT = ("dev", "test")
+_MOST_PAIRS = 1_000_000  # of dev or test
+_MOST_BYTES = 1 << 28
 _CHUNK = 20000  # sentence pairs encoded at a time
 _PROGRESS_SECONDS = 10.0
 
 Log = Callable[[str], None]
 
 
-def prepared_path(corpus: CorpusConfig) -> Path:
-    """Where the prepared corpus lies: any change of the section gives another folder."""
-    section = asdict(corpus)
-    del section["directory"]
-    canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
-    return Path(corpus.directory) / f"{corpus.name}-{fingerprint[:8]}"
-
-
-def prepare(corpus: CorpusConfig, log: Log) -> "Prepared":
+def prepare(corpus: CorpusConfig, log: Log) -> Prepared:
     """Prepare the corpus, unless that is done already and its source files are as they were."""
     path = prepared_path(corpus)
-    # Without the lock first: what is finished may lie where this process cannot write.
-    if path.exists() and not _why_stale(path, corpus):
+    # Without the lock where nothing need be read whole, and where what is finished lies out of reach for writing.
+    ready = path.exists() and (_is_verified(path) or not os.access(path.parent, os.W_OK))
+    if ready and not _why_stale(path, corpus):
         return _finished(path, corpus, log)
     with _lock(path, log):
         if path.exists():
@@ -60,6 +54,7 @@ def prepare(corpus: CorpusConfig, log: Log) -> "Prepared":
             # We hold the lock: whatever lies there was left by a process that died.
             for leftover in (temporary, old):
                 shutil.rmtree(leftover, ignore_errors=True)
+            _remove_leftovers(path.parent)
             temporary.mkdir()
             _Preparation(corpus, temporary, log).run()
             if path.exists():
@@ -72,80 +67,10 @@ def prepare(corpus: CorpusConfig, log: Log) -> "Prepared":
     return Prepared.open(path)
 
 
-def _finished(path: Path, corpus: CorpusConfig, log: Log) -> "Prepared":
+def _finished(path: Path, corpus: CorpusConfig, log: Log) -> Prepared:
     prepared = Prepared.open(path)
     log(f"{corpus.name}: {prepared.manifest['pairs_kept']:,} pairs are prepared in {path}")
     return prepared
-
-
-class Prepared:
-    """A prepared corpus on disk."""
-
-    def __init__(self, path: Path, manifest: dict[str, Any]) -> None:
-        self.path = path
-        self.manifest = manifest
-
-    @classmethod
-    def open(cls, path: Path) -> "Prepared":
-        """Open a finished folder. Arrays are checked by size when mapped, all else when it is read."""
-        try:
-            manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-            usable = manifest["format"] == _FORMAT
-        except FileNotFoundError as error:
-            name = path.name.rpartition("-")[0] or path.name
-            raise DataError(
-                f"corpus {name} is not prepared (no {path}): run nmt prepare with the same corpus settings"
-            ) from error
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path / MANIFEST} is damaged: run nmt prepare again") from error
-        if not usable:
-            raise DataError(f"{path} is of another version of this program: remove it and run nmt prepare again")
-        return cls(path, manifest)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        """Of the vocabulary and the training arrays: what a run must find unchanged to be resumed."""
-        files = self.manifest["files"] | self.manifest["shards"]["train"]["files"]
-        contents = [(name, files[name]["sha256"]) for name in sorted(files) if _is_trained_on(name)]
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
-
-    def subwords(self) -> Subwords:
-        """The vocabulary."""
-        self._check(VOCABULARY, self.manifest["files"][VOCABULARY])
-        return Subwords.load(self.path / VOCABULARY)
-
-    def train(self) -> ParallelShards:
-        """The training pairs, encoded."""
-        return ParallelShards.open(self.path, "train")
-
-    def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
-        """(source lines, target lines, domains) of "dev" or "test"; what is not known is empty."""
-        sides = []
-        for side in (*SIDES, "domain"):
-            name = f"{split}.{side}.txt"
-            if name in self.manifest["files"]:
-                self._check(name, self.manifest["files"][name])
-                text = (self.path / name).read_bytes().decode("utf-8")
-                sides.append(text.split("\n")[:-1])
-            else:
-                sides.append([])
-        return sides[0], sides[1], sides[2]
-
-    def verify(self) -> None:
-        """Read every file and compare it with the manifest: ValueError for the first that differs."""
-        for name, record in (self.manifest["files"] | self.manifest["shards"]["train"]["files"]).items():
-            self._check(name, record)
-
-    def _check(self, name: str, record: dict[str, Any]) -> None:
-        path = self.path / name
-        if not path.is_file():
-            raise DataError(f"{path} is missing: run nmt prepare again")
-        if file_record(path) != record:
-            raise DataError(f"{path} is not what was written: run nmt prepare again")
-
-
-def _is_trained_on(name: str) -> bool:
-    return name == VOCABULARY or name.startswith("train.")
 
 
 class _Preparation:
@@ -158,35 +83,42 @@ class _Preparation:
         self.started = time.monotonic()
         self.last_progress = self.started
         self.filters = Filters(corpus.filters)
-        self.invalid_lines: dict[str, int] = {}
+        self.hold_out = HoldOut(corpus.dev.from_train, corpus.test.from_train)
+        self.reports = {split: ReadReport() for split in SPLITS}
         self.spools = {side: folder / f"{side}.spool" for side in SIDES}
 
     def run(self) -> None:
         """Prepare; each step leaves its files in the folder."""
         sources = [(path, _stat(path)) for path in source_files(self.corpus)]
         # The small splits come first: a mistake in their settings should not cost an hour.
-        texts = self.write_text("dev") + self.write_text("test")
+        texts = [name for split in HELD_OUT for name in self.write_text(split)]
         num_read, num_spooled = self.spool()
+        if self.hold_out.wanted:
+            texts += self.write_held_out(num_spooled)
+            num_spooled -= self.hold_out.num_copies
         num_learnt = self.learn_subwords(num_spooled)
         subwords = Subwords.load(self.folder / VOCABULARY)
         writer = self.encode(subwords, num_spooled)
         for spool in self.spools.values():
             spool.unlink()
         self.check_kept(num_read, writer.num_pairs)
+        self.warn_of_long_lines(subwords)
         seconds = time.monotonic() - self.started
         manifest = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "corpus": asdict(self.corpus),
             "sources": [_source_record(path, before) for path, before in sources],
             "pairs_read": num_read,
             "pairs_kept": writer.num_pairs,
             "dropped": self.filters.dropped,
-            "invalid_utf8_lines": self.invalid_lines,
+            "held_out": self.hold_out.num_copies,
+            "empty_rows": {split: report.empty_rows for split, report in self.reports.items()},
+            "invalid_utf8_lines": {split: report.invalid_lines for split, report in self.reports.items()},
             "source_pieces": writer.num_pieces["source"],
             "target_pieces": writer.num_pieces["target"],
             "vocabulary_size": subwords.size,
             "vocabulary_sentences": num_learnt,
-            "files": {name: file_record(self.folder / name) for name in (VOCABULARY, *texts)},
+            "files": {name: file_record(self.folder / name) for name in sorted((VOCABULARY, *texts))},
             "shards": {"train": writer.record()},
             "seconds": round(seconds, 1),
         }
@@ -198,38 +130,84 @@ class _Preparation:
         sync(self.folder)
 
     def write_text(self, split: str) -> list[str]:
-        """Keep dev or test as text; the names of the files."""
-        report = ReadReport()
-        pairs = list(read_pairs(self.corpus, split, report))
-        self.invalid_lines[split] = report.invalid_lines
-        if not pairs and split == "dev":
+        """Keep dev or test as text; the names of the files. None yet if it is held out of the training text."""
+        pairs = read_pairs(self.corpus, split, self.reports[split])
+        names = self.write_pairs(split, pairs)
+        if not names and split == "dev" and not self.corpus.dev.from_train:
             raise DataError(
-                f"corpus.dev: there is no validation text in corpus.source={self.corpus.source}: "
-                "it is needed to tell how well a model does"
+                f"corpus.dev: there is no validation text in corpus.source={self.corpus.source}: it is needed to tell "
+                "how well a model does; name its files, or set corpus.dev.from_train to hold out a few thousand pairs"
             )
-        columns = {"source": [pair.source for pair in pairs], "target": [pair.target for pair in pairs]}
-        if any(pair.domain for pair in pairs):
-            columns["domain"] = [pair.domain for pair in pairs]
-        names = []
-        for side, lines in columns.items() if pairs else ():
-            names.append(f"{split}.{side}.txt")
-            (self.folder / names[-1]).write_bytes("".join(f"{line}\n" for line in lines).encode("utf-8"))
         return names
+
+    def write_pairs(self, split: str, pairs: Iterable[SentencePair]) -> list[str]:
+        """Write the text of dev or test, a file for each side and one for the domains if there are any."""
+        paths = [self.folder / f"{split}.{side}.txt" for side in (*SIDES, "domain")]
+        num_pairs = num_bytes = num_blank = 0
+        has_domains = False
+        with ExitStack() as files:
+            streams = [files.enter_context(path.open("wb")) for path in paths]
+            for pair in pairs:
+                lines = [f"{text}\n".encode() for text in pair]
+                for stream, line in zip(streams, lines, strict=True):
+                    stream.write(line)
+                num_pairs += 1
+                num_bytes += sum(map(len, lines))
+                num_blank += not (pair.source.strip() and pair.target.strip())
+                has_domains |= bool(pair.domain)
+                # A run keeps this text in memory.
+                if num_pairs > _MOST_PAIRS or num_bytes > _MOST_BYTES:
+                    raise DataError(
+                        f"corpus.{split} has more than {_MOST_PAIRS:,} pairs or {_MOST_BYTES:,} bytes: a few thousand "
+                        "pairs tell how well a model does; name smaller files"
+                    )
+        if num_pairs and num_blank == num_pairs:
+            raise DataError(f"corpus.{split}: each of its {num_pairs:,} pairs has a blank side: name other files")
+        if num_blank:
+            self.log(f"{self.corpus.name}: {num_blank:,} of {num_pairs:,} pairs of {split} have a blank side")
+        kept = paths if has_domains else paths[:2]
+        if not num_pairs:
+            kept = []
+        for path in paths:
+            if path not in kept:
+                path.unlink()
+        return [path.name for path in kept]
+
+    def write_held_out(self, num_spooled: int) -> list[str]:
+        """Write what was chosen of the training text as dev and test; the names of the files."""
+        settings = [f"corpus.{split}.from_train={getattr(self.corpus, split).from_train}" for split in HELD_OUT]
+        if self.hold_out.num_copies >= num_spooled:
+            raise DataError(f"{' and '.join(settings)} leave nothing of {num_spooled:,} training pairs: hold out fewer")
+        names = []
+        for split in HELD_OUT:
+            if pairs := self.hold_out.pairs(split):
+                names += self.write_pairs(split, pairs)
+                self.log(f"{self.corpus.name}: {len(pairs):,} pairs held out of the training text for {split}")
+        return names
+
+    def warn_of_long_lines(self, subwords: Subwords) -> None:
+        """Say which pairs of dev and test are too long to be scored whole."""
+        for split in HELD_OUT:
+            sides = [self.folder / f"{split}.{side}.txt" for side in SIDES]
+            if sides[0].exists():
+                texts = [side.read_bytes().decode().split("\n")[:-1] for side in sides]
+                if told := describe_cut(encode_pairs(subwords, *texts).cut):
+                    self.log(f"{self.corpus.name}: {split}: {told}")
 
     def spool(self) -> tuple[int, int]:
         """Read and filter the training text into one plain file a side: (pairs read, pairs written)."""
-        report = ReadReport()
         num_read = num_spooled = 0
         with self.spools["source"].open("wb") as sources, self.spools["target"].open("wb") as targets:
-            for pair in read_pairs(self.corpus, "train", report):
+            for pair in read_pairs(self.corpus, "train", self.reports["train"]):
                 num_read += 1
                 if self.filters.keep(pair):
                     num_spooled += 1
                     sources.write(f"{pair.source}\n".encode())
                     targets.write(f"{pair.target}\n".encode())
+                    if self.hold_out.wanted:
+                        self.hold_out.offer(pair)
                 if num_read % 10000 == 0:
                     self.progress(f"{num_read:,} pairs read")
-        self.invalid_lines["train"] = report.invalid_lines
         self.check_kept(num_read, num_spooled)
         return num_read, num_spooled
 
@@ -268,19 +246,20 @@ class _Preparation:
         return writer
 
     def spooled(self) -> Iterator[tuple[str, str]]:
-        """The filtered training text."""
+        """The filtered training text, without what is held out of it."""
         with self.spools["source"].open("rb") as sources, self.spools["target"].open("rb") as targets:
             for source, target in zip(sources, targets, strict=True):
-                yield source[:-1].decode(), target[:-1].decode()
+                pair = source[:-1].decode(), target[:-1].decode()
+                if not (self.hold_out.wanted and self.hold_out.holds(*pair)):
+                    yield pair
 
     def check_kept(self, num_read: int, num_kept: int) -> None:
         """Refuse an empty training set."""
         if not num_read:
-            raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}")
+            named = ": name its files in corpus.train" if self.corpus.source == "files" else ""
+            raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}{named}")
         if not num_kept:
-            raise DataError(
-                f"corpus.filters leave nothing of {num_read:,} training pairs: {_counts(self.filters.dropped)}"
-            )
+            raise DataError(f"corpus.filters leave nothing of {num_read:,} training pairs: {self.filters.describe()}")
 
     def progress(self, text: str) -> None:
         """Log how far we are, every ten seconds at most."""
@@ -290,13 +269,20 @@ class _Preparation:
 
     def report(self, manifest: dict[str, Any]) -> None:
         """Say in three lines what was done."""
-        subwords, dropped = self.corpus.subwords, _counts(manifest["dropped"])
+        subwords, dropped = self.corpus.subwords, self.filters.describe()
         self.log(
             f"{self.corpus.name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
-            + (f" ({dropped})" if dropped else "")
+            + (f"; dropped: {dropped}" if dropped else "")
         )
-        if invalid := _counts(self.invalid_lines):
+        if manifest["held_out"] > self.hold_out.wanted:
+            more = manifest["held_out"] - self.hold_out.wanted
+            self.log(f"{self.corpus.name}: {more:,} copies of the pairs held out left the training text as well")
+        if empty := _counts(manifest["empty_rows"]):
+            self.log(f"{self.corpus.name}: rows left out because they are blank or lack a text: {empty}")
+        if invalid := _counts(manifest["invalid_utf8_lines"]):
             self.log(f"{self.corpus.name}: lines that were not valid UTF-8, broken bytes replaced: {invalid}")
+        for note in (note for report in self.reports.values() for note in report.notes):
+            self.log(f"{self.corpus.name}: {note}")
         self.log(
             f"vocabulary: {manifest['vocabulary_size']:,} {subwords.kind} pieces from "
             f"{manifest['vocabulary_sentences']:,} sentences"
@@ -331,7 +317,8 @@ def _why_stale(path: Path, corpus: CorpusConfig) -> str:
     """Why a finished folder cannot be used as it is; empty if it can."""
     try:
         prepared = Prepared.open(path)
-        prepared.verify()
+        if not prepared.is_verified:
+            prepared.verify()
     except ValueError as error:
         return str(error)
     recorded = {record["path"]: record for record in prepared.manifest["sources"]}
@@ -348,6 +335,21 @@ def _why_stale(path: Path, corpus: CorpusConfig) -> str:
         if not same:
             return f"{source} has changed"
     return ""
+
+
+def _is_verified(path: Path) -> bool:
+    try:
+        return Prepared.open(path).is_verified
+    except DataError:
+        return False
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """Remove what preparations with other settings left that were killed: nobody has their lock."""
+    for path in directory.glob(".*-????????.tmp"):
+        name = path.name.removesuffix(".tmp")
+        with suppress(Held, OSError), locked(path.with_name(f"{name}.lock")):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager

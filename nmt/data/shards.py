@@ -6,7 +6,6 @@ last one. Pages are read when touched and dropped when memory is short: the corp
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,15 +14,20 @@ from typing import Any
 import numpy as np
 
 from nmt.errors import DataError
+from nmt.files import read_json
+from nmt.textfile import open_regular
 
 MANIFEST = "manifest.json"
 SIDES = ("source", "target")
+DTYPES = (np.dtype("<u2"), np.dtype("<i4"))
+"""Of pieces: the first where the vocabulary allows."""
 _OFFSET_DTYPE = np.dtype("<i8")
+_CHECKED_PIECES = 1 << 24  # at a time
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as a manifest keeps them."""
-    with path.open("rb") as stream:
+    """Size and sha256 of a file, as a manifest keeps them. DataError if it is a pipe or a device."""
+    with open_regular(path, "corpus") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"bytes": stream.tell(), "sha256": digest}
 
@@ -36,7 +40,7 @@ class ShardWriter:
     """Writes the arrays of one split as its sentences come; what it holds does not grow with the corpus."""
 
     def __init__(self, folder: Path, vocab_size: int, split: str = "train") -> None:
-        self.dtype = np.dtype("<u2") if vocab_size <= 1 << 16 else np.dtype("<i4")
+        self.dtype = DTYPES[vocab_size > 1 << 16]
         self.num_pairs = 0
         self.num_pieces = dict.fromkeys(SIDES, 0)
         self._split = split
@@ -93,7 +97,11 @@ class ParallelShards:
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "ParallelShards":
         """Map the arrays of `split` in a prepared folder, whose manifest says how large they must be."""
-        record = json.loads((folder / MANIFEST).read_text())["shards"][split]
+        record = read_json(folder / MANIFEST, {"shards": {split: object}})["shards"][split]
+        dtype = {each.str: each for each in DTYPES}.get(record["dtype"])
+        expected_names = {name for names in _names(split).values() for name in names}
+        if dtype is None or record["files"].keys() != expected_names:
+            raise DataError(f"{folder / MANIFEST} describes arrays that are none of {split}: prepare the corpus again")
         for name, expected in record["files"].items():
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != expected["bytes"]:
@@ -101,10 +109,21 @@ class ParallelShards:
                 raise DataError(f"{folder / name} {found} instead of {expected['bytes']}: prepare the corpus again")
         pieces, offsets = {}, {}
         for side, (pieces_name, offsets_name) in _names(split).items():
-            pieces[side] = _map(folder / pieces_name, np.dtype(record["dtype"]))
+            pieces[side] = _map(folder / pieces_name, dtype)
             offsets[side] = _map(folder / offsets_name, _OFFSET_DTYPE)
-            assert len(offsets[side]) == record["pairs"] + 1
+            _check_offsets(folder / offsets_name, offsets[side], record["pairs"], len(pieces[side]))
         return cls(pieces, offsets)
+
+    def check_pieces(self, vocab_size: int) -> None:
+        """DataError if there is a piece that a vocabulary of this size does not have. Reads every page once."""
+        for side, pieces_N in self._pieces.items():
+            for start in range(0, len(pieces_N), _CHECKED_PIECES):
+                part_N = pieces_N[start : start + _CHECKED_PIECES]
+                if part_N.min() < 0 or part_N.max() >= vocab_size:
+                    raise DataError(
+                        f"{side} pieces of the prepared corpus hold numbers outside 0 .. {vocab_size - 1}: prepare the "
+                        "corpus again"
+                    )
 
     def __len__(self) -> int:
         return len(self.source_lengths)
@@ -126,6 +145,21 @@ class ParallelShards:
         return self._pieces[side][positions_N].astype(np.int64), lengths_B.astype(np.int64)
 
 
+def _check_offsets(path: Path, offsets: np.ndarray, num_pairs: int, num_pieces: int) -> None:
+    """DataError unless the offsets rise from 0 to the number of pieces, one for each pair and the end."""
+    rises = (
+        len(offsets) == num_pairs + 1
+        and offsets[0] == 0
+        and offsets[-1] == num_pieces
+        and bool((offsets[1:] >= offsets[:-1]).all())
+    )
+    if not rises:
+        raise DataError(
+            f"{path} does not rise from 0 to {num_pieces:,} pieces over {num_pairs:,} pairs: prepare the corpus again"
+        )
+
+
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped.
-    return np.memmap(path, dtype=dtype, mode="r") if path.stat().st_size else np.empty(0, dtype)
+    # An empty file cannot be mapped, and what is left over after the last whole number is none.
+    count = path.stat().st_size // dtype.itemsize
+    return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)

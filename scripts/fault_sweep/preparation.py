@@ -18,7 +18,7 @@ def _contents(data: Path) -> dict[str, str]:
             manifest = json.loads(content)
             del manifest["seconds"], manifest["corpus"]["directory"]
             content = json.dumps(manifest).encode()
-        if not name.endswith(".lock"):
+        if not name.endswith((".lock", ".verified")):
             found[name] = hashlib.sha256(content).hexdigest()
     return found
 

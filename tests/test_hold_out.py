@@ -1,0 +1,107 @@
+"""Dev and test held out of the training text: a function of the pairs alone, and never in training."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
+from nmt.data.filters import HoldOut
+from nmt.data.pairs import SentencePair
+from nmt.data.prepare import prepare
+from nmt.data.prepared import Prepared
+
+
+def chosen(pairs: list[SentencePair], num_dev: int, num_test: int) -> HoldOut:
+    hold_out = HoldOut(num_dev, num_test)
+    for pair in pairs:
+        hold_out.offer(pair)
+    return hold_out
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, 30), max_size=60), st.integers(0, 5), st.integers(0, 5), st.randoms())
+def test_the_choice_is_a_function_of_the_pairs(numbers: list[int], num_dev: int, num_test: int, random: Any) -> None:
+    pairs = [SentencePair(f"source {number}", f"target {number}") for number in numbers]
+    first = chosen(pairs, num_dev, num_test)
+    shuffled = [pair._replace(source=f" {pair.source}  ") for pair in pairs]
+    random.shuffle(shuffled)
+    second = chosen(shuffled, num_dev, num_test)
+    distinct = set(pairs)
+    for split, wanted in (("dev", num_dev), ("test", num_test)):
+        kept = first.pairs(split)
+        assert len(kept) == len(set(kept)) == min(wanted, len(distinct))
+        assert [pair.source for pair in kept] == [pair.source.strip() for pair in second.pairs(split)]
+    held = [pair for pair in pairs if first.holds(pair.source, pair.target)]
+    assert set(held) == {*first.pairs("dev"), *first.pairs("test")}
+    if num_dev + num_test <= len(distinct):
+        assert len(held) == first.num_copies == second.num_copies
+    # The size of one split does not change the other.
+    assert chosen(pairs, num_dev, 3).pairs("dev") == first.pairs("dev")
+    assert chosen(pairs, 3, num_test).pairs("test") == first.pairs("test")
+
+
+def text_of(prepared: Prepared, split: str) -> list[tuple[str, str]]:
+    source, target, _ = prepared.text(split)
+    return list(zip(source, target, strict=True))
+
+
+def trained_on(prepared: Prepared) -> list[tuple[str, str]]:
+    subwords, shards = prepared.subwords(), prepared.train()
+    return [(subwords.decode(shards.source(pair)), subwords.decode(shards.target(pair))) for pair in range(len(shards))]
+
+
+@pytest.fixture
+def pairs() -> list[tuple[str, str]]:
+    distinct = [(f"the dog {number}", f"der Hund {number}") for number in range(300)]
+    return distinct + distinct[:150]
+
+
+def corpus_of(folder: Path, **changes: Any) -> CorpusConfig:
+    options: dict[str, Any] = {
+        "name": "toy",
+        "directory": str(folder / "prepared"),
+        "root": str(folder),
+        "dev": FilesConfig(from_train=30),
+        "test": FilesConfig(from_train=20),
+        "subwords": SubwordConfig(kind="bpe", vocab_size=64),
+    }
+    return CorpusConfig(**(options | changes))
+
+
+def test_files(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
+    for name, some in (("a.tsv", pairs[:200]), ("b.tsv", pairs[200:])):
+        (tmp_path / name).write_text("".join(f"{source}\t{target}\n" for source, target in some))
+    log: list[str] = []
+    files = FilesConfig(pairs=["a.tsv", "b.tsv"], domains=["first", "second"])
+    prepared = prepare(corpus_of(tmp_path, source="files", train=files), log.append)
+    dev, test, train = text_of(prepared, "dev"), text_of(prepared, "test"), trained_on(prepared)
+    assert (len(dev), len(test)) == (30, 20)
+    assert len({*dev, *test}) == 50
+    assert sorted(train) == sorted(pair for pair in pairs if pair not in {*dev, *test})
+    assert prepared.manifest["held_out"] == len(pairs) - len(train) > 50
+    assert set(prepared.text("dev")[2]) == {"first", "second"}
+    assert "toy: 30 pairs held out of the training text for dev" in log
+    assert f"toy: {len(pairs) - len(train) - 50} copies of the pairs held out left the training text as well" in log
+    # Another order of the files holds out the same.
+    other = corpus_of(tmp_path, source="files", train=FilesConfig(pairs=["b.tsv", "a.tsv"]))
+    assert text_of(prepare(other, log.append), "dev") == dev
+
+
+def test_a_folder_of_the_hub(tmp_path: Path, pairs: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "set").mkdir()
+    rows = [{"translation": {"en": source, "de": target}} for source, target in pairs]
+    for split in ("train", "validation"):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "set" / f"{split}.parquet")
+    # What is asked for goes before what the folder has.
+    prepared = prepare(corpus_of(tmp_path, source=str(tmp_path / "set")), lambda _: None)
+    dev = text_of(prepared, "dev")
+    assert len(dev) == 30
+    assert not set(dev) & set(trained_on(prepared))
