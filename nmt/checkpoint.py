@@ -30,6 +30,8 @@ from nmt.files import sync
 
 MANIFEST = "manifest.json"
 EXPORTED_PARAMETERS = "model.safetensors"
+MODEL_CARD = "README.md"
+"""Of an exported model. Whoever hands it on adds a licence or notes to it: no manifest vouches for it."""
 EXPORT_FORMAT = 1
 _FOLDER = re.compile(r"step-(\d{8,})")
 
@@ -64,6 +66,8 @@ class Checkpoint(NamedTuple):
     def verify(self, part: str = "") -> str | None:
         """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written."""
         files = {name: written for name, written in self.manifest["files"].items() if name.startswith(part)}
+        # Exports of older versions have it in their manifest.
+        files.pop(MODEL_CARD, None)
         for name, written in files.items():
             path = self.path / name
             if not path.is_file():
@@ -119,9 +123,12 @@ def finish_folder(
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of all files in a folder, `facts` in it, and have everything on disk. OSError if not."""
+    """Write the manifest of all files in a folder but the model card, `facts` in it, and have everything on disk.
+
+    OSError if not.
+    """
     written = sorted(folder.rglob("*"))
-    found = [path for path in written if path.is_file()]
+    found = [path for path in written if path.is_file() and path != folder / MODEL_CARD]
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
         for path, sha256 in zip(found, _sha256_of_all(found), strict=True)

@@ -24,7 +24,7 @@ from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, ex
 from nmt.config import Config, DecodingConfig
 from nmt.config.reading import parse_yaml, read_value
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
-from nmt.files import write_atomically
+from nmt.files import read_regular, write_atomically
 
 # The sections of which settings may differ from those of the run whenever it is used.
 _CHANGEABLE = ("decoding", "evaluation")
@@ -42,6 +42,7 @@ _SAFE_TRAINING = (
     "keep_checkpoints",
     "patience",
 )
+_RESTORE_TEXT = "restore it, for instance with the command that trained the run"
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -214,10 +215,34 @@ class RunDirectory:
             write_atomically(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines).encode())
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
-        """(sources, targets, domains) of a split that `write_text` kept; three empty lists if it is not there."""
+        """(sources, targets, domains) of a split that `write_text` kept; three empty lists if it is not there.
+
+        There are as many domains as pairs, or none. CheckpointError that names the file if one is damaged.
+        """
+        folder = self.path / "text"
         columns = []
         for side in ("source", "target", "domain"):
-            path = self.path / "text" / f"{split}.{side}"
-            lines = path.read_bytes().decode().split("\n")[:-1] if path.exists() else []
-            columns.append(lines)
-        return columns[0], columns[1], columns[2]
+            path = folder / f"{split}.{side}"
+            try:
+                text = read_regular(path).decode()
+            except FileNotFoundError:
+                text = ""
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path} is damaged ({_reason(error)}): {_RESTORE_TEXT}") from error
+            if text and not text.endswith("\n"):
+                raise CheckpointError(f"{path} is damaged (its last line has no end): {_RESTORE_TEXT}")
+            columns.append(text.split("\n")[:-1])
+        sources, targets, domains = columns
+        for side, lines in (("target", targets), ("domain", domains)):
+            if len(lines) != len(sources) and (lines or side == "target"):
+                raise CheckpointError(
+                    f"{folder / split}.{side} is damaged (it has {len(lines):,} lines, but {split}.source "
+                    f"{len(sources):,}): {_RESTORE_TEXT}"
+                )
+        return sources, targets, domains
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start:,} is not UTF-8"
+    return getattr(error, "strerror", None) or str(error)

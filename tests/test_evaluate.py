@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,43 @@ def test_empty_text_and_standard_input(cli: Cli, copy: Path, tmp_path: Path, mon
         monkeypatch.setattr("sys.stdin", stream)
         assert cli("evaluate", str(copy), "--source", "-", *arguments[2:]) == 0, cli.err
     assert "2 sentences of standard input" in cli.out
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("test.target", b"eins\n" * 13, ("test.target", "it has 13 lines, but test.source 12")),
+        ("test.target", None, ("test.target", "it has 0 lines, but test.source 12")),
+        ("test.source", None, ("test.target", "it has 12 lines, but test.source 0")),
+        ("test.domain", b"a\n" * 11, ("test.domain", "it has 11 lines, but test.source 12")),
+        ("test.source", b"a\xffb\n" * 12, ("test.source", "byte 1 is not UTF-8")),
+        ("test.source", b"a\n" * 11 + b"b", ("test.source", "its last line has no end")),
+        ("test.source", "pipe", ("test.source", "no regular file")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("command", ["evaluate", "experts"])
+def test_damaged_text_of_a_run(
+    cli: Cli, copy: Path, command: str, name: str, content: bytes | str | None, says: tuple[str, ...]
+) -> None:
+    path = copy / "text" / name
+    path.unlink()
+    if content == "pipe":
+        os.mkfifo(path)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    cli.refuses(4, command, str(copy), says=(*says, "is damaged", "restore it"))
+
+
+@pytest.mark.parametrize("option", [("--grow", "8"), ("--prune", "1")])
+def test_a_new_run_is_never_made_by_text_that_does_not_pair(
+    cli: Cli, copy: Path, tmp_path: Path, option: tuple[str, ...]
+) -> None:
+    with (copy / "text" / "dev.target").open("a") as file:
+        file.write("eins zu viel\n")
+    arguments = ("experts", str(copy), *option, "-o", str(tmp_path / "new"))
+    cli.refuses(4, *arguments, says=("dev.target is damaged",), progress=True)
+    assert not (tmp_path / "new").exists()
 
 
 # --------------------------------------------------------------------------------------------------- the reports

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 from test_cli import Cli
 from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
@@ -21,9 +23,10 @@ from test_training import one_thread, settings, trained_run, write_corpus  # noq
 import nmt.commands.export
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.compose import compose_config
-from nmt.config import MoEConfig
+from nmt.config import FilesConfig, MoEConfig, RunConfig
 from nmt.decoding.translator import Translator
 from nmt.evaluation.compute import model_cost
+from nmt.evaluation.markdown import code
 from nmt.evaluation.model_card import CardFacts, SetScores, model_card
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.checkpoint import load_parameters, write_parameters
@@ -160,7 +163,7 @@ def test_the_folder_holds_the_parameters_once_and_hashes_of_all(run: Path, expor
     assert sorted(os.listdir(exported)) == list(FILES)
     manifest = manifest_of(exported)
     assert manifest["format"] == 1
-    assert manifest["files"].keys() == set(FILES) - {"manifest.json"}
+    assert manifest["files"].keys() == set(FILES) - {"manifest.json", "README.md"}
     for name, written in manifest["files"].items():
         content = (exported / name).read_bytes()
         assert written == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
@@ -211,7 +214,7 @@ def test_parameters_of_any_network_come_back(tmp_path: Path, tiny_config: Any, g
 # -------------------------------------------------------------------------------------------------------- damage
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", sorted(set(FILES) - {"README.md"}))
 def test_every_damage_is_found_before_use(cli: Cli, exported: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "in").write_text("the dog\n")
     path = exported / name
@@ -228,6 +231,25 @@ def test_every_damage_is_found_before_use(cli: Cli, exported: Path, tmp_path: Pa
         cli.refuses(4, "translate", str(exported), str(tmp_path / "in"), says=(name, "copy it again"))
         path.write_bytes(content)
     assert cli("translate", str(exported), str(tmp_path / "in")) == 0
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_the_card_may_be_changed(cli: Cli, exported: Path, tmp_path: Path, older: bool) -> None:
+    """For instance to add a licence, or what a hub wants at its beginning."""
+    (tmp_path / "in").write_text("the dog\n")
+    if older:
+        # Older versions had the card in the manifest.
+        card_file = exported / "README.md"
+        manifest = {key: value for key, value in manifest_of(exported).items() if key != "sha256"}
+        found = {"size": card_file.stat().st_size, "sha256": hashlib.sha256(card_file.read_bytes()).hexdigest()}
+        manifest["files"]["README.md"] = found
+        manifest["sha256"] = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        (exported / "manifest.json").write_text(json.dumps(manifest))
+    text = (exported / "README.md").read_text()
+    (exported / "README.md").write_text(f"---\nlicense: apache-2.0\n---\n{text}")
+    assert cli("translate", str(exported), str(tmp_path / "in")) == 0, cli.err
+    (exported / "README.md").unlink()
+    assert cli("translate", str(exported), str(tmp_path / "in")) == 0, cli.err
 
 
 def test_another_vocabulary_of_the_same_size(cli: Cli, exported: Path, tmp_path: Path) -> None:
@@ -371,18 +393,48 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
     assert f"- BLEU: sacreBLEU `{bleu['signature']}`" in found
     assert f"- chrF2: sacreBLEU `{chrf['signature']}`" in found
     assert "had not been run" not in found
-    assert "Not shown, since they are of other parameters, or may be: the scores of `dev` (step 2)." in found
+    assert "Not shown, since they are of other parameters: the scores of `dev` (step 2)." in found
     (scores,) = manifest_of(tmp_path / "c")["scores"]
     assert (scores["name"], scores["steps"], scores["scores"]) == ("test", [8], report["scores"])
 
     assert cli("export", str(copy), str(tmp_path / "d"), "decoding.checkpoint=4") == 0
     assert "`dev` (step 2), `test` (step 8)" in card(tmp_path / "d")
-    # A report of an older version does not say which step was scored.
-    del report["steps"]
-    (copy / "report" / "test.json").write_text(json.dumps(report))
-    assert cli("export", str(copy), str(tmp_path / "e"), "decoding.checkpoint=8") == 0
-    assert "`test` (of which step is not known)" in card(tmp_path / "e")
-    assert "had not been run" in card(tmp_path / "e")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        # Older versions said neither; a file called test was scored under this name.
+        ({"own": None}, "own is missing"),
+        ({"steps": None}, "steps is missing"),
+        ({"own": False}, "other text than the run's own"),
+        ({"scores": {"BLEU": {"value": "100", "signature": "s"}}}, "scores.BLEU.value: '100' is not a number"),
+        ({"perplexity": [1]}, "perplexity: [1] is not a number"),
+    ],
+    ids=str,
+)
+def test_a_report_that_may_be_of_other_text_stays_out_of_the_card(
+    cli: Cli, copy: Path, tmp_path: Path, change: dict[str, Any], says: str
+) -> None:
+    assert cli("evaluate", str(copy)) == 0
+    path = copy / "report" / "test.json"
+    changed = json.loads(path.read_text()) | change
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+    assert cli("export", str(copy), str(tmp_path / "out")) == 0, cli.err
+    assert f"{path} is left out of the card" in cli.err
+    assert says in cli.err
+    assert "had not been run" in card(tmp_path / "out")
+    assert manifest_of(tmp_path / "out")["scores"] == []
+
+
+def test_scores_of_other_text_stay_out_of_the_card(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    source = tmp_path / "test"
+    source.write_text("the dog\n")
+    assert cli("evaluate", str(copy), "--source", str(source), "--reference", str(source)) == 0
+    assert cli("evaluate", str(copy)) == 0
+    assert cli("export", str(copy), str(tmp_path / "out")) == 0
+    assert card(tmp_path / "out").count("| `test` | 12 |") == 1
+    assert "set-" not in card(tmp_path / "out")
 
 
 def test_the_card_says_what_the_model_is_and_was_trained_on(run: Path, exported: Path) -> None:
@@ -413,6 +465,61 @@ def facts_of(*overrides: str, dropped: int = 0, sets: tuple[SetScores, ...] = ()
     info |= {"dropped": {"blank": dropped, "max_words": 0}, "source_pieces": 9000, "target_pieces": 10000}
     config = compose_config(list(overrides))
     return CardFacts(config, info | {"vocabulary_size": 512}, "a" * 64, {70: -12.5}, list(sets), 1234)
+
+
+def test_a_name_that_somebody_chose_is_never_markup() -> None:
+    evil = "`|<img onerror=x>|\n\n# title\n- item `` ```\r[x](javascript:y) *b* \x1b]0;z\x07"
+    scores = {f"BL|{evil}": {"value": 1.0, "signature": evil}}
+    decoding = {"beam_size": 4, "alpha": 0.2, "beta": 0.2, "experts_per_token": 0}
+    facts = facts_of("experiment=demo", sets=(SetScores(evil, 7, [70], scores, 2.0, decoding),))
+    corpus = replace(facts.config.corpus, source="files", train=FilesConfig([evil], [evil], [evil]), name=evil)
+    corpus = replace(corpus, source_language=evil, target_language=f"{evil} ")
+    config = replace(facts.config, corpus=corpus, run=RunConfig(evil.replace("/", "")))
+    info = facts.corpus | {"name": evil, "fingerprint": evil, "dropped": {evil: 3}}
+    text = model_card(replace(facts, config=config, corpus=info))
+    lines = text.splitlines()
+    plain = model_card(facts_of("experiment=demo", sets=facts.sets)).splitlines()
+    assert [line for line in lines if line.startswith("#")][1:] == [line for line in plain if line.startswith("#")][1:]
+    assert not any(line.startswith(("- item", "[x]", "<", "---")) for line in lines)
+    assert text.isprintable() or not any(each != "\n" and not each.isprintable() for each in text)
+    # Code is taken away first, as a reader of Markdown does: then no HTML, link or emphasis is left.
+    prose = re.sub(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)", "", text)
+    assert not re.search(r"(?<!\\)[<`]", prose.replace("\\`", ""))
+    for table in text.split("\n\n"):
+        if table.startswith("|"):
+            assert len({len(re.findall(r"(?<!\\)[|]", row)) for row in table.splitlines()}) == 1, table
+
+
+@pytest.mark.parametrize("text", ["a", "a`b", "``", "`a", "a``b`c", " a  b ", "", "a\nb", "|"])
+def test_code_comes_back_as_it_was(text: str) -> None:
+    """By the rule of CommonMark: the fence is the first run of backticks, and ends at the next one as long."""
+    found = code(text)
+    fence = re.match("`+", found)
+    assert fence
+    inner = found[len(fence[0]) : -len(fence[0])]
+    assert fence[0] not in re.findall("`+", inner)
+    if inner.startswith(" ") and inner.endswith(" "):
+        inner = inner[1:-1]
+    assert inner == (" ".join(text.split()) or "?")
+
+
+def test_files_go_along_by_their_names_alone(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    path = copy / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    secret = str(tmp_path / "secret")
+    for split in ("train", "dev", "test"):
+        config["corpus"][split] |= {"source": [f"{secret}/a.en"], "target": ["../x/a.de"], "pairs": ["~/b.tsv"]}
+    config["corpus"]["root"] = config["corpus"]["directory"] = secret
+    config["run"]["directory"] = secret
+    for source, kept in ((f"{secret}/hub", "hub"), ("wmt/wmt14", "wmt/wmt14"), ("./some/hub", "hub")):
+        config["corpus"]["source"] = source
+        path.write_text(yaml.safe_dump(config))
+        out = tmp_path / f"out-{len(source)}"
+        assert cli("export", str(copy), str(out)) == 0, cli.err
+        found = yaml.safe_load((out / "config.yaml").read_text())["corpus"]
+        assert found["source"] == kept
+        assert [found["train"][side] for side in ("source", "target", "pairs")] == [["a.en"], ["a.de"], ["b.tsv"]]
+        assert not any("secret" in (out / name).read_text() for name in ("config.yaml", "README.md", "manifest.json"))
 
 
 def test_cards_of_other_models() -> None:

@@ -6,19 +6,28 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, seal
+from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
 from nmt.commands import Parser, say
-from nmt.config import Config, CorpusConfig, DecodingConfig, RunConfig
+from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.translator import Loaded, load_model
 from nmt.errors import StorageError, UserError
 from nmt.evaluation.model_card import CardFacts, SetScores, model_card, own_sets
-from nmt.files import sync
+from nmt.files import read_json, sync
 from nmt.parallel.checkpoint import write_parameters
 from nmt.run import RunDirectory
+
+# The parts of report/SET.json that a card tells.
+_REPORT = {
+    "own": bool,
+    "sentences": int,
+    "steps": [int],
+    "scores": {str: {"value": float, "signature": str}},
+    "perplexity": float,
+    "decoding": {"beam_size": int, "alpha": float, "beta": float, "experts_per_token": int},
+}
 
 
 def parser() -> Parser:
@@ -27,8 +36,9 @@ def parser() -> Parser:
         "export",
         "Write a folder that needs nothing else: the parameters of one checkpoint (the best one, unless\n"
         "decoding.checkpoint says otherwise) in safetensors, configuration, vocabulary, what the run recorded of its\n"
-        "text, hashes of all these, and a model card, README.md, with the scores that nmt evaluate found before. No\n"
-        "text and no optimiser state. Other commands take the folder like a run, but for training.",
+        "text, hashes of all these, and a model card, README.md, with the scores that nmt evaluate found before on\n"
+        "the run's own sets. No hash covers the card: add a licence to it, or notes. No text and no optimiser state.\n"
+        "Other commands take the folder like a run, but for training.",
         "  nmt export demo exports/demo\n"
         "  nmt export runs/demo /models/demo decoding.checkpoint=average\n"
         "  nmt translate exports/demo input.en -o output.de",
@@ -86,37 +96,48 @@ def _new_folder(name: str) -> Path:
 
 
 def _portable(config: Config, run: RunDirectory) -> Config:
-    """The configuration that goes along: one set of parameters, no folders of this machine."""
+    """The configuration that goes along: one set of parameters; no folder of this machine, names of files alone."""
+    corpus = config.corpus
+    source = Path(corpus.source).expanduser()
+    # A data set of the hub is OWNER/NAME, which is no folder here.
+    local = source.is_absolute() or corpus.source.startswith(".") or source.is_dir()
     return replace(
         config,
         run=RunConfig(config.run.name or run.path.resolve().name),
-        corpus=replace(config.corpus, directory=CorpusConfig.directory, root=CorpusConfig.root),
+        corpus=replace(
+            corpus,
+            directory=CorpusConfig.directory,
+            root=CorpusConfig.root,
+            source=source.resolve().name if local else corpus.source,
+            train=_names_alone(corpus.train),
+            dev=_names_alone(corpus.dev),
+            test=_names_alone(corpus.test),
+        ),
         decoding=replace(config.decoding, checkpoint=DecodingConfig.checkpoint),
     )
 
 
+def _names_alone(files: FilesConfig) -> FilesConfig:
+    source, target, pairs = ([Path(name).name for name in names] for names in (files.source, files.target, files.pairs))
+    return replace(files, source=source, target=target, pairs=pairs)
+
+
 def _reports(run: RunDirectory) -> list[SetScores]:
-    """What `nmt evaluate` left in the run; other reports lie there too."""
+    """What `nmt evaluate` found on the run's own sets; reports of other text never go into a card."""
     found = []
-    for path in sorted(run.report.glob("*.json")):
-        try:
-            report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            scored = {"set", "scores"} <= report.keys()
-        except (OSError, ValueError, AttributeError):
-            say(f"{path} cannot be read: left out of the card")
+    for split in ("dev", "test"):
+        path = run.report / f"{split}.json"
+        if not path.exists():
             continue
-        if scored:
-            found.append(
-                SetScores(
-                    report["set"],
-                    report["sentences"],
-                    # Reports of older versions do not say it.
-                    report.get("steps", []),
-                    report["scores"],
-                    report["perplexity"],
-                    report["decoding"],
-                )
-            )
+        try:
+            report = read_json(path, _REPORT)
+            if not report["own"]:
+                raise ValueError("it is of other text than the run's own")
+        except (OSError, ValueError) as error:
+            say(f"{path} is left out of the card ({error}): run nmt evaluate again")
+            continue
+        figures = report["steps"], report["scores"], report["perplexity"], report["decoding"]
+        found.append(SetScores(split, report["sentences"], *figures))
     return found
 
 
@@ -132,7 +153,7 @@ def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) ->
     copy.corpus_path.write_text(json.dumps(facts.corpus, indent=2), encoding="utf-8")
     # safetensors makes files that nobody else may read.
     shutil.copymode(copy.config_path, parameters)
-    (folder / "README.md").write_text(model_card(replace(facts, parameter_bytes=size)), encoding="utf-8")
+    (folder / MODEL_CARD).write_text(model_card(replace(facts, parameter_bytes=size)), encoding="utf-8")
     scores = list(facts.validations.values())
     manifest = {
         "format": EXPORT_FORMAT,

@@ -7,6 +7,7 @@ from html import escape
 from math import ceil, log2
 
 from nmt.evaluation.expert_report import MATRIX_EXPERTS, ExpertRow, LayerReport, Purity, TokenRole, preferred_domains
+from nmt.evaluation.markdown import plain
 
 MAX_CARDS = MATRIX_EXPERTS
 """Experts of a layer that are shown one by one; of more, the most specialised, and the others as lines of a table."""
@@ -176,15 +177,15 @@ def _domain_lifts(layer: LayerReport) -> tuple[list[str], list[str], list[list[f
     return [str(row.expert) for row in rows], names, [[row.domains[name] for name in names] for row in rows]
 
 
-def _summary(row: ExpertRow, plain: Callable[[str], str]) -> list[str]:
-    """Domains and tokens of an expert in a few words; `plain` makes text of the corpus harmless."""
-    domains = ", ".join(f"{plain(name)} ×{lift:.1f}" for name, lift in preferred_domains(row))
-    tokens = ", ".join(f"{_marked(role, plain)} ×{role.lift:.1f}" for role in row.tokens[:4])
+def _summary(row: ExpertRow, harmless: Callable[[str], str]) -> list[str]:
+    """Domains and tokens of an expert in a few words; `harmless` makes text of the corpus so."""
+    domains = ", ".join(f"{harmless(name)} ×{lift:.1f}" for name, lift in preferred_domains(row))
+    tokens = ", ".join(f"{_marked(role, harmless)} ×{role.lift:.1f}" for role in row.tokens[:4])
     return [domains or "-", tokens or "-"]
 
 
-def _marked(role: TokenRole, plain: Callable[[str], str]) -> str:
-    before, token, after = map(plain, _word(role))
+def _marked(role: TokenRole, harmless: Callable[[str], str]) -> str:
+    before, token, after = map(harmless, _word(role))
     return f"{before}<b>{token}</b>{after}"
 
 
@@ -401,12 +402,7 @@ def _role(role: TokenRole) -> str:
 
 def to_markdown(layers: list[LayerReport], title: str, subject: str) -> str:
     """The same as text."""
-    return f"# Experts of {_plain(title)}\n\n{_plain(subject)}\n\n" + "\n".join(map(_markdown_section, layers))
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves alone."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~&$])", r"\\\1", text)
+    return f"# Experts of {plain(title)}\n\n{plain(subject)}\n\n" + "\n".join(map(_markdown_section, layers))
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
@@ -427,12 +423,12 @@ def _markdown_section(layer: LayerReport) -> str:
     experts, names, lift = _domain_lifts(layer)
     if names and len(names) <= _MAX_COLUMNS:
         rows = [[number, *(f"{each:.1f}" for each in line)] for number, line in zip(experts, lift, strict=True)]
-        text += f"### Experts and domains\n\n{HOW['domains']}\n\n{_table(['expert', *map(_plain, names)], rows)}"
+        text += f"### Experts and domains\n\n{HOW['domains']}\n\n{_table(['expert', *map(plain, names)], rows)}"
     if layer.pairs:
         table = _table(["experts", "tokens", "lift"], _pairs(layer))
         text += f"### Chosen together\n\n{HOW['ranked']}\n\n{table}"
     ranked = by_specialisation(layer)
-    rows = [[str(row.expert), *(value for _, value in _facts(row)), *_summary(row, _plain)] for row in ranked]
+    rows = [[str(row.expert), *(value for _, value in _facts(row)), *_summary(row, plain)] for row in ranked]
     head = ["expert", *(name for name, _ in _facts(ranked[0])), "domains", "tokens"]
     text += f"### What each expert is chosen for\n\n{HOW['roles']}\n\n{_table(head, rows)}"
     cards = (f"#### Expert {row.expert} of {layer.layer}\n\n{_bullets(row)}\n" for row in ranked[:MAX_CARDS])
@@ -442,9 +438,9 @@ def _markdown_section(layer: LayerReport) -> str:
 def _bullets(row: ExpertRow) -> str:
     lines = []
     for role in row.tokens:
-        lines.append(f"- {_marked(role, _plain)} ×{role.lift:.1f}, {role.count:,} times, {role.rate:.0%} of its places")
+        lines.append(f"- {_marked(role, plain)} ×{role.lift:.1f}, {role.count:,} times, {role.rate:.0%} of its places")
         for context in role.contexts:
-            predicts = "" if context.predicts is None else f" → {_plain(context.predicts)}"
-            shown = f"{_plain(context.before)}<b>{_plain(context.token)}</b>{_plain(context.after)}"
+            predicts = "" if context.predicts is None else f" → {plain(context.predicts)}"
+            shown = f"{plain(context.before)}<b>{plain(context.token)}</b>{plain(context.after)}"
             lines.append(f"  - {context.gate:.2f} {shown}{predicts}")
     return "".join(f"{line}\n" for line in lines) or "No token stands out.\n"

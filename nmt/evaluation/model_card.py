@@ -1,6 +1,5 @@
 """The model card of an exported model: what whoever is handed it must know, as Markdown, from what its run recorded."""
 
-import textwrap
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from nmt.config import Config, ModelConfig, MoEConfig
 from nmt.evaluation.compute import Cost, model_cost
+from nmt.evaluation.markdown import code, plain, table, wrapped
 
 _BOTTOM = {
     "forward": "",
@@ -26,12 +26,12 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class SetScores:
-    """What `nmt evaluate` wrote about one set, RUN/report/SET.json."""
+    """What `nmt evaluate` wrote about one of the run's own sets, RUN/report/SET.json."""
 
     name: str
     sentences: int
     steps: list[int]
-    """Whose parameters, or the mean of them, were scored; empty if it does not say."""
+    """Whose parameters, or the mean of them, were scored."""
     scores: dict[str, dict[str, Any]]
     """Name, such as BLEU -> {"value": .., "signature": ..}."""
     perplexity: float
@@ -51,7 +51,7 @@ class CardFacts:
     validations: dict[int, float | None]
     """The steps whose parameters, or the mean of them, these are, with their validation scores (lower is better)."""
     sets: list[SetScores]
-    """All that the run was scored on, with whichever parameters."""
+    """The run's own sets, as scored with whichever parameters."""
     parameter_bytes: int
     """Size of model.safetensors."""
 
@@ -70,7 +70,7 @@ def model_card(facts: CardFacts) -> str:
     lines = list(_head(facts, cost))
     for title, content in sections.items():
         lines += ["", f"## {title}", "", *content]
-    return "".join(f"{_wrapped(line)}\n" for line in lines)
+    return "".join(f"{wrapped(line)}\n" for line in lines)
 
 
 def own_sets(facts: CardFacts) -> list[SetScores]:
@@ -81,12 +81,13 @@ def own_sets(facts: CardFacts) -> list[SetScores]:
 def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     config = facts.config
     experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layers() else ""
-    yield f"# {config.run.name}: translates {config.corpus.source_language} to {config.corpus.target_language}"
+    name, source, target = map(plain, (config.run.name, config.corpus.source_language, config.corpus.target_language))
+    yield f"# {name}: translates {source} to {target}"
     yield ""
     yield (
         f"A stacked-LSTM encoder-decoder with attention{experts} (Shazeer et al. 2017, *Outrageously Large Neural "
         f"Networks*; GNMT), with {_millions(cost.num_parameters)} million parameters, for the program `nmt`. It was "
-        f"trained on {facts.corpus['pairs_kept']:,} sentence pairs of {_code(facts.corpus['name'])}."
+        f"trained on {facts.corpus['pairs_kept']:,} sentence pairs of {code(facts.corpus['name'])}."
     )
     yield ""
     yield f"Its parameters are {_origin(facts)}."
@@ -94,7 +95,7 @@ def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
 
 def _origin(facts: CardFacts) -> str:
     steps = sorted(facts.validations)
-    run, planned = _code(facts.config.run.name), facts.config.training.max_steps
+    run, planned = code(facts.config.run.name), facts.config.training.max_steps
     if len(steps) > 1:
         listed = ", ".join(f"{step:,}" for step in steps)
         return f"the mean of those after steps {listed} of run {run}, which was set to take {planned:,} steps"
@@ -118,8 +119,8 @@ def _use(config: Config) -> Iterator[str]:
     yield ""
     yield (
         "Nothing here is pickled or run as a program. `model.safetensors` holds every parameter once, in float32. "
-        "`manifest.json` has size and sha256 of all other files, this one too; `nmt` refuses a file that differs, so "
-        "keep notes of your own in another file."
+        "`manifest.json` has size and sha256 of all other files but this one; `nmt` refuses a file that differs. This "
+        "card may be changed: add a licence, or whatever else those who use the model must know."
     )
 
 
@@ -142,7 +143,7 @@ def _network(model: ModelConfig) -> Iterator[str]:
         rows["experts"] = f"{'; '.join(places)}; each with {hidden} hidden units"
         rows["experts per token"] = f"{moe.experts_per_token} in each of these layers"
         rows["gating"] = _gating(moe)
-    yield from _table(("", ""), rows.items())
+    yield from table(("", ""), rows.items())
 
 
 def _place(layer: str) -> str:
@@ -169,20 +170,20 @@ def _data(facts: CardFacts) -> Iterator[str]:
     corpus, info = facts.config.corpus, facts.corpus
     subwords = corpus.subwords
     dropped = {name: count for name, count in info["dropped"].items() if count}
-    reasons = ", ".join(f"{_FILTERS.get(name, name)} {count:,}" for name, count in dropped.items())
+    reasons = ", ".join(f"{_FILTERS.get(name) or plain(name)} {count:,}" for name, count in dropped.items())
     rows = {
-        "corpus": _code(info["name"]),
+        "corpus": code(info["name"]),
         "source": _source(facts.config),
         "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, {sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else ""),
-        "text": f"{info['source_pieces']:,} pieces of {corpus.source_language}, {info['target_pieces']:,} of "
-        f"{corpus.target_language}",
-        "fingerprint": _code(info["fingerprint"]),
+        "text": f"{info['source_pieces']:,} pieces of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
+        f"{plain(corpus.target_language)}",
+        "fingerprint": code(info["fingerprint"]),
         "vocabulary": f"{info['vocabulary_size']:,} subword pieces for both languages (SentencePiece "
         f"{'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
-        "its sha256": _code(facts.vocabulary),
+        "its sha256": code(facts.vocabulary),
     }
-    yield from _table(("", ""), rows.items())
+    yield from table(("", ""), rows.items())
     yield ""
     yield "`corpus.json` and `config.yaml` have the same in full; none of the text itself is here."
 
@@ -192,15 +193,15 @@ def _source(config: Config) -> str:
     if corpus.source == "phrasebook":
         return "the phrasebook of `nmt`: sentences made by rule from hand-written frames"
     if corpus.source != "files":
-        subset = f", {_code(corpus.subset)}" if corpus.subset else ""
-        return f"{_code(corpus.source)}{subset} (a data set of the Hugging Face hub, or a folder laid out like one)"
-    sides = {corpus.source_language: corpus.train.source, corpus.target_language: corpus.train.target}
-    named = [*sides.items(), ("both", corpus.train.pairs)]
+        subset = f", {code(corpus.subset)}" if corpus.subset else ""
+        return f"{code(corpus.source)}{subset} (a data set of the Hugging Face hub, or a folder laid out like one)"
+    sides = [(corpus.source_language, corpus.train.source), (corpus.target_language, corpus.train.target)]
+    named = [*((plain(language), names) for language, names in sides), ("both", corpus.train.pairs)]
     return "files: " + "; ".join(f"{side} {_files(names)}" for side, names in named if names)
 
 
 def _files(names: list[str]) -> str:
-    return ", ".join(_code(Path(name).name) for name in names)
+    return ", ".join(code(Path(name).name) for name in names)
 
 
 # ---------------------------------------------------------------------------------------------------- scores and cost
@@ -212,11 +213,12 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     own = own_sets(facts)
     if own:
         names = list(own[0].scores)
-        yield from _table(("set", "sentences", *names, "perplexity", "search"), (_set_row(each) for each in own))
+        head = "set", "sentences", *map(plain, names), "perplexity", "search"
+        yield from table(head, (_set_row(each) for each in own))
         yield ""
         for name in names:
             signatures = sorted({each.scores[name]["signature"] for each in own})
-            yield f"- {name}: sacreBLEU {', '.join(map(_code, signatures))}"
+            yield f"- {plain(name)}: sacreBLEU {', '.join(map(code, signatures))}"
         yield "- perplexity: per subword piece of the references"
     else:
         yield (
@@ -225,14 +227,14 @@ def _scores(facts: CardFacts) -> Iterator[str]:
         )
     others = [each for each in facts.sets if each not in own]
     if others:
-        listed = ", ".join(f"{_code(each.name)} ({_steps(each.steps)})" for each in others)
+        listed = ", ".join(f"{code(each.name)} ({_steps(each.steps)})" for each in others)
         yield ""
-        yield f"Not shown, since they are of other parameters, or may be: the scores of {listed}."
+        yield f"Not shown, since they are of other parameters: the scores of {listed}."
 
 
 def _steps(steps: Iterable[int]) -> str:
     found = [f"{step:,}" for step in sorted(steps)]
-    return f"step{'s' * (len(found) > 1)} {', '.join(found)}" if found else "of which step is not known"
+    return f"step{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
 def _set_row(each: SetScores) -> tuple[str, ...]:
@@ -241,7 +243,7 @@ def _set_row(each: SetScores) -> tuple[str, ...]:
     if decoding["experts_per_token"]:
         search += f", {decoding['experts_per_token']} experts per token"
     values = (f"{score['value']:.2f}" for score in each.scores.values())
-    return _code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
+    return code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
 
 
 def _validation(facts: CardFacts) -> str:
@@ -262,7 +264,7 @@ def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
     ops = cost.ops
     rows = [(part, _count(held), _count(ops.get(part, 0))) for part, held in cost.parameters.items()]
     rows.append(("**all**", f"**{_count(cost.num_parameters)}**", f"**{_count(cost.ops_per_timestep)}**"))
-    yield from _table(("part", "parameters", "ops/timestep"), rows)
+    yield from table(("part", "parameters", "ops/timestep"), rows)
     yield ""
     shared = " The softmax reads the matrix of the embeddings." if facts.config.model.tie_embeddings else ""
     yield (
@@ -273,7 +275,7 @@ def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
 
 def _limits(facts: CardFacts) -> Iterator[str]:
     corpus, decoding = facts.config.corpus, facts.config.decoding
-    source, target = corpus.source_language, corpus.target_language
+    source, target = plain(corpus.source_language), plain(corpus.target_language)
     if corpus.source == "phrasebook":
         yield (
             "- The phrasebook is a teaching corpus: a few domains, sentences made by rule. Scores on it say that the "
@@ -281,7 +283,7 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         )
     else:
         yield (
-            f"- It knows what {_code(facts.corpus['name'])} taught it, with its errors and its bias. Text of another "
+            f"- It knows what {code(facts.corpus['name'])} taught it, with its errors and its bias. Text of another "
             "kind than that, and than the test sets above, is translated worse, by how much nobody has measured."
         )
     yield (
@@ -295,27 +297,6 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         "vocabulary lacks are lost: they can come out as ⁇."
     )
     yield "- No licence is stated here; that of the training data may bind the model."
-
-
-# ----------------------------------------------------------------------------------------------------------- Markdown
-
-
-def _table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    yield f"| {' | '.join(head)} |"
-    yield f"|{'---|' * len(head)}"
-    for row in rows:
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
-
-
-def _wrapped(line: str) -> str:
-    if line.startswith(("|", "#", "    ")):
-        return line
-    indent = "  " if line.startswith("- ") else ""
-    return textwrap.fill(line, 100, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-
-
-def _code(text: str) -> str:
-    return f"`{text}`"
 
 
 def _millions(count: int) -> str:
