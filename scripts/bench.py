@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch, make_batch
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.data.subwords import Subwords
@@ -235,7 +235,7 @@ def random_batches(tokens: int, vocabulary: int, count: int) -> list[Batch]:
 
 def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figures]:
     """Updates of each model over the same batches, in turns with a matrix product, after one round of warm-up."""
-    vocabulary = next(iter(models.values())).corpus.subwords.vocab_size
+    vocabulary = next(iter(models.values())).corpus.subwords.num_pieces
     batches = random_batches(2500, vocabulary, 8)
     a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
     works: dict[str, Work] = {"matrix product": lambda: [a @ b for _ in range(10)]}
@@ -266,7 +266,7 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
     Watching is adding up the gates of every update, and a line of metrics every training.log_every: its figures,
     curves, histograms, text and judgement. What the line has of other things is in it, so this is an upper bound.
     """
-    vocabulary, moe = config.corpus.subwords.vocab_size, config.model.moe
+    vocabulary, moe = config.corpus.subwords.num_pieces, config.model.moe
     batches = random_batches(2500, vocabulary, 8)
     model = Seq2Seq(config.model, vocabulary).train()
     world, watch = World(CPU), GateWatch(moe, 0)
@@ -296,7 +296,7 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
 
 def saving_cost(config: Config, updates: int = 25, rounds: int = 5) -> Figures:
     """Milliseconds that one checkpoint adds to training: updates with one saved meanwhile and without one, in turns."""
-    vocabulary = config.corpus.subwords.vocab_size
+    vocabulary = config.corpus.subwords.num_pieces
     batches = random_batches(2500, vocabulary, 5)
     model = Seq2Seq(config.model, vocabulary).train()
     world, optimizer = World(CPU), make_optimizer(model, config.training)
@@ -329,12 +329,12 @@ def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     An untrained model hardly ever ends a sentence: every search goes to its length limit. `max_length_ratio` is
     therefore 1, which with 10 pieces more makes translations about twice as long as trained ones.
     """
-    vocabulary = config.corpus.subwords.vocab_size
+    vocabulary = config.corpus.subwords.num_pieces
     model = Seq2Seq(config.model, vocabulary).eval()
     rng = np.random.default_rng(2)
     sources = [rng.integers(NUM_SPECIAL, vocabulary, size=length) for length in rng.integers(5, 20, sentences)]
     # The search itself never asks the vocabulary.
-    subwords = cast(Subwords, SimpleNamespace(size=vocabulary))
+    subwords = cast(Subwords, SimpleNamespace(size=vocabulary, forbidden_ids=[PAD, UNK, BOS]))
     works: dict[str, Work] = {}
     for name, beam_size in (("greedy", 1), ("beam 4", 4)):
         decoding = DecodingConfig(beam_size=beam_size, max_length_ratio=1.0)

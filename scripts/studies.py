@@ -143,7 +143,7 @@ def collect(runs: Path, experiment: str) -> dict[str, Any]:
     """Everything the tables and the plot need, small enough to carry away."""
     done = [path.parent.parent for path in sorted(runs.glob("*/report/test.json"))]
     config = compose_config([f"experiment={experiment}"])
-    of_four = model_cost(config.model, config.corpus.subwords.vocab_size).ops_per_timestep
+    of_four = model_cost(config.model, config.corpus.subwords.num_pieces).ops_per_timestep
     title = f"Europarl en-fr, {config.corpus.max_pairs:,} pairs, {of_four / 1e6:.1f}M ops/timestep with 32 experts"
     step = f"updates of {config.training.batch_tokens / 1024:.0f}k tokens a side"
     collected = {

@@ -113,7 +113,7 @@ def test_every_gate_and_deep_experts_have_the_parameters_of_the_real_network(tin
 @pytest.mark.parametrize("name", sorted(path.stem for path in (resource_dir("conf") / "experiment").glob("*.yaml")))
 def test_every_experiment_has_the_parameters_of_its_network(name: str):
     config = compose_config([f"experiment={name}"])
-    assert_every_part_is_right(config.model, config.corpus.subwords.vocab_size)
+    assert_every_part_is_right(config.model, config.corpus.subwords.num_pieces)
 
 
 def test_ops_are_the_sum_of_their_parts(tiny_config: Configs):

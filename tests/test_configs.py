@@ -58,7 +58,7 @@ def test_experiment(name: str) -> None:
     """Composes (which validates), is called after its file, and its model has the documented size."""
     config = compose_config([f"experiment={name}"])
     assert config.run.name == name
-    vocabulary = config.corpus.subwords.vocab_size
+    vocabulary = config.corpus.subwords.num_pieces
     cost = model_cost(config.model, vocabulary)
     # No memory is taken and no number drawn: the largest of them has 8.7 billion parameters.
     with torch.device("meta"):

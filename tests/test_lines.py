@@ -148,10 +148,25 @@ def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes)
     assert len(text.splitlines()) == text.count("\n")
 
 
-def test_blank_lines_stay_blank_at_their_places(run: Path, tmp_path: Path) -> None:
-    content = "the dog\n\n   \n\t\u3000\na meadow\n\n".encode()
+def test_lines_without_a_letter_or_digit_come_back_as_they_are(run: Path, tmp_path: Path) -> None:
+    kept = ["", "   ", "\t\u3000", "-", "...", " * * * ", "🚂🚃🚃", "\u200f!", "—", "$ % &"]
+    content = "\n".join(["the dog", *kept, "a meadow", "", ""]).encode()
     lines = translate(run, tmp_path, content).decode().split("\n")
-    assert [bool(line) for line in lines] == [True, False, False, False, True, False, False]
+    assert lines[1:-3] == kept
+    assert lines[0]
+    assert lines[-3]
+    assert lines[-2:] == ["", ""]
+
+
+def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = "".join(f"{line}\n" for line in ["the dog", "🦆 the dog", "the 東京 dog 🦆", "🦆"]).encode()
+    translate(run, tmp_path, content, "decoding.batch_sentences=1")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]
+    assert notes == [
+        "2 lines held characters that are unknown to the model, check these lines: 🦆 2, 東 1, 京 1",
+    ]
+    translate(run, tmp_path, b"the dog\n")
+    assert "unknown" not in capsys.readouterr().err
 
 
 def test_more_lines_than_a_window(run: Path, tmp_path: Path) -> None:

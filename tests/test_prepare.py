@@ -17,7 +17,7 @@ import nmt.data.corpus
 import nmt.data.held_out
 import nmt.data.prepare
 import nmt.data.prepared
-from nmt.config import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.prepare import Prepared, prepare, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.errors import DataError
@@ -92,10 +92,11 @@ def test_contents(corpus: CorpusConfig) -> None:
     manifest = prepared.manifest
     assert manifest["pairs_read"] == manifest["pairs_kept"] == 400
     assert manifest["source_pieces"] == shards.source_lengths.sum()
-    assert manifest["vocabulary_size"] == subwords.size == 96
+    assert manifest["vocabulary_size"] == subwords.size == NUM_ADDED_PIECES + 96
+    assert (manifest["lines_in_bytes"], manifest["characters_in_bytes"]) == (0, {})
     assert len(manifest["sources"]) == 6
     assert "toy: 400 pairs read, 400 kept" in log
-    assert "vocabulary: 96 bpe pieces from 800 sentences" in log
+    assert "vocabulary: 424 bpe pieces from 800 sentences" in log
     prepared.verify()
 
 
@@ -285,15 +286,32 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
     log = Log()
     prepared = prepare(corpus, log)
     assert (
-        "toy: 405 pairs read, 402 kept; dropped: 2 with a blank side (blank), 1 with more than 200 pieces (max_pieces)"
+        "toy: 405 pairs read, 403 kept; dropped: 1 with a blank side (blank), 1 with more than 200 pieces (max_pieces)"
         in log
     )
     assert "toy: lines that were not valid UTF-8, broken bytes replaced: train 1" in log
-    assert len(prepared.train()) == 402
+    assert len(prepared.train()) == 403
     assert prepared.manifest["dropped"]["max_pieces"] == 1
     assert prepared.manifest["invalid_utf8_lines"] == {"dev": 0, "test": 0, "train": 1}
     assert prepared.text("dev") == (["a b\u2028c\r"], ["d"], ["letters"])
     assert prepared.text("test") == ([], [], [])
+
+
+def test_characters_without_a_piece_are_told(tmp_path: Path) -> None:
+    write_text(tmp_path)
+    with (tmp_path / "train.de").open("ab") as stream:
+        stream.write("東京 Ö\nder Hund\n東\n".encode())
+    with (tmp_path / "train.en").open("ab") as stream:
+        stream.write(b"the dog\nthe dog\nthe\n")
+    corpus = corpus_of(tmp_path, subwords=SubwordConfig(kind="bpe", vocab_size=96, character_coverage=0.9995))
+    log = Log()
+    prepared = prepare(corpus, log)
+    assert prepared.manifest["lines_in_bytes"] == 2
+    assert prepared.manifest["characters_in_bytes"] == {"東": 2, "京": 1, "Ö": 1}
+    told = "3 characters, in 2 lines, got no piece of their own and are spelled in bytes: 東 2, 京 1, Ö 1"
+    assert told in log
+    shards = prepared.train()
+    assert prepared.subwords().decode(shards.target(len(shards) - 3)) == "東京 Ö"
 
 
 def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:

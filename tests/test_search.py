@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, source_batch
+from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, source_batch
 from nmt.config import ModelConfig
 from nmt.decoding import search
 from nmt.decoding.search import Hypotheses, StepOutput, beam_search, coverage_penalty, length_penalty
@@ -24,6 +24,7 @@ from nmt.model.seq2seq import DecoderState, Seq2Seq
 WORDS = 3
 VOCAB = NUM_SPECIAL + WORDS
 A, B = NUM_SPECIAL, NUM_SPECIAL + 1
+FORBIDDEN = [PAD, UNK, BOS]
 
 Prefix = tuple[int, ...]
 Row = Callable[[int, Prefix], tuple[np.ndarray, np.ndarray]]
@@ -78,7 +79,7 @@ def translate(
 ) -> Hypotheses:
     ids = list(range(len(wanted))) if sentences is None else list(sentences)
     state = FakeState([(sentence, ()) for sentence in ids] * beam, ids, [] if log is None else log)
-    arguments = (torch.tensor(wanted), torch.tensor(max_lengths), beam, alpha, beta)
+    arguments = (torch.tensor(wanted), torch.tensor(max_lengths), torch.tensor(FORBIDDEN), beam, alpha, beta)
     return module.beam_search(fake_step(row), state, *arguments)
 
 
@@ -384,7 +385,9 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         memory, _ = model.encode(source_SB, length_B, rows_N)
         wanted_BS = torch.arange(len(source_SB)) < length_B[:, None]
         state = NetworkState(memory, None)
-        found = beam_search(step, state, wanted_BS, torch.tensor(max_lengths), 110, alpha, beta)
+        found = beam_search(
+            step, state, wanted_BS, torch.tensor(max_lengths), torch.tensor(FORBIDDEN), 110, alpha, beta
+        )
         for b, max_length in enumerate(max_lengths):
             row_b, wanted = cache(row), [True] * len(memory.padding_SB[: length_B[b]])
             scores = {o: score_of(row_b, b, o, wanted, alpha, beta) for o in complete_outputs(max_length)}

@@ -67,8 +67,35 @@ def test_the_order_of_the_file_does_not_matter(load: Load, lines: list[str]) -> 
 def test_no_lines_and_blank_lines(load: Load) -> None:
     translator = load()
     assert translator.translate([]) == []
-    assert translator.translate(["", " ", "\u3000", "\ufffd"])[:3] == [Translation("", 0.0)] * 3
-    assert translator.translate(["", "\n"]) == [Translation("", 0.0)] * 2
+    assert translator.translate(["", " ", "\u3000"]) == [Translation(line, 0.0) for line in ("", " ", "\u3000")]
+
+
+def test_lines_without_a_letter_or_digit_come_back_as_they_are(load: Load) -> None:
+    translator = load()
+    lines = ["-", "...", " \u2028\x1b*", "\n", "🚂"]
+    found = translator.translate([*lines, "a"])
+    assert found[:5] == [Translation(line, 0.0) for line in ("-", "...", "   *", " ", "🚂")]
+    assert found[5].score < 0
+
+
+def test_unlearned_characters_are_named(load: Load) -> None:
+    found = load().translate(["the dog", "🦆 the 東 dog 🦆", "🦆", "- 東京 -"])
+    assert [each.unlearned for each in found] == ["", "🦆東🦆", "", "-東京-"]
+    # No letter of these was ever seen in training.
+    assert [each.text for each in found[2:]] == ["🦆", "- 東京 -"]
+
+
+def test_the_search_never_outputs_what_is_forbidden(load: Load) -> None:
+    translator = load(beam_size=2)
+    forbidden = translator.subwords.forbidden_ids
+    with torch.no_grad():
+        translator.model.output.weight.zero_()
+        # These are now the likeliest at every position.
+        translator.model.output.weight[forbidden] = 100.0 * torch.randn(
+            len(forbidden), translator.model.output.weight.shape[1]
+        )
+    for pieces, _ in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
+        assert not set(pieces) & set(forbidden)
 
 
 def test_a_long_line_is_its_parts(load: Load) -> None:

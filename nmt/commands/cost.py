@@ -95,7 +95,7 @@ def estimate(options: argparse.Namespace, config: Config) -> None:
     tflops, tflops_from = _speed(options, on_gpu)
     basis = Basis(
         name=config.run.name or "this configuration",
-        vocab_size=config.corpus.subwords.vocab_size,
+        vocab_size=config.corpus.subwords.num_pieces,
         lengths=Lengths(),
         lengths_from="assumed",
         on_gpu=on_gpu,

@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmt.config.checks import above, at_least, fraction, one_of
-from nmt.config.corpus import CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
 
 __all__ = [
+    "NUM_ADDED_PIECES",
     "AttentionConfig",
     "Config",
     "CorpusConfig",

@@ -5,7 +5,9 @@ from dataclasses import dataclass, field
 from nmt.config.checks import at_least, one_of
 
 SUBWORD_KINDS = ("unigram", "bpe")
-NORMALISATIONS = ("nmt_nfkc", "nfkc", "identity")
+NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
+NUM_ADDED_PIECES = 328
+"""Pieces that every new vocabulary has on top of the learned ones: 4 special, 68 reserved and 256 bytes."""
 
 
 @dataclass
@@ -64,11 +66,14 @@ class SubwordConfig:
     kind: str = "unigram"
     """unigram or bpe."""
     vocab_size: int = 32000
-    """Pieces, the four special ones included. A multiple of 8 keeps the softmax on the fast matrix path."""
-    character_coverage: float = 0.9999
-    """Share of the characters that get a piece of their own; the rest are unknown."""
-    normalisation: str = "nmt_nfkc"
-    """nmt_nfkc, nfkc, or identity (keeps typographic spaces and ligatures)."""
+    """Pieces learned from the text; 328 special, reserved and byte pieces come on top. Digits stand alone. A multiple
+    of 8 keeps the softmax on the fast matrix path."""
+    character_coverage: float = 1.0
+    """Share of the text's characters that get a piece of their own; the rest are spelled in bytes, as is whatever a
+    user types later. Below 1 for huge texts with stray characters of many scripts."""
+    normalisation: str = "nfc"
+    """nfc composes letters and marks, and makes control characters blanks. nmt_nfkc and nfkc lose meaning as well: m²
+    becomes m2, ½ becomes 1⁄2, full-width punctuation ASCII. identity changes nothing."""
     training_sentences: int = 400000
     """Sentences, of both languages together, drawn evenly from the corpus to learn the pieces from."""
 
@@ -79,6 +84,11 @@ class SubwordConfig:
         at_least("corpus.subwords.training_sentences", self.training_sentences, 1)
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0")
+
+    @property
+    def num_pieces(self) -> int:
+        """Pieces of a new vocabulary, the added ones included: the rows of the embeddings and the softmax."""
+        return self.vocab_size + NUM_ADDED_PIECES
 
 
 @dataclass

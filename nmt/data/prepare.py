@@ -8,10 +8,11 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.data.pairs import ReadReport, SentencePair
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
-from nmt.data.subwords import Subwords, train_subwords
+from nmt.data.subwords import Subwords, list_characters, train_subwords
 from nmt.errors import DataError, StorageError
 from nmt.files import sync
 from nmt.lock import Held, locked
@@ -85,6 +86,8 @@ class _Preparation:
         self.filters = Filters(corpus.filters)
         self.hold_out = HoldOut(corpus.dev.from_train, corpus.test.from_train)
         self.reports = {split: ReadReport() for split in SPLITS}
+        self.characters_in_bytes: Counter[str] = Counter()
+        self.num_lines_in_bytes = 0
         self.spools = {side: folder / f"{side}.spool" for side in SIDES}
 
     def run(self) -> None:
@@ -118,6 +121,8 @@ class _Preparation:
             "target_pieces": writer.num_pieces["target"],
             "vocabulary_size": subwords.size,
             "vocabulary_sentences": num_learnt,
+            "lines_in_bytes": self.num_lines_in_bytes,
+            "characters_in_bytes": dict(self.characters_in_bytes.most_common()),
             "files": {name: file_record(self.folder / name) for name in sorted((VOCABULARY, *texts))},
             "shards": {"train": writer.record()},
             "seconds": round(seconds, 1),
@@ -241,6 +246,10 @@ class _Preparation:
                     if self.filters.keep_encoded(len(pair[0]), len(pair[1]))
                 ]
                 writer.append([source for source, _ in kept], [target for _, target in kept])
+                for line in chain.from_iterable(chunk):
+                    if unlearned := subwords.unlearned(line):
+                        self.characters_in_bytes.update(unlearned)
+                        self.num_lines_in_bytes += 1
                 num_encoded += len(chunk)
                 self.progress(f"{num_encoded:,} of {num_spooled:,} pairs encoded")
         return writer
@@ -268,7 +277,7 @@ class _Preparation:
             self.log(f"{self.corpus.name}: {text}")
 
     def report(self, manifest: dict[str, Any]) -> None:
-        """Say in three lines what was done."""
+        """Say in a few lines what was done."""
         subwords, dropped = self.corpus.subwords, self.filters.describe()
         self.log(
             f"{self.corpus.name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
@@ -287,6 +296,11 @@ class _Preparation:
             f"vocabulary: {manifest['vocabulary_size']:,} {subwords.kind} pieces from "
             f"{manifest['vocabulary_sentences']:,} sentences"
         )
+        if self.characters_in_bytes:
+            self.log(
+                f"{len(self.characters_in_bytes):,} characters, in {self.num_lines_in_bytes:,} lines, got no piece of "
+                f"their own and are spelled in bytes: {list_characters(self.characters_in_bytes)}"
+            )
         self.log(
             f"{_short(manifest['source_pieces'])} source and {_short(manifest['target_pieces'])} target "
             f"pieces, {manifest['seconds']:.0f} s"

@@ -4,9 +4,10 @@
 
 Choices where the paper is silent: |Y| counts the end-of-sentence piece; a source position without any attention counts
 as one with 1e-6 of it (log 0 would forbid the hypothesis); the caller says which source positions want covering. GNMT's
-two pruning margins are not used: what the search returns is the best of all it saw. PAD, UNK and BOS are never output.
+two pruning margins are not used: what the search returns is the best of all it saw.
 
-Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, S source positions, L output positions.
+Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, F pieces that are never output,
+S source positions, L output positions.
 """
 
 from collections.abc import Callable
@@ -15,14 +16,12 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, PAD, UNK
+from nmt.batch import BOS, EOS, PAD
 
 _NEVER = float("-inf")
 _LEAST_COVERAGE = 1.0e-6
 # Positions between two looks at which sentences are done, on a GPU: a look waits for it.
 _LOOK_EVERY = 4
-_FORBIDDEN = slice(0, 3)
-assert sorted((PAD, UNK, BOS)) == [0, 1, 2]
 
 
 class SearchState(Protocol):
@@ -81,16 +80,17 @@ def beam_search(
     state: SearchState,
     wanted_BS: Tensor,
     max_length_B: Tensor,
+    forbidden_F: Tensor,
     beam_size: int,
     alpha: float,
     beta: float,
 ) -> Hypotheses:
     """The best-scored translation of each of B sentences; beam_size = 1 is greedy search.
 
-    step(previous_KB, state) runs the model one position on. `wanted_BS` is True at source positions to be covered. A
-    sentence is done when it has `beam_size` finished hypotheses, when no unfinished one can still win (its
-    log-probability only falls), or at its greatest length `max_length_B`, which counts EOS; only if nothing finished
-    by then, the best unfinished hypothesis is returned.
+    step(previous_KB, state) runs the model one position on. `wanted_BS` is True at source positions to be covered;
+    the pieces `forbidden_F` (int64) are never output. A sentence is done when it has `beam_size` finished hypotheses,
+    when no unfinished one can still win (its log-probability only falls), or at its greatest length `max_length_B`,
+    which counts EOS; only if nothing finished by then, the best unfinished hypothesis is returned.
     """
     num_sentences, num_positions = wanted_BS.shape[0], int(max_length_B.max())
     beam = _first_beam(state, wanted_BS, num_positions, beam_size)
@@ -102,7 +102,7 @@ def beam_search(
         if position == 0:
             previous_KB = torch.full_like(previous_KB, BOS)
         output = step(previous_KB, beam.state)
-        beam = _advance(beam, output, wanted_BS, max_length_B, position, alpha, beta)
+        beam = _advance(beam, output, wanted_BS, max_length_B, forbidden_F, position, alpha, beta)
         last = position + 1 == num_positions
         if not last and (position + 1) % look_every:
             continue
@@ -140,12 +140,12 @@ def _first_beam(state: SearchState, wanted_BS: Tensor, num_positions: int, beam_
     )
 
 
-def _candidates(logits_KBV: Tensor, log_prob_KB: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _candidates(logits_KBV: Tensor, log_prob_KB: Tensor, forbidden_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The best 2 K continuations of each sentence, best first: (log_prob_CB, hypothesis_CB, token_CB)."""
     beam_size, sentences, vocabulary = logits_KBV.shape
     # The best 2 K of each hypothesis hold the best 2 K of all; no log-softmax over the whole vocabulary is written.
     normaliser_KB = logits_KBV.float().logsumexp(dim=2)
-    logits_KBV[:, :, _FORBIDDEN] = _NEVER
+    logits_KBV.index_fill_(2, forbidden_F, _NEVER)
     top_KBJ, token_KBJ = logits_KBV.topk(min(2 * beam_size, vocabulary), dim=2)
     total_KBJ = (log_prob_KB - normaliser_KB).unsqueeze(2) + top_KBJ.float()
     each = total_KBJ.shape[2]
@@ -160,6 +160,7 @@ def _advance(
     output: StepOutput,
     wanted_BS: Tensor,
     max_length_B: Tensor,
+    forbidden_F: Tensor,
     position: int,
     alpha: float,
     beta: float,
@@ -168,7 +169,7 @@ def _advance(
     beam_size, sentences = beam.log_prob_KB.shape
     length = position + 1
     attended_KBS = beam.coverage_KBS + output.attention_KBS.float()
-    log_prob_CB, hypothesis_CB, token_CB = _candidates(output.logits_KBV, beam.log_prob_KB)
+    log_prob_CB, hypothesis_CB, token_CB = _candidates(output.logits_KBV, beam.log_prob_KB, forbidden_F)
     ends_CB = (token_CB == EOS) & (log_prob_CB > _NEVER)
 
     # Finished: candidates that end, among the best K. Their coverage is that of the hypothesis they end.

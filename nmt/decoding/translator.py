@@ -1,7 +1,7 @@
 """Text to text: a trained model behind one method that answers every line at its place.
 
-A line that is blank comes back blank, one that is too long is translated in parts, and nothing a model outputs can
-break a line in two. Lines are sorted by length for the search and put back in order.
+A line without a letter or digit that the model knows comes back as it is, one that is too long is translated in parts,
+and nothing a model outputs can break a line in two. Lines are sorted by length for the search and put back in order.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch import Tensor
 from nmt.batch import EOS, source_batch
 from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
-from nmt.data.subwords import Subwords
+from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.search import StepOutput, beam_search
 from nmt.device import autocast, pick_device, set_fast_math
 from nmt.errors import CheckpointError
@@ -44,7 +44,10 @@ class Translation(NamedTuple):
     """One translated line."""
 
     text: str
-    score: float  # GNMT eq. 14; the sum over parts; 0 for a blank line
+    score: float  # GNMT eq. 14; the sum over parts; 0 for a line that was not translated
+    unlearned: str = ""
+    """Characters of the source, in order, that the vocabulary learned no piece for: the model has never seen them.
+    Empty for a line without letters and digits, which comes back as it is."""
 
 
 class Translator:
@@ -56,6 +59,7 @@ class Translator:
         self.subwords = subwords
         self.decoding = decoding
         self.device = device
+        self._forbidden_F = torch.tensor(subwords.forbidden_ids, dtype=torch.int64, device=device)
         self.num_long_lines = 0
         """Lines that were translated in parts so far."""
         self.steps: list[int] = []
@@ -75,10 +79,13 @@ class Translator:
         return translator
 
     def translate(self, lines: Sequence[str]) -> list[Translation]:
-        """The translation of each line, in order. Any text is a line; what it has no pieces for comes back blank."""
+        """The translation of each line, in order. Any text is a line."""
         parts: list[np.ndarray] = []
         owners: list[int] = []
-        for index, pieces in enumerate(self.subwords.encode_batch(list(lines))):
+        unlearned = [self.subwords.unlearned(line) if has_words(line) else "" for line in lines]
+        wordy = [index for index, line in enumerate(lines) if has_words(line, unlearned[index])]
+        encoded = self.subwords.encode_batch([lines[index] for index in wordy])
+        for index, pieces in zip(wordy, encoded, strict=True):
             limit = self.decoding.max_source_pieces
             self.num_long_lines += len(pieces) > limit
             for start in range(0, len(pieces), limit):
@@ -89,7 +96,10 @@ class Translator:
         for owner, (pieces_out, score) in zip(owners, self.search(parts), strict=True):
             texts[owner].append(self.subwords.decode(pieces_out))
             scores[owner] += score
-        return [Translation(" ".join(filter(None, text)), score) for text, score in zip(texts, scores, strict=True)]
+        for index in set(range(len(lines))).difference(wordy):
+            texts[index] = [one_line(lines[index])]
+        joined = (" ".join(filter(None, text)) for text in texts)
+        return [Translation(*each) for each in zip(joined, scores, unlearned, strict=True)]
 
     @torch.inference_mode()
     def search(self, sources: Sequence[np.ndarray]) -> list[tuple[list[int], float]]:
@@ -114,6 +124,7 @@ class Translator:
                 # The end-of-sentence position need not be attended to: only the source's own pieces want covering.
                 wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
                 max_length_B=longest_B,
+                forbidden_F=self._forbidden_F,
                 beam_size=self.decoding.beam_size,
                 alpha=self.decoding.alpha,
                 beta=self.decoding.beta,
@@ -131,6 +142,11 @@ class Translator:
             decoded.weights_TRS[0].view(beam_size, sentences, -1),
             state._replace(decoder=decoded.state),
         )
+
+
+def has_words(text: str, unlearned: str = "") -> bool:
+    """Whether there is anything to translate: a letter or a digit of any script, other than those in `unlearned`."""
+    return any(character.isalnum() and character not in unlearned for character in text)
 
 
 class Loaded(NamedTuple):

@@ -1,0 +1,127 @@
+"""Rules of text normalisation for SentencePiece, which compiles them into the vocabulary file.
+
+`nfc` keeps meaning. Letters and their marks are composed (Unicode's canonical composition), control characters and
+line breaks become a blank, and nothing else changes. Superscripts, fractions, full-width punctuation, typographic
+blanks, joiners and ligatures stay as they were written.
+"""
+
+import sys
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
+"""What some program somewhere takes for the end of a line."""
+CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) | frozenset(LINE_BREAKS)
+"""Unicode's control characters (category Cc) and line breaks."""
+_NAME, _NORMALISER, _RULES_FILE = 1, 3, 6  # fields of SentencePiece's ModelProto and NormalizerSpec
+
+
+def write_nfc_rules(path: Path) -> None:
+    """Write the rules of `nfc` as SentencePiece reads them: code points, TAB, code points; one rule a line."""
+    # NUL cannot stand in a rule: SentencePiece reads them as C strings.
+    rules = canonical_rules() | dict.fromkeys(CONTROLS - {"\0"}, " ")
+    lines = (f"{_code_points(text)}\t{_code_points(composed)}\n" for text, composed in sorted(rules.items()))
+    path.write_text("".join(lines), encoding="ascii")
+
+
+@cache
+def canonical_rules() -> dict[str, str]:
+    """Every other spelling of every character that Unicode can decompose, with its NFC.
+
+    Each replacement keeps canonical equivalence, so whatever text they are applied to stays equivalent to itself.
+    Only marks that belong to no composed character keep the order in which they were typed.
+    """
+    parts: dict[str, str] = {}
+    for number in range(sys.maxunicode + 1):
+        character = chr(number)
+        decomposition = unicodedata.decomposition(character)
+        if decomposition and not decomposition.startswith("<"):
+            parts[character] = "".join(chr(int(point, 16)) for point in decomposition.split())
+    wholes: dict[str, list[str]] = defaultdict(list)
+    for character, decomposition in parts.items():
+        wholes[decomposition].append(character)
+    spellings = {text for character in parts for text in _spellings(character, parts, wholes)} | _hangul_spellings()
+    composed = {text: unicodedata.normalize("NFC", text) for text in spellings}
+    return {text: result for text, result in composed.items() if text != result}
+
+
+def _spellings(character: str, parts: dict[str, str], wholes: dict[str, list[str]]) -> set[str]:
+    """All texts canonically equivalent to `character`: whatever taking apart, joining and swapping marks reaches."""
+    seen, open_texts = {character}, [character]
+    while open_texts:
+        text = open_texts.pop()
+        for start in range(len(text)):
+            one, two = text[start], text[start : start + 2]
+            others = [*wholes.get(one, ()), *([parts[one]] if one in parts else [])]
+            found = [text[:start] + other + text[start + 1 :] for other in others]
+            if len(two) == 2:
+                found += [text[:start] + whole + text[start + 2 :] for whole in wholes.get(two, ())]
+                first, second = map(unicodedata.combining, two)
+                if first and second and first != second:
+                    found.append(text[:start] + two[::-1] + text[start + 2 :])
+            open_texts += [new for new in found if new not in seen]
+            seen.update(found)
+    return seen
+
+
+def _hangul_spellings() -> set[str]:
+    """Korean syllables as letters, and as a syllable and a last letter (Unicode chapter 3.12)."""
+    firsts, vowels, lasts = range(0x1100, 0x1113), range(0x1161, 0x1176), range(0x11A8, 0x11C3)
+    pairs = [chr(first) + chr(vowel) for first in firsts for vowel in vowels]
+    syllables = pairs + [unicodedata.normalize("NFC", pair) for pair in pairs]
+    return set(pairs) | {syllable + chr(last) for syllable in syllables for last in lasts}
+
+
+def name_nfc(model: bytes) -> bytes:
+    """A trained model that calls its normalisation nfc, and not by the temporary file that the rules came from.
+
+    Without this, learning twice would not give the same bytes.
+    """
+    fields = []
+    for number, field, content in _fields(model):
+        if number == _NORMALISER:
+            rest = b"".join(
+                inner for inner_number, inner, _ in _fields(content) if inner_number not in (_NAME, _RULES_FILE)
+            )
+            field = _text_field(_NORMALISER, _text_field(_NAME, b"nfc") + rest)
+        fields.append(field)
+    return b"".join(fields)
+
+
+def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
+    """(number, whole field, content) of each field of a protobuf message of numbers, floats and texts."""
+    place = 0
+    while place < len(message):
+        start = place
+        key, place = _varint(message, place)
+        size = {1: 8, 5: 4}.get(key & 7, 0)
+        if key & 7 == 0:
+            size = _varint(message, place)[1] - place
+        elif key & 7 == 2:
+            size, place = _varint(message, place)
+        yield key >> 3, message[start : place + size], message[place : place + size]
+        place += size
+
+
+def _varint(message: bytes, place: int) -> tuple[int, int]:
+    """The number at `place`, 7 bits a byte from the lowest, and where the next thing begins."""
+    value = shift = 0
+    while message[place] & 0x80:
+        value |= (message[place] & 0x7F) << shift
+        shift, place = shift + 7, place + 1
+    return value | message[place] << shift, place + 1
+
+
+def _text_field(number: int, content: bytes) -> bytes:
+    size, digits = len(content), bytearray([number << 3 | 2])
+    while size >= 0x80:
+        digits.append(size & 0x7F | 0x80)
+        size >>= 7
+    return bytes([*digits, size]) + content
+
+
+def _code_points(text: str) -> str:
+    return " ".join(f"{ord(character):X}" for character in text)
