@@ -17,23 +17,32 @@ import hashlib
 import json
 import os
 import re
-import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from nmt.errors import CheckpointError
-from nmt.files import sync
+from nmt.files import differs, is_plain_name, read_json, remove, sync
 
 MANIFEST = "manifest.json"
 EXPORTED_PARAMETERS = "model.safetensors"
 MODEL_CARD = "README.md"
 """Of an exported model. Whoever hands it on adds a licence or notes to it: no manifest vouches for it."""
 EXPORT_FORMAT = 1
-_FOLDER = re.compile(r"step-(\d{8,})")
+_FOLDER = re.compile(r"step-([0-9]{8,18})")
+_MANIFEST = {
+    "step": int,
+    "score": (float, None),
+    "vocabulary": str,
+    "sha256": str,
+    "files": {str: {"size": int, "sha256": str}},
+}
+_EXPORT_MANIFEST = {"steps": [int]}
+_STATE = {"progress": {"step": int, str: (float, None)}, "data": {"epoch": int, "step": int}}
 
 
 class Checkpoint(NamedTuple):
@@ -87,7 +96,7 @@ class Checkpoint(NamedTuple):
     def state(self) -> dict[str, Any]:
         """The JSON part of the training state. CheckpointError if it is not one."""
         try:
-            return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            return read_json(self.path / "state.json", _STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.path / 'state.json'} is not what this program writes ({error})") from error
 
@@ -117,7 +126,7 @@ def finish_folder(
     seal(temporary, {"step": step, "score": score, "vocabulary": vocabulary})
     if final.exists():
         # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
-        shutil.rmtree(final)
+        remove(final)
     temporary.rename(final)
     sync(final.parent)
 
@@ -152,11 +161,13 @@ def _folders(folder: Path) -> list[tuple[int, Path]]:
 def _read_manifest(path: Path, step: int | None) -> dict[str, Any] | None:
     """The manifest of a folder, of any step for None; None if it is missing or not as it was written."""
     try:
-        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
-        written = manifest.pop("sha256")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        manifest = read_json(path / MANIFEST, _MANIFEST)
+    except (OSError, ValueError):
         return None
-    return manifest if written == _manifest_sha256(manifest) and step in (None, manifest["step"]) else None
+    written = manifest.pop("sha256")
+    # A name such as ../secret would have a file elsewhere read.
+    good = written == _manifest_sha256(manifest) and all(map(is_plain_name, manifest["files"]))
+    return manifest if good and step in (None, manifest["step"]) else None
 
 
 def exported_checkpoint(folder: Path) -> Checkpoint:
@@ -171,6 +182,9 @@ def exported_checkpoint(folder: Path) -> Checkpoint:
             f"{folder} has format {manifest.get('format')} of exported models, this program reads {EXPORT_FORMAT}: "
             "use the version of nmt that wrote it, or export the run again"
         )
+    problem = differs(manifest, _EXPORT_MANIFEST)
+    if problem or not manifest["steps"]:
+        raise CheckpointError(f"{folder / MANIFEST} is not what nmt export writes ({problem or 'steps is empty'})")
     return Checkpoint(folder, manifest["step"], manifest)
 
 
@@ -212,16 +226,25 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
     checkpoints = []
     for checkpoint in list_checkpoints(folder):
         if checkpoint.step > newest:
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            _discard(checkpoint)
         else:
             checkpoints.append(checkpoint)
     kept = {checkpoint.path for checkpoint in checkpoints[-keep:]}
     best = best_of(checkpoints)
     for checkpoint in checkpoints:
         if checkpoint.path not in kept and (best is None or checkpoint.path != best.path):
-            shutil.rmtree(checkpoint.path, ignore_errors=True)
+            _discard(checkpoint)
     for leftover in folder.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):
+            remove(leftover)
+
+
+def _discard(checkpoint: Checkpoint) -> None:
+    """Take a checkpoint away at once, for those who list them now, and have it removed with what crashes left."""
+    with suppress(OSError):
+        _, leftover = step_folder(checkpoint.path.parent, checkpoint.step)
+        remove(leftover)
+        checkpoint.path.rename(leftover)
 
 
 def choose(folder: Path, which: str, average: int) -> list[Checkpoint]:

@@ -25,6 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import nmt
 from nmt.commands import is_setting, say
 from nmt.errors import ProcessError, UserError, exit_status
+from nmt.process import launched, launched_rank
 
 # What only some commands need is loaded by them: nobody should wait for PyTorch to read a help text.
 if TYPE_CHECKING:
@@ -110,8 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         commands[arguments[0]](arguments[1:])
         sys.stdout.flush()
     except ValueError as error:
-        rank = os.environ.get("RANK", "0")
-        if rank != "0" and not isinstance(error, ProcessError):
+        if launched_rank() != 0 and not isinstance(error, ProcessError):
             # Every process finds the same mistake; the main one tells it.
             return exit_status(error)
         return _complain(str(error), exit_status(error))
@@ -270,7 +270,7 @@ def _cost(arguments: list[str]) -> None:
 
 def program() -> NoReturn:
     """`main` as a program of its own, which ends with its status."""
-    if "RANK" in os.environ:
+    if launched():
         _main_of_several()
     sys.exit(main())
 

@@ -10,9 +10,9 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
 from nmt.errors import StorageError
@@ -83,6 +83,37 @@ def make_empty_folder(path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------- reading
+
+
+def foreign_entry(folder: Path, names: Iterable[str]) -> str:
+    """What is wrong with these entries of a folder, or with anything below them; empty if nothing is.
+
+    A link that leads out of the folder is, and what is neither a file nor a folder. Entries that are not there are not.
+    """
+    home = folder.resolve()
+    waiting = [folder / name for name in names]
+    while waiting:
+        path = waiting.pop()
+        try:
+            mode = path.lstat().st_mode
+            if stat.S_ISLNK(mode):
+                if not path.resolve().is_relative_to(home):
+                    return f"{path} is a link that leads out of {folder}"
+            elif stat.S_ISDIR(mode):
+                waiting += path.iterdir()
+            elif not stat.S_ISREG(mode):
+                return f"{path} is neither a file nor a folder"
+        except FileNotFoundError:
+            pass  # or gone since it was listed: training removes old checkpoints
+        except (OSError, RuntimeError) as error:
+            return f"{path} cannot be followed ({error})"  # links in a circle
+    return ""
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a path, as a manifest has it, names a place below the folder of the manifest."""
+    path = PurePosixPath(name)
+    return str(path) == name and name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
 
 
 def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:

@@ -5,16 +5,22 @@ subwords.model    its vocabulary
 corpus.json       fingerprint and counts of the text it was trained on
 text/             dev and test text, so that it can be scored anywhere
 checkpoints/      see nmt/checkpoint.py
-RUN_STATUS.json   running, finished, stopped (by a signal, saved) or failed; exit status, step, newest checkpoint
+RUN_STATUS.json   running, finished, stopped (by a signal, saved) or failed; exit status, step, newest checkpoint, and
+                  the process that wrote it: a run that says "running" without that process has died
 metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
 report/           what nmt evaluate and nmt experts wrote
+.lock             who trains it now (nmt/lock.py)
 
 A folder that `nmt export` wrote has the first three and, instead of text and checkpoints, one set of parameters under a
 manifest: model.safetensors, manifest.json, and README.md, the model card. Commands that only read take it like a run.
+
+Either may come from anybody. All of it must lie in the folder, so that no command writes elsewhere; small files are
+read up to a bound and have the stated shape; nothing in them is run.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +28,11 @@ import yaml
 
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
 from nmt.config import Config, DecodingConfig
-from nmt.config.reading import parse_yaml, read_value
+from nmt.config.reading import UnknownSettingError, parse_yaml, read_value
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
-from nmt.files import read_regular, write_atomically
+from nmt.files import foreign_entry, read_json, read_regular, write_atomically
+from nmt.lock import Held, locked
+from nmt.process import host_name, pid_to_signal
 
 # The sections of which settings may differ from those of the run whenever it is used.
 _CHANGEABLE = ("decoding", "evaluation")
@@ -43,6 +51,27 @@ _SAFE_TRAINING = (
     "patience",
 )
 _RESTORE_TEXT = "restore it, for instance with the command that trained the run"
+
+_MOST_CONFIG_BYTES = 1 << 20
+_LOCK = ".lock"
+SHARED_MARK = ".shared"
+"""Written by the main process of several, so that each can see whether it has the same file system."""
+_PLACES = (
+    *("config.yaml", "subwords.model", "corpus.json", "text", "checkpoints", "RUN_STATUS.json", "metrics.jsonl"),
+    *("tensorboard", "report", _LOCK, SHARED_MARK, MANIFEST, EXPORTED_PARAMETERS),
+)
+"""All that commands read and write in a run or an exported model."""
+_CORPUS = {
+    "name": str,
+    "fingerprint": str,
+    "pairs_read": int,
+    "pairs_kept": int,
+    "dropped": {str: int},
+    "source_pieces": int,
+    "target_pieces": int,
+    "vocabulary_size": int,
+}
+_STATUS = {"state": str, "code": (int, None), "message": str, "step": int, "checkpoint": (str, None)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -74,14 +103,14 @@ class RunDirectory:
     def existing(cls, name: str) -> "RunDirectory":
         """The run or exported model at path `name`, or runs/`name`.
 
-        CheckpointError if there is none, or if a file of an exported model is not what was written. Its parameters are
-        verified when they are read.
+        CheckpointError if there is none, if something of it lies elsewhere, or if a file of an exported model is not
+        what was written. Its parameters are verified when they are read.
         """
         for run in (cls(Path(name)), cls(Path("runs") / name)):
-            if run.exported:
-                run._verify_exported()
-                return run
-            if run.config_path.is_file():
+            if run.exported or run.config_path.exists():
+                run.check_places()
+                if run.exported:
+                    run._verify_exported()
                 return run
         known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
         there = f"runs/ has {', '.join(known)}" if known else "there are no runs yet: start one with nmt train"
@@ -92,6 +121,30 @@ class RunDirectory:
         """Whether this is no run, but what `nmt export` made of one, whatever became of it since."""
         sealed = self.config_path.exists() and (self.path / MANIFEST).exists()
         return sealed or (self.path / EXPORTED_PARAMETERS).exists()
+
+    def check_places(self) -> None:
+        """CheckpointError if something that commands read or write here is elsewhere, or no file.
+
+        A command that writes to a folder which somebody sent would else change files outside of it.
+        """
+        problem = foreign_entry(self.path, _PLACES)
+        if problem:
+            raise CheckpointError(f"{problem}: nothing of a run may lie elsewhere; remove it, or put the file there")
+
+    @contextmanager
+    def training(self) -> Iterator[None]:
+        """Within, no other process trains this run. CheckpointError names the one that does; StorageError."""
+        with ExitStack() as held:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                held.enter_context(locked(self.path / _LOCK))
+            except Held as other:
+                raise CheckpointError(
+                    f"{self.path} is being trained by {other}: wait for it or stop it, or choose another run.name"
+                ) from other
+            except OSError as error:
+                raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
+            yield
 
     def _verify_exported(self) -> None:
         checkpoint = exported_checkpoint(self.path)
@@ -109,17 +162,29 @@ class RunDirectory:
         for change in changes:
             if change.partition(".")[0] not in _CHANGEABLE:
                 raise UserError(f"{change}: only {allowed} may be changed for a trained run")
-        try:
-            stored = parse_yaml(self.config_path.read_text(encoding="utf-8"))
-            if not stored:
-                raise ValueError("it is empty")
-            settings = Config.from_dict(stored).to_dict()
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.config_path} is damaged: {error}") from error
+        settings = self._stored().to_dict()
         for key, _, text in (change.partition("=") for change in changes):
             section, _, name = key.partition(".")
             settings[section][name] = read_value(Config, key, text)
         return Config.from_dict(settings)
+
+    def _stored(self) -> Config:
+        """What config.yaml says; settings that the run's version did not know have their defaults."""
+        try:
+            stored = parse_yaml(read_regular(self.config_path, _MOST_CONFIG_BYTES).decode())
+            if not stored:
+                raise ValueError("it is empty")
+            return Config.from_dict(stored)
+        except UnknownSettingError as error:
+            raise CheckpointError(
+                f"{self.config_path} has {error.key}, a setting that this version of nmt does not know: use the newer "
+                "one that wrote it (nmt --version)"
+            ) from error
+        except (OSError, ValueError) as error:
+            problem = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(
+                f"{self.config_path} is damaged ({problem}): restore it, or choose another run"
+            ) from error
 
     def chosen(self, decoding: DecodingConfig) -> list[Checkpoint]:
         """The checkpoints whose parameters, or the mean of them, `decoding.checkpoint` names.
@@ -144,7 +209,7 @@ class RunDirectory:
         continued = self.config_path.exists()
         changed = self._check_same(config, corpus) if continued else []
         keeps_vocabulary = continued and self.subwords_path.exists()
-        if keeps_vocabulary and self.subwords_path.read_bytes() != subwords_model.read_bytes():
+        if keeps_vocabulary and read_regular(self.subwords_path) != subwords_model.read_bytes():
             raise CheckpointError(
                 f"{self.subwords_path} is not the vocabulary that the run was started with: restore it from "
                 f"{subwords_model}"
@@ -163,11 +228,7 @@ class RunDirectory:
         return changed
 
     def _check_same(self, config: Config, corpus: dict[str, Any]) -> list[str]:
-        try:
-            # Settings that the run's version did not know have their defaults.
-            old = flatten(Config().to_dict()) | flatten(yaml.safe_load(self.config_path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, AttributeError, yaml.YAMLError) as error:
-            raise CheckpointError(f"{self.config_path} is damaged: restore it, or choose another run.name") from error
+        old = flatten(self._stored().to_dict())
         new = flatten(config.to_dict())
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         safe = (*_SAFE_TO_CHANGE, *(f"training.{name}" for name in _SAFE_TRAINING))
@@ -190,20 +251,23 @@ class RunDirectory:
     def corpus_info(self) -> dict[str, Any]:
         """What the run recorded of its text."""
         try:
-            info = json.loads(self.corpus_path.read_text(encoding="utf-8"))
-            return {**info, "fingerprint": str(info["fingerprint"])}
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.corpus_path} is missing or damaged: the run is not usable") from error
+            return read_json(self.corpus_path, _CORPUS)
+        except (OSError, ValueError) as error:
+            problem = error.strerror if isinstance(error, OSError) else error
+            raise CheckpointError(
+                f"{self.corpus_path} is missing or damaged ({problem}): the run is not usable"
+            ) from error
 
     def write_status(self, state: str, code: int | None, message: str, step: int, checkpoint: str | None) -> None:
         """Leave word of how the run stands: running, finished, stopped (by a signal, saved) or failed."""
         content = {"state": state, "code": code, "message": message, "step": step, "checkpoint": checkpoint}
+        content |= {"pid": pid_to_signal(), "host": host_name()}
         write_atomically(self.status_path, json.dumps(content, indent=2).encode())
 
     def status(self) -> dict[str, Any]:
         """What `write_status` left; empty if there is nothing to read."""
         try:
-            return json.loads(self.status_path.read_text(encoding="utf-8"))
+            return read_json(self.status_path, _STATUS)
         except (OSError, ValueError):
             return {}
 

@@ -52,7 +52,11 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
 def save(folder: Path, step: int, score: float | None = None, value: float | None = None) -> Path:
     model = model_of(float(step) if value is None else value)
     parts = {"model": parameters_of(model), "training": {"exp_avg.x": torch.arange(9)}}
-    return save_checkpoint(folder, step, parts, {"at": step}, score, "words")
+    return save_checkpoint(folder, step, parts, state_at(step), score, "words")
+
+
+def state_at(step: int) -> dict[str, Any]:
+    return {"progress": {"step": step}, "data": {"epoch": 0, "step": step}}
 
 
 def steps(folder: Path) -> list[int]:
@@ -66,7 +70,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     path = save(tmp_path / "deep" / "er", 7, 1.5)
     (found,) = list_checkpoints(tmp_path / "deep" / "er")
     assert (found.path, found.step, found.score, found.verify()) == (path, 7, 1.5, None)
-    assert found.state() == {"at": 7}
+    assert found.state() == state_at(7)
     assert torch.equal(read_tensors(path / "training")["exp_avg.x"], torch.arange(9))
     model = model_of()
     load_parameters(model, [found], "words")
@@ -396,7 +400,8 @@ def test_a_disk_too_small_is_told_before_the_first_update(
 
 # --------------------------------------------------------------------------------------------------- run folder
 
-CORPUS = {"name": "toy", "fingerprint": "0123456789abcdef"}
+CORPUS: dict[str, Any] = {"name": "toy", "fingerprint": "0123456789abcdef", "dropped": {}}
+CORPUS |= dict.fromkeys(("pairs_read", "pairs_kept", "source_pieces", "target_pieces", "vocabulary_size"), 9)
 
 
 @pytest.fixture

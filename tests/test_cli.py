@@ -211,10 +211,27 @@ def test_a_swapped_vocabulary_of_the_same_size(cli: Cli, copy: Path, tmp_path: P
     cli.refuses(4, "evaluate", str(copy), says=("subwords.model",))
 
 
-@pytest.mark.parametrize("content", ["", "[", "model: 3", "model:\n  no_such_key: 1", "\x00"])
+@pytest.mark.parametrize("content", ["", "[", "model: 3", "a: &a [1]\nb: [*a, *a]", "\x00", "x" * (1 << 20) + "x"])
 def test_a_damaged_configuration(cli: Cli, copy: Path, content: str) -> None:
     (copy / "config.yaml").write_text(content)
     cli.refuses(4, "evaluate", str(copy), says=("config.yaml is damaged",))
+
+
+def test_a_configuration_of_a_newer_version(cli: Cli, copy: Path) -> None:
+    (copy / "config.yaml").write_text("training:\n  ema_decay: 0.9")
+    says = ("config.yaml has training.ema_decay, a setting that this version of nmt does not know", "use the newer one")
+    cli.refuses(4, "evaluate", str(copy), says=says)
+
+
+def test_a_stored_configuration_is_not_looked_up_anywhere(
+    cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A variable of ours would show in an error, and in what is made of the run."""
+    monkeypatch.setenv("SECRET", "hunter2")
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("  device: cpu", "  device: ${oc.env:SECRET}"))
+    assert "oc.env" in (copy / "config.yaml").read_text()
+    cli.refuses(4, "evaluate", str(copy), says=("device=${oc.env:SECRET}",))
 
 
 def test_a_configuration_of_another_size(cli: Cli, copy: Path) -> None:

@@ -228,6 +228,7 @@ def test_a_save_that_failed_here_is_told_here(
     monkeypatch.setattr("nmt.commands.train._open", train)
     monkeypatch.setattr(RankOne, "on_main", lambda _self, action: action())
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
     assert main(["train", *settings(tmp_path, "run.name=a")]) == 6
     said = [line for line in capfd.readouterr().err.splitlines() if "cannot write checkpoint" in line]
     assert len(said) == (0 if told else 1)

@@ -2,34 +2,61 @@
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
 from test_training import settings, write_corpus
 from torch.distributed.elastic.multiprocessing.api import PContext
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig
 
 from nmt.cli import main
-from nmt.commands.launch import _agent, _let_them_save, num_processes
+from nmt.commands.launch import _agent, _end_like, _let_them_save, _written_at, num_processes
 from nmt.errors import UserError
+from nmt.run import RunDirectory
 
+LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 PAIR = ("training.micro_batches=2", "training.log_every=1")
 
 
-def command(*arguments: str) -> subprocess.Popen[str]:
+def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "nmt.cli", "train", "--processes=2", *arguments],
+        [sys.executable, "-P", "-m", "nmt.cli", "train", "--processes=2", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=environment,
+        cwd=folder,
     )
+
+
+def family(pid: int) -> list[int]:
+    """A process and all that it started, and so on."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(each for child in children for each in family(int(child)))]
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses, as the kernel writes them in hexadecimal, at which TCP sockets of a process listen."""
+    inodes = set()
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(OSError):
+            inodes |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(descriptor)))
+    sockets = [
+        line.split()
+        for table in ("tcp", "tcp6")
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]
+    ]
+    return {each[1].split(":")[0] for each in sockets if each[3] == "0A" and each[9] in inodes}
 
 
 def status(run: Path) -> dict[str, object]:
@@ -40,28 +67,42 @@ def status(run: Path) -> dict[str, object]:
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("launch")
     write_corpus(folder)
+    # No process may take it for the library.
+    (folder / "yaml.py").write_text("raise SystemExit('a file of the working directory was run')")
     return folder
 
 
-def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path) -> None:
+def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Meanwhile they listen to no network, and no other process trains the run."""
     run = corpus / "pair"
     endless = settings(corpus, "run.name=pair", "training.max_steps=100000", "training.validate_every=100000", *PAIR)
-    process = command(*endless)
+    process = command(corpus, *endless)
     deadline = time.monotonic() + 60
     while not (run / "metrics.jsonl").exists() or (run / "metrics.jsonl").read_text().count("\n") < 2:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    processes = family(process.pid)
+    assert len(processes) == 3
+    assert set.union(*map(listening, processes)) <= LOOPBACK
+
+    capfd.readouterr()
+    before = status(run)
+    assert (before["state"], before["pid"]) == ("running", process.pid)
+    assert main(["train", *endless]) == 4
+    assert f"{run} is being trained by pid {process.pid} on " in capfd.readouterr().err.splitlines()[-1]
+    assert status(run) == before
+
+    process.send_signal(signal.SIGHUP)
     _, errors = process.communicate(timeout=40)
-    assert process.returncode == 143, errors
+    assert process.returncode == 129, errors
     assert "Traceback" not in errors
-    assert errors.splitlines()[-1].startswith("stopped by SIGTERM at step ")
+    assert errors.splitlines()[-1].startswith("stopped by SIGHUP at step ")
     step = int(status(run)["step"])  # type: ignore[call-overload]
     assert status(run)["state"] == "stopped"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
 
-    process = command(*endless, "model.moe.k=1")
+    process = command(corpus, *endless, "model.moe.k=1")
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 4, errors
     assert "Traceback" not in errors
@@ -72,7 +113,7 @@ def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path) -> 
 @pytest.mark.slow
 def test_two_processes_go_on_to_the_end(corpus: Path) -> None:
     for steps in (2, 4):
-        process = command(*settings(corpus, "run.name=whole", f"training.max_steps={steps}", *PAIR))
+        process = command(corpus, *settings(corpus, "run.name=whole", f"training.max_steps={steps}", *PAIR))
         out, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
         assert out.splitlines() == [str(corpus / "whole")]
@@ -83,7 +124,23 @@ def test_two_processes_go_on_to_the_end(corpus: Path) -> None:
             "message": "",
             "step": steps,
             "checkpoint": str(corpus / "whole" / "checkpoints" / f"step-{steps:08d}"),
+            "pid": process.pid,
+            "host": socket.gethostname(),
         }
+
+
+def test_the_status_of_another_training_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours was refused for it, and must not end as it did, nor write to its file."""
+    run = RunDirectory(tmp_path)
+    before = _written_at(run)
+    monkeypatch.setenv("NMT_LAUNCHER", str(os.getpid() + 1))
+    run.write_status("running", None, "", 3, "step-3")
+    monkeypatch.delenv("NMT_LAUNCHER")
+    refused = ChildFailedError("nmt", {rank: ProcessFailure(rank, 0, 4, "/nowhere") for rank in (0, 1)})
+    with pytest.raises(SystemExit) as caught:
+        _end_like(run, before, refused, 2)
+    assert caught.value.code == 4
+    assert run.status()["state"] == "running"
 
 
 def test_a_number_that_does_not_divide_is_refused(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -96,7 +153,7 @@ def test_a_number_that_does_not_divide_is_refused(corpus: Path, capfd: pytest.Ca
     assert not (corpus / "none").exists()
 
 
-@pytest.mark.parametrize("wanted", ["0", "-1", "two", "", "1.5"])
+@pytest.mark.parametrize("wanted", ["0", "-1", "two", "", "1.5", "²", "٣", "007", "9" * 5000, "99999999999"])
 def test_processes_are_a_number_or_gpu(wanted: str) -> None:
     with pytest.raises(UserError, match=r"must be a number of at least 1, or gpu"):
         num_processes(wanted)

@@ -27,6 +27,7 @@ from nmt.training.forecast import check_memory, duration, first_forecast, second
 from nmt.training.metrics import Interval
 from nmt.training.optim import learning_rate
 from nmt.training.record import TrainLine, read_lines
+from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -146,7 +147,7 @@ def test_the_minutes_of_all_sittings_count(
 
             def told(trainer: Trainer, *arguments: Any, stop: int = stop, update: Any = update) -> None:
                 update(trainer, *arguments)
-                trainer.signal = 15 if trainer.progress.step == stop else 0
+                trainer.asked.signal = 15 if trainer.progress.step == stop else 0
 
             patch.setattr(Trainer, "_update", told)
             with pytest.raises(SystemExit):
@@ -169,7 +170,7 @@ def test_the_main_process_s_time_is_everyone_s() -> None:
             assert tensor.tolist() == [0, 0]
             return torch.tensor([15, 12_345_678])
 
-    trainer = SimpleNamespace(world=Other(), signal=0, clock=None, progress=SimpleNamespace(seconds=0.0))
+    trainer = SimpleNamespace(world=Other(), asked=StopRequest(), clock=None, progress=SimpleNamespace(seconds=0.0))
     assert Trainer._meet(trainer) == 15  # type: ignore[arg-type]
     assert trainer.progress.seconds == 12.345678
 

@@ -60,7 +60,7 @@ def _disturbed(job: Job) -> Iterator[None]:
         before(trainer, *arguments)
         # One process is told; all must stop.
         if last and trainer.progress.step == job.stop:
-            trainer.signal = signal.SIGTERM
+            trainer.asked.signal = signal.SIGTERM
 
     Trainer._update = update  # type: ignore[method-assign]
     try:

@@ -2,11 +2,17 @@
 
 torchrun answers everything that went wrong with status 1. RUN_STATUS.json, which the processes keep, says what it was.
 For several hosts start torchrun itself: scripts/slurm.sh.
+
+Nothing listens where another host could reach it, or another user of this one could read it. The agent of torchrun
+listens on all networks and unpickles what comes. Here the agent and the processes find each other by files in a folder
+of our own, and what the processes send each other goes over the loopback interface or between the GPUs.
 """
 
 import logging
 import os
+import re
 import signal
+import socket
 import sys
 from contextlib import suppress
 from tempfile import TemporaryDirectory
@@ -19,6 +25,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from nmt.commands.train import run_of
 from nmt.config import Config
 from nmt.errors import ProcessError, StorageError, UserError, same_error
+from nmt.process import LAUNCHER, RENDEZVOUS, host_name, pid_to_signal
 from nmt.run import RunDirectory
 
 # Seconds between the signal to stop and the one that kills: a large checkpoint must be written in between.
@@ -29,7 +36,8 @@ def num_processes(wanted: str) -> int:
     """What --processes says: a number, or `gpu` for one on each GPU that is visible (one in all if there is none)."""
     if wanted == "gpu":
         return max(torch.cuda.device_count(), 1)
-    if not (wanted.isdigit() and int(wanted) >= 1):
+    # At most 99,999: a host has fewer, and what looks like digits need be no number.
+    if not re.fullmatch("[1-9][0-9]{0,4}", wanted):
         raise UserError(f"--processes {wanted} must be a number of at least 1, or gpu: one on each GPU")
     return int(wanted)
 
@@ -50,16 +58,30 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
     logging.disable()
     run = run_of(config)
     before = _written_at(run)
+    # Of mode 700.
     with TemporaryDirectory(prefix="nmt-launch-") as folder:
+        _stay_at_home(folder)
         agent = _agent(processes, folder)
         try:
-            elastic_launch(agent, sys.executable)("-m", "nmt.cli", "train", *overrides)
+            # -P: a yaml.py in the working directory is no module of ours.
+            elastic_launch(agent, sys.executable)("-P", "-m", "nmt.cli", "train", *overrides)
         except SignalException as stopped:
             state, code = _told(run, before)
             if state != "finished":
                 sys.exit(code or 128 + int(stopped.sigval))
         except ChildFailedError as failed:
             _end_like(run, before, failed, processes)
+
+
+def _stay_at_home(folder: str) -> None:
+    """What the processes are told by variables, so that they use no network. What a user set stays."""
+    os.environ[RENDEZVOUS] = os.path.join(folder, "processes")
+    os.environ[LAUNCHER] = str(os.getpid())
+    # Else the agent opens a port for the processes, which they do not need.
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    loopback = [name for _, name in socket.if_nameindex() if re.fullmatch(r"lo\d*", name)]
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME") if loopback else ():
+        os.environ.setdefault(variable, loopback[0])
 
 
 def _let_them_save() -> None:
@@ -76,7 +98,8 @@ def _agent(processes: int, folder: str) -> LaunchConfig:
         nproc_per_node=processes,
         run_id=str(os.getpid()),
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_endpoint=os.path.join(folder, "agent"),
+        rdzv_configs={"store_type": "file"},
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(log_dir=folder),  # else its empty folders would stay
@@ -84,7 +107,7 @@ def _agent(processes: int, folder: str) -> LaunchConfig:
 
 
 def _divisor(micro_batches: int, most: int) -> int:
-    return next(count for count in range(most, 0, -1) if micro_batches % count == 0)
+    return next(count for count in range(min(most, micro_batches), 0, -1) if micro_batches % count == 0)
 
 
 def _written_at(run: RunDirectory) -> int:
@@ -93,9 +116,11 @@ def _written_at(run: RunDirectory) -> int:
 
 def _told(run: RunDirectory, before: int) -> tuple[str, int | None]:
     """(state, exit status) that the processes left; ("", None) if they never came to open the run."""
-    if _written_at(run) == before:
-        return "", None
     status = run.status()
+    # It may be that of another training of this run, which goes on and for which ours was refused.
+    ours = (status.get("pid"), status.get("host")) == (pid_to_signal(), host_name())
+    if _written_at(run) == before or not ours:
+        return "", None
     return status["state"], status["code"]
 
 

@@ -1,11 +1,10 @@
 """nmt train: a run from its newest checkpoint, or from the start, to its end; by one process or all of torchrun's."""
 
-import os
 import sys
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nmt.checkpoint import list_checkpoints
@@ -17,8 +16,10 @@ from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessErro
 from nmt.files import write_atomically
 from nmt.parallel.lookout import looking_out
 from nmt.parallel.mesh import World
-from nmt.run import RunDirectory
+from nmt.process import launched_rank
+from nmt.run import SHARED_MARK, RunDirectory
 from nmt.training.forecast import check_memory
+from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Stopped, Trainer
 
 # What a network's file system may take to show other hosts a new file.
@@ -28,18 +29,20 @@ _SEEN_SECONDS = 30.0
 def train(config: Config) -> None:
     """Prepare the corpus if need be, open or create the run, train, and leave word of how it ended."""
     run = run_of(config)
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = launched_rank() == 0
     # Every process asks for the corpus; one makes it while the others wait for its lock.
     prepared = prepare(config.corpus, say if speaks else _say_nothing)
     world = World.start(config.training.device, config.parallel)
+    asked = StopRequest()
     try:
-        with world.losses_told(lambda: "before the first step"):
-            world.on_main(lambda: _open(run, config, prepared))
+        with ExitStack() as until_the_end, world.losses_told(lambda: "before the first step"):
+            world.on_main(lambda: _open(run, config, prepared, until_the_end))
             _check_that_all_see(run, world)
-            with _status(run, world):
+            # Before the run says that it is running: whatever ends it from here on is told.
+            with asked.noted(lambda: _is_lost(run, world)), _status(run, world):
                 _check_memory(config, prepared, world)
                 with shortage_told(lambda: "building the network", "take a smaller model or fewer experts"):
-                    trainer = Trainer(config, prepared, run, world)
+                    trainer = Trainer(config, prepared, run, world, asked)
                 with looking_out(world, trainer.where, lambda error: _tell_loss(run, world, error)):
                     trainer.train()
     except Stopped as stopped:
@@ -75,7 +78,7 @@ def _check_that_all_see(run: RunDirectory, world: World) -> None:
     """StorageError, in all processes, if the folder of the run is not the same one for all hosts."""
     if world.size == 1:
         return
-    mark = run.path / ".shared"
+    mark = run.path / SHARED_MARK
     token = world.on_main(lambda: _write_token(mark))
     deadline = time.monotonic() + _SEEN_SECONDS
     while not (seen := mark.is_file() and mark.read_text() == token) and time.monotonic() < deadline:
@@ -110,7 +113,14 @@ def _check_steps(run: RunDirectory, config: Config) -> None:
         )
 
 
-def _open(run: RunDirectory, config: Config, prepared: Prepared) -> None:
+def _is_lost(run: RunDirectory, world: World) -> bool:
+    """Whether the others have given up, so that there is no update to finish with them."""
+    return world.size > 1 and run.status().get("state") == "failed"
+
+
+def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: ExitStack) -> None:
+    run.check_places()
+    until_the_end.enter_context(run.training())
     _check_steps(run, config)
     facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
     corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}

@@ -6,6 +6,7 @@ is known to nmt/compose.py alone: the program is handed these plain objects.
 """
 
 import math
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -173,7 +174,7 @@ class DecodingConfig:
         above("decoding.max_length_ratio", self.max_length_ratio, 0.0)
         one_of("decoding.device", self.device, DEVICES)
         one_of("decoding.precision", self.precision, PRECISIONS)
-        if self.checkpoint not in ("best", "last", "average") and not self.checkpoint.isdigit():
+        if self.checkpoint not in ("best", "last", "average") and not re.fullmatch("[0-9]{1,18}", self.checkpoint):
             raise ValueError(
                 f"decoding.checkpoint={self.checkpoint} is not best, last, average or the number of a step"
             )

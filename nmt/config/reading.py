@@ -19,6 +19,14 @@ _LONGEST_SHOWN = 80
 T = TypeVar("T")
 
 
+class UnknownSettingError(ValueError):
+    """A setting that this version does not have."""
+
+    def __init__(self, key: str, message: str) -> None:
+        super().__init__(message)
+        self.key = key
+
+
 class _TextLoader(yaml.SafeLoader):
     """YAML of which every plain scalar stays the text that it is, but for null.
 
@@ -81,7 +89,7 @@ def typed_settings(kind: type, given: Any, key: str = "", unresolved: bool = Fal
     for name, value in given.items():
         full = f"{key}.{name}" if key else str(name)
         if name not in hints:
-            raise ValueError(unknown_setting(full, known_settings(kind, key)))
+            raise UnknownSettingError(full, unknown_setting(full, known_settings(kind, key)))
         typed[name] = _typed(hints[name], value, full, unresolved)
     return typed
 

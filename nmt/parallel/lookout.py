@@ -35,7 +35,7 @@ def looking_out(
     stuck_seconds: float = _STUCK_SECONDS,
 ) -> Iterator[None]:
     """Within, `tell` that another process is lost, and end this one with status 7, when NCCL says so (an operation took
-    longer than parallel.timeout_seconds, or failed) or when SIGTERM or SIGINT came and the main thread hangs.
+    longer than parallel.timeout_seconds, or failed) or when SIGTERM, SIGINT or SIGHUP came and the main thread hangs.
 
     For the main thread, which must handle these signals itself. Nothing happens in a single process.
     """
@@ -98,7 +98,7 @@ class _Lookout(threading.Thread):
                 error = backend.get_error().name
                 if error != "SUCCESS":
                     self._give_up(f"NCCL: {error.lower().replace('_', ' ')}")
-            told = told or any(number in arrived for number in (signal.SIGTERM, signal.SIGINT))
+            told = told or any(number in arrived for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
             waited = time.monotonic() - since
             if told and self._answers > asked:
                 if waited > _LOOK_SECONDS:

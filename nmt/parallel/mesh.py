@@ -23,6 +23,7 @@ from torch.distributed.distributed_c10d import _set_pg_timeout
 from nmt.config import ParallelConfig
 from nmt.device import pick_device
 from nmt.errors import ProcessError, StorageError, UserError, exit_status, same_error
+from nmt.process import RENDEZVOUS, launched_rank
 
 T = TypeVar("T")
 
@@ -75,7 +76,13 @@ class World:
             torch.cuda.set_device(device)
         timeout = timedelta(seconds=config.timeout_seconds)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+            backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+            if RENDEZVOUS in os.environ:
+                # By a file on this host, instead of a port that torchrun names.
+                file, rank = f"file://{os.environ[RENDEZVOUS]}", launched_rank()
+                dist.init_process_group(backend, file, timeout, world_size=size, rank=rank)
+            else:
+                dist.init_process_group(backend, timeout=timeout)
         shape, names = (size // group, group), ("replica", "expert")
         mesh = init_device_mesh(device.type, shape, mesh_dim_names=names)
         host = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)

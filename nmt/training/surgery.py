@@ -157,7 +157,7 @@ def write_run(path: Path, source: RunDirectory, config: Config, network: Network
     temporary = path.with_name(f".{path.name}.tmp")
     new = RunDirectory(temporary)
     state = checkpoint.state()
-    progress = replace(Progress(**state["progress"]), best_score=math.inf, validations_since_best=0, bad_intervals=0)
+    progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
     model = network.build()
     moments = {}
     for name, parameter in model.named_parameters():

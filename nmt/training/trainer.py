@@ -7,13 +7,9 @@ going on changes no bit on a CPU.
 """
 
 import math
-import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,6 +36,7 @@ from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite, la
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.record import DevLine, TrainLine
+from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
 from nmt.training.validation import validation_bleu
 
@@ -67,6 +64,14 @@ class Progress:
     next_rate: float | None = None
     """The learning rate that the next update was to have when this was saved; an older version did not say."""
 
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> "Progress":
+        """That of a checkpoint. CheckpointError if it is not what this program writes."""
+        try:
+            return cls(**checkpoint.state()["progress"])
+        except TypeError as error:  # a counter that this version does not know
+            raise CheckpointError(f"{checkpoint.path / 'state.json'} is of another version of this program") from error
+
 
 class Stopped(Exception):  # noqa: N818 - not an error
     """Training was asked to stop by a signal, and has saved."""
@@ -79,8 +84,8 @@ class Stopped(Exception):  # noqa: N818 - not an error
 class Trainer:
     """One run from its newest checkpoint (or from the start) to its end."""
 
-    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World) -> None:
-        self.config, self.run, self.world = config, run, world
+    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World, asked: StopRequest) -> None:
+        self.config, self.run, self.world, self.asked = config, run, world, asked
         self.device = world.device
         set_fast_math(self.device)
         self.subwords = prepared.subwords()
@@ -99,7 +104,6 @@ class Trainer:
         pairs = prepared.train()
         self.num_pairs = len(pairs)
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
-        self.signal = 0
         # Experts as in training: a score must not depend on how the model will be asked to translate.
         greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
         self.translator = Translator(self.model, self.subwords, greedy, self.device)
@@ -107,12 +111,11 @@ class Trainer:
     # ------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Train until max_steps or early stopping. Raises Stopped after a SIGTERM or SIGINT has been saved."""
+        """Train to the end. Raises Stopped when a signal asked for it and all is saved."""
         resumed_from = self._resume()
         metrics = (self.run.metrics_path, self.run.tensorboard) if self.world.is_main else None
         with (
             MetricsWriter(metrics, self.progress.step, self.config.training.max_steps) as out,
-            self._catch_signals(),
             self.stream,
         ):
             self._introduce(out, resumed_from)
@@ -153,7 +156,7 @@ class Trainer:
             improved = score is not None and progress.validations_since_best == 0
             if validates:
                 # A validation takes long: who was told to stop meanwhile does not begin another update.
-                stop = stop or self.world.max_int(self.signal)
+                stop = stop or self.world.max_int(self.asked.signal)
             if improved or last or stop or progress.step % training.checkpoint_every == 0 or self._ended():
                 self._save(score)
             if stop:
@@ -183,7 +186,7 @@ class Trainer:
         All processes take the time from the main one. They stop after the same update, and their rates are the same.
         """
         microseconds = int(self.clock.seconds * 1e6) if self.world.is_main else 0
-        stop, agreed = self.world.max(torch.tensor([self.signal, microseconds])).tolist()
+        stop, agreed = self.world.max(torch.tensor([self.asked.signal, microseconds])).tolist()
         self.progress.seconds = agreed / 1e6
         return stop
 
@@ -358,12 +361,8 @@ class Trainer:
         if checkpoint is None:
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
-        state = checkpoint.state()
-        try:
-            self.progress = Progress(**state["progress"])
-            self.stream.load_state_dict(state["data"])
-        except (KeyError, TypeError) as error:
-            raise CheckpointError(f"{checkpoint.path / 'state.json'} is not what this program writes") from error
+        self.progress = Progress.of(checkpoint)
+        self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
         shapes = {name: state_shapes(name, each.shape, kind) for name, each in self.model.named_parameters()}
         moments = {f"{moment}.{name}": torch.empty(size) for name in shapes for moment, size in shapes[name].items()}
@@ -382,7 +381,7 @@ class Trainer:
             raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
         return checkpoint
 
-    # --------------------------------------------------------------------------------- signals and other processes
+    # --------------------------------------------------------------------------------- other processes
 
     def _check_replicas(self) -> None:
         """ProcessError if parameters that should be alike (dense ones, replicas of experts) have drifted apart."""
@@ -398,24 +397,6 @@ class Trainer:
                 f"step {self.progress.step}: the {self.world.size} processes no longer hold the same parameters; "
                 f"training stops, and goes on from the last checkpoint in {self.run.checkpoints} with the same command"
             )
-
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Finish the update, save and stop on SIGTERM or SIGINT; a second one takes its ordinary effect."""
-
-        def note(number: int, _frame: Any) -> None:
-            if self.world.size > 1 and self.run.status().get("state") == "failed":
-                # The others have given up: there is no update to finish with them.
-                os._exit(128 + number)
-            self.signal = number
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-
-        before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _name(world: World) -> str:

@@ -1,0 +1,115 @@
+"""Signals that ask training to stop, from before its first update to after a lost connection."""
+
+import fcntl
+import json
+import os
+import pty
+import signal
+import subprocess
+import sys
+import termios
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_training import one_thread, settings, write_corpus  # noqa: F401
+
+from nmt.checkpoint import list_checkpoints
+from nmt.cli import main
+from nmt.training.stopping import StopRequest
+from nmt.training.trainer import Trainer
+
+
+def never() -> bool:
+    return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_the_first_signal_is_noted_and_all_is_as_before_afterwards(number: signal.Signals) -> None:
+    asked = StopRequest()
+    before = signal.getsignal(number)
+    with asked.noted(never):
+        assert asked.signal == 0
+        os.kill(os.getpid(), number)
+        assert asked.signal == number
+        ordinary = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        assert signal.getsignal(number) is ordinary
+    assert signal.getsignal(number) is before
+
+
+def test_what_is_ignored_stays_ignored() -> None:
+    """As nohup has it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        asked = StopRequest()
+        with asked.noted(never):
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert asked.signal == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_where_there_is_nothing_to_save_a_signal_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr("nmt.training.stopping.os._exit", codes.append)
+    with StopRequest().noted(lambda: True):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert codes == [143]
+
+
+def test_a_signal_before_the_first_update_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the network is built, the run says that it is running already."""
+    write_corpus(tmp_path)
+    init = Trainer.__init__
+
+    def slowly(trainer: Trainer, *arguments: Any) -> None:
+        assert json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())["state"] == "running"
+        os.kill(os.getpid(), signal.SIGTERM)
+        init(trainer, *arguments)
+
+    monkeypatch.setattr(Trainer, "__init__", slowly)
+    with pytest.raises(SystemExit) as caught:
+        main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=100")])
+    assert caught.value.code == 143
+    status = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    assert (status["state"], status["code"], status["step"]) == ("stopped", 143, 1)
+    assert [each.step for each in list_checkpoints(tmp_path / "a" / "checkpoints")] == [1]
+
+
+def test_a_connection_that_drops_stops_training_in_good_order(tmp_path: Path) -> None:
+    """The terminal is gone, so that every line written to it is an error: training saves all the same."""
+    write_corpus(tmp_path)
+    ours, theirs = pty.openpty()
+
+    def with_terminal() -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+    arguments = settings(tmp_path, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nmt.cli", "train", *arguments],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=with_terminal,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
+    )
+    os.close(theirs)
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    os.set_blocking(ours, False)
+    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+        with suppress(BlockingIOError):
+            os.read(ours, 65536)
+    os.close(ours)
+    assert process.wait(timeout=120) == 129
+    status = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    assert (status["state"], status["code"]) == ("stopped", 129)
+    assert list_checkpoints(tmp_path / "a" / "checkpoints")[-1].step == status["step"] > 0
+    assert not (tmp_path / "a" / ".lock").exists()
