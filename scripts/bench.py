@@ -243,7 +243,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
         model = Seq2Seq(config.model, vocabulary).train()
         optimizer = make_optimizer(model, config.training)
         works[name] = lambda model=model, optimizer=optimizer, config=config: [  # type: ignore[misc]
-            update(model, optimizer, config, [batch], 1, 1e-3, CPU) for batch in batches
+            update(model, optimizer, config, [[batch]], 1, 1e-3, CPU) for batch in batches
         ]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9
@@ -278,7 +278,7 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
         with MetricsWriter(places, 0, every * intervals) as out:
             for step in range(1, every * intervals + 1):
                 begun = time.perf_counter()
-                done = updater.update([batches[step % len(batches)]], step, 1e-3)
+                done = updater.update([[batches[step % len(batches)]]], step, 1e-3)
                 updated = time.perf_counter()
                 interval.watch(done.sums, done.gates)
                 if step % every == 0:
@@ -307,7 +307,7 @@ def saving_cost(config: Config, updates: int = 25, rounds: int = 5) -> Figures:
 
         def train(saving: bool) -> None:
             for step in range(1, updates + 1):
-                updater.update([batches[step % len(batches)]], step, 1e-3)
+                updater.update([[batches[step % len(batches)]]], step, 1e-3)
                 if saving and step == 1:
                     begun = time.perf_counter()
                     saver.save(step, tensors_to_save(model, optimizer), {}, None)

@@ -94,7 +94,7 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
 
     def round_trip() -> None:
         for batch in batches:
-            update(model, optimizer, config, [batch], 1, 1e-4, device)
+            update(model, optimizer, config, [[batch]], 1, 1e-4, device)
         torch.cuda.synchronize()
 
     round_trip()

@@ -4,7 +4,6 @@ import contextlib
 import gc
 import json
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 import nmt.data.batching
 from nmt.batch import Batch, make_batch, make_flat_batch
 from nmt.config import TrainingConfig
-from nmt.data.batching import BatchStream, Step, eval_batches, plan_epoch
+from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _even_out, eval_batches, plan_epoch
 from nmt.data.shards import ParallelShards, ShardWriter
 
 VOCABULARY = 50
@@ -50,27 +49,44 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ParallelShards:
 
 
 def config_of(**settings: Any) -> TrainingConfig:
-    return TrainingConfig(**({"batch_tokens": 400, "micro_batches": 2, "seed": 3} | settings))
+    return TrainingConfig(**({"batch_tokens": 400, "micro_batches": 2, "bands": 1, "seed": 3} | settings))
 
 
-def check_plan(plan: list[Step], source: np.ndarray, target: np.ndarray, budget: int, micro: int) -> None:
-    """Every pair once, `micro` micro-batches a step, none above the budget."""
+def plan_of(
+    source: np.ndarray, target: np.ndarray, budget: int, micro: int, seed: int = 1, epoch: int = 0, **settings: int
+) -> list[Step]:
+    training = config_of(batch_tokens=budget, micro_batches=micro, seed=seed, **settings)
+    return plan_epoch(source, target, training, epoch)
+
+
+def flat(micro_batches: list[list[Any]]) -> list[Any]:
+    return [batch for bands in micro_batches for batch in bands]
+
+
+def check_plan(
+    plan: list[Step], source: np.ndarray, target: np.ndarray, budget: int, micro: int, bands: int = 1
+) -> None:
+    """Every pair once, `micro` micro-batches of `bands` batches a step, none above its share of the budget."""
     assert all(len(step) == micro for step in plan)
-    batches = [batch for step in plan for batch in step]
+    assert all(len(micro_batch) == bands for step in plan for micro_batch in step)
+    batches = [batch for step in plan for batch in flat(step)]
     assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(len(source)))
     for batch in batches:
         positions = len(batch) * (max(source[batch].max(), target[batch].max()) + 1)
-        assert positions <= budget or len(batch) == 1
+        assert positions <= budget // bands or len(batch) == 1
 
 
 def equal(first: Batch, second: Batch) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize(("num_pairs", "budget", "micro"), [(5000, 2000, 1), (5000, 900, 8), (40, 5000, 16)])
-def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int) -> None:
+@pytest.mark.parametrize(
+    ("num_pairs", "budget", "micro", "bands"),
+    [(5000, 2000, 1, 1), (5000, 900, 8, 1), (40, 5000, 16, 2), (5000, 900, 4, 3)],
+)
+def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int, bands: int) -> None:
     source, target = lengths_of(num_pairs)
-    check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
+    check_plan(plan_of(source, target, budget, micro, bands=bands), source, target, budget, micro, bands)
 
 
 @settings(max_examples=200, deadline=None)
@@ -78,51 +94,126 @@ def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int) -> Non
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60),
     st.integers(1, 200),
     st.integers(1, 5),
+    st.integers(1, 3),
 )
-def test_plan_of_any_lengths(pairs: list[tuple[int, int]], budget: int, micro: int) -> None:
+def test_plan_of_any_lengths(pairs: list[tuple[int, int]], budget: int, micro: int, bands: int) -> None:
     source, target = np.array(pairs, dtype=np.int32).T
-    if len(pairs) % micro == 0:  # one pair a micro-batch is always a way
-        check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
-    else:
-        with contextlib.suppress(ValueError):
-            check_plan(plan_epoch(source, target, budget, micro, 1, 0), source, target, budget, micro)
+    # One pair a batch is always a way.
+    with contextlib.nullcontext() if len(pairs) % (micro * bands) == 0 else contextlib.suppress(ValueError):
+        check_plan(plan_of(source, target, budget, micro, bands=bands), source, target, budget, micro, bands)
 
 
 def test_plan_is_a_pure_function_and_epochs_differ() -> None:
     source, target = lengths_of(2000)
 
-    def flat(seed: int, epoch: int) -> list[list[int]]:
-        return [batch.tolist() for step in plan_epoch(source, target, 1000, 2, seed, epoch) for batch in step]
+    def pairs(seed: int, epoch: int) -> list[list[int]]:
+        plan = plan_of(source, target, 1000, 2, seed, epoch, bands=2)
+        return [batch.tolist() for step in plan for batch in flat(step)]
 
     np.random.seed(1)
-    first = flat(1, 0)
+    first = pairs(1, 0)
     np.random.seed(2)
-    assert flat(1, 0) == first
-    assert flat(1, 1) != first
-    assert flat(2, 0) != first
-    assert set(map(tuple, flat(1, 1))) != set(map(tuple, first))
+    assert pairs(1, 0) == first
+    assert pairs(1, 1) != first
+    assert pairs(2, 0) != first
+    assert set(map(tuple, pairs(1, 1))) != set(map(tuple, first))
 
 
-def test_padding_is_small_and_steps_are_even() -> None:
+def test_padding_is_small_and_the_order_is_shuffled() -> None:
     source, target = lengths_of(200000)
-    started = time.monotonic()
-    plan = plan_epoch(source, target, 16384, 4, 1, 0)
-    assert time.monotonic() - started < 5
+    plan = plan_of(source, target, 16384, 4, bands=2)
     padded = sum(
-        len(batch) * (int(source[batch].max()) + int(target[batch].max()) + 2) for step in plan for batch in step
+        len(batch) * (int(source[batch].max()) + int(target[batch].max()) + 2)
+        for step in plan
+        for bands in step
+        for batch in bands
     )
     assert 1 - (source.sum() + target.sum() + 2 * len(source)) / padded < 0.06
-    # Which length a step has is shuffled, but its micro-batches have about the same.
-    means = np.array([[source[batch].mean() for batch in step] for step in plan])
-    assert np.median(means.std(axis=1)) < 0.1 * means.mean(axis=1).std()
+    # Neither the number of a step nor the place of a micro-batch in it tells the length.
+    means = np.array([[source[np.concatenate(bands)].mean() for bands in step] for step in plan])
     assert abs(np.corrcoef(np.arange(len(plan)), means.mean(axis=1))[0, 1]) < 0.3
+    assert np.ptp(means.mean(axis=0)) < 0.3 * means.mean()
+
+
+@pytest.mark.parametrize(("micro", "bands"), [(2, 1), (1, 2), (4, 2), (32, 1)])
+def test_a_step_is_a_mixture_of_lengths(micro: int, bands: int) -> None:
+    """The mean length of an update varies less than that of as many batches drawn at random, and far less than that of
+    updates of one length."""
+    source, target = lengths_of(100000)
+    plan = plan_of(source, target, 1500 * bands, micro, bands=bands)
+    drawn_from = [batch for step in plan for batch in flat(step)]
+    generator = np.random.default_rng(0)
+    drawn = [generator.choice(len(drawn_from), micro * bands, replace=False) for _ in plan]
+    at_random = [source[np.concatenate([drawn_from[i] for i in each])].mean() for each in drawn]
+    one_length = plan_of(source, target, 1500, micro * bands, alike=micro * bands)
+    mixed, alike = ([source[np.concatenate(flat(step))].mean() for step in each] for each in (plan, one_length))
+    assert np.std(mixed) < 0.8 * np.std(at_random)
+    assert np.std(mixed) < np.std(alike) / (micro * bands) ** 0.5
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_micro_batches_of_a_moment_are_alike_and_each_is_a_mixture(bands: int) -> None:
+    source, target = lengths_of(100000)
+    plan = plan_of(source, target, 1500 * bands, 8, alike=4, bands=bands)
+    check_plan(plan, source, target, 1500 * bands, 8, bands)
+    # Step, turn, process, band.
+    means = np.array([[[source[batch].mean() for batch in each] for each in step] for step in plan])
+    means = means.reshape(len(plan), 2, 4, bands)
+    assert np.median(means.std(axis=2)) < 0.1 * np.median(np.abs(means[:, 0] - means[:, 1]))
+    assert np.all(np.diff(means.mean(axis=(0, 1, 2))) > 0)
+    with pytest.raises(ValueError, match=r"training.alike=3 must divide training.micro_batches=8"):
+        TrainingConfig(micro_batches=8, alike=3)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
+def test_evening_out_halves_the_largest(sizes: list[int], number: int) -> None:
+    def plainly(batches: list[list[int]]) -> list[list[int]]:
+        while len(batches) % number:
+            largest = max(range(len(batches)), key=lambda index: len(batches[index]))
+            batch = batches[largest]
+            if len(batch) < 2:
+                break
+            batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
+        return batches
+
+    ends = np.cumsum(sizes)
+    batches = np.split(np.arange(ends[-1]), ends[:-1])
+    halved = _even_out(batches, number)
+    assert np.array_equal(np.concatenate(halved), np.arange(ends[-1]))
+    expected = plainly([batch.tolist() for batch in batches])
+    assert sorted(map(len, halved)) == sorted(map(len, expected))
+
+
+def test_the_next_epoch_is_planned_before_this_one_ends(
+    shards: ParallelShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planned: dict[int, threading.Event] = {epoch: threading.Event() for epoch in range(9)}
+
+    def plan(source: np.ndarray, target: np.ndarray, training: TrainingConfig, epoch: int) -> list[Step]:
+        planned[epoch].set()
+        return plan_epoch(source, target, training, epoch)
+
+    monkeypatch.setattr(nmt.data.batching, "plan_epoch", plan)
+    config = config_of(batch_tokens=100, micro_batches=1)
+    length = len(plan_epoch(shards.source_lengths, shards.target_lengths, config, 0))
+    ahead = QUEUE_STEPS + 2  # made while another is used
+    assert length > 4 * ahead
+    with BatchStream(shards, config) as stream:
+        stream.load_state_dict({"epoch": 0, "step": int(0.75 * length) - ahead})
+        next(stream)
+        assert not planned[1].is_set()
+        for _ in range(ahead):
+            next(stream)
+        assert planned[1].wait(20)
+        assert stream.state_dict()["epoch"] == 0
 
 
 def test_too_few_pairs_name_the_key() -> None:
-    with pytest.raises(ValueError, match=r"training.micro_batches=8 is more than the 5 training pairs"):
-        plan_epoch(np.ones(5), np.ones(5), 100, 8, 1, 0)
+    with pytest.raises(ValueError, match=r"training.micro_batches=8 of training.bands=1 are more than the 5 training"):
+        plan_of(np.ones(5), np.ones(5), 100, 8)
     with pytest.raises(ValueError, match=r"training.batch_tokens=3"):
-        plan_epoch(np.full(5, 9), np.full(5, 9), 3, 2, 1, 0)
+        plan_of(np.full(5, 9), np.full(5, 9), 3, 2)
 
 
 @pytest.mark.parametrize("sizes", [[(3, 2)], [(0, 4), (5, 0)], [(7, 1), (2, 9), (4, 4)]])
@@ -137,28 +228,27 @@ def test_flat_batches_equal_make_batch(sizes: list[tuple[int, int]]) -> None:
     assert equal(make_flat_batch(pairs, *flat), make_batch(pairs, sources, targets))
 
 
-def test_stream_yields_the_plan(shards: ParallelShards) -> None:
-    config = config_of()
+@pytest.mark.parametrize("bands", [1, 2])
+def test_stream_yields_the_plan(shards: ParallelShards, bands: int) -> None:
+    config = config_of(bands=bands)
     plan = [
-        step
-        for epoch in range(2)
-        for step in plan_epoch(shards.source_lengths, shards.target_lengths, 400, 2, 3, epoch)
+        step for epoch in range(2) for step in plan_epoch(shards.source_lengths, shards.target_lengths, config, epoch)
     ]
     with BatchStream(shards, config) as stream:
-        for step, batches in zip(plan, stream, strict=False):
-            for pairs, batch in zip(step, batches, strict=True):
+        for step, micro_batches in zip(plan, stream, strict=False):
+            for pairs, batch in zip(flat(step), flat(micro_batches), strict=True):
                 sources = [shards.source(pair) for pair in pairs]
                 targets = [shards.target(pair) for pair in pairs]
                 assert equal(batch, make_batch(pairs, sources, targets))
 
 
-def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[int]]]:
-    return [[batch.pairs_B.tolist() for batch in next(stream)] for _ in range(num_steps)]
+def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[list[int]]]]:
+    return [[[batch.pairs_B.tolist() for batch in bands] for bands in next(stream)] for _ in range(num_steps)]
 
 
 def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
     config = config_of()
-    epoch = len(plan_epoch(shards.source_lengths, shards.target_lengths, 400, 2, 3, 0))
+    epoch = len(plan_epoch(shards.source_lengths, shards.target_lengths, config, 0))
     with BatchStream(shards, config) as stream:
         uninterrupted = pair_lists(stream, 3 * epoch + 2)
     for num_steps in (0, 1, epoch - 1, epoch, epoch + 1, 2 * epoch):
@@ -175,7 +265,7 @@ def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
 
 
 def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
-    config = config_of(micro_batches=4)
+    config = config_of(micro_batches=4, bands=2)
     with BatchStream(shards, config) as stream:
         whole = pair_lists(stream, 5)
     shares = []

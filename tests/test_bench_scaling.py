@@ -132,7 +132,7 @@ def test_projection_counts_the_values_that_travel(
         return exchange(output, rows, *more, **named)
 
     monkeypatch.setattr(dist, "all_to_all_single", count)
-    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([batch], 1, 1e-3)
+    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([[batch]], 1, 1e-3)
 
     row = a_row(source_tokens=batch.num_source_tokens, target_tokens=batch.num_target_tokens, sentences=3, load=1.5)
     projected = bench.project(row, model_config, TINY_VOCAB, 1e6, devices=4)

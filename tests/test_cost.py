@@ -320,7 +320,7 @@ def test_tokens_of_a_micro_batch_are_about_those_of_real_batches(source: int, ta
         np.clip(np.exp(np.log(mean) - spread**2 / 2 + common + rng.normal(0.0, 0.15, 60000)), 2, 200).astype(int)
         for mean in (source, target)
     ]
-    steps = plan_epoch(*lengths, 8192, 1, 1, 0)
+    steps = plan_epoch(*lengths, TrainingConfig(batch_tokens=8192), 0)
     means = [float(length.mean()) + 1 for length in lengths]
     tokens = budget_of(lengths=Lengths(*means), training=TrainingConfig(batch_tokens=8192)).tokens
     for length, expected in zip(lengths, tokens, strict=False):

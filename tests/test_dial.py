@@ -1,6 +1,7 @@
 """nmt evaluate --dial: what fewer or more experts per token cost and give."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_the_table_and_its_file(run: Path, capfd: pytest.CaptureFixture[str]) ->
     for count in (1, 0, 4):
         config = directory.config(["decoding.beam_size=2", f"decoding.experts_per_token={count}"])
         texts.append([found.text for found in Translator.load(directory, config).translate(sources)])
-    rows = [line for line in out.splitlines() if line[:1].isdigit() and "M " in line]
+    rows = [line for line in out.splitlines() if re.match(r"\d+( trained)? +[\d.]+M ", line)]
     for position, hypotheses, row in zip(positions, texts, rows, strict=True):
         bleu, chrf = corpus_scores(hypotheses, [references], "13a")
         assert position["scores"] == {"BLEU": bleu.value, "chrF2": chrf.value}

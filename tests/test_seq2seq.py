@@ -241,6 +241,33 @@ def test_gates_count_real_tokens_only(tiny_config: Configs, tiny_batch: Batches,
         assert gate.sums.importance_E.sum().item() == pytest.approx(tokens[name])
 
 
+@pytest.mark.parametrize(
+    ("encoder", "decoder", "unused"),
+    [
+        ([1], [1], {"decoder.moe_layers.moe.1.experts", "decoder.upper.0"}),
+        ([1], [], {"encoder.moe_layers.moe.1.experts", "encoder.upper.0", "decoder.bottom", "decoder.attention"}),
+        ([], [2], {"decoder.moe_layers.moe.2.experts"}),
+    ],
+)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_gates_alone_are_those_of_the_whole_pass_and_nothing_beyond_them_is_computed(
+    tiny_config: Configs, tiny_batch: Batches, encoder: list[int], decoder: list[int], unused: set[str], wiring: str
+):
+    config = tiny_config(encoder_moe_after=encoder, decoder_moe_after=decoder, wiring=wiring)
+    model, batch = randomised(config).eval(), tiny_batch((4, 2), (1, 6))
+    expected = model(batch).gates
+    ran: set[str] = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: ran.add(name))
+    gates = model.gates(batch)
+    assert gates.keys() == expected.keys()
+    for layer, gate in gates.items():
+        close(gate.gates_TK, expected[layer].gates_TK)
+        close(gate.sums.load_E, expected[layer].sums.load_E)
+    assert not ran & unused
+    assert "output" not in ran
+
+
 def test_padding_takes_nothing_from_the_noise(tiny_config: Configs, tiny_batch: Batches):
     """In training too a gate sees real tokens only: the values of padding rows change nothing."""
     model, batch = randomised(tiny_config()), tiny_batch((4, 2), (1, 6))
@@ -388,7 +415,7 @@ def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
     losses = []
     for step in range(1, 71):
         config, rate = Config(model=model_config, training=training), 0.02 * min(1, step / 20)
-        done = update(model, optimizer, config, batches, step, rate, torch.device("cpu"))
+        done = update(model, optimizer, config, [[batch] for batch in batches], step, rate, torch.device("cpu"))
         assert not done.skipped
         losses.append(float(done.nll) / tokens)
     assert losses[0] > 1.5

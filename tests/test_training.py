@@ -30,7 +30,7 @@ from nmt.parallel.checkpoint import read_tensors
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.record import DevLine
-from nmt.training.update import update
+from nmt.training.update import seed_device, update
 
 Configs = Callable[..., ModelConfig]
 
@@ -246,12 +246,18 @@ class Keep(torch.optim.SGD):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradient_of(model: Seq2Seq, config: Config, batches: list[Batch], step: int = 1) -> tuple[list[Tensor], Any]:
-    """The gradient of one update (zeros for parameters without one), and what the update returned."""
+def gradient_of(
+    model: Seq2Seq, config: Config, batches: list[Batch], step: int = 1, together: bool = False
+) -> tuple[list[Tensor], Any]:
+    """The gradient of one update (zeros for parameters without one), and what the update returned.
+
+    Each batch is a micro-batch, or all `together` are the bands of one.
+    """
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = Keep(model.parameters(), lr=1.0)
-    done = update(model, optimizer, config, batches, step, 0.1, torch.device("cpu"))
+    micro_batches = [batches] if together else [[batch] for batch in batches]
+    done = update(model, optimizer, config, micro_batches, step, 0.1, torch.device("cpu"))
     assert all(parameter.grad is None for parameter in model.parameters())
     return optimizer.kept, done
 
@@ -317,6 +323,58 @@ def test_both_passes_over_a_micro_batch_draw_the_same(tiny_config: Configs, moe:
         for actual, wanted in zip(sums.parts(), expected.parts(), strict=True):
             torch.testing.assert_close(actual, wanted, rtol=0, atol=1e-12)
         assert torch.equal(done.gates[layer].gates_TK, seen[2][layer].gates_TK)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("moe", [NO_EXPERTS, FLAT, GROUPS, SOFTMAX, STRICT])
+def test_bands_are_one_batch(
+    tiny_config: Configs, moe: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gates, experts and balance losses see the tokens of all bands together, a strictly balanced gate's cut too."""
+    monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
+    model, config = fp64_model(tiny_config(**moe))
+    model.train(training)
+    whole, one = gradient_of(model, config, micro_batches())
+    for bounds in ((2,), (1, 3)):
+        parts, done = gradient_of(model, config, micro_batches(*bounds), together=True)
+        for expected, actual in zip(whole, parts, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+        torch.testing.assert_close(done.nll, one.nll)
+        for layer, sums in one.sums.items():
+            torch.testing.assert_close(done.sums[layer].count_E, sums.count_E)
+    joined = model.gates(*micro_batches(2))
+    assert {layer: len(gate.gates_TK) for layer, gate in joined.items()} == {
+        layer: len(gate.gates_TK) for layer, gate in model(*micro_batches(2)).gates.items()
+    }
+
+
+@pytest.mark.parametrize(("weights", "passes"), [((0.0, 0.0), 0), ((0.1, 0.0), 2), ((0.0, 0.1), 2)])
+def test_the_pass_for_joint_sums_is_run_where_it_changes_something(
+    tiny_config: Configs, weights: tuple[float, float], passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    importance, load = weights
+    model, config = fp64_model(tiny_config(num_experts=6, k=2, w_importance=importance, w_load=load))
+    calls: list[int] = []
+    gates = Seq2Seq.gates
+    monkeypatch.setattr(Seq2Seq, "gates", lambda self, *bands: calls.append(1) or gates(self, *bands))
+    # As it is in either case: the sums of all micro-batches, which metrics read.
+    _, done = gradient_of(model, config, micro_batches(2))
+    assert len(calls) == passes
+    assert {layer: sums.count_E.sum().item() for layer, sums in done.sums.items()} == {"encoder.2": 44, "decoder.1": 50}
+    calls.clear()
+    gradient_of(model, config, micro_batches())
+    assert not calls
+
+
+def test_seeding_leaves_other_devices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "manual_seed", lambda *_: pytest.fail("it seeds every device"))
+    device = torch.device("cpu")
+    drawn = []
+    for micro_batch in (0, 0, 1):
+        seed_device(device, 1, 2, micro_batch)
+        drawn.append(torch.rand(3))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
 
 
 def test_dropout_and_noise_follow_from_seed_step_and_place_alone(tiny_config: Configs) -> None:

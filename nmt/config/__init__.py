@@ -55,6 +55,13 @@ class TrainingConfig:
     micro_batches: int = 1
     """Micro-batches summed into one update, over all GPUs together. Fixes what an update sees, whatever the number
     of GPUs: it must be a multiple of that number."""
+    bands: int = 2
+    """Parts of a micro-batch, each of other sentence lengths and with its share of `batch_tokens`. Gates, experts and
+    softmax see the tokens of all together; LSTMs and attention work on one after the other. More bands mix an update
+    better; fewer are faster on a GPU."""
+    alike: int = 1
+    """Of the micro-batches of an update, so many at a time have the same sentence lengths; a divisor of
+    `micro_batches`. 1 mixes an update best. The number of GPUs lets all finish each micro-batch at the same moment."""
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
@@ -105,6 +112,13 @@ class TrainingConfig:
             at_least(f"training.{name}", getattr(self, name), 0)
         if not 0.0 <= self.max_minutes < math.inf:
             raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
+        at_least("training.bands", self.bands, 1)
+        at_least("training.alike", self.alike, 1)
+        if self.micro_batches % self.alike:
+            raise ValueError(
+                f"training.alike={self.alike} must divide training.micro_batches={self.micro_batches}: an update has "
+                "whole groups of like micro-batches"
+            )
         above("training.learning_rate", self.learning_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):

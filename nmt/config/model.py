@@ -178,8 +178,8 @@ class ModelConfig:
             )
 
     def moe_layers(self) -> list[str]:
-        """Names of the MoE layers: "encoder.2" stands after encoder LSTM 2."""
-        places = {"encoder": self.encoder_moe_after, "decoder": self.decoder_moe_after}
+        """Names of the MoE layers in the order in which a token meets them: "encoder.2" stands after encoder LSTM 2."""
+        places = {"encoder": sorted(self.encoder_moe_after), "decoder": sorted(self.decoder_moe_after)}
         return [f"{side}.{place}" for side in places for place in places[side]] if self.moe.num_experts else []
 
     def bottom_direction(self) -> tuple[int, int]:

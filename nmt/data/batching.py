@@ -1,14 +1,16 @@
 """Which pairs make up which batch, and the stream of batches that training reads.
 
-The order of the data is a pure function of (lengths, seed, epoch): it does not depend on how many GPUs train,
+The order of the data is a pure function of (lengths, settings, seed, epoch): it does not depend on how many GPUs train,
 and a run is resumed by two numbers, epoch and step.
 """
 
+import heapq
 import queue
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from itertools import count
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from types import TracebackType
 from typing import NamedTuple
 
@@ -21,44 +23,68 @@ from nmt.data.shards import ParallelShards
 QUEUE_STEPS = 4  # steps made ahead
 _POLL_SECONDS = 0.2
 _EVAL_LENGTH = 256
+# Share of an epoch after which the next one is planned.
+_PLAN_AT = 0.75
 
-# One update: its micro-batches, each an array of pair numbers.
-Step = list[np.ndarray]
+Step = list[list[np.ndarray]]
+"""One update: its micro-batches, each made of bands of similar lengths, each an array of pair numbers."""
 
 
 def plan_epoch(
-    source_lengths: np.ndarray,
-    target_lengths: np.ndarray,
-    batch_tokens: int,
-    micro_batches: int,
-    seed: int,
-    epoch: int,
+    source_lengths: np.ndarray, target_lengths: np.ndarray, training: TrainingConfig, epoch: int
 ) -> list[Step]:
     """Divide one epoch into steps of exactly `micro_batches` micro-batches; every pair comes exactly once.
 
-    A micro-batch has at most `batch_tokens` positions on either side, padding and EOS included; a longer pair
-    is a micro-batch of its own. The micro-batches of a step have similar shapes; the steps are shuffled.
+    A step is a mixture of lengths: an update made of one length would follow the gradient of that length alone,
+    however many tokens it has. The pairs, in order of shape, are cut into batches of similar lengths, so that little is
+    padding: each has at most batch_tokens / bands positions on either side, padding and EOS included, and a longer pair
+    is a batch of its own. These are cut into as many equal strata as a step has batches, or groups of `alike` batches
+    which are neighbours. A step takes one at random from every stratum, and so does, as far as it has bands, every
+    micro-batch.
     """
-    num_pairs = len(source_lengths)
-    if num_pairs < micro_batches:
+    num_pairs, micro_batches = len(source_lengths), training.micro_batches
+    num_batches = micro_batches * training.bands
+    if num_pairs < num_batches:
         raise ValueError(
-            f"training.micro_batches={micro_batches} is more than the {num_pairs} training pairs there are"
+            f"training.micro_batches={micro_batches} of training.bands={training.bands} are more than the {num_pairs} "
+            "training pairs there are"
         )
-    generator = np.random.default_rng((seed, epoch))
-    order = _by_shape(
-        np.asarray(source_lengths), np.asarray(target_lengths), batch_tokens, generator.permutation(num_pairs)
-    )
-    longest = np.maximum(source_lengths, target_lengths).astype(np.int64) + 1
-    batches = _even_out(_cut(order, longest, batch_tokens), micro_batches)
-    if len(batches) % micro_batches:
+    budget = max(1, training.batch_tokens // training.bands)
+    generator = np.random.default_rng((training.seed, epoch))
+    shuffled = generator.permutation(np.arange(num_pairs, dtype=np.int32))
+    order = _by_shape(source_lengths, target_lengths, budget, shuffled)
+    longest = np.maximum(source_lengths, target_lengths) + 1
+    batches = _even_out(_cut(order, longest, budget), num_batches)
+    if len(batches) % num_batches:
         raise ValueError(
-            f"{num_pairs} training pairs do not divide into steps of training.micro_batches={micro_batches} "
-            f"with training.batch_tokens={batch_tokens}: lower the first or raise the second"
+            f"{num_pairs} training pairs do not divide into steps of training.micro_batches={micro_batches} and "
+            f"training.bands={training.bands} with training.batch_tokens={training.batch_tokens}: lower the first two "
+            "or raise the last"
         )
     # Ascending numbers read the files in their order.
     batches = [np.sort(batch) for batch in batches]
-    steps = [batches[first : first + micro_batches] for first in range(0, len(batches), micro_batches)]
-    return [steps[index] for index in generator.permutation(len(steps))]
+    return _mixed(batches, training, generator)
+
+
+def _mixed(batches: list[np.ndarray], training: TrainingConfig, generator: np.random.Generator) -> list[Step]:
+    """Steps of batches that stand in order of shape, their number a multiple of what a step has."""
+    alike, bands = training.alike, training.bands
+    turns = training.micro_batches // alike  # at each, `alike` processes work on like micro-batches
+    num_steps = len(batches) // (training.micro_batches * bands)
+    # group_SX[s, x]: the number of the group that step s takes from stratum x.
+    group_SX = np.stack([x * num_steps + generator.permutation(num_steps) for x in range(turns * bands)], axis=1)
+    steps = []
+    for group_X in group_SX:
+        # Band b of any turn comes from one of the strata b * turns ... (b + 1) * turns - 1.
+        group_BT = generator.permuted(group_X.reshape(bands, turns), axis=1)
+        steps.append(
+            [
+                [batches[group * alike + place] for group in group_BT[:, turn]]
+                for turn in range(turns)
+                for place in range(alike)
+            ]
+        )
+    return steps
 
 
 def _by_shape(
@@ -70,12 +96,22 @@ def _by_shape(
     turn so that no jump lies between two rows. With about 1.4 sqrt(batches) rows, a batch is about as narrow
     in one length as in the other. Pairs of equal shape stay in the order of `shuffled`.
     """
-    order = shuffled[np.argsort(target_lengths[shuffled], kind="stable")]
-    tokens = np.cumsum(np.maximum(source_lengths, target_lengths)[order].astype(np.int64) + 1)
+    order = shuffled[_sorted_by(target_lengths[shuffled])]
+    tokens = np.cumsum(np.maximum(source_lengths[order], target_lengths[order]) + 1, dtype=np.int64)
     num_rows = max(1, round(1.4 * (tokens[-1] / batch_tokens) ** 0.5))
-    row = (tokens - 1) * num_rows // tokens[-1]
-    source = source_lengths[order].astype(np.int64)
-    return order[np.lexsort((np.where(row % 2 == 0, source, -source), row))]
+    # A pair is in the row that its last token is in.
+    ends = np.searchsorted(tokens, -(-tokens[-1] * np.arange(num_rows + 1) // num_rows), side="right")
+    for row, (start, end) in enumerate(pairwise(ends)):
+        source = source_lengths[order[start:end]]
+        upward = source if row % 2 == 0 else source.max(initial=0) - source
+        order[start:end] = order[start:end][_sorted_by(upward)]
+    return order
+
+
+def _sorted_by(lengths: np.ndarray) -> np.ndarray:
+    """A stable argsort, which NumPy does in linear time for numbers of 16 bits."""
+    short = lengths.max(initial=0) < 1 << 16
+    return np.argsort(lengths.astype(np.uint16) if short else lengths, kind="stable")
 
 
 def _cut(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
@@ -93,27 +129,29 @@ def _cut(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.n
 
 def _even_out(batches: list[np.ndarray], micro_batches: int) -> list[np.ndarray]:
     """Halve the batches of most sentences until their number divides, if there are sentences enough."""
-    batches = list(batches)
-    while len(batches) % micro_batches:
-        largest = max(range(len(batches)), key=lambda index: len(batches[index]))
-        batch = batches[largest]
-        if len(batch) < 2:
-            break
-        batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-    return batches
+    # (-sentences, batch, first sentence, end): the largest comes first, of equals the first.
+    parts = [(-len(batch), number, 0, len(batch)) for number, batch in enumerate(batches)]
+    heapq.heapify(parts)
+    while len(parts) % micro_batches and parts[0][0] < -1:
+        _, number, first, end = heapq.heappop(parts)
+        middle = first + (end - first) // 2
+        heapq.heappush(parts, (first - middle, number, first, middle))
+        heapq.heappush(parts, (middle - end, number, middle, end))
+    return [batches[number][first:end] for _, number, first, end in sorted(parts, key=lambda part: part[1:])]
 
 
 class _Ready(NamedTuple):
     """What the background thread hands over: a step and the position after it, or why there is none."""
 
-    batches: list[Batch]
+    micro_batches: list[list[Batch]]
     epoch: int
     step: int
     error: BaseException | None = None
 
 
 class BatchStream:
-    """The steps of all epochs, without end; a step is a list of micro-batches made ahead by one thread.
+    """The steps of all epochs, without end; a step is a list of micro-batches, each a list of bands, which one thread
+    makes ahead.
 
     With `num_ranks` processes, the one with number `rank` gets every num_ranks-th micro-batch of a step.
     Close the stream, or use it as a context manager; a forgotten one ends its thread when it is collected.
@@ -147,10 +185,10 @@ class BatchStream:
         self.close()
         self._epoch, self._step = state["epoch"], state["step"]
 
-    def __iter__(self) -> Iterator[list[Batch]]:
+    def __iter__(self) -> Iterator[list[list[Batch]]]:
         return self
 
-    def __next__(self) -> list[Batch]:
+    def __next__(self) -> list[list[Batch]]:
         if self._stop is None:
             self._start()
         ready = self._queue.get()
@@ -158,7 +196,7 @@ class BatchStream:
             self.close()
             raise ready.error
         self._epoch, self._step = ready.epoch, ready.step
-        return ready.batches
+        return ready.micro_batches
 
     def _start(self) -> None:
         self._queue = queue.Queue(QUEUE_STEPS)
@@ -205,10 +243,10 @@ def _work(
 ) -> None:
     """The background thread: make steps until `stopped`."""
     try:
-        for batches, next_epoch, next_step in _steps(shards, config, share, epoch, step):
+        for micro_batches, next_epoch, next_step in _steps(shards, config, share, epoch, step):
             if pin_memory:
-                batches = [batch.pin_memory() for batch in batches]
-            if not _put(out, _Ready(batches, next_epoch, next_step), stopped):
+                micro_batches = [[batch.pin_memory() for batch in bands] for bands in micro_batches]
+            if not _put(out, _Ready(micro_batches, next_epoch, next_step), stopped):
                 return
     except BaseException as error:
         _put(out, _Ready([], epoch, step, error), stopped)
@@ -227,23 +265,28 @@ def _put(out: "queue.Queue[_Ready]", ready: _Ready, stopped: threading.Event) ->
 
 def _steps(
     shards: ParallelShards, config: TrainingConfig, share: slice, epoch: int, step: int
-) -> Iterator[tuple[list[Batch], int, int]]:
+) -> Iterator[tuple[list[list[Batch]], int, int]]:
     """Steps from a position on, each with the position after it."""
-    for current in count(epoch):
-        plan = plan_epoch(
-            shards.source_lengths,
-            shards.target_lengths,
-            config.batch_tokens,
-            config.micro_batches,
-            config.seed,
-            current,
-        )
-        if step >= len(plan):
-            raise ValueError(f"step {step} of epoch {current} is past its end, {len(plan)}: the data has changed")
-        for index in range(step, len(plan)):
-            after = (current, index + 1) if index + 1 < len(plan) else (current + 1, 0)
-            yield [_batch(shards, pairs) for pairs in plan[index][share]], *after
-        step = 0
+    planner = ThreadPoolExecutor(1, thread_name_prefix="BatchStream-planner")
+
+    def planned(epoch: int) -> "Future[list[Step]]":
+        return planner.submit(plan_epoch, shards.source_lengths, shards.target_lengths, config, epoch)
+
+    try:
+        coming = planned(epoch)
+        while True:
+            plan = coming.result()
+            if step >= len(plan):
+                raise ValueError(f"step {step} of epoch {epoch} is past its end, {len(plan)}: the data has changed")
+            for index in range(step, len(plan)):
+                if index == max(step, int(_PLAN_AT * len(plan))):
+                    # Millions of pairs take seconds, in which training would wait.
+                    coming = planned(epoch + 1)
+                after = (epoch, index + 1) if index + 1 < len(plan) else (epoch + 1, 0)
+                yield [[_batch(shards, pairs) for pairs in bands] for bands in plan[index][share]], *after
+            epoch, step = epoch + 1, 0
+    finally:
+        planner.shutdown(wait=False, cancel_futures=True)
 
 
 def _batch(shards: ParallelShards, pairs_B: np.ndarray) -> Batch:

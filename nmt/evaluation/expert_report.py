@@ -438,7 +438,7 @@ def expert_report(
     layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):
         with autocast(device, precision):
-            gates = model.gates(batch.to(device), experts_per_token)
+            gates = model.gates(batch.to(device), experts_per_token=experts_per_token)
         for layer, gate in gates.items():
             name = layer.split(".")[0]
             if layer not in layers:

@@ -18,14 +18,11 @@ from nmt.batch import Batch
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention, Memory
 from nmt.model.experts import WHOLE, MoE, Share
-from nmt.model.gating import GateOutput
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.rows import put_rows, take_rows
-
-Gates = dict[str, GateOutput]
-"""The gates of one pass by the name of their layer: "encoder.2" is the MoE after encoder LSTM 2."""
+from nmt.model.walk import Gates, Visit, Walk, walk_together
 
 
 class DecoderState(NamedTuple):
@@ -46,7 +43,7 @@ class DecoderOutput(NamedTuple):
     x_TRD: Tensor
     weights_TRS: Tensor
     state: DecoderState
-    gates: Gates
+    gates: Gates  # those of the pass; empty on the way
 
 
 class LossOutput(NamedTuple):
@@ -72,16 +69,17 @@ class _MoELayers(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, gates: Gates, experts_per_token: int) -> Tensor:
-        """x after the MoE that stands behind LSTM `layer`, if one does; its gate is put into `gates`.
+    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None) -> Walk[Tensor]:
+        """x after the MoE that stands behind LSTM `layer`, if one does.
 
         Padding never reaches a gate: only rows `rows_N` do (None: all are real).
         """
         if str(layer) not in self.moe:
             return x_TBD
+        moe = self.moe[str(layer)]
+        assert isinstance(moe, MoE)
         x_MD = x_TBD.flatten(0, 1)
-        real_ND = x_MD if rows_N is None else take_rows(x_MD, rows_N)
-        y_ND, gates[f"{self.side}.{layer}"] = self.moe[str(layer)](real_ND, experts_per_token)
+        y_ND = yield Visit(f"{self.side}.{layer}", moe, x_MD if rows_N is None else take_rows(x_MD, rows_N))
         y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
         return x_TBD + self.dropout(y_MD).view_as(x_TBD)
 
@@ -102,22 +100,19 @@ class Encoder(nn.Module):
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None, experts_per_token: int = 0
-    ) -> tuple[Tensor, Gates]:
-        """(top_SBD, gates) of embedded source; padding positions come out unspecified."""
-        gates: Gates = {}
+    def walk(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None) -> Walk[Tensor]:
+        """top_SBD of embedded source; padding positions come out unspecified."""
         if isinstance(self.bottom, BidirectionalLSTM):
             y_SBD = self.bottom(x_SBD, length_B)
         else:
             y_SBD, _ = self.bottom(x_SBD)
         x_SBD = self._residual(1, x_SBD, self.dropout(y_SBD))
-        x_SBD = self.moe_layers.after(1, x_SBD, rows_N, gates, experts_per_token)
+        x_SBD = yield from self.moe_layers.after(1, x_SBD, rows_N)
         for layer, lstm in enumerate(self.upper, start=2):
             y_SBD, _ = lstm(x_SBD)
             x_SBD = self._residual(layer, x_SBD, self.dropout(y_SBD))
-            x_SBD = self.moe_layers.after(layer, x_SBD, rows_N, gates, experts_per_token)
-        return x_SBD, gates
+            x_SBD = yield from self.moe_layers.after(layer, x_SBD, rows_N)
+        return x_SBD
 
     def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
         # A layer whose output is not as wide as its input (GNMT's full bidirectional one) has no residual.
@@ -143,16 +138,10 @@ class Decoder(nn.Module):
         self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(
-        self,
-        x_TRD: Tensor,
-        memory: Memory,
-        state: DecoderState | None,
-        rows_N: Tensor | None,
-        experts_per_token: int = 0,
-    ) -> DecoderOutput:
+    def walk(
+        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None, rows_N: Tensor | None
+    ) -> Walk[DecoderOutput]:
         """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
-        gates: Gates = {}
         lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
         if self.feedback:
             x_TRD, context_TRD, weights_TRS, first = self._feedback_bottom(x_TRD, memory, state)
@@ -163,15 +152,15 @@ class Decoder(nn.Module):
         query_1RD = x_TRD[-1:]
         if self.wiring == "parallel":
             x_TRD = x_TRD + self.dropout(self.context(context_TRD))
-        x_TRD = self.moe_layers.after(1, x_TRD, rows_N, gates, experts_per_token)
+        x_TRD = yield from self.moe_layers.after(1, x_TRD, rows_N)
         states = [first]
         for layer, lstm in enumerate(self.upper, start=2):
             input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.context_above else x_TRD
             y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
             states.append(after)
             x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
-            x_TRD = self.moe_layers.after(layer, x_TRD, rows_N, gates, experts_per_token)
-        return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), gates)
+            x_TRD = yield from self.moe_layers.after(layer, x_TRD, rows_N)
+        return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), {})
 
     def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         # Hypotheses of a sentence are further queries to the same memory, so it is never copied for a beam.
@@ -228,10 +217,8 @@ class Seq2Seq(nn.Module):
         self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None, experts_per_token: int = 0
     ) -> tuple[Memory, Gates]:
         """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
-        x_SBD = self._embed(self.source_embedding, source_SB)
-        top_SBD, gates = self.encoder(x_SBD, length_B, rows_N, experts_per_token)
-        position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
-        return self.decoder.attention.memory(top_SBD, position_S1 >= length_B), gates
+        (memory,), gates = walk_together([self._encoding(source_SB, length_B, rows_N)], experts_per_token)
+        return memory, gates
 
     def decode(
         self,
@@ -243,23 +230,35 @@ class Seq2Seq(nn.Module):
     ) -> DecoderOutput:
         """The decoder over T positions, from `state` on: the whole target in training, one position in a search."""
         x_TRD = self._embed(self.target_embedding, target_TR)
-        return self.decoder(x_TRD, memory, state, rows_N, experts_per_token)
+        (decoded,), gates = walk_together([self.decoder.walk(x_TRD, memory, state, rows_N)], experts_per_token)
+        return decoded._replace(gates=gates)
 
     def logits(self, x: Tensor) -> Tensor:
         """Softmax input of decoder outputs (..., D) -> (..., V)."""
         return self.output(x)
 
-    def forward(self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
-        """Summed loss of predicting every target token of the batch from the source and the tokens before it."""
-        decoded, gates = self._read(batch, experts_per_token)
-        x_ND = take_rows(decoded.x_TRD.flatten(0, 1), batch.target_rows_N)
-        target_N = batch.target_out_TB.flatten().index_select(0, batch.target_rows_N)
+    def forward(self, *bands: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
+        """Summed loss of predicting every target token from the source and the tokens before it.
+
+        Several batches are one batch of sentences of several lengths, without the padding: see nmt/model/walk.py.
+        """
+        decoded, gates = walk_together([self._reading(batch) for batch in bands], experts_per_token)
+        x_ND = torch.cat(
+            [
+                take_rows(each.x_TRD.flatten(0, 1), batch.target_rows_N)
+                for each, batch in zip(decoded, bands, strict=True)
+            ]
+        )
+        target_N = torch.cat([batch.target_out_TB.flatten().index_select(0, batch.target_rows_N) for batch in bands])
         loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing)
         return LossOutput(loss, nll, gates)
 
-    def gates(self, batch: Batch, experts_per_token: int = 0) -> Gates:
-        """The gates that `forward` would return, without the softmax layer."""
-        return self._read(batch, experts_per_token)[1]
+    def gates(self, *bands: Batch, experts_per_token: int = 0) -> Gates:
+        """The gates that `forward` would return; nothing beyond the last of them is computed."""
+        layers = self.config.moe_layers()
+        if not layers:
+            return {}
+        return walk_together([self._reading(batch) for batch in bands], experts_per_token, last=layers[-1])[1]
 
     def check_experts_per_token(self, count: int) -> None:
         """ValueError if not every layer can wake `count` experts for each token; 0: as many as in training."""
@@ -267,11 +266,15 @@ class Seq2Seq(nn.Module):
             if isinstance(module, MoE):
                 module.gate.check_experts_per_token(count)
 
-    def _read(self, batch: Batch, experts_per_token: int) -> tuple[DecoderOutput, Gates]:
-        source = batch.source_SB, batch.source_length_B, batch.source_rows_N
-        memory, gates = self.encode(*source, experts_per_token)
-        decoded = self.decode(batch.target_in_TB, memory, None, batch.target_rows_N, experts_per_token)
-        return decoded, gates | decoded.gates
+    def _reading(self, batch: Batch) -> Walk[DecoderOutput]:
+        memory = yield from self._encoding(batch.source_SB, batch.source_length_B, batch.source_rows_N)
+        x_TBD = self._embed(self.target_embedding, batch.target_in_TB)
+        return (yield from self.decoder.walk(x_TBD, memory, None, batch.target_rows_N))
+
+    def _encoding(self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None) -> Walk[Memory]:
+        top_SBD = yield from self.encoder.walk(self._embed(self.source_embedding, source_SB), length_B, rows_N)
+        position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
+        return self.decoder.attention.memory(top_SBD, position_S1 >= length_B)
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
         # Unit scale for what the LSTMs read, while the matrix itself keeps the scale that the softmax wants.

@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -196,14 +197,14 @@ class Trainer:
     def _rate(self, step: int) -> float:
         return learning_rate(self.config.training, step, self.progress.seconds)
 
-    def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
+    def _update(self, micro_batches: list[list[Batch]], interval: Interval) -> None:
         progress = self.progress
         progress.step += 1
         self.rate = self._rate(progress.step)
         done = self.updater.update(micro_batches, progress.step, self.rate)
         interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
         interval.watch(done.sums, done.gates)
-        for batch in micro_batches:
+        for batch in chain.from_iterable(micro_batches):
             sizes = batch.num_source_tokens, batch.num_target_tokens
             interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
         progress.target_tokens += done.target_tokens

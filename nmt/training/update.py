@@ -1,7 +1,8 @@
 """One optimiser update: what the trainer repeats and the benchmarks time."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,26 +39,32 @@ class UpdateOutput(NamedTuple):
     gates: Gates  # of this process's last micro-batch, detached
 
 
-def seed_everything(seed: int, step: int, micro_batch: int) -> None:
-    """Seed PyTorch for one micro-batch: dropout and gate noise are a function of these three numbers alone.
+def seed_device(device: torch.device, seed: int, step: int, micro_batch: int) -> None:
+    """Seed the generator that a device draws from: dropout and gate noise follow from these three numbers alone.
 
-    So they do not depend on what ran before, nor on which process a micro-batch falls to.
+    So they do not depend on what ran before, nor on which process a micro-batch falls to. The generators of other
+    devices are left alone: to seed them all takes a hundred times as long.
     """
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(2, np.uint32)
-    torch.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
+    own = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
+    own.manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
 class Updater:
     """Updates of a model by the processes of a world, of which this one has its share of every update's micro-batches.
 
-    The gradient of an update is the sum over all micro-batches, each loss divided by the tokens of all of them; no
-    factor depends on how many processes there are. Balance losses are those of all micro-batches taken as one batch
-    (S17 section 4). Where a process has several, that needs the sums of all before the first backward pass: a forward
-    pass up to the last gate, with the same dropout and noise, finds them.
+    A micro-batch is one or several batches, bands of sentences of similar lengths, that pass through the network
+    together. The gradient of an update is the sum over all micro-batches, each loss divided by the tokens of all of
+    them; no factor depends on how many processes there are. Balance losses are those of all micro-batches taken as one
+    batch (S17 section 4). Where a process has several, that needs the sums of all before the first backward pass: a
+    forward pass up to the last gate, with the same dropout and noise, finds them. Without weights of balance losses
+    there is no such pass.
     """
 
     def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
         self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
+        layers = config.model.moe_layers()
+        self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         self.forward: Callable[..., LossOutput] = model
         self.hold_back: Callable[[], Any] = _nothing_to_hold
@@ -65,24 +72,30 @@ class Updater:
             wrapped = _data_parallel(model, config.parallel.overlap, world)
             self.forward, self.hold_back = wrapped, wrapped.no_sync
 
-    def update(self, micro_batches: list[Batch], step: int, rate: float) -> UpdateOutput:
+    def update(self, micro_batches: Sequence[Sequence[Batch]], step: int, rate: float) -> UpdateOutput:
         """Update number `step` at learning rate `rate`, from this process's micro-batches."""
-        target_tokens = self.world.sum_int(sum(batch.num_target_tokens for batch in micro_batches))
+        target_tokens = self.world.sum_int(sum(batch.num_target_tokens for bands in micro_batches for batch in bands))
+        micro_batches = [[batch.to(self.world.device) for batch in bands] for bands in micro_batches]
         number = len(micro_batches) * self.world.size
-        joined = self._joined_sums(micro_batches, step) if len(micro_batches) > 1 else {}
+        first_pass = len(micro_batches) > 1 and self.balanced
+        joined = self._summed(self._sums_of_gates(micro_batches, step)) if first_pass else {}
+        own: LayerSums = {}
         loss = nll = torch.zeros((), device=self.world.device)
         gates: Gates = {}
-        for index, host_batch in enumerate(micro_batches):
+        forward = partial(self.forward, label_smoothing=self.config.training.label_smoothing)
+        for index, bands in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with _nothing_to_hold() if last else self.hold_back():
-                output = self._forward(self.forward, host_batch, step, index, self.config.training.label_smoothing)
-                if not joined:
-                    joined = self._summed({layer: gate.sums.detach() for layer, gate in output.gates.items()})
+                output = self._forward(forward, bands, step, index)
+                if not first_pass:
+                    _add_sums(own, output.gates)
+                    joined = self._summed(own) if last else own
                 total = output.loss / target_tokens
                 for layer, gate in output.gates.items():
-                    sums = joined[layer].with_gradient_of(gate.sums)
-                    weights = self.config.model.moe.balance_weights(layer)
-                    total = total + balance_loss(sums, *weights) + gate.own_loss / number
+                    total = total + gate.own_loss / number
+                    if self.balanced:
+                        sums = joined[layer].with_gradient_of(gate.sums)
+                        total = total + balance_loss(sums, *self.config.model.moe.balance_weights(layer))
                 total.backward()
             loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
             # Kept until the next line of metrics: they must not keep the graph alive.
@@ -94,21 +107,20 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, gates)
 
-    def _forward(self, call: Callable[..., Any], host_batch: Batch, step: int, index: int, *more: float) -> Any:
+    def _forward(self, call: Callable[..., Any], bands: Sequence[Batch], step: int, index: int) -> Any:
         # Micro-batch i of this process is number rank + i * size of the update.
-        seed_everything(self.config.training.seed, step, self.world.rank + index * self.world.size)
+        number = self.world.rank + index * self.world.size
+        seed_device(self.world.device, self.config.training.seed, step, number)
         with autocast(self.world.device, self.config.training.precision):
-            return call(host_batch.to(self.world.device), *more)
+            return call(*bands)
 
     @torch.no_grad()
-    def _joined_sums(self, micro_batches: list[Batch], step: int) -> LayerSums:
-        joined: LayerSums = {}
-        if not self.config.model.moe_layers():
-            return joined
-        for index, host_batch in enumerate(micro_batches):
-            for layer, gate in self._forward(self.model.gates, host_batch, step, index).items():
-                joined[layer] = joined[layer].plus(gate.sums) if layer in joined else gate.sums
-        return self._summed(joined)
+    def _sums_of_gates(self, micro_batches: Sequence[Sequence[Batch]], step: int) -> LayerSums:
+        """Over this process's micro-batches."""
+        sums: LayerSums = {}
+        for index, bands in enumerate(micro_batches):
+            _add_sums(sums, self._forward(self.model.gates, bands, step, index))
+        return sums
 
     def _summed(self, sums: LayerSums) -> LayerSums:
         """Over all processes, in one exchange."""
@@ -118,6 +130,12 @@ class Updater:
         together = self.world.sum(torch.cat(parts)).split([part.numel() for part in parts])
         place = iter(together)
         return {layer: GateSums(*(next(place).to(part.dtype) for part in each.parts())) for layer, each in sums.items()}
+
+
+def _add_sums(sums: LayerSums, gates: Gates) -> None:
+    for layer, gate in gates.items():
+        own = gate.sums.detach()
+        sums[layer] = sums[layer].plus(own) if layer in sums else own
 
 
 @contextmanager
@@ -153,7 +171,7 @@ def update(
     model: Seq2Seq,
     optimizer: torch.optim.Optimizer,
     config: Config,
-    micro_batches: list[Batch],
+    micro_batches: Sequence[Sequence[Batch]],
     step: int,
     rate: float,
     device: torch.device,

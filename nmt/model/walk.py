@@ -1,0 +1,65 @@
+"""Batches of several shapes on one way through the network.
+
+LSTMs and attention work on a padded batch of sentences of similar lengths. Gates, experts and the softmax know no
+sentences, only tokens. So the way of a batch is written as a generator that stops at every MoE layer, hands over its
+tokens, and goes on with what comes back. Several such walks, each over sentences of another length, are run side by
+side: at an MoE layer their tokens meet and are one batch.
+
+Letters: N real (not padding) tokens, D width.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from nmt.model.experts import MoE
+from nmt.model.gating import GateOutput
+
+T = TypeVar("T")
+
+Gates = dict[str, GateOutput]
+"""The gates of one pass by the name of their layer: "encoder.2" is the MoE after encoder LSTM 2."""
+
+
+class Visit(NamedTuple):
+    """The tokens of one batch that stand before an MoE layer."""
+
+    layer: str
+    moe: MoE
+    x_ND: Tensor
+
+
+Walk = Generator[Visit, Tensor, T]
+"""Yields its visits, is sent y_ND of each, and returns a result."""
+
+
+def walk_together(walks: Sequence[Walk[T]], experts_per_token: int, last: str = "") -> tuple[list[T], Gates]:
+    """(results of the walks, gates): each MoE layer is called once, on the tokens of all walks.
+
+    All walks visit the same layers. With `last`, everything ends at the gate of that layer: its experts are not asked,
+    nothing beyond it is computed, and there are no results.
+    """
+    gates: Gates = {}
+    answers: Sequence[Tensor | None] = [None] * len(walks)
+    while True:
+        visits, results = [], []
+        for walk, y_ND in zip(walks, answers, strict=True):
+            try:
+                # To send None to a generator that has not begun is to begin it.
+                visits.append(walk.send(y_ND))  # type: ignore[arg-type]
+            except StopIteration as end:
+                results.append(end.value)
+        if not visits:
+            return results, gates
+        layer, moe, x_ND = visits[0]
+        assert not results
+        assert all(visit.layer == layer for visit in visits)
+        if len(visits) > 1:
+            x_ND = torch.cat([visit.x_ND for visit in visits])
+        if layer == last:
+            gates[layer] = moe.gate(x_ND, experts_per_token)
+            return [], gates
+        y_ND, gates[layer] = moe(x_ND, experts_per_token)
+        answers = y_ND.split([len(visit.x_ND) for visit in visits])
