@@ -1,5 +1,6 @@
 """Datasets of the hub and folders laid out like one: layouts, subsets, own dev files, nothing outside the folder."""
 
+import gzip
 from pathlib import Path
 
 import pyarrow
@@ -9,8 +10,9 @@ import pytest
 import nmt.data.tables
 from nmt.config import CorpusConfig, FilesConfig
 from nmt.data.corpus import read_pairs, source_files
-from nmt.data.pairs import SentencePair
+from nmt.data.pairs import ReadReport, SentencePair
 from nmt.errors import DataError
+from nmt.textfile import MOST_BYTES
 
 
 def refusal(corpus: CorpusConfig, split: str = "train") -> str:
@@ -147,3 +149,22 @@ def test_a_cell_without_end_is_refused(offline: Path, monkeypatch: pytest.Monkey
     table = pyarrow.table({"en": ["a" * 2_000_000], "de": ["b"]})
     pyarrow.parquet.write_table(table, offline / "set" / "train.parquet", compression="zstd")
     assert "this is no text" in refusal(CorpusConfig(source=str(offline / "set")))
+
+
+def test_a_line_without_end_is_refused(offline: Path) -> None:
+    for ending, text in (("jsonl", '{{"en": "{}", "de": "b"}}\n'), ("csv", "en,de\n{},b\n")):
+        folder = offline / ending
+        folder.mkdir()
+        (folder / f"train.{ending}.gz").write_bytes(gzip.compress(text.format("a" * (MOST_BYTES + 1)).encode()))
+        assert "has more than" in refusal(CorpusConfig(source=str(folder)))
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "jsonl.gz", "csv", "json"])
+def test_kinds_of_files_in_a_folder(offline: Path, ending: str) -> None:
+    folder = offline / "set"
+    folder.mkdir()
+    text = '{"en": "a", "de": "b"}\n{"en": null, "de": "d"}\n' if "json" in ending else "en,de\na,b\n,\n"
+    (folder / f"train.{ending}").write_bytes(gzip.compress(text.encode()) if ending.endswith("gz") else text.encode())
+    report = ReadReport()
+    assert list(read_pairs(CorpusConfig(source=str(folder)), "train", report)) == [SentencePair("a", "b")]
+    assert report.empty_rows == 1

@@ -158,6 +158,13 @@ def test_pieces_are_in_the_vocabulary(folder: Path) -> None:
     assert "target pieces of the prepared corpus hold numbers outside 0 .. " in refusal(folder)
 
 
+@pytest.mark.parametrize("text", [b"one line\n", b"", b"\xff\n" * 200])
+def test_text_of_dev(folder: Path, text: bytes) -> None:
+    (folder / "dev.target.txt").write_bytes(text)
+    reseal(folder)
+    refusal(folder)
+
+
 def test_what_was_verified_is_not_read_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = Prepared.open(folder)
     assert not prepared.is_verified

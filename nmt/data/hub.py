@@ -4,17 +4,19 @@ A folder may come from anybody: it names its data files by itself, and is read o
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nmt.config import CorpusConfig
 from nmt.data.pairs import Columns, ReadReport, SentencePair
-from nmt.data.tables import check_parquet
+from nmt.data.tables import COMPRESSIONS, read_table
 from nmt.errors import DataError
 from nmt.files import read_regular
+from nmt.textfile import open_text
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
+_OWN_ENDINGS = r"\.(parquet|jsonl(\.(gz|xz|zst|bz2))?)$"
 _ROWS = 1000
 _MOST_README_BYTES = 1 << 24
 
@@ -22,24 +24,34 @@ _MOST_README_BYTES = 1 << 24
 def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
     """The pairs of "train", "dev" or "test"; nothing if there is no such split, which for "train" is a DataError.
 
-    A local folder is streamed, which leaves no copy of it in the library's cache. A dataset of the hub is
-    downloaded into that cache once, unless `max_pairs` wants a part of it only.
+    The .parquet and .jsonl files of a local folder are read as files of pairs are; its other kinds are streamed by
+    the library, which leaves no copy in the library's cache. A dataset of the hub is downloaded into that cache once,
+    unless `max_pairs` wants a part of it only.
     """
-    streaming = Path(corpus.source).is_dir() or corpus.max_pairs > 0
-    hub_files(corpus)
+    columns = Columns(corpus, split)
+    where = f"corpus.source={corpus.source}"
+    files = _data_files(corpus)
+    if files is not None:
+        if HUB_SPLITS[split] not in files:
+            _check_split(corpus, split, files)
+            return
+        paths = files[HUB_SPLITS[split]]
+        if all(re.search(_OWN_ENDINGS, path.name) for path in paths):
+            for path in paths:
+                yield from read_table(path, where, columns, report)
+            return
+        for path in paths:
+            _check_lines(path, where)
     try:
         import datasets
 
-        splits = datasets.load_dataset(**_arguments(corpus), streaming=streaming)
-        if HUB_SPLITS[split] not in splits:
-            if split == "train":
-                raise DataError(f"it has no split train, only {', '.join(splits)}")
-            return
-        chunks = iter(splits[HUB_SPLITS[split]].iter(batch_size=_ROWS))
+        splits = datasets.load_dataset(**_arguments(corpus), streaming=files is not None or corpus.max_pairs > 0)
+        chunks = iter(splits[HUB_SPLITS[split]].iter(batch_size=_ROWS)) if HUB_SPLITS[split] in splits else None
     except Exception as error:  # the library raises a dozen unrelated classes for what is one user mistake
         raise _error(corpus, error) from error
-    where = f"corpus.source={corpus.source}"
-    columns = Columns(corpus, split)
+    if chunks is None:
+        _check_split(corpus, split, splits)
+        return
     while True:
         try:
             chunk = next(chunks, None)
@@ -56,8 +68,13 @@ def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[
 
 def hub_files(corpus: CorpusConfig) -> list[Path]:
     """The data files of a local folder, each of them inside it; none for a dataset that comes from the hub."""
+    return sorted({path for paths in (_data_files(corpus) or {}).values() for path in paths})
+
+
+def _data_files(corpus: CorpusConfig) -> dict[str, list[Path]] | None:
+    """The files of each split of a local folder, by the hub's name of the split; None if it is no folder."""
     if not Path(corpus.source).is_dir():
-        return []
+        return None
     folder = Path(corpus.source).resolve()
     _refuse_addresses(corpus, folder)
     try:
@@ -66,16 +83,28 @@ def hub_files(corpus: CorpusConfig) -> list[Path]:
         data_files = datasets.load_dataset_builder(**_arguments(corpus)).config.data_files or {}
     except Exception as error:  # see hub_pairs
         raise _error(corpus, error) from error
-    paths = sorted({Path(path) for paths in data_files.values() for path in paths})
-    for path in paths:
+    files = {str(split): list(map(Path, paths)) for split, paths in data_files.items()}
+    for path in (path for paths in files.values() for path in paths):
         if not path.resolve().is_relative_to(folder):
             raise DataError(
                 f"corpus.source={corpus.source} names {path}, which lies outside the folder: only files inside are "
                 "read; move it there, as a file and no link"
             )
-        if path.suffix == ".parquet" and path.is_file():
-            _check_parquet(path, f"corpus.source={corpus.source}: {path}")
-    return paths
+    return files
+
+
+def _check_split(corpus: CorpusConfig, split: str, there: Iterable[str]) -> None:
+    """DataError if the split that lacks is the one for training."""
+    if split == "train":
+        raise _error(corpus, ValueError(f"it has no split train, only {', '.join(there) or 'none'}"))
+
+
+def _check_lines(path: Path, where: str) -> None:
+    """DataError if a line of a text file is longer than the library should be given: it would hold it whole."""
+    if path.suffix in (".csv", ".tsv", ".txt", ".json", ".xml") or path.suffix in COMPRESSIONS:
+        with open_text(path, where) as lines:
+            for _ in lines:
+                pass
 
 
 def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
@@ -95,17 +124,6 @@ def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
             f"corpus.source={corpus.source}: its README.md names {address[0]}, but a folder is read from itself alone: "
             "download that file into the folder and name it there"
         )
-
-
-def _check_parquet(path: Path, where: str) -> None:
-    from pyarrow import ArrowException, parquet
-
-    try:
-        metadata = parquet.read_metadata(path)
-    except (ArrowException, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise DataError(f"{where} is damaged or no Parquet file ({reason}): get it again") from error
-    check_parquet(metadata, None, where)
 
 
 def _arguments(corpus: CorpusConfig) -> dict[str, Any]:

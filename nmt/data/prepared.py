@@ -12,7 +12,7 @@ from nmt.config import CorpusConfig
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
 from nmt.data.subwords import Subwords
 from nmt.errors import DataError, StorageError
-from nmt.files import differs, read_json, write_atomically
+from nmt.files import differs, read_json, read_regular, write_atomically
 
 VOCABULARY = "subwords.model"
 FORMAT = 1  # of the prepared folder
@@ -92,16 +92,21 @@ class Prepared:
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
         """(source lines, target lines, domains) of "dev" or "test"; what is not known is empty."""
-        sides = []
+        sides: list[list[str]] = []
         for side in (*SIDES, "domain"):
             name = f"{split}.{side}.txt"
-            if name in self.manifest["files"]:
-                self._check(name, self.manifest["files"][name])
-                text = (self.path / name).read_bytes().decode("utf-8")
-                sides.append(text.split("\n")[:-1])
-            else:
-                sides.append([])
+            sides.append(self._lines(name) if name in self.manifest["files"] else [])
+        counts = {len(lines) for lines in sides if lines}
+        if len(counts) > 1 or bool(sides[0]) != bool(sides[1]):
+            raise DataError(f"{self.path}: the files of {split} have different numbers of lines: run nmt prepare again")
         return sides[0], sides[1], sides[2]
+
+    def _lines(self, name: str) -> list[str]:
+        self._check(name, self.manifest["files"][name])
+        try:
+            return read_regular(self.path / name).decode("utf-8").split("\n")[:-1]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{self.path / name} is damaged ({error}): run nmt prepare again") from error
 
     @property
     def is_verified(self) -> bool:

@@ -12,7 +12,7 @@ from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES, TextReader, open_regular, open_text
 
 ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
-_COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _ROWS = 1000
 # No text of a language shrinks like this; what does may fill the memory by one cell.
 _MOST_SHRUNK = 200
@@ -24,7 +24,7 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
 
     DataError that names the file and the line or row for what cannot be read.
     """
-    plain = path.with_suffix("") if path.suffix in _COMPRESSIONS else path
+    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
     where = f"{key}: {path}"
     if path.suffix == ".parquet":
         yield from _parquet(path, key, columns, report)
@@ -145,7 +145,7 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
         with open_regular(path, key) as stream:
             file = parquet.ParquetFile(stream)
             names, leaves = _leaves(file.schema_arrow, columns, where)
-            check_parquet(file.metadata, leaves, where)
+            _check_cells(file.metadata, leaves, where)
             # As dictionaries, a long text that many rows share is held once.
             file = parquet.ParquetFile(stream, metadata=file.metadata, read_dictionary=leaves)
             for batch in file.iter_batches(batch_size=_ROWS, columns=leaves):
@@ -162,14 +162,14 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
         raise DataError(f"{where} is damaged or no Parquet file ({reason}): get it again") from error
 
 
-def check_parquet(metadata: Any, leaves: list[str] | None, where: str) -> None:
-    """DataError if a column of `leaves` (None: any) would be far larger in memory than in the file, as no text is."""
+def _check_cells(metadata: Any, leaves: list[str], where: str) -> None:
+    """DataError if a column of `leaves` would be far larger in memory than in the file, as no text is."""
     for group in range(metadata.num_row_groups):
         for place in range(metadata.num_columns):
             column = metadata.row_group(group).column(place)
             size = column.total_uncompressed_size
             if (
-                (leaves is None or column.path_in_schema in leaves)
+                column.path_in_schema in leaves
                 and size > _HARMLESS_BYTES
                 and size > _MOST_SHRUNK * column.total_compressed_size
             ):
