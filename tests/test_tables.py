@@ -198,6 +198,11 @@ def test_texts_of_parquet(tmp_path: Path, kind: pyarrow.DataType | None, nested:
     assert read(tmp_path, "p.parquet") == list(zip(texts, texts[::-1], strict=True))
 
 
+def test_a_domain_that_is_no_text_is_none(tmp_path: Path) -> None:
+    pyarrow.parquet.write_table(pyarrow.table({"en": ["a"], "de": ["b"], "domain": [3]}), tmp_path / "p.parquet")
+    assert list(read_pairs(corpus_of(tmp_path, "p.parquet"), "train")) == [SentencePair("a", "b")]
+
+
 def test_cells_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nmt.data.tables, "_HARMLESS_BYTES", 1 << 20)
     monkeypatch.setattr(nmt.data.tables, "MOST_BYTES", 1 << 16)
@@ -207,6 +212,17 @@ def test_cells_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     long = pyarrow.table({"en": ["x", "a" * ((1 << 16) + 1)], "de": ["b", "c"]})
     pyarrow.parquet.write_table(long, tmp_path / "q.parquet")
     assert "rows 1 to 2: a text has more than" in refusal(tmp_path, "q.parquet")
+
+
+def test_a_long_text_that_many_rows_share(tmp_path: Path) -> None:
+    """In the file it stands once: 1,000 rows would be 4 GB at a time, and all of them 8 GB."""
+    texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, "int32"), ["a" * 4_000_000])
+    table = pyarrow.table({"en": texts, "de": ["b"] * 2000})
+    pyarrow.parquet.write_table(table, tmp_path / "p.parquet", store_schema=False)
+    before = pyarrow.default_memory_pool().max_memory()
+    pairs = read_pairs(corpus_of(tmp_path, "p.parquet"), "train")
+    assert len(next(pairs).source) == 4_000_000
+    assert pyarrow.default_memory_pool().max_memory() < before + 500_000_000
 
 
 def test_labels_are_one_a_file(tmp_path: Path) -> None:

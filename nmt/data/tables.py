@@ -5,7 +5,7 @@ import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nmt.data.pairs import Columns, ReadReport, SentencePair
 from nmt.errors import DataError
@@ -17,6 +17,7 @@ _ROWS = 1000
 # No text of a language shrinks like this; what does may fill the memory by one cell.
 _MOST_SHRUNK = 200
 _HARMLESS_BYTES = 1 << 26
+_SHARED_BYTES = 1 << 26  # of texts held at a time
 
 
 def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> Iterator[SentencePair]:
@@ -146,9 +147,7 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
             file = parquet.ParquetFile(stream)
             names, leaves = _leaves(file.schema_arrow, columns, where)
             _check_cells(file.metadata, leaves, where)
-            # As dictionaries, a long text that many rows share is held once.
-            file = parquet.ParquetFile(stream, metadata=file.metadata, read_dictionary=leaves)
-            for batch in file.iter_batches(batch_size=_ROWS, columns=leaves):
+            for batch in _batches(file, stream, leaves):
                 rows = f"{where} rows {number + 1} to {number + batch.num_rows}"
                 texts = {name: _texts(array, rows) for name, array in _flat(batch)}
                 for cells in zip(*texts.values(), strict=True):
@@ -160,6 +159,30 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
     except (ArrowException, OSError) as error:
         reason = str(error).split("\n", 1)[0]
         raise DataError(f"{where} is damaged or no Parquet file ({reason}): get it again") from error
+
+
+def _batches(file: Any, stream: BinaryIO, leaves: list[str]) -> Iterator[Any]:
+    """The rows of a file, few enough at a time for their texts to fit in memory."""
+    from pyarrow import parquet
+
+    # As dictionaries, a long text that many rows share is held once.
+    shared = parquet.ParquetFile(stream, metadata=file.metadata, read_dictionary=leaves)
+    for number in range(file.metadata.num_row_groups):
+        group = file.metadata.row_group(number)
+        columns = [group.column(place) for place in range(group.num_columns)]
+        size = max(each.total_uncompressed_size for each in columns if each.path_in_schema in leaves)
+        longest = max(1, size // max(1, group.num_rows))  # on the average, at least
+        if size * min(_ROWS, group.num_rows) > _SHARED_BYTES:
+            for first in itertools.islice(shared.iter_batches(1, [number], leaves), 1):
+                longest = max(longest, *(_longest(array) for _, array in _flat(first)))
+        yield from file.iter_batches(min(_ROWS, max(1, _SHARED_BYTES // longest)), [number], leaves)
+
+
+def _longest(array: Any) -> int:
+    """Bytes of the longest text of a column, or of the dictionary that its texts are numbers of."""
+    from pyarrow import compute
+
+    return compute.max(compute.binary_length(getattr(array, "dictionary", array))).as_py() or 0
 
 
 def _check_cells(metadata: Any, leaves: list[str], where: str) -> None:
@@ -186,18 +209,22 @@ def _leaves(schema: Any, columns: Columns, where: str) -> tuple[tuple[str, str],
     nested = "translation" in schema.names and types.is_struct(schema.field("translation").type)
     fields = {field.name: field for field in (schema.field("translation").type if nested else schema)}
     names = columns.named(list(fields), where)
-    for name in names:
-        kind = fields[name].type if name in fields else None
-        if kind is not None and types.is_dictionary(kind):
-            kind = kind.value_type
-        if kind is not None and not any(
-            is_text(kind)
-            for is_text in (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
-        ):
-            raise DataError(f"{where}: column {name} is {kind}, not text: {columns.remedy}")
     columns.check(names, list(fields), where)
+    for name in names:
+        if not _is_text(fields[name].type):
+            raise DataError(f"{where}: column {name} is {fields[name].type}, not text: {columns.remedy}")
     leaves = [f"translation.{name}" if nested else name for name in names]
-    return names, [*leaves, *(["domain"] if "domain" in schema.names and "domain" not in names else [])]
+    has_domains = "domain" in schema.names and "domain" not in names and _is_text(schema.field("domain").type)
+    return names, [*leaves, *(["domain"] if has_domains else [])]
+
+
+def _is_text(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    kinds = (types.is_string, types.is_large_string, types.is_binary, types.is_large_binary)
+    return any(is_it(kind) for is_it in kinds)
 
 
 def _flat(batch: Any) -> Iterator[tuple[str, Any]]:
@@ -213,13 +240,6 @@ def _flat(batch: Any) -> Iterator[tuple[str, Any]]:
 
 def _texts(array: Any, where: str) -> list[Any]:
     """The cells of a column. DataError if one is longer than a line may be."""
-    from pyarrow import compute
-
-    if not hasattr(array, "dictionary"):
-        return array.to_pylist()
-    longest = compute.max(compute.binary_length(array.dictionary)).as_py() or 0
-    if longest > MOST_BYTES:
+    if _longest(array) > MOST_BYTES:
         raise DataError(f"{where}: a text has more than {MOST_BYTES:,} bytes: a text is one sentence; remove it")
-    used = compute.unique(array.indices.drop_null())
-    text = dict(zip(used.to_pylist(), array.dictionary.take(used).to_pylist(), strict=True))
-    return [text.get(index) for index in array.indices.to_pylist()]
+    return array.to_pylist()
