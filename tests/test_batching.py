@@ -200,7 +200,7 @@ def test_the_next_epoch_is_planned_before_this_one_ends(
     ahead = QUEUE_STEPS + 2  # made while another is used
     assert length > 4 * ahead
     with BatchStream(shards, config) as stream:
-        stream.load_state_dict({"epoch": 0, "step": int(0.75 * length) - ahead})
+        stream.load_state_dict({"order": 2, "epoch": 0, "step": int(0.75 * length) - ahead})
         next(stream)
         assert not planned[1].is_set()
         for _ in range(ahead):
@@ -256,12 +256,20 @@ def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
             assert pair_lists(stream, num_steps) == uninterrupted[:num_steps]
             state = json.loads(json.dumps(stream.state_dict()))
         # What was made ahead does not count.
-        assert state == {"epoch": num_steps // epoch, "step": num_steps % epoch}
+        assert state == {"order": 2, "epoch": num_steps // epoch, "step": num_steps % epoch}
         with BatchStream(shards, config) as stream:
             next(stream)
             stream.load_state_dict(state)
             assert stream.state_dict() == state
             assert pair_lists(stream, epoch + 2) == uninterrupted[num_steps : num_steps + epoch + 2]
+
+
+def test_a_position_of_another_version_goes_on_with_the_next_epoch(shards: ParallelShards) -> None:
+    with BatchStream(shards, config_of()) as stream:
+        assert not stream.load_state_dict({"epoch": 4, "step": 3})
+        assert stream.state_dict() == {"order": 2, "epoch": 5, "step": 0}
+        assert stream.load_state_dict({"order": 2, "epoch": 4, "step": 3})
+        assert stream.state_dict() == {"order": 2, "epoch": 4, "step": 3}
 
 
 def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
@@ -279,14 +287,14 @@ def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
 
 def test_errors_of_the_thread_surface(shards: ParallelShards, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = BatchStream(shards, config_of())
-    stream.load_state_dict({"epoch": 0, "step": 10**6})
+    stream.load_state_dict({"order": 2, "epoch": 0, "step": 10**6})
     with pytest.raises(ValueError, match=r"past its end"):
         next(stream)
     with pytest.raises(ValueError, match=r"training.micro_batches=200"):
         next(BatchStream(shards, config_of(micro_batches=200)))
     stream = BatchStream(shards, config_of())
     first = pair_lists(stream, 1)
-    stream.load_state_dict({"epoch": 0, "step": 0})
+    stream.load_state_dict({"order": 2, "epoch": 0, "step": 0})
     with monkeypatch.context() as patch:
         patch.setattr(nmt.data.batching, "_batch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -307,7 +315,7 @@ def test_the_thread_ends(shards: ParallelShards) -> None:
     stream.close()
     assert not stream_threads()
     next(stream)  # a closed stream goes on where it was
-    assert stream.state_dict() == {"epoch": 0, "step": 2}
+    assert stream.state_dict() == {"order": 2, "epoch": 0, "step": 2}
     del stream
     gc.collect()
     assert not stream_threads()

@@ -21,6 +21,8 @@ from nmt.config import TrainingConfig
 from nmt.data.shards import ParallelShards
 
 QUEUE_STEPS = 4  # steps made ahead
+_ORDER = 2
+"""Which version of `plan_epoch` a position counts in. Checkpoints without this number are older: of the first."""
 _POLL_SECONDS = 0.2
 _EVAL_LENGTH = 256
 # Share of an epoch after which the next one is planned.
@@ -178,12 +180,16 @@ class BatchStream:
 
     def state_dict(self) -> dict[str, int]:
         """The position of the next step, whatever was made ahead."""
-        return {"epoch": self._epoch, "step": self._step}
+        return {"order": _ORDER, "epoch": self._epoch, "step": self._step}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue from a position."""
+    def load_state_dict(self, state: dict[str, int]) -> bool:
+        """Continue from a position. False if it counts in another version's order: then with the next epoch."""
         self.close()
+        if state.get("order", 1) != _ORDER:
+            self._epoch, self._step = state["epoch"] + 1, 0
+            return False
         self._epoch, self._step = state["epoch"], state["step"]
+        return True
 
     def __iter__(self) -> Iterator[list[list[Batch]]]:
         return self

@@ -219,6 +219,12 @@ class Trainer:
                 out.say(f"nothing is left to do after {resumed_from.path}: {ended}")
             else:
                 out.say(f"going on from {resumed_from.path} to step {training.max_steps:,}")
+            if not self.same_order:
+                epoch = self.stream.state_dict()["epoch"]
+                out.say(
+                    f"{resumed_from.path} is of a version that put sentences in another order: this goes on with epoch "
+                    f"{epoch + 1}, and what was left of epoch {epoch} is not seen"
+                )
             self._tell_moved_rate(out)
         cost = self.cost
         out.say(
@@ -363,7 +369,7 @@ class Trainer:
             return None
         load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
         self.progress = Progress.of(checkpoint)
-        self.stream.load_state_dict(checkpoint.state()["data"])
+        self.same_order = self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
         shapes = {name: state_shapes(name, each.shape, kind) for name, each in self.model.named_parameters()}
         moments = {f"{moment}.{name}": torch.empty(size) for name in shapes for moment, size in shapes[name].items()}
