@@ -68,7 +68,7 @@ def corpus_of(folder: Path, **changes: Any) -> CorpusConfig:
         "root": str(folder),
         "dev": FilesConfig(from_train=30),
         "test": FilesConfig(from_train=20),
-        "subwords": SubwordConfig(kind="bpe", vocab_size=64),
+        "subwords": SubwordConfig(kind="bpe", vocab_size=32),
     }
     return CorpusConfig(**(options | changes))
 

@@ -224,6 +224,15 @@ def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
         Prepared.open(prepared.path)
 
 
+def test_a_folder_of_another_version_is_prepared_again(corpus: CorpusConfig) -> None:
+    path = prepare(corpus, Log()).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
+    log = Log()
+    prepare(corpus, log)
+    assert log[0] == f"toy: {path} is of another version of this program: run nmt prepare again; preparing again"
+
+
 def test_what_others_left_is_removed(corpus: CorpusConfig) -> None:
     """The folder of a preparation with other settings that was killed, but not of one that goes on."""
     directory = Path(corpus.directory)

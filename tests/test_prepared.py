@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         directory=str(root / "prepared"),
         train=files,
         dev=files,
-        subwords=SubwordConfig(kind="bpe", vocab_size=64),
+        subwords=SubwordConfig(kind="bpe", vocab_size=32),
     )
     return prepare(corpus, lambda _: None).path
 
@@ -99,7 +99,7 @@ def test_the_copy_is_right(folder: Path) -> None:
         lambda manifest: manifest.pop("format"),
         lambda manifest: manifest.update(sources=[3]),
         lambda manifest: manifest.update(format=0),
-        lambda manifest: manifest.update(vocabulary_size=63),
+        lambda manifest: manifest.update(vocabulary_size=31),
         lambda manifest: manifest["files"].update({"../../secret": {"bytes": 1, "sha256": ""}}),
         lambda manifest: manifest["files"].update({"/etc/passwd": {"bytes": 1, "sha256": ""}}),
         lambda manifest: manifest["files"].pop("subwords.model"),
@@ -110,7 +110,7 @@ def test_claims_of_the_manifest(folder: Path, change: Callable[[dict[str, Any]],
     refusal(folder)
 
 
-@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"format": 1}'])
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", "[" * 100_000, '{"format": 2}'])
 def test_no_manifest(folder: Path, text: str) -> None:
     (folder / "manifest.json").write_text(text)
     assert "manifest.json is damaged" in refusal(folder)

@@ -15,7 +15,7 @@ from nmt.errors import DataError, StorageError
 from nmt.files import differs, read_json, read_regular, write_atomically
 
 VOCABULARY = "subwords.model"
-FORMAT = 1  # of the prepared folder
+FORMAT = 2  # of the prepared folder
 # A file changed so shortly before it was read may change again without a sign: clocks of file systems are coarse.
 _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
