@@ -23,7 +23,7 @@ from test_training import one_thread, settings, trained_run, write_corpus  # noq
 import nmt.commands.export
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.compose import compose_config
-from nmt.config import FilesConfig, MoEConfig, RunConfig
+from nmt.config import NUM_ADDED_PIECES, FilesConfig, MoEConfig, RunConfig
 from nmt.decoding.translator import Translator
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.markdown import code
@@ -173,7 +173,7 @@ def test_the_folder_holds_the_parameters_once_and_hashes_of_all(run: Path, expor
     with safe_open(exported / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = RunDirectory(run).config()
-    assert sum(tensor.numel() for tensor in tensors.values()) == model_cost(config.model, 96).num_parameters
+    assert sum(tensor.numel() for tensor in tensors.values()) == model_cost(config.model, NUM_ADDED_PIECES + 96).num_parameters
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     # Whoever may read one file may read all.
     assert len({(exported / name).stat().st_mode for name in FILES}) == 1
@@ -441,7 +441,7 @@ def test_the_card_says_what_the_model_is_and_was_trained_on(run: Path, exported:
     found = card(exported)
     info = json.loads((run / "corpus.json").read_text())
     size = (exported / "model.safetensors").stat().st_size
-    cost = model_cost(RunDirectory(run).config().model, 96)
+    cost = model_cost(RunDirectory(run).config().model, NUM_ADDED_PIECES + 96)
     for part in (
         "# run: translates en to de",
         "| corpus | `toy` |",
@@ -449,7 +449,7 @@ def test_the_card_says_what_the_model_is_and_was_trained_on(run: Path, exported:
         f"| pairs | {info['pairs_read']} read, {info['pairs_kept']} kept,",
         f"| fingerprint | `{info['fingerprint']}` |",
         f"| its sha256 | `{hashlib.sha256((run / 'subwords.model').read_bytes()).hexdigest()}` |",
-        "| vocabulary | 96 subword pieces for both languages (SentencePiece BPE, nmt_nfkc) |",
+        "| vocabulary | 424 subword pieces for both languages (SentencePiece BPE, nfc) |",
         "| experts | 4 after encoder LSTM 1; 4 after decoder LSTM 1; each with 16 hidden units |",
         "| gating | noisy top-k, k = 2 (section 2.1 of the paper) |",
         f"| **all** | **{cost.num_parameters:,}** | **{cost.ops_per_timestep:,}** |",
