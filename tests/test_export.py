@@ -173,7 +173,10 @@ def test_the_folder_holds_the_parameters_once_and_hashes_of_all(run: Path, expor
     with safe_open(exported / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     config = RunDirectory(run).config()
-    assert sum(tensor.numel() for tensor in tensors.values()) == model_cost(config.model, NUM_ADDED_PIECES + 96).num_parameters
+    assert (
+        sum(tensor.numel() for tensor in tensors.values())
+        == model_cost(config.model, NUM_ADDED_PIECES + 96).num_parameters
+    )
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     # Whoever may read one file may read all.
     assert len({(exported / name).stat().st_mode for name in FILES}) == 1

@@ -84,10 +84,11 @@ def test_what_may_never_be_output(subwords: Subwords) -> None:
 
 def test_digits_stand_alone(tmp_path: Path) -> None:
     path = tmp_path / "m"
-    config = SubwordConfig(kind="bpe", vocab_size=24)
-    train_subwords(["year 2024 is 2024 and 12345 is 12345"] * 50, config, path)
-    pieces = Subwords.load(path).pieces(Subwords.load(path).encode("is 2024 12345"))
-    assert [piece for piece in pieces if any(map(str.isdigit, piece))] == [*"2024", *"12345"]
+    config = SubwordConfig(kind="bpe", vocab_size=40)
+    train_subwords(["year 2024 is 2024 and 12345 is 12345 ４５６ ٤٥٦ १२३\uf8ff"] * 50, config, path)
+    pieces = Subwords.load(path).pieces(Subwords.load(path).encode("is 2024 12345 ４５６ ٤٥٦ १२३"))
+    assert [piece for piece in pieces if any(map(str.isdigit, piece))] == [*"202412345４５６٤٥٦१२३"]
+    assert Subwords.load(path).unlearned("2024 ４５６ ٤٥٦ १२३") == ""
 
 
 @pytest.mark.parametrize("text", SPECIAL)
@@ -221,9 +222,14 @@ def test_unsuitable_sizes_name_the_key_and_the_bound(tmp_path: Path) -> None:
 
 def test_broken_models_are_named(tmp_path: Path) -> None:
     good = trained(tmp_path)
+    no_utf8 = good.read_bytes().replace("ü".encode(), b"\xff\xff")
+    no_byte = good.read_bytes().replace(b"<0x41>", b"<ox41>")
     with pytest.raises(ValueError, match=r"nothing\.model cannot be read"):
         Subwords.load(tmp_path / "nothing.model")
-    for number, data in enumerate((b"", b"junk" * 100, good.read_bytes()[:100])):
+    (tmp_path / "endless.model").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=r"endless\.model cannot be read"):
+        Subwords.load(tmp_path / "endless.model")
+    for number, data in enumerate((b"", b"junk" * 100, good.read_bytes()[:100], no_utf8, no_byte)):
         path = tmp_path / f"broken{number}"
         path.write_bytes(data)
         with pytest.raises(ValueError, match=path.name) as caught:

@@ -23,6 +23,7 @@ from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK
 from nmt.config import NUM_ADDED_PIECES, SubwordConfig
 from nmt.data.normalisation import CONTROLS, name_nfc, write_nfc_rules
 from nmt.errors import DataError
+from nmt.files import read_regular
 
 RESERVED = {"language": 32, "slot": 16, "term": 4, "tag": 8, "spare": 8}
 """How many symbols are kept free for each later use: target languages, placeholders, marks around terms, domains and
@@ -31,15 +32,20 @@ NUM_BYTES = 256
 assert NUM_SPECIAL + sum(RESERVED.values()) + NUM_BYTES == NUM_ADDED_PIECES
 
 UNKNOWN_SURFACE = "⁇"
+_MOST_BYTES = 1 << 28  # of a vocabulary file
 _QUIET = 2  # SentencePiece's log level: errors alone
 # Unigram's sums depend on how the work is divided: a fixed number of threads gives the same everywhere.
 _TRAINING_THREADS = 8
 _ENCODING_THREADS = min(os.cpu_count() or 1, 16)
-# SentencePiece leaves out sentences of more bytes, silently.
-_MAX_SENTENCE_BYTES = 4192
-_STRETCH = _MAX_SENTENCE_BYTES // 4  # characters; UTF-8 has at most 4 bytes each
+_STRETCH = 1000  # characters of a sentence learned from at a time
+# SentencePiece leaves out longer sentences, silently. A character has at most 4 bytes of UTF-8, a digit 6 more.
+_MAX_SENTENCE_BYTES = 10 * _STRETCH
 # SentencePiece leaves out sentences with this character too: its own sign for what is unknown.
 _UNKNOWN_SIGN = "▅"
+# No piece goes across this character (of private use), which is not learned itself. SentencePiece splits the digits
+# of ASCII on its own.
+_BOUNDARY = "\uf8ff"
+_OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 # SentencePiece writes a blank as "▁".
 _BLANK_PIECE = "▁"
 # A tab breaks no line.
@@ -76,6 +82,7 @@ def train_subwords(sentences: Iterable[str], config: SubwordConfig, model_path: 
                 control_symbols=[f"<{kind}:{n}>" for kind, count in RESERVED.items() for n in range(count)],
                 byte_fallback=True,
                 split_digits=True,
+                pretokenization_delimiter=_BOUNDARY,
                 max_sentence_length=_MAX_SENTENCE_BYTES,
                 input_sentence_size=0,
                 shuffle_input_sentence=False,
@@ -92,14 +99,14 @@ def train_subwords(sentences: Iterable[str], config: SubwordConfig, model_path: 
 def _learnable(sentences: Iterable[str]) -> Iterator[str]:
     """`sentences` in stretches that SentencePiece does not leave out, cut at blanks where there are any."""
     for sentence in sentences:
-        rest = _writable(sentence).replace(_UNKNOWN_SIGN, " ")
+        rest = _writable(sentence).replace(_UNKNOWN_SIGN, " ").replace(_BOUNDARY, " ")
         while len(rest) > _STRETCH:
             cut = rest.rfind(" ", 1, _STRETCH)
             if cut < 0:
                 cut = _STRETCH
-            yield rest[:cut]
+            yield _OTHER_DIGIT.sub(rf"{_BOUNDARY}\g<0>{_BOUNDARY}", rest[:cut])
             rest = rest[cut:]
-        yield rest
+        yield _OTHER_DIGIT.sub(rf"{_BOUNDARY}\g<0>{_BOUNDARY}", rest)
 
 
 def _training_error(config: SubwordConfig, message: str) -> DataError:
@@ -129,13 +136,15 @@ class Subwords:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             # Empty bytes load without complaint.
             special = [self._processor.piece_to_id(piece) for piece in ("<pad>", "<unk>", "<s>", "</s>")]
-        except (RuntimeError, OSError) as error:
+            pieces = self.pieces(range(self.size))
+            forbidden_ids = [number for number, piece in enumerate(pieces) if self._is_forbidden(number, piece)]
+        # ValueError: a piece that is no UTF-8, or no byte though it is called one.
+        except (RuntimeError, OSError, ValueError) as error:
             raise DataError(f"{name} is damaged or no SentencePiece model: prepare the corpus again") from error
         if special != [PAD, UNK, BOS, EOS] or self.size <= EOS:
             raise DataError(f"{name} is no vocabulary of this program: prepare the corpus again")
         self.fingerprint = hashlib.sha256(model).hexdigest()
-        pieces = self.pieces(range(self.size))
-        self.forbidden_ids = [number for number, piece in enumerate(pieces) if self._is_forbidden(number, piece)]
+        self.forbidden_ids = forbidden_ids
         """Ids that may never be output: PAD, UNK, BOS, the reserved symbols, and bytes of control characters."""
         learned = "".join(re.escape(piece) for piece in pieces if len(piece) == 1 and piece != _BLANK_PIECE)
         self._unlearned = re.compile(f"[^ {learned}]")
@@ -144,9 +153,10 @@ class Subwords:
     def load(cls, path: Path) -> "Subwords":
         """The vocabulary in a file that `train_subwords` wrote."""
         try:
-            model = path.read_bytes()
+            model = read_regular(path, _MOST_BYTES)
         except OSError as error:
-            raise DataError(f"vocabulary {path} cannot be read ({error.strerror}): prepare the corpus") from error
+            problem = error.strerror or error
+            raise DataError(f"vocabulary {path} cannot be read ({problem}): prepare the corpus") from error
         return cls(model, f"vocabulary {path}")
 
     @property
