@@ -1,5 +1,6 @@
 """Preparing a corpus: contents, idempotence, interruption, damage, two at once."""
 
+import errno
 import gzip
 import json
 import multiprocessing
@@ -100,6 +101,10 @@ def test_contents(corpus: CorpusConfig) -> None:
     prepared.verify()
 
 
+def unwritable(*_: Any) -> None:
+    raise OSError(errno.EROFS, "Read-only file system")
+
+
 def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus, Log())
     before = contents(first.path)
@@ -116,8 +121,7 @@ def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.Monk
     prepare(corpus, log)
     # Where nothing can be written, what is finished can be used.
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.data.prepare, "_lock", None)
-        patch.setattr(nmt.data.prepare.os, "access", lambda *_: False)
+        patch.setattr(nmt.data.prepare, "locked", unwritable)
         prepare(corpus, log)
     # What was read whole once, and has not been touched since, is neither locked nor read again.
     monkeypatch.setattr(nmt.data.prepared, "_UNSURE_SECONDS", -1.0)

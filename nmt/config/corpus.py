@@ -137,7 +137,14 @@ class CorpusConfig:
         if self.source_language == self.target_language:
             raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
         for split in ("train", "dev", "test"):
-            _check_files(f"corpus.{split}", getattr(self, split))
+            files: FilesConfig = getattr(self, split)
+            _check_files(f"corpus.{split}", files)
+            has_columns = files.pairs or (self.source not in ("files", "phrasebook") and not files.source)
+            if files.columns and not has_columns:
+                raise ValueError(
+                    f"corpus.{split}.columns=[{', '.join(files.columns)}] is for corpus.{split}.pairs, which names no "
+                    "file: name it there, or empty the columns"
+                )
         if self.train.from_train:
             raise ValueError("corpus.train.from_train must be 0: it is dev and test that are held out of train")
 
@@ -157,7 +164,7 @@ def _check_files(key: str, files: FilesConfig) -> None:
                 f"{key}.columns=[{', '.join(files.columns)}] must be the column of the source and that of the target, "
                 "as two names or as two numbers"
             )
-        if "0" in files.columns:
+        if all(numbers) and "0" in (column.lstrip("0") or "0" for column in files.columns):
             raise ValueError(f"{key}.columns=[{', '.join(files.columns)}]: columns are counted from 1")
     num_files = len(files.source) + len(files.pairs)
     if files.domains and len(files.domains) != num_files:

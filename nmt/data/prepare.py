@@ -5,7 +5,6 @@ as a whole. A folder under the final name is therefore complete, whenever the pr
 """
 
 import json
-import os
 import shutil
 import time
 from collections import Counter
@@ -25,7 +24,7 @@ from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
 from nmt.data.subwords import Subwords, list_characters, train_subwords
 from nmt.errors import DataError, StorageError
-from nmt.files import sync
+from nmt.files import make_empty_folder, remove, sync
 from nmt.lock import Held, locked
 
 HELD_OUT = ("dev", "test")
@@ -40,31 +39,39 @@ Log = Callable[[str], None]
 def prepare(corpus: CorpusConfig, log: Log) -> Prepared:
     """Prepare the corpus, unless that is done already and its source files are as they were."""
     path = prepared_path(corpus)
-    # Without the lock where nothing need be read whole, and where what is finished lies out of reach for writing.
-    ready = path.exists() and (_is_verified(path) or not os.access(path.parent, os.W_OK))
-    if ready and not _why_stale(path, corpus):
+    # Without the lock where nothing need be read whole: many processes start at the same moment.
+    if path.exists() and _is_verified(path) and not _why_stale(path, corpus):
         return _finished(path, corpus, log)
-    with _lock(path, log):
+    try:
+        with _lock(path, log):
+            return _prepare_alone(path, corpus, log)
+    except StorageError:
+        # What is finished may lie where this process cannot write.
+        if path.exists() and not _why_stale(path, corpus):
+            return _finished(path, corpus, log)
+        raise
+
+
+def _prepare_alone(path: Path, corpus: CorpusConfig, log: Log) -> Prepared:
+    if path.exists():
+        stale = _why_stale(path, corpus)
+        if not stale:
+            return _finished(path, corpus, log)
+        log(f"{corpus.name}: {stale}; preparing again")
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    try:
+        # We hold the lock: whatever lies there was left by a process that died.
+        make_empty_folder(temporary)
+        remove(old)
+        _remove_leftovers(path.parent, temporary)
+        _Preparation(corpus, temporary, log).run()
         if path.exists():
-            stale = _why_stale(path, corpus)
-            if not stale:
-                return _finished(path, corpus, log)
-            log(f"{corpus.name}: {stale}; preparing again")
-        temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-        try:
-            # We hold the lock: whatever lies there was left by a process that died.
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
-            _remove_leftovers(path.parent)
-            temporary.mkdir()
-            _Preparation(corpus, temporary, log).run()
-            if path.exists():
-                path.rename(old)
-            temporary.rename(path)
-            sync(path.parent)
-        finally:
-            for leftover in (temporary, old):
-                shutil.rmtree(leftover, ignore_errors=True)
+            path.rename(old)
+        temporary.rename(path)
+        sync(path.parent)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
     return Prepared.open(path)
 
 
@@ -358,12 +365,12 @@ def _is_verified(path: Path) -> bool:
         return False
 
 
-def _remove_leftovers(directory: Path) -> None:
+def _remove_leftovers(directory: Path, own: Path) -> None:
     """Remove what preparations with other settings left that were killed: nobody has their lock."""
     for path in directory.glob(".*-????????.tmp"):
-        name = path.name.removesuffix(".tmp")
-        with suppress(Held, OSError), locked(path.with_name(f"{name}.lock")):
-            shutil.rmtree(path, ignore_errors=True)
+        if path != own:
+            with suppress(Held, OSError), locked(path.with_name(f"{path.name.removesuffix('.tmp')}.lock")):
+                remove(path)
 
 
 @contextmanager
