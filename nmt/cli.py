@@ -23,7 +23,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
-from nmt.commands import is_setting, say
+from nmt.commands import is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
 from nmt.process import launched, launched_rank
 
@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _complain(message: str, status: int) -> int:
-    print("nmt: " + " ".join(message.split()), file=sys.stderr)
+    say("nmt: " + " ".join(message.split()))
     return status
 
 
@@ -199,7 +199,7 @@ def _prepare(arguments: list[str]) -> None:
         return
     from nmt.data.prepare import prepare
 
-    _compose("prepare", arguments, lambda job: print(prepare(job.config.corpus, say).path))
+    _compose("prepare", arguments, lambda job: show(prepare(job.config.corpus, say).path))
 
 
 def _train(arguments: list[str]) -> None:

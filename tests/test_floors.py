@@ -17,6 +17,7 @@ FLOORS = {
     "textfile": 0,
     "process": 0,
     "lock": 0,
+    "terminal": 0,
     "data": 1,
     "model": 1,
     "device": 2,

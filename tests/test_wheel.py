@@ -71,3 +71,11 @@ def test_command_line(installed: Path, tmp_path: Path) -> None:
     lines = translated.split("\n")
     assert len(lines) == 4
     assert lines[1] == lines[3] == ""
+
+
+def test_the_licence_is_said_and_goes_along(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (licence,) = [name for name in archive.namelist() if name.endswith("LICENSE")]
+    assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
+    (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+    assert "License-Expression: Apache-2.0\n" in archive.read(metadata).decode()

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from nmt.config import Config
 from nmt.config.reading import known_settings
 from nmt.errors import UserError
+from nmt.terminal import printable
 
 
 class _Once(argparse.Action):
@@ -80,6 +81,11 @@ def is_setting(word: str) -> bool:
     return key in known_settings(Config) or not Path(word).exists()
 
 
+def show(result: object = "") -> None:
+    """A result, for standard output."""
+    print(printable(str(result)), flush=True)
+
+
 def say(line: str) -> None:
     """A line for the person, beside the results."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)

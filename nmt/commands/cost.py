@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from nmt.commands import Parser
+from nmt.commands import Parser, show
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.evaluation.budget import Budget, Lengths, training_budget
@@ -122,9 +122,9 @@ def _report(options: argparse.Namespace, config: Config, basis: Basis) -> None:
         raise UserError(f"--tflops {options.tflops} must be greater than 0: 10^12 operations a second of one GPU")
     budget = training_budget(config, basis.vocab_size, basis.lengths, options.gpus, basis.on_gpu)
     if options.json:
-        print(json.dumps(_as_dict(budget, basis), indent=2))
+        show(json.dumps(_as_dict(budget, basis), indent=2))
     else:
-        print("\n".join(_as_text(budget, basis, config)))
+        show("\n".join(_as_text(budget, basis, config)))
 
 
 # --------------------------------------------------------------------------------------------------------- as JSON

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from nmt.commands import Parser, say
+from nmt.commands import Parser, say, show
 from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.data.held_out import describe_cut
@@ -62,11 +62,11 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     found = measure(translator, text, tokenizer.name, config)
     _show(options.show, text, {"translation": found.hypotheses})
     for score in found.scores:
-        print(score)
-    print(f"perplexity {found.perplexity.pieces:.3f} per piece, {found.perplexity.words:.2f} per word")
+        show(score)
+    show(f"perplexity {found.perplexity.pieces:.3f} per piece, {found.perplexity.words:.2f} per word")
     speed = f"{len(text.sources) / found.seconds:,.1f} sentences/s"
-    print(f"{len(text.sources):,} sentences of {text.title}, {speed}, {_decoding_line(translator)}")
-    print(tokenizer)
+    show(f"{len(text.sources):,} sentences of {text.title}, {speed}, {_decoding_line(translator)}")
+    show(tokenizer)
     _say_what_was_cut(found)
     result = {
         **text.to_dict(),
@@ -95,12 +95,12 @@ def _show(count: int, text: EvaluationSet, translations: dict[str, list[str]]) -
     for index in range(min(count, size)):
         # Spread over the set, so that more is seen than its first lines.
         place = index * size // min(count, size)
-        print(f"source      {text.sources[place]}")
+        show(f"source      {text.sources[place]}")
         for references in text.references:
-            print(f"reference   {references[place]}")
+            show(f"reference   {references[place]}")
         for label, hypotheses in translations.items():
-            print(f"{label:<11} {hypotheses[place]}")
-        print()
+            show(f"{label:<11} {hypotheses[place]}")
+        show()
 
 
 def _decoding_line(translator: Translator) -> str:
@@ -111,7 +111,7 @@ def _decoding_line(translator: Translator) -> str:
 
 def _dial(
     counts: list[int],
-    show: int,
+    examples: int,
     translator: Translator,
     text: EvaluationSet,
     tokenizer: Tokenizer,
@@ -121,12 +121,12 @@ def _dial(
     """The table for some numbers of experts per token."""
     positions = dial(counts, translator, text, tokenizer.name, config, say)
     measured = positions[0].measured
-    _show(show, text, {each.label: each.measured.hypotheses for each in positions})
-    print("\n".join([HEAD, *(position.row() for position in positions)]))
-    print(f"{len(text.sources):,} sentences of {text.title}, {_decoding_line(translator)}")
-    print("\n".join(f"{score.name}: {score.signature}" for score in measured.scores))
-    print(tokenizer)
-    print(f"p and 95 %: paired bootstrap, {BOOTSTRAP_SAMPLES} samples")
+    _show(examples, text, {each.label: each.measured.hypotheses for each in positions})
+    show("\n".join([HEAD, *(position.row() for position in positions)]))
+    show(f"{len(text.sources):,} sentences of {text.title}, {_decoding_line(translator)}")
+    show("\n".join(f"{score.name}: {score.signature}" for score in measured.scores))
+    show(tokenizer)
+    show(f"p and 95 %: paired bootstrap, {BOOTSTRAP_SAMPLES} samples")
     _say_what_was_cut(measured)
     result = {
         **text.to_dict(),

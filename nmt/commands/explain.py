@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 
+from nmt.commands import show
 from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.decoding.translator import Translator
@@ -25,7 +26,7 @@ def explain(options: argparse.Namespace, run: RunDirectory, config: Config) -> N
     if not sentence.strip():
         raise DataError("the sentence of --explain is blank")
     explanation = explain_sentence(Translator.load(run, config), sentence)
-    print(explanation)
+    show(explanation)
     content = {**explanation.to_dict(), "decoding": config.to_dict()["decoding"]}
     name = f"explain-{slug(sentence)}"
     contents = {f"{name}.json": json.dumps(content, indent=2), f"{name}.html": explanation_page(explanation)}

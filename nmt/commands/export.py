@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
-from nmt.commands import Parser, say
+from nmt.commands import Parser, say, show
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.translator import Loaded, load_model
 from nmt.errors import StorageError, UserError
@@ -77,7 +77,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     say(f"step{'s' * (len(loaded.steps) > 1)} {steps} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
     if not own_sets(facts):
         say("it has no BLEU or chrF, since nmt evaluate was not run before with the same decoding.checkpoint")
-    print(options.folder)
+    show(options.folder)
 
 
 def _new_folder(name: str) -> Path:

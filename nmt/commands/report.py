@@ -4,6 +4,7 @@ import argparse
 import json
 from dataclasses import asdict
 
+from nmt.commands import show
 from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.decoding.translator import Translator
@@ -42,6 +43,6 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         f"{stem}.html": to_html(layers, title, subject),
         f"{stem}.md": to_markdown(layers, title, subject),
     }
-    print("\n\n".join(str(layer) for layer in layers))
+    show("\n\n".join(str(layer) for layer in layers))
     page = run.report / f"{stem}.html"
     keep(run, contents, f"{page} shows what each expert is chosen for (also {stem}.md and {stem}.json)")

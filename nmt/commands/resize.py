@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import yaml
 
-from nmt.commands import say
+from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.config.reading import written
 from nmt.data.subwords import Subwords
@@ -54,10 +54,10 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         notes.append(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more")
         steps = {"training.max_steps": 2 * checkpoint.step}
     write_run(path, run, new, changed, checkpoint)
-    print(_sizes(network, changed), flush=True)
+    show(_sizes(network, changed))
     for note in notes:
         say(note)
-    print(f"{path} goes on from step {checkpoint.step:,} of {run.path} with\n  {train_command(new, steps)}")
+    show(f"{path} goes on from step {checkpoint.step:,} of {run.path} with\n  {train_command(new, steps)}")
 
 
 def _check_count(options: argparse.Namespace, config: Config) -> None:
@@ -151,7 +151,7 @@ class _Bench:
         """Print the perplexity before and after."""
         before, after = (self.perplexity(self.translator(network), _COMPARED) for network in networks)
         count = min(_COMPARED, len(self.sources))
-        print(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
+        show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
 
     def shrink(self, options: argparse.Namespace, network: Network) -> Network:
         """The network with fewer experts. UserError if it translates worse than the user allows."""
@@ -172,12 +172,12 @@ class _Bench:
         say(f"translating {len(sources)} dev sentences, before and after")
         baseline, system = ([line.text for line in each.translate(sources)] for each in (before, after))
         comparisons = paired_bootstrap(baseline, system, [references], self.tokenizer.name)
-        print(f"\n{'':30}before     after  difference  p-value (paired bootstrap)")
+        show(f"\n{'':30}before     after  difference  p-value (paired bootstrap)")
         for each in comparisons:
-            print(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
+            show(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
         old, new = (self.perplexity(each, _TRANSLATED) for each in (before, after))
-        print(_score_line("perplexity", old, new, digits=3))
-        print(f"{self.tokenizer}\n")
+        show(_score_line("perplexity", old, new, digits=3))
+        show(f"{self.tokenizer}\n")
         bleu = comparisons[0]
         if not -bleu.difference <= max_loss:
             enough = math.ceil(-10 * bleu.difference) / 10
@@ -202,7 +202,7 @@ def _pruned(network: Network, seen: Seen, which: str) -> Network:
     else:
         removed = {layer: shrinking.least_useful(moe, layer, use, int(which)) for layer, use in seen.use.items()}
     for layer, experts in removed.items():
-        print(f"{layer}: {len(experts)} of {moe.experts_at(layer)} experts removed")
+        show(f"{layer}: {len(experts)} of {moe.experts_at(layer)} experts removed")
         _print_table([(expert,) for expert in experts], seen.use[layer], [])
     return shrinking.prune(network, removed)
 
@@ -212,7 +212,7 @@ def _merged(network: Network, translator: Translator, seen: Seen, count: int) ->
     for layer, moe in moe_modules(translator.model).items():
         similarity_EE = shrinking.output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrinking.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
-        print(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
+        show(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
         similarities = [pair.similarity for pair in pairs[layer]]
         _print_table([pair[:2] for pair in pairs[layer]], seen.use[layer], similarities)
     return shrinking.merge(network, pairs)
@@ -225,12 +225,12 @@ def _print_table(members: list[tuple[int, ...]], use: Use, similarities: list[fl
     width = 8 if max(map(len, members)) == 1 else 16
     head = "".join(f"{name:>{width}}" for name in ("load", "gate", "output"))
     alike = f"{'cosine':>8}" if similarities else ""
-    print(f"  {'expert':>{width}}{alike}{head}   (an equal share is {1 / len(use.load_E):.1%})")
+    show(f"  {'expert':>{width}}{alike}{head}   (an equal share is {1 / len(use.load_E):.1%})")
     shares = [values_E / values_E.sum().clamp_min(torch.finfo(values_E.dtype).tiny) for values_E in use]
     for place, experts in enumerate(members):
         cells = [" + ".join(f"{float(share_E[expert]):.1%}" for expert in experts) for share_E in shares]
         alike = f"{similarities[place]:>8.3f}" if similarities else ""
-        print(f"  {' + '.join(map(str, experts)):>{width}}{alike}" + "".join(f"{cell:>{width}}" for cell in cells))
+        show(f"  {' + '.join(map(str, experts)):>{width}}{alike}" + "".join(f"{cell:>{width}}" for cell in cells))
 
 
 # --------------------------------------------------------------------------------------------- the command that goes on

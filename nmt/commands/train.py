@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nmt.checkpoint import list_checkpoints
-from nmt.commands import say
+from nmt.commands import say, show
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
 from nmt.device import shortage_told
@@ -57,7 +57,7 @@ def train(config: Config) -> None:
     world.stop()
     if world.is_main:
         say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
-        print(run.path)
+        show(run.path)
 
 
 def run_of(config: Config) -> RunDirectory:

@@ -24,6 +24,7 @@ from nmt.files import write_atomically
 from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
 from nmt.parallel.mesh import World
+from nmt.terminal import printable
 from nmt.training.gate_watch import GateFigures, LayerTally, read_tally
 from nmt.training.record import DevLine, TrainLine, step_of
 
@@ -163,7 +164,7 @@ class MetricsWriter:
         """A line for the person, on stderr, above the bar if there is one."""
         if self.quiet:
             return
-        self.bar.write(line, file=sys.stderr)
+        self.bar.write(printable(line), file=sys.stderr)
         sys.stderr.flush()
 
     def show(self, text: str, lines: str, keep: bool) -> None:

@@ -31,6 +31,7 @@ from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model, passes_alike
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
+from nmt.terminal import printable
 from nmt.training.clock import Clock
 from nmt.training.forecast import duration, first_forecast, seconds_left
 from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite, layer_lines, summary
@@ -383,7 +384,7 @@ class Trainer:
         checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
         warnings = damaged_manifests(self.run.checkpoints) + warnings
         for warning in warnings:
-            print(warning, file=sys.stderr, flush=True)
+            print(printable(warning), file=sys.stderr, flush=True)
         if checkpoint is None and warnings:
             raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
         return checkpoint

@@ -1,0 +1,47 @@
+"""What is printed cannot steer a terminal."""
+
+import ast
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import nmt.terminal
+from nmt.cli import main
+from nmt.commands import say, show
+from nmt.terminal import printable
+
+EVIL = "a\x1b]0;PWNED\x07\x1b[2Jb\x9b1mc\rd\x7f\x00"
+
+
+@given(st.text())
+def test_all_but_control_characters_stay(text: str) -> None:
+    shown = printable(text)
+    assert len(shown) == len(text)
+    for before, after in zip(text, shown, strict=True):
+        control = ord(before) < 32 or 127 <= ord(before) < 160
+        assert after == ("\ufffd" if control and before not in "\t\n" else before)
+
+
+def test_results_and_messages_are_cleaned(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    show(EVIL)
+    say(EVIL)
+    assert main(["translate", f"{tmp_path}/{EVIL.replace(chr(0), '')}"]) == 4
+    out, errors = capfd.readouterr()
+    assert not set(EVIL) & set(out + errors) & set(map(chr, [*range(9), *range(11, 32), *range(127, 160)]))
+    assert out == printable(EVIL) + "\n"
+    assert "]0;PWNED" in errors
+
+
+def test_nothing_is_printed_past_it() -> None:
+    """All commands print through `show` and `say`; what else prints, prints its own words or cleans them."""
+    own = {"cli.py", "commands/__init__.py", "training/trainer.py"}
+    root = Path(nmt.terminal.__file__).parent
+    prints = {
+        str(path.relative_to(root))
+        for path in root.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+    }
+    assert prints <= own
