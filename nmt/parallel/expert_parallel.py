@@ -96,11 +96,17 @@ class AllToAllDispatcher:
     def __init__(self, group: dist.ProcessGroup, group_size: int, halves: bool) -> None:
         self.group, self.group_size, self.halves = group, group_size, halves
         self.local = LocalDispatcher()
-        self.main_decides = False
-        """Take every result from the first process: for passes in which all have the same tokens and must not part."""
+        self.turns: _Turns | None = None
+        """Set while every process goes its own way through the layers (`passes_apart`)."""
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
         """y_t = sum_j gate_tj E_j(x_t), each x_t sent to the process of its experts, and their results fetched."""
+        if self.turns is not None:
+            self.turns.wait(self)
+        return self.exchange(experts, x_TD, gate)
+
+    def exchange(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """`run`, with all processes of the group at this layer now. A process may have no tokens."""
         back = []
         for part in self._send(x_TD, gate):
             came_GD = _Finish.apply(part.coming_GD, part.transfer)
@@ -117,10 +123,7 @@ class AllToAllDispatcher:
             self.local.combine(_Finish.apply(coming_RD, home), part.gates_TK, part.local)
             for part, home, coming_RD in back
         ]
-        y_TD = parts[0] if len(parts) == 1 else torch.cat(parts)
-        if self.main_decides:
-            dist.broadcast(y_TD, group=self.group, group_src=0)
-        return y_TD
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _send(self, x_TD: Tensor, gate: GateOutput) -> list[_Part]:
         """All parts set off, after one exchange that says how many rows there are."""
@@ -161,18 +164,61 @@ def is_expert(name: str) -> bool:
     return ".experts.weights." in name
 
 
+class _Turns:
+    """Whose layer comes next, where each process of a group goes its own way through the MoE layers of a model.
+
+    An exchange needs all of them at one layer. So before each, every process names the layer that it has come to, and
+    the first of these, in the order of the network, is next. Those that are elsewhere take part in it without tokens of
+    their own. One that is done goes on doing so until all are. What a process computes thus hangs on nothing that
+    another decides, such as when a sentence is finished.
+    """
+
+    def __init__(self, layers: list[MoE], group: dist.ProcessGroup) -> None:
+        self.layers, self.group = layers, group
+
+    def wait(self, dispatcher: AllToAllDispatcher) -> None:
+        """Return when the layer of `dispatcher` is next."""
+        self._take_part([layer.dispatcher for layer in self.layers].index(dispatcher))
+
+    def finish(self) -> None:
+        """Return when all processes are done."""
+        self._take_part(len(self.layers))
+
+    def _take_part(self, wanted: int) -> None:
+        device = self.layers[0].experts.weights[0].device
+        while True:
+            next_1 = torch.tensor([wanted], device=device)
+            dist.all_reduce(next_1, op=dist.ReduceOp.MIN, group=self.group)
+            next_layer = int(next_1)
+            if next_layer == wanted:
+                return
+            layer = self.layers[next_layer]
+            assert isinstance(layer.dispatcher, AllToAllDispatcher)
+            weight_EIO = layer.experts.weights[0]
+            nothing_0D = weight_EIO.new_empty(0, weight_EIO.shape[1])
+            layer.dispatcher.exchange(layer.experts, nothing_0D, layer.gate(nothing_0D))
+
+
 @contextmanager
-def passes_alike(model: nn.Module) -> Iterator[None]:
-    """Passes in which all processes have the same tokens, and must take the same way: the first one's results count."""
-    dispatchers = [m.dispatcher for m in model.modules() if isinstance(m, MoE)]
-    changed = [each for each in dispatchers if isinstance(each, AllToAllDispatcher)]
-    for each in changed:
-        each.main_decides = True
+def passes_apart(model: nn.Module) -> Iterator[None]:
+    """Passes outside training, of which each process makes as many as it likes, over tokens of its own.
+
+    All processes must enter; they leave together.
+    """
+    layers = [each for each in model.modules() if isinstance(each, MoE)]
+    dispatchers = [layer.dispatcher for layer in layers if isinstance(layer.dispatcher, AllToAllDispatcher)]
+    if not dispatchers:
+        yield
+        return
+    turns = _Turns(layers, dispatchers[0].group)
+    for each in dispatchers:
+        each.turns = turns
     try:
         yield
+        turns.finish()
     finally:
-        for each in changed:
-            each.main_decides = False
+        for each in dispatchers:
+            each.turns = None
 
 
 def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:

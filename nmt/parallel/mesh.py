@@ -129,6 +129,13 @@ class World:
         """The sum of a host's number over all processes."""
         return int(self.sum(torch.tensor(value))) if self.mesh else value
 
+    def gather(self, value: T) -> list[T]:
+        """What each process gives, a small picklable value, by rank."""
+        values = [value] * self.size
+        if self.mesh:
+            dist.all_gather_object(values, value)
+        return values
+
     def max(self, tensor: Tensor) -> Tensor:
         """`tensor`, in place, the largest of each number over all processes."""
         if self.mesh:

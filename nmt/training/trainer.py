@@ -19,6 +19,7 @@ from nmt.batch import Batch
 from nmt.checkpoint import Checkpoint, damaged_manifests, list_checkpoints, newest_verified
 from nmt.config import Config
 from nmt.data.batching import BatchStream
+from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator
 from nmt.device import set_fast_math, shortage_told
@@ -28,7 +29,7 @@ from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
-from nmt.parallel.expert_parallel import is_expert, make_model, passes_alike
+from nmt.parallel.expert_parallel import is_expert, make_model
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.terminal import printable
@@ -40,7 +41,7 @@ from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tens
 from nmt.training.record import DevLine, TrainLine
 from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
-from nmt.training.validation import validation_bleu
+from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
 _MAX_BAD_INTERVALS = 3
@@ -93,6 +94,7 @@ class Trainer:
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
+        self.doubts = doubts(config.training, self.tokenizer, self.dev_targets)
         torch.manual_seed(config.training.seed)
         self.model = make_model(config, self.subwords.size, world).to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
@@ -233,6 +235,8 @@ class Trainer:
             f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens an update, "
             f"on {_name(self.world)}"
         )
+        for line in self.doubts:
+            out.say(f"validation: {line}")
 
     def _tell_moved_rate(self, out: MetricsWriter) -> None:
         """Another end of the linear schedule moves the learning rate: say from what to what."""
@@ -337,16 +341,19 @@ class Trainer:
         )
         bleu: float | None = None
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
+        if measured.cut:
+            line += f" ({len(measured.cut)} pairs of more than {LONGEST_SIDE:,} pieces cut)"
         score, count = measured.pieces, training.validation_sentences
         if count:
-            with passes_alike(self.model):
-                own_bleu = validation_bleu(
-                    self.translator, self.dev_sources[:count], self.dev_targets[:count], self.tokenizer.name
-                )
-            bleu = self.world.on_main(lambda: own_bleu)
+            sentences = self.dev_sources[:count], self.dev_targets[:count]
+            bleu = validation_bleu(self.translator, *sentences, self.tokenizer.name, self.world)
             line += f", greedy BLEU {bleu:.1f} of {min(count, len(self.dev_sources))} sentences"
             score = -bleu if training.best_by == "bleu" else score
         self.model.train()
+        if training.best_by == "bleu" and bleu is not None and bleu < LEAST_BLEU:
+            out.write(DevLine(self.progress.step, measured.pieces, measured.words, bleu))
+            out.say(f"{line}: below {LEAST_BLEU:g} it chooses no best checkpoint, and training.patience does not count")
+            return None
         better = score < self.progress.best_score
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
         if better:
