@@ -247,6 +247,17 @@ def test_after_ten_updates_the_whole_is_told(
     assert told == ["step 11: 2 s an update: the 4 updates left take about 8.0 seconds, validations not counted"]
 
 
+def test_where_updates_are_slow_the_second_one_tells(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake = FakeTime()
+    monkeypatch.setattr(clock, "time", fake)
+    fake.passes(Trainer, "_update", 41.0, monkeypatch)
+    train(corpus, "a", 4, "training.validate_every=100")
+    told = [line for line in capfd.readouterr().err.splitlines() if "an update: " in line]
+    assert told == ["step 2: 41 s an update: the 2 updates left take about 82.0 seconds, validations not counted"]
+
+
 def test_a_forecast_names_what_is_shorter_where_it_is_long() -> None:
     training = TrainingConfig(max_steps=20_011)
     long = first_forecast(training, 11, 400.0, 41.0, on_cpu=True)

@@ -45,8 +45,9 @@ from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
 _MAX_BAD_INTERVALS = 3
-# Updates of a sitting after which the time of the whole is told; the first one is no measure.
+# After so many updates, or so many seconds of them, the time of the whole is told; a sitting's first is no measure.
 _FORECAST_AFTER = 10
+_FORECAST_SECONDS = 30.0
 _SMALLER_BATCH = (
     "choose another run.name with a lower training.batch_tokens or corpus.filters.max_pieces, a smaller model, or "
     "without the longest lines of the dev set"
@@ -104,6 +105,7 @@ class Trainer:
         self.progress = Progress()
         self.clock = Clock()
         self.rate = 0.0
+        self.forecast_told = False
         self.gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
         pairs = prepared.train()
         self.num_pairs = len(pairs)
@@ -251,16 +253,19 @@ class Trainer:
             )
 
     def _forecast(self, out: MetricsWriter, first: int) -> None:
-        done = self.progress.step + 1 - first
-        if done == 1:
+        """Once in a sitting, which began with update `first`, say how long the run will take."""
+        measured = self.progress.step - first
+        if measured == 0:
             self._wait_for_device()
             self.clock.mark()
-        elif done == _FORECAST_AFTER + 1:
+            self.forecast_told = False
+        elif not self.forecast_told and (measured == _FORECAST_AFTER or self.clock.since_mark() >= _FORECAST_SECONDS):
             self._wait_for_device()
-            per_update = self.clock.since_mark() / _FORECAST_AFTER
+            per_update = self.clock.since_mark() / measured
             on_cpu = self.device.type == "cpu"
             line = first_forecast(self.config.training, self.progress.step, self.progress.seconds, per_update, on_cpu)
             out.say(f"step {self.progress.step:,}: {line}")
+            self.forecast_told = True
 
     def _wait_for_device(self) -> None:
         if self.device.type == "cuda":
