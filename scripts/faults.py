@@ -26,10 +26,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from fault_sweep import crashes, damage, disk, numbers, preparation, ranks, settings, signals
+from fault_sweep import crashes, damage, disk, memory, numbers, preparation, ranks, settings, signals
 from fault_sweep.box import Box, Shared, Tally
 
-MODULES = (ranks, crashes, signals, disk, damage, numbers, settings, preparation)
+MODULES = (ranks, crashes, signals, disk, memory, damage, numbers, settings, preparation)
 QUICK_STEPS, STEPS = 20, 60
 ON_GPUS = (ranks.rank_hangs, ranks.rank_fails, signals.signals_two)
 

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from fault_sweep.box import NMT, Box, Process, corpus_settings, newest_step, one_line, write_text
+from fault_sweep.box import NMT, Box, Process, corpus_settings, lines, newest_step, one_line, write_text
 from nmt.config import SubwordConfig
 from nmt.data.subwords import train_subwords
 
@@ -107,5 +107,20 @@ def odd_places(box: Box) -> None:
         subprocess.run(["umount", "--lazy", str(mount)], check=True)
 
 
-CASES = (other_settings, other_text, odd_places)
+def second_start(box: Box) -> None:
+    """the same run started again while it trains; standard output and error that are closed"""
+    first = box.start("run", faults=[{"kind": "slow_steps", "seconds": 0.2}])
+    if box.promise(first.wait_until(lambda: len(lines(box.run("run"))) >= 2), "it did not start", first):
+        _refuses(box, "a second start", box.train("run"), 4, "is being trained by")
+    first.wait()
+    box.promise(first.popen.returncode == 0, "the first start was disturbed", first)
+    box.compare(box.run("run"), box.shared.whole(1))
+    if box.quick:
+        return
+    process = box.train("closed", preexec_fn=lambda: os.closerange(1, 3))
+    if box.fault(process.popen.returncode == 0, f"closed streams: status {process.popen.returncode}", process):
+        box.compare(box.run("closed"), box.shared.whole(1))
+
+
+CASES = (other_settings, other_text, odd_places, second_start)
 LONG = (other_text, odd_places)

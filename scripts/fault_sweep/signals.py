@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT: the update is finished and saved, all processes stop after the same one."""
+"""SIGTERM, SIGINT and SIGHUP: the update is finished and saved, all processes stop after the same one."""
 
 import signal
 
@@ -31,7 +31,7 @@ def _one(box: Box, run: str, fault: dict[str, object], signal_name: str = "SIGTE
 
 
 def signals_one(box: Box) -> None:
-    """SIGTERM or SIGINT to a single process: in an update, a save, a validation"""
+    """SIGTERM, SIGINT or SIGHUP to a single process: in an update, a save, a validation"""
     step = box.random.randint(2, box.shared.steps - 2)
     _one(box, "in-update", {"kind": "in_step", "step": step})
     if box.quick:
@@ -39,6 +39,7 @@ def signals_one(box: Box) -> None:
     _one(box, "in-save", {"kind": "in_save", "number": 9})
     _one(box, "in-validation", {"kind": "in_validation"})
     _one(box, "interrupted", {"kind": "in_step", "step": 7}, "SIGINT")
+    _one(box, "hung-up", {"kind": "in_step", "step": 7}, "SIGHUP")
 
 
 def signals_early_and_twice(box: Box) -> None:

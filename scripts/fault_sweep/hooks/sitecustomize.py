@@ -46,6 +46,10 @@ def act(fault: Fault, where: str) -> None:
     match fault["do"]:
         case "raise":
             raise RuntimeError("injected")
+        case "no_memory":
+            import torch
+
+            torch.empty(1 << 60, dtype=torch.uint8)
         case "exit":
             sys.exit(0)
         case "sleep":
