@@ -243,8 +243,8 @@ def test_after_ten_updates_the_whole_is_told(
 ) -> None:
     fake_time.passes(Trainer, "_introduce", 1e5, monkeypatch)
     train(corpus, "a", 15, "training.validate_every=4", "training.validation_sentences=0")
-    told = [line for line in capfd.readouterr().err.splitlines() if "an update: " in line]
-    assert told == ["step 11: 2 s an update: the 4 updates left take about 8.0 seconds, validations not counted"]
+    told = [line for line in capfd.readouterr().err.splitlines() if " to go: " in line]
+    assert told == ["step 11: 2 s an update, 4 to go: about 8.0 seconds, validations not counted"]
 
 
 def test_where_updates_are_slow_the_second_one_tells(
@@ -254,21 +254,21 @@ def test_where_updates_are_slow_the_second_one_tells(
     monkeypatch.setattr(clock, "time", fake)
     fake.passes(Trainer, "_update", 41.0, monkeypatch)
     train(corpus, "a", 4, "training.validate_every=100")
-    told = [line for line in capfd.readouterr().err.splitlines() if "an update: " in line]
-    assert told == ["step 2: 41 s an update: the 2 updates left take about 82.0 seconds, validations not counted"]
+    told = [line for line in capfd.readouterr().err.splitlines() if " to go: " in line]
+    assert told == ["step 2: 41 s an update, 2 to go: about 82.0 seconds, validations not counted"]
 
 
 def test_a_forecast_names_what_is_shorter_where_it_is_long() -> None:
     training = TrainingConfig(max_steps=20_011)
     long = first_forecast(training, 11, 400.0, 41.0, on_cpu=True)
-    assert long.startswith("41 s an update: the 20,000 updates left take about 9.5 days")
+    assert long.startswith("41 s an update, 20,000 to go: about 9.5 days")
     assert "training.max_minutes=30" in long
     assert "experiment=own_small" in long
     assert "shorter" not in first_forecast(training, 11, 400.0, 41.0, on_cpu=False)
     assert "shorter" not in first_forecast(training, 11, 400.0, 0.1, on_cpu=True)
     bounded = first_forecast(TrainingConfig(max_steps=20_011, max_minutes=30.0), 11, 400.0, 41.0, on_cpu=True)
     assert bounded == (
-        "41 s an update: training.max_minutes=30 leaves time for about 34 of the 20,000 updates that "
+        "41 s an update, training.max_minutes=30 leaves time for about 34 of the 20,000 updates that "
         "training.max_steps=20011 asks for"
     )
 

@@ -41,13 +41,13 @@ def first_forecast(training: TrainingConfig, step: int, seconds: float, per_upda
     """One line for the first updates of a sitting: how long the run will take and, if long, what would be shorter."""
     updates = training.max_steps - step
     left = seconds_left(training, step, seconds, per_update, 0.0)
-    line = f"{per_update:.2g} s an update: "
+    line = f"{per_update:.2g} s an update, "
     if left < updates * per_update:
         return line + (
             f"training.max_minutes={training.max_minutes:g} leaves time for about {int(left / per_update):,} of the "
             f"{updates:,} updates that training.max_steps={training.max_steps} asks for"
         )
-    line += f"the {updates:,} updates left take about {duration(left)}, validations not counted"
+    line += f"{updates:,} to go: about {duration(left)}, validations not counted"
     if on_cpu and left > _LONG_HOURS * 3600:
         line += (
             "; shorter: training.max_minutes=30 with the same run, model=small or experiment=own_small with a new "
