@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pty
+import select
 import struct
 import sys
 import termios
@@ -208,15 +209,18 @@ def test_a_run_writes_figures_and_histograms_of_every_layer(tmp_path_factory: py
 
 
 @contextmanager
-def terminal(rows: int, columns: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """A terminal of that size as standard error; what was written to it so far."""
+def terminal(rows: int, columns: int, patch: pytest.MonkeyPatch) -> Iterator[Callable[[str], str]]:
+    """A terminal of that size as standard error; all that was written to it, once the last of it has come through."""
     main, side = pty.openpty()
     fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-    os.set_blocking(main, False)
+    shown = b""
 
-    def written() -> str:
+    def written(last: str) -> str:
+        nonlocal shown
         sys.stderr.flush()
-        return os.read(main, 1 << 16).decode()
+        while not shown.rstrip().endswith(last.encode()) and select.select([main], [], [], 10.0)[0]:
+            shown += os.read(main, 1 << 16)
+        return shown.decode()
 
     with open(side, "w", encoding="utf-8") as stream, patch.context() as inner:
         inner.setattr(sys, "stderr", stream)
@@ -238,13 +242,14 @@ def test_the_bar_leaves_room_for_all_figures(tmp_path: Path, monkeypatch: pytest
             out.show(text, "step 12,000/20,000\n  encoder.1", keep=False)
             out.advance(12_000)
             out.bar.refresh()
-            bar = written().split("\r")[-1].rstrip()
+            bar = written(text).split("\r")[-1].rstrip()
             assert bar.startswith("12000/20000 |")
             assert bar.endswith(text)
             assert bar.count("█") >= 3
             out.show(text, "step 12,050/20,000\n  encoder.1", keep=True)
             out.say("step 12,050: dev perplexity 9.00")
-        shown = written()
+        sys.stderr.write("the end")
+        shown = written("the end")
     assert "step 12,050/20,000\r\n  encoder.1\r\n" in shown
     assert "step 12,050: dev perplexity 9.00\r\n" in shown
     assert "step 12,000/20,000" not in shown
@@ -258,7 +263,7 @@ def test_a_terminal_without_room_for_a_bar_gets_lines(
         with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 0, 9) as out:
             out.advance(1)
             out.show("beside the bar", "step 1/9  loss 3", keep=False)
-        assert written() == "step 1/9  loss 3\r\n"
+        assert written("loss 3") == "step 1/9  loss 3\r\n"
 
 
 def test_no_standard_error_gets_no_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
