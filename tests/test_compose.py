@@ -79,7 +79,7 @@ def test_a_language_called_no(here: Path) -> None:
 @example("'")
 def test_any_text_can_be_written(text: str) -> None:
     for value, key in ((text, "corpus.root"), ([text, "x", text], "corpus.train.source")):
-        if "${" not in text:
+        if "${" not in text and "\0" not in text:
             assert read_value(Config, key, written(value)) == value
 
 

@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nmt.config.checks import above, at_least, fraction, one_of
+from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
@@ -216,8 +216,7 @@ class RunConfig:
     """Folder of all runs."""
 
     def __post_init__(self) -> None:
-        if "/" in self.name or self.name in (".", ".."):
-            raise ValueError(f"run.name={self.name!r} must be a plain name: it becomes a folder in run.directory")
+        plain_name("run.name", self.name)
 
 
 @dataclass

@@ -1,7 +1,35 @@
 """What the settings are checked with: errors that name the full key, the value and what is allowed."""
 
+import math
 from collections.abc import Collection
 from typing import Any
+
+MOST = {
+    "model.hidden_size": 65_536,
+    "model.cell_size": 262_144,
+    "model.num_encoder_layers": 1_000,
+    "model.num_decoder_layers": 1_000,
+    "model.residual_from": 1_000_000,
+    "model.attention.size": 65_536,
+    "model.moe.num_experts": 1_000_000,
+    "model.moe.num_experts_at": 1_000_000,
+    "model.moe.hidden_sizes": 1_000_000,
+    "training.batch_tokens": 10**9,
+    "training.micro_batches": 10**6,
+    "training.max_steps": 10**12,
+    "training.seed": 2**63 - 1,
+    "parallel.timeout_seconds": 10**7,
+    "decoding.average_checkpoints": 10_000,
+    "decoding.beam_size": 10_000,
+    "decoding.alpha": 10,
+    "decoding.beta": 1_000,
+    "decoding.max_length_ratio": 100,
+    "decoding.max_source_pieces": 1_000_000,
+    "decoding.batch_sentences": 1_000_000,
+    "corpus.subwords.vocab_size": 1_000_000,
+}
+"""The largest value of a setting, or of each of the values in it: far more than anybody needs. The configuration of a
+run that somebody sent could else ask for more memory or time than there is, or for numbers that float32 lacks."""
 
 
 def one_of(key: str, value: Any, allowed: Collection[Any]) -> None:
@@ -11,19 +39,35 @@ def one_of(key: str, value: Any, allowed: Collection[Any]) -> None:
 
 
 def at_least(key: str, value: float, minimum: float) -> None:
-    """Refuse a value below `minimum`."""
+    """Refuse a value below `minimum`, and one beyond `MOST`."""
     # Written so that NaN is refused too.
     if not value >= minimum:
         raise ValueError(f"{key}={value} must be at least {minimum}")
+    _not_beyond_most(key, value)
 
 
 def above(key: str, value: float, bound: float) -> None:
-    """Refuse a value that is not greater than `bound`."""
+    """Refuse a value that is not greater than `bound`, and one beyond `MOST`."""
     if not value > bound:
         raise ValueError(f"{key}={value} must be greater than {bound}")
+    _not_beyond_most(key, value)
+
+
+def _not_beyond_most(key: str, value: float) -> None:
+    most = next((most for name, most in MOST.items() if f"{key}.".startswith(f"{name}.")), math.inf)
+    if value > most:
+        raise ValueError(f"{key}={value} must be at most {most}")
+    if value == math.inf:
+        raise ValueError(f"{key}={value} must be finite")
 
 
 def fraction(key: str, value: float) -> None:
     """Refuse a value outside 0 <= value < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{key}={value} must lie in 0 <= value < 1")
+
+
+def plain_name(key: str, value: str) -> None:
+    """Refuse what is not the name of one file: with a slash or a control character in it, or "." or ".."."""
+    if "/" in value or value in (".", "..") or not value.isprintable():
+        raise ValueError(f"{key}={value!r} must be a plain name: it becomes a folder")

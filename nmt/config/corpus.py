@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nmt.config.checks import at_least, one_of
+from nmt.config.checks import at_least, one_of, plain_name
 
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
@@ -125,8 +125,9 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)
-        if not self.name or "/" in self.name:
-            raise ValueError(f"corpus.name={self.name!r} must be a plain name: it becomes a folder")
+        plain_name("corpus.name", self.name)
+        if not self.name:
+            raise ValueError("corpus.name is empty: it becomes a folder")
         for side in ("source_language", "target_language"):
             # OmegaConf makes the text "False" of what YAML reads as false.
             if getattr(self, side) in ("", "False", "True"):

@@ -9,6 +9,7 @@ WIRINGS = ("parallel", "feedback", "gnmt_v2", "gnmt")
 BOTTOM_LAYERS = ("forward", "bidirectional_half", "bidirectional_full")
 GATINGS = ("noisy_top_k", "softmax_top_k", "hierarchical", "strictly_balanced")
 OUTPUT_ACTIVATIONS = ("none", "sigmoid")
+_MOST_EXPERT_LAYERS = 100
 
 
 @dataclass
@@ -72,6 +73,12 @@ class MoEConfig:
         one_of("model.moe.output", self.output, OUTPUT_ACTIVATIONS)
         if not self.hidden_sizes:
             raise ValueError("model.moe.hidden_sizes is empty: name at least one hidden layer, such as [2048]")
+        if len(self.hidden_sizes) > _MOST_EXPERT_LAYERS:
+            raise ValueError(
+                f"model.moe.hidden_sizes has {len(self.hidden_sizes)} layers, of at most {_MOST_EXPERT_LAYERS}"
+            )
+        for layer, count in self.num_experts_at.items():
+            at_least(f"model.moe.num_experts_at.{layer}", count, 1)
         for size in self.hidden_sizes:
             at_least("model.moe.hidden_sizes", size, 1)
         for name in ("w_importance", "w_load", "w_importance_decoder", "w_load_decoder"):
@@ -149,7 +156,7 @@ class ModelConfig:
     """The mixtures of experts."""
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_encoder_layers", "num_decoder_layers", "residual_from"):
+        for name in ("hidden_size", "cell_size", "num_encoder_layers", "num_decoder_layers", "residual_from"):
             at_least(f"model.{name}", getattr(self, name), 1)
         if self.cell_size < self.hidden_size:
             raise ValueError(f"model.cell_size={self.cell_size} must be at least hidden_size={self.hidden_size}")

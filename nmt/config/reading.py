@@ -201,6 +201,8 @@ def _scalar(hint: type, value: Any, key: str) -> Any:
         raise ValueError(f"{_assignment(key, value)} is not a single value")
     text = value if isinstance(value, str) else written(value)
     if hint is str:
+        if "\0" in text:
+            raise ValueError(f"{key} has a NUL character in it, which no name and no file has")
         return text
     if hint is bool and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
