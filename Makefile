@@ -1,7 +1,7 @@
 # Everything a person does here. Each target that needs the environment makes it first.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help setup demo train-wmt14 translate evaluate experts tensorboard test test-all test-faults lint bench bench-gpu clean
+.PHONY: help setup demo train-wmt14 translate evaluate experts tensorboard test test-all test-faults check bench bench-gpu clean
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -51,15 +51,15 @@ experts: $(READY)  ## how the experts of a run share the work: RUN=runs/demo-en-
 tensorboard: $(READY)  ## curves of all runs in a browser
 	$(BIN)/tensorboard --logdir runs
 
-lint: $(READY)  ## ruff and mypy
+check: $(READY)  ## style and types: ruff and mypy
 	$(BIN)/ruff check nmt tests scripts
 	$(BIN)/ruff format --check nmt tests scripts
 	$(BIN)/mypy
 
-test: lint  ## lint, types and the fast tests
+test: check  ## style, types and the fast tests
 	$(BIN)/pytest --numprocesses=auto
 
-test-all: lint  ## the same with the slow tests
+test-all: check  ## the same with the slow tests, as CI runs them
 	$(BIN)/pytest --numprocesses=auto -m ""
 
 test-faults: $(READY)  ## inject faults into training and count what survives (QUICK=1: what CI runs)

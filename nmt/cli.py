@@ -59,7 +59,8 @@ already is not done again. Corpora: {corpora}.
   nmt prepare corpus=phrasebook corpus.target_language=fr
   nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
   nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
-  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en]' 'corpus.train.target=[a.de]'
+  nmt prepare corpus=files corpus.name=mine corpus.root=/data/mine
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]'
 """
 
 _TRAIN_HELP = """\

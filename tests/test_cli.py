@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 
+import nmt
 import nmt.cli
 import nmt.decoding.translator
 from nmt.cli import main
@@ -82,6 +83,52 @@ def test_help_has_examples(cli: Cli, command: str, option: str) -> None:
 def test_an_unknown_command(cli: Cli) -> None:
     cli.refuses(2, "trane", says=("unknown command 'trane'", "did you mean train?", "prepare, train"))
     cli.refuses(2, "xyzzy", says=("unknown command 'xyzzy'", "prepare, train"))
+
+
+@pytest.mark.parametrize("program", [["-m", "nmt"], ["-m", "nmt.cli"]])
+def test_the_version(cli: Cli, program: list[str]) -> None:
+    done = subprocess.run([sys.executable, *program, "--version"], capture_output=True, text=True, check=True)
+    assert cli("--version") == 0
+    assert cli.out == done.stdout == f"nmt {nmt.__version__}\n"
+
+
+def test_help_waits_for_no_pytorch() -> None:
+    code = "import sys; from nmt.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=True)
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("train", "--config-path"),
+        ("train", "--experimental-rerun=x"),
+        ("train", "--hydra-help"),
+        ("train", "--run"),
+        ("train", "--process"),
+        ("prepare", "--processes"),
+        ("prepare", "--resolve"),
+    ],
+)
+def test_an_unknown_option(cli: Cli, command: str, option: str) -> None:
+    takes = "--config-dir DIR, --multirun, --cfg job and --help"
+    cli.refuses(2, command, "experiment=demo", option, says=(f"unknown option {option}; nmt {command} takes", takes))
+    cli.refuses(2, "cost", "experiment=demo", option, says=(f"unknown option {option}",))
+    cli.refuses(2, command, "--cfg", "hydra", says=("invalid choice: 'hydra'",))
+    cli.refuses(2, command, "--config-dir", says=("--config-dir: expected one argument",))
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "cost"])
+def test_config_dir_works_wherever_settings_are_composed(cli: Cli, command: str, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "mine.yaml").write_text("name: own\n")
+    for arguments in (["--config-dir", str(tmp_path), "corpus=mine"], ["corpus=mine", f"--config-dir={tmp_path}"]):
+        assert cli(command, *arguments, "--cfg", "job") == 0, cli.err
+        assert "name: own\n" in cli.out
+    cli.refuses(2, command, "corpus=mine", says=("there is no corpus=mine",))
+
+
+def test_cost_of_a_run_takes_no_options_of_composing(cli: Cli, run: Path) -> None:
+    cli.refuses(2, "cost", str(run), "--multirun", says=("are for settings", str(run)))
 
 
 @pytest.mark.parametrize(
@@ -244,6 +291,78 @@ def test_a_run_without_experts_has_no_report(cli: Cli, copy: Path) -> None:
     path = copy / "config.yaml"
     path.write_text(path.read_text().replace("num_experts: 4", "num_experts: 0"))
     cli.refuses(2, "experts", str(copy), says=("has no experts",))
+
+
+# ----------------------------------------------------------------------------------------------- settings and files
+
+
+def test_a_file_may_be_called_like_a_setting(
+    cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.b=c", "run.v1=final.en"):
+        (tmp_path / name).write_text("the dog\n")
+        assert cli("translate", str(run), name, "decoding.beam_size=1") == 0, cli.err
+        assert cli.out.count("\n") == 1
+    cli.refuses(3, "translate", str(run), "x.y=1", says=("cannot read x.y=1",))
+    cli.refuses(2, "translate", str(run), "run.v2=1", says=("run.v2=1: only decoding.*",))
+    # A setting that there is stays one, whatever files there are.
+    (tmp_path / "decoding.beam_size=0").write_text("the dog\n")
+    cli.refuses(2, "translate", str(run), "decoding.beam_size=0", says=("decoding.beam_size=0 must be",))
+
+
+def test_the_value_of_an_option_may_look_like_a_setting(cli: Cli, run: Path, tmp_path: Path) -> None:
+    for sentence in ("x.y=1 is true.", "decoding.beam_size=0"):
+        assert cli("experts", str(run), "--explain", sentence, "decoding.beam_size=1") == 0, cli.err
+        assert cli("experts", str(run), f"--explain={sentence}") == 0, cli.err
+    (tmp_path / "in").write_text("the dog\n")
+    output = tmp_path / "decoding.out=1"
+    assert cli("translate", "-o", str(output), str(run), str(tmp_path / "in")) == 0, cli.err
+    assert output.is_file()
+
+
+def test_words_after_two_dashes_are_files(cli: Cli, run: Path) -> None:
+    cli.refuses(3, "translate", str(run), "decoding.beam_size=1", "--", "-x", says=("cannot read -x",))
+    cli.refuses(3, "translate", "--", str(run), "-x", says=("cannot read -x",))
+
+
+# ------------------------------------------------------------------------------------------------- standard streams
+
+
+def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    given = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=given, timeout=120)
+
+
+@pytest.mark.parametrize("command", ["--version", "--help", "train --help", "train run.name=a --cfg job"])
+def test_a_closed_output_is_an_error_of_one_line(command: str) -> None:
+    done = in_a_shell(f"{sys.executable} -m nmt {command} >&-")
+    assert (done.returncode, done.stderr) == (6, "nmt: standard input or output is closed\n")
+
+
+def test_a_closed_input_is_an_error_of_one_line(run: Path) -> None:
+    done = in_a_shell(f"{sys.executable} -m nmt translate {run} <&-")
+    assert (done.returncode, done.stdout) == (6, "")
+    assert done.stderr.startswith("nmt: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_with_standard_error_closed_nothing_of_it_comes_out_elsewhere(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").write_text("the dog\na meadow\n")
+    translated = in_a_shell(f"{sys.executable} -m nmt translate {run} {tmp_path / 'in'} decoding.beam_size=1 2>&-")
+    assert (translated.returncode, translated.stdout.count("\n")) == (0, 2)
+    refused = in_a_shell(f"{sys.executable} -m nmt translate {run} {tmp_path / 'none'} 2>&-")
+    assert (refused.returncode, refused.stdout) == (3, "")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "Zo\\xeb-\\u6771"), ("latin-1", "Zoë-\\u6771"), ("utf-8", "Zoë-東")]
+)
+def test_what_a_terminal_cannot_show_is_printed_as_an_escape(encoding: str, shown: str) -> None:
+    command = [sys.executable, "-m", "nmt", "train", "run.name=Zoë-東", "--cfg", "job"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run(command, capture_output=True, env=environment, check=True)
+    assert f"name: {shown}\n" in done.stdout.decode(encoding)
 
 
 # ------------------------------------------------------------------------------------------ translate and evaluate

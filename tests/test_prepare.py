@@ -24,7 +24,6 @@ from nmt.data.shards import ParallelShards
 from nmt.errors import DataError
 from nmt.lock import locked
 
-SHARED = Path(__file__).parents[2] / "shared"
 ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
 GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
 
@@ -431,9 +430,9 @@ def test_phrasebook_files_are_sources(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_real_text(tmp_path: Path) -> None:
-    data = SHARED / "data" / "multi30k"
-    if not data.is_dir():
-        pytest.skip("needs the folder `shared` with real text beside the clone")
+    data = Path(os.environ.get("NMT_REAL_TEXT", "")) / "multi30k"
+    if "NMT_REAL_TEXT" not in os.environ:
+        pytest.skip("NMT_REAL_TEXT names no folder of real text (with multi30k/val.en.gz and val.de.gz of Multi30k)")
     files = [FilesConfig(source=[f"{name}.en.gz"], target=[f"{name}.de.gz"]) for name in ("val", "val")]
     corpus = corpus_of(
         tmp_path,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from nmt import __version__
+
 ROOT = Path(__file__).parents[1]
 DEMO = ["training.max_steps=2", "corpus.max_pairs=300", "corpus.subwords.vocab_size=512"]
 
@@ -65,6 +67,10 @@ def test_command_line(installed: Path, tmp_path: Path) -> None:
     assert Path(location).is_relative_to(installed.parent)
     nmt = installed / "nmt"
     assert "nmt prepare corpus=NAME" in run(nmt, "--help", cwd=tmp_path)
+    assert run(nmt, "--version", cwd=tmp_path) == f"nmt {__version__}\n"
+    (tmp_path / "conf" / "corpus").mkdir(parents=True)
+    (tmp_path / "conf" / "corpus" / "mine.yaml").write_text("name: own\nsource: phrasebook\n")
+    assert "name: own\n" in run(nmt, "prepare", "corpus=mine", "--cfg", "job", cwd=tmp_path)
     run(nmt, "train", "experiment=demo", *DEMO, cwd=tmp_path)
     assert (tmp_path / "runs" / "demo").is_dir()
     translated = run(nmt, "translate", "demo", cwd=tmp_path, text="The train leaves at 14:35.\n\nWhere is it?\n")

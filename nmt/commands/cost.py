@@ -42,7 +42,7 @@ def parser() -> Parser:
         "cost",
         "Parameters, operations, memory of each GPU, size on disk and time of training a configuration. Nothing is\n"
         "built, read or downloaded; a RUN adds what it measured itself. Where there is no measurement, the speed of a\n"
-        "CPU is guessed, that of a GPU stays a formula.",
+        "CPU is guessed, that of a GPU stays a formula. --config-dir, --multirun and --cfg job are as for nmt train.",
         "  nmt cost experiment=europarl_en_fr_moe_32\n"
         "  nmt cost experiment=wmt14_en_fr_moe_2048 --gpus 8 --tflops 150\n"
         "  nmt cost experiment=wmt14_en_de_moe_32 model.moe.num_experts=512 training.batch_tokens=16384\n"

@@ -1,5 +1,6 @@
 """nmt train: a run from its newest checkpoint, or from the start, to its end; by one process or all of torchrun's."""
 
+import shlex
 import sys
 import time
 import uuid
@@ -56,7 +57,7 @@ def train(config: Config) -> None:
         raise
     world.stop()
     if world.is_main:
-        say(f"run {run.path}: curves in {run.tensorboard} (make tensorboard), checkpoints in {run.checkpoints}")
+        say(f"run {run.path}: curves in {run.tensorboard} ({_curves(run)}), checkpoints in {run.checkpoints}")
         show(run.path)
 
 
@@ -68,6 +69,14 @@ def run_of(config: Config) -> RunDirectory:
     if run.exported:
         raise CheckpointError(f"{run.path} is an exported model, which cannot be trained on: choose another run.name")
     return run
+
+
+def _curves(run: RunDirectory) -> str:
+    """The command that shows the curves: short where our Makefile is."""
+    with suppress(OSError, ValueError):
+        if "\ntensorboard:" in Path("Makefile").read_text(encoding="utf-8"):
+            return "make tensorboard"
+    return shlex.join(["tensorboard", "--logdir", str(run.tensorboard)])
 
 
 def _say_nothing(_line: str) -> None:

@@ -1,0 +1,88 @@
+"""Every command of every help text is taken by the program as it stands there."""
+
+import re
+import shlex
+import shutil
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_cli import Cli, cli, run  # noqa: F401
+from test_training import one_thread  # noqa: F401
+
+import nmt.commands.launch
+import nmt.commands.train
+import nmt.data.prepare
+from nmt.cli import main
+from nmt.config import Config
+from nmt.run import RunDirectory
+
+ON_SETTINGS = ("prepare", "train", "cost")
+ON_RUNS = ("translate", "evaluate", "experts", "export")
+
+
+def commands(cli: Cli, command: str) -> list[list[str]]:  # noqa: F811
+    """Arguments of the examples, which are indented; the line of usage has words in capitals that stand for others."""
+    assert cli(command, "--help") == 0
+    found = re.findall(r"^  (?:.*\| )?nmt (.+)$", cli.out, re.M)
+    assert len(found) >= 2
+    return [shlex.split(re.split(r" {4,}", each)[0]) for each in found]
+
+
+@pytest.fixture
+def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+    """A working directory where the examples' runs and exports are."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", "demo-32"):
+        shutil.copytree(run, tmp_path / "runs" / name)
+    assert main(["export", "runs/demo", "exports/demo"]) == 0
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", ON_SETTINGS)
+def test_examples_on_settings(
+    cli: Cli,  # noqa: F811
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They are read and composed; cost is done, what would take long is noted."""
+    configs: list[Config] = []
+
+    def prepare(corpus: Any, *_: Any) -> Any:
+        configs.append(Config(corpus=corpus))
+        return RunDirectory(folder)
+
+    def launch(config: Config, arguments: list[str], *_: Any) -> None:
+        assert nmt.compose.asked(arguments).words == arguments
+        configs.append(config)
+
+    monkeypatch.setattr(nmt.data.prepare, "prepare", prepare)
+    monkeypatch.setattr(nmt.commands.train, "train", configs.append)
+    monkeypatch.setattr(nmt.commands.launch, "launch", launch)
+    for arguments in commands(cli, command):
+        configs.clear()
+        assert cli(*arguments) == 0, cli.err
+        if command == "cost":
+            assert "parameters" in cli.out
+        else:
+            assert len(configs) == (3 if "--multirun" in arguments else 1)
+        if "--multirun" in arguments:
+            assert [each.run.name for each in configs] == ["demo-4", "demo-8", "demo-16"]
+
+
+@pytest.mark.parametrize("command", ON_RUNS)
+def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """They are read, the run is found, and its settings are changed as they say."""
+    done = []
+    for each in ON_RUNS:
+        monkeypatch.setattr(import_module(f"nmt.commands.{each}"), "run", lambda *arguments: done.append(arguments))
+    examples = commands(cli, command)
+    for arguments in examples:
+        assert cli(*arguments) == 0, cli.err
+        _, found, config = done[-1]
+        assert found.path.is_dir()
+        for key, value in (word.split("=") for word in arguments if word.startswith("decoding.")):
+            assert str(getattr(config.decoding, key.removeprefix("decoding."))) == value
+    assert len(done) == len(examples)
