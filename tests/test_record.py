@@ -1,7 +1,9 @@
 """metrics.jsonl is a contract: what training writes is what nmt cost, the studies and the plots read."""
 
+import importlib.util
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,3 +91,21 @@ def test_a_figure_that_is_missing_is_named(tmp_path: Path) -> None:
 )
 def test_the_step_of_a_line(text: str, step: float) -> None:
     assert step_of(text) == step
+
+
+def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    spec = importlib.util.spec_from_file_location("studies", Path(__file__).parents[1] / "scripts" / "studies.py")
+    assert spec is not None
+    assert spec.loader is not None
+    studies = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(studies)
+    run = trained_run(tmp_path_factory)
+    shutil.copy(run / "metrics.jsonl", tmp_path)
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "test.json").write_text('{"scores": {"BLEU": {"value": 12.5}}}')
+    row = studies.figures(tmp_path)
+    written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in written if line["kind"] == "train"]
+    assert row["encoder cv_load"] == pytest.approx(sum(line["encoder.1.cv_load"] for line in training[-4:]) / 4)
+    assert row["dev perplexity"] == written[-1]["perplexity"]
+    assert row["BLEU"] == 12.5
