@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ from test_cli import Cli
 from test_training import one_thread, trained_run  # noqa: F401
 
 import nmt.evaluation.scores
+from nmt.commands.keep import keep
 from nmt.config import Config, EvaluationConfig
 from nmt.data import held_out
 from nmt.data.batching import eval_batches
@@ -271,6 +273,16 @@ def test_a_folder_that_cannot_be_written_is_told_after_the_result(
     assert (copy / "report").read_text() == "in the way"
 
 
+def test_reports_that_are_kept_at_once_do_not_meet(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = RunDirectory(tmp_path)
+    texts = {str(number): str(number) * 100_000 for number in range(8)}
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda text: keep(run, {"a": text, "b": text}, "kept"), texts.values()))
+    assert "not kept" not in capfd.readouterr().err
+    assert sorted(path.name for path in run.report.iterdir()) == ["a", "b"]
+    assert all((run.report / name).read_text() in texts.values() for name in ("a", "b"))
+
+
 # ------------------------------------------------------------------------------------------------ very long pairs
 
 
@@ -320,6 +332,8 @@ def test_evaluate_tells_of_a_long_pair(cli: Cli, copy: Path, tmp_path: Path) -> 
     (tmp_path / "a").write_text("a meadow\n" + "the dog " * 3000 + "\n")
     assert cli("evaluate", str(copy), *arguments, "decoding.beam_size=1") == 0, cli.err
     assert "perplexity: 1 pair has more than 1,024 pieces on a side (line 2)" in cli.err
+    assert cli("experts", str(copy), *arguments) == 0, cli.err
+    assert "1 pair has more than 1,024 pieces on a side (line 2)" in cli.err
 
 
 @pytest.mark.parametrize(

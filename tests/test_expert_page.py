@@ -174,6 +174,16 @@ def test_text_is_no_markup() -> None:
             assert len(re.findall(r"(?<!\\)\|", line)) in (4, 9), line
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", "\x0b", "\x0c", "\x1b", "\x85", "\u2028", "\u2029"])
+def test_a_domain_never_ends_a_line_of_markdown(end: str) -> None:
+    names = f"news{end}{end}# title", "talk"
+    rows = [ExpertRow(0, 1.0, 0.5, {names[0]: 2.0, names[1]: 1.0}), ExpertRow(1, 0.0, 0.0, dict.fromkeys(names, 0.0))]
+    markdown = to_markdown([layer_of(2, experts=rows)], f"demo{end}# x", f"set{end}# y")
+    assert [line for line in markdown.splitlines() if "title" in line and not line.startswith("|")] == []
+    assert not re.search(r"^# (title|x|y)", markdown, re.MULTILINE)
+    assert end == "\n" or end not in markdown
+
+
 def _harmless(rows: list[ExpertRow]) -> list[ExpertRow]:
     plain = [role("tok", "next")]
     first, second = ({"a": 2.0, "b": 1.0}, {"a": 0.0, "b": 0.0})

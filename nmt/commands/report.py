@@ -4,9 +4,10 @@ import argparse
 import json
 from dataclasses import asdict
 
-from nmt.commands import show
+from nmt.commands import say, show
 from nmt.commands.keep import keep
 from nmt.config import Config
+from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.decoding.translator import Translator
 from nmt.evaluation.expert_page import to_html, to_markdown
 from nmt.evaluation.expert_report import expert_report
@@ -31,6 +32,9 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         config.decoding.precision,
         config.decoding.experts_per_token,
     )
+    told = describe_cut(encode_pairs(translator.subwords, text.sources, text.references[0]).cut)
+    if told:
+        say(told)
     name = f"{split} set" if text.own else text.title
     subject = f"{name}, {len(text.sources):,} sentence pairs"
     subject += f", {len(set(text.domains))} domains" if text.domains else ""

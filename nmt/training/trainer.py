@@ -347,7 +347,7 @@ class Trainer:
         bleu: float | None = None
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
         if measured.cut:
-            line += f" ({len(measured.cut)} pairs of more than {LONGEST_SIDE:,} pieces cut)"
+            line += f" (of pairs of more than {LONGEST_SIDE:,} pieces, {len(measured.cut)}, the beginning)"
         score, count = measured.pieces, training.validation_sentences
         if count:
             sentences = self.dev_sources[:count], self.dev_targets[:count]
