@@ -26,16 +26,28 @@ def pick_device(name: str, key: str) -> torch.device:
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
+def product_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """What `precision` makes of matrix products: bf16, fp32, or auto: bf16 on a GPU."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.bfloat16 if bf16 else torch.float32
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass: matrix products in bf16 if `precision` says so (auto: on a GPU)."""
-    enabled = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """The context of a forward pass in training: matrix products in bf16 if `precision` says so."""
+    enabled = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
-def set_fast_math(device: torch.device) -> None:
-    """Let float32 products on a GPU (gates, mostly) use tf32: their inputs come from bf16 anyway."""
+def set_float32_products(device: torch.device, precision: str) -> None:
+    """How float32 products on a GPU are computed.
+
+    Where the others are bf16 those that remain (gates, mostly) may use tf32: their inputs come from bf16 anyway. With
+    precision=fp32 every product is float32 in full, those of cuDNN's LSTM too.
+    """
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
+        tf32 = product_dtype(device, precision) == torch.bfloat16
+        torch.set_float32_matmul_precision("high" if tf32 else "highest")
+        torch.backends.cudnn.allow_tf32 = tf32
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from torch import nn
 from nmt.batch import Batch, make_batch
 from nmt.compose import compose_config
 from nmt.config import Config, MoEConfig
-from nmt.device import set_fast_math
+from nmt.device import set_float32_products
 from nmt.evaluation.compute import model_cost
 from nmt.model.experts import MoE
 from nmt.model.init import init_parameters
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     options = parser.parse_args()
     device = torch.device("cuda")
-    set_fast_math(device)
+    set_float32_products(device, "auto")
     top = ceilings(device)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print(f"ceilings: bf16 matrix product {top['matmul_tflops']:.0f} TFLOP/s, copy {top['copy_tbs']:.2f} TB/s\n")

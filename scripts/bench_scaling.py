@@ -47,7 +47,7 @@ import torch.distributed as dist
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig
-from nmt.device import pick_device, set_fast_math
+from nmt.device import pick_device, set_float32_products
 from nmt.errors import UserError
 from nmt.evaluation.compute import model_cost
 from nmt.parallel.expert_parallel import make_model
@@ -316,7 +316,7 @@ def work(options: argparse.Namespace) -> list[Record]:
         # Before fast mathematics is turned on. Few experts: in float32 they work one after the other.
         experts = min(filter(None, options.experts), default=0)
         keep("equality", experts=experts, losses=equality_losses(world, compose(options, experts), options))
-    set_fast_math(world.device)
+    set_float32_products(world.device, "auto")
     if world.size > 1:
         keep("link", gigabytes_per_second=link_speed(world))
     for experts in options.experts:

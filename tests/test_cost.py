@@ -111,7 +111,6 @@ def test_activations_are_what_autograd_keeps(name: str) -> None:
 def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> None:
     config, numbers = middling(cell_size=256, moe=FLAT), Numbers(on_gpu=False, size=2)
     estimate = sum(saved_bytes(config, VOCAB, LONG, numbers).values()) + copied_bytes(config, LONG, numbers)
-    estimate += 2 * model_cost(config, VOCAB).num_expert_parameters
     assert estimate == pytest.approx(bytes_kept(config, LONG, bf16=True), rel=0.05)
 
 
@@ -139,7 +138,7 @@ def test_pieces_of_the_softmax_are_those_of_the_loss() -> None:
     assert PIECE_ELEMENTS == loss._PIECE_ELEMENTS
 
 
-# -------------------------------------------------------------------------------------------- recorded on an H200
+# -------------------------------------------------------------------------------------------- recorded on GPUs
 
 GNMT = ModelConfig(
     hidden_size=1024,
@@ -162,32 +161,32 @@ DENSE = ModelConfig(moe=MoEConfig(0))
 
 # Name: model, vocabulary, micro-batch, MB that autograd kept in bf16 and in fp32 (torch 2.11, CUDA 13.0).
 KEPT_ON_GPU = {
-    "moe": (ModelConfig(), 16000, Shape(64, 30, 35), 988.4, 968.4),
+    "moe": (ModelConfig(), 16000, Shape(64, 30, 35), 719.9, 968.4),
     "dense": (DENSE, 16000, Shape(64, 30, 35), 598.8, 740.8),
     "hierarchical": (
         ModelConfig(moe=MoEConfig(64, k=2, gating="hierarchical", branching=16, primary_k=2)),
         16000,
         Shape(64, 30, 35),
-        1260.4,
+        723.5,
         972.0,
     ),
     "strictly balanced": (
         ModelConfig(moe=MoEConfig(32, gating="strictly_balanced", output="sigmoid")),
         16000,
         Shape(64, 30, 35),
-        1007.6,
+        740.7,
         1002.3,
     ),
     "softmax gate": (
         ModelConfig(moe=MoEConfig(32, gating="softmax_top_k", hidden_sizes=[1024, 1024])),
         16000,
         Shape(64, 30, 35),
-        984.9,
+        716.4,
         964.9,
     ),
-    "feedback": (PAPER, 16000, Shape(64, 10, 12), 1258.2, 324.4),
+    "feedback": (PAPER, 16000, Shape(64, 10, 12), 689.5, 324.4),
     "gnmt_v2": (GNMT, 32000, Shape(32, 30, 35), 735.1, 579.9),
-    "gnmt": (GNMT_V1, 32000, Shape(32, 10, 12), 1141.0, 258.1),
+    "gnmt": (GNMT_V1, 32000, Shape(32, 10, 12), 864.0, 258.1),
 }
 
 
@@ -198,23 +197,24 @@ def test_activations_are_what_autograd_kept_on_a_gpu(name: str) -> None:
         numbers = Numbers(on_gpu=True, size=size)
         estimate = sum(saved_bytes(config, vocabulary, shape, numbers).values())
         estimate += copied_bytes(config, shape, numbers)
-        estimate += 2 * model_cost(config, vocabulary).num_expert_parameters if size == 2 else 0
-        assert estimate / 1e6 == pytest.approx(megabytes, rel=0.005)
+        # How many experts a token wakes at most varies with the text, where strictly balanced.
+        assert estimate / 1e6 == pytest.approx(megabytes, rel=0.01 if name == "strictly balanced" else 0.005)
 
 
 SIGMOID_PAPER = replace(PAPER, moe=MoEConfig(32, output="sigmoid"))
 
-# Model, vocabulary, tokens a side, length of the sentences, micro-batches, highest GB allocated in an update, bf16.
+# Model, vocabulary, tokens a side, length of the sentences, micro-batches, highest GB allocated in an update, bf16
+# (without what cuBLAS takes for itself).
 PEAKS = {
-    "moe": (ModelConfig(), 16000, 32768, 32, 1, 11.41),
+    "moe": (ModelConfig(), 16000, 32768, 32, 1, 11.14),
     "dense": (DENSE, 16000, 32768, 32, 1, 7.62),
-    "512 experts": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 1, 41.36),
-    "512 experts, two micro-batches": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 2, 50.16),
-    "moe, two micro-batches": (ModelConfig(), 32000, 8192, 32, 2, 6.03),
-    "moe, long sentences": (ModelConfig(), 32000, 8192, 200, 1, 5.18),
+    "512 experts": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 1, 40.47),
+    "512 experts, two micro-batches": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 2, 46.80),
+    "moe, two micro-batches": (ModelConfig(), 32000, 8192, 32, 2, 5.77),
+    "moe, long sentences": (ModelConfig(), 32000, 8192, 200, 1, 4.91),
     "gnmt_v2": (GNMT, 32000, 4096, 32, 1, 4.10),
     "gnmt_v2, two micro-batches": (GNMT, 32000, 4096, 32, 2, 4.87),
-    "feedback": (SIGMOID_PAPER, 32000, 16384, 32, 1, 9.03),
+    "feedback": (SIGMOID_PAPER, 32000, 16384, 32, 1, 7.91),
 }
 
 
@@ -245,7 +245,7 @@ def rows_of(budget: Any) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(("gpus", "group", "share"), [(2, 0, 2), (6, 0, 6), (6, 3, 3), (1, 4, 1)])
 def test_experts_are_divided_among_gpus_and_nothing_else_is(gpus: int, group: int, share: int) -> None:
     alone, together = rows_of(budget_of()), rows_of(budget_of(gpus, parallel=ParallelConfig(expert_group_size=group)))
-    for kind in ("weights", "gradients", "optimiser", "copies"):
+    for kind in ("weights", "gradients", "optimiser"):
         assert together[kind][0] == alone[kind][0] > 0
         assert together[kind][1] * share == alone[kind][1] > 0
     # Everybody has a micro-batch of its own, and its experts get as many rows as they send.
@@ -377,7 +377,7 @@ def run(tmp_path: Path) -> Path:
 def test_an_experiment_s_cost(cost: Callable[..., str]) -> None:
     out = cost("experiment=europarl_en_fr_moe_32", "--tflops", "261")
     assert re.search(r"^all +194\.909 M +100\.0% +77\.369 M +100\.0%$", out, re.M)
-    assert re.search(r"^all +7\.78 GB +3\.59 GB +11\.38 GB$", out, re.M)
+    assert re.search(r"^all +7\.78 GB +3\.33 GB +11\.11 GB$", out, re.M)
     assert "checkpoint on disk: 2.339 GB; up to 4 are kept, 9.356 GB" in out
     assert re.search(r"^training, for each target token: [\d.]+ MFLOP$", out, re.M)
     # It took about a minute, validation included, at this speed (README).
@@ -399,7 +399,7 @@ def test_experts_with_a_factored_moment_need_no_room_for_it(cost: Callable[..., 
     arguments = ("experiment=wmt14_en_fr_moe_2048", "--gpus", "2")
     out = cost(*arguments)
     assert re.search(r"^Adam \(experts factored\), float32 +0\.59 GB +0\.04 GB +0\.63 GB$", out, re.M)
-    assert re.search(r"^all +5\.57 GB +48\.14 GB +53\.71 GB$", out, re.M)
+    assert re.search(r"^all +5\.57 GB +41\.70 GB +47\.27 GB$", out, re.M)
     out = cost(*arguments, "training.expert_optimizer=adam")
     assert re.search(r"^Adam's two moments, float32 +0\.59 GB +34\.36 GB +34\.94 GB$", out, re.M)
     dense = cost("experiment=demo", "model.moe.num_experts=0", "training.expert_optimizer=factored")

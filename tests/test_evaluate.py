@@ -319,10 +319,10 @@ def test_of_a_very_long_pair_the_beginning_is_read(
     config.model.hidden_size = config.model.cell_size = 8
     model = Seq2Seq(config.model, subwords.size).eval()
     world = World(torch.device("cpu"))
-    cut = perplexity(model, subwords, sources, targets, 100, world, "fp32")
+    cut = perplexity(model, subwords, sources, targets, 100, world)
     assert cut.cut == (1, 2)
     texts = [[subwords.decode(pieces.tolist()) for pieces in side] for side in (found.sources, found.targets)]
-    short = perplexity(model, subwords, *texts, 100, world, "fp32")
+    short = perplexity(model, subwords, *texts, 100, world)
     assert short.cut == ()
     assert (cut.pieces, cut.words) == pytest.approx((short.pieces, short.words), rel=1e-5)
 
@@ -356,4 +356,4 @@ def test_no_memory_is_one_line_that_names_the_pair(error: Exception) -> None:
     network: Any = model
     sources, targets = ["a", "a b c", "a b"], ["a b", "a b c d", "a"]
     with pytest.raises(MemoryLimitError, match=r"out of memory in scoring 3 .* line 2, has 3 and 4 pieces.*: shorten"):
-        perplexity(network, subwords, sources, targets, 100, World(torch.device("cpu")), "fp32")
+        perplexity(network, subwords, sources, targets, 100, World(torch.device("cpu")))

@@ -77,7 +77,7 @@ def measure(
     rule: Rule, sources: list[str], targets: list[str], domains: Sequence[str] = (), **sizes: int
 ) -> list[LayerReport]:
     router, words = Router(rule, **sizes), Words(*sources, *targets)
-    return expert_report(router, words, sources, targets, domains, torch.device("cpu"), "fp32")  # type: ignore[arg-type]
+    return expert_report(router, words, sources, targets, domains, torch.device("cpu"))  # type: ignore[arg-type]
 
 
 def sentences(count: int, vocabulary: int = 9, seed: int = 0, longest: int = 9) -> list[str]:

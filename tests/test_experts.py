@@ -147,6 +147,22 @@ def test_float32_experts_follow_the_precision_of_their_rows():
     assert all(w_EIO.grad.dtype == torch.float32 for w_EIO in moe.experts.weights)
 
 
+def test_no_copy_of_the_weights_is_kept_for_the_backward_pass():
+    moe = moe_layer(4, 2).float().train()
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        moe(torch.randn(50, WIDTH).bfloat16().requires_grad_())
+    weights = {w_EIO.data_ptr(): w_EIO.shape for w_EIO in moe.experts.weights}
+    as_large = [tensor for tensor in kept if tensor.shape in weights.values()]
+    assert len(as_large) == len(weights)
+    assert {tensor.data_ptr() for tensor in as_large} == weights.keys()
+
+
 def matmul_by_loops(a_RI: Tensor, w_EIO: Tensor, ends: list[int]) -> Tensor:
     rows = [a_RI[row] @ w_EIO[sum(end <= row for end in ends)] for row in range(ends[-1])]
     return torch.stack(rows) if rows else a_RI.new_zeros(0, w_EIO.shape[2])
@@ -182,7 +198,7 @@ def slow_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Both ways of grouped.py: its loop, and the calls it would make on a GPU, three groups at a time."""
     if request.param == "grouped_mm":
-        monkeypatch.setattr(grouped, "_has_fast_path", lambda a: True)
+        monkeypatch.setattr(grouped, "has_fast_path", lambda device, dtype: True)
         monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
         monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
     return request.param
@@ -216,7 +232,7 @@ def test_both_paths_of_the_layer_give_the_same_gradients(monkeypatch: pytest.Mon
     leaves = (x_TD, moe.gate.w_gate_DE, *moe.experts.weights)
     y_TD, _ = moe(x_TD)
     expected = torch.autograd.grad(y_TD.square().sum(), leaves)
-    monkeypatch.setattr(grouped, "_has_fast_path", lambda a: True)
+    monkeypatch.setattr(grouped, "has_fast_path", lambda device, dtype: True)
     monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
     monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
     fast_TD, _ = moe(x_TD)

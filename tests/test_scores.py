@@ -138,7 +138,7 @@ def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
 
     def measured(batch_tokens: int) -> Sequence[float]:
         world = World(torch.device("cpu"))
-        found = perplexity(translator.model, translator.subwords, sources, targets, batch_tokens, world, "fp32")
+        found = perplexity(translator.model, translator.subwords, sources, targets, batch_tokens, world)
         return found.pieces, found.words
 
     assert measured(1) == pytest.approx(measured(100_000), rel=1e-6)
@@ -202,7 +202,7 @@ def test_the_report_counts_each_real_token_once(
 ) -> None:
     translator, sources, targets, domains = by_domain
     cpu = torch.device("cpu")
-    layers = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu, "fp32")
+    layers = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu)
     assert [layer.layer for layer in layers] == ["encoder.1", "decoder.1"]
     for layer, lines in zip(layers, (sources, targets), strict=True):
         lengths = [len(pieces) + 1 for pieces in translator.subwords.encode_batch(lines)]
@@ -220,11 +220,11 @@ def test_domains_follow_their_sentences_into_the_batches(
 ) -> None:
     translator, sources, targets, domains = by_domain
     cpu = torch.device("cpu")
-    together = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu, "fp32")
+    together = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu)
     for place, layer in enumerate(together):
         expected = np.zeros((len(layer.experts), 2))
         for source, target, domain in zip(sources, targets, domains, strict=True):
-            alone = expert_report(translator.model, translator.subwords, [source], [target], [], cpu, "fp32")[place]
+            alone = expert_report(translator.model, translator.subwords, [source], [target], [], cpu)[place]
             shares = np.array([row.share for row in alone.experts])
             expected[:, int(domain == "short")] += shares * alone.num_tokens * alone.k
         lift = expected / expected.sum(1, keepdims=True).clip(1) / (expected.sum(0) / expected.sum())

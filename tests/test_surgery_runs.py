@@ -229,7 +229,7 @@ def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
         "encoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(sources)),
         "decoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(targets)),
     }
-    arguments = (translator.model, translator.subwords, sources, targets, translator.device, "fp32")
+    arguments = (translator.model, translator.subwords, sources, targets, translator.device)
     whole, part = look(*arguments, sample_tokens=10**6), look(*arguments, sample_tokens=40)
     for layer, number in numbers.items():
         assert whole.use[layer].load_E.sum() == 2 * number

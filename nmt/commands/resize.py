@@ -15,7 +15,7 @@ from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.config.reading import written
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator, load_vocabulary
-from nmt.device import pick_device, set_fast_math
+from nmt.device import pick_device, set_float32_products
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
@@ -124,7 +124,7 @@ class _Bench:
         self.config, self.subwords = config, subwords
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.device = pick_device(config.decoding.device, "decoding.device")
-        set_fast_math(self.device)
+        set_float32_products(self.device, config.decoding.precision)
         self.sources, self.targets, _ = run.text("dev")
         if not self.sources:
             raise DataError(f"{run.path} has no dev set to measure with")
@@ -138,14 +138,12 @@ class _Bench:
     def translator(self, network: Network) -> Translator:
         """A greedy translator with this network, which wakes as many experts as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
-        return Translator(network.build().to(self.device), self.subwords, greedy, self.device)
+        return Translator(network.build(), self.subwords, greedy, self.device)
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Of the dev set, per piece."""
-        precision = self.config.decoding.precision
         sources, targets = self.spread(count)
-        world = World(self.device)
-        return perplexity(translator.model, self.subwords, sources, targets, 4096, world, precision).pieces
+        return perplexity(translator.model, self.subwords, sources, targets, 4096, World(self.device)).pieces
 
     def show_that_nothing_changed(self, *networks: Network) -> None:
         """Print the perplexity before and after."""
@@ -158,7 +156,7 @@ class _Bench:
         translator = self.translator(network)
         texts = self.spread(_WATCHED)
         say(f"watching the experts work on {len(texts[0]):,} dev pairs")
-        seen = shrinking.look(translator.model, self.subwords, *texts, self.device, self.config.decoding.precision)
+        seen = shrinking.look(translator.model, self.subwords, *texts, self.device)
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
         else:

@@ -16,9 +16,11 @@ from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.search import StepOutput, beam_search
-from nmt.device import autocast, pick_device, set_fast_math
+from nmt.device import pick_device, product_dtype, set_float32_products
 from nmt.errors import CheckpointError
+from nmt.model.assemble import in_precision
 from nmt.model.attention import Memory
+from nmt.model.grouped import check_widths
 from nmt.model.seq2seq import DecoderState, Seq2Seq
 from nmt.parallel.checkpoint import load_parameters
 from nmt.run import RunDirectory
@@ -51,11 +53,16 @@ class Translation(NamedTuple):
 
 
 class Translator:
-    """A model, its vocabulary and how to search with it. The model is never changed: several may share it."""
+    """A model, its vocabulary and how to search with it. The model is never changed: several may share it.
+
+    It is used in the precision that `decoding` names: in bf16 as a copy of its own, made once (`in_precision`).
+    """
 
     def __init__(self, model: Seq2Seq, subwords: Subwords, decoding: DecodingConfig, device: torch.device) -> None:
         model.check_experts_per_token(decoding.experts_per_token)
-        self.model = model
+        dtype = product_dtype(device, decoding.precision)
+        check_widths(model.config, device, dtype, "decoding.precision")
+        self.model = in_precision(model, device, dtype)
         self.subwords = subwords
         self.decoding = decoding
         self.device = device
@@ -72,9 +79,9 @@ class Translator:
         CheckpointError as for `load_model`.
         """
         device = pick_device(config.decoding.device, "decoding.device")
-        set_fast_math(device)
+        set_float32_products(device, config.decoding.precision)
         loaded = load_model(run, config)
-        translator = cls(loaded.model.to(device).eval(), loaded.subwords, config.decoding, device)
+        translator = cls(loaded.model.eval(), loaded.subwords, config.decoding, device)
         translator.steps = loaded.steps
         return translator
 
@@ -101,7 +108,7 @@ class Translator:
         joined = (" ".join(filter(None, text)) for text in texts)
         return [Translation(*each) for each in zip(joined, scores, unlearned, strict=True)]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def search(self, sources: Sequence[np.ndarray]) -> list[tuple[list[int], float]]:
         """(target pieces, score) of sources given as pieces (at least one each), in their order."""
         results: list[tuple[list[int], float]] = [([], 0.0)] * len(sources)
@@ -115,20 +122,19 @@ class Translator:
 
     def _search_batch(self, sources: list[np.ndarray]) -> list[tuple[list[int], float]]:
         source_SB, length_B, rows_N = (tensor.to(self.device) for tensor in source_batch(sources))
-        with autocast(self.device, self.decoding.precision):
-            memory, _ = self.model.encode(source_SB, length_B, rows_N, self.decoding.experts_per_token)
-            longest_B = ((length_B - 1) * self.decoding.max_length_ratio).long() + _EXTRA_LENGTH
-            found = beam_search(
-                self._step,
-                _State(memory, None),
-                # The end-of-sentence position need not be attended to: only the source's own pieces want covering.
-                wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
-                max_length_B=longest_B,
-                forbidden_F=self._forbidden_F,
-                beam_size=self.decoding.beam_size,
-                alpha=self.decoding.alpha,
-                beta=self.decoding.beta,
-            )
+        memory, _ = self.model.encode(source_SB, length_B, rows_N, self.decoding.experts_per_token)
+        longest_B = ((length_B - 1) * self.decoding.max_length_ratio).long() + _EXTRA_LENGTH
+        found = beam_search(
+            self._step,
+            _State(memory, None),
+            # The end-of-sentence position need not be attended to: only the source's own pieces want covering.
+            wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
+            max_length_B=longest_B,
+            forbidden_F=self._forbidden_F,
+            beam_size=self.decoding.beam_size,
+            alpha=self.decoding.alpha,
+            beta=self.decoding.beta,
+        )
         return list(zip(found.tokens, found.scores, strict=True))
 
     def _step(self, previous_KB: Tensor, state: _State) -> StepOutput:

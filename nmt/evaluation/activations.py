@@ -8,10 +8,11 @@ LSTM, N attention size, V vocabulary, K slots for experts of a token, E experts,
 """
 
 from collections import Counter
+from itertools import pairwise
 from typing import NamedTuple
 
 from nmt.config import ModelConfig, MoEConfig
-from nmt.evaluation.compute import lstm_cost, lstm_sizes, moe_cost
+from nmt.evaluation.compute import lstm_cost, lstm_sizes
 
 # Bytes of a float32 number, of an index and of a truth value.
 _FLOAT, _INDEX, _BOOL = 4, 8, 1
@@ -66,10 +67,10 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: Shape, numbers: Num
 
 
 def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
-    """Bytes of the bf16 copies of dense float32 weights that are kept for the backward pass; those of experts not.
+    """Bytes of the bf16 copies of float32 weights that are kept for the backward pass: none of the experts'.
 
-    LSTM weights are copied for every call, on a GPU twice (cuDNN wants them in one piece): with feedback wirings the
-    decoder's first LSTM has a call for every position.
+    On a GPU those of an LSTM are copied again for every call (cuDNN wants them in one piece): with feedback wirings
+    the decoder's first LSTM has a call for every position.
     """
     if numbers.size == _FLOAT:
         return 0
@@ -78,19 +79,20 @@ def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
-            copies = (1 + numbers.on_gpu) * _calls(config, side, index, length)
+            copies = 1 + numbers.on_gpu * _calls(config, side, index, length)
             count += copies * lstm_cost(*size).parameters
     return count * numbers.size
 
 
 def working_bytes(
-    config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers, expert_share: int
+    config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers, expert_share: int, accumulating: bool
 ) -> tuple[int, int]:
     """(dense, experts): bytes of the largest thing that comes and goes while the activations are there; one is 0.
 
     The backward pass of an LSTM needs about what its forward pass reserved; the loss has a piece of the logits, the
-    softmax weights in the type of the products and their gradient; a MoE layer has the gradients of its experts (of
-    which a GPU has 1/expert_share) in that type. Fitted to peaks measured on a GPU.
+    softmax weights in the type of the products and their gradient. A MoE layer has the gradient of one matrix of its
+    experts (of which a GPU has 1/expert_share) in that type, and in float32 too before it is added to that of an
+    earlier micro-batch (`accumulating`). Fitted to peaks measured on a GPU.
     """
     lstms, width = lstm_sizes(config), config.hidden_size
     rows = {"encoder": shape.sentences * shape.source, "decoder": shape.sentences * shape.target}
@@ -98,10 +100,12 @@ def working_bytes(
     # The plain form of the loss makes a few copies of its logits, the GPU's works in place.
     copies = 1 if numbers.on_gpu and numbers.size < _FLOAT else 4
     logits = copies * min(PIECE_ELEMENTS, rows["decoder"] * vocab_size) + 2 * vocab_size * width
-    layers = [moe_cost(width, config.moe, config.moe.experts_at(layer)) for layer in config.moe_layers()]
-    experts = [layer.experts.parameters // expert_share for layer in layers]
-    dense, of_experts = max(*reserved, logits), max(experts, default=0)
-    return (numbers.size * dense, 0) if dense >= of_experts else (0, numbers.size * of_experts)
+    sizes = [width, *config.moe.hidden_sizes, width]
+    matrix = max(inputs * outputs for inputs, outputs in pairwise(sizes))
+    held = max((config.moe.experts_at(layer) // expert_share for layer in config.moe_layers()), default=0)
+    times = (numbers.size if numbers.size < _FLOAT else 0) + _FLOAT * accumulating
+    dense, of_experts = numbers.size * max(*reserved, logits), times * held * matrix
+    return (dense, 0) if dense >= of_experts else (0, of_experts)
 
 
 def _reserved(cells: int, outputs: int) -> int:

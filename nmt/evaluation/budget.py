@@ -149,8 +149,9 @@ def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
 def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, gpus: int, share: int) -> list[Memory]:
     """The highest memory of an update by kind, on each of `gpus` GPUs with 1/share of the experts.
 
-    With one micro-batch a GPU, gradients come while activations go, so what both have is taken off once ("shared"). It
-    is not where gradients outlive the update: with several micro-batches, and those that GPUs exchange (the dense).
+    With one micro-batch a GPU, gradients come while activations go, so what both have is taken off once ("shared"):
+    of experts, whose last gradients come while what lies before their layer is there, half of it. It is not where
+    gradients outlive the update: with several micro-batches, and those that GPUs exchange (the dense).
     """
     cost = model_cost(config.model, vocab_size)
     experts = cost.num_expert_parameters // share
@@ -158,19 +159,19 @@ def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, g
     saved = saved_bytes(config.model, vocab_size, shape, numbers)
     of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
     remembered = _optimizer_numbers(config, cost)
-    copies = Memory("copies", copied_bytes(config.model, shape, numbers), experts * numbers.size)
+    alone = config.training.micro_batches == gpus
     rows = [
         Memory("weights", dense * _FLOAT, experts * _FLOAT),
         Memory("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
         Memory("gradients", dense * _FLOAT, experts * _FLOAT),
-        copies if numbers.size < _FLOAT else Memory("copies", 0, 0),
+        Memory("copies", copied_bytes(config.model, shape, numbers), 0),
         Memory("activations", sum(saved.values()) - of_experts, of_experts),
-        Memory("working", *working_bytes(config.model, vocab_size, shape, numbers, share)),
+        Memory("working", *working_bytes(config.model, vocab_size, shape, numbers, share, not alone)),
     ]
-    if config.training.micro_batches == gpus:
+    if alone:
         freed = rows[3].total + rows[4].total
         shared_dense = min(rows[2].dense, freed) if gpus == 1 else 0
-        rows.append(Memory("shared", -shared_dense, -min(rows[2].experts, freed - shared_dense)))
+        rows.append(Memory("shared", -shared_dense, -min(rows[2].experts, max(freed // 2 - shared_dense, 0))))
     return rows
 
 

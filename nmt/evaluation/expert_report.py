@@ -18,7 +18,6 @@ from nmt.batch import BOS, EOS, UNK
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
-from nmt.device import autocast
 from nmt.model.gating import GateOutput, cv_squared
 from nmt.model.seq2seq import Seq2Seq
 
@@ -422,7 +421,6 @@ def expert_report(
     targets: Sequence[str],
     domains: Sequence[str],
     device: torch.device,
-    precision: str,
     experts_per_token: int = 0,
 ) -> list[LayerReport]:
     """A report for each MoE layer from one pass over sentence pairs; `domains` labels them, or is empty.
@@ -437,8 +435,7 @@ def expert_report(
     sides = {name: _Side(text, name == "decoder", generator) for name, text in zip(_SIDES, encoded, strict=True)}
     layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):
-        with autocast(device, precision):
-            gates = model.gates(batch.to(device), experts_per_token=experts_per_token)
+        gates = model.gates(batch.to(device), experts_per_token=experts_per_token)
         for layer, gate in gates.items():
             name = layer.split(".")[0]
             if layer not in layers:

@@ -30,7 +30,6 @@ from torch import Tensor
 
 from nmt.batch import EOS, make_batch
 from nmt.decoding.translator import Translator
-from nmt.device import autocast
 from nmt.errors import DataError
 from nmt.model.attention import Memory
 from nmt.model.experts import MoE
@@ -191,16 +190,15 @@ class Scorer:
         source: np.ndarray,
         target: np.ndarray,
         device: torch.device,
-        precision: str,
         experts_per_token: int = 0,
     ) -> None:
         assert not model.training
         self.experts_per_token = experts_per_token
-        self.model, self.device, self.precision = model, device, precision
+        self.model, self.device = model, device
         self.layers = moe_layers(model)
         self.batch = make_batch(np.arange(1), [source], [target]).to(device)
-        with torch.inference_mode(), autocast(device, precision):
-            self.precision_used = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        self.precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
+        with torch.inference_mode():
             self.memory, gates = self._encode(1)
             decoded = self._decode(1, self.memory)
             self.gates: Gates = gates | decoded.gates
@@ -223,7 +221,7 @@ class Scorer:
     def scores(self, side: str, removals: Sequence[Removal | None]) -> list[float]:
         """log P(Y|X) with each of them taken away in a column of its own; all are of one side's layers."""
         columns = len(removals)
-        with taken_away(self.layers, removals, self.device), autocast(self.device, self.precision):
+        with taken_away(self.layers, removals, self.device):
             memory = self.memory
             if side == "encoder":
                 memory, _ = self._encode(columns)
@@ -331,7 +329,6 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
         source,
         np.array(target, dtype=np.int64),
         translator.device,
-        translator.decoding.precision,
         translator.decoding.experts_per_token,
     )
     return Explanation(
@@ -341,6 +338,6 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
         target_pieces=subwords.pieces([*target, EOS]),
         log_probability=float(scorer.log_probability_T.double().sum()),
         piece_log_probabilities=scorer.log_probability_T.tolist(),
-        precision=scorer.precision_used,
+        precision=scorer.precision,
         layers=explain_pair(scorer),
     )

@@ -43,7 +43,6 @@ def measure(translator: Translator, text: EvaluationSet, tokenizer: str, config:
         text.references[0],
         min(config.training.batch_tokens, _BATCH_TOKENS),
         World(translator.device),
-        config.decoding.precision,
         translator.decoding.experts_per_token,
     )
     if math.isnan(found.pieces):

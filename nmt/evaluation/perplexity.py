@@ -12,7 +12,7 @@ from nmt.batch import Batch
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import HeldOut, encode_pairs
 from nmt.data.subwords import Subwords
-from nmt.device import autocast, shortage_told
+from nmt.device import shortage_told
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 
@@ -39,11 +39,11 @@ def perplexity(
     targets: Sequence[str],
     batch_tokens: int,
     world: World,
-    precision: str,
     experts_per_token: int = 0,
 ) -> Perplexity:
-    """Perplexity of `targets` given `sources`, shared out over all processes; the model must be in evaluation mode.
+    """Perplexity of `targets` given `sources`, shared out over all processes.
 
+    The model must be in evaluation mode, and is used in the precision that it has (`in_precision`).
     `experts_per_token`: how many experts each token wakes, 0 for as many as in training. Of very long pairs only a
     beginning is scored, so that memory is bounded (`encode_pairs`). MemoryLimitError that names the longest pair if it
     does not suffice all the same.
@@ -56,7 +56,7 @@ def perplexity(
         mine = first + world.rank
         batch = batches[min(mine, len(batches) - 1)]
         longest = partial(_longest_pair, batch, held_out)
-        with shortage_told(longest, "shorten or remove that line"), autocast(world.device, precision):
+        with shortage_told(longest, "shorten or remove that line"):
             output = model(batch.to(world.device), experts_per_token=experts_per_token)
         if mine < len(batches):
             nll += output.nll

@@ -13,15 +13,17 @@ from nmt.config import AttentionConfig
 
 
 class Memory(NamedTuple):
-    """The encoded source, all that the decoder needs of it."""
+    """The encoded source, all that the decoder needs of it, and what every score takes from the parameters."""
 
     values_SBD: Tensor
-    keys_SBN: Tensor
+    keys_SBN: Tensor  # projected; with the bias of the normalised form, through the tanh of the product form
     padding_SB: Tensor  # bool, True where there is no token
+    v_N: Tensor  # V, in the type of the keys
 
     def select(self, sentences_B: Tensor) -> "Memory":
         """The memory of these sentences only."""
-        return Memory(*(tensor.index_select(1, sentences_B) for tensor in self))
+        values_SBD, keys_SBN, padding_SB = (tensor.index_select(1, sentences_B) for tensor in self[:3])
+        return Memory(values_SBD, keys_SBN, padding_SB, self.v_N)
 
 
 class Attention(nn.Module):
@@ -47,28 +49,27 @@ class Attention(nn.Module):
 
     def memory(self, values_SBD: Tensor, padding_SB: Tensor) -> Memory:
         """Project the keys of an encoded source, once."""
-        keys_SBN = self.key(values_SBD)
-        return Memory(values_SBD, keys_SBN.tanh() if self.function == "product" else keys_SBN, padding_SB)
+        keys_SBN, v_N = self.key(values_SBD), self.v_N
+        if self.function == "product":
+            keys_SBN = keys_SBN.tanh()
+        elif self.function == "normalised":
+            keys_SBN = keys_SBN + self.bias_N.to(keys_SBN.dtype)
+            v_N = self.gain * v_N / v_N.norm()
+        return Memory(values_SBD, keys_SBN, padding_SB, v_N.to(keys_SBN.dtype))
 
     def forward(self, query_TBD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """(context_TBD, weights_TBS): the weighted source, and the weights (sum 1 over real source positions)."""
-        score_BTS = self._scores(self.query(query_TBD), memory.keys_SBN)
+        score_BTS = self._scores(self.query(query_TBD), memory)
         score_BTS = score_BTS.masked_fill(memory.padding_SB.T.unsqueeze(1), -torch.inf)
-        weights_BTS = score_BTS.softmax(dim=2)
+        weights_BTS = score_BTS.softmax(dim=2, dtype=torch.promote_types(score_BTS.dtype, torch.float32))
         values_BSD = memory.values_SBD.transpose(0, 1)
         context_BTD = torch.bmm(weights_BTS.to(values_BSD.dtype), values_BSD)
         return context_BTD.transpose(0, 1), weights_BTS.transpose(0, 1)
 
-    def _scores(self, query_TBN: Tensor, keys_SBN: Tensor) -> Tensor:
+    def _scores(self, query_TBN: Tensor, memory: Memory) -> Tensor:
         if self.function == "product":
-            weighted_TBN = query_TBN.tanh() * self.v_N.to(query_TBN.dtype)
-            return torch.bmm(weighted_TBN.transpose(0, 1), keys_SBN.permute(1, 2, 0))
-        v_N = self.v_N
-        if self.function == "normalised":
-            v_N = self.gain * v_N / v_N.norm()
-            keys_SBN = keys_SBN + self.bias_N.to(keys_SBN.dtype)
+            weighted_TBN = query_TBN.tanh() * memory.v_N
+            return torch.bmm(weighted_TBN.transpose(0, 1), memory.keys_SBN.permute(1, 2, 0))
         # Laid out as the inputs are, and in place: this is the largest tensor of a model with this attention.
-        hidden_TSBN = (query_TBN.unsqueeze(1) + keys_SBN.unsqueeze(0)).tanh_()
-        return (
-            torch.mv(hidden_TSBN.flatten(0, 2), v_N.to(hidden_TSBN.dtype)).view(hidden_TSBN.shape[:3]).permute(2, 0, 1)
-        )
+        hidden_TSBN = (query_TBN.unsqueeze(1) + memory.keys_SBN.unsqueeze(0)).tanh_()
+        return torch.mv(hidden_TSBN.flatten(0, 2), memory.v_N).view(hidden_TSBN.shape[:3]).permute(2, 0, 1)

@@ -22,29 +22,24 @@ from nmt.model.grouped import grouped_matmul, grouped_outer
 from nmt.model.rows import combine_rows, inverse_permutation, route_rows
 
 
-class _ExpertFunction(Function):
-    """relu(... relu(rows . w[0][e]) ...) . w[-1][e] with its backward written out, each hidden layer kept once."""
+class _GroupedProduct(Function):
+    """Rows of expert e times w[e], in the type of the rows.
+
+    Weights of another type are cast, and cast again in the backward pass: that takes less time than the product, and no
+    copy of all experts is kept in between. One matrix at a time, so that its gradient is added up before the next.
+    """
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, ends_E: Tensor, *weights_EIO: Tensor) -> Tensor:
-        inputs_RI = [rows_RD]
-        for w_EIO in weights_EIO[:-1]:
-            inputs_RI.append(grouped_matmul(inputs_RI[-1], w_EIO, ends_E).relu_())
-        ctx.save_for_backward(ends_E, *inputs_RI, *weights_EIO)
-        return grouped_matmul(inputs_RI[-1], weights_EIO[-1], ends_E)
+    def forward(ctx: Any, rows_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RI, w_EIO, ends_E)
+        return grouped_matmul(rows_RI, w_EIO.to(rows_RI.dtype), ends_E)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor | None, ...]:
-        ends_E, *saved = ctx.saved_tensors
-        inputs_RI, weights_EIO = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-        grad_RO = grad_RD.contiguous()
-        weight_grads = []
-        for layer in range(len(weights_EIO) - 1, -1, -1):
-            weight_grads.append(grouped_outer(inputs_RI[layer], grad_RO, ends_E))
-            grad_RO = grouped_matmul(grad_RO, weights_EIO[layer].transpose(1, 2), ends_E)
-            if layer:
-                grad_RO = torch.ops.aten.threshold_backward(grad_RO, inputs_RI[layer], 0)
-        return grad_RO, None, *reversed(weight_grads)
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
+        rows_RI, w_EIO, ends_E = ctx.saved_tensors
+        grad_RO = grad_RO.contiguous()
+        grad_RI = grouped_matmul(grad_RO, w_EIO.to(grad_RO.dtype).transpose(1, 2), ends_E)
+        return grad_RI, grouped_outer(rows_RI, grad_RO, ends_E).to(w_EIO.dtype), None
 
 
 class Share(NamedTuple):
@@ -60,8 +55,8 @@ WHOLE = Share()
 class Experts(nn.Module):
     """E feed-forward networks D -> H1 -> ... -> D with ReLU and no biases (S17 sections 2, C.1; Tables 7-8 fix it).
 
-    `weights` holds one matrix per layer and expert, (E, inputs, outputs). They are cast to the type of the rows, so
-    that float32 weights work in bf16 products. With a share, which must divide E, only its experts are ever made.
+    `weights` holds one matrix per layer and expert, (E, inputs, outputs). Products are computed in the type of the
+    rows, whatever theirs is. With a share, which must divide E, only its experts are ever made.
     """
 
     def __init__(self, num_experts: int, hidden_size: int, hidden_sizes: list[int], share: Share = WHOLE) -> None:
@@ -74,7 +69,10 @@ class Experts(nn.Module):
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
         """Rows sorted by expert, those of expert e ending before row ends_E[e] (int32)."""
-        return _ExpertFunction.apply(rows_RD, ends_E, *(w_EIO.to(rows_RD.dtype) for w_EIO in self.weights))
+        *hidden_EIO, last_EIO = self.weights
+        for w_EIO in hidden_EIO:
+            rows_RD = _GroupedProduct.apply(rows_RD, w_EIO, ends_E).relu_()
+        return _GroupedProduct.apply(rows_RD, last_EIO, ends_E)
 
 
 class Route(NamedTuple):

@@ -11,12 +11,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nmt.config import ModelConfig
+from nmt.errors import UserError
+
 # torch's grouped product takes fewer than 1024 groups in one call (CUDA, torch 2.11).
 _MAX_GROUPS = 1023
 
 
-def _has_fast_path(a: Tensor) -> bool:
-    return a.is_cuda and a.dtype == torch.bfloat16 and torch.cuda.get_device_capability(a.device)[0] >= 9
+# What it wants of every width: rows of 16 bytes.
+_MULTIPLE = 8
+
+
+def has_fast_path(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether torch's grouped product serves there; the loop costs a wait for the device in every call."""
+    return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype, key: str) -> None:
+    """UserError if the grouped product cannot take the model's experts; `key` is the setting that chose `dtype`."""
+    if not (config.moe_layers() and has_fast_path(device, dtype)):
+        return
+    widths = {f"model.hidden_size={config.hidden_size}": [config.hidden_size]}
+    widths[f"model.moe.hidden_sizes={config.moe.hidden_sizes}"] = config.moe.hidden_sizes
+    wrong = [setting for setting, sizes in widths.items() if any(size % _MULTIPLE for size in sizes)]
+    if wrong:
+        raise UserError(
+            f"{' and '.join(wrong)}: on this GPU experts in bf16 want multiples of {_MULTIPLE}; choose others, or "
+            f"{key}=fp32"
+        )
 
 
 def _bounds(ends_E: Tensor) -> list[tuple[int, int]]:
@@ -26,7 +48,7 @@ def _bounds(ends_E: Tensor) -> list[tuple[int, int]]:
 
 def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
-    if not _has_fast_path(a_RI):
+    if not has_fast_path(a_RI.device, a_RI.dtype):
         out_RO = a_RI.new_zeros(a_RI.shape[0], w_EIO.shape[2])
         for expert, (first, last) in enumerate(_bounds(ends_E)):
             if last > first:
@@ -45,7 +67,7 @@ def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
 def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
     """Sum over the rows of each group of a^T b: (R, I), (R, O) -> (E, I, O). Zero for an empty group."""
     num_groups = ends_E.numel()
-    if not _has_fast_path(a_RI):
+    if not has_fast_path(a_RI.device, a_RI.dtype):
         out_EIO = a_RI.new_zeros(num_groups, a_RI.shape[1], b_RO.shape[1])
         for expert, (first, last) in enumerate(_bounds(ends_E)):
             if last > first:

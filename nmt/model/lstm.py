@@ -11,6 +11,7 @@ import warnings
 
 import torch
 from torch import Tensor, nn
+from torch.backends.cudnn.rnn import get_cudnn_mode
 
 # Casting float32 weights makes new ones in any case; that cuDNN packs them together as well costs little.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
@@ -30,16 +31,37 @@ class LSTM(nn.Module):
         proj_size = output_size if output_size < cell_size else 0
         self.lstm = nn.LSTM(input_size, cell_size, proj_size=proj_size)
 
-    def forward(self, x_TBD: Tensor, state: LSTMState | None = None) -> tuple[Tensor, LSTMState]:
-        """(y_TBP, state after the last position); `state=None` starts from zeros."""
-        device = x_TBD.device.type
+    def lay_out(self) -> None:
+        """Put the weights into one piece of a GPU's memory, as cuDNN wants them: else it does so in every call."""
+        weights: list[Tensor] = list(self.lstm.parameters())
+        if weights[0].is_cuda:
+            lstm = self.lstm
+            sizes = lstm.hidden_size, lstm.proj_size
+            with torch.no_grad():
+                # `flatten_parameters` does the same, but leaves bf16 alone.
+                torch._cudnn_rnn_flatten_weight(
+                    weights, len(weights), lstm.input_size, get_cudnn_mode("LSTM"), *sizes, 1, False, False
+                )
+
+    def weights(self) -> list[Tensor]:
+        """The parameters in the type that products are computed in now: under autocast its own, else theirs."""
+        parameters: list[Tensor] = list(self.lstm.parameters())
+        device = parameters[0].device.type
         if not torch.is_autocast_enabled(device):
-            return self.lstm(x_TBD, state)
+            return parameters
+        return [parameter.to(torch.get_autocast_dtype(device)) for parameter in parameters]
+
+    def forward(
+        self, x_TBD: Tensor, state: LSTMState | None = None, weights: list[Tensor] | None = None
+    ) -> tuple[Tensor, LSTMState]:
+        """(y_TBP, state after the last position); `state=None` starts from zeros.
+
+        Whoever calls it for one position after the other gives its `weights()`, or they would be cast every time.
+        """
+        weights = weights or self.weights()
         # autocast would run cuDNN in float16 whatever its own type is, and every sum with its output in float32.
-        dtype = torch.get_autocast_dtype(device)
-        with torch.autocast(device, enabled=False):
-            x_TBD = x_TBD.to(dtype)
-            weights = [parameter.to(dtype) for parameter in self.lstm.parameters()]
+        with torch.autocast(x_TBD.device.type, enabled=False):
+            x_TBD = x_TBD.to(weights[0].dtype)
             if state is None:
                 outputs = self.lstm.proj_size or self.lstm.hidden_size
                 batch = x_TBD.shape[1]

@@ -176,10 +176,11 @@ class Decoder(nn.Module):
         lstm_state = state.lstm[0] if state else None
         query_1RD = state.query_1RD if state else torch.zeros_like(x_TRD[:1])
         outputs, contexts, weights = [], [], []
+        of_lstm = self.bottom.weights()
         for x_RD in x_TRD:
             context_1RD, weights_1RS = self._attend(query_1RD, memory)
             x_1RD = x_RD.unsqueeze(0)
-            y_1RD, lstm_state = self.bottom(torch.cat([x_1RD, context_1RD.to(x_1RD.dtype)], 2), lstm_state)
+            y_1RD, lstm_state = self.bottom(torch.cat([x_1RD, context_1RD.to(x_1RD.dtype)], 2), lstm_state, of_lstm)
             query_1RD = self._residual(1, x_1RD, self.dropout(y_1RD))
             outputs.append(query_1RD)
             contexts.append(context_1RD)
@@ -201,7 +202,7 @@ class Seq2Seq(nn.Module):
 
     def __init__(self, config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.share = config, share
         width = config.hidden_size
         self.target_embedding = nn.Embedding(vocab_size, width)
         self.source_embedding = self.target_embedding if config.tie_embeddings else nn.Embedding(vocab_size, width)
@@ -233,9 +234,25 @@ class Seq2Seq(nn.Module):
         (decoded,), gates = walk_together([self.decoder.walk(x_TRD, memory, state, rows_N)], experts_per_token)
         return decoded._replace(gates=gates)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the weights of matrix products, gates and softmax layer left out."""
+        return self.decoder.attention.query.weight.dtype
+
     def logits(self, x: Tensor) -> Tensor:
-        """Softmax input of decoder outputs (..., D) -> (..., V)."""
-        return self.output(x)
+        """Softmax input of decoder outputs (..., D) -> (..., V), never of less than float32.
+
+        In bf16 an eighth of all hypotheses would have an exact tie among their five best pieces (a small model, 300
+        sentences), which a search breaks arbitrarily. On a GPU bf16 products are summed and handed over in float32;
+        elsewhere the inputs are float32.
+        """
+        weight_VD, bias_V = self.output.weight, self.output.bias
+        with torch.autocast(x.device.type, enabled=False):
+            if not (x.is_cuda and x.dtype == torch.bfloat16):
+                return F.linear(x.to(weight_VD.dtype), weight_VD, bias_V)
+            logits_RV = torch.mm(x.flatten(0, -2), weight_VD.to(x.dtype).T, out_dtype=torch.float32)
+            logits = logits_RV.view(*x.shape[:-1], -1)
+            return logits if bias_V is None else logits + bias_V
 
     def forward(self, *bands: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
         """Summed loss of predicting every target token from the source and the tokens before it.
@@ -279,6 +296,5 @@ class Seq2Seq(nn.Module):
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
         # Unit scale for what the LSTMs read, while the matrix itself keeps the scale that the softmax wants.
         x_LRD = F.embedding(ids_LR, embedding.weight) * self.config.hidden_size**0.5
-        if torch.is_autocast_enabled(x_LRD.device.type):
-            x_LRD = x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type))
-        return self.dropout(x_LRD)
+        autocast = torch.is_autocast_enabled(x_LRD.device.type)
+        return self.dropout(x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type) if autocast else self.dtype))

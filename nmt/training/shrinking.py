@@ -18,7 +18,6 @@ from nmt.config import MoEConfig
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import Subwords
-from nmt.device import autocast
 from nmt.errors import UserError
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import GateOutput
@@ -70,7 +69,6 @@ def look(
     sources: Sequence[str],
     targets: Sequence[str],
     device: torch.device,
-    precision: str,
     sample_tokens: int = 2000,
 ) -> Seen:
     """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
@@ -86,8 +84,7 @@ def look(
     sample: dict[str, list[Tensor]] = {}
     with _watched(model) as passed:
         for batch in eval_batches(*encoded, _BATCH_TOKENS):
-            with autocast(device, precision):
-                model.gates(batch.to(device))
+            model.gates(batch.to(device))
             for layer, (moe, x_TD, gate) in passed.items():
                 found = use_of(moe, x_TD, gate)
                 use[layer] = Use(*map(torch.add, use[layer], found)) if layer in use else found

@@ -22,12 +22,13 @@ from nmt.data.batching import BatchStream
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator
-from nmt.device import set_fast_math, shortage_told
+from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.budget import checkpoint_bytes
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
+from nmt.model.grouped import check_widths
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model
 from nmt.parallel.mesh import World
@@ -91,7 +92,9 @@ class Trainer:
     def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World, asked: StopRequest) -> None:
         self.config, self.run, self.world, self.asked = config, run, world, asked
         self.device = world.device
-        set_fast_math(self.device)
+        set_float32_products(self.device, config.training.precision)
+        dtype = product_dtype(self.device, config.training.precision)
+        check_widths(config.model, self.device, dtype, "training.precision")
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
@@ -111,8 +114,7 @@ class Trainer:
         self.num_pairs = len(pairs)
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
         # Experts as in training: a score must not depend on how the model will be asked to translate.
-        greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
-        self.translator = Translator(self.model, self.subwords, greedy, self.device)
+        self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -334,15 +336,15 @@ class Trainer:
     def _validate(self, out: MetricsWriter) -> float | None:
         """Score the dev set, keep count of the best, and return the score (lower is better; None if not a number)."""
         training = self.config.training
-        self.model.eval()
+        # In bf16 a copy of the parameters as they are now, which goes when this ends.
+        translator = Translator(self.model.eval(), self.subwords, self.greedy, self.device)
         measured = perplexity(
-            self.model,
+            translator.model,
             self.subwords,
             self.dev_sources,
             self.dev_targets,
             training.batch_tokens,
             self.world,
-            training.precision,
         )
         bleu: float | None = None
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
@@ -351,7 +353,7 @@ class Trainer:
         score, count = measured.pieces, training.validation_sentences
         if count:
             sentences = self.dev_sources[:count], self.dev_targets[:count]
-            bleu = validation_bleu(self.translator, *sentences, self.tokenizer.name, self.world)
+            bleu = validation_bleu(translator, *sentences, self.tokenizer.name, self.world)
             line += f", greedy BLEU {bleu:.1f} of {min(count, len(self.dev_sources))} sentences"
             score = -bleu if training.best_by == "bleu" else score
         self.model.train()

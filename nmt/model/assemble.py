@@ -1,0 +1,68 @@
+"""Models made of tensors that are there already: nothing is drawn at random, and nothing copied that need not be."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from nmt.config import ModelConfig
+from nmt.model.attention import Attention
+from nmt.model.experts import WHOLE, MoE, Share
+from nmt.model.gating import Gate
+from nmt.model.lstm import LSTM
+from nmt.model.seq2seq import Seq2Seq
+
+
+def skeleton(config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> Seq2Seq:
+    """The network without any memory for its parameters, which are on the meta device."""
+    with torch.device("meta"):
+        return Seq2Seq(config, vocab_size, share)
+
+
+def assemble(config: ModelConfig, vocab_size: int, tensors: Mapping[str, Tensor], share: Share = WHOLE) -> Seq2Seq:
+    """The network with these tensors for parameters, in evaluation mode.
+
+    `tensors` has every name of `named_parameters`. A tied matrix stands under its first name; where it also stands
+    under another one, that place has its own.
+    """
+    model = skeleton(config, vocab_size, share)
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    made = {name: nn.Parameter(tensor, requires_grad=tensor.is_floating_point()) for name, tensor in tensors.items()}
+    state = {
+        name: made[name if name in made else first[id(parameter)]]
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+    }
+    model.load_state_dict(state, assign=True)
+    for module in model.modules():
+        if isinstance(module, LSTM):
+            module.lay_out()
+    return model.eval()
+
+
+def in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Seq2Seq:
+    """The model on `device` whose products are computed in `dtype` outside autocast, for passes without gradient.
+
+    For float32 it is `model` itself, moved. For bf16 it is a copy in evaluation mode that computes what `model` does
+    under autocast and holds each weight as its products want it, so that none is cast in a pass. Float32 stay what is
+    read element by element (embeddings, the vectors of the attention), the gates, and on a CPU the softmax layer, whose
+    products there cannot have bf16 inputs and float32 results. A copy is not copied again.
+    """
+    if dtype == torch.float32 or model.dtype == dtype:
+        return model.to(device)
+    precise = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Gate | Attention | nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        kept = id(parameter) in precise or name.startswith("output.")
+        tensors[name] = parameter.detach().to(device, parameter.dtype if kept else dtype)
+    if device.type == "cuda":
+        tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
+    copy = assemble(model.config, model.output.out_features, tensors, model.share)
+    layers = ([each for each in one.modules() if isinstance(each, MoE)] for one in (copy, model))
+    for own, original in zip(*layers, strict=True):
+        own.dispatcher = original.dispatcher
+    return copy

@@ -1,0 +1,284 @@
+"""bf16 without casting weights, float32 where it matters: one copy of a model, and what it computes."""
+
+import gc
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import TINY_VOCAB
+from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import nmt.training.trainer
+from nmt.batch import Batch
+from nmt.cli import main
+from nmt.config import ModelConfig
+from nmt.decoding.translator import Translator
+from nmt.device import product_dtype, set_float32_products
+from nmt.errors import UserError
+from nmt.evaluation.perplexity import perplexity
+from nmt.model import grouped
+from nmt.model.assemble import in_precision
+from nmt.model.gating import Gate
+from nmt.model.seq2seq import Seq2Seq
+from nmt.run import RunDirectory
+
+Configs = Callable[..., ModelConfig]
+Batches = Callable[..., Batch]
+
+CPU, BF16 = torch.device("cpu"), torch.bfloat16
+MODELS: dict[str, dict[str, Any]] = {
+    "parallel": {},
+    "feedback": {"wiring": "feedback", "function": "additive"},
+    "gnmt": {"wiring": "gnmt", "function": "normalised", "bottom_layer": "bidirectional_full"},
+    "gnmt_v2": {"wiring": "gnmt_v2", "function": "normalised", "output_bias": True, "tie_embeddings": False},
+    "projected": {"cell_size": 16, "bottom_layer": "forward"},
+    "softmax": {"gating": "softmax_top_k", "hidden_sizes": [7, 5]},
+    "hierarchical": {"gating": "hierarchical", "num_experts": 6, "branching": 3, "k": 1},
+    "strict": {"gating": "strictly_balanced", "output": "sigmoid"},
+    "no experts": {"num_experts": 0},
+}
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts of parameters, and the numbers of the largest other cast."""
+
+    def __init__(self, model: Seq2Seq) -> None:
+        super().__init__()
+        self.name_of = {each.untyped_storage().data_ptr(): name for name, each in model.named_parameters()}
+        self.of_weights: Counter[str] = Counter()
+        self.largest_other = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if function is torch.ops.aten._to_copy.default and out.dtype != args[0].dtype:
+            name = self.name_of.get(args[0].untyped_storage().data_ptr())
+            if name is None:
+                self.largest_other = max(self.largest_other, out.numel())
+            else:
+                self.of_weights[name] += 1
+        return out
+
+
+@pytest.fixture(params=MODELS)
+def model(request: pytest.FixtureRequest, tiny_config: Configs) -> Seq2Seq:
+    model = Seq2Seq(tiny_config(**MODELS[request.param]), TINY_VOCAB).eval()
+    for name, parameter in model.named_parameters():
+        if "threshold" not in name:
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def outputs(model: Seq2Seq, batch: Batch) -> list[Tensor]:
+    """All that a pass makes but the logits, and the summed loss of its pairs."""
+    memory, gates = model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
+    decoded = model.decode(batch.target_in_TB, memory, None, batch.target_rows_N)
+    chosen = [part for gate in (gates | decoded.gates).values() for part in gate[:2]]
+    return [*memory, decoded.x_TRD, decoded.weights_TRS, *chosen, model(batch).nll]
+
+
+# ------------------------------------------------------------------------------------------------------ the copy
+
+
+@torch.no_grad()
+def test_the_copy_computes_what_autocast_does_to_the_bit(model: Seq2Seq, tiny_batch: Batches) -> None:
+    batch = tiny_batch((4, 2), (1, 6), (6, 3))
+    with torch.autocast("cpu", dtype=BF16):
+        expected = outputs(model, batch)
+    copy = in_precision(model, CPU, BF16)
+    found = outputs(copy, batch)
+    assert found[0].dtype == BF16
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+    assert not copy.training
+    assert copy.share == model.share
+
+
+def test_what_must_be_precise_stays_float32(model: Seq2Seq) -> None:
+    copy = in_precision(model, CPU, BF16)
+    kept = {name for name, parameter in copy.named_parameters() if parameter.dtype == torch.float32}
+    gates = {name: module for name, module in copy.named_modules() if isinstance(module, Gate)}
+    of_gates = {f"{name}.{own}" for name, gate in gates.items() for own, _ in gate.named_parameters()}
+    assert of_gates <= kept
+    assert "output.weight" in kept or model.config.tie_embeddings
+    others = {"embedding", "output", "v_N", "gain", "bias_N"}
+    assert all(any(part in name for part in others) for name in kept - of_gates)
+    assert model.dtype == torch.float32
+
+
+def test_float32_is_the_model_itself_and_a_copy_is_made_once(model: Seq2Seq) -> None:
+    assert in_precision(model, CPU, torch.float32) is model
+    copy = in_precision(model, CPU, BF16)
+    assert in_precision(copy, CPU, BF16) is copy
+
+
+@torch.no_grad()
+def test_a_decoded_position_casts_no_weight(model: Seq2Seq) -> None:
+    copy = in_precision(model, CPU, BF16)
+    source_SB = torch.tensor([[5, 6], [7, 3], [3, 0]])
+    memory, _ = copy.encode(source_SB, torch.tensor([3, 2]), None)
+    state = None
+    with Casts(copy) as casts:
+        for token in (4, 9):
+            decoded = copy.decode(torch.full((1, 2), token), memory, state)
+            copy.logits(decoded.x_TRD[0])
+            state = decoded.state
+    assert casts.of_weights == Counter()
+    # A row of each column at most, as embedding, gate or softmax reads it; two slots of a token have one each.
+    assert 0 < casts.largest_other <= 2 * 2 * model.config.hidden_size
+
+
+def test_no_weight_is_cast_for_each_position_in_training(model: Seq2Seq, tiny_batch: Batches) -> None:
+    def casts(length: int) -> Counter[str]:
+        with Casts(model) as found, torch.autocast("cpu", dtype=BF16):
+            model(tiny_batch((3, length)))
+        return found.of_weights
+
+    model.train()
+    assert casts(9) == casts(2)
+
+
+# ---------------------------------------------------------------------------------------------------- the logits
+
+
+@torch.no_grad()
+def test_logits_are_float32_whatever_is_around(model: Seq2Seq) -> None:
+    copy = in_precision(model, CPU, BF16)
+    x_RD = torch.randn(4, model.config.hidden_size).to(BF16)
+    expected_RV = F.linear(x_RD.float(), model.output.weight, model.output.bias)
+    assert torch.equal(copy.logits(x_RD), expected_RV)
+    with torch.autocast("cpu", dtype=BF16):
+        assert torch.equal(model.logits(x_RD), expected_RV)
+    assert torch.equal(copy.logits(x_RD.view(2, 2, -1)), expected_RV.view(2, 2, -1))
+
+
+@torch.no_grad()
+def test_the_best_pieces_of_a_hypothesis_do_not_tie() -> None:
+    config = ModelConfig(hidden_size=64, cell_size=64)
+    model = in_precision(Seq2Seq(config, 4000), CPU, BF16)
+    x_RD = torch.randn(300, 64).to(BF16)
+    best_R5 = model.logits(x_RD).topk(5).values
+    ties = (best_R5.diff(dim=1) == 0).any(1)
+    assert not ties.any()
+    # As it was: an exact tie in every fifth row or so.
+    rounded_R5 = F.linear(x_RD, model.output.weight.to(BF16)).topk(5).values
+    assert (rounded_R5.diff(dim=1) == 0).any(1).sum() > 30
+
+
+# --------------------------------------------------------------------------------- translating, scoring, training
+
+
+@pytest.fixture
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return RunDirectory.existing(str(trained_run(tmp_path_factory)))
+
+
+def test_a_run_translates_in_bf16_from_one_copy(run: RunDirectory) -> None:
+    config = run.config(["decoding.precision=bf16"])
+    translator = Translator.load(run, config)
+    assert translator.model.dtype == BF16
+    sources, targets, _ = run.text("test")
+    with Casts(translator.model) as casts:
+        assert len(translator.translate(sources)) == len(sources)
+    # Once a batch of sentences what every score takes from the attention: a vector, and no matrix.
+    assert set(casts.of_weights) == {"decoder.attention.v_N"}
+    exact = Translator.load(run, replace(config, decoding=replace(config.decoding, precision="fp32")))
+    world = nmt.training.trainer.World(CPU)
+    arguments = translator.subwords, sources, targets, 500, world
+    assert perplexity(translator.model, *arguments).pieces == pytest.approx(
+        perplexity(exact.model, *arguments).pieces, rel=0.01
+    )
+
+
+def test_validation_in_bf16_uses_a_copy_of_the_parameters_as_they_are_and_drops_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus(tmp_path)
+    copies: list[weakref.ref[Seq2Seq]] = []
+    passed: list[Tensor] = []
+    original = nmt.training.trainer.perplexity
+
+    def seen(model: Seq2Seq, *arguments: Any) -> Any:
+        copies.append(weakref.ref(model))
+        passed.append(model.decoder.attention.query.weight.clone())
+        return original(model, *arguments)
+
+    monkeypatch.setattr(nmt.training.trainer, "perplexity", seen)
+    changes = ("run.name=a", "training.max_steps=4", "training.validate_every=2", "training.precision=bf16")
+    assert main(["train", *settings(tmp_path, *changes)]) == 0
+    gc.collect()
+    assert [copy() for copy in copies] == [None, None]
+    assert {weight.dtype for weight in passed} == {BF16}
+    assert not torch.equal(*passed)
+
+
+# ------------------------------------------------------------------------------------------- what a GPU is told
+
+
+@contextmanager
+def kept_settings() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@pytest.mark.parametrize(("precision", "tf32"), [("fp32", False), ("bf16", True), ("auto", True)])
+def test_float32_on_a_gpu_is_float32(precision: str, tf32: bool) -> None:
+    with kept_settings():
+        for before in ("high", "highest"):
+            torch.set_float32_matmul_precision(before)
+            torch.backends.cudnn.allow_tf32 = before == "high"
+            set_float32_products(torch.device("cuda"), precision)
+            assert torch.get_float32_matmul_precision() == ("high" if tf32 else "highest")
+            assert torch.backends.cudnn.allow_tf32 == tf32
+    assert (product_dtype(torch.device("cuda"), precision) == BF16) == tf32
+    assert product_dtype(CPU, "auto") == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({}, r"model.hidden_size=6 and model.moe.hidden_sizes=\[7\]: .* multiples of 8; choose others, or key=fp32"),
+        ({"hidden_size": 8, "hidden_sizes": [8, 12]}, r"^model.moe.hidden_sizes=\[8, 12\]: "),
+        ({"hidden_size": 12, "cell_size": 12, "hidden_sizes": [16]}, "^model.hidden_size=12: "),
+    ],
+)
+def test_widths_that_a_gpu_cannot_take_are_refused_at_the_start(
+    tiny_config: Configs, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
+) -> None:
+    config = tiny_config(**changes)
+    grouped.check_widths(config, CPU, BF16, "key")
+    monkeypatch.setattr(grouped, "has_fast_path", lambda _device, dtype: dtype == BF16)
+    grouped.check_widths(config, CPU, torch.float32, "key")
+    grouped.check_widths(tiny_config(num_experts=0), CPU, BF16, "key")
+    grouped.check_widths(tiny_config(hidden_size=8, hidden_sizes=[16, 8]), CPU, BF16, "key")
+    with pytest.raises(UserError, match=says):
+        grouped.check_widths(config, CPU, BF16, "key")
+
+
+def test_training_and_translating_with_such_widths_end_with_one_line(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    write_corpus(tmp_path)
+    monkeypatch.setattr(grouped, "has_fast_path", lambda _device, dtype: dtype == BF16)
+    changes = ("run.name=a", "training.precision=bf16", "training.max_steps=1", "model.moe.hidden_sizes=[20]")
+    assert main(["train", *settings(tmp_path, *changes)]) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert lines[-1].startswith("nmt: model.moe.hidden_sizes=[20]: ")
+    assert lines[-1].endswith("training.precision=fp32")
+    config = run.config(["decoding.precision=bf16"])
+    narrow = replace(config.model, moe=replace(config.model.moe, hidden_sizes=[20]))
+    with pytest.raises(UserError, match=r"hidden_sizes=\[20\]: .* or decoding.precision=fp32"):
+        Translator(Seq2Seq(narrow, 9), None, config.decoding, CPU)  # type: ignore[arg-type]
