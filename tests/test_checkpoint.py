@@ -14,9 +14,10 @@ import torch
 import yaml
 from test_training import one_thread, saved, settings, train, trained_run, write_corpus  # noqa: F401
 from torch import Tensor, nn
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
+import nmt.parallel.checkpoint
 from nmt.checkpoint import (
+    Checkpoint,
     best_of,
     choose,
     damaged_manifests,
@@ -28,8 +29,9 @@ from nmt.cli import main
 from nmt.config import Config, CorpusConfig
 from nmt.device import pick_device
 from nmt.errors import CheckpointError, DataError, StorageError
-from nmt.parallel.checkpoint import Saver, load_parameters, read_tensors, save_checkpoint
+from nmt.parallel.checkpoint import Saver, save_checkpoint
 from nmt.parallel.mesh import World
+from nmt.parameters import read_parameters, read_tensors
 from nmt.run import RunDirectory
 
 MODEL = "model/shard-00001-model-00001-of-00001.safetensors"
@@ -47,6 +49,14 @@ def model_of(value: float = 0.0) -> nn.Linear:
 
 def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def load_parameters(model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str) -> None:
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    read = read_parameters(checkpoints, shapes, vocabulary)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(read[name])
 
 
 def save(folder: Path, step: int, score: float | None = None, value: float | None = None) -> Path:
@@ -292,7 +302,7 @@ class FullDisk:
         self.left = allowed
         self.failed = False
         for owner, name in (
-            (HuggingFaceStorageWriter, "write_data"),
+            (nmt.parallel.checkpoint, "save_file"),
             (Path, "write_text"),
             (Path, "mkdir"),
             (Path, "rename"),
@@ -348,7 +358,7 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(HuggingFaceStorageWriter, "write_data", full)
+        patch.setattr(nmt.parallel.checkpoint, "save_file", full)
         capfd.readouterr()
         assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 6
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]

@@ -14,7 +14,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.config import ModelConfig, TrainingConfig
 from nmt.model.experts import Experts
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.checkpoint import read_tensors
+from nmt.parameters import read_tensors
 from nmt.training.optim import COLUMN, ROW, clipped_step, make_optimizer, state_shapes
 
 FACTORED = TrainingConfig(expert_optimizer="factored")

@@ -29,7 +29,7 @@ from nmt.evaluation.compute import model_cost
 from nmt.evaluation.markdown import code
 from nmt.evaluation.model_card import CardFacts, SetScores, model_card
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.checkpoint import load_parameters, write_parameters
+from nmt.parameters import read_model, write_parameters
 from nmt.run import RunDirectory
 
 FILES = ("README.md", "config.yaml", "corpus.json", "manifest.json", "model.safetensors", "subwords.model")
@@ -203,13 +203,13 @@ def test_parameters_of_any_network_come_back(tmp_path: Path, tiny_config: Any, g
     groups = {"branching": 2, "primary_k": 1} if gating == "hierarchical" else {}
     moe = MoEConfig(num_experts=4, k=2, hidden_sizes=[7], gating=gating, **groups)
     config = replace(tiny_config(tie_embeddings=tied, output_bias=not tied), moe=moe)
-    written, read = Seq2Seq(config, 13), Seq2Seq(config, 13)
+    written = Seq2Seq(config, 13)
     with torch.no_grad():
         for parameter in written.parameters():
             parameter.normal_()
     write_parameters(written, tmp_path / "model.safetensors")
     seal(tmp_path, {"format": 1, "step": 1, "steps": [1], "vocabulary": "words"})
-    load_parameters(read, [Checkpoint(tmp_path, 1, manifest_of(tmp_path))], "words")
+    read = read_model([Checkpoint(tmp_path, 1, manifest_of(tmp_path))], config, 13, "words")
     own = dict(read.named_parameters())
     assert all(torch.equal(parameter, own[name]) for name, parameter in written.named_parameters())
 

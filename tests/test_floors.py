@@ -23,6 +23,7 @@ FLOORS = {
     "device": 2,
     "run": 2,
     "checkpoint": 2,
+    "parameters": 2,
     "parallel": 2,
     "decoding": 3,
     "evaluation": 4,

@@ -22,7 +22,7 @@ from nmt.compose import compose_config
 from nmt.config import ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
-from nmt.parallel.checkpoint import read_tensors
+from nmt.parameters import read_tensors
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory
 from nmt.training.growing import grow

@@ -26,7 +26,7 @@ from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig, TrainingConfig
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
-from nmt.parallel.checkpoint import read_tensors
+from nmt.parameters import read_tensors
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.record import DevLine

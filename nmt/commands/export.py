@@ -16,7 +16,7 @@ from nmt.decoding.translator import Loaded, load_model
 from nmt.errors import StorageError, UserError
 from nmt.evaluation.model_card import CardFacts, SetScores, model_card, own_sets
 from nmt.files import read_json, sync
-from nmt.parallel.checkpoint import write_parameters
+from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
 
 # The parts of report/SET.json that a card tells.

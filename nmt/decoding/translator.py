@@ -22,7 +22,7 @@ from nmt.model.assemble import in_precision
 from nmt.model.attention import Memory
 from nmt.model.grouped import check_widths
 from nmt.model.seq2seq import DecoderState, Seq2Seq
-from nmt.parallel.checkpoint import load_parameters
+from nmt.parameters import read_model
 from nmt.run import RunDirectory
 
 # A translation may be this much longer than max_length_ratio allows: short sentences need the room.
@@ -81,7 +81,7 @@ class Translator:
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
         loaded = load_model(run, config)
-        translator = cls(loaded.model.eval(), loaded.subwords, config.decoding, device)
+        translator = cls(loaded.model, loaded.subwords, config.decoding, device)
         translator.steps = loaded.steps
         return translator
 
@@ -156,7 +156,7 @@ def has_words(text: str, unlearned: str = "") -> bool:
 
 
 class Loaded(NamedTuple):
-    """A trained model, on the CPU."""
+    """A trained model, on the CPU and in evaluation mode."""
 
     model: Seq2Seq
     subwords: Subwords
@@ -175,10 +175,8 @@ def load_model(run: RunDirectory, config: Config) -> Loaded:
     CheckpointError if the run, its checkpoint or its vocabulary is missing, damaged or does not fit.
     """
     subwords = load_vocabulary(run)
-    model = Seq2Seq(config.model, subwords.size)
     chosen = run.chosen(config.decoding)
-    load_parameters(model, chosen, subwords.fingerprint)
-    return Loaded(model, subwords, chosen)
+    return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:

@@ -7,6 +7,7 @@ formats are safetensors and JSON. What a step folder holds, and how one is chose
 Saving costs training a copy of the tensors to host memory; the rest is done by a thread beside it.
 """
 
+import json
 import shutil
 import sys
 import threading
@@ -20,23 +21,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.futures import Future
 
 from nmt.checkpoint import Checkpoint, finish_folder, list_checkpoints, prune_checkpoints, step_folder
 from nmt.errors import CheckpointError, StorageError, UserError
 from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
+from nmt.parameters import OFFSETS, Tensors, check_finite, check_parameters, check_vocabulary, stored
 
 # The main process hashes what all have written while the others wait: minutes, where there are a hundred GB.
 _HASHING = timedelta(hours=2)
 
-Tensors = dict[str, Tensor]
 Parts = Mapping[str, Mapping[str, Tensor]]
 """The parts of a checkpoint by name: "model" (parameters) and "training" (moments)."""
 
@@ -99,7 +101,7 @@ class Saver:
                 with _quiet():
                     dcp.save(
                         {name: share_of_whole(name, tensor, self.world) for name, tensor in tensors.items()},
-                        storage_writer=HuggingFaceStorageWriter(str(temporary / part), save_distributed=True),
+                        storage_writer=_Writer(temporary / part),
                         process_group=self.group,
                         no_dist=self.group is None,
                     )
@@ -130,6 +132,33 @@ def _on_host(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+class _Writer(HuggingFaceStorageWriter):
+    """The library's, but for the file: what it hands on as one object of bytes is written from where it lies, so that
+    saving takes no memory beside the tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder), save_distributed=True)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this process's file. OSError or SafetensorError if that fails."""
+        done: Future[list[WriteResult]] = Future()
+        tensors, offsets = {}, {}
+        for item in plan.items:
+            tensor = planner.resolve_data(item)
+            assert isinstance(tensor, Tensor)
+            assert item.tensor_data is not None
+            tensors[item.index.fqn] = tensor
+            offsets[item.index.fqn] = {"saved_offsets": list(item.tensor_data.chunk.offsets)}
+        if tensors:
+            path = Path(self.path) / f"shard-{plan.storage_data['shard_index']:05d}-model-00001-of-00001.safetensors"
+            path.touch()
+            mode = path.stat().st_mode
+            save_file(tensors, path, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
+            path.chmod(mode)  # safetensors makes files that nobody else may read
+        done.set_result([])
+        return done
+
+
 def _make_empty(temporary: Path, parts: Iterable[str]) -> None:
     shutil.rmtree(temporary, ignore_errors=True)
     for part in parts:
@@ -155,28 +184,16 @@ def share_of_whole(name: str, tensor: Tensor, world: World) -> Tensor:
     return DTensor.from_local(tensor, world.host_mesh, [Replicate(), Shard(0)], run_check=False)
 
 
-def read_tensors(folder: Path) -> Tensors:
-    """All tensors of one part of a checkpoint, whole, on the CPU."""
-    tensors = {name: torch.empty(each.size, dtype=each.properties.dtype) for name, each in _sizes(folder).items()}
-    _read_into(folder, tensors)
-    return tensors
-
-
 def read_share(folder: Path, targets: Tensors, world: World) -> None:
     """Fill `targets` (CPU tensors, experts as this process holds them) from one part of a checkpoint."""
     _read_into(folder, {name: share_of_whole(name, tensor, world) for name, tensor in targets.items()})
-
-
-def _sizes(folder: Path) -> dict[str, TensorStorageMetadata]:
-    read = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
-    return {name: each for name, each in read.items() if isinstance(each, TensorStorageMetadata)}
 
 
 def _read_into(folder: Path, targets: Tensors) -> None:
     if not targets:
         return
     try:
-        _sizes(folder)  # what cannot be read at all the library would log at length
+        stored(folder)  # what cannot be read at all the library would log at length
         with _quiet():
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     # The reader's own, which differ: a manifest can vouch for any bytes.
@@ -202,58 +219,21 @@ def save_checkpoint(
     return step_folder(folder, step)[0]
 
 
-def write_parameters(model: nn.Module, path: Path) -> None:
-    """Write all parameters of a model on the CPU into one safetensors file, tied ones once. StorageError if not."""
-    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
-    try:
-        save_file(tensors, path)
-    except (SafetensorError, OSError) as error:
-        raise StorageError(f"cannot write {path}: {_cause(error)}") from error
+def load_parameters(model: nn.Module, checkpoint: Checkpoint, vocabulary: str, world: World) -> None:
+    """Set `model` to the parameters, or this process's share of them, of a checkpoint whose files were verified.
 
-
-def load_parameters(
-    model: nn.Module, checkpoints: list[Checkpoint], vocabulary: str, world: World | None = None
-) -> None:
-    """Set `model` to the (mean of the) parameters of checkpoints made with this vocabulary.
-
-    With a world, each process its share, from checkpoints whose files were verified; without, they are verified here.
+    CheckpointError if it does not fit or was made with another vocabulary.
     """
-    verified, world = world is not None, world or World(torch.device("cpu"))
-    own = dict(model.named_parameters())
-    mean: Tensors = {}
-    for checkpoint in checkpoints:
-        _check(checkpoint, own, vocabulary, world, verified)
-        read = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in own.items()}
-        read_share(checkpoint.parameters, read, world)
-        for name, tensor in read.items():
-            share = tensor if len(checkpoints) == 1 else tensor / len(checkpoints)
-            mean[name] = mean[name] + share if name in mean else share
-    with torch.no_grad():
-        for name, parameter in own.items():
-            parameter.copy_(mean[name])
-
-
-def _check(checkpoint: Checkpoint, own: Mapping[str, Tensor], vocabulary: str, world: World, verified: bool) -> None:
-    if checkpoint.manifest["vocabulary"] != vocabulary:
-        raise CheckpointError(
-            f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
-            f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
-        )
-    problem = None if verified else checkpoint.verify("model")
-    if problem:
-        again, other = "copy it again from where it came from", "choose another with decoding.checkpoint=STEP"
-        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")
-    try:
-        written = _sizes(checkpoint.parameters)
-    except Exception as error:  # the reader's own, which differ: a manifest can vouch for any bytes
-        raise CheckpointError(f"{checkpoint.parameters} holds no safetensors ({_cause(error)})") from error
-    for name in sorted(own.keys() | written.keys()):
-        if name in own and name in written:
-            shape = list(own[name].shape)
-            if is_expert(name):
-                shape[0] *= world.group_size
-            if shape == list(written[name].size):
-                continue
-        raise CheckpointError(
-            f"{checkpoint.path} does not fit the run's config.yaml (parameter {name}): one of them was changed"
-        )
+    check_vocabulary(checkpoint, vocabulary)
+    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shapes = {name: list(parameter.shape) for name, parameter in own.items()}
+    for name, shape in shapes.items():
+        if is_expert(name):
+            shape[0] *= world.group_size
+    check_parameters(checkpoint, stored(checkpoint.parameters), shapes)
+    # Those of a CPU are read to where they belong.
+    read = {name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu") for name, tensor in own.items()}
+    read_share(checkpoint.parameters, read, world)
+    for name, tensor in own.items():
+        check_finite(checkpoint, name, read[name])
+        tensor.copy_(read[name])

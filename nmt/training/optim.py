@@ -4,13 +4,15 @@ Letters: E experts, I and O inputs and outputs of one layer of an expert.
 """
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from nmt.checkpoint import Checkpoint
 from nmt.config import TrainingConfig
+from nmt.errors import CheckpointError
 from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
 
@@ -162,6 +164,22 @@ def state_shapes(name: str, shape: Sequence[int], expert_optimizer: str) -> dict
     if expert_optimizer == "factored" and is_expert(name):
         return _factored_shapes(shape)
     return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+
+
+def has_moments(checkpoint: Checkpoint, found: Collection[str], shapes: Mapping[str, Collection[str]]) -> set[str]:
+    """The parameters of which a checkpoint holds what the optimiser remembers: all but those never trained (frozen).
+
+    `found` names what it holds, `shapes` what each parameter has (`state_shapes`). CheckpointError for half of it.
+    """
+    trained = set()
+    for name, moments in shapes.items():
+        wanted = [f"{moment}.{name}" for moment in moments]
+        missing = [each for each in wanted if each not in found]
+        if not missing:
+            trained.add(name)
+        elif len(missing) < len(wanted):
+            raise CheckpointError(f"{checkpoint.path} lacks {missing[0]} of the optimiser: choose another")
+    return trained
 
 
 def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:

@@ -21,13 +21,15 @@ from torch import Tensor
 
 from nmt.checkpoint import Checkpoint, choose
 from nmt.config import Config, ModelConfig
-from nmt.errors import CheckpointError, StorageError, UserError
+from nmt.errors import StorageError, UserError
 from nmt.files import sync
+from nmt.model.assemble import assemble
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.checkpoint import load_parameters, read_tensors, save_checkpoint
+from nmt.parallel.checkpoint import save_checkpoint
+from nmt.parameters import read_model, read_tensors
 from nmt.run import RunDirectory
-from nmt.training.optim import state_shapes
+from nmt.training.optim import has_moments, state_shapes
 from nmt.training.trainer import Progress
 
 
@@ -76,15 +78,7 @@ class Network:
 
     def build(self) -> Seq2Seq:
         """The model with these weights, in evaluation mode."""
-        model = Seq2Seq(self.config, self.vocab_size)
-        own = dict(model.named_parameters())
-        assert own.keys() == self.weights.keys(), own.keys() ^ self.weights.keys()
-        with torch.no_grad():
-            for name, parameter in own.items():
-                value = self.weights[name].value
-                assert parameter.shape == value.shape, name
-                parameter.data = value.clone()
-        return model.eval()
+        return assemble(self.config, self.vocab_size, {name: each.value for name, each in self.weights.items()})
 
 
 def layer_prefix(layer: str) -> str:
@@ -133,18 +127,16 @@ def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size:
     if config.decoding.checkpoint == "average":
         raise UserError("decoding.checkpoint=average has no optimiser state to go on with: use best, last or a step")
     (checkpoint,) = choose(run.checkpoints, config.decoding.checkpoint, 1)
-    model = Seq2Seq(config.model, vocab_size)
-    load_parameters(model, [checkpoint], vocabulary)
+    model = read_model([checkpoint], config.model, vocab_size, vocabulary)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
     tensors = read_tensors(checkpoint.path / "training")
-    weights = {}
-    try:
-        for name, parameter in model.named_parameters():
-            shapes = state_shapes(name, parameter.shape, config.training.expert_optimizer)
-            state = {moment: tensors[f"{moment}.{name}"] for moment in shapes}
-            step = state.pop("step")
-            weights[name] = Weight(parameter.detach(), state, step)
-    except KeyError as error:
-        raise CheckpointError(f"{checkpoint.path} lacks {error.args[0]} of the optimiser: choose another") from error
+    kind = config.training.expert_optimizer
+    shapes = {name: state_shapes(name, value.shape, kind) for name, value in values.items()}
+    weights = {name: Weight.new(value) for name, value in values.items()}
+    for name in has_moments(checkpoint, tensors, shapes):
+        state = {moment: tensors[f"{moment}.{name}"] for moment in shapes[name]}
+        step = state.pop("step")
+        weights[name] = Weight(values[name], state, step)
     return Network(config.model, vocab_size, weights), checkpoint
 
 

@@ -32,13 +32,14 @@ from nmt.model.grouped import check_widths
 from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model
 from nmt.parallel.mesh import World
+from nmt.parameters import stored
 from nmt.run import RunDirectory
 from nmt.terminal import printable
 from nmt.training.clock import Clock
 from nmt.training.forecast import duration, first_forecast, seconds_left
 from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite, layer_lines, summary
 from nmt.training.metrics import Interval, MetricsWriter
-from nmt.training.optim import learning_rate, make_optimizer, state_shapes, tensors_to_save
+from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.record import DevLine, TrainLine
 from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
@@ -382,15 +383,16 @@ class Trainer:
         checkpoint = self.world.on_main(self._newest, self.saver.group)
         if checkpoint is None:
             return None
-        load_parameters(self.model, [checkpoint], self.subwords.fingerprint, self.world)
+        load_parameters(self.model, checkpoint, self.subwords.fingerprint, self.world)
         self.progress = Progress.of(checkpoint)
         self.same_order = self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
         shapes = {name: state_shapes(name, each.shape, kind) for name, each in self.model.named_parameters()}
-        moments = {f"{moment}.{name}": torch.empty(size) for name in shapes for moment, size in shapes[name].items()}
+        trained = has_moments(checkpoint, stored(checkpoint.path / "training"), shapes)
+        moments = {f"{moment}.{name}": torch.empty(size) for name in trained for moment, size in shapes[name].items()}
         read_share(checkpoint.path / "training", moments, self.world)
         for name, parameter in self.model.named_parameters():
-            own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name]}
+            own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name] if name in trained}
             self.optimizer.state[parameter] = own
         return checkpoint
 

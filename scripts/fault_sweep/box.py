@@ -20,7 +20,7 @@ import torch
 
 from nmt.checkpoint import Checkpoint, list_checkpoints, newest_verified
 from nmt.data.phrasebook import phrasebook
-from nmt.parallel.checkpoint import read_tensors
+from nmt.parameters import read_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = Path(__file__).resolve().parent / "hooks"

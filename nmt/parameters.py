@@ -1,0 +1,204 @@
+"""Parameters on disk: safetensors files, read without a copy and checked before anything is allocated.
+
+A folder holds one file, or one for each process that wrote: then a file has parts of the experts' tensors, divided by
+their first dimension, and says where they begin. What is whole in one file is used where it lies, mapped into memory
+(writing to it changes the process's own copy of a page, never the file).
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from nmt.checkpoint import Checkpoint
+from nmt.config import ModelConfig
+from nmt.errors import CheckpointError, StorageError
+from nmt.model.assemble import assemble, skeleton
+from nmt.model.seq2seq import Seq2Seq
+
+Tensors = dict[str, Tensor]
+Shape = tuple[int, ...]
+
+OFFSETS = "DCP_SHARDING_INFO"
+"""Where a file's header says, as JSON, at which index of the whole each of its tensors begins."""
+
+
+class _Part(NamedTuple):
+    """A tensor, or some of it, in one file."""
+
+    path: Path
+    offset: Shape
+    shape: Shape
+
+
+class Stored(NamedTuple):
+    """What the headers of a folder say of one tensor."""
+
+    dtype: str  # as safetensors calls it: F32
+    shape: Shape  # of the whole
+    parts: list[_Part]  # in order
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """The tensors of all safetensors files of a folder, by name. CheckpointError if they are not whole."""
+    parts: dict[str, list[_Part]] = {}
+    dtypes: dict[str, set[str]] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                offsets = json.loads((file.metadata() or {}).get(OFFSETS, "{}"))
+                for name in file.keys():  # noqa: SIM118 - no dictionary
+                    shape = tuple(file.get_slice(name).get_shape())
+                    offset = tuple(map(int, offsets[name]["saved_offsets"])) if offsets else (0,) * len(shape)
+                    parts.setdefault(name, []).append(_Part(path, offset, shape))
+                    dtypes.setdefault(name, set()).add(file.get_slice(name).get_dtype())
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} holds no safetensors ({' '.join(str(error).split())})") from error
+    if not parts:
+        raise CheckpointError(f"{folder} holds no safetensors")
+    return {name: _whole(folder, name, parts[name], dtypes[name]) for name in parts}
+
+
+def _whole(folder: Path, name: str, parts: list[_Part], dtypes: set[str]) -> Stored:
+    """One tensor of parts that follow each other without a gap."""
+    first, *others = parts = sorted(parts, key=lambda part: part.offset)
+    whole = not any(first.offset) and len(dtypes) == 1
+    end = first.shape[0] if first.shape else 0
+    for part in others:
+        whole = whole and bool(part.shape) and part.offset == (end, *first.offset[1:])
+        whole = whole and part.shape[1:] == first.shape[1:]
+        end += part.shape[0] if part.shape else 0
+    if not whole:
+        raise CheckpointError(f"{folder} holds other tensors than this program writes (the parts of {name} do not fit)")
+    return Stored(dtypes.pop(), (end, *first.shape[1:]) if first.shape else (), parts)
+
+
+def read_tensors(folder: Path) -> Tensors:
+    """All tensors of a folder, whole, on the CPU; mapped where one file has them whole. CheckpointError if damaged."""
+    return {name: _read(each, name) for name, each in stored(folder).items()}
+
+
+def _read(each: Stored, name: str) -> Tensor:
+    found = []
+    for part in each.parts:
+        with safe_open(part.path, framework="pt") as file:
+            found.append(file.get_tensor(name))
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def check_parameters(checkpoint: Checkpoint, found: Mapping[str, Stored], shapes: Mapping[str, Sequence[int]]) -> None:
+    """CheckpointError unless what is stored are float32 tensors of just these names and shapes."""
+    for name in sorted(shapes.keys() | found.keys()):
+        there, here = found.get(name), shapes.get(name)
+        if there is None or here is None or there.shape != tuple(here):
+            raise CheckpointError(
+                f"{checkpoint.path} does not fit the run's config.yaml (parameter {name}: {_shape(there)} there, "
+                f"{'none' if here is None else list(here)} by config.yaml): one of them was changed"
+            )
+        if there.dtype != "F32":
+            raise CheckpointError(
+                f"{checkpoint.path} is damaged (parameter {name} is {there.dtype}, not F32): choose or copy another"
+            )
+
+
+def _shape(there: Stored | None) -> str:
+    return "none" if there is None else str(list(there.shape))
+
+
+def check_finite(checkpoint: Checkpoint, name: str, parameter: Tensor) -> None:
+    """CheckpointError if a number is NaN or infinite: whatever such a model does, it is not what was trained."""
+    # The extremes, in which NaN shows too: no tensor of truth values as large as the parameter.
+    if parameter.numel() and not all(math.isfinite(extreme) for extreme in parameter.aminmax()):
+        raise CheckpointError(
+            f"{checkpoint.path} is damaged (parameter {name} holds NaN or infinite numbers): choose or copy another"
+        )
+
+
+def check_vocabulary(checkpoint: Checkpoint, vocabulary: str) -> None:
+    """CheckpointError unless a checkpoint was made with this vocabulary."""
+    if checkpoint.manifest["vocabulary"] != vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
+            f"({checkpoint.manifest['vocabulary'][:12]} there, {vocabulary[:12]} here): restore the right file"
+        )
+
+
+def _check_hashes(checkpoint: Checkpoint) -> None:
+    """CheckpointError unless the parameters are what was written."""
+    problem = checkpoint.verify("model")
+    if problem:
+        again, other = "copy it again from where it came from", "choose another with decoding.checkpoint=STEP"
+        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")
+
+
+def read_parameters(checkpoints: Sequence[Checkpoint], shapes: Mapping[str, Sequence[int]], vocabulary: str) -> Tensors:
+    """The (mean of the) parameters of checkpoints, verified, of these shapes and made with this vocabulary.
+
+    CheckpointError if one is damaged or does not fit; shapes are compared before a number is read.
+    """
+    stores = []
+    for checkpoint in checkpoints:
+        check_vocabulary(checkpoint, vocabulary)
+        try:
+            stores.append(stored(checkpoint.parameters))
+            check_parameters(checkpoint, stores[-1], shapes)
+        except CheckpointError:
+            _check_hashes(checkpoint)  # that it was damaged says more
+            raise
+    for checkpoint in checkpoints:
+        _check_hashes(checkpoint)
+    return {name: _mean(checkpoints, [store[name] for store in stores], name) for name in shapes}
+
+
+def _mean(checkpoints: Sequence[Checkpoint], stores: Sequence[Stored], name: str) -> Tensor:
+    mean: Tensor | None = None
+    for checkpoint, each in zip(checkpoints, stores, strict=True):
+        parameter = _read(each, name)
+        check_finite(checkpoint, name, parameter)
+        share = parameter if len(checkpoints) == 1 else parameter / len(checkpoints)
+        mean = share if mean is None else mean.add_(share)
+    assert mean is not None
+    return mean
+
+
+def read_model(checkpoints: Sequence[Checkpoint], config: ModelConfig, vocab_size: int, vocabulary: str) -> Seq2Seq:
+    """The network with the (mean of the) parameters of checkpoints, on the CPU, in evaluation mode.
+
+    Nothing is drawn at random, and files are not copied. CheckpointError as for `read_parameters`.
+    """
+    network = _skeleton_within(checkpoints[0], config, vocab_size)
+    shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
+    return assemble(config, vocab_size, read_parameters(checkpoints, shapes, vocabulary))
+
+
+def _skeleton_within(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> Seq2Seq:
+    """The network without memory, if it has no more layers than the checkpoint has tensors: a configuration from
+    elsewhere may ask for so many that even these would not fit."""
+    layers = config.num_encoder_layers + config.num_decoder_layers
+    layers += len(config.moe_layers()) * len(config.moe.hidden_sizes)
+    try:
+        if layers <= len(stored(checkpoint.parameters)):
+            return skeleton(config, vocab_size)
+    except CheckpointError:
+        _check_hashes(checkpoint)
+        raise
+    except (RuntimeError, OverflowError):
+        pass  # a parameter of more bytes than can be counted
+    raise CheckpointError(
+        f"{checkpoint.path} does not fit the run's config.yaml, whose network is far larger: one of them was changed"
+    )
+
+
+def write_parameters(model: nn.Module, path: Path) -> None:
+    """Write all parameters of a model on the CPU into one safetensors file, tied ones once. StorageError if not."""
+    tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
+    try:
+        save_file(tensors, path)
+    except (SafetensorError, OSError) as error:
+        raise StorageError(f"cannot write {path}: {' '.join(str(error).split())}") from error
