@@ -1,5 +1,6 @@
 """Validation: BLEU shared out over processes that need each other's experts, and what must not steer a run."""
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,19 +36,22 @@ def sources() -> list[np.ndarray]:
     return [generator.integers(NUM_SPECIAL, VOCABULARY, size=length) for length in LENGTHS]
 
 
-def translations(case: str, share: slice, disturb: bool = False, halves: bool = False) -> list[torch.Tensor]:
+def translations(
+    case: str, share: slice, disturb: bool = False, halves: bool = False, precision: str = "fp32"
+) -> list[torch.Tensor]:
     """What this process finds for its share of the sentences."""
     config = config_of(case, 1, training=False, parallel={"overlap_exchange": halves})
     world = World.start("cpu", config.parallel)
     model = trained_model(config, world).eval()
+    model = model.float() if precision == "bf16" else model
     if disturb and world.rank:
         # As another kind of GPU would, only more so.
         with torch.no_grad():
             for parameter in model.decoder.upper.parameters():
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
     subwords: Any = SimpleNamespace(forbidden_ids=(0, 1, 2))
-    translator = Translator(model, subwords, GREEDY, world.device)
-    with passes_apart(model):
+    translator = Translator(model, subwords, replace(GREEDY, precision=precision), world.device)
+    with passes_apart(translator.model):
         found = translator.search(sources()[share])
     return [torch.tensor(each[0]) for each in found]
 
@@ -66,6 +70,7 @@ def _two_ranks() -> dict[str, Any]:
         "shared": {case: translations(case, own) for case in CASES},
         "halves": translations("noisy_top_k", own, halves=True),
         "one has none": translations("noisy_top_k", slice(0, 5 * (1 - rank))),
+        "bf16": translations("noisy_top_k", slice(0, 5 * (1 - rank)), precision="bf16"),
         "other weights": len(translations("noisy_top_k", own, disturb=True)),
         "bleu": validation_bleu(stub, SENTENCES, SENTENCES, "13a", world),
         "fewer sentences": validation_bleu(stub, SENTENCES[:1], SENTENCES[:1], "13a", world),
@@ -98,6 +103,12 @@ def test_a_process_without_sentences_serves_the_others(two_ranks: list[dict[str,
     first, second = (result["one has none"] for result in two_ranks)
     assert second == []
     assert_same([first], translations("noisy_top_k", slice(0, 5)))
+
+
+def test_products_in_bf16(two_ranks: list[dict[str, Any]]) -> None:
+    """What a process sends without tokens has the type of what the others send."""
+    first, second = (result["bf16"] for result in two_ranks)
+    assert (len(first), len(second)) == (5, 0)
 
 
 def test_processes_that_compute_otherwise_do_not_wait_for_each_other_for_ever(two_ranks: list[dict[str, Any]]) -> None:

@@ -99,7 +99,7 @@ class TrainingConfig:
     keep_checkpoints: int = 3
     """Newest checkpoints kept, besides the best one."""
     best_by: str = "perplexity"
-    """What makes a checkpoint the best: perplexity, or bleu of the validation."""
+    """What makes a checkpoint the best: perplexity, or bleu of the validation (from 1 on: less orders nothing)."""
     patience: int = 0
     """Stop after this many validations without a new best; 0: never."""
 

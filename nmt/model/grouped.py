@@ -48,6 +48,9 @@ def _bounds(ends_E: Tensor) -> list[tuple[int, int]]:
 
 def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
+    if not len(a_RI):
+        # A process may get no rows at all from the others.
+        return a_RI.new_zeros(0, w_EIO.shape[2])
     if not has_fast_path(a_RI.device, a_RI.dtype):
         out_RO = a_RI.new_zeros(a_RI.shape[0], w_EIO.shape[2])
         for expert, (first, last) in enumerate(_bounds(ends_E)):

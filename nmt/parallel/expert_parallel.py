@@ -184,6 +184,7 @@ class _Turns:
         """Return when all processes are done."""
         self._take_part(len(self.layers))
 
+    @torch.no_grad()
     def _take_part(self, wanted: int) -> None:
         device = self.layers[0].experts.weights[0].device
         while True:
