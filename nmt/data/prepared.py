@@ -25,6 +25,8 @@ _SHAPE = {
     "pairs_read": int,
     "pairs_kept": int,
     "dropped": {str: int},
+    "source_pieces": int,
+    "target_pieces": int,
     "vocabulary_size": int,
     "files": {VOCABULARY: _FILE, str: _FILE},
     "shards": {"train": {"pairs": int, "dtype": str, "files": {str: _FILE}}},
