@@ -47,7 +47,7 @@ def moe_by_loops(moe: MoE, x_TD: Tensor, noise_TE: Tensor | None) -> Tensor:
         logits = [x_D @ w_D for w_D in moe.gate.w_gate_DE.T]
         if noise_TE is not None:
             for i, w_D in enumerate(moe.gate.w_noise_DE.T):
-                logits[i] = logits[i] + noise_TE[t, i] * F.softplus(x_D @ w_D).clamp_min(MIN_NOISE_STD)
+                logits[i] = logits[i] + noise_TE[t, i] * (F.softplus(x_D @ w_D) + MIN_NOISE_STD)
         kept = sorted(range(len(logits)), key=lambda i: -logits[i].item())[: moe.gate.k]
         total = sum(logits[i].exp() for i in kept)
         y_D = torch.zeros_like(x_D)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from test_experts import expert_by_loops
 from test_training import one_thread  # noqa: F401
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.config import MoEConfig
 from nmt.model.experts import MoE
@@ -24,6 +25,8 @@ from nmt.model.gating import (
     StrictlyBalancedGate,
     balance_loss,
 )
+from nmt.model.rows import take_groups
+from nmt.model.seq2seq import Seq2Seq
 
 WIDTH = 5
 HIERARCHIES = [  # tokens, experts, groups, groups per token, experts per group
@@ -93,7 +96,7 @@ def noisy_top_k(
     if noise_N is None:
         gates = softmax(clean, largest(clean, k))
         return gates, [torch.tensor(float(i in gates)) for i in range(len(clean))]
-    stds = [F.softplus(x_D @ w_D).clamp_min(MIN_NOISE_STD) for w_D in w_noise_DN.T]
+    stds = [F.softplus(x_D @ w_D) + MIN_NOISE_STD for w_D in w_noise_DN.T]
     noisy = [mean + noise * std for mean, noise, std in zip(clean, noise_N, stds, strict=True)]
     probs = []
     for i, (mean, std) in enumerate(zip(clean, stds, strict=True)):
@@ -438,3 +441,36 @@ def test_tokens_with_many_experts_and_with_none(training: bool, output: str):
     assert x_TD.grad[experts_T > 1].any()
     for name, parameter in [*moe.named_parameters(), ("x", x_TD)]:
         assert parameter.grad is None or parameter.grad.isfinite().all(), name
+
+
+def test_groups_are_taken_and_given_back_exactly():
+    group_TP = torch.tensor([[2, 0], [1, 2], [0, 1], [3, 1]])
+    x_TAB = randn(4, 4, 3).requires_grad_()
+    taken_TPB = take_groups(x_TAB, group_TP)
+    assert all(torch.equal(taken_TPB[t, p], x_TAB[t, group_TP[t, p]]) for t in range(4) for p in range(2))
+    assert torch.autograd.gradcheck(lambda x_TAB: take_groups(x_TAB, group_TP), (x_TAB,))
+
+
+@pytest.mark.parametrize("gating", SMALL)
+def test_no_gradient_is_added_up_in_place(tiny_config: Any, tiny_batch: Any, gating: str):
+    """A GPU would do that with atomics, slowly and in another order every time; embeddings have a way of their own."""
+    sizes = {"num_experts": 6, "branching": 3, "primary_k": 2, "k": 1} if gating == "hierarchical" else {}
+    model = Seq2Seq(tiny_config(gating=gating, **sizes), 13).train()
+    with Called() as called:
+        model(tiny_batch((4, 2), (1, 6), (6, 3))).loss.backward()
+    adding = {"scatter_add", "scatter_add_", "index_add", "index_add_"}
+    assert not {name for name, dtype in called.found if name in adding and dtype.is_floating_point}
+
+
+class Called(TorchDispatchMode):
+    """Names of the operations that were called, and the type of what they gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor):
+            self.found.add((function.overloadpacket.__name__, out.dtype))
+        return out

@@ -48,7 +48,7 @@ def noise_of(seed: int, num_tokens: int, num_experts: int) -> Tensor:
 
 
 def clean_and_std(gate: NoisyTopKGate, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-    return x_TD @ gate.w_gate_DE, F.softplus(x_TD @ gate.w_noise_DE).clamp_min(MIN_NOISE_STD)
+    return x_TD @ gate.w_gate_DE, F.softplus(x_TD @ gate.w_noise_DE) + MIN_NOISE_STD
 
 
 def kth_excluding(values: list[float], k: int, i: int) -> float:
@@ -156,12 +156,19 @@ def noise_seen(gate: NoisyTopKGate, x_TD: Tensor, seed: int) -> Tensor:
     return logits_TE - logits_TE.mean(1, keepdim=True)
 
 
-@pytest.mark.parametrize(("w_noise", "std"), [(0.0, math.log(2.0)), (-1000.0, MIN_NOISE_STD)])
+@pytest.mark.parametrize(("w_noise", "std"), [(0.0, math.log(2.0) + MIN_NOISE_STD), (-1000.0, MIN_NOISE_STD)])
 def test_noise_starts_at_ln_2_and_never_falls_below_its_floor(w_noise: float, std: float):
     gate, x_TD = NoisyTopKGate(2, 5, 5).double(), torch.rand(20, 2, dtype=torch.float64) + 0.5
     torch.nn.init.constant_(gate.w_noise_DE, w_noise)
     noise_TE = std * noise_of(11, 20, 5)
     torch.testing.assert_close(noise_seen(gate, x_TD, 11), noise_TE - noise_TE.mean(1, keepdim=True))
+
+
+def test_noise_that_was_learnt_away_can_come_back():
+    gate, x_TD = trained_gate(2, 5, 2), torch.rand(20, 2, dtype=torch.float64) + 0.5
+    torch.nn.init.constant_(gate.w_noise_DE, -4.0)  # softplus(x . w_noise) of 0.0003 to 0.02
+    balance_loss(gate(x_TD).sums, 1.0, 1.0).backward()
+    assert gate.w_noise_DE.grad.abs().max() > 1e-5
 
 
 def test_a_gate_that_learnt_away_its_noise_has_a_finite_load_and_gradient():
@@ -262,7 +269,8 @@ def test_count_tokens_counts(num_tokens: int, num_experts: int, k: int):
 def test_the_gate_stays_in_float32_under_autocast():
     gate, x_TD = NoisyTopKGate(32, 8, 2), torch.randn(20, 32)
     torch.nn.init.normal_(gate.w_gate_DE)
-    noisy_TE = x_TD @ gate.w_gate_DE + math.log(2.0) * torch.randn(20, 8, generator=torch.manual_seed(3))
+    noise_TE = torch.randn(20, 8, generator=torch.manual_seed(3)) * (math.log(2.0) + MIN_NOISE_STD)
+    noisy_TE = x_TD @ gate.w_gate_DE + noise_TE
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = gate(x_TD)

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import gradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from nmt.model.lstm import LSTM, BidirectionalLSTM, reversed_positions
+from nmt.model.rows import turn_round
 
 
 def randn(*size: int) -> Tensor:
@@ -95,3 +97,8 @@ def test_the_backward_direction_reads_the_reversed_sentence():
     y_TB2P = layer(x_TBD, torch.tensor([5, 5]))
     torch.testing.assert_close(y_TB2P[:, :, :3], layer.forward_lstm(x_TBD)[0])
     torch.testing.assert_close(y_TB2P[:, :, 3:], layer.backward_lstm(x_TBD.flip(0))[0].flip(0))
+
+
+def test_turning_round_is_differentiated_by_turning_round():
+    turn_TB = reversed_positions(torch.tensor([4, 1, 3]), 5)
+    assert gradcheck(lambda x_TBD: turn_round(x_TBD, turn_TB), (randn(5, 3, 2).requires_grad_(),))

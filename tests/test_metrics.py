@@ -21,7 +21,15 @@ from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import Batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
-from nmt.model.gating import GateOutput, GateSums, HierarchicalGate, StrictlyBalancedGate, balance_loss, count_tokens
+from nmt.model.gating import (
+    MIN_NOISE_STD,
+    GateOutput,
+    GateSums,
+    HierarchicalGate,
+    StrictlyBalancedGate,
+    balance_loss,
+    count_tokens,
+)
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.gate_watch import GateFigures, summary
@@ -200,8 +208,8 @@ def test_a_run_writes_figures_and_histograms_of_every_layer(tmp_path_factory: py
         for name in ("cv_importance", "cv_load", "gate_entropy", "noise_std", "importance_loss", "load_loss"):
             values = [line[f"{layer}.{name}"] for line in lines]
             assert [event.value for event in events.Scalars(f"train/{layer}.{name}")] == pytest.approx(values)
-    # The gates start at zero: even, and with noise of softplus(0).
-    assert lines[0]["encoder.1.noise_std"] == pytest.approx(math.log(2))
+    # The gates start at zero: even, and with noise of softplus(0) and the floor.
+    assert lines[0]["encoder.1.noise_std"] == pytest.approx(math.log(2) + MIN_NOISE_STD)
     assert lines[0]["encoder.1.load_loss"] == pytest.approx(0.01 * lines[0]["encoder.1.cv_load"] ** 2)
 
 

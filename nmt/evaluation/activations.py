@@ -150,22 +150,22 @@ def _gate(moe: MoEConfig, num_experts: int) -> int:
         case "hierarchical":
             group = num_experts // moe.branching
             primary = _noisy(moe.branching, moe.primary_k)
-            # Logits and standard deviations of all groups before the chosen ones are taken from them.
-            secondary = 4 * _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
+            # Logits of the noise of all groups, before the chosen ones are taken from what becomes of them.
+            secondary = _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
             return primary + secondary + slots
         case "noisy_top_k":
             return _noisy(num_experts, moe.k)
         case "softmax_top_k":
             return slots
         case _:
-            # Logarithm, softmax over the kept, gate, difference of the masks; the mask, and what it leaves out.
-            return num_experts * (4 * _FLOAT + 2 * _BOOL) + 2 * slots
+            # Logarithm, softmax over the kept, difference of the masks; the mask, and what it leaves out.
+            return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
 
 
 def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
-    """A noisy gate's bytes a token; without its standard deviation if that is kept for `all_groups` at once."""
-    # Logit of the noise and its softplus; the noise.
-    numbers = 1 if all_groups else 3
+    """A noisy gate's bytes a token; without the logit of its noise if that is kept for `all_groups` at once."""
+    # The noise and, unless it is kept for all groups, its logit.
+    numbers = 1 if all_groups else 2
     # Distance to the threshold, standard deviation and their quotient, unless every expert is in.
     estimate = num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
     return num_experts * numbers * _FLOAT + estimate + k * (_INDEX + _FLOAT)

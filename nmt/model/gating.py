@@ -15,9 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
+from nmt.model.rows import take_groups
 
-# Least standard deviation of the gate noise. The paper has none; without one a gate that learns away its noise makes
-# the load estimate 0/0. softplus(x . w_noise) starts at ln 2 = 0.69, far above.
+# Added to the standard deviation of the gate noise, softplus(x . w_noise), which starts at ln 2 = 0.69. The paper has
+# no such floor, its authors' code (tensor2tensor) this one: without any, a gate that learns away its noise makes the
+# load estimate 0/0. It is added, since a bound from below would leave no gradient to come back by.
 MIN_NOISE_STD = 1.0e-2
 
 # log T_i of the strictly balanced gate is this times its parameter. Adam moves every parameter by about the learning
@@ -143,7 +145,7 @@ def _sum_by_expert(values_TK: Tensor, index_TK: Tensor, num_experts: int) -> Ten
 
 
 def _noise_std(x_TD: Tensor, w_noise_DE: Tensor) -> Tensor:
-    return F.softplus(x_TD @ w_noise_DE).clamp_min(MIN_NOISE_STD)
+    return F.softplus(x_TD @ w_noise_DE) + MIN_NOISE_STD
 
 
 def _full_slots(
@@ -190,8 +192,8 @@ class NoisyTopKGate(Gate):
 
     Noise only in training, fresh for each token and expert. Both weights start at zero, so that all experts start
     equally likely (S17 appendix A); `init_parameters` sets them. With k = E every token wakes every expert: then the
-    load is the hard count and carries no gradient. Deviation from the paper: the noise never gets smaller than
-    MIN_NOISE_STD.
+    load is the hard count and carries no gradient. Deviation from the paper: the standard deviation of the noise is
+    larger by MIN_NOISE_STD, as in its authors' code.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
@@ -280,7 +282,7 @@ class HierarchicalGate(Gate):
 
     def _of_groups(self, values_TE: Tensor, group_TP: Tensor) -> Tensor:
         values_TAB = values_TE.view(len(values_TE), self.branching, self.num_experts // self.branching)
-        return values_TAB.gather(1, group_TP[:, :, None].expand(-1, -1, values_TAB.shape[2]))
+        return take_groups(values_TAB, group_TP)
 
     def _by_expert(self, values_TPB: Tensor, group_TP: Tensor) -> Tensor:
         return _sum_by_expert(values_TPB, group_TP[:, :, None].expand_as(values_TPB), self.branching).flatten()
@@ -329,7 +331,7 @@ class StrictlyBalancedGate(Gate):
         num_slots, num_routed = torch.stack([count_T.max(), count_T.sum()]).tolist() if len(count_T) else (0, 0)
         expert_TK = (mask_TE + gates_TE.detach()).topk(max(num_slots, 1), dim=1).indices
         empty_TK = ~mask_TE.gather(1, expert_TK)
-        gates_TK = gates_TE.gather(1, expert_TK)
+        gates_TK = take_groups(gates_TE[:, :, None], expert_TK)[:, :, 0]
         count_E = mask_TE.sum(0).float()
         sums = GateSums(gates_TE.sum(0), count_E, count_E)
         expert_TK = expert_TK.masked_fill(empty_TK, self.num_experts)

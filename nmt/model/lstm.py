@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
+from nmt.model.rows import turn_round
+
 # Casting float32 weights makes new ones in any case; that cuDNN packs them together as well costs little.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
 # Said once of every model with projections on a CPU; it is why conf/model/small.yaml has none.
@@ -80,11 +82,10 @@ class BidirectionalLSTM(nn.Module):
 
     def forward(self, x_TBD: Tensor, length_B: Tensor) -> Tensor:
         """y_TB2P; `length_B` real positions of each sentence. Padding positions come out unspecified."""
-        turn_TB1 = reversed_positions(length_B, x_TBD.shape[0]).unsqueeze(2)
+        turn_TB = reversed_positions(length_B, x_TBD.shape[0])
         ahead_TBP, _ = self.forward_lstm(x_TBD)
-        turned_TBD = x_TBD.gather(0, turn_TB1.expand_as(x_TBD))
-        back_TBP, _ = self.backward_lstm(turned_TBD)
-        return torch.cat([ahead_TBP, back_TBP.gather(0, turn_TB1.expand_as(back_TBP))], dim=2)
+        back_TBP, _ = self.backward_lstm(turn_round(x_TBD, turn_TB))
+        return torch.cat([ahead_TBP, turn_round(back_TBP, turn_TB)], dim=2)
 
 
 def reversed_positions(length_B: Tensor, num_positions: int) -> Tensor:

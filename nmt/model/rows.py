@@ -4,7 +4,7 @@ PyTorch's own backward of an index is an accumulating scatter, which a GPU does 
 that changes from run to run. Where the index is known to be unique, or its inverse is known, none is needed.
 
 Letters: T tokens, K places for experts a token has, S = T * K slots, R <= S routed rows, N selected rows, M rows to
-select from, D width.
+select from, D width, P of A groups of B values; in `turn_round` T positions of B sentences.
 """
 
 from typing import Any
@@ -68,6 +68,43 @@ class _CombineRows(Function):
         gates_R = gates_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
         rows_grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1]) * gates_R.unsqueeze(1)
         return rows_grad_RD, gates_grad_TK, None, None
+
+
+class _TakeGroups(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TAB: Tensor, group_TP: Tensor) -> Tensor:
+        index_TPB = group_TP[:, :, None].expand(-1, -1, x_TAB.shape[2])
+        ctx.save_for_backward(group_TP)
+        ctx.num_groups = x_TAB.shape[1]
+        return x_TAB.gather(1, index_TPB)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TPB: Tensor) -> tuple[Tensor, None]:
+        (group_TP,) = ctx.saved_tensors
+        grad_TAB = grad_TPB.new_zeros(len(grad_TPB), ctx.num_groups, grad_TPB.shape[2])
+        return grad_TAB.scatter_(1, group_TP[:, :, None].expand_as(grad_TPB), grad_TPB), None
+
+
+class _TurnRound(Function):
+    @staticmethod
+    def forward(ctx: Any, x_TBD: Tensor, turn_TB: Tensor) -> Tensor:
+        ctx.save_for_backward(turn_TB)
+        return x_TBD.gather(0, turn_TB[:, :, None].expand_as(x_TBD))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TBD: Tensor) -> tuple[Tensor, None]:
+        (turn_TB,) = ctx.saved_tensors
+        return grad_TBD.gather(0, turn_TB[:, :, None].expand_as(grad_TBD)), None
+
+
+def take_groups(x_TAB: Tensor, group_TP: Tensor) -> Tensor:
+    """Of each token the values of its groups, (T, P, B); a token's P groups must differ."""
+    return _TakeGroups.apply(x_TAB, group_TP)
+
+
+def turn_round(x_TBD: Tensor, turn_TB: Tensor) -> Tensor:
+    """y[t, b] = x[turn[t, b], b] for a `turn` that is its own inverse, such as that of sentences read backwards."""
+    return _TurnRound.apply(x_TBD, turn_TB)
 
 
 def take_rows(x_MD: Tensor, index_N: Tensor) -> Tensor:
