@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, NoReturn
@@ -25,7 +25,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import nmt
 from nmt.commands import is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
-from nmt.process import launched, launched_rank
+from nmt.process import ended_by_signals, launched, launched_rank
 
 # What only some commands need is loaded by them: nobody should wait for PyTorch to read a help text.
 if TYPE_CHECKING:
@@ -109,8 +109,10 @@ def main(arguments: list[str] | None = None) -> int:
             close = difflib.get_close_matches(arguments[0], commands, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(commands)}")
-        commands[arguments[0]](arguments[1:])
-        sys.stdout.flush()
+        # Training has its own way to end: it saves first.
+        with nullcontext() if arguments[0] == "train" else ended_by_signals():
+            commands[arguments[0]](arguments[1:])
+            sys.stdout.flush()
     except ValueError as error:
         if launched_rank() != 0 and not isinstance(error, ProcessError):
             # Every process finds the same mistake; the main one tells it.
@@ -120,8 +122,8 @@ def main(arguments: list[str] | None = None) -> int:
         # The reader of our output went away (| head): nothing is wrong, and nobody is there to tell.
         _abandon_output()
         return 141
-    except KeyboardInterrupt:
-        return _complain("interrupted", 130)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "interrupted", exit_status(error))
     except OSError as error:
         if error.errno == errno.EBADF and error.filename is None:
             _abandon_output()

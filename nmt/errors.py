@@ -4,6 +4,8 @@ Every one of these is told in one line, without a traceback. A plain ValueError 
 configuration.
 """
 
+import signal
+
 
 class UserError(ValueError):
     """A mistake of usage or configuration: unknown key, wrong type, value that contradicts another."""
@@ -49,6 +51,14 @@ class ProcessError(UserError):
     status = 7
 
 
+class Ended(KeyboardInterrupt):
+    """A signal asked the program to end. No mistake, but told in one line, with the status that shells expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"ended by {signal.Signals(number).name}")
+        self.status = 128 + number
+
+
 def same_error(status: int, message: str) -> UserError:
     """The error of that exit status: what one process found, raised in another."""
     kinds = (DataError, CheckpointError, NonFiniteError, StorageError, ProcessError)
@@ -59,7 +69,7 @@ def same_error(status: int, message: str) -> UserError:
 
 def exit_status(error: BaseException) -> int:
     """The exit status for a mistake of the user's, or for a system that refuses; 1 for what is neither."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError | Ended):
         return error.status
     kinds = ((ValueError, 2), (OSError, StorageError.status), (KeyboardInterrupt, 130))
     return next((status for kind, status in kinds if isinstance(error, kind)), 1)

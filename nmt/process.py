@@ -1,8 +1,16 @@
 """Who this process is: among those that one launcher started, and to a person who wants to see or to stop it."""
 
 import os
+import signal
 import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
 
+from nmt.errors import Ended
+
+_ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 RENDEZVOUS = "NMT_RENDEZVOUS"
 """Variable with the path of the file by which the processes that `nmt train --processes` started find each other."""
 LAUNCHER = "NMT_LAUNCHER"
@@ -30,3 +38,29 @@ def pid_to_signal() -> int:
 def host_name() -> str:
     """The name of this host."""
     return socket.gethostname()
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Within, SIGTERM, SIGHUP and SIGQUIT raise `Ended`, so that whoever made a temporary file removes it.
+
+    One that is ignored stays ignored (nohup). A second signal is the last word: it ends the program at once.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _ENDING}
+    caught = [number for number in _ENDING if before[number] is signal.SIG_DFL]
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        for each in caught:
+            signal.signal(each, signal.SIG_DFL)
+        raise Ended(number)
+
+    for number in caught:
+        signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])

@@ -1,22 +1,31 @@
 """As many lines come out as went in, each at its place, whatever bytes the lines are made of."""
 
+import bz2
+import gzip
 import io
+import json
+import lzma
 import os
+import re
+import signal
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_training import one_thread, trained_run  # noqa: F401
 
-import nmt.decoding.translator
 from nmt.cli import main
-from nmt.decoding.lines import LineReader, open_input, open_output, read_all
-from nmt.errors import DataError, StorageError, UserError
+from nmt.decoding.lines import Piece, open_input, text_reader, windows
+from nmt.decoding.translator import Translation, Translator
+from nmt.errors import DataError
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
-BYTES = st.one_of(st.binary(max_size=60), ODD_TEXT.map(str.encode))
+BYTES = st.one_of(st.binary(max_size=60), ODD_TEXT.map(str.encode)).map(lambda content: b"x" + content)
 
 
 @pytest.fixture
@@ -25,106 +34,108 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def lines_by_the_rule(content: bytes) -> list[bytes]:
-    lines = content.split(b"\n")
+    lines = content.removeprefix(b"\xef\xbb\xbf").split(b"\n")
     return lines if lines[-1] else lines[:-1]
-
-
-def is_utf8(line: bytes) -> bool:
-    try:
-        line.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 # ------------------------------------------------------------------------------------------------------ reading
 
 
-@given(content=st.one_of(st.binary(max_size=300), ODD_TEXT.map(str.encode)), window=st.integers(1, 5))
-def test_lines_end_at_newline_and_nowhere_else(content: bytes, window: int) -> None:
-    reader = LineReader(io.BytesIO(content), window)
-    windows = list(reader)
-    lines = [line for each in windows for line in each]
-    expected = lines_by_the_rule(content)
-    if expected:
-        expected[0] = expected[0].removeprefix(b"\xef\xbb\xbf")
-    assert lines == [line.decode("utf-8", errors="replace") for line in expected]
-    assert reader.num_lines == len(expected)
-    assert all(len(each) == window for each in windows[:-1])
-    assert reader.num_invalid == sum(not is_utf8(line) for line in expected)
+def in_windows(content: bytes, most_lines: int = 5) -> list[list[Piece]]:
+    stream = io.BytesIO(content)
+    return list(windows(text_reader(stream, "text"), stream, most_lines))  # type: ignore[arg-type]
 
 
-def test_invalid_bytes_are_replaced_and_counted() -> None:
-    reader = LineReader(io.BytesIO(b"gut\n\xff\xfe\nGr\xf6\xdfe\nGr\xc3\xb6\n"), 9)
-    assert next(iter(reader)) == ["gut", "\ufffd\ufffd", "Gr\ufffd\ufffde", "Grö"]
-    assert reader.num_invalid == 2
+@given(content=ODD_TEXT.map(str.encode), most_lines=st.integers(1, 5))
+def test_lines_end_at_newline_and_nowhere_else(content: bytes, most_lines: int) -> None:
+    found = [piece for window in in_windows(content, most_lines) for piece in window]
+    expected = [line.removesuffix(b"\r").decode() for line in lines_by_the_rule(content)]
+    assert found == [Piece(line, True, True) for line in expected]
 
 
-def test_a_byte_order_mark_goes_from_the_first_line_alone(tmp_path: Path) -> None:
+def test_a_window_has_enough_lines_or_enough_text() -> None:
+    short = in_windows(b"a\n" * 100_000, most_lines=64)
+    assert sum(map(len, short)) == 100_000
+    assert all(len(window) >= 64 for window in short[:-1])
+    long = in_windows((b"the dog " * 5_000 + b"\n") * 100, most_lines=1_000)
+    assert sum(map(len, long)) == 100
+    assert max(sum(len(piece.text) for piece in window) for window in long) < 2 * 2**20
+
+
+def test_a_very_long_line_comes_in_pieces_that_end_with_sentences() -> None:
+    line = "The dog sleeps, said Dr. Weiß. " * 20_000
+    found = [piece for window in in_windows(f"{line}\nshort\n".encode()) for piece in window]
+    assert "".join(piece.text for piece in found[:-1]) == line
+    assert [piece.begins for piece in found] == [True, *[False] * (len(found) - 2), True]
+    assert [piece.ends for piece in found] == [*[False] * (len(found) - 2), True, True]
+    assert len(found) > 9
+    assert all(piece.text.endswith("Weiß. ") for piece in found[:-1])
+    assert max(len(piece.text) for piece in found) < 2**17
+
+
+@pytest.mark.parametrize("unit", [b"a", b"a ", b"\x00", b"\xff", "é".encode(), b"."], ids=repr)
+def test_a_line_without_end_is_never_held(unit: bytes) -> None:
+    class Endless(io.RawIOBase):
+        """As much of one line as is asked for, counted."""
+
+        read = 0
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+            size = len(buffer) // len(unit) * len(unit)
+            buffer[:size] = unit * (size // len(unit))
+            Endless.read += size
+            return size
+
+    stream = io.BufferedReader(Endless())
+    pieces = 0
+    for window in windows(text_reader(stream, "endless"), stream, most_lines=64):
+        assert not any(piece.ends for piece in window)
+        assert sum(len(piece.text) for piece in window) < 2 * 2**20
+        pieces += len(window)
+        if pieces > 40:
+            break
+    # What was read is handed on: nothing piles up.
+    assert Endless.read < 4 * 2**20 * len(unit)
+
+
+def test_what_a_pipe_holds_is_a_window_and_nothing_is_waited_for() -> None:
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stream:
+        found = windows(text_reader(stream, "pipe"), stream, most_lines=1_000)
+        for lines in (["one"], ["two", "three"], [""]):
+            os.write(writing, "".join(f"{line}\n" for line in lines).encode() + b"begun")
+            assert next(found) == [Piece(line, True, True) for line in lines]
+            os.write(writing, b" and ended\n")
+            assert next(found) == [Piece("begun and ended", True, True)]
+        os.write(writing, b"last")
+        os.close(writing)
+        assert list(found) == [[Piece("last", True, True)]]
+
+
+def test_all_of_a_file_is_there(tmp_path: Path) -> None:
     path = tmp_path / "text"
-    path.write_bytes(b"\xef\xbb\xbfa\n\xef\xbb\xbfb")
-    assert read_all(str(path)) == ["a", "\ufeffb"]
+    path.write_bytes(b"a line of the text\n" * 50_000)
+    with path.open("rb") as stream:
+        sizes = [len(window) for window in windows(text_reader(stream, "text"), stream, most_lines=20_000)]
+    assert min(sizes[:-1]) >= 20_000
+
+
+@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
+def test_compression_is_told_by_content(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
+    path = tmp_path / "text"
+    path.write_bytes(compress(b"\xef\xbb\xbfa\r\n\xef\xbb\xbfb"))
+    with path.open("rb") as stream:
+        found = list(windows(text_reader(stream, "text"), stream, most_lines=9))
+    assert [piece.text for window in found for piece in window] == ["a", "\ufeffb"]
 
 
 def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
-    for path in (tmp_path / "missing", tmp_path):
+    for path in (tmp_path / "missing", tmp_path, "a\0b"):
         with pytest.raises(DataError, match="cannot read"):
             open_input(str(path))
-
-
-# ------------------------------------------------------------------------------------------------------ writing
-
-
-def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
-    path = tmp_path / "out"
-    path.write_text("before")
-    with open_output(str(path), "-") as stream:
-        stream.write(b"after")
-        stream.flush()
-        assert path.read_text() == "before"
-    assert path.read_text() == "after"
-    assert os.listdir(tmp_path) == ["out"]
-
-
-def test_after_an_error_nothing_is_left_behind(tmp_path: Path) -> None:
-    def fail_half_way() -> None:
-        with open_output(str(tmp_path / "out"), "-") as stream:
-            stream.write(b"half")
-            raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        fail_half_way()
-    assert os.listdir(tmp_path) == []
-
-
-def test_the_input_a_folder_and_a_missing_folder_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "in"
-    path.write_text("keep me")
-    (tmp_path / "link").symlink_to(path)
-    for same in (path, tmp_path / "." / "in", tmp_path / "link"):
-        with pytest.raises(UserError, match="is the input"), open_output(str(same), str(path)):
-            pass
-    with pytest.raises(UserError, match="is a folder"), open_output(str(tmp_path), str(path)):
-        pass
-    with pytest.raises(StorageError, match="cannot write"), open_output(str(tmp_path / "no" / "out"), str(path)):
-        pass
-    assert path.read_text() == "keep me"
-
-
-def test_a_device_stays_a_device_and_a_link_a_link(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    with open_output(str(pipe), "-") as stream:
-        stream.write(b"text")
-    assert os.read(reading, 99) == b"text"
-    os.close(reading)
-    assert pipe.is_fifo()
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    with open_output(str(tmp_path / "link"), "-") as stream:
-        stream.write(b"text")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"text"
 
 
 # -------------------------------------------------------------------------------------------- the whole command
@@ -163,7 +174,7 @@ def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: p
     translate(run, tmp_path, content, "decoding.batch_sentences=1")
     notes = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]
     assert notes == [
-        "2 lines held characters that are unknown to the model, check these lines: 🦆 2, 東 1, 京 1",
+        "2 lines held characters that are unknown to the model, check: 🦆 2, 東 1, 京 1",
     ]
     translate(run, tmp_path, b"the dog\n")
     assert "unknown" not in capsys.readouterr().err
@@ -190,41 +201,112 @@ def test_a_very_long_line_is_translated_in_parts_and_told(
     capfd.readouterr()
     content = b"the dog\n" + b"the small dog runs " * 1000 + b"\n" + b"dog" * 700 + b"\na\n"
     lines = translate(run, tmp_path, content, "decoding.max_length_ratio=0.2").decode().split("\n")
-    assert "2 lines had more than 250 pieces; they were translated in parts" in capfd.readouterr().err
+    longest = json.loads((run / "corpus.json").read_text())["longest_source_pieces"]
+    told = capfd.readouterr().err
+    assert f"2 lines longer than {longest} pieces (the longest line of the training text) translated in parts" in told
+    assert "cut off at the greatest length (decoding.max_length_ratio=0.2)" in told
     assert len(lines) == 5
     assert all(lines[:4])
     assert len(lines[1]) > 20 * len(short[0])
 
 
+def test_a_line_in_pieces_is_that_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = b"the dog\n" + b"The small dog runs. A cat is in the meadow! " * 9 + b"\nthe dog\n"
+    whole = translate(run, tmp_path, content)
+    monkeypatch.setattr("nmt.decoding.lines._MOST_BYTES", 90)
+    assert translate(run, tmp_path, content) == whole
+    assert whole.count(b"\n") == 3
+
+
 def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     translate(run, tmp_path, b"\xff dog\nthe dog\n")
-    assert "1 lines held bytes that are not UTF-8" in capfd.readouterr().err
+    assert "1 line held bytes that are not UTF-8" in capfd.readouterr().err
 
 
 def test_output_appears_only_when_complete(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
-    source.write_text("the dog\n" * 70)
-    calls = iter(range(9))
-    whole = nmt.decoding.translator.Translator.translate
+    source.write_text("the dog\n" * 9000)
 
-    def failing(self: nmt.decoding.translator.Translator, lines: list[str]) -> list[object]:
+    def fail() -> None:
         assert not output.exists()
-        if next(calls) == 1:
-            raise RuntimeError("in the second window")
-        return whole(self, lines)
+        raise RuntimeError("in the second window")
 
-    monkeypatch.setattr(nmt.decoding.translator.Translator, "translate", failing)
+    in_second_window(monkeypatch, fail)
     with pytest.raises(RuntimeError):
-        main(["translate", str(run), str(source), "-o", str(output), "decoding.batch_sentences=1"])
+        main(["translate", str(run), str(source), "-o", str(output)])
     assert sorted(os.listdir(tmp_path)) == ["in"]
+
+
+def in_second_window(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Translate to the same text, and do something after the first window."""
+    calls = iter(range(99))
+
+    def translate(_self: Translator, lines: list[str], *_: Any) -> list[Translation]:
+        if next(calls) == 1:
+            do()
+        return [Translation(line, 0.0) for line in lines]
+
+    monkeypatch.setattr(Translator, "translate", translate)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
+def test_a_signal_leaves_nothing_and_is_told(
+    run: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    number: signal.Signals,
+) -> None:
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.write_text("the dog\n" * 9000)
+    output.write_text("before")
+    in_second_window(monkeypatch, lambda: os.kill(os.getpid(), number))
+    assert main(["translate", str(run), str(source), "-o", str(output)]) == 128 + number
+    assert sorted(os.listdir(tmp_path)) == ["in", "out"]
+    assert output.read_text() == "before"
+    first, last = capfd.readouterr().err.splitlines()
+    assert first.endswith(f"lines translated so far; {output} was not written")
+    assert last == ("nmt: interrupted" if number == signal.SIGINT else f"nmt: ended by {number.name}")
+
+
+def test_a_program_that_writes_a_line_and_waits_gets_its_answer(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = translate(run, tmp_path, b"the dog\na meadow\n").splitlines(keepends=True)
+    (to_read, question), (answer, to_write) = os.pipe(), os.pipe()
+    status: list[int] = []
+    with os.fdopen(to_read, "rb") as source, os.fdopen(to_write, "wb") as output, os.fdopen(answer, "rb") as answers:
+        monkeypatch.setattr("sys.stdin", _Stream(buffer=source))
+        monkeypatch.setattr("sys.stdout", _Stream(buffer=output))
+        command = threading.Thread(target=lambda: status.append(main(["translate", str(run), "decoding.beam_size=1"])))
+        command.start()
+        for line, answered in zip((b"the dog\n", b"a meadow\n"), expected, strict=True):
+            os.write(question, line)
+            assert answers.readline() == answered
+        os.close(question)
+        command.join()
+    assert status == [0]
+
+
+def test_progress_is_for_a_terminal_alone(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    master, terminal = os.openpty()
+    with os.fdopen(terminal, "w") as stream, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", stream)
+        translate(run, tmp_path, b"the dog\n" * 200)
+        shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert re.search(r"100% 200 lines, [\d.,]+ lines/s, [\d:]+ left", shown)
+    with io.StringIO() as no_terminal, monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", no_terminal)
+        translate(run, tmp_path, b"the dog\n" * 200)
+        assert "%" not in no_terminal.getvalue()
 
 
 class _Stream:
     """Stands for sys.stdin or sys.stdout."""
 
-    def __init__(self, content: bytes = b"", terminal: bool = False) -> None:
-        self.buffer = io.BytesIO(content)
-        self.buffer.isatty = lambda: terminal  # type: ignore[method-assign]
+    def __init__(self, content: bytes = b"", buffer: BinaryIO | None = None) -> None:
+        self.buffer = buffer or io.BytesIO(content)
         self.buffer.close = lambda: None  # type: ignore[method-assign]
 
     def flush(self) -> None:
@@ -237,14 +319,13 @@ def answers(run: Path, tmp_path: Path) -> tuple[bytes, bytes]:
     return content, translate(run, tmp_path, content)
 
 
-@pytest.mark.parametrize("terminal", [False, True])
 def test_standard_input_to_standard_output(
-    run: Path, answers: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch, terminal: bool
+    run: Path, answers: tuple[bytes, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content, expected = answers
     out = _Stream()
     with monkeypatch.context() as patch:
-        patch.setattr("sys.stdin", _Stream(content, terminal))
+        patch.setattr("sys.stdin", _Stream(content))
         patch.setattr("sys.stdout", out)
         assert main(["translate", str(run), "decoding.beam_size=1"]) == 0
     assert out.buffer.getvalue() == expected

@@ -275,7 +275,7 @@ def test_an_end_at_once_is_an_empty_translation(beam: int):
 def test_a_finished_translation_is_preferred_to_a_better_unfinished_one():
     row = scripted_row({(): ({A: 0.8, EOS: 0.2}, [1.0, 1.0]), (A,): ({A: 1.0}, [1.0, 1.0])})
     found = translate(row, [[True, True]], [2], beam=2)
-    assert found == Hypotheses([[]], [pytest.approx(math.log(0.2))], [True])
+    assert found == Hypotheses([[]], [pytest.approx(math.log(0.2))], [pytest.approx(math.log(0.2))], [True])
 
 
 def test_an_end_below_the_best_k_candidates_does_not_count():

@@ -1,5 +1,6 @@
 """A line's translation depends on the line alone: not on its batch, its place or its neighbours."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,9 @@ from test_training import one_thread, trained_run  # noqa: F401
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config
-from nmt.decoding.translator import Translation, Translator
+from nmt.decoding.search import length_penalty
+from nmt.decoding.segment import join, split
+from nmt.decoding.translator import Translation, Translator, longest_source
 from nmt.errors import CheckpointError
 from nmt.run import RunDirectory
 
@@ -94,39 +97,110 @@ def test_the_search_never_outputs_what_is_forbidden(load: Load) -> None:
         translator.model.output.weight[forbidden] = 100.0 * torch.randn(
             len(forbidden), translator.model.output.weight.shape[1]
         )
-    for pieces, _ in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
+    for pieces, *_ in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
         assert not set(pieces) & set(forbidden)
 
 
 def test_a_long_line_is_its_parts(load: Load) -> None:
-    translator = load(max_source_pieces=4, beam_size=2)
-    line = "the small dog runs over a green meadow"
-    pieces = translator.subwords.encode(line)
-    assert len(pieces) > 8
-    parts = [pieces[start : start + 4] for start in range(0, len(pieces), 4)]
-    expected = [(translator.subwords.decode(found), score) for found, score in translator.search(parts)]
-    short = translator.subwords.decode([int(piece) for piece in pieces[:2]])
-    found = translator.translate([short, line])
-    assert translator.num_long_lines == 1
-    assert found[1].text == " ".join(filter(None, (text for text, _ in expected)))
-    assert found[1].score == pytest.approx(sum(score for _, score in expected), abs=1e-4)
-    translator.translate([line, line])
-    assert translator.num_long_lines == 3
+    translator = load(max_source_pieces=8, beam_size=2)
+    sentences = ["The small dog runs over a meadow. ", "A cat! "]
+    parts = split("".join(sentences), translator._fit)
+    assert len(parts) > 2
+    assert parts[-1] == sentences[-1]
+    alone = translator.translate(parts)
+    assert all(each.num_parts == 1 for each in alone)
+    (found,) = translator.translate(["".join(sentences)])
+    assert found.text == join(parts, texts(alone))
+    assert found.num_parts == len(parts)
+    assert found.finished == all(each.finished for each in alone)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.7, 0.0), (0.7, 0.3)])
+def test_the_score_of_parts_is_that_of_one_translation(load: Load, alpha: float, beta: float) -> None:
+    translator = load(max_source_pieces=8, alpha=alpha, beta=beta)
+    line = "The dog. A cat! The small dog runs over a green meadow."
+    parts = split(line, translator._fit)
+    found = translator.search(translator.subwords.encode_batch(parts))
+    lengths = [len(each.tokens) + each.finished for each in found]
+    log_prob = sum(each.log_prob for each in found)
+    coverage = sum(
+        each.score - each.log_prob / length_penalty(length, alpha) for each, length in zip(found, lengths, strict=True)
+    )
+    (translation,) = translator.translate([line])
+    assert translation.score == pytest.approx(log_prob / length_penalty(sum(lengths), alpha) + coverage)
+    if alpha == beta == 0.0:
+        assert translation.score == pytest.approx(sum(scores(translator.translate(parts))))
 
 
 def test_exactly_the_limit_is_not_long(load: Load) -> None:
     line = "the small dog"
     translator = load()
-    translator.decoding = replace(translator.decoding, max_source_pieces=len(translator.subwords.encode(line)))
-    translator.translate([line])
-    assert translator.num_long_lines == 0
+    translator.longest_seen = len(translator.subwords.encode(line))
+    assert translator.translate([line])[0].num_parts == 1
+    translator.longest_seen -= 1
+    assert translator.translate([line])[0].num_parts == 2
+
+
+def test_the_longest_line_of_training_is_the_limit(load: Load, run: RunDirectory) -> None:
+    longest = run.corpus_info()["longest_source_pieces"]
+    assert load().max_pieces == longest
+    assert load(max_source_pieces=longest - 1).max_pieces == longest - 1
+    training = (run.path.parent / "train.en").read_text().splitlines()
+    assert max(len(pieces) for pieces in load().subwords.encode_batch(training)) == longest
+
+
+def test_a_run_that_does_not_know_its_longest_line_has_the_limit_of_its_filter(load: Load, run: RunDirectory) -> None:
+    config = run.config()
+    assert longest_source({}, config) == config.corpus.filters.max_pieces
+    assert longest_source(run.corpus_info(), config) == load().longest_seen
+
+
+def test_pieces_of_a_longer_line_are_cut_although_they_fit(load: Load) -> None:
+    translator = load()
+    line = "A cat! A dog. "
+    assert translator.translate([line])[0].num_parts == 1
+    found = translator.translate([line, line], long={1})
+    assert [each.num_parts for each in found] == [1, 2]
+    assert found[1].text == join(["A cat! ", "A dog. "], texts(translator.translate(["A cat! ", "A dog. "])))
+
+
+def test_a_part_without_words_stays_as_it_is(load: Load) -> None:
+    translator = load(max_source_pieces=8)
+    found = translator.translate(["A cat!  ...  The small dog runs over a green meadow. --- A dog."])[0]
+    assert "  ...  " in found.text
+    assert " --- " in found.text
+
+
+def test_a_translation_that_is_cut_off_says_so(load: Load) -> None:
+    translator = load(max_length_ratio=0.01)
+    for parameter in translator.model.parameters():
+        torch.nn.init.zeros_(parameter)
+    found = translator.translate(["the dog", "", "..."])
+    assert [each.finished for each in found] == [False, True, True]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_outputs_that_are_not_finite_are_an_error(load: Load, value: float) -> None:
+    translator = load()
+    translator.model.target_embedding.weight.data[4:] = value
+    with pytest.raises(CheckpointError, match="outputs are not finite"):
+        translator.translate(["the dog"])
+
+
+def test_progress_rises_to_the_whole(load: Load, lines: list[str]) -> None:
+    told: list[float] = []
+    load(batch_sentences=3).translate(lines, progress=told.append)
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    assert len(told) > 2
 
 
 def test_a_score_is_the_log_probability_of_the_greedy_translation(load: Load, lines: list[str]) -> None:
     translator = load(beam_size=1, alpha=0.0, beta=0.0)
     for line in lines[:6]:
         source = translator.subwords.encode(line)
-        ((target, score),) = translator.search([source])
+        (found,) = translator.search([source])
+        target, score = found.tokens, found.score
         longest = int(len(source) * translator.decoding.max_length_ratio) + 10
         batch = make_batch(np.arange(1), [source], [np.array(target)])
         with torch.inference_mode():
@@ -148,7 +222,8 @@ def test_an_untrained_model_ends_within_the_limit(load: Load, lines: list[str], 
     for parameter in translator.model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     sources = [source for source in translator.subwords.encode_batch(lines) if len(source)]
-    for source, (target, _) in zip(sources, translator.search(sources), strict=True):
+    for source, found in zip(sources, translator.search(sources), strict=True):
+        target = found.tokens
         assert len(target) <= ratio * len(source) + 10
         assert EOS not in target
 

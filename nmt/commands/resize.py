@@ -14,7 +14,7 @@ from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.config.reading import written
 from nmt.data.subwords import Subwords
-from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.decoding.translator import Translator, load_vocabulary, longest_source
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.compute import model_cost
@@ -122,6 +122,7 @@ class _Bench:
 
     def __init__(self, run: RunDirectory, config: Config, subwords: Subwords) -> None:
         self.config, self.subwords = config, subwords
+        self.longest = longest_source(run.corpus_info(), config)
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(self.device, config.decoding.precision)
@@ -138,7 +139,7 @@ class _Bench:
     def translator(self, network: Network) -> Translator:
         """A greedy translator with this network, which wakes as many experts as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
-        return Translator(network.build(), self.subwords, greedy, self.device)
+        return Translator(network.build(), self.subwords, greedy, self.device, self.longest)
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Of the dev set, per piece."""

@@ -134,6 +134,8 @@ def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: 
     facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
     corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
     corpus |= {name: prepared.manifest[name] for name in facts}
+    if (longest := prepared.manifest.get("longest_source_pieces")) is not None:  # older preparations have none
+        corpus["longest_source_pieces"] = longest
     for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
         say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):

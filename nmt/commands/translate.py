@@ -1,14 +1,24 @@
 """nmt translate: a file, line by line."""
 
 import argparse
+import io
+import os
+import shutil
+import stat
+import sys
 import time
 from collections import Counter
+from dataclasses import dataclass, field
+
+from tqdm import tqdm
 
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters
-from nmt.decoding.lines import LineReader, open_input, open_output
-from nmt.decoding.translator import Translator
+from nmt.decoding.lines import Piece, open_input, text_reader, windows
+from nmt.decoding.output import Output, open_output
+from nmt.decoding.segment import seam
+from nmt.decoding.translator import Translation, Translator
 from nmt.run import RunDirectory
 
 
@@ -16,40 +26,167 @@ def parser() -> Parser:
     """Options of `nmt translate`."""
     parser = Parser(
         "translate",
-        "Translate text, one sentence a line; line n of the output translates line n of the input.",
+        "Translate text, one sentence a line; line n of the output translates line n of the input. A line that is "
+        "longer than the model can take is translated in parts.",
         "  nmt translate runs/demo input.en -o output.de\n"
         "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
-        "  nmt translate demo input.en decoding.beam_size=8 decoding.checkpoint=average",
+        "  nmt translate demo input.en.gz -o output.de.gz decoding.beam_size=8 decoding.checkpoint=average",
     )
-    parser.add_argument("input", nargs="?", default="-", metavar="INPUT", help="a file (default: standard input)")
-    parser.add_argument("-o", "--output", default="-", metavar="OUTPUT", help="a file (default: standard output)")
+    parser.add_argument(
+        "input",
+        nargs="?",
+        default="-",
+        metavar="INPUT",
+        help="a file, which may be compressed by gzip, xz, zstd or bzip2 (default: standard input, each line of which "
+        "is answered as soon as no more come)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output",
+        default="-",
+        metavar="OUTPUT",
+        help="a file, which appears when it is complete; .gz, .bz2 and .xz are compressed (default: standard output)",
+    )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
-    with open_input(options.input) as stream, open_output(options.output, options.input) as output:
+    written = Written()
+    with open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
-        reader = LineReader(stream, window=32 * config.decoding.batch_sentences)
+        reader = text_reader(source, options.input)
         started = time.perf_counter()
-        unlearned: Counter[str] = Counter()
-        num_unlearned = 0
-        for window in reader:
-            translations = translator.translate(window)
-            output.write("".join(f"{translation.text}\n" for translation in translations).encode())
-            output.flush()
-            for translation in translations:
-                unlearned.update(translation.unlearned)
-                num_unlearned += bool(translation.unlearned)
+        try:
+            with _Progress(source, output, options.output == "-") as progress:
+                for window in windows(reader, source, most_lines=32 * config.decoding.batch_sentences):
+                    progress.begin(written.num_lines, len(window))
+                    texts = [piece.text for piece in window]
+                    long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
+                    found = translator.translate(texts, long, progress.tell)
+                    output.stream.write(written.add(window, found).encode())
+                    if output.live:
+                        output.stream.flush()
+        except KeyboardInterrupt:
+            kept = "they are written" if output.live else f"{options.output} was not written"
+            say(f"{_lines(written.num_lines)} translated so far; {kept}")
+            raise
     seconds = time.perf_counter() - started
-    say(f"{reader.num_lines:,} lines in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
+    say(f"{_lines(reader.num_lines)} in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
     if reader.num_invalid:
-        say(f"{reader.num_invalid:,} lines held bytes that are not UTF-8; they were replaced by U+FFFD")
-    if num_unlearned:
-        say(
-            f"{num_unlearned:,} lines held characters that are unknown to the model, check these lines: "
-            f"{list_characters(unlearned)}"
+        say(f"{_lines(reader.num_invalid)} held bytes that are not UTF-8, which were replaced by U+FFFD")
+    if written.num_unlearned:
+        unknown = list_characters(written.unlearned)
+        say(f"{_lines(written.num_unlearned)} held characters that are unknown to the model, check: {unknown}")
+    if written.num_long:
+        longest, asked = translator.max_pieces, config.decoding.max_source_pieces
+        why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
+        say(f"{_lines(written.num_long)} longer than {longest} pieces ({why}) translated in parts")
+    if written.num_cut_off:
+        ratio = f"decoding.max_length_ratio={config.decoding.max_length_ratio:g}"
+        say(f"{_lines(written.num_cut_off)} cut off at the greatest length ({ratio}), perhaps repeating: check them")
+
+
+def _lines(count: int) -> str:
+    return f"{count:,} line{'' if count == 1 else 's'}"
+
+
+@dataclass
+class Written:
+    """Translations put together to lines, and what is to be told of them."""
+
+    num_lines: int = 0
+    num_long: int = 0
+    """Lines translated in parts."""
+    num_cut_off: int = 0
+    """Lines of which a part was cut off at its greatest length."""
+    num_unlearned: int = 0
+    """Lines with characters that the vocabulary learned no piece for."""
+    unlearned: Counter[str] = field(default_factory=Counter)
+    """Those characters."""
+    _before: str = field(default="", init=False)
+    """The piece of the same line that came before."""
+    _left: str = field(default="", init=False)
+    """The end of what that line has become so far."""
+    _long: bool = field(default=False, init=False)
+    _cut_off: bool = field(default=False, init=False)
+    _unlearned: bool = field(default=False, init=False)
+
+    def add(self, window: list[Piece], found: list[Translation]) -> str:
+        """The text of a window: what its lines, and pieces of lines, have become."""
+        text: list[str] = []
+        for piece, translation in zip(window, found, strict=True):
+            if not piece.begins:
+                text.append(seam(self._before, piece.text, self._left, translation.text))
+            text.append(translation.text)
+            self._long |= translation.num_parts > 1 or not piece.ends
+            self._cut_off |= not translation.finished
+            self._unlearned |= bool(translation.unlearned)
+            self.unlearned.update(translation.unlearned)
+            self._before = piece.text
+            self._left = (self._left + translation.text)[-1:]
+            if piece.ends:
+                text.append("\n")
+                self.num_lines += 1
+                self.num_long += self._long
+                self.num_cut_off += self._cut_off
+                self.num_unlearned += self._unlearned
+                self._before = self._left = ""
+                self._long = self._cut_off = self._unlearned = False
+        return "".join(text)
+
+
+class _Progress:
+    """On a terminal, a line that says how far the translation is; nothing anywhere else."""
+
+    def __init__(self, source: io.BufferedReader, output: Output, to_standard_output: bool) -> None:
+        size = _size(source)
+        # Nobody wants it between their own lines, or between the translations.
+        seen = sys.stderr.isatty() and not source.isatty() and not (to_standard_output and output.stream.isatty())
+        left = "{percentage:3.0f}% {desc}, {remaining} left" if size else "{desc}"
+        # Where a terminal says that it has 0 columns and rows, tqdm would show nothing.
+        columns, rows = shutil.get_terminal_size()
+        self._bar = tqdm(
+            total=size,
+            desc=_lines(0),
+            bar_format=left,
+            leave=False,
+            disable=not seen,
+            file=sys.stderr,
+            ncols=columns,
+            nrows=rows,
         )
-    if translator.num_long_lines:
-        limit = config.decoding.max_source_pieces
-        say(f"{translator.num_long_lines:,} lines had more than {limit} pieces; they were translated in parts")
+        self._source = source if size else None
+        self._started = time.perf_counter()
+        self._lines = self._window = 0
+        self._read = (0, 0)
+
+    def begin(self, num_lines: int, window: int) -> None:
+        """A window of so many lines comes after `num_lines` that are done."""
+        self._lines, self._window = num_lines, window
+        if self._source:
+            self._read = (self._read[1], self._source.tell())
+
+    def tell(self, share: float) -> None:
+        """So much of the window is done."""
+        lines = self._lines + round(share * self._window)
+        speed = lines / max(time.perf_counter() - self._started, 1e-9)
+        self._bar.set_description_str(f"{_lines(lines)}, {speed:,.1f} lines/s", refresh=False)
+        before, after = self._read
+        self._bar.n = round(before + share * (after - before))
+        self._bar.refresh()
+
+    def __enter__(self) -> "_Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+
+def _size(stream: io.BufferedReader) -> int | None:
+    """Bytes of a file; None for any other stream."""
+    try:
+        found = os.fstat(stream.fileno())
+    except OSError:
+        return None
+    return found.st_size if stat.S_ISREG(found.st_mode) else None

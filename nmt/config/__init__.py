@@ -172,7 +172,8 @@ class DecodingConfig:
     max_length_ratio: float = 2.0
     """A translation has at most this many times the pieces of its source (GNMT section 7), and 10 more."""
     max_source_pieces: int = 250
-    """Longer lines are translated in parts of this many pieces, joined again; a warning counts them."""
+    """Longer lines, and lines longer than any of the training text, are translated in parts: cut where sentences end,
+    or where clauses or words do if a sentence is too long, and joined again. A note counts them."""
     batch_sentences: int = 64
     """Sentences searched together."""
     device: str = "auto"

@@ -126,6 +126,7 @@ class _Preparation:
             "invalid_utf8_lines": {split: report.invalid_lines for split, report in self.reports.items()},
             "source_pieces": writer.num_pieces["source"],
             "target_pieces": writer.num_pieces["target"],
+            "longest_source_pieces": writer.longest["source"],
             "vocabulary_size": subwords.size,
             "vocabulary_sentences": num_learnt,
             "lines_in_bytes": self.num_lines_in_bytes,

@@ -43,6 +43,8 @@ class ShardWriter:
         self.dtype = DTYPES[vocab_size > 1 << 16]
         self.num_pairs = 0
         self.num_pieces = dict.fromkeys(SIDES, 0)
+        self.longest = dict.fromkeys(SIDES, 0)
+        """Pieces of the longest sentence of a side."""
         self._split = split
         self._folder = folder
         self._streams = {name: (folder / name).open("wb") for pair in _names(split).values() for name in pair}
@@ -56,7 +58,9 @@ class ShardWriter:
             return
         for side, sequences in zip(SIDES, (sources, targets), strict=True):
             pieces_name, offsets_name = _names(self._split)[side]
-            offsets = self.num_pieces[side] + np.cumsum([len(sequence) for sequence in sequences])
+            lengths = [len(sequence) for sequence in sequences]
+            self.longest[side] = max(self.longest[side], *lengths)
+            offsets = self.num_pieces[side] + np.cumsum(lengths)
             self._streams[pieces_name].write(np.concatenate(sequences).astype(self.dtype).tobytes())
             self._streams[offsets_name].write(offsets.astype(_OFFSET_DTYPE).tobytes())
             self.num_pieces[side] = int(offsets[-1])

@@ -1,97 +1,87 @@
-"""Files of sentences, one per line, in and out: as many lines come out as went in, at the same places.
+"""Lines to translate, in windows: as many as make the search quick, or as are there now.
 
-A line ends at b"\\n" and nowhere else; an unterminated last line counts if it is not empty. Bytes that are not UTF-8
-are replaced and counted.
+The rule for lines is that of nmt/textfile.py. A line that is too long to be held comes in pieces, cut where a sentence
+ends, so that memory does not grow with it.
 """
 
-import os
+import io
+import select
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import NamedTuple, cast
 
-from nmt.errors import DataError, StorageError, UserError
+from nmt.decoding.segment import last_place
+from nmt.errors import DataError
+from nmt.textfile import TextReader
 
-_BOM = b"\xef\xbb\xbf"
-
-
-class LineReader:
-    """Lines of a binary stream, in windows of up to `window` lines; a terminal gets its answer line by line."""
-
-    def __init__(self, stream: BinaryIO, window: int) -> None:
-        self.stream = stream
-        self.window = 1 if stream.isatty() else window
-        self.num_lines = 0
-        self.num_invalid = 0
-        """Lines with bytes that are not UTF-8."""
-
-    def __iter__(self) -> Iterator[list[str]]:
-        window: list[str] = []
-        # Iterating over a binary stream splits at b"\\n" only.
-        for raw in self.stream:
-            window.append(self._text(raw))
-            if len(window) == self.window:
-                yield window
-                window = []
-        if window:
-            yield window
-
-    def _text(self, raw: bytes) -> str:
-        raw = raw.removesuffix(b"\n")
-        if self.num_lines == 0:
-            raw = raw.removeprefix(_BOM)
-        self.num_lines += 1
-        try:
-            return raw.decode("utf-8")
-        except UnicodeDecodeError:
-            self.num_invalid += 1
-            return raw.decode("utf-8", errors="replace")
+# Of a line that comes as one piece.
+_MOST_BYTES = 1 << 16
+# Of the text of a window.
+_MOST_CHARACTERS = 1 << 20
+# Longer than a program that writes on needs to fill its pipe again, too short for anybody who waits to notice.
+_PATIENCE_MS = 10
 
 
-def open_input(path: str) -> BinaryIO:
+class Piece(NamedTuple):
+    """A line, or a piece of a very long one."""
+
+    text: str
+    begins: bool  # whether the line begins here
+    ends: bool  # whether the line ends here
+
+
+def open_input(path: str) -> io.BufferedReader:
     """The file at `path`, or standard input for "-". DataError if it cannot be read."""
     if path == "-":
-        return sys.stdin.buffer
+        return cast(io.BufferedReader, sys.stdin.buffer)
     try:
         return Path(path).open("rb")
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def read_all(path: str) -> list[str]:
-    """Every line of a file."""
-    with open_input(path) as stream:
-        return [line for window in LineReader(stream, 4096) for line in window]
+def text_reader(stream: io.BufferedReader, path: str) -> TextReader:
+    """The lines of a stream from `open_input`, for `windows`."""
+    return TextReader(stream, "standard input" if path == "-" else path, _MOST_BYTES)
 
 
-@contextmanager
-def open_output(path: str, source: str) -> Iterator[BinaryIO]:
-    """Standard output for "-"; else a file that appears under its name only when complete.
+def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> Iterator[list[Piece]]:
+    """The lines that `reader` finds in `stream`, in windows of about `most_lines`.
 
-    UserError if it is the file being read, StorageError if it cannot be written.
+    A window is smaller where the stream has no more for now: whoever writes a line and waits gets its answer.
     """
-    if path == "-":
-        yield sys.stdout.buffer
-        return
-    # A link stays one: the file behind it is replaced.
-    final = Path(path).resolve()
-    if source != "-" and final.exists() and os.path.samefile(final, source):
-        raise UserError(f"output {path} is the input: name another file")
-    if final.is_dir():
-        raise UserError(f"output {path} is a folder: name a file")
-    if final.exists() and not final.is_file():
-        # A device or a pipe is written to, not replaced by a file.
-        with final.open("wb") as stream:
-            yield stream
-        return
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+    more_now = _looking_for_more(stream)
+    window: list[Piece] = []
+    size = 0
+    begun, rest = False, ""  # of a line that came in part
+    blocks = reader.blocks()
+    while True:
+        full = len(window) >= most_lines or size >= _MOST_CHARACTERS
+        if window and (full or not more_now()):
+            yield window
+            window, size = [], 0
+        block = next(blocks, None)
+        if block is None:
+            break
+        lines, whole = block
+        lines[0], rest = rest + lines[0], ""
+        if not whole:
+            place = last_place(lines[0])
+            lines[0], rest = lines[0][:place], lines[0][place:]
+        window += [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
+        begun = not whole
+        size += sum(map(len, lines))
+    if window:
+        yield window
+
+
+def _looking_for_more(stream: io.BufferedReader) -> Callable[[], bool]:
+    """A function that tells whether reading on would not wait; a file never waits, and neither does its end."""
     try:
-        try:
-            with temporary.open("wb") as stream:
-                yield stream
-            temporary.replace(final)
-        except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+        descriptor = stream.fileno()
+    except io.UnsupportedOperation:
+        return lambda: True
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return lambda: bool(poll.poll(_PATIENCE_MS))

@@ -46,7 +46,8 @@ class Hypotheses(NamedTuple):
     """The best translation of each sentence."""
 
     tokens: list[list[int]]  # without EOS
-    scores: list[float]  # GNMT eq. 14
+    scores: list[float]  # GNMT eq. 14; -inf if no step had a finite output
+    log_probs: list[float]  # log P(Y | X), in nats
     finished: list[bool]  # False: nothing finished before the greatest length
 
 
@@ -59,6 +60,7 @@ class Beam(NamedTuple):
     coverage_KBS: Tensor  # float32, summed attention
     best_tokens_BL: Tensor  # int64, the best finished hypothesis, EOS included
     best_score_B: Tensor  # float32, its score; -inf while there is none
+    best_log_prob_B: Tensor  # float32, its log-probability
     finished_B: Tensor  # bool, whether it ends with EOS
     count_B: Tensor  # int64, finished hypotheses so far
     done_B: Tensor  # bool, nothing can change any more
@@ -95,7 +97,7 @@ def beam_search(
     num_sentences, num_positions = wanted_BS.shape[0], int(max_length_B.max())
     beam = _first_beam(state, wanted_BS, num_positions, beam_size)
     sentence_B = torch.arange(num_sentences, device=wanted_BS.device)
-    found: list[tuple[list[int], float, bool]] = [([], _NEVER, False)] * num_sentences
+    found: list[tuple[list[int], float, float, bool]] = [([], _NEVER, _NEVER, False)] * num_sentences
     look_every = 1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY
     for position in range(num_positions):
         previous_KB = beam.tokens_KBL[:, :, position - 1]
@@ -134,6 +136,7 @@ def _first_beam(state: SearchState, wanted_BS: Tensor, num_positions: int, beam_
         coverage_KBS=torch.zeros(beam_size, sentences, sources, device=device),
         best_tokens_BL=torch.full((sentences, num_positions), PAD, device=device),
         best_score_B=torch.full((sentences,), _NEVER, device=device),
+        best_log_prob_B=torch.full((sentences,), _NEVER, device=device),
         finished_B=torch.zeros(sentences, dtype=torch.bool, device=device),
         count_B=torch.zeros(sentences, dtype=torch.int64, device=device),
         done_B=torch.zeros(sentences, dtype=torch.bool, device=device),
@@ -180,7 +183,8 @@ def _advance(
     final_score_B, final_C = score_CB.masked_fill(~counts_CB, _NEVER).max(0)
     final_tokens_BL = _tokens_of(beam.tokens_KBL, hypothesis_CB, final_C)
     final_tokens_BL[:, position] = EOS
-    beam = _keep_better(beam, final_score_B, final_tokens_BL, finished=True)
+    final_log_prob_B = log_prob_CB.gather(0, final_C[None])[0]
+    beam = _keep_better(beam, final_score_B, final_log_prob_B, final_tokens_BL, finished=True)
     count_B = beam.count_B + counts_CB.sum(0)
 
     # Going on: the best K candidates that do not end.
@@ -196,7 +200,8 @@ def _advance(
     cut_score_KB = log_prob_KB / length_penalty(length, alpha) + coverage_penalty(coverage_KBS, wanted_BS, beta)
     cut_score_B, cut_K = cut_score_KB.masked_fill(~(at_limit_B & (count_B == 0)), _NEVER).max(0)
     cut_tokens_BL = tokens_KBL[cut_K, torch.arange(sentences, device=cut_K.device)]
-    beam = _keep_better(beam, cut_score_B, cut_tokens_BL, finished=False)
+    cut_log_prob_B = log_prob_KB.gather(0, cut_K[None])[0]
+    beam = _keep_better(beam, cut_score_B, cut_log_prob_B, cut_tokens_BL, finished=False)
 
     hopeless_B = beam.best_score_B >= log_prob_KB[0] / length_penalty(max_length_B, alpha)
     return beam._replace(
@@ -214,10 +219,11 @@ def _tokens_of(tokens_KBL: Tensor, hypothesis_CB: Tensor, pick_B: Tensor) -> Ten
     return tokens_KBL[hypothesis_CB[pick_B, sentence_B], sentence_B]
 
 
-def _keep_better(beam: Beam, score_B: Tensor, tokens_BL: Tensor, finished: bool) -> Beam:
+def _keep_better(beam: Beam, score_B: Tensor, log_prob_B: Tensor, tokens_BL: Tensor, finished: bool) -> Beam:
     better_B = score_B > beam.best_score_B
     return beam._replace(
         best_score_B=torch.where(better_B, score_B, beam.best_score_B),
+        best_log_prob_B=torch.where(better_B, log_prob_B, beam.best_log_prob_B),
         best_tokens_BL=torch.where(better_B.unsqueeze(1), tokens_BL, beam.best_tokens_BL),
         finished_B=torch.where(better_B, finished, beam.finished_B),
     )
@@ -234,22 +240,24 @@ def _shrink(beam: Beam, going_B: Tensor) -> Beam:
         coverage_KBS=beam.coverage_KBS[:, going_B],
         best_tokens_BL=beam.best_tokens_BL[going_B],
         best_score_B=beam.best_score_B[going_B],
+        best_log_prob_B=beam.best_log_prob_B[going_B],
         finished_B=beam.finished_B[going_B],
         count_B=beam.count_B[going_B],
         done_B=beam.done_B[going_B],
     )
 
 
-def _collect(beam: Beam, sentence_B: Tensor, found: list[tuple[list[int], float, bool]]) -> None:
+def _collect(beam: Beam, sentence_B: Tensor, found: list[tuple[list[int], float, float, bool]]) -> None:
     """Write the results of the sentences that are done to their places."""
     rows = zip(
         sentence_B.tolist(),
         beam.done_B.tolist(),
         beam.best_tokens_BL.tolist(),
         beam.best_score_B.tolist(),
+        beam.best_log_prob_B.tolist(),
         beam.finished_B.tolist(),
         strict=True,
     )
-    for sentence, done, tokens, score, finished in rows:
+    for sentence, done, tokens, score, log_prob, finished in rows:
         if done:
-            found[sentence] = ([token for token in tokens if token not in (PAD, EOS)], score, finished)
+            found[sentence] = ([token for token in tokens if token not in (PAD, EOS)], score, log_prob, finished)

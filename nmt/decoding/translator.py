@@ -1,11 +1,14 @@
 """Text to text: a trained model behind one method that answers every line at its place.
 
-A line without a letter or digit that the model knows comes back as it is, one that is too long is translated in parts,
-and nothing a model outputs can break a line in two. Lines are sorted by length for the search and put back in order.
+A line without a letter or digit that the model knows comes back as it is, one that is too long is translated in parts
+(nmt/decoding/segment.py), and nothing a model outputs can break a line in two. Lines are sorted by length for the
+search and put back in order.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,7 +18,8 @@ from nmt.batch import EOS, source_batch
 from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
-from nmt.decoding.search import StepOutput, beam_search
+from nmt.decoding.search import StepOutput, beam_search, length_penalty
+from nmt.decoding.segment import join, split
 from nmt.device import pick_device, product_dtype, set_float32_products
 from nmt.errors import CheckpointError
 from nmt.model.assemble import in_precision
@@ -42,14 +46,37 @@ class _State(NamedTuple):
         return self._replace(memory=self.memory.select(sentences_B))
 
 
+class Hypothesis(NamedTuple):
+    """What the search found for one source."""
+
+    tokens: list[int]  # without EOS
+    score: float  # GNMT eq. 14
+    log_prob: float  # log P(Y | X), in nats
+    finished: bool  # False: cut off at the greatest length
+
+
 class Translation(NamedTuple):
     """One translated line."""
 
     text: str
-    score: float  # GNMT eq. 14; the sum over parts; 0 for a line that was not translated
+    score: float
+    """GNMT eq. 14; 0 for a line that was not translated. That of parts is log P / lp(|Y|) + cp of all together: the sum
+    of their log-probabilities over lp of the sum of their lengths, and the sum of their coverage penalties."""
+    num_parts: int = 1
+    """More than 1: it was too long to be translated as a whole."""
+    finished: bool = True
+    """Whether the model ended all of it by itself. Otherwise it was cut off at `decoding.max_length_ratio`."""
     unlearned: str = ""
     """Characters of the source, in order, that the vocabulary learned no piece for: the model has never seen them.
-    Empty for a line without letters and digits, which comes back as it is."""
+    Empty for what has no letters and digits and comes back as it is."""
+
+
+class _Part(NamedTuple):
+    """A translated line, or part of one."""
+
+    text: str
+    hypothesis: Hypothesis | None  # None: there was nothing to translate
+    unlearned: str
 
 
 class Translator:
@@ -58,7 +85,15 @@ class Translator:
     It is used in the precision that `decoding` names: in bf16 as a copy of its own, made once (`in_precision`).
     """
 
-    def __init__(self, model: Seq2Seq, subwords: Subwords, decoding: DecodingConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: Seq2Seq,
+        subwords: Subwords,
+        decoding: DecodingConfig,
+        device: torch.device,
+        longest_seen: int = 0,
+    ) -> None:
+        """Take a trained model; `longest_seen` is `longest_source` of its run, 0 if that is not known."""
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
         check_widths(model.config, device, dtype, "decoding.precision")
@@ -67,8 +102,7 @@ class Translator:
         self.decoding = decoding
         self.device = device
         self._forbidden_F = torch.tensor(subwords.forbidden_ids, dtype=torch.int64, device=device)
-        self.num_long_lines = 0
-        """Lines that were translated in parts so far."""
+        self.longest_seen = longest_seen
         self.steps: list[int] = []
         """Steps of training whose parameters, or the mean of them, the model has, if it was loaded."""
 
@@ -81,46 +115,101 @@ class Translator:
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
         loaded = load_model(run, config)
-        translator = cls(loaded.model, loaded.subwords, config.decoding, device)
+        longest = longest_source(run.corpus_info(), config)
+        translator = cls(loaded.model, loaded.subwords, config.decoding, device, longest)
         translator.steps = loaded.steps
         return translator
 
-    def translate(self, lines: Sequence[str]) -> list[Translation]:
-        """The translation of each line, in order. Any text is a line."""
-        parts: list[np.ndarray] = []
-        owners: list[int] = []
-        unlearned = [self.subwords.unlearned(line) if has_words(line) else "" for line in lines]
-        wordy = [index for index, line in enumerate(lines) if has_words(line, unlearned[index])]
-        encoded = self.subwords.encode_batch([lines[index] for index in wordy])
-        for index, pieces in zip(wordy, encoded, strict=True):
-            limit = self.decoding.max_source_pieces
-            self.num_long_lines += len(pieces) > limit
-            for start in range(0, len(pieces), limit):
-                parts.append(pieces[start : start + limit])
-                owners.append(index)
-        texts: list[list[str]] = [[] for _ in lines]
-        scores = [0.0] * len(lines)
-        for owner, (pieces_out, score) in zip(owners, self.search(parts), strict=True):
-            texts[owner].append(self.subwords.decode(pieces_out))
-            scores[owner] += score
-        for index in set(range(len(lines))).difference(wordy):
-            texts[index] = [one_line(lines[index])]
-        joined = (" ".join(filter(None, text)) for text in texts)
-        return [Translation(*each) for each in zip(joined, scores, unlearned, strict=True)]
+    @property
+    def max_pieces(self) -> int:
+        """Pieces of the longest text that is translated as a whole: no longer than any line it was trained on."""
+        limit = self.decoding.max_source_pieces
+        return min(limit, self.longest_seen) if self.longest_seen else limit
+
+    def translate(
+        self, lines: Sequence[str], long: Collection[int] = (), progress: Callable[[float], None] | None = None
+    ) -> list[Translation]:
+        """The translation of each line, in order. Any text is a line.
+
+        Lines of more than `max_pieces` pieces are translated in parts, and so are those with their places in `long`:
+        pieces of a longer one. `progress` is told now and then what share of the work is done. CheckpointError if the
+        model's outputs are not finite.
+        """
+        parts = [
+            [line] if fits and place not in long else split(line, self._fit)
+            for place, (line, fits) in enumerate(zip(lines, self._fit(lines), strict=True))
+        ]
+        translated = iter(self._parts([text for each in parts for text in each], progress))
+        results = []
+        for place, each in enumerate(parts):
+            found = list(islice(translated, len(each)))
+            hypotheses = [part.hypothesis for part in found if part.hypothesis]
+            alone = len(each) == 1 and place not in long
+            results.append(
+                Translation(
+                    # Blanks around a part belong to the seam.
+                    found[0].text if alone else join(each, [part.text.strip() for part in found]),
+                    self._score(hypotheses),
+                    len(each),
+                    all(hypothesis.finished for hypothesis in hypotheses),
+                    "".join(part.unlearned for part in found),
+                )
+            )
+        return results
+
+    def _parts(self, texts: list[str], progress: Callable[[float], None] | None) -> list[_Part]:
+        """The translations of texts that fit."""
+        unlearned = [self.subwords.unlearned(text) if has_words(text) else "" for text in texts]
+        wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
+        encoded = self.subwords.encode_batch([texts[place] for place in wordy])
+        sources = {place: pieces for place, pieces in zip(wordy, encoded, strict=True) if len(pieces)}
+        found = dict(zip(sources, self.search(list(sources.values()), progress), strict=True))
+        parts = []
+        for place, (text, unknown) in enumerate(zip(texts, unlearned, strict=True)):
+            hypothesis = found.get(place)
+            translation = self.subwords.decode(hypothesis.tokens) if hypothesis else one_line(text)
+            parts.append(_Part(translation, hypothesis, unknown))
+        return parts
+
+    def _fit(self, texts: Sequence[str]) -> list[bool]:
+        """Which texts are short enough to be translated as a whole."""
+        return [len(pieces) <= self.max_pieces for pieces in self.subwords.encode_batch(texts)]
+
+    def _score(self, found: list[Hypothesis]) -> float:
+        """GNMT eq. 14 of several translations taken as one."""
+        if len(found) <= 1:
+            return found[0].score if found else 0.0
+        alpha = self.decoding.alpha
+        lengths = [len(each.tokens) + each.finished for each in found]
+        coverage = sum(
+            each.score - each.log_prob / length_penalty(length, alpha)
+            for each, length in zip(found, lengths, strict=True)
+        )
+        return sum(each.log_prob for each in found) / length_penalty(sum(lengths), alpha) + coverage
 
     @torch.no_grad()
-    def search(self, sources: Sequence[np.ndarray]) -> list[tuple[list[int], float]]:
-        """(target pieces, score) of sources given as pieces (at least one each), in their order."""
-        results: list[tuple[list[int], float]] = [([], 0.0)] * len(sources)
+    def search(
+        self, sources: Sequence[np.ndarray], progress: Callable[[float], None] | None = None
+    ) -> list[Hypothesis]:
+        """What is found for sources given as pieces (at least one each), in their order; `progress` as in `translate`.
+
+        CheckpointError if the model's outputs are not finite.
+        """
+        results: list[Hypothesis | None] = [None] * len(sources)
         order = sorted(range(len(sources)), key=lambda index: -len(sources[index]))
         size = self.decoding.batch_sentences
+        todo = sum(map(len, sources))
+        done = 0
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             for index, result in zip(chosen, self._search_batch([sources[i] for i in chosen]), strict=True):
                 results[index] = result
-        return results
+            done += sum(len(sources[index]) for index in chosen)
+            if progress:
+                progress(done / todo)
+        return [result for result in results if result is not None]
 
-    def _search_batch(self, sources: list[np.ndarray]) -> list[tuple[list[int], float]]:
+    def _search_batch(self, sources: list[np.ndarray]) -> list[Hypothesis]:
         source_SB, length_B, rows_N = (tensor.to(self.device) for tensor in source_batch(sources))
         memory, _ = self.model.encode(source_SB, length_B, rows_N, self.decoding.experts_per_token)
         longest_B = ((length_B - 1) * self.decoding.max_length_ratio).long() + _EXTRA_LENGTH
@@ -135,7 +224,12 @@ class Translator:
             alpha=self.decoding.alpha,
             beta=self.decoding.beta,
         )
-        return list(zip(found.tokens, found.scores, strict=True))
+        if not all(map(math.isfinite, found.scores)):
+            raise CheckpointError(
+                "the model's outputs are not finite (NaN or infinite): its parameters are damaged, choose another "
+                "decoding.checkpoint or model"
+            )
+        return [Hypothesis(*each) for each in zip(*found, strict=True)]
 
     def _step(self, previous_KB: Tensor, state: _State) -> StepOutput:
         beam_size, sentences = previous_KB.shape
@@ -153,6 +247,14 @@ class Translator:
 def has_words(text: str, unlearned: str = "") -> bool:
     """Whether there is anything to translate: a letter or a digit of any script, other than those in `unlearned`."""
     return any(character.isalnum() and character not in unlearned for character in text)
+
+
+def longest_source(corpus: Mapping[str, Any], config: Config) -> int:
+    """Pieces of the longest source line of the training text, by the facts that a run or a preparation has; 0: unknown.
+
+    Where it is older than this fact, the filter of long lines stands in.
+    """
+    return int(corpus.get("longest_source_pieces", config.corpus.filters.max_pieces))
 
 
 class Loaded(NamedTuple):

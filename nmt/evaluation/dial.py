@@ -121,7 +121,8 @@ def dial(
     for count, trained in wanted:
         decoding = replace(translator.decoding, experts_per_token=0 if trained else count)
         try:
-            dialled.append(Translator(translator.model, translator.subwords, decoding, translator.device))
+            of = (translator.model, translator.subwords, decoding, translator.device, translator.longest_seen)
+            dialled.append(Translator(*of))
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
     # The first batch of a process pays for what is made once.

@@ -323,7 +323,7 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
             f"the sentence has {len(source)} pieces, more than the decoding.max_source_pieces={limit} that are "
             "translated at once"
         )
-    ((target, _),) = translator.search([source])
+    target = translator.search([source])[0].tokens
     scorer = Scorer(
         translator.model,
         source,

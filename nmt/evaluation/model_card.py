@@ -293,8 +293,9 @@ def _limits(facts: CardFacts) -> Iterator[str]:
     if corpus.filters.max_pieces:
         yield f"- Sentences of more than {corpus.filters.max_pieces} subword pieces were not trained on."
     yield (
-        f"- Lines of more than {decoding.max_source_pieces} pieces are translated in parts. Characters without a "
-        "piece of their own were never seen in training: `nmt translate` names those that it meets."
+        f"- Lines of more than {decoding.max_source_pieces} pieces, or longer than any that it was trained on, are "
+        "translated in parts. Characters without a piece of their own were never seen in training: `nmt translate` "
+        "names those that it meets."
     )
     yield "- No licence is stated here; that of the training data may bind the model."
 

@@ -21,7 +21,7 @@ from nmt.config import Config
 from nmt.data.batching import BatchStream
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
-from nmt.decoding.translator import Translator
+from nmt.decoding.translator import Translator, longest_source
 from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.budget import checkpoint_bytes
@@ -116,6 +116,7 @@ class Trainer:
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
         # Experts as in training: a score must not depend on how the model will be asked to translate.
         self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
+        self.longest = longest_source(prepared.manifest, config)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -338,7 +339,7 @@ class Trainer:
         """Score the dev set, keep count of the best, and return the score (lower is better; None if not a number)."""
         training = self.config.training
         # In bf16 a copy of the parameters as they are now, which goes when this ends.
-        translator = Translator(self.model.eval(), self.subwords, self.greedy, self.device)
+        translator = Translator(self.model.eval(), self.subwords, self.greedy, self.device, self.longest)
         measured = perplexity(
             translator.model,
             self.subwords,

@@ -1,0 +1,117 @@
+"""Cutting text that is too long into parts, and joining their translations.
+
+A part ends after a sentence if it can, else after a clause, else at a blank. It ends inside a word only where that word
+alone is too long. Parts hold all of the text, blanks included: "".join(parts) == text.
+
+The rules know marks and letters, not languages. Chinese, Japanese, Thai and their like put no blank between sentences:
+their full stops end a sentence wherever they stand.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+_CLOSING = "[\"'”’»)\\]」』）】》]*+"
+# Full stops of scripts with blanks: Latin, Armenian, Arabic, Ethiopic, Devanagari.
+_MARK = "[.!?…\u0589\u061f\u06d4\u1362\u0964\u0965]"
+# A mark of a script with blanks ends something only before a blank: 3.14 and 1,000 stay whole.
+# Looking behind keeps a long row of marks from being read again at each of them.
+_SENTENCE_END = re.compile(rf"(?<!{_MARK}){_MARK}++{_CLOSING}\s+|[。！？｡]+{_CLOSING}\s*")
+_CLAUSE_END = re.compile(rf"[,;:\u060c\u061b–—]{_CLOSING}\s+|[、，；：]+{_CLOSING}\s*")
+_BLANKS = re.compile(r"\s+")
+# Initials (J.) and short titles without a vowel (Dr. Mrs. St. Nr.), which end no sentence.
+_ABBREVIATION = re.compile(r"(?<!\w)([^\W\d_]|[B-DF-HJ-NP-TV-XZ][b-df-hj-np-tv-xz]{1,3})\.$")
+# Letters and marks that have no blanks between words: Thai to Tibetan, Burmese, Khmer, Chinese, Japanese, full width.
+_WITHOUT_BLANKS = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff"
+    "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U00020000-\U0003ffff]"
+)
+_JOINER = "\u200d"
+
+
+def split(text: str, fits: Callable[[Sequence[str]], Sequence[bool]]) -> list[str]:
+    """The parts of a text: its sentences, those that do not fit halved until they do.
+
+    `fits` tells which of some texts are short enough. A single character is a part even if it is not.
+    """
+    return _halved(_cut(text, _sentence_ends(text)), fits)
+
+
+def _halved(parts: list[str], fits: Callable[[Sequence[str]], Sequence[bool]]) -> list[str]:
+    found: list[str] = []
+    for part, short in zip(parts, fits(parts), strict=True):
+        if short or len(part) == 1:
+            found.append(part)
+        else:
+            found += _halved(_cut(part, [_middle(part)]), fits)
+    return found
+
+
+def _middle(text: str) -> int:
+    """The best place to cut a sentence in two: the clause end or blank nearest to its middle."""
+    for places in (_ends(_CLAUSE_END, text), _ends(_BLANKS, text)):
+        if places:
+            return min(places, key=lambda place: abs(2 * place - len(text)))
+    return _between_letters(text, len(text) // 2)
+
+
+def last_place(text: str) -> int:
+    """Where to cut the beginning of a text of which more is to come: as late as possible, and in its second half."""
+    for find in (_sentence_ends, lambda text: _ends(_CLAUSE_END, text), lambda text: _ends(_BLANKS, text)):
+        places = find(text)
+        if places and 2 * places[-1] >= len(text):
+            return places[-1]
+    return _between_letters(text, len(text) - 1)
+
+
+def _cut(text: str, places: Sequence[int]) -> list[str]:
+    return [text[start:end] for start, end in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+def _ends(pattern: re.Pattern[str], text: str) -> list[int]:
+    """Where matches end, inside the text."""
+    return [match.end() for match in pattern.finditer(text) if match.start() > 0 and match.end() < len(text)]
+
+
+def _sentence_ends(text: str) -> list[int]:
+    """Where sentences end, inside the text: not before a small letter, and not after an abbreviation."""
+    return [
+        place
+        for place in _ends(_SENTENCE_END, text)
+        if not text[place].islower() and not _ABBREVIATION.search(text[max(place - 16, 0) : place].rstrip())
+    ]
+
+
+def _between_letters(text: str, place: int) -> int:
+    """The place, or one a little before it, that does not part a letter from its accents; at least 1."""
+    for near in range(place, max(place - 16, 0), -1):
+        joined = unicodedata.category(text[near]).startswith("M") or _JOINER in text[near - 1 : near + 1]
+        if not joined:
+            return near
+    return max(place, 1)
+
+
+def join(parts: Sequence[str], translations: Sequence[str]) -> str:
+    """The translation of a text from those of its parts, with the blanks that stood between the parts."""
+    text, before = "", ""
+    for part, translation in zip(parts, translations, strict=True):
+        text += seam(before, part, text, translation) + translation
+        before = part
+    return text
+
+
+def seam(before: str, after: str, left: str, right: str) -> str:
+    """What stands between `left` and `right`, the translations of two parts `before` and `after` of one text.
+
+    It is the blanks between the parts. Plain ones are left out where translations are of a script without blanks; one
+    is put in where the source alone is of such a script.
+    """
+    if not (left and right):
+        return ""
+    gap = before[len(before.rstrip()) :] + after[: len(after) - len(after.lstrip())]
+    # The line rule: what breaks a line is a blank here.
+    gap = "".join(" " if character.splitlines() == [""] else character for character in gap)
+    if _WITHOUT_BLANKS.match(left[-1]) or _WITHOUT_BLANKS.match(right[0]):
+        return gap.replace(" ", "")
+    inside_word = not (_WITHOUT_BLANKS.match(before[-1:]) or _WITHOUT_BLANKS.match(after[:1]))
+    return gap or ("" if inside_word else " ")
