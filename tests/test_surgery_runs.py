@@ -385,7 +385,7 @@ def test_any_text_survives_the_command_line() -> None:
         "a:b",
     ]
     config = compose_config(["experiment=demo"])
-    config.corpus.train.source = hard
+    config.corpus.train.source = config.corpus.train.target = hard
     for text in hard[:5]:
         config.corpus.root = text
         assert compose_config(shlex.split(train_command(config, {}))[2:]) == config

@@ -84,7 +84,8 @@ def look(
     sample: dict[str, list[Tensor]] = {}
     with _watched(model) as passed:
         for batch in eval_batches(*encoded, _BATCH_TOKENS):
-            model.gates(batch.to(device))
+            # The whole network: `gates` would leave out the last MoE, whose input is wanted too.
+            model(batch.to(device))
             for layer, (moe, x_TD, gate) in passed.items():
                 found = use_of(moe, x_TD, gate)
                 use[layer] = Use(*map(torch.add, use[layer], found)) if layer in use else found
