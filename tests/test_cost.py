@@ -366,7 +366,8 @@ def run(tmp_path: Path) -> Path:
     config = compose_config(["experiment=demo"])
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()), encoding="utf-8")
     corpus = {"fingerprint": "0", "pairs_kept": 1000, "source_pieces": 14000, "target_pieces": 19000}
-    (tmp_path / "corpus.json").write_text(json.dumps(corpus | {"vocabulary_size": 1400}), encoding="utf-8")
+    corpus |= {"name": "demo", "pairs_read": 1000, "dropped": {}, "vocabulary_size": 1400}
+    (tmp_path / "corpus.json").write_text(json.dumps(corpus), encoding="utf-8")
     lines = [train_line(step, speed) for step, speed in ((1, 0.01), (2, 0.05), (3, 0.04))]
     lines.append(DevLine(3, 3.0, 9.0).to_dict())
     text = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 4, "kind": "tr'

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from test_training import one_thread  # noqa: F401
 from torch import Tensor
 
 import nmt.training.shrinking
-from nmt.batch import NUM_SPECIAL, Batch
+from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch
 from nmt.config import DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.model.experts import MoE
@@ -123,11 +124,12 @@ def test_a_search_finds_the_same(tiny_config: Configs) -> None:
     found = []
     for each in (before, grow(before, 8, 1), grow(grow(before, 8, 1), 16, 2)):
         model = in_precision(each, torch.float64).build()
-        translator = Translator(model, None, DecodingConfig(beam_size=3), torch.device("cpu"))  # type: ignore[arg-type]
+        subwords: Any = SimpleNamespace(forbidden_ids=[PAD, UNK, BOS])
+        translator = Translator(model, subwords, DecodingConfig(beam_size=3), torch.device("cpu"))
         found.append(translator.search(sources))
     for other in found[1:]:
-        assert [tokens for tokens, _ in other] == [tokens for tokens, _ in found[0]]
-        assert [score for _, score in other] == pytest.approx([score for _, score in found[0]], abs=1e-9)
+        assert [each.tokens for each in other] == [each.tokens for each in found[0]]
+        assert [each.score for each in other] == pytest.approx([each.score for each in found[0]], abs=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["adam", "factored"])
