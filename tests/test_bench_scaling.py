@@ -53,7 +53,7 @@ def group() -> Iterator[Any]:
         ("--processes 3 --small training.device=cpu --global-tokens 999 --experts 8", "8 experts and 3 processes"),
         ("--processes 3 --small training.device=cpu", "--global-tokens 1024 cannot be divided among 3 processes"),
         ("--processes 2 --small training.device=cpu parallel.expert_group_size=4", "an expert group's 4 processes"),
-        ("--processes 2 --small model.nope=1", "Could not override 'model.nope'"),
+        ("--processes 2 --small model.nope=1", "unknown setting model.nope"),
         ("--processes 2 --small --experts 8 model.moe.k=9", "model.moe.k=9 must lie in 1..num_experts=8"),
         ("--processes 1 --small --project", "needs --gigabytes-per-second"),
         ("--processes 2 --small --gigabytes-per-second nan", "must be above 0"),
