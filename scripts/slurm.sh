@@ -8,6 +8,9 @@
 # hosts see under the same path: each process writes its share of every checkpoint there and reads its share back.
 # training.micro_batches must be a multiple of the number of GPUs.
 #
+# The hosts need a network that only you can reach: torchrun listens on all networks, and runs what it is sent
+# (SECURITY.md).
+#
 # Before the time limit the processes are told to stop: they finish the update and save, and the job goes back to the
 # queue, where the same command goes on from that checkpoint. A job that Slurm itself puts back, for a host that failed
 # or a job of higher priority, goes on from its last checkpoint. One that fails or is cancelled does not come back.
@@ -33,6 +36,9 @@ set -euo pipefail
 
 cd "${SLURM_SUBMIT_DIR:?start this script with sbatch}"
 test -x .venv/bin/torchrun || { echo "slurm.sh: no .venv in $PWD: run make setup there first" >&2; exit 2; }
+
+# A file of this folder, such as yaml.py, is no module of the program.
+export PYTHONSAFEPATH=1
 
 # torchrun passes a signal on and kills what has not ended after so many seconds; it would wait 30. (A PyTorch that does
 # not know the variable does wait 30: then a checkpoint that takes longer is lost, and the one before it counts.)

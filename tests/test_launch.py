@@ -28,7 +28,9 @@ PAIR = ("training.micro_batches=2", "training.log_every=1")
 
 
 def command(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    temporary = folder / "50% #1?"  # the folder for temporary files may have any name
+    temporary.mkdir(exist_ok=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "TMPDIR": str(temporary)}
     return subprocess.Popen(
         [sys.executable, "-P", "-m", "nmt.cli", "train", "--processes=2", *arguments],
         stdout=subprocess.PIPE,

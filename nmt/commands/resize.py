@@ -16,7 +16,7 @@ from nmt.config.reading import written
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator, load_vocabulary, longest_source
 from nmt.device import pick_device, set_float32_products
-from nmt.errors import CheckpointError, DataError, UserError
+from nmt.errors import DataError, UserError
 from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
@@ -87,10 +87,7 @@ def _own_decoding(run: RunDirectory) -> tuple[DecodingConfig, list[str]]:
 
     A step that `checkpoint` names is not there in the new run, and a dial may be impossible.
     """
-    try:
-        stored = DecodingConfig(**yaml.safe_load(run.config_path.read_text(encoding="utf-8"))["decoding"])
-    except (OSError, KeyError, TypeError, yaml.YAMLError) as error:
-        raise CheckpointError(f"{run.config_path} is damaged: {error}") from error
+    stored = run.config().decoding
     notes = []
     if stored.checkpoint.isdigit():
         notes.append(f"decoding.checkpoint={stored.checkpoint} is best in the new run")

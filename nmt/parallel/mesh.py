@@ -79,8 +79,8 @@ class World:
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             if RENDEZVOUS in os.environ:
                 # By a file on this host, instead of a port that torchrun names.
-                file, rank = f"file://{os.environ[RENDEZVOUS]}", launched_rank()
-                dist.init_process_group(backend, file, timeout, world_size=size, rank=rank)
+                store = dist.FileStore(os.environ[RENDEZVOUS], size)
+                dist.init_process_group(backend, store=store, world_size=size, rank=launched_rank(), timeout=timeout)
             else:
                 dist.init_process_group(backend, timeout=timeout)
         shape, names = (size // group, group), ("replica", "expert")

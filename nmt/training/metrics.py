@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from nmt.config import MoEConfig
 from nmt.errors import StorageError
-from nmt.files import write_atomically
+from nmt.files import read_regular, write_atomically
 from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
 from nmt.parallel.mesh import World
@@ -117,7 +117,8 @@ class MetricsWriter:
         path, tensorboard = places
         self.path, self.tensorboard_path = places
         if path.exists():
-            text = path.read_text(encoding="utf-8", errors="replace")
+            with _writing(path):
+                text = read_regular(path).decode(errors="replace")
             kept = [line for line in text.splitlines() if step_of(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         with _writing(path):

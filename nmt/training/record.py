@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar
 
 from nmt.errors import CheckpointError
+from nmt.files import read_regular
 
 # What a line may lack: older runs have lines without it, or there is nothing to measure.
 _WITHOUT: Mapping[str, Any] = {"processes": 1, "word_perplexity": math.nan, "gpu_memory_gb": None, "bleu": None}
@@ -116,7 +117,10 @@ def read_lines(path: Path, record: type[L]) -> list[L]:
     if not path.is_file():
         return []
     found = []
-    texts = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        texts = read_regular(path).decode(errors="replace").split("\n")
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     for number, text in enumerate(texts[:-1], start=1):
         try:
             line = json.loads(text)
