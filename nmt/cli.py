@@ -59,8 +59,9 @@ already is not done again. Corpora: {corpora}.
   nmt prepare corpus=phrasebook corpus.target_language=fr
   nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
   nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
-  nmt prepare corpus=files corpus.name=mine corpus.root=/data/mine
-  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]'
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.pairs=[a.tsv]' corpus.dev.from_train=2000
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]' \\
+      'corpus.dev.source=[c.en]' 'corpus.dev.target=[c.de]'
 """
 
 _TRAIN_HELP = """\

@@ -25,7 +25,8 @@ ON_RUNS = ("translate", "evaluate", "experts", "export")
 def commands(cli: Cli, command: str) -> list[list[str]]:  # noqa: F811
     """Arguments of the examples, which are indented; the line of usage has words in capitals that stand for others."""
     assert cli(command, "--help") == 0
-    found = re.findall(r"^  (?:.*\| )?nmt (.+)$", cli.out, re.M)
+    text = re.sub(r" \\\n +", " ", cli.out)
+    found = re.findall(r"^  (?:.*\| )?nmt (.+)$", text, re.M)
     assert len(found) >= 2
     return [shlex.split(re.split(r" {4,}", each)[0]) for each in found]
 

@@ -129,12 +129,8 @@ class CorpusConfig:
         if not self.name:
             raise ValueError("corpus.name is empty: it becomes a folder")
         for side in ("source_language", "target_language"):
-            # OmegaConf makes the text "False" of what YAML reads as false.
-            if getattr(self, side) in ("", "False", "True"):
-                raise ValueError(
-                    f"corpus.{side}={getattr(self, side)} is no language code: YAML reads an unquoted no as false, so "
-                    f"write {side}: 'no' in a file"
-                )
+            if not getattr(self, side):
+                raise ValueError(f"corpus.{side} is empty: give a code of your choice, such as en")
         if self.source_language == self.target_language:
             raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
         for split in ("train", "dev", "test"):
