@@ -295,8 +295,6 @@ def uncounted_flops(config: ModelConfig, batch: Batch, gates: Gates) -> int:
         # Nor for that of the first position's query, which is zero.
         difference -= 2 * sentences * width * config.attention.size
     for name, gate in gates.items():
-        # Weighing the experts' outputs by their gates is a product in the forward pass; element-wise in the count.
-        difference += 2 * gate.gates_TK.numel() * width
         if config.moe.gating == "hierarchical":
             # The logits of all groups are computed in one product; the paper's count has those of the chosen ones.
             num_experts = config.moe.experts_at(name)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.config import MoEConfig
 from nmt.model import grouped
@@ -316,33 +318,93 @@ def test_empty_slots_give_nothing_and_get_no_gradient(path: str, choices: list[l
         torch.testing.assert_close(gradient, oracle)
 
 
-def test_gradients_of_the_row_functions():
+# The slots of six that are filled, for three tokens of two slots each, by sorted row.
+FILLED = [[5, 2, 0, 1, 4, 3], [3, 0, 5, 1], [2], []]
+
+
+def way_back(order: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """(order_R, row_R, begin_T) of sorted rows, for three tokens of two slots each."""
+    by_slot = sorted(range(len(order)), key=order.__getitem__)
+    begins = [sum(slot < 2 * token for slot in order) for token in range(3)]
+    return torch.tensor(order, dtype=torch.long), torch.tensor(by_slot, dtype=torch.long), torch.tensor(begins)
+
+
+@pytest.mark.parametrize("order", FILLED, ids=len)
+def test_gradients_of_the_row_functions(order: list[int]):
     index_N = torch.tensor([4, 0, 3])
-    order_R = torch.randperm(6)
-    inverse_R = inverse_permutation(order_R)
     assert gradcheck(lambda x: take_rows(x, index_N), randn(5, 2))
     assert gradcheck(lambda x: put_rows(x, index_N, 5), randn(3, 2))
-    assert gradcheck(lambda x: route_rows(x, order_R, inverse_R), randn(3, 2))
-    assert gradcheck(lambda x, g: combine_rows(x, g, order_R, inverse_R), (randn(6, 2), randn(3, 2)))
-    routed_R, row_S = order_R[:4], inverse_permutation(order_R)  # the last two slots are empty
-    assert gradcheck(lambda x: route_rows(x, routed_R, row_S), randn(3, 2))
-    assert gradcheck(lambda x, g: combine_rows(x, g, routed_R, row_S), (randn(4, 2), randn(3, 2)))
+    route = way_back(order)
+    assert gradcheck(lambda x: route_rows(x, route[0] // 2, *route[1:]), randn(3, 2))
+    assert gradcheck(lambda x, g: combine_rows(x, g, *route), (randn(len(order), 2), randn(3, 2)))
 
 
-def test_the_row_functions_say_what_they_do():
+@pytest.mark.parametrize("order", FILLED, ids=len)
+def test_the_row_functions_say_what_they_do(order: list[int]):
     x_MD, index_N = torch.randn(5, 2), torch.tensor([4, 0, 3])
     taken_ND = take_rows(x_MD, index_N)
     assert torch.equal(taken_ND, x_MD[index_N])
     put_MD = put_rows(taken_ND, index_N, 5)
     assert torch.equal(put_MD[index_N], taken_ND)
     assert not put_MD[[1, 2]].any()
-    order_R = torch.tensor([5, 2, 0, 1, 4, 3])
-    inverse_R = inverse_permutation(order_R)
-    assert torch.equal(order_R[inverse_R], torch.arange(6))
-    x_RD = torch.randn(6, 2)
-    gates_TK = torch.rand(3, 2)
-    by_slot_TKD = x_RD[inverse_R].view(3, 2, 2)
-    expected_TD = (gates_TK.unsqueeze(2) * by_slot_TKD).sum(1)
-    assert torch.allclose(combine_rows(x_RD, gates_TK, order_R, inverse_R), expected_TD)
-    # Slot t * K + j of 3 tokens with K = 2 choices.
-    assert torch.equal(route_rows(x_RD[:3], order_R, inverse_R), x_RD[[2, 1, 0, 0, 2, 1]])
+    order_R, row_R, begin_T = way_back(order)
+    x_TD, rows_RD, gates_TK = torch.randn(3, 2), torch.randn(len(order), 2), torch.rand(3, 2)
+    assert torch.equal(route_rows(x_TD, order_R // 2, row_R, begin_T), x_TD[order_R // 2])
+    expected_TD = torch.zeros(3, 2)
+    for row, slot in enumerate(order):
+        expected_TD[slot // 2] += gates_TK[slot // 2, slot % 2] * rows_RD[row]
+    torch.testing.assert_close(combine_rows(rows_RD, gates_TK, order_R, row_R, begin_T), expected_TD)
+
+
+def test_an_inverse_permutation_undoes_one():
+    order_R = torch.randperm(6)
+    assert torch.equal(order_R[inverse_permutation(order_R)], torch.arange(6))
+
+
+def test_bf16_rows_of_a_token_are_summed_in_float32():
+    """In bf16 a sum of ones would stay at 256."""
+    row_R, begin_T = torch.arange(1000), torch.tensor([0])
+    rows_RD, gates_TK = torch.ones(1000, 2, dtype=torch.bfloat16), torch.ones(1, 1000)
+    assert (combine_rows(rows_RD, gates_TK, row_R, row_R, begin_T) == 1000).all()
+    x_TD = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
+    route_rows(x_TD, torch.zeros_like(row_R), row_R, begin_T).sum().backward()
+    assert (x_TD.grad == 1000).all()
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers in one floating-point tensor that an operation makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, function: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.dtype.is_floating_point:
+            self.numbers = max(self.numbers, out.numel())
+        return out
+
+
+@pytest.mark.parametrize("slots", [1, 40])
+def test_what_is_kept_and_made_grows_with_rows_and_not_with_empty_slots(slots: int):
+    """Of 50 tokens with one expert each, but for one with all 40, slots would hold 2000 rows; there are 89."""
+    expert_TK = torch.full((50, slots), 40)
+    expert_TK[:, 0] = torch.arange(50) % 40
+    expert_TK[0] = torch.arange(slots)
+    gates_TK = torch.where(expert_TK < 40, 0.5, 0.0).requires_grad_()
+    x_TD, experts = torch.randn(50, WIDTH, requires_grad=True), moe_layer(40, 1).float().experts
+    gate, leaves = gate_output(expert_TK, gates_TK, 40), [gates_TK, x_TD, *experts.weights]
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Largest() as largest:
+        LocalDispatcher().run(experts, x_TD, gate).sum().backward()
+    rows, of_leaves = 49 + slots, {leaf.data_ptr() for leaf in leaves}
+    # Inputs and outputs of the experts, where a row came from and went to; where tokens and experts begin or end.
+    expected = rows * ((WIDTH + HIDDEN + WIDTH) * 4 + 2 * 8) + 50 * 8 + 40 * 4
+    assert sum(storage.nbytes() for place, storage in kept.items() if place not in of_leaves) == expected
+    # The gradients of gates and of weights are larger than rows, and there is nothing larger than they.
+    assert largest.numbers <= max(50 * slots, 40 * WIDTH * HIDDEN)

@@ -268,8 +268,6 @@ def _assumptions(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
         f"GB are 10^9 bytes, MB 10^6. Activations are those of {shape.sentences:,} sentences of {shape.source} tokens "
         "a side, a full micro-batch without padding, with experts equally busy; what the driver takes comes on top."
     )
-    if config.model.moe_layers() and config.model.moe.gating == "strictly_balanced":
-        text += " No token has more than twice as many experts as on average."
     yield from textwrap.wrap(text, 100)
 
 

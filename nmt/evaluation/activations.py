@@ -158,7 +158,8 @@ def _gate(moe: MoEConfig, num_experts: int) -> int:
         case "softmax_top_k":
             return slots
         case _:
-            # Logarithm, softmax over the kept, difference of the masks; the mask, and what it leaves out.
+            # Logarithm, softmax over the kept, difference of the masks; the mask, and what it leaves out. Experts and
+            # gates stand in a table as wide as the busiest token needs, here twice the average; little beside the rest.
             return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
 
 
@@ -172,13 +173,12 @@ def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
 
 
 def _experts(config: ModelConfig, numbers: Numbers) -> int:
-    """Bytes a token: the inputs of all layers of its experts and their outputs, slot by slot; the layer's output."""
+    """Bytes a token: the inputs of all layers of its experts and their outputs; the layer's output."""
     moe, width = config.moe, config.hidden_size
-    # Strictly balanced, a token may have more experts than the average; all have as many slots as the busiest.
-    slots = moe.experts_per_token * (2 if moe.gating == "strictly_balanced" else 1)
-    routed = moe.experts_per_token * (width + sum(moe.hidden_sizes)) * numbers.size
-    # The output of a slot, and where its row went and came from.
-    return routed + slots * (width * numbers.size + 2 * _INDEX) + width * numbers.size
+    # And where each row went and came from. Strictly balanced, that many rows are the average; empty slots have none.
+    of_row = (width + sum(moe.hidden_sizes) + width) * numbers.size + 2 * _INDEX
+    # Where the rows of a token begin.
+    return moe.experts_per_token * of_row + _INDEX + width * numbers.size
 
 
 def _attention(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:

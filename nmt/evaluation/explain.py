@@ -18,6 +18,7 @@ Letters: S source positions, T target positions, C columns (one whole, the other
 of a layer in time-major order, K slots of a token, D width, V vocabulary, M positions of a piece of the softmax.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -256,8 +257,9 @@ class Scorer:
         """Columns of one pass, the whole one included."""
         config = self.model.config
         num_source, num_target = len(self.batch.source_SB), len(self.batch.target_in_TB)
-        slots = max((gate.expert_TK.shape[1] for gate in self.gates.values()), default=0)
-        per_position = 8 * config.cell_size + slots * max(config.hidden_size, *config.moe.hidden_sizes)
+        # Rows of experts for each position, on average: slots that stay empty have none.
+        rows = max((gate.num_routed / len(gate.expert_TK) for gate in self.gates.values()), default=0.0)
+        per_position = 8 * config.cell_size + math.ceil(rows * max(config.hidden_size, *config.moe.hidden_sizes))
         pairs = num_source * num_target * (1 if config.attention.function == "product" else config.attention.size)
         return min(_MAX_COLUMNS, max(2, _ELEMENTS // ((num_source + num_target) * per_position + pairs)))
 

@@ -76,10 +76,14 @@ class Experts(nn.Module):
 
 
 class Route(NamedTuple):
-    """How rows were sorted, for the way back. Slot s = t * K + j is token t's j-th place for an expert."""
+    """How rows were sorted, for the way back. Slot s = t * K + j is token t's j-th place for an expert.
+
+    Nothing here grows with slots that stay empty: tokens may have very different numbers of experts.
+    """
 
     order_R: Tensor  # int64, the slot of each sorted row
-    row_S: Tensor  # int64, the sorted row of each slot; R or more for an empty slot
+    row_R: Tensor  # int64, the sorted row of each slot that is not empty, in the order of slots
+    begin_T: Tensor  # int64, where the slots of each token begin in row_R
 
 
 class Dispatcher(Protocol):
@@ -100,15 +104,21 @@ class LocalDispatcher:
     def dispatch(self, x_TD: Tensor, gate: GateOutput) -> tuple[Tensor, Tensor, Route]:
         """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, the way back)."""
         sorted_S, order_S = gate.expert_TK.reshape(-1).to(torch.int32).sort(stable=True)
-        # Empty slots, whose expert is E, come last.
-        route = Route(order_S[: gate.num_routed], inverse_permutation(order_S))
-        expert_E = torch.arange(gate.sums.count_E.numel(), dtype=torch.int32, device=x_TD.device)
+        # Empty slots, whose expert is E, come last. A copy, so that they are not kept for the backward pass.
+        order_R = order_S[: gate.num_routed].clone()
+        num_experts, num_slots = gate.sums.count_E.numel(), gate.expert_TK.shape[1]
+        filled_TK = gate.expert_TK < num_experts
+        # Filled slots before each: its place among them, if it is one.
+        before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
+        row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
+        route = Route(order_R, row_R, before_TK[:, 0].clone())
+        expert_E = torch.arange(num_experts, dtype=torch.int32, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_S, expert_E, right=True, out_int32=True)
-        return route_rows(x_TD, route.order_R, route.row_S), ends_E, route
+        return route_rows(x_TD, order_R // num_slots, row_R, route.begin_T), ends_E, route
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
-        return combine_rows(rows_RD, gates_TK, route.order_R, route.row_S)
+        return combine_rows(rows_RD, gates_TK, *route)
 
 
 class MoE(nn.Module):

@@ -10,6 +10,7 @@ select from, D width, P of A groups of B values; in `turn_round` T positions of 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -28,46 +29,35 @@ class _TakeRows(Function):
         return grad_MD.index_copy_(0, index_N, grad_ND), None
 
 
-def _rows_of_slots(rows_RD: Tensor, row_S: Tensor) -> Tensor:
-    """The row of each slot; zeros for an empty slot, whose row is R or more."""
-    num_rows = rows_RD.shape[0]
-    if row_S.numel() > num_rows:
-        rows_RD, row_S = torch.cat([rows_RD, rows_RD.new_zeros(1, rows_RD.shape[1])]), row_S.clamp_max(num_rows)
-    return rows_RD.index_select(0, row_S)
-
-
 class _RouteRows(Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
-        ctx.save_for_backward(row_S)
-        ctx.num_tokens = x_TD.shape[0]
-        choices = row_S.numel() // max(x_TD.shape[0], 1)
-        return x_TD.index_select(0, order_R // max(choices, 1))
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+        ctx.save_for_backward(row_R, begin_T)
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (row_S,) = ctx.saved_tensors
-        width = grad_RD.shape[1]
-        choices = row_S.numel() // max(ctx.num_tokens, 1)
-        grad_TKD = _rows_of_slots(grad_RD, row_S).view(ctx.num_tokens, choices, width)
-        return grad_TKD.sum(1), None, None
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
+        row_R, begin_T = ctx.saved_tensors
+        return F.embedding_bag(row_R, grad_RD, begin_T, mode="sum"), None, None, None
 
 
 class _CombineRows(Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
-        rows_TKD = _rows_of_slots(rows_RD, row_S).view(*gates_TK.shape, rows_RD.shape[1])
-        ctx.save_for_backward(rows_TKD, gates_TK, order_R)
-        return torch.bmm(gates_TK.to(rows_RD.dtype).unsqueeze(1), rows_TKD).squeeze(1)
+    def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+        ctx.save_for_backward(rows_RD, gates_TK, order_R)
+        gates_R = gates_TK.flatten().index_select(0, order_R.index_select(0, row_R)).to(rows_RD.dtype)
+        # A sum for each token over as many rows as it has: no copy of the rows, and float32 sums where they are bf16.
+        return F.embedding_bag(row_R, rows_RD, begin_T, mode="sum", per_sample_weights=gates_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        rows_TKD, gates_TK, order_R = ctx.saved_tensors
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        rows_RD, gates_TK, order_R = ctx.saved_tensors
+        grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1])
         # Element-wise rather than as one tiny matrix product per token, which a GPU runs ten times slower.
-        gates_grad_TK = (rows_TKD * grad_TD.unsqueeze(1)).sum(2, dtype=gates_TK.dtype)
+        gates_grad_R = (rows_RD * grad_RD).sum(1, dtype=gates_TK.dtype)
+        gates_grad_S = gates_TK.new_zeros(gates_TK.numel()).index_copy_(0, order_R, gates_grad_R)
         gates_R = gates_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
-        rows_grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1]) * gates_R.unsqueeze(1)
-        return rows_grad_RD, gates_grad_TK, None, None
+        return grad_RD * gates_R.unsqueeze(1), gates_grad_S.view_as(gates_TK), None, None, None
 
 
 class _TakeGroups(Function):
@@ -117,17 +107,21 @@ def put_rows(x_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     return x_ND.new_zeros(num_rows, *x_ND.shape[1:]).index_copy(0, index_N, x_ND)
 
 
-def route_rows(x_TD: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
-    """Row r of the result is the token of slot order[r], where slot t * K + j is token t's j-th place for an expert.
+def route_rows(x_TD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+    """Row r of the result is token token_R[r]; a token may have any number of rows.
 
-    `row_S` is the inverse: the row of each slot, R or more for a slot that is empty.
+    `row_R` says which: those of token t are row_R[begin_T[t]] .. row_R[begin_T[t + 1] - 1].
     """
-    return _RouteRows.apply(x_TD, order_R, row_S)
+    return _RouteRows.apply(x_TD, token_R, row_R, begin_T)
 
 
-def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_S: Tensor) -> Tensor:
-    """The way back from `route_rows`: y_t = sum_j gates[t, j] * (the row of slot t * K + j). Empty slots give 0."""
-    return _CombineRows.apply(rows_RD, gates_TK, order_R, row_S)
+def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+    """The way back from `route_rows`: y_t = sum over the rows r of token t of their gates times rows[r].
+
+    The gate of row r is that of slot order_R[r], where slot t * K + j is token t's j-th place for an expert. In
+    `row_R` the rows of a token are in the order of its slots.
+    """
+    return _CombineRows.apply(rows_RD, gates_TK, order_R, row_R, begin_T)
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:

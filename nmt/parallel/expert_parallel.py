@@ -21,7 +21,7 @@ from nmt.config import Config
 from nmt.errors import UserError
 from nmt.model.experts import LocalDispatcher, MoE, Route, Share
 from nmt.model.gating import GateOutput
-from nmt.model.rows import inverse_permutation, route_rows
+from nmt.model.rows import inverse_permutation, take_rows
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 
@@ -115,10 +115,9 @@ class AllToAllDispatcher:
             expert_M = torch.arange(counts_ML.shape[1], device=x_TD.device).repeat(self.group_size)
             expert_G = expert_M.repeat_interleave(counts_ML.flatten(), output_size=len(came_GD))
             order_G = expert_G.argsort(stable=True)
-            inverse_G = inverse_permutation(order_G)
-            rows_GD = experts(route_rows(came_GD, order_G, inverse_G), counts_ML.sum(0).cumsum(0).int())
+            rows_GD = experts(take_rows(came_GD, order_G), counts_ML.sum(0).cumsum(0).int())
             home = _Transfer(self.group, part.transfer.receive, part.transfer.send)
-            back.append((part, home, _Begin.apply(route_rows(rows_GD, inverse_G, order_G), home)))
+            back.append((part, home, _Begin.apply(take_rows(rows_GD, inverse_permutation(order_G)), home)))
         parts = [
             self.local.combine(_Finish.apply(coming_RD, home), part.gates_TK, part.local)
             for part, home, coming_RD in back
