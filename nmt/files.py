@@ -103,7 +103,7 @@ def foreign_entry(folder: Path, names: Iterable[str]) -> str:
                 waiting += path.iterdir()
             elif not stat.S_ISREG(mode):
                 return f"{path} is neither a file nor a folder"
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             pass  # or gone since it was listed: training removes old checkpoints
         except (OSError, RuntimeError) as error:
             return f"{path} cannot be followed ({error})"  # links in a circle

@@ -113,6 +113,8 @@ def test_what_is_neither_a_file_nor_a_folder_is_seen(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "run" / "text" / "test.source")
     assert "is neither a file nor a folder" in foreign_entry(tmp_path / "run", ["none", "text"])
     assert foreign_entry(tmp_path / "run", ["none"]) == ""
+    (tmp_path / "file").write_text("x")
+    assert foreign_entry(tmp_path / "file" / "run", ["none"]) == ""
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "subwords.model", "corpus.json", "text/dev.source"])
