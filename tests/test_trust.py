@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 from test_training import one_thread, settings, trained_run  # noqa: F401
 
-from nmt.checkpoint import list_checkpoints, prune_checkpoints
+from nmt.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints
 from nmt.cli import main
+from nmt.config import DecodingConfig
 from nmt.files import foreign_entry, is_plain_name
 from nmt.run import RunDirectory
 
@@ -235,3 +236,37 @@ def test_a_checkpoint_that_is_pruned_is_gone_at_once(
     assert listed
     assert all(each == kept for each in listed)
     assert sorted(path.name for path in folder.iterdir()) == [f"step-{step:08d}" for step in kept]
+
+
+@pytest.mark.parametrize("which", ["last", "average"])
+def test_a_checkpoint_that_is_pruned_while_it_is_read_gives_way_to_a_newer_one(
+    received: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """As training does it: the new one is there before the old ones go."""
+    newest = list_checkpoints(received / "checkpoints")[-1].path
+    elsewhere = newest.rename(received / newest.name)
+    choose = RunDirectory.chosen
+
+    def then_trained_on(run: RunDirectory, decoding: DecodingConfig) -> list[Checkpoint]:
+        chosen = choose(run, decoding)
+        if elsewhere.exists():
+            elsewhere.rename(newest)
+            prune_checkpoints(run.checkpoints, 1, 8)
+        return chosen
+
+    monkeypatch.setattr(RunDirectory, "chosen", then_trained_on)
+    # No best one, which would be kept.
+    monkeypatch.setattr("nmt.checkpoint.best_of", lambda _checkpoints: None)
+    text = received / "two.txt"
+    text.write_text("the dog\n")
+    assert main(["translate", str(received), str(text), f"decoding.checkpoint={which}"]) == 0
+    assert [each.name for each in (received / "checkpoints").iterdir()] == ["step-00000008"]
+
+
+def test_a_checkpoint_that_is_damaged_is_told_once_listed_again(
+    received: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    newest = list_checkpoints(received / "checkpoints")[-1].path
+    [part, *_] = (newest / "model").iterdir()
+    part.unlink()
+    assert f"{newest} is damaged" in refusal(capfd, "translate", str(received), "decoding.checkpoint=last")

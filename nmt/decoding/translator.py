@@ -278,7 +278,14 @@ def load_model(run: RunDirectory, config: Config) -> Loaded:
     """
     subwords = load_vocabulary(run)
     chosen = run.chosen(config.decoding)
-    return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
+    while True:
+        try:
+            return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
+        except CheckpointError:
+            # Where the run is being trained, newer checkpoints may have taken the place of those listed above.
+            listed, chosen = chosen, run.chosen(config.decoding)
+            if chosen == listed:
+                raise
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:
