@@ -264,6 +264,7 @@ def test_a_forecast_names_what_is_shorter_where_it_is_long() -> None:
     assert long.startswith("41 s an update, 20,000 to go: about 9.5 days")
     assert "training.max_minutes=30" in long
     assert "experiment=own_small" in long
+    compose_config(["experiment=own_small", "model=small"])  # what it names is there
     assert "shorter" not in first_forecast(training, 11, 400.0, 41.0, on_cpu=False)
     assert "shorter" not in first_forecast(training, 11, 400.0, 0.1, on_cpu=True)
     bounded = first_forecast(TrainingConfig(max_steps=20_011, max_minutes=30.0), 11, 400.0, 41.0, on_cpu=True)
