@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY_VOCAB
+from own_conf import OWN
 from test_training import one_thread  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,7 +22,6 @@ from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRING
 from nmt.evaluation.compute import Count, lstm_cost, lstm_sizes, model_cost, moe_cost
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
-from nmt.resources import resource_dir
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -110,7 +110,7 @@ def test_every_gate_and_deep_experts_have_the_parameters_of_the_real_network(tin
     assert_every_part_is_right(replace(tiny_config(encoder_moe_after=[1, 3], decoder_moe_after=[2]), moe=moe), 20)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (resource_dir("conf") / "experiment").glob("*.yaml")))
+@pytest.mark.parametrize("name", OWN["experiment"])
 def test_every_experiment_has_the_parameters_of_its_network(name: str):
     config = compose_config([f"experiment={name}"])
     assert_every_part_is_right(config.model, config.corpus.subwords.num_pieces)

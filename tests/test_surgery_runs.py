@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from own_conf import OWN
 from test_cli import Cli, cli  # noqa: F401
 from test_surgery import HIERARCHICAL, network
 from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
@@ -349,15 +351,13 @@ def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, tmp_path:
 # ------------------------------------------------------------------------------------------------- its command line
 
 
-@pytest.mark.parametrize(
-    "path", sorted((resource_dir("conf") / "experiment").glob("*.yaml")), ids=lambda path: path.stem
-)
-def test_the_command_line_of_every_experiment(path: Path) -> None:
+@pytest.mark.parametrize("name", OWN["experiment"])
+def test_the_command_line_of_every_experiment(name: str) -> None:
     changes = ["run.name=other", "training.clip_norm=1e-09", "model.moe.w_load_decoder=0.5"]
-    config = compose_config([f"experiment={path.stem}", *changes])
+    config = compose_config([f"experiment={name}", *changes])
     if config.model.moe_layers():
         config = compose_config(
-            [f"experiment={path.stem}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:128}}"]
+            [f"experiment={name}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:128}}"]
         )
     command = shlex.split(train_command(config, {"training.max_steps": 77}))
     assert command[:2] == ["nmt", "train"]
@@ -389,3 +389,15 @@ def test_any_text_survives_the_command_line() -> None:
     for text in hard[:5]:
         config.corpus.root = text
         assert compose_config(shlex.split(train_command(config, {}))[2:]) == config
+
+
+@pytest.mark.parametrize("content", [b"[", b"\xff", b"- 5", b"defaults: [override /corpus: nothing]", b"defaults: 5"])
+def test_a_file_that_is_no_experiment_is_none_to_start_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    config = compose_config(["experiment=demo"])
+    command = train_command(config, {})
+    conf = shutil.copytree(resource_dir("conf"), tmp_path / "conf")
+    (conf / "experiment" / "aside.yaml").write_bytes(content)
+    monkeypatch.setattr(nmt.commands.resize, "resource_dir", lambda _: conf)
+    assert train_command(config, {}) == command

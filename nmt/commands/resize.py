@@ -3,6 +3,7 @@
 import argparse
 import math
 import shlex
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -241,7 +242,10 @@ def train_command(config: Config, changes: dict[str, Any]) -> str:
     conf = resource_dir("conf")
     starts = {"": flatten(_composed(conf, {}))}
     for path in sorted((conf / "experiment").glob("*.yaml")):
-        starts[f"experiment={path.stem}"] = flatten(_composed(conf, yaml.safe_load(path.read_text(encoding="utf-8"))))
+        # A file of the user's that is no experiment did not start the run.
+        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
+            experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
+            starts[f"experiment={path.stem}"] = flatten(_composed(conf, experiment))
     missing = object()
     differing = {
         name: [key for key, value in wanted.items() if settings.get(key, missing) != value]
