@@ -99,8 +99,12 @@ def _open(path: Path) -> tuple[int, bool]:
 
 def _holder(path: Path, descriptor: int, new: bool) -> Held | None:
     """Who has the lock; None if this process has it now, all but the record."""
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(f"{path} is no regular file: remove it")
+    if status.st_nlink > 1:
+        # Whoever made a folder that was received may have given a file of the user's this name too.
+        raise OSError(f"{path} is another file as well (a hard link): remove it")
     shared = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

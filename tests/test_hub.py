@@ -1,6 +1,7 @@
 """Datasets of the hub and folders laid out like one: layouts, subsets, own dev files, nothing outside the folder."""
 
 import gzip
+import os
 from pathlib import Path
 
 import pyarrow
@@ -137,6 +138,17 @@ def test_nothing_outside_the_folder_is_read(offline: Path) -> None:
         message = refusal(corpus)
         assert "its README.md names" in message
         assert "download that file" in message
+    for spelled in (
+        README.format("x").replace("configs:", '"configs":').replace("path: x", "path: ftp://x.org/a"),
+        README.format('"ftp\\x3a//x.org/a.jsonl"'),
+        "\n\n" + README.format("ftp://x.org/a.jsonl"),
+    ):
+        (folder / "README.md").write_text(spelled)
+        assert "its README.md names ftp://x.org/a" in refusal(corpus)
+    (folder / "README.md").unlink()
+    os.mkfifo(folder / ".huggingface.yaml")
+    assert ".huggingface.yaml is not read" in refusal(corpus)
+    (folder / ".huggingface.yaml").unlink()
     (folder / "README.md").write_text("---\nlicense_link: https://x.org\n---\nSee https://x.org\n")
     (folder / "train.jsonl").unlink()
     (folder / "train.jsonl").write_text('{"en": "a", "de": "b"}\n')

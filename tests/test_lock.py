@@ -182,3 +182,13 @@ def test_a_link_or_a_pipe_is_no_lock(tmp_path: Path) -> None:
         with pytest.raises(OSError, match=r"Too many levels|no regular file"), locked(tmp_path / name):
             pass
     assert victim.read_text() == "mine"
+
+
+def test_a_lock_that_is_another_file_as_well_is_left_alone(tmp_path: Path) -> None:
+    """Whoever made a folder that was received may have linked a file of the user's there."""
+    mine = tmp_path / "mine"
+    mine.write_text("keep")
+    os.link(mine, tmp_path / ".lock")
+    with pytest.raises(OSError, match="hard link"), locked(tmp_path / ".lock"):
+        pass
+    assert mine.read_text() == "keep"

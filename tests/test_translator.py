@@ -152,6 +152,9 @@ def test_the_longest_line_of_training_is_the_limit(load: Load, run: RunDirectory
 def test_a_run_that_does_not_know_its_longest_line_has_the_limit_of_its_filter(load: Load, run: RunDirectory) -> None:
     config = run.config()
     assert longest_source({}, config) == config.corpus.filters.max_pieces
+    for value in (None, [1], "x", float("nan"), -1):
+        with pytest.raises(CheckpointError, match="no number of pieces"):
+            longest_source({"longest_source_pieces": value}, config)
     assert longest_source(run.corpus_info(), config) == load().longest_seen
 
 

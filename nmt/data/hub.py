@@ -3,12 +3,14 @@
 A folder may come from anybody: it names its data files by itself, and is read only inside itself.
 """
 
+import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from nmt.config import CorpusConfig
+from nmt.config.reading import parse_yaml
 from nmt.data.pairs import Columns, ReadReport, SentencePair
 from nmt.data.tables import COMPRESSIONS, read_table
 from nmt.errors import DataError
@@ -19,6 +21,8 @@ HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _OWN_ENDINGS = r"\.(parquet|jsonl(\.(gz|xz|zst|bz2))?)$"
 _ROWS = 1000
 _MOST_README_BYTES = 1 << 24
+# What the library reads beside README.md, without a bound.
+_OTHER_METADATA = (".huggingface.yaml",)
 
 
 def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
@@ -108,22 +112,46 @@ def _check_lines(path: Path, where: str) -> None:
 
 
 def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
-    """DataError if the folder's own README names data by an address: the library would fetch it."""
+    """DataError if the folder names data by an address, which the library would fetch, or may do so unseen."""
+    for name in _OTHER_METADATA:
+        if os.path.lexists(folder / name):
+            raise DataError(
+                f"corpus.source={corpus.source}: {folder / name} is not read: say in README.md where the data are, and "
+                "remove it"
+            )
     try:
         text = read_regular(folder / "README.md", _MOST_README_BYTES).decode("utf-8", errors="replace")
     except FileNotFoundError:
         return
     except OSError as error:
         raise DataError(f"corpus.source={corpus.source}: README.md: {error.strerror}: remove it") from error
-    header = re.match(r"---\r?\n(.*?)\n---", text, re.DOTALL)
-    # The key `configs` to the next key: the rest of the header may link to where it likes.
-    configs = re.search(r"^configs\s*:.*?(?=^[^\s#-]|\Z)", header[1] if header else "", re.DOTALL | re.MULTILINE)
-    address = re.search(r"\w+://[^\s\"']+", configs[0]) if configs else None
+    # As the library finds it.
+    header = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", text.removeprefix("\ufeff"), re.DOTALL)
+    try:
+        said = parse_yaml(header[1]) if header else None
+    except ValueError as error:
+        raise DataError(f"corpus.source={corpus.source}: the header of README.md cannot be read: {error}") from error
+    # The rest of the header may link to where it likes.
+    configs = said.get("configs") if isinstance(said, dict) else None
+    address = next((text for text in _texts(configs) if "://" in text), None)
     if address:
         raise DataError(
-            f"corpus.source={corpus.source}: its README.md names {address[0]}, but a folder is read from itself alone: "
+            f"corpus.source={corpus.source}: its README.md names {address}, but a folder is read from itself alone: "
             "download that file into the folder and name it there"
         )
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """All texts in nested lists and mappings, keys included."""
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            yield from _texts(key)
+            yield from _texts(value)
+    elif isinstance(tree, list):
+        for value in tree:
+            yield from _texts(value)
+    elif isinstance(tree, str):
+        yield tree
 
 
 def _arguments(corpus: CorpusConfig) -> dict[str, Any]:

@@ -252,9 +252,12 @@ def has_words(text: str, unlearned: str = "") -> bool:
 def longest_source(corpus: Mapping[str, Any], config: Config) -> int:
     """Pieces of the longest source line of the training text, by the facts that a run or a preparation has; 0: unknown.
 
-    Where it is older than this fact, the filter of long lines stands in.
+    Where it is older than this fact, the filter of long lines stands in. CheckpointError if it is no number of pieces.
     """
-    return int(corpus.get("longest_source_pieces", config.corpus.filters.max_pieces))
+    longest = corpus.get("longest_source_pieces", config.corpus.filters.max_pieces)
+    if not isinstance(longest, int) or longest < 0:
+        raise CheckpointError(f"longest_source_pieces={longest!r} of corpus.json is no number of pieces: it is damaged")
+    return longest
 
 
 class Loaded(NamedTuple):
