@@ -29,6 +29,7 @@ import yaml
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.config.reading import UnknownSettingError, parse_yaml, read_value
+from nmt.data.prepared import FACTS
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import foreign_entry, read_json, read_regular, write_atomically
 from nmt.lock import Held, locked
@@ -61,16 +62,7 @@ _PLACES = (
     *("tensorboard", "report", _LOCK, SHARED_MARK, MANIFEST, EXPORTED_PARAMETERS),
 )
 """All that commands read and write in a run or an exported model."""
-_CORPUS = {
-    "name": str,
-    "fingerprint": str,
-    "pairs_read": int,
-    "pairs_kept": int,
-    "dropped": {str: int},
-    "source_pieces": int,
-    "target_pieces": int,
-    "vocabulary_size": int,
-}
+_CORPUS = {"name": str, "fingerprint": str, **FACTS}
 _STATUS = {"state": str, "code": (int, None), "message": str, "step": int, "checkpoint": (str, None)}
 
 

@@ -14,7 +14,6 @@ FLOORS = {
     "resources": 0,
     "errors": 0,
     "files": 0,
-    "system": 0,
     "textfile": 0,
     "process": 0,
     "lock": 0,

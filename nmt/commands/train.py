@@ -12,6 +12,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.commands import say, show
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
+from nmt.data.prepared import FACTS
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
@@ -131,9 +132,8 @@ def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: 
     run.check_places()
     until_the_end.enter_context(run.training())
     _check_steps(run, config)
-    facts = ("pairs_read", "pairs_kept", "dropped", "source_pieces", "target_pieces", "vocabulary_size")
     corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
-    corpus |= {name: prepared.manifest[name] for name in facts}
+    corpus |= {name: prepared.manifest[name] for name in FACTS}
     if (longest := prepared.manifest.get("longest_source_pieces")) is not None:  # older preparations have none
         corpus["longest_source_pieces"] = longest
     for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):

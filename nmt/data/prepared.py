@@ -19,15 +19,19 @@ FORMAT = 2  # of the prepared folder
 # A file changed so shortly before it was read may change again without a sign: clocks of file systems are coarse.
 _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
-_SHAPE = {
-    "corpus": {str: object},
-    "sources": [{"path": str, "mtime_ns": int, **_FILE}],
+FACTS = {
     "pairs_read": int,
     "pairs_kept": int,
     "dropped": {str: int},
     "source_pieces": int,
     "target_pieces": int,
     "vocabulary_size": int,
+}
+"""What a manifest counts, and a run records of it."""
+_SHAPE = {
+    "corpus": {str: object},
+    "sources": [{"path": str, "mtime_ns": int, **_FILE}],
+    **FACTS,
     "files": {VOCABULARY: _FILE, str: _FILE},
     "shards": {"train": {"pairs": int, "dtype": str, "files": {str: _FILE}}},
 }
