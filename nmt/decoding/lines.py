@@ -71,11 +71,12 @@ def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> I
             lines[0], rest = lines[0][:place], lines[0][place:]
         window += [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
         begun = not whole
+        size += sum(map(len, lines))
         # A block of a file may hold many more lines than a window.
         while len(window) > most_lines:
             yield window[:most_lines]
             window = window[most_lines:]
-        size += sum(map(len, lines))
+            size = sum(len(piece.text) for piece in window)
     if window:
         yield window
 
