@@ -18,6 +18,7 @@ Either may come from anybody. All of it must lie in the folder, so that no comma
 read up to a bound and have the stated shape; nothing in them is run.
 """
 
+import difflib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -106,7 +107,9 @@ class RunDirectory:
                 return run
         known = sorted(path.parent.name for path in Path("runs").glob("*/config.yaml"))
         there = f"runs/ has {', '.join(known)}" if known else "there are no runs yet: start one with nmt train"
-        raise CheckpointError(f"{name} is not a run (no {Path(name) / 'config.yaml'}); {there}")
+        close = difflib.get_close_matches(name, known, 1, cutoff=0.5)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise CheckpointError(f"{name} is not a run (no {Path(name) / 'config.yaml'}); {there}{hint}")
 
     @property
     def exported(self) -> bool:

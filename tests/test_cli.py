@@ -449,3 +449,28 @@ def test_in_good_order_it_leaves_as_any_program(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit) as left:
         nmt.cli._main_of_several()
     assert left.value.code == (ends.code if isinstance(ends, SystemExit) else ends)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (("translate", "in", "out"), "where the result goes is said by -o"),
+        (("translate", "in", "--beam", "2"), "did you mean decoding.beam_size=..?"),
+        (("evaluate", "--refrence", "x"), "did you mean --reference?"),
+        (("experts", "--explian", "x"), "did you mean --explain?"),
+    ],
+)
+def test_an_unknown_word_is_told_with_what_was_meant(
+    cli: Cli, run: Path, arguments: tuple[str, ...], hint: str
+) -> None:
+    command, *rest = arguments
+    cli.refuses(2, command, str(run), *rest, says=("unrecognized arguments", hint))
+
+
+def test_a_name_that_is_nearly_a_run_is_told(
+    cli: Cli, run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "runs" / "demo-en-de").mkdir(parents=True)
+    (tmp_path / "runs" / "demo-en-de" / "config.yaml").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    cli.refuses(4, "translate", "demo", says=("did you mean demo-en-de?",))

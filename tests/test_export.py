@@ -373,7 +373,7 @@ def card(path: Path) -> str:
 def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy: Path, tmp_path: Path) -> None:
     for name, which in (("a", "8"), ("b", "average")):
         assert cli("export", str(copy), str(tmp_path / name), f"decoding.checkpoint={which}") == 0
-        assert "nmt evaluate was not run before" in cli.err
+        assert "run nmt evaluate before" in cli.err
         assert "`nmt evaluate` had not been run on these parameters" in card(tmp_path / name)
         assert manifest_of(tmp_path / name)["scores"] == []
     validated = list_checkpoints(copy / "checkpoints")[-1].score

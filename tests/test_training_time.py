@@ -270,8 +270,10 @@ def test_a_forecast_names_what_is_shorter_where_it_is_long() -> None:
     bounded = first_forecast(TrainingConfig(max_steps=20_011, max_minutes=30.0), 11, 400.0, 41.0, on_cpu=True)
     assert bounded == (
         "41 s an update, training.max_minutes=30 leaves time for about 34 of the 20,000 updates that "
-        "training.max_steps=20011 asks for"
+        "training.max_steps=20011 asks for: that is not even training.warmup_steps=2000, so the model will hardly learn"
     )
+    enough = TrainingConfig(max_steps=20_011, max_minutes=30.0, warmup_steps=40)
+    assert "hardly learn" not in first_forecast(enough, 11, 400.0, 41.0, on_cpu=True)
 
 
 def test_time_left_ends_with_whatever_comes_first() -> None:

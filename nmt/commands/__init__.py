@@ -6,6 +6,7 @@ standard error.
 """
 
 import argparse
+import difflib
 import re
 import sys
 from collections.abc import Sequence
@@ -68,8 +69,20 @@ class Parser(argparse.ArgumentParser):
         return options, words
 
     def error(self, message: str) -> NoReturn:
-        """UserError instead of argparse's own exit."""
-        raise UserError(f"{message} (try {self.prog} --help)")
+        """UserError instead of argparse's own exit, with what was probably meant."""
+        hint = ""
+        if message.startswith("unrecognized arguments: "):
+            word = message.split()[2].partition("=")[0]
+            known = {option: option for option in self._option_string_actions}
+            known |= {key.partition(".")[2]: f"{key}=.." for key in known_settings(Config) if is_setting(f"{key}=1")}
+            close = difflib.get_close_matches(word, known, 1, cutoff=0.7)
+            # An option of another toolkit's may begin like a setting of ours: --beam.
+            begun = sorted(key for key in known if word.startswith("--") and key.startswith(word[2:].replace("-", "_")))
+            if close or (begun and len(word) > len("--")):
+                hint = f"; did you mean {known[close[0] if close else begun[0]]}?"
+            elif not word.startswith("-") and "-o" in known:
+                hint = "; where the result goes is said by -o"
+        raise UserError(f"{message}{hint} (try {self.prog} --help)")
 
 
 def is_setting(word: str) -> bool:

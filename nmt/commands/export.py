@@ -76,7 +76,10 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     steps = ", ".join(f"{step:,}" for step in loaded.steps)
     say(f"step{'s' * (len(loaded.steps) > 1)} {steps} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
     if not own_sets(facts):
-        say("it has no BLEU or chrF, since nmt evaluate was not run before with the same decoding.checkpoint")
+        say(
+            "it has no BLEU or chrF: run nmt evaluate before, on the run's own text (without --source) and with the "
+            "same decoding.checkpoint"
+        )
     show(options.folder)
 
 

@@ -43,10 +43,14 @@ def first_forecast(training: TrainingConfig, step: int, seconds: float, per_upda
     left = seconds_left(training, step, seconds, per_update, 0.0)
     line = f"{per_update:.2g} s an update, "
     if left < updates * per_update:
-        return line + (
-            f"training.max_minutes={training.max_minutes:g} leaves time for about {int(left / per_update):,} of the "
-            f"{updates:,} updates that training.max_steps={training.max_steps} asks for"
+        in_time = int(left / per_update)
+        line += (
+            f"training.max_minutes={training.max_minutes:g} leaves time for about {in_time:,} of the {updates:,} "
+            f"updates that training.max_steps={training.max_steps} asks for"
         )
+        if step + in_time < training.warmup_steps:
+            line += f": that is not even training.warmup_steps={training.warmup_steps}, so the model will hardly learn"
+        return line
     line += f"{updates:,} to go: about {duration(left)}, validations not counted"
     if on_cpu and left > _LONG_HOURS * 3600:
         line += (
