@@ -281,3 +281,10 @@ def test_the_command_looks_at_other_text(run: Path, tmp_path: Path, capfd: pytes
     text = page.read_text()
     assert "my.en, 2 sentence pairs" in Page(text).words()
     assert "<script" not in text
+
+
+def test_a_bar_of_what_an_expert_tells_fills_its_track_at_100_percent() -> None:
+    layer = layer_of(4)
+    page = to_html([layer], "t", "s")
+    shares = [float(width) for width in re.findall(r"width:max\(([\d.]+)%, 1px\)", page)]
+    assert round(100 * layer.token_purity.share, 2) in shares

@@ -285,13 +285,13 @@ def _heat_map(rows: list[str], columns: list[str], lift: list[list[float]], labe
 def _purity_bars(layer: LayerReport) -> str:
     parts = []
     for name, over, purity in _purities(layer):
-        largest = max(purity.share, purity.chance_max_share, 1e-9)
         known = f"{_percent(purity.share)} of what there is to know, {_beside_chance(purity)}"
         parts.append(
             f"<div class=purity><b>{name}: {known}</b><em>{purity.bits:.2f} of {purity.label_bits:.2f} bits</em>"
         )
         for kind, share, what in (("", purity.share, "measured"), ("chance", purity.chance_share, "shuffled")):
-            bar = f'<i class="{kind}" style="width:{share / largest:.1%}"></i>'
+            # Its whole track is 100%, all there is to know; what is little is to be seen still.
+            bar = f'<i class="{kind}" style="width:max({share:.2%}, 1px)"></i>'
             parts.append(f"<div><span>{what}</span><span class=bar>{bar}</span><span>{_percent(share)}</span></div>")
         most = _percent(purity.chance_max_share)
         parts.append(f"<em>shuffled {purity.shuffles} times over {over}, at most {most}</em></div>")
