@@ -63,13 +63,13 @@ test-all: check  ## the same with the slow tests, as CI runs them
 	$(BIN)/pytest --numprocesses=auto -m ""
 
 test-faults: $(READY)  ## inject faults into training and count what survives (QUICK=1: what CI runs)
-	$(BIN)/python scripts/faults.py $(if $(QUICK),--quick)
+	$(BIN)/python -m tests.faults $(if $(QUICK),--quick)
 
 bench: $(READY)  ## speed on this CPU, against plain torch parts
-	$(BIN)/python scripts/bench.py
+	$(BIN)/python scripts/bench/cpu.py
 
 bench-gpu: $(READY)  ## speed on one GPU: whole models and the MoE layer
-	$(BIN)/python scripts/bench_gpu.py
+	$(BIN)/python scripts/bench/gpu.py
 
 clean:  ## remove caches and builds; runs and prepared corpora stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

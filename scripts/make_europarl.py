@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nmt.config import CorpusConfig, FilesConfig
-from nmt.data.corpus import read_pairs
+from nmt.corpus.sources import read_pairs
 
 _MOST_WORDS = 100
 _MOST_RATIO = 3.0

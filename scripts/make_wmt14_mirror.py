@@ -21,9 +21,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nmt.config import CorpusConfig, FilesConfig
-from nmt.data.corpus import read_pairs
-from nmt.data.hub import HUB_SPLITS
-from nmt.data.pairs import SentencePair
+from nmt.corpus.hub import HUB_SPLITS
+from nmt.corpus.pairs import SentencePair
+from nmt.corpus.sources import read_pairs
 from nmt.errors import DataError
 
 # Pairs of one row group: what is in memory at a time.

@@ -1,4 +1,4 @@
-"""scripts/bench_scaling.py: what it refuses, counts and projects; and, slow, a whole run of two processes."""
+"""scripts/bench/scaling.py: what it refuses, counts and projects; and, slow, a whole run of two processes."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.conftest import TINY_VOCAB
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_scaling.py"
+SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "scaling.py"
 CPU = torch.device("cpu")
 
 

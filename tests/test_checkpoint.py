@@ -15,7 +15,7 @@ import yaml
 from test_training import one_thread, saved, settings, train, trained_run, write_corpus  # noqa: F401
 from torch import Tensor, nn
 
-import nmt.parallel.checkpoint
+import nmt.parallel.saving
 from nmt.checkpoint import (
     Checkpoint,
     best_of,
@@ -29,8 +29,8 @@ from nmt.cli import main
 from nmt.config import Config, CorpusConfig
 from nmt.device import pick_device
 from nmt.errors import CheckpointError, DataError, StorageError
-from nmt.parallel.checkpoint import Saver, save_checkpoint
 from nmt.parallel.mesh import World
+from nmt.parallel.saving import Saver, save_checkpoint
 from nmt.parameters import read_parameters, read_tensors
 from nmt.run import RunDirectory
 
@@ -302,7 +302,7 @@ class FullDisk:
         self.left = allowed
         self.failed = False
         for owner, name in (
-            (nmt.parallel.checkpoint, "save_file"),
+            (nmt.parallel.saving, "save_file"),
             (Path, "write_text"),
             (Path, "mkdir"),
             (Path, "rename"),
@@ -358,7 +358,7 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.parallel.checkpoint, "save_file", full)
+        patch.setattr(nmt.parallel.saving, "save_file", full)
         capfd.readouterr()
         assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 6
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]

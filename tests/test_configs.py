@@ -12,7 +12,7 @@ from own_conf import OWN
 
 import nmt.config
 from nmt.compose import compose_config
-from nmt.evaluation.compute import model_cost
+from nmt.cost.operations import model_cost
 from nmt.model.seq2seq import Seq2Seq
 from nmt.resources import resource_dir
 

@@ -14,9 +14,9 @@ import pyarrow.parquet
 import pytest
 
 from nmt.config import CorpusConfig, FilesConfig, FilterConfig
-from nmt.data.corpus import read_pairs, source_files
-from nmt.data.filters import Filters
-from nmt.data.pairs import ReadReport, SentencePair
+from nmt.corpus.filters import Filters
+from nmt.corpus.pairs import ReadReport, SentencePair
+from nmt.corpus.sources import read_pairs, source_files
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES
 
@@ -144,7 +144,7 @@ def test_phrasebook(monkeypatch: pytest.MonkeyPatch) -> None:
             asked.append((split, source, target, num_pairs))
             return iter([FakePhrase(f"s{number}", f"t{number}", "travel") for number in range(num_pairs)])
 
-    monkeypatch.setitem(sys.modules, "nmt.data.phrasebook", Module)
+    monkeypatch.setitem(sys.modules, "nmt.corpus.phrasebook", Module)
     assert next(read_pairs(CorpusConfig(), "train")) == SentencePair("s0", "t0", "travel")
     assert len(list(read_pairs(CorpusConfig(max_pairs=7), "train"))) == 7
     assert len(list(read_pairs(CorpusConfig(max_pairs=7), "dev"))) == 500

@@ -17,12 +17,12 @@ from nmt.batch import make_batch
 from nmt.cli import main
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from nmt.cost.activations import PIECE_ELEMENTS, Numbers, Shape, copied_bytes, saved_bytes
+from nmt.cost.budget import Lengths, memory_of, training_budget
+from nmt.cost.operations import model_cost
+from nmt.cost.speed import guess_cpu_tflops
 from nmt.data.batching import plan_epoch
 from nmt.errors import UserError
-from nmt.evaluation.activations import PIECE_ELEMENTS, Numbers, Shape, copied_bytes, saved_bytes
-from nmt.evaluation.budget import Lengths, memory_of, training_budget
-from nmt.evaluation.compute import model_cost
-from nmt.evaluation.speed import guess_cpu_tflops
 from nmt.model import loss
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import is_expert
@@ -436,7 +436,7 @@ def test_a_cpu_s_speed_is_guessed_and_said_to_be_a_guess(cost: Callable[..., str
 def test_a_guess_is_shared_by_the_processes_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each product takes a millisecond by this clock; threads are as before afterwards."""
     ticks = iter(range(10**6))
-    monkeypatch.setattr("nmt.evaluation.speed.time.perf_counter", lambda: next(ticks) * 1e-3)
+    monkeypatch.setattr("nmt.cost.speed.time.perf_counter", lambda: next(ticks) * 1e-3)
     threads = torch.get_num_threads()
     alone = guess_cpu_tflops(1, seconds=0.02)
     assert alone == pytest.approx(2 * 512**3 / 1e-3 / 1e12 / 3 * threads)

@@ -11,10 +11,10 @@ from test_training import one_thread, train, trained_run, write_corpus  # noqa: 
 
 from nmt.cli import main
 from nmt.config import Config, DecodingConfig, ModelConfig, MoEConfig
+from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation import dial
-from nmt.evaluation.compute import model_cost
 from nmt.evaluation.dial import dial_counts, dial_positions, with_experts_per_token
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.model.gating import HierarchicalGate

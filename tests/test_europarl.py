@@ -9,7 +9,7 @@ from types import ModuleType
 import pytest
 
 from nmt.compose import compose_config
-from nmt.data.corpus import source_files
+from nmt.corpus.sources import source_files
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_europarl.py"
 NAMES = ["train-0", "train-1", "train-2", "train-3", "dev", "test"]

@@ -11,7 +11,7 @@ import torch
 
 from nmt.batch import BOS, EOS, Batch
 from nmt.data.batching import eval_batches
-from nmt.evaluation.expert_report import (
+from nmt.experts.report import (
     MIN_COUNT,
     ExpertRow,
     LayerReport,
@@ -409,8 +409,8 @@ def test_contexts_are_those_of_the_largest_gates() -> None:
 def test_nothing_depends_on_batches_or_on_how_often_counts_are_settled(
     text: Text, measured: list[LayerReport], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nmt.evaluation.expert_report.eval_batches", lambda s, t, _: eval_batches(s, t, 30))
-    monkeypatch.setattr("nmt.evaluation.expert_report._MAX_WAITING", 17)
+    monkeypatch.setattr("nmt.experts.report.eval_batches", lambda s, t, _: eval_batches(s, t, 30))
+    monkeypatch.setattr("nmt.experts.report._MAX_WAITING", 17)
     again = measure(random_rule(SIZES), *text, encoder_1=7, decoder_2=5)
     for one, other in zip(measured, again, strict=True):
         assert str(one) == str(other)
@@ -422,7 +422,7 @@ def test_nothing_depends_on_batches_or_on_how_often_counts_are_settled(
 
 
 def test_examples_are_bounded(text: Text, measured: list[LayerReport], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nmt.evaluation.expert_report._MAX_EXAMPLES", 20)
+    monkeypatch.setattr("nmt.experts.report._MAX_EXAMPLES", 20)
     few = measure(random_rule(SIZES), *text, encoder_1=7, decoder_2=5)
     for one, other in zip(measured, few, strict=True):
         assert sum(len(role.contexts) for row in other.experts for role in row.tokens) <= 20

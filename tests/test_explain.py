@@ -19,8 +19,8 @@ from nmt.commands.explain import slug
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
-from nmt.evaluation import explain
-from nmt.evaluation.explain import (
+from nmt.experts import explain
+from nmt.experts.explain import (
     ExpertTotal,
     Explanation,
     LayerExplanation,
@@ -32,10 +32,10 @@ from nmt.evaluation.explain import (
     moe_layers,
     taken_away,
 )
-from nmt.evaluation.explain_page import explanation_page
 from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Seq2Seq
+from nmt.pages.explain import explanation_page
 from nmt.run import RunDirectory
 
 CPU = torch.device("cpu")

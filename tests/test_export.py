@@ -24,11 +24,11 @@ import nmt.commands.export
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.compose import compose_config
 from nmt.config import NUM_ADDED_PIECES, FilesConfig, MoEConfig, RunConfig
+from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
-from nmt.evaluation.compute import model_cost
-from nmt.evaluation.markdown import code
-from nmt.evaluation.model_card import CardFacts, SetScores, model_card
 from nmt.model.seq2seq import Seq2Seq
+from nmt.pages.card import CardFacts, SetScores, model_card
+from nmt.pages.markdown import code
 from nmt.parameters import read_model, write_parameters
 from nmt.run import RunDirectory
 

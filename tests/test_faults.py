@@ -1,4 +1,4 @@
-"""What the sweep of scripts/faults.py once found broken, each in a test of its own."""
+"""What the sweep of tests/faults once found broken, each in a test of its own."""
 
 import errno
 import json
@@ -20,8 +20,8 @@ from nmt.checkpoint import list_checkpoints, seal
 from nmt.cli import main
 from nmt.commands.launch import _end_like, _written_at
 from nmt.errors import ProcessError, StorageError, UserError, exit_status, same_error
-from nmt.parallel.checkpoint import Saver
 from nmt.parallel.mesh import World
+from nmt.parallel.saving import Saver
 from nmt.run import RunDirectory
 from nmt.training.metrics import MetricsWriter
 from nmt.training.record import DevLine
@@ -213,7 +213,7 @@ def test_a_save_that_failed_here_is_told_here(
     def fail(*_: Any, **__: Any) -> None:
         raise raised
 
-    monkeypatch.setattr("nmt.parallel.checkpoint.dcp.save", fail)
+    monkeypatch.setattr("nmt.parallel.saving.dcp.save", fail)
     saver = Saver(tmp_path, "vocabulary", 1, RankOne())
     saver.save(1, {"model": {}}, {}, None)
     with pytest.raises(StorageError, match=r"[nN]o space") as caught:

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
-from nmt.data.filters import HoldOut
-from nmt.data.pairs import SentencePair
+from nmt.corpus.filters import HoldOut
+from nmt.corpus.pairs import SentencePair
 from nmt.data.prepare import prepare
 from nmt.data.prepared import Prepared
 

@@ -8,10 +8,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import nmt.data.tables
+import nmt.corpus.tables
 from nmt.config import CorpusConfig, FilesConfig
-from nmt.data.corpus import read_pairs, source_files
-from nmt.data.pairs import ReadReport, SentencePair
+from nmt.corpus.pairs import ReadReport, SentencePair
+from nmt.corpus.sources import read_pairs, source_files
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES
 
@@ -156,7 +156,7 @@ def test_nothing_outside_the_folder_is_read(offline: Path) -> None:
 
 
 def test_a_cell_without_end_is_refused(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmt.data.tables, "_HARMLESS_BYTES", 1 << 20)
+    monkeypatch.setattr(nmt.corpus.tables, "_HARMLESS_BYTES", 1 << 20)
     (offline / "set").mkdir()
     table = pyarrow.table({"en": ["a" * 2_000_000], "de": ["b"]})
     pyarrow.parquet.write_table(table, offline / "set" / "train.parquet", compression="zstd")

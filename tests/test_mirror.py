@@ -10,7 +10,7 @@ import pytest
 
 from nmt.cli import main as nmt
 from nmt.compose import compose_config
-from nmt.data.corpus import read_pairs
+from nmt.corpus.sources import read_pairs
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "make_wmt14_mirror.py"
 WORDS = {"en": "a small dog sees the old house and a car", "de": "ein kleiner Hund sieht das alte Haus und Auto"}

@@ -8,8 +8,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from nmt.config import SubwordConfig
-from nmt.data.normalisation import CONTROLS, canonical_rules
 from nmt.data.subwords import Subwords, train_subwords
+from nmt.text.normalisation import CONTROLS, canonical_rules
 
 MARKS = "\u0300\u0301\u0302\u0303\u0307\u0308\u030a\u0327\u0323\u0328\u031b\u0345\u05b8\u05bc\u05c1\u064e\u0651\u3099"
 LETTERS = "aeoucdÅΩω한ᄒ\u1161\u11abか\u212b\u2126שב\ufb2cا\u1e63ệ\u0958"

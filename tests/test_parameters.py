@@ -22,12 +22,12 @@ import nmt.training.trainer
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.config import ModelConfig
 from nmt.errors import CheckpointError
+from nmt.experts.surgery import read_network
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.checkpoint import load_parameters, save_checkpoint
 from nmt.parallel.mesh import World
+from nmt.parallel.saving import load_parameters, save_checkpoint
 from nmt.parameters import OFFSETS, read_model, read_parameters, read_tensors
 from nmt.run import RunDirectory
-from nmt.training.surgery import read_network
 
 Configs = Callable[..., ModelConfig]
 

@@ -7,9 +7,9 @@ from itertools import islice, permutations
 
 import pytest
 
-from nmt.data import phrasebook as module
-from nmt.data.lexicon import Words
-from nmt.data.phrasebook import LANGUAGES, Phrase, phrasebook
+from nmt.corpus import phrasebook as module
+from nmt.corpus.lexicon import Words
+from nmt.corpus.phrasebook import LANGUAGES, Phrase, phrasebook
 from nmt.resources import resource_dir
 
 SINGULARS = ("Woche", "Tag", "Stunde", "Minute", "Nacht", "Person")
@@ -52,7 +52,7 @@ def test_deterministic_and_a_longer_run_begins_with_the_shorter():
 
 
 def test_same_in_another_process_with_another_hash_seed():
-    code = "from nmt.data.phrasebook import phrasebook; print(*phrasebook('test', 'de', 'fr', 40), sep='\\n')"
+    code = "from nmt.corpus.phrasebook import phrasebook; print(*phrasebook('test', 'de', 'fr', 40), sep='\\n')"
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={"PYTHONHASHSEED": "77", "PYTHONUTF8": "1", "LC_ALL": "C", "TZ": "Asia/Tokyo"},

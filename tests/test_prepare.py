@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-import nmt.data.corpus
+import nmt.corpus.sources
 import nmt.data.held_out
 import nmt.data.prepare
 import nmt.data.prepared
@@ -400,9 +400,9 @@ def test_phrasebook_files_are_sources(tmp_path: Path, monkeypatch: pytest.Monkey
     tables = tmp_path / "tables"
     tables.mkdir()
     (tables / "travel.txt").write_text("1")
-    monkeypatch.setattr(nmt.data.corpus, "resource_dir", lambda _: tables)
-    if not (Path(nmt.data.corpus.__file__).with_name("phrasebook.py")).exists():
-        pytest.skip("nmt/data/phrasebook.py is not there")
+    monkeypatch.setattr(nmt.corpus.sources, "resource_dir", lambda _: tables)
+    if not (Path(nmt.corpus.sources.__file__).with_name("phrasebook.py")).exists():
+        pytest.skip("nmt/corpus/phrasebook.py is not there")
     pair = types.SimpleNamespace
 
     def phrasebook(split: str, source: str, target: str, num_pairs: int) -> Iterator[Any]:
@@ -415,7 +415,7 @@ def test_phrasebook_files_are_sources(tmp_path: Path, monkeypatch: pytest.Monkey
                 domain="travel",
             )
 
-    monkeypatch.setitem(sys.modules, "nmt.data.phrasebook", types.SimpleNamespace(phrasebook=phrasebook))
+    monkeypatch.setitem(sys.modules, "nmt.corpus.phrasebook", types.SimpleNamespace(phrasebook=phrasebook))
     corpus = CorpusConfig(
         directory=str(tmp_path / "prepared"), max_pairs=200, subwords=SubwordConfig(kind="bpe", vocab_size=96)
     )

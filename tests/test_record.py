@@ -94,7 +94,9 @@ def test_the_step_of_a_line(text: str, step: float) -> None:
 
 
 def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    spec = importlib.util.spec_from_file_location("studies", Path(__file__).parents[1] / "scripts" / "studies.py")
+    spec = importlib.util.spec_from_file_location(
+        "studies", Path(__file__).parents[1] / "scripts" / "results" / "studies.py"
+    )
     assert spec is not None
     assert spec.loader is not None
     studies = importlib.util.module_from_spec(spec)

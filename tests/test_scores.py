@@ -14,9 +14,9 @@ from test_training import one_thread, trained_run  # noqa: F401
 from nmt.cli import main
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.errors import DataError
-from nmt.evaluation.expert_report import _LayerCounts, expert_report
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
+from nmt.experts.report import _LayerCounts, expert_report
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 

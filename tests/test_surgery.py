@@ -12,15 +12,12 @@ from conftest import TINY_VOCAB
 from test_training import one_thread  # noqa: F401
 from torch import Tensor
 
-import nmt.training.shrinking
+import nmt.experts.shrink
 from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch
 from nmt.config import DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
-from nmt.model.experts import MoE
-from nmt.model.seq2seq import Seq2Seq
-from nmt.training.growing import grow
-from nmt.training.optim import state_shapes
-from nmt.training.shrinking import (
+from nmt.experts.grow import grow
+from nmt.experts.shrink import (
     Pair,
     Use,
     aligned_units,
@@ -33,7 +30,10 @@ from nmt.training.shrinking import (
     redundant_pairs,
     use_of,
 )
-from nmt.training.surgery import Network, Weight, moe_modules, select_experts
+from nmt.experts.surgery import Network, Weight, moe_modules, select_experts
+from nmt.model.experts import MoE
+from nmt.model.seq2seq import Seq2Seq
+from nmt.training.optim import state_shapes
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -445,7 +445,7 @@ def test_greedy_matching_equals_a_loop() -> None:
 
 @torch.no_grad()
 def test_similarity_is_the_cosine_of_outputs(tiny_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmt.training.shrinking, "_COMPARED_ROWS", 12)
+    monkeypatch.setattr(nmt.experts.shrink, "_COMPARED_ROWS", 12)
     model = network(tiny_config(hidden_sizes=[7, 3]), torch.float32).build()
     moe, x_TD = moe_modules(model)["encoder.2"], torch.randn(11, 6)
     outputs = [torch.stack([expert_output(moe, expert, x_D) for x_D in x_TD]).flatten() for expert in range(4)]

@@ -24,12 +24,12 @@ from nmt.compose import compose_config
 from nmt.config import ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
+from nmt.experts.grow import grow
+from nmt.experts.shrink import look
+from nmt.experts.surgery import read_network, with_counts, write_run
 from nmt.parameters import read_tensors
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory
-from nmt.training.growing import grow
-from nmt.training.shrinking import look
-from nmt.training.surgery import read_network, with_counts, write_run
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-import nmt.data.tables
+import nmt.corpus.tables
 from nmt.config import CorpusConfig, FilesConfig
-from nmt.data.corpus import read_pairs
-from nmt.data.pairs import ReadReport, SentencePair
+from nmt.corpus.pairs import ReadReport, SentencePair
+from nmt.corpus.sources import read_pairs
 from nmt.errors import DataError
 
 PAIRS = [("one", "eins"), ("two, 2", "zwei"), ("three", "drei")]
@@ -204,8 +204,8 @@ def test_a_domain_that_is_no_text_is_none(tmp_path: Path) -> None:
 
 
 def test_cells_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmt.data.tables, "_HARMLESS_BYTES", 1 << 20)
-    monkeypatch.setattr(nmt.data.tables, "MOST_BYTES", 1 << 16)
+    monkeypatch.setattr(nmt.corpus.tables, "_HARMLESS_BYTES", 1 << 20)
+    monkeypatch.setattr(nmt.corpus.tables, "MOST_BYTES", 1 << 16)
     shrinks = pyarrow.table({"en": ["a" * 2_000_000], "de": ["b"]})
     pyarrow.parquet.write_table(shrinks, tmp_path / "p.parquet", compression="zstd")
     assert "this is no text" in refusal(tmp_path, "p.parquet")

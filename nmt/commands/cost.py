@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 from nmt.commands import Parser, show
 from nmt.config import Config
+from nmt.cost.budget import Budget, Lengths, training_budget
+from nmt.cost.speed import guess_cpu_tflops
 from nmt.errors import UserError
-from nmt.evaluation.budget import Budget, Lengths, training_budget
-from nmt.evaluation.speed import guess_cpu_tflops
 from nmt.run import RunDirectory
 from nmt.training.forecast import duration
 from nmt.training.record import TrainLine, read_lines

@@ -10,8 +10,8 @@ from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError, UserError
-from nmt.evaluation.explain import explain_sentence
-from nmt.evaluation.explain_page import explanation_page
+from nmt.experts.explain import explain_sentence
+from nmt.pages.explain import explanation_page
 from nmt.run import RunDirectory
 
 _LONGEST_SLUG = 40

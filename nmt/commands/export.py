@@ -14,8 +14,8 @@ from nmt.commands import Parser, say, show
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.translator import Loaded, load_model
 from nmt.errors import StorageError, UserError
-from nmt.evaluation.model_card import CardFacts, SetScores, model_card, own_sets
 from nmt.files import read_json, sync
+from nmt.pages.card import CardFacts, SetScores, model_card, own_sets
 from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
 

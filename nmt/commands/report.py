@@ -9,9 +9,9 @@ from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.decoding.translator import Translator
-from nmt.evaluation.expert_page import to_html, to_markdown
-from nmt.evaluation.expert_report import expert_report
 from nmt.evaluation.sets import evaluation_set
+from nmt.experts.report import expert_report
+from nmt.pages.experts import to_html, to_markdown
 from nmt.run import RunDirectory
 
 

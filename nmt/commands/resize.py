@@ -14,20 +14,20 @@ import yaml
 from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.config.reading import written
+from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator, load_vocabulary, longest_source
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import DataError, UserError
-from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
+from nmt.experts import shrink
+from nmt.experts.grow import grow
+from nmt.experts.shrink import Pair, Seen, Use
+from nmt.experts.surgery import Network, moe_modules, read_network, write_run
 from nmt.parallel.mesh import World
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
-from nmt.training import shrinking
-from nmt.training.growing import grow
-from nmt.training.shrinking import Pair, Seen, Use
-from nmt.training.surgery import Network, moe_modules, read_network, write_run
 
 _COUNTS = "model.moe.num_experts_at."
 
@@ -70,7 +70,7 @@ def _check_count(options: argparse.Namespace, config: Config) -> None:
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--{task} {count}: give a number of at least 1" + (", or idle" if task == "prune" else ""))
     for layer in config.model.moe_layers() if task != "grow" else ():
-        shrinking.per_group(f"--{task} {count}", config.model.moe, layer, int(count), merging=task == "merge")
+        shrink.per_group(f"--{task} {count}", config.model.moe, layer, int(count), merging=task == "merge")
 
 
 def _new_path(output: str, run: RunDirectory) -> Path:
@@ -155,7 +155,7 @@ class _Bench:
         translator = self.translator(network)
         texts = self.spread(_WATCHED)
         say(f"watching the experts work on {len(texts[0]):,} dev pairs")
-        seen = shrinking.look(translator.model, self.subwords, *texts, self.device)
+        seen = shrink.look(translator.model, self.subwords, *texts, self.device)
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
         else:
@@ -191,28 +191,28 @@ def _score_line(name: str, before: float, after: float, digits: int = 2) -> str:
 def _pruned(network: Network, seen: Seen, which: str) -> Network:
     moe = network.config.moe
     if which == "idle":
-        removed = {layer: shrinking.idle(moe, layer, use) for layer, use in seen.use.items()}
+        removed = {layer: shrink.idle(moe, layer, use) for layer, use in seen.use.items()}
         if not any(removed.values()):
             raise UserError(
-                f"--prune idle: no expert gets less than {shrinking.IDLE_SHARE:.0%} of an equal share of the tokens"
+                f"--prune idle: no expert gets less than {shrink.IDLE_SHARE:.0%} of an equal share of the tokens"
             )
     else:
-        removed = {layer: shrinking.least_useful(moe, layer, use, int(which)) for layer, use in seen.use.items()}
+        removed = {layer: shrink.least_useful(moe, layer, use, int(which)) for layer, use in seen.use.items()}
     for layer, experts in removed.items():
         show(f"{layer}: {len(experts)} of {moe.experts_at(layer)} experts removed")
         _print_table([(expert,) for expert in experts], seen.use[layer], [])
-    return shrinking.prune(network, removed)
+    return shrink.prune(network, removed)
 
 
 def _merged(network: Network, translator: Translator, seen: Seen, count: int) -> Network:
     pairs: dict[str, list[Pair]] = {}
     for layer, moe in moe_modules(translator.model).items():
-        similarity_EE = shrinking.output_similarity(moe, seen.sample[layer])
-        pairs[layer] = shrinking.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
+        similarity_EE = shrink.output_similarity(moe, seen.sample[layer])
+        pairs[layer] = shrink.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
         show(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
         similarities = [pair.similarity for pair in pairs[layer]]
         _print_table([pair[:2] for pair in pairs[layer]], seen.use[layer], similarities)
-    return shrinking.merge(network, pairs)
+    return shrink.merge(network, pairs)
 
 
 def _print_table(members: list[tuple[int, ...]], use: Use, similarities: list[float]) -> None:

@@ -16,8 +16,8 @@ from nmt.data.prepared import FACTS
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
-from nmt.parallel.lookout import looking_out
 from nmt.parallel.mesh import World
+from nmt.parallel.watchdog import watch_for_hangs
 from nmt.process import launched_rank
 from nmt.run import SHARED_MARK, RunDirectory
 from nmt.training.forecast import check_memory
@@ -45,7 +45,7 @@ def train(config: Config) -> None:
                 _check_memory(config, prepared, world)
                 with shortage_told(lambda: "building the network", "take a smaller model or fewer experts"):
                     trainer = Trainer(config, prepared, run, world, asked)
-                with looking_out(world, trainer.where, lambda error: _tell_loss(run, world, error)):
+                with watch_for_hangs(world, trainer.where, lambda error: _tell_loss(run, world, error)):
                     trainer.train()
     except Stopped as stopped:
         if world.is_main:

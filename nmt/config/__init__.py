@@ -145,7 +145,7 @@ class ParallelConfig:
     """Sum the gradients of dense parameters while the backward pass goes on, instead of after it."""
     overlap_exchange: bool = False
     """Send tokens to their experts in two halves, one while experts work on the other. Pays where the exchange takes
-    long and experts have rows enough to be halved (`scripts/bench_scaling.py` measures both)."""
+    long and experts have rows enough to be halved (`scripts/bench/scaling.py` measures both)."""
 
     def __post_init__(self) -> None:
         at_least("parallel.expert_group_size", self.expert_group_size, 0)

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from nmt.config import CorpusConfig
-from nmt.data.corpus import SPLITS, read_pairs, source_files
-from nmt.data.filters import Filters, HoldOut
+from nmt.corpus.filters import Filters, HoldOut
+from nmt.corpus.pairs import ReadReport, SentencePair
+from nmt.corpus.sources import SPLITS, read_pairs, source_files
 from nmt.data.held_out import describe_cut, encode_pairs
-from nmt.data.pairs import ReadReport, SentencePair
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
 from nmt.data.subwords import Subwords, list_characters, train_subwords

@@ -21,9 +21,9 @@ import sentencepiece
 
 from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK
 from nmt.config import NUM_ADDED_PIECES, SubwordConfig
-from nmt.data.normalisation import CONTROLS, name_nfc, write_nfc_rules
 from nmt.errors import DataError
 from nmt.files import read_regular
+from nmt.text.normalisation import CONTROLS, name_nfc, write_nfc_rules
 
 RESERVED = {"language": 32, "slot": 16, "term": 4, "tag": 8, "spare": 8}
 """How many symbols are kept free for each later use: target languages, placeholders, marks around terms, domains and

@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nmt.config import Config, ModelConfig, MoEConfig
+from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
-from nmt.evaluation.compute import model_cost
 from nmt.evaluation.measure import Measured, measure
 from nmt.evaluation.scores import Comparison, paired_bootstrap
 from nmt.evaluation.sets import EvaluationSet

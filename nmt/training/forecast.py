@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from nmt.config import Config, TrainingConfig
+from nmt.cost.budget import Lengths, largest_shape, memory_of, numbers_of
 from nmt.device import memory_bytes
 from nmt.errors import MemoryLimitError
-from nmt.evaluation.budget import Lengths, largest_shape, memory_of, numbers_of
 from nmt.parallel.mesh import World
 
 # On a CPU, a run that takes longer is told what would be shorter.

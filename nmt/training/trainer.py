@@ -18,20 +18,20 @@ from torch import Tensor
 from nmt.batch import Batch
 from nmt.checkpoint import Checkpoint, damaged_manifests, list_checkpoints, newest_verified
 from nmt.config import Config
+from nmt.cost.budget import checkpoint_bytes
+from nmt.cost.operations import model_cost
 from nmt.data.batching import BatchStream
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator, longest_source
 from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
-from nmt.evaluation.budget import checkpoint_bytes
-from nmt.evaluation.compute import model_cost
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
 from nmt.model.grouped import check_widths
-from nmt.parallel.checkpoint import Saver, load_parameters, read_share
 from nmt.parallel.expert_parallel import is_expert, make_model
 from nmt.parallel.mesh import World
+from nmt.parallel.saving import Saver, load_parameters, read_share
 from nmt.parameters import stored
 from nmt.run import RunDirectory
 from nmt.terminal import printable

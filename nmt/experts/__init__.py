@@ -1,0 +1,1 @@
+"""Experts seen, explained, added and taken away."""

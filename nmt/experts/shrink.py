@@ -1,0 +1,327 @@
+"""Fewer experts for a trained network: the least useful ones left out, or pairs of alike ones made one.
+
+Letters: T tokens, K places for experts a token has, R routed rows, D width, E experts, H hidden units, I and O inputs
+and outputs of one layer of an expert.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from nmt.config import MoEConfig
+from nmt.data.batching import eval_batches
+from nmt.data.held_out import encode_pairs
+from nmt.data.subwords import Subwords
+from nmt.errors import UserError
+from nmt.experts.surgery import Network, Weights, moe_modules, select_experts, with_counts
+from nmt.model.experts import LocalDispatcher, MoE
+from nmt.model.gating import GateOutput
+from nmt.model.seq2seq import Seq2Seq
+from nmt.training.optim import COLUMN, ROW
+
+IDLE_SHARE = 0.05
+"""An expert is idle if it gets less than this share of what it would get if all were equally busy."""
+
+_BATCH_TOKENS = 4096
+# Rows that all experts of a layer work on at once when they are compared.
+_COMPARED_ROWS = 65536
+
+
+class Use(NamedTuple):
+    """How much each expert of a layer does for some text; sums over its tokens, float64, on the CPU."""
+
+    load_E: Tensor  # tokens
+    gate_E: Tensor  # gate values
+    output_E: Tensor  # m_i = sum_t g_ti |E_i(x_t)|: the size of all it adds
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the MoE layers did with some text, by layer."""
+
+    use: dict[str, Use]
+    sample: dict[str, Tensor]
+    """Some of a layer's input tokens (T, D), drawn evenly from all."""
+
+
+class Pair(NamedTuple):
+    """Two experts that become one, which takes the place of `first`."""
+
+    first: int
+    second: int
+    similarity: float
+    share: float  # of `first` in the average
+
+
+# ------------------------------------------------------------------------------------------------------ looking
+
+
+@torch.inference_mode()
+def look(
+    model: Seq2Seq,
+    subwords: Subwords,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    device: torch.device,
+    sample_tokens: int = 2000,
+) -> Seen:
+    """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
+
+    Every real token counts, end of sentence included; the target is read, not searched for.
+    """
+    encoded = encode_pairs(subwords, sources, targets)[:2]
+    tokens = {
+        side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
+    }
+    generator = torch.Generator().manual_seed(1)
+    use: dict[str, Use] = {}
+    sample: dict[str, list[Tensor]] = {}
+    with _watched(model) as passed:
+        for batch in eval_batches(*encoded, _BATCH_TOKENS):
+            # The whole network: `gates` would leave out the last MoE, whose input is wanted too.
+            model(batch.to(device))
+            for layer, (moe, x_TD, gate) in passed.items():
+                found = use_of(moe, x_TD, gate)
+                use[layer] = Use(*map(torch.add, use[layer], found)) if layer in use else found
+                share = min(1.0, sample_tokens / tokens[layer.partition(".")[0]])
+                drawn_T = torch.rand(len(x_TD), generator=generator) < share
+                sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
+    return Seen(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
+
+
+@contextmanager
+def _watched(model: Seq2Seq) -> Iterator[dict[str, tuple[MoE, Tensor, GateOutput]]]:
+    """The MoE layers with input and gate of their last pass, by name."""
+    passed: dict[str, tuple[MoE, Tensor, GateOutput]] = {}
+
+    def note(layer: str, moe: MoE, inputs: tuple[Tensor], outputs: tuple[Tensor, GateOutput]) -> None:
+        passed[layer] = (moe, inputs[0], outputs[1])
+
+    handles = [moe.register_forward_hook(partial(note, layer)) for layer, moe in moe_modules(model).items()]
+    try:
+        yield passed
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> Use:
+    """What each expert did for T tokens."""
+    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
+    norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
+    expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
+    gate_R = gate.gates_TK.flatten()[route.order_R]
+
+    def by_expert(values_R: Tensor) -> Tensor:
+        return torch.zeros(moe.num_experts, dtype=torch.float64).index_add_(0, expert_R, values_R.double().cpu())
+
+    return Use(by_expert(torch.ones_like(gate_R)), by_expert(gate_R), by_expert(gate_R * norm_R))
+
+
+@torch.inference_mode()
+def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
+    """Cosine between what every two experts make of the same tokens, all tokens taken as one vector; (E, E), CPU."""
+    experts = moe.num_experts
+    product_EE = torch.zeros(experts, experts, dtype=torch.float64)
+    for part_TD in x_TD.float().split(max(1, _COMPARED_ROWS // experts)):
+        ends_E = len(part_TD) * torch.arange(1, experts + 1, dtype=torch.int32, device=x_TD.device)
+        output_EX = moe.experts(part_TD.repeat(experts, 1), ends_E).view(experts, -1)
+        product_EE += (output_EX @ output_EX.T).double().cpu()
+    norm_E = product_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return product_EE / norm_E[:, None] / norm_E
+
+
+# ------------------------------------------------------------------------------------------------------ pruning
+
+
+def least_useful(moe: MoEConfig, layer: str, use: Use, count: int) -> list[int]:
+    """The `count` experts of a layer with the least output mass; in groups, equally many of each."""
+    groups = _groups(moe, layer)
+    each = per_group(f"--prune {count}", moe, layer, count)
+    return sorted(expert for group in groups for expert in _least(use, group)[:each])
+
+
+def idle(moe: MoEConfig, layer: str, use: Use) -> list[int]:
+    """Experts with less than IDLE_SHARE of the mean load; in groups, as many of each as the group with fewest has."""
+    bound = IDLE_SHARE * float(use.load_E.mean())
+    idle_by_group = [
+        [expert for expert in _least(use, group) if use.load_E[expert] < bound] for group in _groups(moe, layer)
+    ]
+    each = min(map(len, idle_by_group))
+    per_group("--prune idle", moe, layer, each * len(idle_by_group))
+    return sorted(expert for group in idle_by_group for expert in group[:each])
+
+
+def prune(network: Network, removed: dict[str, list[int]]) -> Network:
+    """`network` without these experts. What the others compute, and the columns of their gates, do not change.
+
+    Translation changes only where a token chose one of them: the next best takes its place. Exactly so for gates that
+    choose the top k; a strictly balanced gate's softmax runs over fewer experts afterwards, so that more of the others
+    pass their thresholds, until training has moved these.
+    """
+    layers = {}
+    counts = {}
+    for layer, gone in removed.items():
+        kept = [expert for expert in range(network.config.moe.experts_at(layer)) if expert not in set(gone)]
+        layers[layer], counts[layer] = select_experts(network.layer(layer), torch.tensor(kept)), len(kept)
+    return network.with_layers(with_counts(network.config, counts), layers)
+
+
+def _groups(moe: MoEConfig, layer: str) -> list[list[int]]:
+    """The experts of each group; one group of all under a flat gate."""
+    count = moe.experts_at(layer)
+    size = count // moe.branching if moe.gating == "hierarchical" else count
+    return [list(range(first, first + size)) for first in range(0, count, size)]
+
+
+def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool = False) -> int:
+    """How many experts of each group of a layer `count` are.
+
+    UserError unless it is the same for all groups, at least k stay and, when `merging`, all find a partner.
+    """
+    groups = _groups(moe, layer)
+    size, grouped = len(groups[0]), len(groups) > 1
+    each, rest = divmod(count, len(groups))
+    if rest:
+        raise UserError(
+            f"{option}: the groups of a hierarchical gate stay equally large, so N must be a multiple of "
+            f"model.moe.branching={moe.branching}"
+        )
+    of_group = " of each group" if grouped else ""
+    if size - each < moe.k:
+        raise UserError(
+            f"{option} would leave {max(size - each, 0)} of {size} experts{of_group} in {layer}, "
+            f"but each token wakes model.moe.k={moe.k}"
+        )
+    if merging and 2 * each > size:
+        raise UserError(
+            f"{option}: an expert is merged once at most, so the {size} experts{of_group} in {layer} make "
+            f"{size // 2 * len(groups)} pairs"
+        )
+    return each
+
+
+def _least(use: Use, experts: list[int]) -> list[int]:
+    """`experts` by output mass, the least first; of equals the one with fewer tokens, then the later one."""
+    return sorted(experts, key=lambda expert: (float(use.output_E[expert]), float(use.load_E[expert]), -expert))
+
+
+# ------------------------------------------------------------------------------------------------------ merging
+
+
+def redundant_pairs(moe: MoEConfig, layer: str, use: Use, similarity_EE: Tensor, count: int) -> list[Pair]:
+    """The `count` pairs of a layer's experts with the least to lose; in groups, equally many within each.
+
+    Merging loses m_i m_j / (m_i + m_j) (1 - cos_ij), with m the output mass (as Ward joins clusters): nothing for two
+    of a kind or for an expert that adds nothing, most for busy ones that differ. By the cosine alone, the pair that the
+    demo's decoder lost first was of all 28 the one whose merging costs most (perplexity 1.04 -> 1.63); by this measure
+    it is the one that costs least (1.09). No expert is in two pairs: what a merged expert would be like is not known
+    before it is merged.
+    """
+    mass_E = use.output_E
+    joint_EE = torch.outer(mass_E, mass_E) / (mass_E[:, None] + mass_E).clamp_min(torch.finfo(mass_E.dtype).tiny)
+    loss_EE = joint_EE * (1.0 - similarity_EE).clamp_min(0.0)
+    each = per_group(f"--merge {count}", moe, layer, count, merging=True)
+    pairs = []
+    for group in _groups(moe, layer):
+        free = set(group)
+        ranked = sorted(
+            ((first, second) for first in group for second in group if first < second),
+            key=lambda pair: (float(loss_EE[pair]), -float(similarity_EE[pair])),
+        )
+        for first, second in ranked:
+            if len(group) - len(free) < 2 * each and {first, second} <= free:
+                free -= {first, second}
+                gates = float(use.gate_E[first]), float(use.gate_E[second])
+                share = gates[0] / sum(gates) if sum(gates) else 0.5
+                pairs.append(Pair(first, second, float(similarity_EE[first, second]), share))
+    return pairs
+
+
+def merge(network: Network, pairs: dict[str, list[Pair]]) -> Network:
+    """`network` with each pair of experts made one: the average of both, weighted by their gate mass.
+
+    Hidden units of the second expert are put in the order of those of the first that they resemble. An expert's
+    function does not depend on that order, so an expert merged with a copy of itself, however ordered, stays the
+    same function exactly. The columns of the gate (and the thresholds) are averaged likewise, and so are the
+    optimiser's moments; the merged expert takes the first one's place.
+
+    Even a merged pair of exact copies changes the layer for tokens that would have woken both: their gates become
+    one expert's, and the next best is woken too.
+    """
+    layers = {}
+    counts = {}
+    for layer, merged in pairs.items():
+        weights = {name: weight.changed(torch.clone) for name, weight in network.layer(layer).items()}
+        for pair in merged:
+            _merge_in_place(weights, pair)
+        gone = {pair.second for pair in merged}
+        kept = [expert for expert in range(network.config.moe.experts_at(layer)) if expert not in gone]
+        layers[layer], counts[layer] = select_experts(weights, torch.tensor(kept)), len(kept)
+    return network.with_layers(with_counts(network.config, counts), layers)
+
+
+def _merge_in_place(weights: Weights, pair: Pair) -> None:
+    """Put the average of both experts in the place of the first; the second stays."""
+    count = sum(name.startswith("experts.") for name in weights)
+    matrices = [[weights[f"experts.weights.{place}"].value[expert] for place in range(count)] for expert in pair[:2]]
+    all_D = torch.arange(matrices[0][0].shape[0])
+    order = [all_D, *aligned_units(*matrices), all_D]
+    for name, weight in weights.items():
+        for kind, tensor in {"value": weight.value, **weight.moments}.items():
+            if name.startswith("experts."):
+                place = int(name.rpartition(".")[2])
+                second = _reordered(tensor[pair.second], kind, order[place], order[place + 1])
+                tensor[pair.first] = second.lerp(tensor[pair.first], pair.share)
+            elif not name.startswith("gate.primary_"):
+                tensor[..., pair.first] = tensor[..., pair.second].lerp(tensor[..., pair.first], pair.share)
+
+
+def _reordered(tensor: Tensor, kind: str, order_I: Tensor, order_O: Tensor) -> Tensor:
+    """An expert's matrix, or one of its moments, with its inputs and its outputs in another order."""
+    if kind == ROW:
+        return tensor[order_I]
+    if kind == COLUMN:
+        return tensor[order_O]
+    return tensor[order_I][:, order_O]
+
+
+def aligned_units(first_IO: Sequence[Tensor], second_IO: Sequence[Tensor]) -> list[Tensor]:
+    """For each hidden layer of two experts (their matrices in order), the second's unit that each unit of the first
+    resembles: units are matched greedily by the cosine of their weights, every unit once.
+
+    A unit's weights are those that come in and, in the last hidden layer, those that go out: where these lead to
+    another hidden layer, its units are not matched yet.
+    """
+    orders = [torch.arange(first_IO[0].shape[0])]
+    for place in range(len(first_IO) - 1):
+        units_of_first_HX = first_IO[place].T
+        units_of_second_HX = second_IO[place][orders[-1]].T
+        if place == len(first_IO) - 2:
+            units_of_first_HX = torch.cat([units_of_first_HX, first_IO[-1]], dim=1)
+            units_of_second_HX = torch.cat([units_of_second_HX, second_IO[-1]], dim=1)
+        orders.append(greedy_matching(F.normalize(units_of_first_HX) @ F.normalize(units_of_second_HX).T))
+    return orders[1:]
+
+
+def greedy_matching(similarity_HH: Tensor) -> Tensor:
+    """The column of each row, if the largest entry is taken first, then the largest of another row and column, ...
+
+    Rows and columns that are each other's best are taken at once: nothing larger can part them.
+    """
+    left_HH = similarity_HH.clone()
+    row_H = torch.arange(len(left_HH))
+    column_H = torch.full_like(row_H, -1)
+    while (column_H < 0).any():
+        best_H = left_HH.argmax(1)
+        mutual = row_H[(left_HH.argmax(0)[best_H] == row_H) & (column_H < 0)]
+        column_H[mutual] = best_H[mutual]
+        left_HH[mutual] = -torch.inf
+        left_HH[:, best_H[mutual]] = -torch.inf
+    return column_H

@@ -1,0 +1,181 @@
+"""A trained network taken out of its checkpoint, and put into a new run after its experts were changed.
+
+`growing` and `shrinking` make the changes. What follows training around goes along: the optimiser's moments are copied,
+left out or averaged like the weights they belong to; step and position in the data stay, so that learning rate and
+text go on where they were.
+
+Letters: D width, E experts.
+"""
+
+import math
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmt.checkpoint import Checkpoint, choose
+from nmt.config import Config, ModelConfig
+from nmt.errors import StorageError, UserError
+from nmt.files import sync
+from nmt.model.assemble import assemble
+from nmt.model.experts import MoE
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.saving import save_checkpoint
+from nmt.parameters import read_model, read_tensors
+from nmt.run import RunDirectory
+from nmt.training.optim import has_moments, state_shapes
+from nmt.training.trainer import Progress
+
+
+class Weight(NamedTuple):
+    """A parameter and what the optimiser remembers of it (`nmt.training.optim.state_shapes`)."""
+
+    value: Tensor
+    moments: dict[str, Tensor]
+    """By name; none of a parameter that has never been trained."""
+    step: Tensor  # float32 scalar
+
+    @classmethod
+    def new(cls, value: Tensor) -> "Weight":
+        """A parameter that has never been trained."""
+        return cls(value, {}, torch.zeros(()))
+
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "Weight":
+        """`change` made to the value and to all moments."""
+        return Weight(change(self.value), {name: change(moment) for name, moment in self.moments.items()}, self.step)
+
+
+Weights = dict[str, Weight]
+"""By name: in the whole network, or (without the layer's prefix) in one MoE layer."""
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network as its checkpoint holds it, on the CPU."""
+
+    config: ModelConfig
+    vocab_size: int
+    weights: Weights
+
+    def layer(self, layer: str) -> Weights:
+        """The weights of one MoE layer, such as "encoder.2": gate.w_gate_DE, experts.weights.0, ..."""
+        prefix = layer_prefix(layer)
+        return {name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)}
+
+    def with_layers(self, config: ModelConfig, layers: Mapping[str, Weights]) -> "Network":
+        """This network with other MoE layers, which `config` describes."""
+        prefixes = tuple(map(layer_prefix, layers))
+        weights = {name: weight for name, weight in self.weights.items() if not name.startswith(prefixes)}
+        for layer, own in layers.items():
+            weights |= {f"{layer_prefix(layer)}{name}": weight for name, weight in own.items()}
+        return Network(config, self.vocab_size, weights)
+
+    def build(self) -> Seq2Seq:
+        """The model with these weights, in evaluation mode."""
+        return assemble(self.config, self.vocab_size, {name: each.value for name, each in self.weights.items()})
+
+
+def layer_prefix(layer: str) -> str:
+    """What the names of an MoE layer's parameters start with: "encoder.2" -> "encoder.moe_layers.moe.2."."""
+    side, _, place = layer.partition(".")
+    return f"{side}.moe_layers.moe.{place}."
+
+
+def moe_modules(model: Seq2Seq) -> dict[str, MoE]:
+    """The MoE layers of a model by name."""
+    layers = {layer: model.get_submodule(layer_prefix(layer)[:-1]) for layer in model.config.moe_layers()}
+    return {layer: module for layer, module in layers.items() if isinstance(module, MoE)}
+
+
+def select_experts(weights: Weights, index_E: Tensor) -> Weights:
+    """One MoE layer whose expert e is a copy of the old expert index[e]: its matrices, its columns of the gate."""
+    selected = {}
+    for name, weight in weights.items():
+        dim = _expert_dim(name)
+        selected[name] = weight if dim is None else weight.changed(partial(torch.index_select, dim=dim, index=index_E))
+    return selected
+
+
+def _expert_dim(name: str) -> int | None:
+    """Which dimension of a layer's parameter counts the experts; None: none does (those of a primary gate)."""
+    if name.startswith("experts."):
+        return 0
+    return {"threshold_E": 0, "w_gate_DE": 1, "w_noise_DE": 1}.get(name.removeprefix("gate."))
+
+
+def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
+    """`config` with so many experts in each layer: num_experts is the most frequent count (the larger of equals),
+    num_experts_at names the layers that differ.
+    """
+    frequency = Counter(counts.values())
+    usual = max(frequency, key=lambda count: (frequency[count], count))
+    others = {layer: count for layer, count in counts.items() if count != usual}
+    return replace(config, moe=replace(config.moe, num_experts=usual, num_experts_at=others))
+
+
+# ------------------------------------------------------------------------------------------- reading and writing
+
+
+def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size: int) -> tuple[Network, Checkpoint]:
+    """The network of a run at the checkpoint that `config.decoding` names: one that was saved, not an average."""
+    if config.decoding.checkpoint == "average":
+        raise UserError("decoding.checkpoint=average has no optimiser state to go on with: use best, last or a step")
+    (checkpoint,) = choose(run.checkpoints, config.decoding.checkpoint, 1)
+    model = read_model([checkpoint], config.model, vocab_size, vocabulary)
+    values = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    tensors = read_tensors(checkpoint.path / "training")
+    kind = config.training.expert_optimizer
+    shapes = {name: state_shapes(name, value.shape, kind) for name, value in values.items()}
+    weights = {name: Weight.new(value) for name, value in values.items()}
+    for name in has_moments(checkpoint, tensors, shapes):
+        state = {moment: tensors[f"{moment}.{name}"] for moment in shapes[name]}
+        step = state.pop("step")
+        weights[name] = Weight(values[name], state, step)
+    return Network(config.model, vocab_size, weights), checkpoint
+
+
+def write_run(path: Path, source: RunDirectory, config: Config, network: Network, checkpoint: Checkpoint) -> None:
+    """A run at `path` that goes on from `checkpoint` of the run `source` with another network; whole or not at all.
+
+    Counters go along but for those that compare validations: scores of the new run are its own, and patience starts
+    anew. The checkpoint has no score.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    new = RunDirectory(temporary)
+    state = checkpoint.state()
+    progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
+    model = network.build()
+    moments = {}
+    for name, parameter in model.named_parameters():
+        weight = network.weights[name]
+        held = {"step": weight.step} | weight.moments
+        for moment, shape in state_shapes(name, parameter.shape, config.training.expert_optimizer).items():
+            moments[f"{moment}.{name}"] = held[moment].contiguous() if moment in held else torch.zeros(shape)
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        new.checkpoints.mkdir(parents=True)
+        save_checkpoint(
+            new.checkpoints,
+            checkpoint.step,
+            {"model": dict(model.named_parameters()), "training": moments},
+            state | {"progress": asdict(progress)},
+            None,
+            checkpoint.manifest["vocabulary"],
+        )
+        for split in ("dev", "test"):
+            new.write_text(split, *source.text(split))
+        # Writes config.yaml last, without which the folder is no run.
+        new.start_or_continue(config, source.subwords_path, source.corpus_info())
+        sync(temporary)
+        temporary.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Pages and Markdown made of what was found."""

@@ -1,0 +1,308 @@
+"""The model card of an exported model: what whoever is handed it must know, as Markdown, from what its run recorded."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nmt.config import Config, ModelConfig, MoEConfig
+from nmt.cost.operations import Cost, model_cost
+from nmt.pages.markdown import code, plain, table, wrapped
+
+_BOTTOM = {
+    "forward": "",
+    "bidirectional_half": ", the first in both directions, half as wide each",
+    "bidirectional_full": ", the first in both directions",
+}
+_FILTERS = {
+    "blank": "one side blank",
+    "identical": "both sides the same",
+    "duplicates": "seen before",
+    "max_words": "too many words",
+    "max_length_ratio": "one side too long for the other",
+    "max_pieces": "too many pieces",
+}
+
+
+@dataclass(frozen=True)
+class SetScores:
+    """What `nmt evaluate` wrote about one of the run's own sets, RUN/report/SET.json."""
+
+    name: str
+    sentences: int
+    steps: list[int]
+    """Whose parameters, or the mean of them, were scored."""
+    scores: dict[str, dict[str, Any]]
+    """Name, such as BLEU -> {"value": .., "signature": ..}."""
+    perplexity: float
+    """Per piece."""
+    decoding: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card tells."""
+
+    config: Config
+    corpus: dict[str, Any]
+    """corpus.json."""
+    vocabulary: str
+    """sha256 of subwords.model."""
+    validations: dict[int, float | None]
+    """The steps whose parameters, or the mean of them, these are, with their validation scores (lower is better)."""
+    sets: list[SetScores]
+    """The run's own sets, as scored with whichever parameters."""
+    parameter_bytes: int
+    """Size of model.safetensors."""
+
+
+def model_card(facts: CardFacts) -> str:
+    """The card as Markdown."""
+    cost = model_cost(facts.config.model, facts.corpus["vocabulary_size"])
+    sections = {
+        "Use": _use(facts.config),
+        "Network": _network(facts.config.model),
+        "Training data": _data(facts),
+        "Scores": _scores(facts),
+        "Cost": _cost(cost, facts),
+        "Limits": _limits(facts),
+    }
+    lines = list(_head(facts, cost))
+    for title, content in sections.items():
+        lines += ["", f"## {title}", "", *content]
+    return "".join(f"{wrapped(line)}\n" for line in lines)
+
+
+def own_sets(facts: CardFacts) -> list[SetScores]:
+    """The scores of these parameters, not of other steps of the run."""
+    return [each for each in facts.sets if sorted(each.steps) == sorted(facts.validations)]
+
+
+def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
+    config = facts.config
+    experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layers() else ""
+    name, source, target = map(plain, (config.run.name, config.corpus.source_language, config.corpus.target_language))
+    yield f"# {name}: translates {source} to {target}"
+    yield ""
+    yield (
+        f"A stacked-LSTM encoder-decoder with attention{experts} (Shazeer et al. 2017, *Outrageously Large Neural "
+        f"Networks*; GNMT), with {_millions(cost.num_parameters)} million parameters, for the program `nmt`. It was "
+        f"trained on {facts.corpus['pairs_kept']:,} sentence pairs of {code(facts.corpus['name'])}."
+    )
+    yield ""
+    yield f"Its parameters are {_origin(facts)}."
+
+
+def _origin(facts: CardFacts) -> str:
+    steps = sorted(facts.validations)
+    run, planned = code(facts.config.run.name), facts.config.training.max_steps
+    if len(steps) > 1:
+        listed = ", ".join(f"{step:,}" for step in steps)
+        return f"the mean of those after steps {listed} of run {run}, which was set to take {planned:,} steps"
+    return f"those after step {steps[0]:,} of run {run}, which was set to take {planned:,} steps"
+
+
+def _use(config: Config) -> Iterator[str]:
+    decoding = config.decoding
+    yield "    nmt translate DIR input -o output"
+    yield "    nmt evaluate DIR --source F --reference F"
+    if config.model.moe_layers():
+        yield "    nmt experts DIR --explain 'A sentence.'"
+    yield "    nmt cost DIR"
+    yield ""
+    yield (
+        "DIR is this folder. Line n of the output translates line n of the input. Unless `decoding.*` says otherwise, "
+        f"the search keeps {decoding.beam_size} hypotheses, with alpha {decoding.alpha} and beta {decoding.beta}"
+        + (f", and wakes {decoding.experts_per_token} experts per token" if decoding.experts_per_token else "")
+        + "."
+    )
+    yield ""
+    yield (
+        "Nothing here is pickled or run as a program. `model.safetensors` holds every parameter once, in float32. "
+        "`manifest.json` has size and sha256 of all other files but this one; `nmt` refuses a file that differs. This "
+        "card may be changed: add a licence, or whatever else those who use the model must know."
+    )
+
+
+# --------------------------------------------------------------------------------------------------- network and data
+
+
+def _network(model: ModelConfig) -> Iterator[str]:
+    moe, attention = model.moe, model.attention
+    rows = {
+        "encoder": f"{model.num_encoder_layers} LSTMs{_BOTTOM[model.bottom_layer]}",
+        "decoder": f"{model.num_decoder_layers} LSTMs",
+        "LSTM cells, width": f"{model.cell_size:,}, {model.hidden_size:,}",
+        "attention": f"{attention.function}, size {attention.size:,}, wiring {attention.wiring}",
+        "embeddings": "one matrix for both languages and the softmax" if model.tie_embeddings else "one a language",
+        "experts": "none",
+    }
+    if model.moe_layers():
+        places = [f"{moe.experts_at(layer):,} after {_place(layer)}" for layer in model.moe_layers()]
+        hidden = " and ".join(f"{size:,}" for size in moe.hidden_sizes)
+        rows["experts"] = f"{'; '.join(places)}; each with {hidden} hidden units"
+        rows["experts per token"] = f"{moe.experts_per_token} in each of these layers"
+        rows["gating"] = _gating(moe)
+    yield from table(("", ""), rows.items())
+
+
+def _place(layer: str) -> str:
+    side, _, place = layer.partition(".")
+    return f"{side} LSTM {place}"
+
+
+def _gating(moe: MoEConfig) -> str:
+    match moe.gating:
+        case "noisy_top_k":
+            return f"noisy top-k, k = {moe.k} (section 2.1 of the paper)"
+        case "softmax_top_k":
+            return f"top-k without noise, k = {moe.k}"
+        case "hierarchical":
+            return (
+                f"two levels of noisy top-k (appendix B of the paper): {moe.primary_k} of {moe.branching} groups, "
+                f"{moe.k} expert{'s' * (moe.k > 1)} in each"
+            )
+        case _:
+            return f"strictly balanced, k = {moe.k} on average (appendix F of the paper)"
+
+
+def _data(facts: CardFacts) -> Iterator[str]:
+    corpus, info = facts.config.corpus, facts.corpus
+    subwords = corpus.subwords
+    dropped = {name: count for name, count in info["dropped"].items() if count}
+    reasons = ", ".join(f"{_FILTERS.get(name) or plain(name)} {count:,}" for name, count in dropped.items())
+    rows = {
+        "corpus": code(info["name"]),
+        "source": _source(facts.config),
+        "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, {sum(dropped.values()):,} dropped"
+        + (f" ({reasons})" if reasons else ""),
+        "text": f"{info['source_pieces']:,} pieces of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
+        f"{plain(corpus.target_language)}",
+        "fingerprint": code(info["fingerprint"]),
+        "vocabulary": f"{info['vocabulary_size']:,} subword pieces for both languages (SentencePiece "
+        f"{'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
+        "its sha256": code(facts.vocabulary),
+    }
+    yield from table(("", ""), rows.items())
+    yield ""
+    yield "`corpus.json` and `config.yaml` have the same in full; none of the text itself is here."
+
+
+def _source(config: Config) -> str:
+    corpus = config.corpus
+    if corpus.source == "phrasebook":
+        return "the phrasebook of `nmt`: sentences made by rule from hand-written frames"
+    if corpus.source != "files":
+        subset = f", {code(corpus.subset)}" if corpus.subset else ""
+        return f"{code(corpus.source)}{subset} (a data set of the Hugging Face hub, or a folder laid out like one)"
+    sides = [(corpus.source_language, corpus.train.source), (corpus.target_language, corpus.train.target)]
+    named = [*((plain(language), names) for language, names in sides), ("both", corpus.train.pairs)]
+    return "files: " + "; ".join(f"{side} {_files(names)}" for side, names in named if names)
+
+
+def _files(names: list[str]) -> str:
+    return ", ".join(code(Path(name).name) for name in names)
+
+
+# ---------------------------------------------------------------------------------------------------- scores and cost
+
+
+def _scores(facts: CardFacts) -> Iterator[str]:
+    yield _validation(facts)
+    yield ""
+    own = own_sets(facts)
+    if own:
+        names = list(own[0].scores)
+        head = "set", "sentences", *map(plain, names), "perplexity", "search"
+        yield from table(head, (_set_row(each) for each in own))
+        yield ""
+        for name in names:
+            signatures = sorted({each.scores[name]["signature"] for each in own})
+            yield f"- {plain(name)}: sacreBLEU {', '.join(map(code, signatures))}"
+        yield "- perplexity: per subword piece of the references"
+    else:
+        yield (
+            "There is no BLEU or chrF of a test set: `nmt evaluate` had not been run on these parameters when they "
+            "were exported."
+        )
+    others = [each for each in facts.sets if each not in own]
+    if others:
+        listed = ", ".join(f"{code(each.name)} ({_steps(each.steps)})" for each in others)
+        yield ""
+        yield f"Not shown, since they are of other parameters: the scores of {listed}."
+
+
+def _steps(steps: Iterable[int]) -> str:
+    found = [f"{step:,}" for step in sorted(steps)]
+    return f"step{'s' * (len(found) > 1)} {', '.join(found)}"
+
+
+def _set_row(each: SetScores) -> tuple[str, ...]:
+    decoding = each.decoding
+    search = f"beam {decoding['beam_size']}, alpha {decoding['alpha']}, beta {decoding['beta']}"
+    if decoding["experts_per_token"]:
+        search += f", {decoding['experts_per_token']} experts per token"
+    values = (f"{score['value']:.2f}" for score in each.scores.values())
+    return code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
+
+
+def _validation(facts: CardFacts) -> str:
+    by_bleu = facts.config.training.best_by == "bleu"
+
+    def figure(score: float) -> str:
+        return f"greedy BLEU {-score:.2f}" if by_bleu else f"perplexity {score:.3f} per piece"
+
+    found = [f"{figure(score)} at step {step:,}" for step, score in facts.validations.items() if score is not None]
+    if not found:
+        return "On the development set: not validated in training."
+    if len(facts.validations) > 1:
+        return f"On the development set, in training: {'; '.join(found)}. Their mean was not validated."
+    return f"On the development set, in training: {found[0]}."
+
+
+def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
+    ops = cost.ops
+    rows = [(part, _count(held), _count(ops.get(part, 0))) for part, held in cost.parameters.items()]
+    rows.append(("**all**", f"**{_count(cost.num_parameters)}**", f"**{_count(cost.ops_per_timestep)}**"))
+    yield from table(("part", "parameters", "ops/timestep"), rows)
+    yield ""
+    shared = " The softmax reads the matrix of the embeddings." if facts.config.model.tie_embeddings else ""
+    yield (
+        f"ops/timestep: multiply-adds for one source and one target position (section 5.1 of the paper).{shared} "
+        f"`model.safetensors` has {facts.parameter_bytes:,} bytes."
+    )
+
+
+def _limits(facts: CardFacts) -> Iterator[str]:
+    corpus, decoding = facts.config.corpus, facts.config.decoding
+    source, target = plain(corpus.source_language), plain(corpus.target_language)
+    if corpus.source == "phrasebook":
+        yield (
+            "- The phrasebook is a teaching corpus: a few domains, sentences made by rule. Scores on it say that the "
+            "program works, and nothing about translation. Other text comes out wrong: use it for nothing else."
+        )
+    else:
+        yield (
+            f"- It knows what {code(facts.corpus['name'])} taught it, with its errors and its bias. Text of another "
+            "kind than that, and than the test sets above, is translated worse, by how much nobody has measured."
+        )
+    yield (
+        f"- {source} to {target} alone, sentence by sentence: it sees no sentence before or after. Fluent output may "
+        "still be wrong; names, numbers and negations want checking where they matter."
+    )
+    if corpus.filters.max_pieces:
+        yield f"- Sentences of more than {corpus.filters.max_pieces} subword pieces were not trained on."
+    yield (
+        f"- Lines of more than {decoding.max_source_pieces} pieces, or longer than any that it was trained on, are "
+        "translated in parts. Characters without a piece of their own were never seen in training: `nmt translate` "
+        "names those that it meets."
+    )
+    yield "- No licence is stated here; that of the training data may bind the model."
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f}"
+
+
+def _count(count: int) -> str:
+    return f"{count:,}" if count else "-"

@@ -1,0 +1,1 @@
+"""Pure text: it knows no model and no run."""

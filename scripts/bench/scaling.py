@@ -1,0 +1,456 @@
+"""How training scales over processes, and where the time of an update goes.
+
+  python scripts/bench/scaling.py                              1, 2, 4, .. processes, up to the GPUs of this host
+  python scripts/bench/scaling.py --processes 1,2 --small      on the CPU, tiny sizes
+  python scripts/bench/scaling.py --project                    and what more devices would give
+  torchrun ... scripts/bench/scaling.py                        the processes that torchrun started, on any hosts
+
+Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small). Batches are random pieces
+of random lengths; an update is the trainer's own, at learning rate 0, so the load is that of untrained gates.
+
+weak, strong        --tokens a side for every process; --global-tokens a side for all together (one micro-batch each)
+tokens_per_second   source and target tokens, without padding, of all processes
+efficiency          tokens_per_second a process, over that of the fewest processes that ran (one, if the model fits)
+dense               share that summing the gradients of dense parameters adds: an update less the same update without
+                    it, timed in turns. What the backward pass hides is not in it; noise may make it negative
+exchange            share spent waiting for the all-to-all exchanges of rows and of their numbers, forward and backward:
+                    device events (a CPU: wall time) in updates without `dense`. It includes waiting for a busy process
+halves              tokens travel in two halves, one while experts work on the other (parallel.overlap_exchange)
+other               likewise inside blocking sums: number of tokens, balance statistics, norm, replicas of experts
+load                rows of the busiest process over the mean, worst MoE layer, mean over updates
+memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
+equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning
+"""
+
+import argparse
+import gc
+import json
+import math
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, median
+from types import SimpleNamespace
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.compose import compose_config
+from nmt.config import Config, ModelConfig
+from nmt.cost.operations import model_cost
+from nmt.device import pick_device, set_float32_products
+from nmt.errors import UserError
+from nmt.parallel.expert_parallel import make_model
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.update import LayerSums, Updater
+
+Record = dict[str, Any]
+Spans = dict[str, list[tuple[Any, Any]]]
+SIZES = ("source_tokens", "target_tokens", "sentences")
+
+# Full sizes, and those of --small.
+DEFAULTS = {"tokens": (16384, 512), "global_tokens": (65536, 1024), "vocabulary": (32000, 512)}
+EXPERTS = ([0, 32, 512, 2048], [0, 8])
+EQUALITY_TOKENS, EQUALITY_RATE = 2048, 1e-3
+DEVICES = (8, 16, 64, 256)
+BACKWARD = 2 / 3  # of the compute time, which can hide the reduction of dense gradients
+ASSUMED = """\
+Assumed: tokens and experts of a device stay as measured, and with them the compute of experts; the gate's grows with
+all experts. Every device has the full speed of its link, whoever it talks to. Nothing hides the exchange, which waits
+for the busiest process; the backward pass, 2/3 of the compute, hides the sum of dense gradients (a ring). All else as
+measured. Efficiency: measured compute over the projected update. As many devices as were measured: to see the error."""
+# Columns of the tables, with their formats.
+SPEED = {"experts": "", "processes": "", "overlap": "", "halves": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
+SPEED |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
+PROJECTION = {"devices": "", "experts": "", "experts_per_device": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
+PROJECTION |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%"}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (try --help)")
+
+
+def _whole(bound: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < bound:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {bound}")
+        return int(text)
+
+    return read
+
+
+def _several(bound: int) -> Callable[[str], list[int]]:
+    return lambda text: sorted({_whole(bound)(part) for part in text.split(",")})
+
+
+def read_options(arguments: list[str]) -> argparse.Namespace:
+    """The command line, checked. UserError says what is wrong with it."""
+    parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the model and of training")
+    parser.add_argument("--processes", type=_several(1), help="numbers of processes (default 1,2,4,.. GPUs)")
+    parser.add_argument("--experts", type=_several(0), help="experts of each MoE layer (default 0,32,512,2048)")
+    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
+    parser.add_argument("--tokens", type=_whole(1), help="tokens a side and process, weak (default 16384)")
+    parser.add_argument("--global-tokens", type=_whole(1), help="tokens a side of an update, strong (default 65536)")
+    parser.add_argument("--vocabulary", type=_whole(NUM_SPECIAL + 1), help="pieces (default 32000)")
+    parser.add_argument("--updates", type=_whole(1), default=6, help="updates in a turn (default 6)")
+    parser.add_argument("--rounds", type=_whole(1), default=3, help="timed turns (default 3)")
+    parser.add_argument("--steps-equal", type=_whole(0), default=50, help="updates of the equality check (default 50)")
+    parser.add_argument("--project", action="store_true", help=f"project to {', '.join(map(str, DEVICES))} devices")
+    parser.add_argument("--gigabytes-per-second", type=float, help="link of a device, one way (default: as measured)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything here too")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
+    for name, values in (DEFAULTS | {"experts": EXPERTS}).items():
+        if getattr(options, name) is None:
+            setattr(options, name, values[options.small])
+    if options.processes is None:
+        launched, gpus = os.environ.get("WORLD_SIZE"), torch.cuda.device_count()
+        options.processes = [int(launched)] if launched else [2**power for power in range(gpus.bit_length())]
+    _check(options)
+    return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    if not options.processes:
+        raise UserError("there is no GPU: give --processes, such as 1,2, and --small")
+    link, most, gpus = options.gigabytes_per_second, max(options.processes), torch.cuda.device_count()
+    if link is not None and not 0 < link < math.inf:
+        raise UserError(f"--gigabytes-per-second {link} must be above 0")
+    if options.output and not options.output.parent.is_dir():
+        raise UserError(f"--output {options.output}: there is no such folder")
+    if options.project and most == 1 and link is None:
+        raise UserError("--project from one process needs --gigabytes-per-second: there is no link to measure")
+    configs = [compose(options, experts) for experts in options.experts]
+    if pick_device(configs[0].training.device, "training.device").type == "cuda":
+        if int(os.environ.get("LOCAL_WORLD_SIZE", most)) > gpus:
+            raise UserError(f"--processes {most} is more than the {gpus} GPUs of this host")
+    elif not options.small and "training.device=cpu" not in options.settings:
+        raise UserError("there is no GPU: give --small for tiny sizes, or training.device=cpu if full ones are meant")
+    for processes in options.processes:
+        if options.global_tokens % processes:
+            raise UserError(f"--global-tokens {options.global_tokens} cannot be divided among {processes} processes")
+        for config in configs:
+            group = config.parallel.expert_group_size or processes
+            if processes % group or config.model.moe.num_experts % group:
+                what = f"{config.model.moe.num_experts} experts and {processes} processes"
+                raise UserError(f"{what} are not both multiples of an expert group's {group} processes")
+
+
+def compose(options: argparse.Namespace, experts: int, overlap: bool = True, halves: bool = False) -> Config:
+    """The configuration of a measurement. UserError if the settings are not understood."""
+    model = "small" if options.small else "moe"
+    try:
+        config = compose_config([f"model={model}", f"model.moe.num_experts={experts}", *options.settings])
+    except Exception as error:  # Hydra's errors and those of the settings themselves have no base in common
+        raise UserError(f"--experts {experts} {' '.join(options.settings)}: {error}") from error
+    return replace(config, parallel=replace(config.parallel, overlap=overlap, overlap_exchange=halves))
+
+
+def micro_batch(options: argparse.Namespace, tokens: int, step: int, number: int) -> Batch:
+    """Micro-batch `number` of update `step`, the same for whichever process it falls to.
+
+    About `tokens` tokens a side; the sentences of one update are of like lengths, as in training.
+    """
+    middle, longest = (2.5, 20) if options.small else (3.33, 120)
+    length = int(np.clip(np.random.default_rng([1, step]).lognormal(middle, 0.5), 6, longest))
+    rng = np.random.default_rng([2, step, number])
+    sentences = max(tokens // length, 1)
+    sizes = rng.integers(length - 3, length, (2, sentences))
+    sides = [[rng.integers(NUM_SPECIAL, options.vocabulary, size=size) for size in side] for side in sizes]
+    return make_batch(np.arange(sentences), *sides)
+
+
+def make_updater(world: World, config: Config, vocabulary: int, dtype: torch.dtype = torch.float32) -> Updater:
+    """The trainer's updater of a new model, the same in all processes."""
+    torch.manual_seed(config.training.seed)
+    model = make_model(config, vocabulary, world).to(world.device, dtype).train()
+    return Updater(model, make_optimizer(model, config.training), config, world)
+
+
+@contextmanager
+def watching(device: torch.device, spans: Spans) -> Iterator[None]:
+    """Note when blocking collectives begin and end, whoever calls them."""
+
+    def mark() -> Any:
+        if device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def timed(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
+        def span(action: Callable[[], Any]) -> Any:
+            start = mark()
+            result = action()
+            spans.setdefault(kind, []).append((start, mark()))
+            return result
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            if not named.get("async_op"):
+                return span(lambda: collective(*arguments, **named))
+            work = collective(*arguments, **named)
+            # Rows under way are waited for where they are wanted. Buckets of dense gradients do not block.
+            return SimpleNamespace(wait=lambda: span(work.wait)) if kind == "exchange" else work
+
+        return call
+
+    before = dist.all_to_all_single, dist.all_reduce
+    dist.all_to_all_single, dist.all_reduce = timed("exchange", before[0]), timed("other", before[1])
+    try:
+        yield
+    finally:
+        dist.all_to_all_single, dist.all_reduce = before
+
+
+def seconds_in(spans: Spans, kind: str) -> float:
+    """All spans of a kind together; the device must have finished."""
+    return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans.get(kind, []))
+
+
+def settle(world: World) -> float:
+    """The time when all processes have finished."""
+    if world.device.type == "cuda":
+        torch.cuda.synchronize(world.device)
+    world.wait_for_all()
+    return time.perf_counter()
+
+
+def load_of(sums: LayerSums, group_size: int) -> float:
+    """Rows of the busiest process over the mean, in the worst layer. Replicas of a process count with it."""
+    rows = [each.count_E.view(group_size, -1).sum(1) for each in sums.values()]
+    return max((float(each.max() / each.mean()) for each in rows), default=1.0)
+
+
+def measure(world: World, config: Config, options: argparse.Namespace, scaling: str) -> Record:
+    """Time updates with and without the reduction of dense gradients, in turns after one of warm-up."""
+    tokens = options.tokens if scaling == "weak" else options.global_tokens // world.size
+    batches = [micro_batch(options, tokens, step, world.rank) for step in range(options.updates)]
+    on_gpu = world.device.type == "cuda"
+    updater = make_updater(world, config, options.vocabulary)
+    if on_gpu:
+        batches = [batch.pin_memory() for batch in batches]
+        torch.cuda.reset_peak_memory_stats(world.device)
+    spans, sums, seconds = Spans(), list[LayerSums](), {True: list[float](), False: list[float]()}
+    for turn in range(options.rounds + 1):
+        for reduced in (True, False) if world.size > 1 else (False,):
+            if world.size > 1:
+                # What no_sync() sets. At rate 0 the weights stay the same everywhere.
+                updater.forward.require_backward_grad_sync = reduced  # type: ignore[attr-defined]
+            start = settle(world)
+            with watching(world.device, {} if reduced or turn == 0 else spans):
+                sums += [updater.update([[batch]], step, rate=0.0).sums for step, batch in enumerate(batches)]
+            seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
+    without, updates = median(seconds[False]), options.rounds * len(batches)
+    update = median(seconds[True] or seconds[False])
+    sizes = [(batch.num_source_tokens, batch.num_target_tokens, batch.pairs_B.numel()) for batch in batches]
+    own = dict(zip(SIZES, map(mean, zip(*sizes, strict=True)), strict=True))
+    own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
+    means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size
+    # What travels is what autocast computes in.
+    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and on_gpu)
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return dict(zip(own, means.tolist(), strict=True)) | {
+        "group_size": world.group_size,
+        "value_bytes": 2 if bf16 else 4,
+        "tokens_per_second": float(means[:2].sum()) * world.size / update,
+        "ms": update * 1e3,
+        "compute_ms": (without - update * float(means[3:].sum())) * 1e3,
+        "dense": 1 - without / update,
+        "load": mean(load_of(each, world.group_size) for each in sums),
+        "memory_gb": world.max_int(torch.cuda.max_memory_allocated(world.device) if on_gpu else resident) / 1e9,
+    }
+
+
+def link_speed(world: World) -> float:
+    """GB/s that a process sends to the others in an even all-to-all exchange of all."""
+    part, repeats, start = 2**26 if world.device.type == "cuda" else 2**20, 10, 0.0
+    rows, out = (torch.zeros(part * world.size, dtype=torch.uint8, device=world.device) for _ in range(2))
+    for turn in range(2 + repeats):
+        start = settle(world) if turn == 2 else start
+        dist.all_to_all_single(out, rows)
+    return repeats * part * (world.size - 1) / (settle(world) - start) / 1e9
+
+
+def equality_losses(world: World, config: Config, options: argparse.Namespace) -> list[float]:
+    """Loss per target token of every update, over as many micro-batches as all numbers of processes divide."""
+    config = replace(config, training=replace(config.training, precision="fp32"))
+    number, tokens = math.lcm(*options.processes), min(options.tokens, EQUALITY_TOKENS)
+    updater = make_updater(world, config, options.vocabulary, torch.float64)
+    sums = []
+    for step in range(options.steps_equal):
+        batches = [micro_batch(options, tokens, step, each) for each in range(world.rank, number, world.size)]
+        loss = updater.update([[batch] for batch in batches], step, EQUALITY_RATE).loss.double()
+        sums.append(torch.stack([loss, loss.new_tensor(sum(batch.num_target_tokens for batch in batches))]))
+    loss, count = world.sum(torch.stack(sums)).unbind(1)
+    return (loss / count).tolist()
+
+
+def work(options: argparse.Namespace) -> list[Record]:
+    """Measure everything as one of the processes that torchrun started; the main one prints JSON lines meanwhile."""
+    config = compose(options, options.experts[0])
+    world = World.start(config.training.device, config.parallel)
+    records: list[Record] = []
+
+    def keep(kind: str, **figures: Any) -> None:
+        records.append({"kind": kind, "processes": world.size} | figures)
+        if world.is_main:
+            print(json.dumps(records[-1]), flush=True)
+
+    on_gpu = world.device.type == "cuda"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads a process"
+    keep("device", name=name, torch=torch.__version__)
+    if options.steps_equal:
+        # Before fast mathematics is turned on. Few experts: in float32 they work one after the other.
+        experts = min(filter(None, options.experts), default=0)
+        keep("equality", experts=experts, losses=equality_losses(world, compose(options, experts), options))
+    set_float32_products(world.device, "auto")
+    if world.size > 1:
+        keep("link", gigabytes_per_second=link_speed(world))
+    for experts in options.experts:
+        for scaling in ("weak", "strong"):
+            ways = [(True, False), (False, False)] if world.size > 1 else [(True, False)]
+            for overlap, halves in ways + [(True, True)] * (world.size > 1 and experts > 0):
+                shown = {"overlap": str(overlap), "halves": str(halves)} if world.size > 1 else {}
+                what = {"experts": experts, "scaling": scaling, "overlap": "-", "halves": "-"} | shown
+                keep("speed", **what, **measure(world, compose(options, experts, overlap, halves), options, scaling))
+                gc.collect()
+                torch.cuda.empty_cache()
+    world.stop()
+    return records
+
+
+def launch(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
+    """What each number of processes measured on this host; what came before a failure counts (out of memory, say)."""
+    # The same list for all: it fixes the micro-batches of the equality check.
+    arguments = [__file__, *arguments, "--worker", f"--processes={','.join(map(str, options.processes))}"]
+    threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // max(options.processes), 1))}
+    torchrun, records = [sys.executable, "-m", "torch.distributed.run", "--standalone"], list[Record]()
+    for number in options.processes:
+        command = [*torchrun, f"--nproc-per-node={number}", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=threads | os.environ) as child:
+            for line in child.stdout or ():
+                print(line, end="", file=sys.stderr, flush=True)
+                records += [json.loads(line)] if line.startswith("{") else []
+        if child.returncode:
+            print(f"{number} processes ended with status {child.returncode}", file=sys.stderr)
+            records.append({"kind": "failed", "processes": number, "status": child.returncode})
+    return records
+
+
+def _of(records: list[Record], kind: str) -> list[Record]:
+    return [record for record in records if record["kind"] == kind]
+
+
+def print_table(columns: dict[str, str], rows: list[Record]) -> None:
+    """One column for each figure named, in the format given."""
+    print("  ".join(f"{name:>6}" for name in columns))
+    for row in rows:
+        print("  ".join(f"{row[name]:{form}}".rjust(max(len(name), 6)) for name, form in columns.items()))
+
+
+def report(records: list[Record], options: argparse.Namespace) -> None:
+    """Print tables of speed, and how far losses lie from those of the fewest processes; add both to the records."""
+    for device in _of(records, "device")[:1]:
+        print(f"{device['name']}, torch {device['torch']}")
+    print(f"tokens a side: {options.tokens:,} a process (weak), {options.global_tokens:,} in all (strong)")
+    for scaling in ("weak", "strong"):
+        rows = [row for row in _of(records, "speed") if row["scaling"] == scaling]
+        rows.sort(key=lambda row: (row["experts"], row["processes"]))
+        for row in rows:
+            first = next(each for each in rows if each["experts"] == row["experts"])
+            each, reference = (figures["tokens_per_second"] / figures["processes"] for figures in (row, first))
+            row["efficiency"] = each / reference
+        print(f"\n{scaling} scaling")
+        print_table(SPEED, rows)
+    print()
+    for row in _of(records, "link"):
+        print(f"link: {row['gigabytes_per_second']:.3g} GB/s from each of {row['processes']} processes, all-to-all")
+    first, *others = _of(records, "equality") or [{}]
+    for row in others:
+        pairs = zip(row["losses"], first["losses"], strict=True)
+        row["difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
+        loss = f"loss {first['losses'][0]:.3f} to {first['losses'][-1]:.3f} in {len(row['losses'])} updates"
+        print(f"equality: {row['processes']} processes beside {first['processes']}, {row['experts']} experts, {loss}:")
+        print(f"          largest relative difference of a loss {row['difference']:.1e}")
+
+
+def io_ratio(model: ModelConfig) -> float:
+    """Multiply-adds of an expert per value that travels to it or back: its hidden size, if it has one (S17 3.2)."""
+    sizes = [model.hidden_size, *model.moe.hidden_sizes, model.hidden_size]
+    return sum(inputs * outputs for inputs, outputs in pairwise(sizes)) / (2 * model.hidden_size)
+
+
+def project(row: Record, model: ModelConfig, vocabulary: int, values_per_second: float, devices: int) -> Record:
+    """A row of weak scaling carried over to `devices`, each with the row's tokens and experts per process."""
+    per_device = row["experts"] // row["group_size"]
+    grown = replace(model, moe=replace(model.moe, num_experts=per_device * devices))
+    now, then = (model_cost(each, vocabulary) for each in (model, grown))
+    source, target, _ = sizes = [row[name] for name in SIZES]
+    growth = then.training_flops(*sizes) / now.training_flops(*sizes)
+    compute, away = row["compute_ms"] / 1e3 * growth, (devices - 1) / devices
+    expert_ops = source * then.encoder_ops.get("encoder experts", 0)
+    expert_ops += target * then.decoder_ops.get("decoder experts", 0)
+    # Each value that goes forward has a gradient that comes back.
+    exchange = 2 * expert_ops / io_ratio(model) * away / values_per_second * row["load"]
+    # A ring sends every gradient twice, and gradients are float32.
+    gradients = (then.num_parameters - then.num_expert_parameters) * 4 / row["value_bytes"]
+    dense = max(2 * gradients * away / values_per_second - BACKWARD * compute, 0.0)
+    update = compute + exchange + dense + row["other"] * row["ms"] / 1e3
+    speed = (source + target) * devices / update, row["compute_ms"] / 1e3 / update, update * 1e3
+    figures = devices, per_device * devices, per_device, *speed, exchange / update, dense / update
+    return {"kind": "projection"} | dict(zip(PROJECTION, figures, strict=True))
+
+
+def report_projection(records: list[Record], options: argparse.Namespace) -> None:
+    """Print projections from the most processes of weak scaling, and add them to the records."""
+    link = options.gigabytes_per_second or _of(records, "link")[-1]["gigabytes_per_second"]
+    print(f"\nprojection, with a link of {link:.3g} GB/s a device one way\n{ASSUMED}")
+    rows = [row for row in _of(records, "speed") if row["scaling"] == "weak" and row["overlap"] != "False"]
+    # The plain exchange, whose time nothing hides.
+    rows = [row for row in rows if row["halves"] != "True"]
+    for experts, row in {row["experts"]: row for row in rows}.items():
+        model, per_second = compose(options, experts).model, link * 1e9 / row["value_bytes"]
+        flops = model_cost(model, options.vocabulary).training_flops(*(row[name] for name in SIZES))
+        own = flops / 2 / (row["compute_ms"] / 1e3) / per_second
+        print(f"\nfrom {experts} experts on {row['processes']} processes, {row['compute_ms']:.1f} ms of compute")
+        print(f"multiply-adds for each value on the link: an expert {io_ratio(model):,.0f}, the device {own:,.0f}")
+        many = sorted({row["processes"], *DEVICES})
+        projected = [project(row, model, options.vocabulary, per_second, devices) for devices in many]
+        print_table(PROJECTION, projected)
+        records += projected
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command line above; its exit status: 0, 1 if processes failed, 2 for a wrong argument."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    is_main = os.environ.get("RANK", "0") == "0"
+    try:
+        options = read_options(arguments)
+        records = work(options) if "LOCAL_RANK" in os.environ else launch(options, arguments)
+    except UserError as error:
+        print(f"bench_scaling: {' '.join(str(error).split())}\n" * is_main, end="", file=sys.stderr)
+        return 2
+    if is_main and not options.worker:
+        report(records, options)
+        if options.project and _of(records, "speed"):
+            report_projection(records, options)
+        if options.output:
+            options.output.write_text(json.dumps(records, indent=1), encoding="utf-8")
+    return 1 if _of(records, "failed") else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,1 +1,0 @@
-"""The cases of scripts/faults.py, and what they share."""

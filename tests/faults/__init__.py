@@ -1,0 +1,1 @@
+"""The cases of tests/faults/__main__.py, and what they share."""
