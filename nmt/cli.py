@@ -44,6 +44,7 @@ usage: nmt COMMAND ...
   nmt experts RUN                                how the experts share the work
   nmt export RUN DIR [decoding.checkpoint=..]    one folder to hand on: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN what training takes: operations, memory, time
+  nmt settings [PREFIX]                          every setting: key, type, default, meaning
   nmt --version
 
 nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/; an exported folder does as well.
@@ -80,8 +81,8 @@ hosts, torchrun starts `-m nmt.cli train ...` (scripts/slurm.sh).
 """
 
 _SETTINGS_HELP = """
-Settings, their defaults and what they mean are in nmt/config/. A file conf/corpus/mine.yaml in the working directory
-is corpus=mine; the same goes for conf/experiment, model, training and decoding.
+`nmt settings` prints all settings, their defaults and what they mean. A file conf/corpus/mine.yaml in the working
+directory is corpus=mine; the same goes for conf/experiment, model, training and decoding.
 
   --config-dir DIR   look in DIR too, before conf/ of the working directory
   --multirun         take every combination of values that have commas in between, one after the other
@@ -98,6 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train": _train,
         **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts", "export")},
         "cost": _cost,
+        "settings": partial(_plain_command, "settings"),
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -251,6 +253,12 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
     run = RunDirectory.existing(options.run)
     module.run(options, run, run.config(settings))
+
+
+def _plain_command(command: str, arguments: list[str]) -> None:
+    """A command that needs no run and no configuration."""
+    module = import_module(f"nmt.commands.{command}")
+    module.run(module.parser().parse_args(arguments))
 
 
 def _cost(arguments: list[str]) -> None:

@@ -142,7 +142,7 @@ def test_the_text_of_all_settings_reads_back() -> None:
         ("+corpus=files", "write it without +, corpus=files"),
         ("~training", "~training: a setting cannot be taken away"),
         ("~training.max_steps", "~training.max_steps: a setting cannot be taken away"),
-        ("decoding.n_best=5", "unknown setting decoding.n_best (nmt train --cfg"),
+        ("decoding.n_best=5", "unknown setting decoding.n_best (nmt settings"),
         ("trainin.max_step=5", "unknown setting trainin.max_step; did you mean training.max_steps?"),
         ("hydra.run.dir=x", "unknown setting hydra.run.dir"),
         ("model@x=small", "unknown setting model@x"),

@@ -1,16 +1,13 @@
 """The YAML files of conf/ and the schema: all compose, build, are documented and tell the truth about themselves."""
 
-import ast
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from own_conf import OWN
 
-import nmt.config
 from nmt.compose import compose_config
 from nmt.cost.operations import model_cost
 from nmt.model.seq2seq import Seq2Seq
@@ -32,23 +29,6 @@ def documented_counts(path: Path) -> tuple[float, float]:
     assert found, f"{path.name}: the last line of its head, {head[-1]!r}, does not tell the model's size"
     parameters, operations = (float(number.replace(",", "")) for number in found.groups())
     return parameters, operations
-
-
-def keys_and_docstrings(source: str) -> Iterator[tuple[str, str]]:
-    """("Class.key", its docstring or "") of all fields of all classes; of the classes themselves too."""
-    for node in ast.parse(source).body:
-        if not isinstance(node, ast.ClassDef):
-            continue
-        yield node.name, ast.get_docstring(node) or ""
-        for statement, following in zip(node.body, [*node.body[1:], None], strict=True):
-            if not isinstance(statement, ast.AnnAssign):
-                continue
-            assert isinstance(statement.target, ast.Name)
-            match following:
-                case ast.Expr(ast.Constant(str(text))):
-                    yield f"{node.name}.{statement.target.id}", text.strip()
-                case _:
-                    yield f"{node.name}.{statement.target.id}", ""
 
 
 @pytest.mark.parametrize("name", OWN["experiment"])
@@ -93,19 +73,3 @@ def test_defaults() -> None:
     """Without any choice the program is the phrasebook, the paper's network, and a run that has no name yet."""
     config = compose_config([])
     assert (config.corpus.source, config.model.moe.num_experts, config.run.name) == ("phrasebook", 32, "")
-
-
-def test_every_key_has_a_docstring() -> None:
-    documented = dict(
-        item
-        for path in Path(nmt.config.__file__).parent.glob("*.py")
-        for item in keys_and_docstrings(path.read_text(encoding="utf-8"))
-    )
-    assert len(documented) > 80
-    assert [key for key, text in documented.items() if not text] == []
-
-
-def test_missing_docstrings_are_seen() -> None:
-    documented = '    {key}: int = 1\n    """Doc."""\n'
-    source = 'class A:\n    """Doc."""\n' + documented.format(key="x") + "    y: int = 2\n" + documented.format(key="z")
-    assert [key for key, text in keys_and_docstrings(source) if not text] == ["A.y"]

@@ -1,8 +1,8 @@
-"""The commands that work on a trained run, one file each.
+"""The commands with options of their own, one file each.
 
-A command file has `parser()`, its options and help, and `run(options, run, config)`, which does it: `config` is the
-run's own, with `decoding.*` and `evaluation.*` as the user changed them. Results go to standard output, `say` to
-standard error.
+A command file has `parser()`, its options and help, and `run`, which does it: `run(options, run, config)` where a
+trained run is needed, `run(options)` elsewhere. `config` is the run's own, with `decoding.*` and `evaluation.*` as the
+user changed them. Results go to standard output, `say` to standard error.
 """
 
 import argparse
@@ -36,9 +36,9 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a command that takes RUN. A mistake is a UserError."""
+    """Options of a command, which begins with RUN unless `takes_run` is false. A mistake is a UserError."""
 
-    def __init__(self, command: str, description: str, examples: str) -> None:
+    def __init__(self, command: str, description: str, examples: str, takes_run: bool = True) -> None:
         super().__init__(
             prog=f"nmt {command}",
             description=description,
@@ -47,7 +47,8 @@ class Parser(argparse.ArgumentParser):
             allow_abbrev=False,
         )
         self.register("action", None, _Once)
-        self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
+        if takes_run:
+            self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
 
     def sort(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         """(options with their values, the words that are neither), both in order. After -- all are words."""

@@ -159,7 +159,7 @@ def known_settings(kind: type, key: str = "") -> Iterator[str]:
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:
     """The line that says so, with the known one that is meant, if one is near."""
-    return f"unknown setting {_shown(key)}{_suggestion(key, list(known))} (nmt train --cfg job prints all of them)"
+    return f"unknown setting {_shown(key)}{_suggestion(key, list(known))} (nmt settings prints all of them)"
 
 
 def _suggestion(key: str, known: list[str]) -> str:
