@@ -11,7 +11,7 @@ class UserError(ValueError):
     """A mistake of usage or configuration: unknown key, wrong type, value that contradicts another."""
 
     status = 2
-    told = False
+    reported_elsewhere = False
     """Whether another process, whose error this is, tells it."""
 
 
@@ -63,7 +63,7 @@ def same_error(status: int, message: str) -> UserError:
     """The error of that exit status: what one process found, raised in another."""
     kinds = (DataError, CheckpointError, NonFiniteError, StorageError, ProcessError)
     error = next((kind for kind in kinds if kind.status == status), UserError)(message)
-    error.told = True
+    error.reported_elsewhere = True
     return error
 
 

@@ -17,8 +17,8 @@ from nmt.batch import make_batch
 from nmt.cli import main
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
-from nmt.cost.activations import PIECE_ELEMENTS, Numbers, Shape, copied_bytes, saved_bytes
-from nmt.cost.budget import Lengths, memory_of, training_budget
+from nmt.cost.activations import PIECE_ELEMENTS, BatchSize, Precision, copied_bytes, saved_bytes
+from nmt.cost.budget import SentenceLengths, memory_of, training_budget
 from nmt.cost.operations import model_cost
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.data.batching import plan_epoch
@@ -38,7 +38,7 @@ FLAT = MoEConfig(8, k=2, hidden_sizes=[256])
 HIERARCHICAL = MoEConfig(64, k=2, hidden_sizes=[64], gating="hierarchical", branching=8, primary_k=2)
 
 
-def bytes_kept(config: ModelConfig, shape: Shape, bf16: bool = False) -> int:
+def bytes_kept(config: ModelConfig, shape: BatchSize, bf16: bool = False) -> int:
     """What autograd keeps of a forward pass: every storage once, parameters left out."""
     torch.manual_seed(1)
     model = Seq2Seq(config, VOCAB).train()
@@ -77,7 +77,7 @@ def middling(**changes: Any) -> ModelConfig:
     return ModelConfig(**(sizes | changes))
 
 
-SHORT, LONG = Shape(12, 15, 18), Shape(6, 48, 40)
+SHORT, LONG = BatchSize(12, 15, 18), BatchSize(6, 48, 40)
 CASES = {
     "small, no experts": (small(), SHORT),
     "small, no experts, long": (small(), LONG),
@@ -103,13 +103,13 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_activations_are_what_autograd_keeps(name: str) -> None:
     config, shape = CASES[name]
-    estimate = sum(saved_bytes(config, VOCAB, shape, Numbers(on_gpu=False, size=4)).values())
+    estimate = sum(saved_bytes(config, VOCAB, shape, Precision(on_gpu=False, size=4)).values())
     # oneDNN's workspace is padded; all else is exact, and experts are most of what is here.
     assert estimate == pytest.approx(bytes_kept(config, shape), rel=0.05)
 
 
 def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> None:
-    config, numbers = middling(cell_size=256, moe=FLAT), Numbers(on_gpu=False, size=2)
+    config, numbers = middling(cell_size=256, moe=FLAT), Precision(on_gpu=False, size=2)
     estimate = sum(saved_bytes(config, VOCAB, LONG, numbers).values()) + copied_bytes(config, LONG, numbers)
     assert estimate == pytest.approx(bytes_kept(config, LONG, bf16=True), rel=0.05)
 
@@ -128,7 +128,7 @@ def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> Non
 )
 def test_what_experts_add_is_exact(moe: MoEConfig) -> None:
     """Nothing of it is oneDNN's; only the ends of the groups, an int32 for each expert, are left out."""
-    numbers = Numbers(on_gpu=False, size=4)
+    numbers = Precision(on_gpu=False, size=4)
     estimates = [sum(saved_bytes(small(moe=each), VOCAB, LONG, numbers).values()) for each in (moe, MoEConfig(0))]
     kept = bytes_kept(small(moe=moe), LONG) - bytes_kept(small(), LONG)
     assert estimates[0] - estimates[1] == kept - 2 * moe.num_experts * 4
@@ -161,25 +161,25 @@ DENSE = ModelConfig(moe=MoEConfig(0))
 
 # Name: model, vocabulary, micro-batch, MB that autograd kept in bf16 and in fp32 (torch 2.11, CUDA 13.0).
 KEPT_ON_GPU = {
-    "moe": (ModelConfig(), 16000, Shape(64, 30, 35), 719.9, 968.4),
-    "dense": (DENSE, 16000, Shape(64, 30, 35), 598.8, 740.8),
+    "moe": (ModelConfig(), 16000, BatchSize(64, 30, 35), 719.9, 968.4),
+    "dense": (DENSE, 16000, BatchSize(64, 30, 35), 598.8, 740.8),
     "hierarchical": (
         ModelConfig(moe=MoEConfig(64, k=2, gating="hierarchical", branching=16, primary_k=2)),
         16000,
-        Shape(64, 30, 35),
+        BatchSize(64, 30, 35),
         723.5,
         972.0,
     ),
     "softmax gate": (
         ModelConfig(moe=MoEConfig(32, gating="softmax_top_k", hidden_sizes=[1024, 1024])),
         16000,
-        Shape(64, 30, 35),
+        BatchSize(64, 30, 35),
         716.4,
         964.9,
     ),
-    "feedback": (PAPER, 16000, Shape(64, 10, 12), 689.5, 324.4),
-    "gnmt_v2": (GNMT, 32000, Shape(32, 30, 35), 735.1, 579.9),
-    "gnmt": (GNMT_V1, 32000, Shape(32, 10, 12), 864.0, 258.1),
+    "feedback": (PAPER, 16000, BatchSize(64, 10, 12), 689.5, 324.4),
+    "gnmt_v2": (GNMT, 32000, BatchSize(32, 30, 35), 735.1, 579.9),
+    "gnmt": (GNMT_V1, 32000, BatchSize(32, 10, 12), 864.0, 258.1),
 }
 
 
@@ -187,7 +187,7 @@ KEPT_ON_GPU = {
 def test_activations_are_what_autograd_kept_on_a_gpu(name: str) -> None:
     config, vocabulary, shape, *measured = KEPT_ON_GPU[name]
     for size, megabytes in zip((2, 4), measured, strict=True):
-        numbers = Numbers(on_gpu=True, size=size)
+        numbers = Precision(on_gpu=True, size=size)
         estimate = sum(saved_bytes(config, vocabulary, shape, numbers).values())
         estimate += copied_bytes(config, shape, numbers)
         assert estimate / 1e6 == pytest.approx(megabytes, rel=0.005)
@@ -214,20 +214,20 @@ PEAKS = {
 def test_memory_is_the_peak_measured_on_a_gpu(name: str) -> None:
     model, vocabulary, tokens, length, micro_batches, gigabytes = PEAKS[name]
     config = Config(model=model, training=TrainingConfig(micro_batches=micro_batches))
-    shape = Shape(tokens // length, length, length)
-    rows = memory_of(config, vocabulary, shape, Numbers(on_gpu=True, size=2), gpus=1, share=1)
+    shape = BatchSize(tokens // length, length, length)
+    rows = memory_of(config, vocabulary, shape, Precision(on_gpu=True, size=2), gpus=1, share=1)
     assert sum(row.total for row in rows) / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
 # ----------------------------------------------------------------------------------------- a budget, and its sharing
 
 
-def budget_of(gpus: int = 1, lengths: Lengths | None = None, **changes: Any) -> Any:
+def budget_of(gpus: int = 1, lengths: SentenceLengths | None = None, **changes: Any) -> Any:
     """Of a model of 12 experts, trained with 12 micro-batches an update."""
     moe = MoEConfig(12, k=2, hidden_sizes=[64])
     config = Config(model=small(moe=moe), training=TrainingConfig(micro_batches=12, batch_tokens=3000))
     config = replace(config, **changes)
-    return training_budget(config, VOCAB, lengths or Lengths(), gpus, on_gpu=True)
+    return training_budget(config, VOCAB, lengths or SentenceLengths(), gpus, on_gpu=True)
 
 
 def rows_of(budget: Any) -> dict[str, tuple[int, int]]:
@@ -270,7 +270,7 @@ def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser(moe: MoE
         name: [value for key, value in optimizer.state[parameter].items() if key != "step"]
         for name, parameter in model.named_parameters()
     }
-    budget = training_budget(Config(model=config, training=training), VOCAB, Lengths(), 1, on_gpu=False)
+    budget = training_budget(Config(model=config, training=training), VOCAB, SentenceLengths(), 1, on_gpu=False)
     total = 0
     for row, tensors in held.items():
         of_experts = sum(tensor.nbytes for name in tensors if is_expert(name) for tensor in tensors[name])
@@ -314,7 +314,7 @@ def test_tokens_of_a_micro_batch_are_about_those_of_real_batches(source: int, ta
     ]
     steps = plan_epoch(*lengths, TrainingConfig(batch_tokens=8192), 0)
     means = [float(length.mean()) + 1 for length in lengths]
-    tokens = budget_of(lengths=Lengths(*means), training=TrainingConfig(batch_tokens=8192)).tokens
+    tokens = budget_of(lengths=SentenceLengths(*means), training=TrainingConfig(batch_tokens=8192)).tokens
     for length, expected in zip(lengths, tokens, strict=False):
         assert expected == pytest.approx(sum(length) / len(steps) + len(length) / len(steps), rel=0.08)
 
@@ -322,7 +322,7 @@ def test_tokens_of_a_micro_batch_are_about_those_of_real_batches(source: int, ta
 def test_the_activations_are_those_of_the_micro_batch_that_keeps_most() -> None:
     """Additive attention keeps a row for every pair of positions, so its longest sentences are the ones to fit."""
     additive = small(attention=AttentionConfig("additive", 64, "gnmt_v2"))
-    assert budget_of(model=additive).longest == Shape(3000 // 201, 201, 201)
+    assert budget_of(model=additive).longest == BatchSize(3000 // 201, 201, 201)
     # A pair longer than the micro-batch is one of its own.
     assert budget_of(model=additive, training=TrainingConfig(micro_batches=12, batch_tokens=100)).longest.sentences == 1
 

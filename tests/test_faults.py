@@ -218,7 +218,7 @@ def test_a_save_that_failed_here_is_told_here(
     saver.save(1, {"model": {}}, {}, None)
     with pytest.raises(StorageError, match=r"[nN]o space") as caught:
         saver.wait()
-    assert caught.value.told is told
+    assert caught.value.reported_elsewhere is told
 
     def train(*_: Any) -> None:
         raise caught.value

@@ -19,7 +19,7 @@ from nmt.batch import Batch, make_batch
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
-from nmt.cost.operations import Count, lstm_cost, lstm_sizes, model_cost, moe_cost
+from nmt.cost.operations import LayerCount, lstm_cost, lstm_sizes, model_cost, moe_cost
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
 
@@ -271,9 +271,9 @@ def test_biases_of_experts_or_another_branching_would_show_in_the_tables():
 def test_unit_sizes_of_experts(hidden: int, weights: int):
     more, less = (moe_cost(512, MoEConfig(hidden_sizes=[hidden]), num_experts) for num_experts in (5, 4))
     gate = 2 * 512
-    assert less == (Count(4 * weights, 4 * weights), Count(4 * gate, 4 * gate))
+    assert less == (LayerCount(4 * weights, 4 * weights), LayerCount(4 * gate, 4 * gate))
     # More experts cost nothing but their column in the gate: k of them work.
-    assert more == (Count(5 * weights, 4 * weights), Count(5 * gate, 5 * gate))
+    assert more == (LayerCount(5 * weights, 4 * weights), LayerCount(5 * gate, 5 * gate))
 
 
 def measured_flops(model: Seq2Seq, batch: Batch) -> tuple[int, Gates]:

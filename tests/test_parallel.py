@@ -12,7 +12,7 @@ from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.errors import UserError
 from nmt.model import experts
-from nmt.model.experts import MoE, Share
+from nmt.model.experts import ExpertShard, MoE
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, is_expert, make_model
@@ -266,7 +266,7 @@ def test_a_share_starts_as_that_part_of_the_whole_and_is_all_that_is_made() -> N
     """Nobody ever holds all experts, which may exceed the memory of a host; dense layers are the same for all."""
     config = config_of("noisy_top_k", 1).model
     made = []
-    for share in (Share(), Share(0, 2), Share(1, 2)):
+    for share in (ExpertShard(), ExpertShard(0, 2), ExpertShard(1, 2)):
         torch.manual_seed(5)
         made.append(dict(Seq2Seq(config, VOCABULARY, share).named_parameters()))
     whole, *shares = made

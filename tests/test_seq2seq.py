@@ -19,8 +19,9 @@ from nmt.model.gating import THRESHOLD_SCALE, balance_loss
 from nmt.model.init import init_parameters
 from nmt.model.lstm import LSTM, BidirectionalLSTM
 from nmt.model.seq2seq import Decoder, Encoder, Seq2Seq
+from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
-from nmt.training.update import update
+from nmt.training.update import Updater
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -405,7 +406,8 @@ def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
     model_config = tiny_config(hidden_size=24, cell_size=24, gating=gating, **depth, **experts, **GATING[gating])
     training = TrainingConfig(label_smoothing=0.0, precision="fp32")
     model = Seq2Seq(model_config, vocabulary)
-    optimizer = make_optimizer(model, training)
+    config = Config(model=model_config, training=training)
+    updater = Updater(model, make_optimizer(model, training), config, World(torch.device("cpu")))
     rng = np.random.default_rng(1)
     sources = [rng.integers(NUM_SPECIAL, vocabulary, size=n) for n in rng.integers(1, 5, size=40)]
     targets = [source[::-1] for source in sources]
@@ -414,8 +416,7 @@ def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     for step in range(1, 71):
-        config, rate = Config(model=model_config, training=training), 0.02 * min(1, step / 20)
-        done = update(model, optimizer, config, [[batch] for batch in batches], step, rate, torch.device("cpu"))
+        done = updater.update([[batch] for batch in batches], step, rate=0.02 * min(1, step / 20))
         assert not done.skipped
         losses.append(float(done.nll) / tokens)
     assert losses[0] > 1.5

@@ -18,8 +18,8 @@ from nmt.config import DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.experts.grow import grow
 from nmt.experts.shrink import (
-    Pair,
-    Use,
+    ExpertUse,
+    MergePair,
     aligned_units,
     greedy_matching,
     idle,
@@ -30,7 +30,7 @@ from nmt.experts.shrink import (
     redundant_pairs,
     use_of,
 )
-from nmt.experts.surgery import Network, Weight, moe_modules, select_experts
+from nmt.experts.surgery import NetworkWeights, TrainedWeight, moe_modules, select_experts
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import state_shapes
@@ -40,32 +40,32 @@ Batches = Callable[..., Batch]
 HIERARCHICAL = {"gating": "hierarchical", "num_experts": 6, "branching": 3, "primary_k": 2, "k": 1}
 
 
-def network(config: ModelConfig, dtype: torch.dtype = torch.float64, kind: str = "adam") -> Network:
+def network(config: ModelConfig, dtype: torch.dtype = torch.float64, kind: str = "adam") -> NetworkWeights:
     """Random weights, large enough that experts and gates matter, and random moments of an optimiser of this kind."""
 
-    def weight(name: str, like: Tensor) -> Weight:
+    def weight(name: str, like: Tensor) -> TrainedWeight:
         value = torch.randn_like(like, dtype=dtype) * 0.4
         shapes = state_shapes(name, like.shape, kind)
         moments = {moment: torch.rand(shape, dtype=dtype) for moment, shape in shapes.items() if moment != "step"}
-        return Weight(value, moments, torch.tensor(9.0))
+        return TrainedWeight(value, moments, torch.tensor(9.0))
 
     model = Seq2Seq(config, TINY_VOCAB)
-    return Network(config, TINY_VOCAB, {name: weight(name, each) for name, each in model.named_parameters()})
+    return NetworkWeights(config, TINY_VOCAB, {name: weight(name, each) for name, each in model.named_parameters()})
 
 
-def tensors_of(weight: Weight) -> dict[str, Tensor]:
+def tensors_of(weight: TrainedWeight) -> dict[str, Tensor]:
     """What goes along with the experts."""
     return {"value": weight.value, **weight.moments}
 
 
-def pairs_of(ours: Weight, theirs: Weight) -> list[tuple[Tensor, Tensor]]:
+def pairs_of(ours: TrainedWeight, theirs: TrainedWeight) -> list[tuple[Tensor, Tensor]]:
     """The same tensors of both."""
     mine, others = tensors_of(ours), tensors_of(theirs)
     assert mine.keys() == others.keys()
     return [(mine[name], others[name]) for name in mine]
 
 
-def in_precision(changed: Network, dtype: torch.dtype) -> Network:
+def in_precision(changed: NetworkWeights, dtype: torch.dtype) -> NetworkWeights:
     """New parameters come in float32."""
     weights = {name: weight.changed(lambda tensor: tensor.to(dtype)) for name, weight in changed.weights.items()}
     return replace(changed, weights=weights)
@@ -281,10 +281,10 @@ def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind
                     assert torch.equal(ours, theirs[kept] if "_D" not in name else theirs[:, kept])
 
 
-def use(*output: float, load: list[float] | None = None) -> Use:
+def use(*output: float, load: list[float] | None = None) -> ExpertUse:
     output_E = torch.tensor(output, dtype=torch.float64)
     load_E = torch.ones_like(output_E) if load is None else torch.tensor(load, dtype=torch.float64)
-    return Use(load_E, load_E / 2, output_E)
+    return ExpertUse(load_E, load_E / 2, output_E)
 
 
 GROUPED = MoEConfig(6, gating="hierarchical", branching=2, primary_k=1, k=1)
@@ -333,7 +333,9 @@ def test_what_cannot_shrink(moe: MoEConfig, task: Callable[[MoEConfig], object],
 # ------------------------------------------------------------------------------------------------------ merging
 
 
-def permuted_copy(weights: dict[str, Weight], first: int, second: int, orders: list[Tensor]) -> dict[str, Weight]:
+def permuted_copy(
+    weights: dict[str, TrainedWeight], first: int, second: int, orders: list[Tensor]
+) -> dict[str, TrainedWeight]:
     """Expert `second` becomes `first` with its hidden units in other orders, moments too; so do the gate's columns."""
     width = weights["experts.weights.0"].value.shape[1]
     around = [torch.arange(width), *orders, torch.arange(width)]
@@ -365,9 +367,11 @@ def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
     orders = [torch.randperm(size) for size in hidden_sizes]
     layers = {layer: permuted_copy(before.layer(layer), 0, 2, orders) for layer in before.config.moe_layers()}
     before = before.with_layers(before.config, layers)
-    merged = {layer: [Pair(0, 2, 1.0, 0.3)] for layer in layers}
+    merged = {layer: [MergePair(0, 2, 1.0, 0.3)] for layer in layers}
     if kind == "hierarchical":
-        merged = {layer: [Pair(0, 2, 1.0, 0.3), Pair(3, 4, 1.0, 0.6), Pair(7, 8, 1.0, 0.5)] for layer in layers}
+        merged = {
+            layer: [MergePair(0, 2, 1.0, 0.3), MergePair(3, 4, 1.0, 0.6), MergePair(7, 8, 1.0, 0.5)] for layer in layers
+        }
     after = merge(before, merged)
     after.build()
     gone = {pair.second for pair in merged["encoder.2"]}
@@ -389,7 +393,7 @@ def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, bat
     """With one hidden unit there is nothing to align."""
     before = network(tiny_config(num_experts=3, k=2, hidden_sizes=[1]), kind=kind)
     model = before.build()
-    after = merge(before, {layer: [Pair(0, 2, 0.0, 0.25)] for layer in before.config.moe_layers()})
+    after = merge(before, {layer: [MergePair(0, 2, 0.0, 0.25)] for layer in before.config.moe_layers()})
     merged = moe_modules(after.build())
     for layer, (moe, x_TD) in layers_with_inputs(model, batch).items():
         w_DE = moe.gate.w_gate_DE
@@ -412,7 +416,9 @@ def test_a_pair_of_copies_changes_only_tokens_that_woke_both(tiny_config: Config
     before = before.with_layers(
         before.config, {layer: permuted_copy(before.layer(layer), 1, 4, order) for layer in before.config.moe_layers()}
     )
-    after = moe_modules(merge(before, {layer: [Pair(1, 4, 1.0, 0.5)] for layer in before.config.moe_layers()}).build())
+    after = moe_modules(
+        merge(before, {layer: [MergePair(1, 4, 1.0, 0.5)] for layer in before.config.moe_layers()}).build()
+    )
     for layer, (moe, x_TD) in layers_with_inputs(before.build(), batch).items():
         with torch.no_grad():
             (old_TD, gate), (new_TD, _) = moe(x_TD), after[layer](x_TD)
@@ -462,7 +468,7 @@ def test_pairs_with_the_least_to_lose_are_merged_once_and_within_their_group() -
         similarity[first, second] = similarity[second, first] = value
     equal = use(*[1.0] * 6, load=[30, 10, 1, 1, 10, 0])
 
-    def pairs(moe: MoEConfig, count: int, used: Use = equal) -> list[tuple[int, int, float]]:
+    def pairs(moe: MoEConfig, count: int, used: ExpertUse = equal) -> list[tuple[int, int, float]]:
         found = redundant_pairs(moe, "encoder.2", used, similarity, count)
         return [(each.first, each.second, each.share) for each in found]
 

@@ -26,11 +26,12 @@ from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig, TrainingConfig
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
+from nmt.parallel.mesh import World
 from nmt.parameters import read_tensors
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.record import DevLine
-from nmt.training.update import seed_device, update
+from nmt.training.update import Updater, seed_device
 
 Configs = Callable[..., ModelConfig]
 
@@ -257,7 +258,7 @@ def gradient_of(
         parameter.grad = torch.zeros_like(parameter)
     optimizer = Keep(model.parameters(), lr=1.0)
     micro_batches = [batches] if together else [[batch] for batch in batches]
-    done = update(model, optimizer, config, micro_batches, step, 0.1, torch.device("cpu"))
+    done = Updater(model, optimizer, config, World(torch.device("cpu"))).update(micro_batches, step, 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     return optimizer.kept, done
 

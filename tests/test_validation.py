@@ -20,7 +20,7 @@ from nmt.config import DecodingConfig, TrainingConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.scores import Tokenizer, corpus_scores
-from nmt.parallel.expert_parallel import passes_apart
+from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 from nmt.training.validation import doubts, validation_bleu
 from tests.ranks import run_ranks
@@ -51,7 +51,7 @@ def translations(
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
     subwords: Any = SimpleNamespace(forbidden_ids=(0, 1, 2))
     translator = Translator(model, subwords, replace(GREEDY, precision=precision), world.device)
-    with passes_apart(translator.model):
+    with independent_passes(translator.model):
         found = translator.search(sources()[share])
     return [torch.tensor(each[0]) for each in found]
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from nmt.commands import Parser, show
 from nmt.config import Config
-from nmt.cost.budget import Budget, Lengths, training_budget
+from nmt.cost.budget import Budget, SentenceLengths, training_budget
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -22,12 +22,12 @@ _BYTES = ((1e9, "GB"), (1e6, "MB"))
 _COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
-class Basis(NamedTuple):
+class CostBasis(NamedTuple):
     """What the estimate rests on besides the configuration."""
 
     name: str
     vocab_size: int
-    lengths: Lengths
+    lengths: SentenceLengths
     lengths_from: str
     on_gpu: bool
     tflops: float | None
@@ -76,10 +76,10 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     else:
         tflops = statistics.median(speeds)
         tflops_from = f"the median of {len(speeds)} line{'s' * (len(speeds) != 1)} of {run.metrics_path}"
-    basis = Basis(
+    basis = CostBasis(
         name=str(run.path),
         vocab_size=info["vocabulary_size"],
-        lengths=Lengths.of_corpus(info),
+        lengths=SentenceLengths.of_corpus(info),
         lengths_from="the run's corpus",
         on_gpu=on_gpu,
         tflops=tflops,
@@ -93,10 +93,10 @@ def estimate(options: argparse.Namespace, config: Config) -> None:
     """The cost of a configuration that need not have been trained."""
     on_gpu = _on_gpu(options, config, True)
     tflops, tflops_from = _speed(options, on_gpu)
-    basis = Basis(
+    basis = CostBasis(
         name=config.run.name or "this configuration",
         vocab_size=config.corpus.subwords.num_pieces,
-        lengths=Lengths(),
+        lengths=SentenceLengths(),
         lengths_from="assumed",
         on_gpu=on_gpu,
         tflops=tflops,
@@ -117,7 +117,7 @@ def _on_gpu(options: argparse.Namespace, config: Config, otherwise: bool) -> boo
     return otherwise if device == "auto" else device == "cuda"
 
 
-def _report(options: argparse.Namespace, config: Config, basis: Basis) -> None:
+def _report(options: argparse.Namespace, config: Config, basis: CostBasis) -> None:
     if options.tflops is not None and not 0 < options.tflops < math.inf:
         raise UserError(f"--tflops {options.tflops} must be greater than 0: 10^12 operations a second of one GPU")
     budget = training_budget(config, basis.vocab_size, basis.lengths, options.gpus, basis.on_gpu)
@@ -130,7 +130,7 @@ def _report(options: argparse.Namespace, config: Config, basis: Basis) -> None:
 # --------------------------------------------------------------------------------------------------------- as JSON
 
 
-def _as_dict(budget: Budget, basis: Basis) -> dict[str, Any]:
+def _as_dict(budget: Budget, basis: CostBasis) -> dict[str, Any]:
     cost = budget.cost
     return {
         "name": basis.name,
@@ -168,7 +168,7 @@ def _as_dict(budget: Budget, basis: Basis) -> dict[str, Any]:
 # --------------------------------------------------------------------------------------------------------- as text
 
 
-def _as_text(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
+def _as_text(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     yield f"{basis.name}, vocabulary of {basis.vocab_size:,}"
     yield ""
     yield from _counts(budget)
@@ -200,7 +200,7 @@ def _counts(budget: Budget) -> Iterator[str]:
     yield f"training, for each target token: {_scaled(budget.flops_per_target_token, _FLOPS)}"
 
 
-def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
+def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     products = "bf16" if budget.numbers.size == 2 else "float32"
     factored = config.training.expert_optimizer == "factored" and config.model.moe_layers()
     names = {
@@ -231,7 +231,7 @@ def _memory(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
     yield f"checkpoint on disk: {_scaled(size, _BYTES)}; up to {kept} are kept, {_scaled(kept * size, _BYTES)}"
 
 
-def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
+def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     training = config.training
     yield (
         f"{training.max_steps:,} updates of {training.micro_batches:,} x {training.batch_tokens:,} positions a side: "
@@ -252,7 +252,7 @@ def _time(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
         yield f"training.max_minutes={training.max_minutes:g} ends it before that"
 
 
-def _assumptions(budget: Budget, basis: Basis, config: Config) -> Iterator[str]:
+def _assumptions(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     lengths, shape = basis.lengths, budget.longest
     text = (
         f"Sentences have {lengths.source:.1f} source and {lengths.target:.1f} target tokens with EOS "

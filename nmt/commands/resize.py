@@ -23,8 +23,8 @@ from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
 from nmt.experts import shrink
 from nmt.experts.grow import grow
-from nmt.experts.shrink import Pair, Seen, Use
-from nmt.experts.surgery import Network, moe_modules, read_network, write_run
+from nmt.experts.shrink import ExpertUse, MergePair, Observation
+from nmt.experts.surgery import NetworkWeights, moe_modules, read_network, write_run
 from nmt.parallel.mesh import World
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
@@ -101,7 +101,7 @@ def _own_decoding(run: RunDirectory) -> tuple[DecodingConfig, list[str]]:
     return stored, notes
 
 
-def _sizes(before: Network, after: Network) -> str:
+def _sizes(before: NetworkWeights, after: NetworkWeights) -> str:
     lines = []
     for layer in after.config.moe_layers():
         old = before.config.moe.experts_at(layer) if before.config.moe.num_experts else 0
@@ -134,7 +134,7 @@ class _Bench:
         places = [index * size // min(count, size) for index in range(min(count, size))]
         return [self.sources[place] for place in places], [self.targets[place] for place in places]
 
-    def translator(self, network: Network) -> Translator:
+    def translator(self, network: NetworkWeights) -> Translator:
         """A greedy translator with this network, which wakes as many experts as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
         return Translator(network.build(), self.subwords, greedy, self.device, self.longest)
@@ -144,13 +144,13 @@ class _Bench:
         sources, targets = self.spread(count)
         return perplexity(translator.model, self.subwords, sources, targets, 4096, World(self.device)).pieces
 
-    def show_that_nothing_changed(self, *networks: Network) -> None:
+    def show_that_nothing_changed(self, *networks: NetworkWeights) -> None:
         """Print the perplexity before and after."""
         before, after = (self.perplexity(self.translator(network), _COMPARED) for network in networks)
         count = min(_COMPARED, len(self.sources))
         show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
 
-    def shrink(self, options: argparse.Namespace, network: Network) -> Network:
+    def shrink(self, options: argparse.Namespace, network: NetworkWeights) -> NetworkWeights:
         """The network with fewer experts. UserError if it translates worse than the user allows."""
         translator = self.translator(network)
         texts = self.spread(_WATCHED)
@@ -188,7 +188,7 @@ def _score_line(name: str, before: float, after: float, digits: int = 2) -> str:
     return f"{name:>26} {before:9.{digits}f} {after:9.{digits}f} {after - before:+11.{digits}f}"
 
 
-def _pruned(network: Network, seen: Seen, which: str) -> Network:
+def _pruned(network: NetworkWeights, seen: Observation, which: str) -> NetworkWeights:
     moe = network.config.moe
     if which == "idle":
         removed = {layer: shrink.idle(moe, layer, use) for layer, use in seen.use.items()}
@@ -204,8 +204,8 @@ def _pruned(network: Network, seen: Seen, which: str) -> Network:
     return shrink.prune(network, removed)
 
 
-def _merged(network: Network, translator: Translator, seen: Seen, count: int) -> Network:
-    pairs: dict[str, list[Pair]] = {}
+def _merged(network: NetworkWeights, translator: Translator, seen: Observation, count: int) -> NetworkWeights:
+    pairs: dict[str, list[MergePair]] = {}
     for layer, moe in moe_modules(translator.model).items():
         similarity_EE = shrink.output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrink.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
@@ -215,7 +215,7 @@ def _merged(network: Network, translator: Translator, seen: Seen, count: int) ->
     return shrink.merge(network, pairs)
 
 
-def _print_table(members: list[tuple[int, ...]], use: Use, similarities: list[float]) -> None:
+def _print_table(members: list[tuple[int, ...]], use: ExpertUse, similarities: list[float]) -> None:
     """A line for each expert or pair: its part of the layer's load, gate mass and output mass."""
     if not members:
         return

@@ -37,7 +37,7 @@ def train(config: Config) -> None:
     world = World.start(config.training.device, config.parallel)
     asked = StopRequest()
     try:
-        with ExitStack() as until_the_end, world.losses_told(lambda: "before the first step"):
+        with ExitStack() as until_the_end, world.report_peer_failures(lambda: "before the first step"):
             world.on_main(lambda: _open(run, config, prepared, until_the_end))
             _check_that_all_see(run, world)
             # Before the run says that it is running: whatever ends it from here on is told.
@@ -45,7 +45,7 @@ def train(config: Config) -> None:
                 _check_memory(config, prepared, world)
                 with shortage_told(lambda: "building the network", "take a smaller model or fewer experts"):
                     trainer = Trainer(config, prepared, run, world, asked)
-                with watch_for_hangs(world, trainer.where, lambda error: _tell_loss(run, world, error)):
+                with watch_for_hangs(world, trainer.where, lambda error: _report_peer_failure(run, world, error)):
                     trainer.train()
     except Stopped as stopped:
         if world.is_main:
@@ -53,7 +53,7 @@ def train(config: Config) -> None:
         world.stop()
         sys.exit(stopped.status)
     except (DataError, CheckpointError, MemoryLimitError, StorageError) as error:
-        if not (world.is_main or error.told):
+        if not (world.is_main or error.reported_elsewhere):
             say(f"nmt: rank {world.rank} of {world.size}: {error}")
         raise
     world.stop()
@@ -175,7 +175,7 @@ def _write_status(run: RunDirectory, state: str, code: int | None, message: str)
     run.write_status(state, code, message, step, checkpoint)
 
 
-def _tell_loss(run: RunDirectory, world: World, error: ProcessError) -> None:
+def _report_peer_failure(run: RunDirectory, world: World, error: ProcessError) -> None:
     """What else would happen on the way out, for a process that can take it no more."""
     say(f"nmt: {error}")
     _write_failure(run, world, error)

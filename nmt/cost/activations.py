@@ -23,7 +23,7 @@ PIECE_ELEMENTS = 2**26
 _ONEDNN = {4: (32, 28), 2: (21, 21)}
 
 
-class Shape(NamedTuple):
+class BatchSize(NamedTuple):
     """One micro-batch: its sentences, and how many positions each of them has, EOS and padding included."""
 
     sentences: int
@@ -31,7 +31,7 @@ class Shape(NamedTuple):
     target: int
 
 
-class Numbers(NamedTuple):
+class Precision(NamedTuple):
     """What the matrix products compute with, and where."""
 
     on_gpu: bool
@@ -40,7 +40,7 @@ class Numbers(NamedTuple):
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are float32 in any case."""
 
 
-def saved_bytes(config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers) -> dict[str, int]:
+def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision) -> dict[str, int]:
     """Bytes by part, without copies of weights. Every position counts as real: padding saves nothing."""
     saved: Counter[str] = Counter()
     mask = _mask(config, numbers)
@@ -66,7 +66,7 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: Shape, numbers: Num
     return dict(saved)
 
 
-def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
+def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int:
     """Bytes of the bf16 copies of float32 weights that are kept for the backward pass: none of the experts'.
 
     On a GPU those of an LSTM are copied again for every call (cuDNN wants them in one piece): with feedback wirings
@@ -85,7 +85,7 @@ def copied_bytes(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
 
 
 def working_bytes(
-    config: ModelConfig, vocab_size: int, shape: Shape, numbers: Numbers, expert_share: int, accumulating: bool
+    config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision, expert_share: int, accumulating: bool
 ) -> tuple[int, int]:
     """(dense, experts): bytes of the largest thing that comes and goes while the activations are there; one is 0.
 
@@ -109,7 +109,7 @@ def working_bytes(
 
 
 def _reserved(cells: int, outputs: int) -> int:
-    """Numbers a position in cuDNN's reserve: gates and cell; with a projection also its input and its result."""
+    """Numbers per position in cuDNN's reserve: gates and cell; with a projection also its input and its result."""
     return 5 * cells if outputs == cells else 6 * cells + outputs
 
 
@@ -119,14 +119,14 @@ def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
     return length if stepwise else 1
 
 
-def _mask(config: ModelConfig, numbers: Numbers) -> int:
+def _mask(config: ModelConfig, numbers: Precision) -> int:
     """Bytes a number that dropout keeps."""
     if config.dropout == 0.0:
         return 0
     return _BOOL if numbers.on_gpu else numbers.size
 
 
-def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, numbers: Numbers) -> int:
+def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, numbers: Precision) -> int:
     """One direction of an LSTM."""
     inputs, cells, outputs = size
     # Input, output, and what happens in between; the states between calls.
@@ -172,7 +172,7 @@ def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
     return num_experts * numbers * _FLOAT + estimate + k * (_INDEX + _FLOAT)
 
 
-def _experts(config: ModelConfig, numbers: Numbers) -> int:
+def _experts(config: ModelConfig, numbers: Precision) -> int:
     """Bytes a token: the inputs of all layers of its experts and their outputs; the layer's output."""
     moe, width = config.moe, config.hidden_size
     # And where each row went and came from. Strictly balanced, that many rows are the average; empty slots have none.
@@ -181,7 +181,7 @@ def _experts(config: ModelConfig, numbers: Numbers) -> int:
     return moe.experts_per_token * of_row + _INDEX + width * numbers.size
 
 
-def _attention(config: ModelConfig, shape: Shape, numbers: Numbers) -> int:
+def _attention(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int:
     """Keys, queries, scores and contexts."""
     size, width = config.attention.size, config.hidden_size
     sources, targets = shape.sentences * shape.source, shape.sentences * shape.target

@@ -1,6 +1,6 @@
 """What training a configuration takes, before it is started: memory of each GPU, disk, and operations.
 
-Pure functions of the configuration and of the assumptions in `Lengths`; nothing is built or measured.
+Pure functions of the configuration and of the assumptions in `SentenceLengths`; nothing is built or measured.
 """
 
 from collections.abc import Mapping
@@ -9,7 +9,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from nmt.config import Config
-from nmt.cost.activations import Numbers, Shape, copied_bytes, saved_bytes, working_bytes
+from nmt.cost.activations import BatchSize, Precision, copied_bytes, saved_bytes, working_bytes
 from nmt.cost.operations import Cost, model_cost
 from nmt.errors import UserError
 
@@ -18,7 +18,7 @@ _FLOAT = 4
 _LONGEST = 250
 
 
-class Lengths(NamedTuple):
+class SentenceLengths(NamedTuple):
     """What is assumed of the sentences, EOS included."""
 
     source: float = 30.0
@@ -29,14 +29,14 @@ class Lengths(NamedTuple):
     """Share of padding among the positions of a micro-batch's longer side."""
 
     @classmethod
-    def of_corpus(cls, counts: Mapping[str, Any]) -> "Lengths":
+    def of_corpus(cls, counts: Mapping[str, Any]) -> "SentenceLengths":
         """Those of a corpus with these counts (`corpus.json`, or the manifest of the prepared corpus)."""
         pairs = max(counts["pairs_kept"], 1)
         # Pieces are counted without EOS.
         return cls(counts["source_pieces"] / pairs + 1, counts["target_pieces"] / pairs + 1)
 
 
-class Tokens(NamedTuple):
+class TokenCounts(NamedTuple):
     """Real (not padding) tokens of one micro-batch."""
 
     source: float
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
     sentences: float
 
 
-class Memory(NamedTuple):
+class MemoryRow(NamedTuple):
     """Bytes of one kind on one GPU: of what every GPU holds, and of its share of the experts."""
 
     kind: str
@@ -62,15 +62,15 @@ class Budget:
     """What `nmt cost` prints."""
 
     cost: Cost
-    tokens: Tokens
+    tokens: TokenCounts
     """Of a mean micro-batch."""
     micro_batches: int
     """All that are planned, over all updates and GPUs."""
     gpus: int
-    numbers: Numbers
-    longest: Shape
+    numbers: Precision
+    longest: BatchSize
     """The micro-batch that the activations are counted for."""
-    memory: list[Memory]
+    memory: list[MemoryRow]
     checkpoint_bytes: int
     """One checkpoint: parameters and what the optimiser remembers of them, float32."""
 
@@ -99,7 +99,7 @@ class Budget:
         return self.flops / (tflops * 1e12 * self.gpus)
 
 
-def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int, on_gpu: bool) -> Budget:
+def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, gpus: int, on_gpu: bool) -> Budget:
     """The budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings do not allow that number.
 
     Experts are spread over the GPUs of a group (`parallel.expert_group_size`), all else is on every GPU (S17 section
@@ -122,10 +122,10 @@ def training_budget(config: Config, vocab_size: int, lengths: Lengths, gpus: int
     )
 
 
-def numbers_of(config: Config, on_gpu: bool) -> Numbers:
+def numbers_of(config: Config, on_gpu: bool) -> Precision:
     """The numbers that matrix products of training work on."""
     precision = config.training.precision
-    return Numbers(on_gpu, 2 if precision == "bf16" or (precision == "auto" and on_gpu) else _FLOAT)
+    return Precision(on_gpu, 2 if precision == "bf16" or (precision == "auto" and on_gpu) else _FLOAT)
 
 
 def checkpoint_bytes(config: Config, cost: Cost) -> int:
@@ -146,7 +146,9 @@ def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
     return 2 * (cost.num_parameters - cost.num_expert_parameters), experts
 
 
-def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, gpus: int, share: int) -> list[Memory]:
+def memory_of(
+    config: Config, vocab_size: int, shape: BatchSize, numbers: Precision, gpus: int, share: int
+) -> list[MemoryRow]:
     """The highest memory of an update by kind, on each of `gpus` GPUs with 1/share of the experts.
 
     With one micro-batch a GPU, gradients come while activations go, so what both have is taken off once ("shared"):
@@ -161,17 +163,17 @@ def memory_of(config: Config, vocab_size: int, shape: Shape, numbers: Numbers, g
     remembered = _optimizer_numbers(config, cost)
     alone = config.training.micro_batches == gpus
     rows = [
-        Memory("weights", dense * _FLOAT, experts * _FLOAT),
-        Memory("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
-        Memory("gradients", dense * _FLOAT, experts * _FLOAT),
-        Memory("copies", copied_bytes(config.model, shape, numbers), 0),
-        Memory("activations", sum(saved.values()) - of_experts, of_experts),
-        Memory("working", *working_bytes(config.model, vocab_size, shape, numbers, share, not alone)),
+        MemoryRow("weights", dense * _FLOAT, experts * _FLOAT),
+        MemoryRow("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
+        MemoryRow("gradients", dense * _FLOAT, experts * _FLOAT),
+        MemoryRow("copies", copied_bytes(config.model, shape, numbers), 0),
+        MemoryRow("activations", sum(saved.values()) - of_experts, of_experts),
+        MemoryRow("working", *working_bytes(config.model, vocab_size, shape, numbers, share, not alone)),
     ]
     if alone:
         freed = rows[3].total + rows[4].total
         shared_dense = min(rows[2].dense, freed) if gpus == 1 else 0
-        rows.append(Memory("shared", -shared_dense, -min(rows[2].experts, max(freed // 2 - shared_dense, 0))))
+        rows.append(MemoryRow("shared", -shared_dense, -min(rows[2].experts, max(freed // 2 - shared_dense, 0))))
     return rows
 
 
@@ -198,19 +200,19 @@ def _expert_share(config: Config, gpus: int) -> int:
     return group
 
 
-def _mean_tokens(batch_tokens: int, lengths: Lengths) -> Tokens:
+def _mean_tokens(batch_tokens: int, lengths: SentenceLengths) -> TokenCounts:
     longer = max(lengths.source, lengths.target)
     sentences = batch_tokens * (1.0 - lengths.padding) / longer
-    return Tokens(sentences * lengths.source, sentences * lengths.target, sentences)
+    return TokenCounts(sentences * lengths.source, sentences * lengths.target, sentences)
 
 
-def largest_shape(config: Config, vocab_size: int, lengths: Lengths, numbers: Numbers) -> Shape:
+def largest_shape(config: Config, vocab_size: int, lengths: SentenceLengths, numbers: Precision) -> BatchSize:
     """The full micro-batch that saves most: of the longest sentences that are kept, or of mean ones."""
     tokens = config.training.batch_tokens
     lengths_tried = {(config.corpus.filters.max_pieces or _LONGEST) + 1, round(max(lengths.source, lengths.target))}
-    shapes = [Shape(max(tokens // length, 1), length, length) for length in lengths_tried]
+    shapes = [BatchSize(max(tokens // length, 1), length, length) for length in lengths_tried]
 
-    def size(shape: Shape) -> int:
+    def size(shape: BatchSize) -> int:
         saved = saved_bytes(config.model, vocab_size, shape, numbers)
         return sum(saved.values()) + copied_bytes(config.model, shape, numbers)
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 from nmt.config import ModelConfig, MoEConfig
 
 
-class Count(NamedTuple):
+class LayerCount(NamedTuple):
     """What a layer holds, and what it does at one position."""
 
     parameters: int
@@ -20,11 +20,11 @@ class Count(NamedTuple):
     """Multiply-adds of one forward pass."""
 
 
-class MoECount(NamedTuple):
+class MoELayerCount(NamedTuple):
     """The two parts of one mixture-of-experts layer."""
 
-    experts: Count
-    gates: Count
+    experts: LayerCount
+    gates: LayerCount
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,17 @@ class Cost:
         return 6.0 * forward
 
 
-def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = True) -> Count:
+def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = True) -> LayerCount:
     """One direction of an LSTM of C cells from I inputs to P outputs, projected if P < C (`nmt.model.lstm.LSTM`).
 
     4 C (I + P) weights, C P more for the projection, one multiply-add each; and 8 C biases, which the paper has not.
     """
     projection = cell_size * output_size if output_size < cell_size else 0
     weights = 4 * cell_size * (input_size + output_size) + projection
-    return Count(weights + 8 * cell_size * biases, weights)
+    return LayerCount(weights + 8 * cell_size * biases, weights)
 
 
-def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoECount:
+def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoELayerCount:
     """One MoE layer D -> D of n experts; `moe` says all else. Every weight of a chosen expert is one multiply-add.
 
     A noisy gate has two matrices, W_g and W_noise, and both count: D x n each (S17 section 2.1). The hierarchical one
@@ -96,14 +96,14 @@ def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoECount:
     match moe.gating:
         case "hierarchical":
             chosen = moe.primary_k * num_experts // moe.branching
-            gates = Count(2 * width * (moe.branching + num_experts), 2 * width * (moe.branching + chosen))
+            gates = LayerCount(2 * width * (moe.branching + num_experts), 2 * width * (moe.branching + chosen))
         case "noisy_top_k":
-            gates = Count(2 * width * num_experts, 2 * width * num_experts)
+            gates = LayerCount(2 * width * num_experts, 2 * width * num_experts)
         case "softmax_top_k":
-            gates = Count(width * num_experts, width * num_experts)
+            gates = LayerCount(width * num_experts, width * num_experts)
         case _:
-            gates = Count(width * num_experts + num_experts, width * num_experts)
-    return MoECount(Count(num_experts * expert, moe.experts_per_token * expert), gates)
+            gates = LayerCount(width * num_experts + num_experts, width * num_experts)
+    return MoELayerCount(LayerCount(num_experts * expert, moe.experts_per_token * expert), gates)
 
 
 def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
@@ -132,7 +132,7 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
         ops[side][f"{side} LSTMs"] = sum(lstm.ops for lstm in lstms)
         layers = [layer for layer in config.moe_layers() if layer.startswith(side)]
         counts = [moe_cost(width, moe, moe.experts_at(layer)) for layer in layers]
-        for part in MoECount._fields if counts else ():
+        for part in MoELayerCount._fields if counts else ():
             parameters[f"{side} {part}"] = sum(getattr(count, part).parameters for count in counts)
             ops[side][f"{side} {part}"] = sum(getattr(count, part).ops for count in counts)
     ops["encoder"]["attention keys"] = width * attention.size

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from nmt.config import ModelConfig
 from nmt.errors import UserError
-from nmt.experts.surgery import Network, Weight, Weights, select_experts
+from nmt.experts.surgery import NetworkWeights, TrainedWeight, Weights, select_experts
 from nmt.model.seq2seq import Seq2Seq
 
 
-def grow(network: Network, num_experts: int, seed: int) -> Network:
+def grow(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights:
     """`network` with `num_experts` experts in each MoE layer. UserError where that cannot be done exactly.
 
     - From none: the experts and noisy top-k gates of a new network, but the last matrix of every expert is zero, so
@@ -55,7 +55,7 @@ def grow(network: Network, num_experts: int, seed: int) -> Network:
     return network.with_layers(config, layers)
 
 
-def _first_experts(network: Network, num_experts: int, seed: int) -> Network:
+def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights:
     old = network.config.moe
     if old.output == "sigmoid":
         raise UserError(
@@ -69,12 +69,14 @@ def _first_experts(network: Network, num_experts: int, seed: int) -> Network:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         values = {n: p.detach() for n, p in Seq2Seq(config, network.vocab_size).named_parameters()}
-    fresh = Network(config, network.vocab_size, {name: Weight.new(value) for name, value in values.items()})
+    fresh = NetworkWeights(
+        config, network.vocab_size, {name: TrainedWeight.new(value) for name, value in values.items()}
+    )
     last = f"experts.weights.{len(moe.hidden_sizes)}"
     layers = {}
     for layer in config.moe_layers():
         weights = fresh.layer(layer)
-        layers[layer] = weights | {last: Weight.new(torch.zeros_like(weights[last].value))}
+        layers[layer] = weights | {last: TrainedWeight.new(torch.zeros_like(weights[last].value))}
     return network.with_layers(config, layers)
 
 
@@ -115,7 +117,7 @@ def _as_groups_of_one(weights: Weights) -> Weights:
         "gate.w_noise_DE": "gate.primary_w_noise_DA",
     }
     grouped = {renamed.get(name, name): weight for name, weight in weights.items()}
-    return grouped | {name: Weight.new(torch.zeros_like(weights[name].value)) for name in renamed}
+    return grouped | {name: TrainedWeight.new(torch.zeros_like(weights[name].value)) for name in renamed}
 
 
 def _copied(weights: Weights, u_DAC: Tensor) -> Weights:

@@ -19,7 +19,7 @@ from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import Subwords
 from nmt.errors import UserError
-from nmt.experts.surgery import Network, Weights, moe_modules, select_experts, with_counts
+from nmt.experts.surgery import NetworkWeights, Weights, moe_modules, select_experts, with_counts
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Seq2Seq
@@ -33,7 +33,7 @@ _BATCH_TOKENS = 4096
 _COMPARED_ROWS = 65536
 
 
-class Use(NamedTuple):
+class ExpertUse(NamedTuple):
     """How much each expert of a layer does for some text; sums over its tokens, float64, on the CPU."""
 
     load_E: Tensor  # tokens
@@ -42,15 +42,15 @@ class Use(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observation:
     """What the MoE layers did with some text, by layer."""
 
-    use: dict[str, Use]
+    use: dict[str, ExpertUse]
     sample: dict[str, Tensor]
     """Some of a layer's input tokens (T, D), drawn evenly from all."""
 
 
-class Pair(NamedTuple):
+class MergePair(NamedTuple):
     """Two experts that become one, which takes the place of `first`."""
 
     first: int
@@ -70,7 +70,7 @@ def look(
     targets: Sequence[str],
     device: torch.device,
     sample_tokens: int = 2000,
-) -> Seen:
+) -> Observation:
     """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
 
     Every real token counts, end of sentence included; the target is read, not searched for.
@@ -80,7 +80,7 @@ def look(
         side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
     }
     generator = torch.Generator().manual_seed(1)
-    use: dict[str, Use] = {}
+    use: dict[str, ExpertUse] = {}
     sample: dict[str, list[Tensor]] = {}
     with _watched(model) as passed:
         for batch in eval_batches(*encoded, _BATCH_TOKENS):
@@ -88,11 +88,11 @@ def look(
             model(batch.to(device))
             for layer, (moe, x_TD, gate) in passed.items():
                 found = use_of(moe, x_TD, gate)
-                use[layer] = Use(*map(torch.add, use[layer], found)) if layer in use else found
+                use[layer] = ExpertUse(*map(torch.add, use[layer], found)) if layer in use else found
                 share = min(1.0, sample_tokens / tokens[layer.partition(".")[0]])
                 drawn_T = torch.rand(len(x_TD), generator=generator) < share
                 sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
-    return Seen(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
+    return Observation(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
 
 
 @contextmanager
@@ -111,7 +111,7 @@ def _watched(model: Seq2Seq) -> Iterator[dict[str, tuple[MoE, Tensor, GateOutput
             handle.remove()
 
 
-def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> Use:
+def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
     """What each expert did for T tokens."""
     rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
     norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
@@ -121,7 +121,7 @@ def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> Use:
     def by_expert(values_R: Tensor) -> Tensor:
         return torch.zeros(moe.num_experts, dtype=torch.float64).index_add_(0, expert_R, values_R.double().cpu())
 
-    return Use(by_expert(torch.ones_like(gate_R)), by_expert(gate_R), by_expert(gate_R * norm_R))
+    return ExpertUse(by_expert(torch.ones_like(gate_R)), by_expert(gate_R), by_expert(gate_R * norm_R))
 
 
 @torch.inference_mode()
@@ -140,14 +140,14 @@ def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------ pruning
 
 
-def least_useful(moe: MoEConfig, layer: str, use: Use, count: int) -> list[int]:
+def least_useful(moe: MoEConfig, layer: str, use: ExpertUse, count: int) -> list[int]:
     """The `count` experts of a layer with the least output mass; in groups, equally many of each."""
     groups = _groups(moe, layer)
     each = per_group(f"--prune {count}", moe, layer, count)
     return sorted(expert for group in groups for expert in _least(use, group)[:each])
 
 
-def idle(moe: MoEConfig, layer: str, use: Use) -> list[int]:
+def idle(moe: MoEConfig, layer: str, use: ExpertUse) -> list[int]:
     """Experts with less than IDLE_SHARE of the mean load; in groups, as many of each as the group with fewest has."""
     bound = IDLE_SHARE * float(use.load_E.mean())
     idle_by_group = [
@@ -158,7 +158,7 @@ def idle(moe: MoEConfig, layer: str, use: Use) -> list[int]:
     return sorted(expert for group in idle_by_group for expert in group[:each])
 
 
-def prune(network: Network, removed: dict[str, list[int]]) -> Network:
+def prune(network: NetworkWeights, removed: dict[str, list[int]]) -> NetworkWeights:
     """`network` without these experts. What the others compute, and the columns of their gates, do not change.
 
     Translation changes only where a token chose one of them: the next best takes its place. Exactly so for gates that
@@ -207,7 +207,7 @@ def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool
     return each
 
 
-def _least(use: Use, experts: list[int]) -> list[int]:
+def _least(use: ExpertUse, experts: list[int]) -> list[int]:
     """`experts` by output mass, the least first; of equals the one with fewer tokens, then the later one."""
     return sorted(experts, key=lambda expert: (float(use.output_E[expert]), float(use.load_E[expert]), -expert))
 
@@ -215,7 +215,7 @@ def _least(use: Use, experts: list[int]) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ merging
 
 
-def redundant_pairs(moe: MoEConfig, layer: str, use: Use, similarity_EE: Tensor, count: int) -> list[Pair]:
+def redundant_pairs(moe: MoEConfig, layer: str, use: ExpertUse, similarity_EE: Tensor, count: int) -> list[MergePair]:
     """The `count` pairs of a layer's experts with the least to lose; in groups, equally many within each.
 
     Merging loses m_i m_j / (m_i + m_j) (1 - cos_ij), with m the output mass (as Ward joins clusters): nothing for two
@@ -240,11 +240,11 @@ def redundant_pairs(moe: MoEConfig, layer: str, use: Use, similarity_EE: Tensor,
                 free -= {first, second}
                 gates = float(use.gate_E[first]), float(use.gate_E[second])
                 share = gates[0] / sum(gates) if sum(gates) else 0.5
-                pairs.append(Pair(first, second, float(similarity_EE[first, second]), share))
+                pairs.append(MergePair(first, second, float(similarity_EE[first, second]), share))
     return pairs
 
 
-def merge(network: Network, pairs: dict[str, list[Pair]]) -> Network:
+def merge(network: NetworkWeights, pairs: dict[str, list[MergePair]]) -> NetworkWeights:
     """`network` with each pair of experts made one: the average of both, weighted by their gate mass.
 
     Hidden units of the second expert are put in the order of those of the first that they resemble. An expert's
@@ -267,7 +267,7 @@ def merge(network: Network, pairs: dict[str, list[Pair]]) -> Network:
     return network.with_layers(with_counts(network.config, counts), layers)
 
 
-def _merge_in_place(weights: Weights, pair: Pair) -> None:
+def _merge_in_place(weights: Weights, pair: MergePair) -> None:
     """Put the average of both experts in the place of the first; the second stays."""
     count = sum(name.startswith("experts.") for name in weights)
     matrices = [[weights[f"experts.weights.{place}"].value[expert] for place in range(count)] for expert in pair[:2]]

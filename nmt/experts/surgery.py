@@ -33,7 +33,7 @@ from nmt.training.optim import has_moments, state_shapes
 from nmt.training.trainer import Progress
 
 
-class Weight(NamedTuple):
+class TrainedWeight(NamedTuple):
     """A parameter and what the optimiser remembers of it (`nmt.training.optim.state_shapes`)."""
 
     value: Tensor
@@ -42,21 +42,23 @@ class Weight(NamedTuple):
     step: Tensor  # float32 scalar
 
     @classmethod
-    def new(cls, value: Tensor) -> "Weight":
+    def new(cls, value: Tensor) -> "TrainedWeight":
         """A parameter that has never been trained."""
         return cls(value, {}, torch.zeros(()))
 
-    def changed(self, change: Callable[[Tensor], Tensor]) -> "Weight":
+    def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainedWeight":
         """`change` made to the value and to all moments."""
-        return Weight(change(self.value), {name: change(moment) for name, moment in self.moments.items()}, self.step)
+        return TrainedWeight(
+            change(self.value), {name: change(moment) for name, moment in self.moments.items()}, self.step
+        )
 
 
-Weights = dict[str, Weight]
+Weights = dict[str, TrainedWeight]
 """By name: in the whole network, or (without the layer's prefix) in one MoE layer."""
 
 
 @dataclass(frozen=True)
-class Network:
+class NetworkWeights:
     """A network as its checkpoint holds it, on the CPU."""
 
     config: ModelConfig
@@ -68,13 +70,13 @@ class Network:
         prefix = layer_prefix(layer)
         return {name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)}
 
-    def with_layers(self, config: ModelConfig, layers: Mapping[str, Weights]) -> "Network":
+    def with_layers(self, config: ModelConfig, layers: Mapping[str, Weights]) -> "NetworkWeights":
         """This network with other MoE layers, which `config` describes."""
         prefixes = tuple(map(layer_prefix, layers))
         weights = {name: weight for name, weight in self.weights.items() if not name.startswith(prefixes)}
         for layer, own in layers.items():
             weights |= {f"{layer_prefix(layer)}{name}": weight for name, weight in own.items()}
-        return Network(config, self.vocab_size, weights)
+        return NetworkWeights(config, self.vocab_size, weights)
 
     def build(self) -> Seq2Seq:
         """The model with these weights, in evaluation mode."""
@@ -122,7 +124,9 @@ def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
 # ------------------------------------------------------------------------------------------- reading and writing
 
 
-def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size: int) -> tuple[Network, Checkpoint]:
+def read_network(
+    run: RunDirectory, config: Config, vocabulary: str, vocab_size: int
+) -> tuple[NetworkWeights, Checkpoint]:
     """The network of a run at the checkpoint that `config.decoding` names: one that was saved, not an average."""
     if config.decoding.checkpoint == "average":
         raise UserError("decoding.checkpoint=average has no optimiser state to go on with: use best, last or a step")
@@ -132,15 +136,17 @@ def read_network(run: RunDirectory, config: Config, vocabulary: str, vocab_size:
     tensors = read_tensors(checkpoint.path / "training")
     kind = config.training.expert_optimizer
     shapes = {name: state_shapes(name, value.shape, kind) for name, value in values.items()}
-    weights = {name: Weight.new(value) for name, value in values.items()}
+    weights = {name: TrainedWeight.new(value) for name, value in values.items()}
     for name in has_moments(checkpoint, tensors, shapes):
         state = {moment: tensors[f"{moment}.{name}"] for moment in shapes[name]}
         step = state.pop("step")
-        weights[name] = Weight(values[name], state, step)
-    return Network(config.model, vocab_size, weights), checkpoint
+        weights[name] = TrainedWeight(values[name], state, step)
+    return NetworkWeights(config.model, vocab_size, weights), checkpoint
 
 
-def write_run(path: Path, source: RunDirectory, config: Config, network: Network, checkpoint: Checkpoint) -> None:
+def write_run(
+    path: Path, source: RunDirectory, config: Config, network: NetworkWeights, checkpoint: Checkpoint
+) -> None:
     """A run at `path` that goes on from `checkpoint` of the run `source` with another network; whole or not at all.
 
     Counters go along but for those that compare validations: scores of the new run are its own, and patience starts

@@ -7,19 +7,21 @@ from torch import Tensor, nn
 
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention
-from nmt.model.experts import WHOLE, MoE, Share
+from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.gating import Gate
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 
 
-def skeleton(config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> Seq2Seq:
+def skeleton(config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> Seq2Seq:
     """The network without any memory for its parameters, which are on the meta device."""
     with torch.device("meta"):
         return Seq2Seq(config, vocab_size, share)
 
 
-def assemble(config: ModelConfig, vocab_size: int, tensors: Mapping[str, Tensor], share: Share = WHOLE) -> Seq2Seq:
+def assemble(
+    config: ModelConfig, vocab_size: int, tensors: Mapping[str, Tensor], share: ExpertShard = ALL_EXPERTS
+) -> Seq2Seq:
     """The network with these tensors for parameters, in evaluation mode.
 
     `tensors` has every name of `named_parameters`. A tied matrix stands under its first name; where it also stands

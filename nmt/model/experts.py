@@ -42,14 +42,14 @@ class _GroupedProduct(Function):
         return grad_RI, grouped_outer(rows_RI, grad_RO, ends_E).to(w_EIO.dtype), None
 
 
-class Share(NamedTuple):
+class ExpertShard(NamedTuple):
     """The part of all experts that one process holds: part `rank` of `size` equal ones, in the order of experts."""
 
     rank: int = 0
     size: int = 1
 
 
-WHOLE = Share()
+ALL_EXPERTS = ExpertShard()
 
 
 class Experts(nn.Module):
@@ -59,7 +59,9 @@ class Experts(nn.Module):
     rows, whatever theirs is. With a share, which must divide E, only its experts are ever made.
     """
 
-    def __init__(self, num_experts: int, hidden_size: int, hidden_sizes: list[int], share: Share = WHOLE) -> None:
+    def __init__(
+        self, num_experts: int, hidden_size: int, hidden_sizes: list[int], share: ExpertShard = ALL_EXPERTS
+    ) -> None:
         super().__init__()
         sizes = [hidden_size, *hidden_sizes, hidden_size]
         held = num_experts // share.size
@@ -127,7 +129,7 @@ class MoE(nn.Module):
     A token without experts (strictly balanced gates know them) gets y = 0, which a sigmoid makes 1/2.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: Share = WHOLE) -> None:
+    def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: ExpertShard = ALL_EXPERTS) -> None:
         super().__init__()
         self.gate = make_gate(hidden_size, num_experts, config)
         self.experts = Experts(num_experts, hidden_size, config.hidden_sizes, share)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from nmt.batch import Batch
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention, Memory
-from nmt.model.experts import WHOLE, MoE, Share
+from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
@@ -57,7 +57,7 @@ class LossOutput(NamedTuple):
 class _MoELayers(nn.Module):
     """The MoE layers of one side, with their dropout and residual."""
 
-    def __init__(self, side: str, places: list[int], config: ModelConfig, share: Share) -> None:
+    def __init__(self, side: str, places: list[int], config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         places = places if config.moe.num_experts else []
         self.side = side
@@ -87,7 +87,7 @@ class _MoELayers(nn.Module):
 class Encoder(nn.Module):
     """Stacked LSTMs over the source, the bottom one in both directions if so configured."""
 
-    def __init__(self, config: ModelConfig, share: Share) -> None:
+    def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.residual_from = config.residual_from
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Stacked LSTMs over the target; layer 1 asks the attention (wirings: `AttentionConfig.wiring`)."""
 
-    def __init__(self, config: ModelConfig, share: Share) -> None:
+    def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.wiring = config.attention.wiring
@@ -200,7 +200,7 @@ class Seq2Seq(nn.Module):
     as in training.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int, share: Share = WHOLE) -> None:
+    def __init__(self, config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> None:
         super().__init__()
         self.config, self.share = config, share
         width = config.hidden_size

@@ -19,7 +19,7 @@ from torch.autograd import Function
 
 from nmt.config import Config
 from nmt.errors import UserError
-from nmt.model.experts import LocalDispatcher, MoE, Route, Share
+from nmt.model.experts import ExpertShard, LocalDispatcher, MoE, Route
 from nmt.model.gating import GateOutput
 from nmt.model.rows import inverse_permutation, take_rows
 from nmt.model.seq2seq import Seq2Seq
@@ -97,7 +97,7 @@ class AllToAllDispatcher:
         self.group, self.group_size, self.halves = group, group_size, halves
         self.local = LocalDispatcher()
         self.turns: _Turns | None = None
-        """Set while every process goes its own way through the layers (`passes_apart`)."""
+        """Set while every process goes its own way through the layers (`independent_passes`)."""
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
         """y_t = sum_j gate_tj E_j(x_t), each x_t sent to the process of its experts, and their results fetched."""
@@ -200,7 +200,7 @@ class _Turns:
 
 
 @contextmanager
-def passes_apart(model: nn.Module) -> Iterator[None]:
+def independent_passes(model: nn.Module) -> Iterator[None]:
     """Passes outside training, of which each process makes as many as it likes, over tokens of its own.
 
     All processes must enter; they leave together.
@@ -233,7 +233,7 @@ def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
                 f"the {moe.experts_at(layer)} experts of {layer} cannot be spread over {world.group_size} processes: "
                 "their number must be a multiple (or set parallel.expert_group_size)"
             )
-    model = Seq2Seq(config.model, vocab_size, Share(world.group_rank, world.group_size))
+    model = Seq2Seq(config.model, vocab_size, ExpertShard(world.group_rank, world.group_size))
     if world.group_size > 1:
         group = world.expert_group
         assert group is not None

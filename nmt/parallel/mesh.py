@@ -152,7 +152,7 @@ class World:
             dist.broadcast(tensor, src=0)
         return tensor
 
-    def hold_the_same(self, shared: Tensor, replicated: Tensor) -> bool:
+    def equal_on_all_ranks(self, shared: Tensor, replicated: Tensor) -> bool:
         """Whether these int64 (on the host) are the same in all processes, and in those that hold the same experts."""
         if self.host_mesh is None:
             return True
@@ -183,7 +183,7 @@ class World:
         return value  # type: ignore[return-value]
 
     @contextmanager
-    def losses_told(self, where: Callable[[], str]) -> Iterator[None]:
+    def report_peer_failures(self, where: Callable[[], str]) -> Iterator[None]:
         """What PyTorch raises when another process is gone, as a ProcessError that names this one and `where`.
 
         Any other error but a mistake of the user's is a bug: it is given both as a note, and raised again.
@@ -192,18 +192,18 @@ class World:
             yield
         except Exception as error:
             broke = isinstance(error, (dist.DistError, RuntimeError))
-            lost = self.loss(str(error), where()) if broke else None
+            lost = self.peer_failure(str(error), where()) if broke else None
             if lost is not None:
                 raise lost from error
             if not isinstance(error, ValueError) and not hasattr(error, "__notes__"):
                 error.add_note(f"rank {self.rank} of {self.size}, {where()}")
             raise
 
-    def loss(self, text: str, where: str) -> ProcessError | None:
+    def peer_failure(self, text: str, where: str) -> ProcessError | None:
         """The error to raise if `text` is how PyTorch says that another process is gone or late, else None."""
-        return self.lost(text, where) if self.size > 1 and _LOST.search(text) else None
+        return self.peer_lost(text, where) if self.size > 1 and _LOST.search(text) else None
 
-    def lost(self, cause: str, where: str) -> ProcessError:
+    def peer_lost(self, cause: str, where: str) -> ProcessError:
         """The error of this process when another is gone or late."""
         return ProcessError(
             f"rank {self.rank} of {self.size} lost another {where} ({' '.join(cause.split())[:200]}); the same command "

@@ -113,11 +113,13 @@ class Saver:
                 shutil.rmtree(temporary, ignore_errors=True)
             cause = _innermost(error)
             # What a file system says may name a path with any words in it.
-            lost = None if isinstance(cause, OSError) else self.world.loss(str(cause), f"while saving step {step}")
+            lost = (
+                None if isinstance(cause, OSError) else self.world.peer_failure(str(cause), f"while saving step {step}")
+            )
             self._error = lost or StorageError(
                 f"cannot write checkpoint {final}: {_cause(cause)}; earlier checkpoints are untouched"
             )
-            self._error.told = _is_of_others(error, self.world.rank)
+            self._error.reported_elsewhere = _is_of_others(error, self.world.rank)
             self._error.__cause__ = error
 
 
@@ -125,7 +127,7 @@ def _is_of_others(error: BaseException, rank: int) -> bool:
     """Whether a save failed in other processes alone."""
     if isinstance(error, CheckpointException):
         return rank not in error.failures
-    return isinstance(error, UserError) and error.told
+    return isinstance(error, UserError) and error.reported_elsewhere
 
 
 def _on_host(tensor: Tensor) -> Tensor:

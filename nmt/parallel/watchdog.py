@@ -108,7 +108,7 @@ class _HangWatchdog(threading.Thread):
                 self._give_up(f"told to stop, it waited {self.stuck_seconds:.0f} s more")
 
     def _give_up(self, cause: str) -> None:
-        error = self.world.lost(cause, self.where())
+        error = self.world.peer_lost(cause, self.where())
         with suppress(Exception):  # whatever it is, it must not keep this process alive
             self.tell(error)
         os._exit(error.status)

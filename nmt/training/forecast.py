@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from nmt.config import Config, TrainingConfig
-from nmt.cost.budget import Lengths, largest_shape, memory_of, numbers_of
+from nmt.cost.budget import SentenceLengths, largest_shape, memory_of, numbers_of
 from nmt.device import memory_bytes
 from nmt.errors import MemoryLimitError
 from nmt.parallel.mesh import World
@@ -68,7 +68,7 @@ def check_memory(config: Config, corpus: dict[str, Any], world: World) -> str | 
     """
     on_gpu, vocab_size = world.device.type == "cuda", corpus["vocabulary_size"]
     numbers = numbers_of(config, on_gpu)
-    shape = largest_shape(config, vocab_size, Lengths.of_corpus(corpus), numbers)
+    shape = largest_shape(config, vocab_size, SentenceLengths.of_corpus(corpus), numbers)
     rows = memory_of(config, vocab_size, shape, numbers, world.size, world.group_size)
     on_this_host = 1 if on_gpu else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     there = memory_bytes(world.device)

@@ -195,8 +195,8 @@ def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
     return {"model": parameters, "training": moments}
 
 
-class Update(NamedTuple):
-    """What one update did; tensors, so that nobody waits for the device."""
+class ClippedStep(NamedTuple):
+    """The result of `clipped_step`, as tensors, so that nobody waits for the device."""
 
     gradient_norm: Tensor
     skipped: Tensor  # float32, 1 if the gradient was not finite and nothing was changed
@@ -220,7 +220,7 @@ def clipped_step(
     rate: float,
     experts: Collection[Tensor] = (),
     world: World | None = None,
-) -> Update:
+) -> ClippedStep:
     """Scale the whole gradient to at most `clip_norm` (0: leave it) and take one step at `rate`.
 
     `experts` are the parameters of which this process of a `world` holds a share; all others are the same everywhere.
@@ -237,4 +237,4 @@ def clipped_step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
-    return Update(norm, skipped)
+    return ClippedStep(norm, skipped)

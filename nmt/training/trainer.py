@@ -134,7 +134,7 @@ class Trainer:
             self.saver.check_space(checkpoint_bytes(self.config, self.cost), math.ceil(max(left, 0) / every))
             self.model.train()
             try:
-                with self.world.losses_told(self.where):
+                with self.world.report_peer_failures(self.where):
                     self._loop(out)
             except ProcessError:
                 raise  # with the others lost, no checkpoint can be finished
@@ -417,7 +417,7 @@ class Trainer:
             # Sums of the bits: any one difference shows, and NaN does not hide it.
             bits[is_expert(name)].append(parameter.detach().view(torch.int32).sum(dtype=torch.int64))
         shared, experts = (torch.stack([*each, torch.zeros_like(bits[False][0])]).cpu() for each in bits.values())
-        if not self.world.hold_the_same(shared, experts):
+        if not self.world.equal_on_all_ranks(shared, experts):
             raise ProcessError(
                 f"step {self.progress.step}: the {self.world.size} processes no longer hold the same parameters; "
                 f"training stops, and goes on from the last checkpoint in {self.run.checkpoints} with the same command"

@@ -1,7 +1,7 @@
 """One optimiser update: what the trainer repeats and the benchmarks time."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -67,10 +67,10 @@ class Updater:
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         self.forward: Callable[..., LossOutput] = model
-        self.hold_back: Callable[[], Any] = _nothing_to_hold
+        self.no_grad_sync: Callable[[], Any] = nullcontext
         if world.size > 1:
             wrapped = _data_parallel(model, config.parallel.overlap, world)
-            self.forward, self.hold_back = wrapped, wrapped.no_sync
+            self.forward, self.no_grad_sync = wrapped, wrapped.no_sync
 
     def update(self, micro_batches: Sequence[Sequence[Batch]], step: int, rate: float) -> UpdateOutput:
         """Update number `step` at learning rate `rate`, from this process's micro-batches."""
@@ -85,7 +85,7 @@ class Updater:
         forward = partial(self.forward, label_smoothing=self.config.training.label_smoothing)
         for index, bands in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with _nothing_to_hold() if last else self.hold_back():
+            with nullcontext() if last else self.no_grad_sync():
                 output = self._forward(forward, bands, step, index)
                 if not first_pass:
                     _add_sums(own, output.gates)
@@ -138,11 +138,6 @@ def _add_sums(sums: LayerSums, gates: Gates) -> None:
         sums[layer] = sums[layer].plus(own) if layer in sums else own
 
 
-@contextmanager
-def _nothing_to_hold() -> Iterator[None]:
-    yield
-
-
 def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDataParallel:
     """Sums (not means) the gradients of dense parameters over all processes; experts are left alone."""
     names = [name for name, _ in model.named_parameters() if is_expert(name)]
@@ -165,16 +160,3 @@ def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDa
 def _sum_bucket(_state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
-
-
-def update(
-    model: Seq2Seq,
-    optimizer: torch.optim.Optimizer,
-    config: Config,
-    micro_batches: Sequence[Sequence[Batch]],
-    step: int,
-    rate: float,
-    device: torch.device,
-) -> UpdateOutput:
-    """One update in a single process."""
-    return Updater(model, optimizer, config, World(device)).update(micro_batches, step, rate)

@@ -6,7 +6,7 @@ from nmt.config import TrainingConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.scores import Tokenizer, corpus_scores, misfit
-from nmt.parallel.expert_parallel import passes_apart
+from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 
 LEAST_BLEU = 1.0
@@ -18,7 +18,7 @@ def validation_bleu(
 ) -> float:
     """Greedy BLEU of these sentences, shared out over all processes: a cheap figure to watch, not the one to report."""
     # Neighbours may be alike in length, and cost alike: each process gets every `size`th.
-    with passes_apart(translator.model):
+    with independent_passes(translator.model):
         own = [translation.text for translation in translator.translate(sources[world.rank :: world.size])]
     hypotheses = [""] * len(sources)
     for rank, share in enumerate(world.gather(own)):

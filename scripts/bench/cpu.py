@@ -47,7 +47,7 @@ from nmt.training.gate_watch import GateWatch, layer_lines
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.record import TrainLine
-from nmt.training.update import Updater, update
+from nmt.training.update import Updater
 
 CPU = torch.device("cpu")
 Figures = dict[str, float]
@@ -241,9 +241,9 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
     works: dict[str, Work] = {"matrix product": lambda: [a @ b for _ in range(10)]}
     for name, config in models.items():
         model = Seq2Seq(config.model, vocabulary).train()
-        optimizer = make_optimizer(model, config.training)
-        works[name] = lambda model=model, optimizer=optimizer, config=config: [  # type: ignore[misc]
-            update(model, optimizer, config, [[batch]], 1, 1e-3, CPU) for batch in batches
+        updater = Updater(model, make_optimizer(model, config.training), config, World(CPU))
+        works[name] = lambda updater=updater: [  # type: ignore[misc]
+            updater.update([[batch]], 1, 1e-3) for batch in batches
         ]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9

@@ -24,8 +24,9 @@ from nmt.device import set_float32_products
 from nmt.model.experts import MoE
 from nmt.model.init import init_parameters
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
-from nmt.training.update import update
+from nmt.training.update import Updater
 
 # What others reached on one NVIDIA H200: NVIDIA's PyTorch GNMT v2 code, the better of fp16 and bf16.
 GNMT_V2_BASELINE = {128: 238_400, 512: 502_100}
@@ -88,13 +89,13 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
     """Updates over the batches, twice round after one round of warm-up."""
     torch.manual_seed(1)
     model = Seq2Seq(config.model, vocabulary).to(device).train()
-    optimizer = make_optimizer(model, config.training)
+    updater = Updater(model, make_optimizer(model, config.training), config, World(device))
     cost = model_cost(config.model, vocabulary)
     batches = [batch.pin_memory() for batch in batches]
 
     def round_trip() -> None:
         for batch in batches:
-            update(model, optimizer, config, [[batch]], 1, 1e-4, device)
+            updater.update([[batch]], 1, 1e-4)
         torch.cuda.synchronize()
 
     round_trip()
