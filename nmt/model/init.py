@@ -1,7 +1,7 @@
 """Every initial value of the network in one place.
 
 The papers give none but the zero gates (S17 appendix A), and the start decides more of the early quality than any other
-choice measured on this model: see the README's results.
+choice measured on this model: see docs/results/studies.md.
 
 | parameter                          | start                          | why                                            |
 |------------------------------------|--------------------------------|------------------------------------------------|

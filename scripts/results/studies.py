@@ -1,9 +1,9 @@
-"""What experts, gates and balance losses are worth: the studies of the README's results, run through the nmt command.
+"""What experts, gates and balance losses are worth: runs the studies of docs/results/studies.md by the nmt command.
 
   python scripts/results/studies.py run                                # all, on one GPU: about a minute a run
   python scripts/results/studies.py run balance gates count optimizer growth     # the same by name
   python scripts/results/studies.py show                               # tables of what has been run
-  python scripts/results/studies.py plot docs/experts.svg      # curves of the study `count` (needs .[plots])
+  python scripts/results/studies.py plot docs/results/experts.svg  # curves of the study `count` (needs .[plots])
 
 All runs are variations of one experiment (--experiment; europarl_en_fr_study_small is for CPUs, six minutes a run on a
 core); a run that stands already is not run again. Options that start with a key, such as corpus.root=/data/europarl,

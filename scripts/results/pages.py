@@ -1,0 +1,129 @@
+"""Write docs/results/*.md, and the table in README.md, from results/*.json: python scripts/results/pages.py
+
+A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found stands in
+`hardware`, `commit`, `decoding`, `command` (a list) and `scores` (sacreBLEU signatures), of the file or of one table.
+
+A table has a `title`, sentences `about` it, `columns`, `rows`, sentences of `reading`, and perhaps a `picture`. A row
+is an object of plain figures. A column has a `title`, and a `cell` that Python's str.format fills with the figures of
+a row, such as "{dev_perplexity:.2f}"; a row that lacks a figure shows "-". With `best`, "lowest" or "highest", the
+best figure of a column is bold.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nmt.pages.markdown import table, wrapped
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    "quality": ("Quality", ["europarl", "multi30k"]),
+    "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
+    "speed": ("Speed", ["speed", "factored"]),
+    "scaling": ("Several GPUs", ["two_gpus", "same_training", "processes"]),
+}
+"""Pages by file name: the title, and the files of results that it shows."""
+IN_README = "europarl"
+"""The file of results whose first table stands in README.md."""
+_MARKS = "<!-- table: {} -->\n", "<!-- end of table -->\n"
+
+Result = dict[str, Any]
+"""A file of results, or one of its tables, as JSON gives it."""
+
+
+def read_result(name: str, folder: Path = ROOT / "results") -> Result:
+    """The file of results `name`.json."""
+    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def page(name: str) -> str:
+    """The whole text of docs/results/`name`.md."""
+    title, files = PAGES[name]
+    lines = [f"# {title}", "", "Made from `results/*.json` by `python scripts/results/pages.py`; change those instead."]
+    for file in files:
+        lines += ["", *section(read_result(file), file)]
+    return "\n".join(lines) + "\n"
+
+
+def section(result: Result, file: str) -> Iterator[str]:
+    """The lines of one file of results."""
+    yield f"## {result['title']}"
+    yield from _paragraph(result.get("about", []))
+    yield from _origin(result, file)
+    for each in result["tables"]:
+        yield ""
+        yield f"### {each['title']}"
+        yield from _paragraph(each.get("about", []))
+        yield from _origin(each)
+        yield ""
+        yield from rows_as_markdown(each)
+        yield from _paragraph(each.get("reading", []))
+        if "picture" in each:
+            yield ""
+            yield f"![{each['picture']['text']}]({each['picture']['file']})"
+
+
+def rows_as_markdown(of_table: Result) -> Iterator[str]:
+    """The lines of a table in Markdown."""
+    columns = of_table["columns"]
+    cells = [[_cell(column, row) for column in columns] for row in of_table["rows"]]
+    for place, column in enumerate(columns):
+        if "best" in column:
+            key = re.findall(r"\{(\w+)", column["cell"])[0]
+            figures = [row[key] for row in of_table["rows"] if key in row]
+            best = min(figures) if column["best"] == "lowest" else max(figures)
+            for row, line in zip(of_table["rows"], cells, strict=True):
+                if row.get(key) == best:
+                    line[place] = f"**{line[place]}**"
+    return table(tuple(column["title"] for column in columns), [tuple(line) for line in cells])
+
+
+def _cell(column: Result, row: Result) -> str:
+    try:
+        return column["cell"].format(**row)
+    except KeyError:
+        return "-"
+
+
+def _paragraph(sentences: list[str]) -> Iterator[str]:
+    if sentences:
+        yield ""
+        yield wrapped(" ".join(sentences))
+
+
+def _origin(result: Result, file: str = "") -> Iterator[str]:
+    """Where the figures come from, as a list."""
+    items = [f"{name}: {result[name]}" for name in ("hardware", "commit", "decoding") if name in result]
+    items += [f"command: `{command}`" for command in result.get("command", [])]
+    items += [f"{name}: `{signature}`" for name, signature in result.get("scores", {}).items()]
+    items += [f"data: [results/{file}.json](../../results/{file}.json)"] if file else []
+    if items:
+        yield ""
+        yield from (wrapped(f"- {item}") for item in items)
+
+
+def with_table(text: str) -> str:
+    """The text of README.md with its table as results/ has it now."""
+    start, end = (mark.format(f"results/{IN_README}.json") for mark in _MARKS)
+    before, _, rest = text.partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"README.md lacks the lines {start.strip()} and {end.strip()}")
+    lines = "\n".join(rows_as_markdown(read_result(IN_README)["tables"][0]))
+    return f"{before}{start}\n{lines}\n\n{end}{after}"
+
+
+def main() -> None:
+    """Write all of them."""
+    folder = ROOT / "docs" / "results"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in PAGES:
+        (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""results/*.json and the pages made from them: nothing is typed twice, and nothing is stale."""
+
+import importlib.util
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = ROOT / "docs" / "results"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("result_pages", ROOT / "scripts" / "results" / "pages.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+
+@pytest.mark.parametrize("name", script.PAGES)
+def test_a_page_is_what_its_results_give(name: str):
+    assert (PAGES / f"{name}.md").read_text() == script.page(name), "run python scripts/results/pages.py"
+
+
+def test_the_table_of_the_readme_is_what_its_results_give():
+    readme = (ROOT / "README.md").read_text()
+    assert readme == script.with_table(readme), "run python scripts/results/pages.py"
+
+
+def test_every_result_is_on_one_page_and_every_page_is_made():
+    shown = [file for _, files in script.PAGES.values() for file in files]
+    assert sorted(shown) == sorted(path.stem for path in (ROOT / "results").glob("*.json"))
+    assert {path.stem for path in PAGES.glob("*.md")} == script.PAGES.keys()
+
+
+def test_pictures_of_results_are_there():
+    for file in (ROOT / "results").glob("*.json"):
+        for table in json.loads(file.read_text())["tables"]:
+            assert "picture" not in table or (PAGES / table["picture"]["file"]).is_file()
+
+
+def test_every_column_shows_something():
+    """A misspelt figure in a cell would be a column of dashes."""
+    for file in (ROOT / "results").glob("*.json"):
+        for table in json.loads(file.read_text())["tables"]:
+            lines = [line.split(" | ") for line in list(script.rows_as_markdown(table))[2:]]
+            assert all(any(cell.strip("| ") != "-" for cell in column) for column in zip(*lines, strict=True)), file
+
+
+def test_a_table():
+    """A lacking figure is a dash, the best one is bold, and a cell cannot end early."""
+    columns = [
+        {"title": "run", "cell": "{run}"},
+        {"title": "perplexity", "cell": "{perplexity:.1f}", "best": "lowest"},
+        {"title": "tokens/s", "cell": "{slowest:,} to {fastest:,}"},
+    ]
+    rows = [{"run": "a|b", "perplexity": 5.25, "slowest": 1000}, {"run": "c", "perplexity": 5.0}, {"run": "d"}]
+    rows[1] |= {"slowest": 1000, "fastest": 2000}
+    assert list(script.rows_as_markdown({"columns": columns, "rows": rows})) == [
+        "| run | perplexity | tokens/s |",
+        "|---|---|---|",
+        "| a\\|b | 5.2 | - |",
+        "| c | **5.0** | 1,000 to 2,000 |",
+        "| d | - | - |",
+    ]
+
+
+def test_a_readme_without_its_marks_is_refused():
+    text = script.with_table("a\n<!-- table: results/europarl.json -->\nold\n<!-- end of table -->\nz\n")
+    assert text.startswith("a\n")
+    assert text.endswith("<!-- end of table -->\nz\n")
+    assert "old" not in text
+    with pytest.raises(ValueError, match="lacks the lines"):
+        script.with_table("a\n<!-- table: results/europarl.json -->\nold\n")
