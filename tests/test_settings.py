@@ -57,7 +57,7 @@ def test_a_prefix_chooses() -> None:
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["settings", "training.max_steps"]) == 0
-    assert capsys.readouterr().out == "training.max_steps (int, default 20000)\n    Optimiser updates.\n"
+    assert capsys.readouterr().out == "training.max_steps (int, default 20000)\n    Optimiser steps in all.\n"
     assert main(["settings"]) == 0
     out = capsys.readouterr().out
     assert [line.split(" (")[0] for line in out.splitlines() if line[0] != " "] == list(known_settings(Config))

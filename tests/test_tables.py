@@ -249,7 +249,7 @@ def test_labels_are_one_a_file(tmp_path: Path) -> None:
         ({"pairs": ["a"], "columns": ["0", "1"]}, "counted from 1"),
         ({"source": ["a"], "target": ["b"], "pairs": ["c"], "domains": ["x"]}, "1 labels for 2 files"),
         ({"pairs": ["a"], "columns": ["00", "1"]}, "counted from 1"),
-        ({"source": ["a"], "target": ["b"], "columns": ["x", "y"]}, "corpus.train.pairs, which names no file"),
+        ({"source": ["a"], "target": ["b"], "columns": ["x", "y"]}, "corpus.train.pairs, which is empty"),
         ({"from_train": 5}, "corpus.train.from_train must be 0"),
         ({"from_train": -5}, "corpus.train.from_train"),
         ({"from_train": 5, "pairs": ["a"]}, "choose one of the two"),

@@ -1,8 +1,8 @@
-"""Every setting of the program, once: its type, its default and its documentation.
+"""Every setting of the program, defined once: its type, its default and its documentation.
 
-The YAML files of conf/ and the command line choose values; a misspelt key, a wrong type or a value that contradicts
-another is refused with the full key before anything runs (nmt/config/reading.py). Hydra puts the files together and
-is known to nmt/compose.py alone: the program is handed these plain objects.
+The YAML files in conf/ and the command line choose the values. A misspelt key, a wrong type or a contradiction between
+settings is rejected, with the full key, before anything runs (nmt/config/reading.py). Only nmt/compose.py uses Hydra,
+which combines the files; the rest of the program receives these plain objects.
 """
 
 import math
@@ -42,66 +42,70 @@ TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none
 
 @dataclass
 class TrainingConfig:
-    """How the network learns."""
+    """How the network is trained."""
 
     seed: int = 1
-    """Initial weights, order of the data, dropout and gate noise all follow from it."""
+    """Seed of the initial weights, the order of the data, dropout and gate noise."""
     max_steps: int = 20000
-    """Optimiser updates."""
+    """Optimiser steps in all."""
     max_minutes: float = 0.0
-    """Stop after this many minutes of training, validations and saves included, over all sittings; 0: no limit."""
+    """Stop after this many minutes of training; 0: no limit. Validations and saves count, and so does the time before
+    a run was resumed."""
     batch_tokens: int = 16384
-    """Padded tokens of one micro-batch, on its larger side: what must fit in the memory of one GPU."""
+    """Maximum padded tokens of one micro-batch on either side. A micro-batch must fit in the memory of one GPU."""
     micro_batches: int = 1
-    """Micro-batches summed into one update, over all GPUs together. Fixes what an update sees, whatever the number
-    of GPUs: it must be a multiple of that number."""
+    """Micro-batches per step, over all GPUs together; a multiple of the number of GPUs. The data of a step do not
+    depend on that number."""
     bands: int = 2
-    """Parts of a micro-batch, each of other sentence lengths and with its share of `batch_tokens`. Gates, experts and
-    softmax see the tokens of all together; LSTMs and attention work on one after the other. More bands mix an update
-    better; fewer are faster on a GPU."""
+    """Parts of a micro-batch that differ in sentence length; each has an equal share of `batch_tokens`. Gates, experts
+    and softmax process all parts together; LSTMs and attention process one part at a time. More bands mix the sentence
+    lengths of a step better; fewer are faster on a GPU."""
     alike: int = 1
-    """Of the micro-batches of an update, so many at a time have the same sentence lengths; a divisor of
-    `micro_batches`. 1 mixes an update best. The number of GPUs lets all finish each micro-batch at the same moment."""
+    """Number of micro-batches at a time that have the same sentence lengths; a divisor of `micro_batches`. 1 mixes the
+    sentence lengths of a step best. With the number of GPUs, all GPUs finish each micro-batch at the same time."""
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
-    """inverse_sqrt: linear warm-up, hold, then step^-0.5 (S17 appendix E); linear: warm-up, then to 0 at max_steps or
-    max_minutes, whichever comes first."""
+    """Learning rate over time. inverse_sqrt: linear warm-up, constant rate, then decay as step^-0.5 (S17 appendix E).
+    linear: linear warm-up, then linear decay to 0 at max_steps or max_minutes, whichever comes first."""
     warmup_steps: int = 2000
-    """Updates of linear warm-up."""
+    """Steps of linear warm-up."""
     hold_steps: int = 8000
-    """Updates at the peak, for inverse_sqrt."""
+    """Steps at the peak learning rate, for schedule=inverse_sqrt."""
     adam_beta1: float = 0.9
-    """Adam's decay of the first moment."""
+    """Adam's decay rate of the first moment."""
     adam_beta2: float = 0.98
-    """Adam's decay of the second moment."""
+    """Adam's decay rate of the second moment."""
     adam_epsilon: float = 1.0e-9
     """Adam's epsilon."""
     expert_optimizer: str = "adam"
-    """What trains the experts: adam, as all else; factored: Adam without first moment, whose second moment is kept as
-    the means of rows and columns of each expert's matrix (S17 appendix D). It takes next to no memory."""
+    """Optimiser of the experts. adam: the same as for all other parameters. factored: Adam without a first moment,
+    with the row and column means of each expert's matrix as second moment (S17 appendix D). factored needs next to no
+    memory."""
     label_smoothing: float = 0.1
-    """Share of the target probability spread evenly over the vocabulary."""
+    """Share of the target probability that is spread evenly over the vocabulary."""
     clip_norm: float = 1.0
-    """Largest norm of the whole gradient; 0 for no clipping."""
+    """Maximum norm of the whole gradient; 0: no clipping."""
     precision: str = "auto"
-    """bf16 (matrix products; weights, gates, losses and optimiser stay float32), fp32, or auto: bf16 on a GPU."""
+    """bf16, fp32, or auto: bf16 on a GPU, else fp32. bf16 is for matrix products; weights, gates, losses and optimiser
+    stay in float32."""
     device: str = "auto"
-    """cuda, cpu, or auto."""
+    """cuda, cpu, or auto: cuda if there is a GPU."""
     log_every: int = 50
-    """Updates between lines of metrics."""
+    """Steps between lines of metrics."""
     validate_every: int = 1000
-    """Updates between validations."""
+    """Steps between validations."""
     validation_sentences: int = 500
-    """Sentences of the dev set translated (greedily) for validation BLEU; 0 for perplexity alone."""
+    """Sentences of the dev set that are translated, greedily, for validation BLEU; 0: perplexity only."""
     checkpoint_every: int = 1000
-    """Updates between checkpoints. The last update is always saved."""
+    """Steps between checkpoints. The last step is always saved."""
     keep_checkpoints: int = 3
-    """Newest checkpoints kept, besides the best one."""
+    """Newest checkpoints to keep, in addition to the best one."""
     best_by: str = "perplexity"
-    """What makes a checkpoint the best: perplexity, or bleu of the validation (from 1 on: less orders nothing)."""
+    """Score on the dev set that selects the best checkpoint: perplexity or bleu. BLEU below 1 is noise and never counts
+    as best."""
     patience: int = 0
-    """Stop after this many validations without a new best; 0: never."""
+    """Stop after this many validations without a new best; 0: never stop early."""
 
     def __post_init__(self) -> None:
         for name in ("max_steps", "batch_tokens", "micro_batches", "log_every", "validate_every"):
@@ -116,8 +120,8 @@ class TrainingConfig:
         at_least("training.alike", self.alike, 1)
         if self.micro_batches % self.alike:
             raise ValueError(
-                f"training.alike={self.alike} must divide training.micro_batches={self.micro_batches}: an update has "
-                "whole groups of like micro-batches"
+                f"training.alike={self.alike} must divide training.micro_batches={self.micro_batches}: a step "
+                "consists of whole groups of micro-batches"
             )
         above("training.learning_rate", self.learning_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
@@ -134,18 +138,18 @@ class TrainingConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the processes that torchrun started share the work. None of it changes what an update computes."""
+    """How several processes share the work. These settings do not change what a step computes."""
 
     expert_group_size: int = 0
-    """Processes over which one copy of the experts is spread; 0: all of them. A divisor of their number makes each such
-    group hold all experts, for instance the GPUs of one host."""
+    """Number of processes that share one copy of the experts, such as the GPUs of one host; a divisor of the number of
+    processes. 0: all processes share one copy."""
     timeout_seconds: int = 600
-    """A process that the others wait for longer than this has failed: all of them stop."""
+    """If processes wait longer than this for another one, it has failed and all of them stop."""
     overlap: bool = True
-    """Sum the gradients of dense parameters while the backward pass goes on, instead of after it."""
+    """Sum the gradients of dense parameters during the backward pass instead of after it."""
     overlap_exchange: bool = False
-    """Send tokens to their experts in two halves, one while experts work on the other. Pays where the exchange takes
-    long and experts have rows enough to be halved (`scripts/bench/scaling.py` measures both)."""
+    """Send tokens to their experts in two halves: experts compute one half while the other is sent. This pays if the
+    exchange is slow and each expert has many rows (`scripts/bench/scaling.py` measures both)."""
 
     def __post_init__(self) -> None:
         at_least("parallel.expert_group_size", self.expert_group_size, 0)
@@ -154,32 +158,35 @@ class ParallelConfig:
 
 @dataclass
 class DecodingConfig:
-    """How a trained model translates. May be overridden for every command that takes a run."""
+    """How a trained model translates. Every command that takes a run can override these settings."""
 
     checkpoint: str = "best"
-    """best, last, average (the mean of the newest `average_checkpoints`), or a step such as 12000."""
+    """Checkpoint to load: best, last, average (the mean of the newest `average_checkpoints`), or a step such as
+    12000."""
     average_checkpoints: int = 3
-    """Checkpoints in the mean, for checkpoint=average."""
+    """Number of checkpoints to average, for checkpoint=average."""
     beam_size: int = 4
-    """Hypotheses kept for each sentence; 1 is greedy search."""
+    """Hypotheses kept per sentence; 1: greedy search."""
     experts_per_token: int = 0
-    """Experts that each token wakes while translating, in all groups together; 0: as many as in training. Fewer are
-    cheaper, more may be better (`nmt evaluate RUN --dial 1,2,4` shows it)."""
+    """Active experts per token while translating, in all groups together; 0: as many as in training. Fewer are faster;
+    more may translate better (`nmt evaluate RUN --dial 1,2,4` compares them)."""
     alpha: float = 0.2
-    """Length normalisation lp(Y) = ((5+|Y|)/6)^alpha (GNMT eq. 14)."""
+    """Exponent of the length normalisation lp(Y) = ((5+|Y|)/6)^alpha (GNMT eq. 14)."""
     beta: float = 0.2
     """Weight of the coverage penalty (GNMT eq. 14)."""
     max_length_ratio: float = 2.0
-    """A translation has at most this many times the pieces of its source (GNMT section 7), and 10 more."""
+    """Maximum length of a translation in subwords: this many times the subwords of its source, plus 10 (GNMT
+    section 7)."""
     max_source_pieces: int = 250
-    """Longer lines, and lines longer than any of the training text, are translated in parts: cut where sentences end,
-    or where clauses or words do if a sentence is too long, and joined again. A note counts them."""
+    """Maximum subwords of a line that is translated whole. Longer lines, and lines longer than any in the training
+    text, are translated in parts and joined again. They are split at ends of sentences, or of clauses or words if a
+    sentence is too long. A note reports their number."""
     batch_sentences: int = 64
-    """Sentences searched together."""
+    """Sentences per search batch."""
     device: str = "auto"
-    """cuda, cpu, or auto."""
+    """cuda, cpu, or auto: cuda if there is a GPU."""
     precision: str = "auto"
-    """bf16, fp32, or auto: bf16 on a GPU."""
+    """bf16, fp32, or auto: bf16 on a GPU, else fp32."""
 
     def __post_init__(self) -> None:
         for name in ("average_checkpoints", "beam_size", "max_source_pieces", "batch_sentences"):
@@ -197,11 +204,12 @@ class DecodingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How translations are scored. May be overridden for every command that takes a run."""
+    """How translations are scored. Every command that takes a run can override these settings."""
 
     tokenize: str = "auto"
-    """How BLEU cuts text into words, by sacreBLEU's names: 13a, intl, zh, ja-mecab, ko-mecab, char, none; auto: by the
-    target language, 13a for those with blanks between words. Only scores with the same tokeniser can be compared."""
+    """Tokeniser of BLEU, by sacreBLEU's name: 13a, intl, zh, ja-mecab, ko-mecab, char or none. auto: the one for the
+    target language, 13a for languages with blanks between words. Only scores with the same tokeniser can be
+    compared."""
 
     def __post_init__(self) -> None:
         one_of("evaluation.tokenize", self.tokenize, TOKENIZERS)
@@ -209,12 +217,12 @@ class EvaluationConfig:
 
 @dataclass
 class RunConfig:
-    """Where a run lives."""
+    """Where a run is stored."""
 
     name: str = ""
-    """Folder of the run below `directory`. The same name continues the run."""
+    """Folder of the run inside `directory`. Training with the name of an existing run resumes it."""
     directory: str = "runs"
-    """Folder of all runs."""
+    """Folder that contains all runs."""
 
     def __post_init__(self) -> None:
         plain_name("run.name", self.name)
@@ -222,31 +230,24 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """The whole program."""
+    """All settings. Each section is documented at its class."""
 
     run: RunConfig = field(default_factory=RunConfig)
-    """The run."""
     corpus: CorpusConfig = field(default_factory=CorpusConfig)
-    """The text."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
-    """The learning."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """The processes."""
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
-    """The translating."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """The scoring."""
 
     @classmethod
     def from_dict(cls, settings: Any) -> "Config":
-        """What `to_dict` gave, or its values as text; what is left out has its default.
+        """Build the settings from the dictionaries of `to_dict`. Values may be text; missing ones are the defaults.
 
-        ValueError names the full key of a setting that is unknown, of the wrong type or out of its range.
+        Raises ValueError, with the full key, if a setting is unknown, has the wrong type or is out of range.
         """
         return read_settings(cls, settings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain nested dictionaries, for YAML and JSON."""
+        """Return the settings as plain nested dictionaries, for YAML and JSON."""
         return asdict(self)

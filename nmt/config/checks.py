@@ -1,4 +1,4 @@
-"""What the settings are checked with: errors that name the full key, the value and what is allowed."""
+"""Checks of settings. Each raises a ValueError with the full key, the value and what is allowed."""
 
 import math
 from collections.abc import Collection
@@ -28,26 +28,26 @@ MOST = {
     "decoding.batch_sentences": 1_000_000,
     "corpus.subwords.vocab_size": 1_000_000,
 }
-"""The largest value of a setting, or of each of the values in it: far more than anybody needs. The configuration of a
-run that somebody sent could else ask for more memory or time than there is, or for numbers that float32 lacks."""
+"""Largest value of a setting, or of each value in it; all are far above what anybody needs. Without these bounds, a
+run received from somebody could require more memory or time than exists, or numbers outside the range of float32."""
 
 
 def one_of(key: str, value: Any, allowed: Collection[Any]) -> None:
-    """Refuse a value that is not in `allowed`."""
+    """Reject a value that is not in `allowed`."""
     if value not in allowed:
         raise ValueError(f"{key}={value} is not one of {', '.join(map(str, allowed))}")
 
 
 def at_least(key: str, value: float, minimum: float) -> None:
-    """Refuse a value below `minimum`, and one beyond `MOST`."""
-    # Written so that NaN is refused too.
+    """Reject a value below `minimum` or above its bound in `MOST`."""
+    # `not >=` rejects NaN too.
     if not value >= minimum:
         raise ValueError(f"{key}={value} must be at least {minimum}")
     _not_beyond_most(key, value)
 
 
 def above(key: str, value: float, bound: float) -> None:
-    """Refuse a value that is not greater than `bound`, and one beyond `MOST`."""
+    """Reject a value that is not greater than `bound`, or above its bound in `MOST`."""
     if not value > bound:
         raise ValueError(f"{key}={value} must be greater than {bound}")
     _not_beyond_most(key, value)
@@ -62,12 +62,12 @@ def _not_beyond_most(key: str, value: float) -> None:
 
 
 def fraction(key: str, value: float) -> None:
-    """Refuse a value outside 0 <= value < 1."""
+    """Reject a value outside 0 <= value < 1."""
     if not 0.0 <= value < 1.0:
         raise ValueError(f"{key}={value} must lie in 0 <= value < 1")
 
 
 def plain_name(key: str, value: str) -> None:
-    """Refuse what is not the name of one file: with a slash or a control character in it, or "." or ".."."""
+    """Reject a value that cannot name a file in a folder: "." or "..", or one with a slash or a control character."""
     if "/" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key}={value!r} must be a plain name: it becomes a folder")

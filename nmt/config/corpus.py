@@ -1,4 +1,4 @@
-"""Settings of the text: where it comes from, what is dropped, how it is cut into pieces."""
+"""Settings of the corpus: where text comes from, which pairs are dropped, how text is split into subwords."""
 
 from dataclasses import dataclass, field
 
@@ -7,52 +7,52 @@ from nmt.config.checks import at_least, one_of, plain_name
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
 NUM_ADDED_PIECES = 328
-"""Pieces that every new vocabulary has on top of the learned ones: 4 special, 68 reserved and 256 bytes."""
+"""Pieces that every new vocabulary has in addition to the learned ones: 4 special, 68 reserved and 256 bytes."""
 
 
 @dataclass
 class FilesConfig:
     """Parallel text of one split. Line n of `source` pairs with line n of `target`.
 
-    Files may be compressed (.gz, .xz, .zst, .bz2), which is told by their content. A dataset of the hub reads no
-    training text from files; dev and test may be files beside it.
+    Files may be compressed (.gz, .xz, .zst, .bz2); the compression is detected from their content. With a dataset of
+    the hub, dev and test can come from files, but training text cannot.
     """
 
     source: list[str] = field(default_factory=list)
-    """Text files of the source language, one sentence per line; several are read one after the other."""
+    """Text files in the source language, one sentence per line. Several files are read one after the other."""
     target: list[str] = field(default_factory=list)
-    """Text files of the target language, in the same order."""
+    """Text files in the target language, in the same order."""
     pairs: list[str] = field(default_factory=list)
-    """Files that hold both sides: .tsv, .csv, .jsonl or .parquet. See `columns`."""
+    """Files with both sides: .tsv, .csv, .jsonl or .parquet. See `columns`."""
     columns: list[str] = field(default_factory=list)
-    """The two columns of `pairs`, or of a dataset of the hub, that hold source and target: by name ([source, target];
-    .tsv and .csv then begin with a line of names) or by number from 1 ([1, 3]; no line of names). Empty: the columns
-    that are called as the two languages, in the column `translation` if there is one; .tsv and .csv without a line of
-    names must then have just two columns, source and target."""
+    """Source column and target column of `pairs` or of a dataset of the hub. Give two names, such as [source, target];
+    .tsv and .csv files must then start with a line of names. Or give two numbers counted from 1, such as [1, 3], for
+    files without a line of names. Empty: the columns named after the two languages, inside the column `translation` if
+    there is one; .tsv and .csv files without a line of names must then have two columns, source and target."""
     domains: list[str] = field(default_factory=list)
-    """The kind of text in each file: one label for each of `source`, then one for each of `pairs`; empty: none.
-    `nmt experts` shows which domains an expert prefers. A column `domain` in a row goes before the label."""
+    """Kind of text in each file: one label per file of `source`, then one per file of `pairs`; empty: none.
+    `nmt experts` shows which domains an expert prefers. A column `domain` overrides the label."""
     from_train: int = 0
-    """dev and test: hold out this many pairs of the training text instead of naming files. A function of the pairs
-    alone, not of their order; no copy of them stays in the training text."""
+    """For dev and test: hold out this many pairs of the training text instead of naming files. The choice depends on
+    the pairs, not on their order. All copies of these pairs are removed from the training text."""
 
 
 @dataclass
 class FilterConfig:
-    """What a training pair must satisfy; dev and test are never filtered. 0 or false switches a filter off."""
+    """Filters of training pairs; dev and test are never filtered. 0 or false switches a filter off."""
 
     blank: bool = True
-    """Drop pairs of which one side is blank."""
+    """Drop pairs with a blank side."""
     identical: bool = False
-    """Drop pairs whose two sides are the same text (untranslated lines of web corpora)."""
+    """Drop pairs with the same text on both sides (untranslated lines of web corpora)."""
     duplicates: bool = False
-    """Drop pairs seen before. Costs about 100 bytes of memory a pair."""
+    """Drop pairs seen before. Needs about 100 bytes of memory per pair."""
     max_words: int = 150
-    """Drop pairs with more blank-separated words on either side."""
+    """Drop pairs with more than this many blank-separated words on either side."""
     max_length_ratio: float = 0.0
-    """Drop pairs whose longer side has more than this many times the words of the shorter one."""
+    """Drop pairs whose longer side has more than this many times the words of the shorter side."""
     max_pieces: int = 200
-    """Drop pairs with more subword pieces on either side."""
+    """Drop pairs with more than this many subwords on either side."""
 
     def __post_init__(self) -> None:
         for name in ("max_words", "max_length_ratio", "max_pieces"):
@@ -64,18 +64,19 @@ class SubwordConfig:
     """One SentencePiece vocabulary for both languages (GNMT section 4: a shared vocabulary makes copying trivial)."""
 
     kind: str = "unigram"
-    """unigram or bpe."""
+    """Method of segmentation: unigram or bpe."""
     vocab_size: int = 32000
-    """Pieces learned from the text; 328 special, reserved and byte pieces come on top. Digits stand alone. A multiple
-    of 8 keeps the softmax on the fast matrix path."""
+    """Number of subwords learned from the text; 328 special, reserved and byte pieces are added. Every digit is a
+    subword by itself. With a multiple of 8, the softmax uses the fast matrix products of a GPU."""
     character_coverage: float = 1.0
-    """Share of the text's characters that get a piece of their own; the rest are spelled in bytes, as is whatever a
-    user types later. Below 1 for huge texts with stray characters of many scripts."""
+    """Share of the text's characters that are subwords themselves. All other characters are encoded as bytes, also when
+    translating. Choose less than 1 for huge texts with stray characters of many scripts."""
     normalisation: str = "nfc"
-    """nfc composes letters and marks, and makes control characters blanks. nmt_nfkc and nfkc lose meaning as well: m²
-    becomes m2, ½ becomes 1⁄2, full-width punctuation ASCII. identity changes nothing."""
+    """nfc composes letters and marks, and replaces control characters with blanks. nmt_nfkc and nfkc also lose meaning:
+    m² becomes m2, ½ becomes 1⁄2, and full-width punctuation becomes ASCII. identity changes nothing."""
     training_sentences: int = 400000
-    """Sentences, of both languages together, drawn evenly from the corpus to learn the pieces from."""
+    """Number of sentences, of both languages together, that the subwords are learned from. They are drawn evenly from
+    the corpus."""
 
     def __post_init__(self) -> None:
         one_of("corpus.subwords.kind", self.kind, SUBWORD_KINDS)
@@ -87,41 +88,40 @@ class SubwordConfig:
 
     @property
     def num_pieces(self) -> int:
-        """Pieces of a new vocabulary, the added ones included: the rows of the embeddings and the softmax."""
+        """Size of a new vocabulary, added pieces included: the rows of the embeddings and the softmax."""
         return self.vocab_size + NUM_ADDED_PIECES
 
 
 @dataclass
 class CorpusConfig:
-    """Where sentence pairs come from and how they become numbers (`nmt prepare`)."""
+    """Where sentence pairs come from and how they are encoded (`nmt prepare`)."""
 
     name: str = "corpus"
-    """Names the prepared corpus; it lies in `directory`/`name`-<fingerprint of this whole section>."""
+    """Name of the prepared corpus. Its folder is `directory`/`name`-<fingerprint of this whole section>."""
     directory: str = "data/prepared"
-    """Folder of all prepared corpora."""
+    """Folder that contains all prepared corpora."""
     source: str = "phrasebook"
-    """phrasebook (embedded), files (train/dev/test below), or a dataset of the Hugging Face hub such as wmt/wmt14,
-    or a local folder laid out like one."""
+    """Where text comes from: phrasebook (embedded in the program), files (named in train, dev and test), a dataset of
+    the Hugging Face hub such as wmt/wmt14, or a local folder with the layout of one."""
     subset: str = ""
-    """Hub datasets: the configuration, e.g. de-en."""
+    """Configuration of a dataset of the hub, such as de-en."""
     source_language: str = "en"
-    """Language code; where text has columns, the one that is called so (see `train.columns`)."""
+    """Language code. In text with columns, also the default name of the source column (see `train.columns`)."""
     target_language: str = "de"
-    """Language code; where text has columns, the one that is called so (see `train.columns`)."""
+    """Language code. In text with columns, also the default name of the target column (see `train.columns`)."""
     root: str = ""
     """Folder that the file names below are relative to; empty: the working directory."""
     train: FilesConfig = field(default_factory=FilesConfig)
     """Training text, for `source: files`."""
     dev: FilesConfig = field(default_factory=FilesConfig)
-    """Validation text: files, or held out of the training text. Empty: the split `validation` of the hub."""
+    """Validation text: files, or pairs held out of the training text. Empty: the split `validation` of the hub."""
     test: FilesConfig = field(default_factory=FilesConfig)
-    """Test text, in the same ways. May be empty: then `nmt evaluate` wants --source and --reference."""
+    """Test text, given like `dev`. Empty: the split `test` of the hub, or none; `nmt evaluate` then needs --source and
+    --reference."""
     max_pairs: int = 0
-    """Read only this many training pairs (0: all; for the phrasebook 0 means 30,000)."""
+    """Maximum number of training pairs to read; 0: all, or 30,000 of the phrasebook."""
     filters: FilterConfig = field(default_factory=FilterConfig)
-    """What is dropped from the training text."""
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
-    """The vocabulary."""
 
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)
@@ -139,15 +139,15 @@ class CorpusConfig:
             has_columns = files.pairs or (self.source not in ("files", "phrasebook") and not files.source)
             if files.columns and not has_columns:
                 raise ValueError(
-                    f"corpus.{split}.columns=[{', '.join(files.columns)}] is for corpus.{split}.pairs, which names no "
-                    "file: name it there, or empty the columns"
+                    f"corpus.{split}.columns=[{', '.join(files.columns)}] is for corpus.{split}.pairs, which is empty: "
+                    "name a file there, or leave out the columns"
                 )
         if self.train.from_train:
-            raise ValueError("corpus.train.from_train must be 0: it is dev and test that are held out of train")
+            raise ValueError("corpus.train.from_train must be 0: only dev and test can be held out of train")
 
 
 def _check_files(key: str, files: FilesConfig) -> None:
-    """ValueError for settings of one split that contradict each other."""
+    """Raise ValueError if settings of one split contradict each other."""
     at_least(f"{key}.from_train", files.from_train, 0)
     if bool(files.source) != bool(files.target):
         lacking, given = ("target", "source") if files.source else ("source", "target")
@@ -158,8 +158,8 @@ def _check_files(key: str, files: FilesConfig) -> None:
         numbers = [column.isascii() and column.isdigit() for column in files.columns]
         if len(files.columns) != 2 or any(numbers) != all(numbers) or files.columns[0] == files.columns[1]:
             raise ValueError(
-                f"{key}.columns=[{', '.join(files.columns)}] must be the column of the source and that of the target, "
-                "as two names or as two numbers"
+                f"{key}.columns=[{', '.join(files.columns)}] must be the source column and the target column, as two "
+                "names or as two numbers"
             )
         if all(numbers) and "0" in (column.lstrip("0") or "0" for column in files.columns):
             raise ValueError(f"{key}.columns=[{', '.join(files.columns)}]: columns are counted from 1")

@@ -1,4 +1,4 @@
-"""What there is to set, read off the dataclasses: for `nmt settings`, docs/configuration.md and shell completion."""
+"""All settings, read from the dataclasses, for `nmt settings`, docs/configuration.md and shell completion."""
 
 import ast
 import inspect
@@ -11,7 +11,7 @@ from nmt.config.reading import known_settings, unknown_setting, written
 
 
 class Setting(NamedTuple):
-    """One setting, as text for people."""
+    """One setting, as text."""
 
     key: str
     """The full key: training.max_steps."""
@@ -24,7 +24,7 @@ class Setting(NamedTuple):
 
 
 def settings(prefix: str = "") -> list[Setting]:
-    """All settings whose keys begin with `prefix`, in the order of nmt/config. ValueError if there are none."""
+    """Return all settings whose keys begin with `prefix`, in the order of nmt/config. Raises ValueError if none do."""
     found = [each for each in _settings(Config, "") if each.key.startswith(prefix)]
     if not found:
         raise ValueError(unknown_setting(prefix, known_settings(Config)))
@@ -48,7 +48,7 @@ def _type_name(hint: Any) -> str:
 
 
 def _docstrings(kind: type) -> dict[str, str]:
-    """The string that follows each field of a class, on one line."""
+    """Return the string that follows each field of a class, joined into one line."""
     (tree,) = ast.parse(inspect.getsource(kind)).body
     assert isinstance(tree, ast.ClassDef)
     texts = {}

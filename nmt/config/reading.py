@@ -1,7 +1,7 @@
-"""Settings as people write them, in YAML or on a command line, and the typed objects they become.
+"""Convert settings written in YAML or on a command line into typed objects.
 
-What a value is follows from the type of its setting alone, never from how it looks: `2024_11_26`, `1e3`, `no` and
-`true` are text where the setting is text. Every mistake is a ValueError of one line that names the full key.
+The type of a setting alone decides how its value is read, never how the value looks: `2024_11_26`, `1e3`, `no` and
+`true` are text if the setting is text. Every mistake raises a ValueError of one line that names the full key.
 """
 
 import difflib
@@ -28,9 +28,9 @@ class UnknownSettingError(ValueError):
 
 
 class _TextLoader(yaml.SafeLoader):
-    """YAML of which every plain scalar stays the text that it is, but for null.
+    """A YAML loader that reads every plain scalar as text, except null.
 
-    No key may stand twice, and there are no aliases: a few lines of them can stand for more than any memory holds.
+    It rejects duplicate keys and aliases: a few lines of aliases can expand to more than fits in memory.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -48,7 +48,7 @@ class _TextLoader(yaml.SafeLoader):
         seen = set()
         for key, _ in node.value:
             if key.value in seen:
-                problem = f"{key.value} stands here a second time"
+                problem = f"{key.value} is set twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             if isinstance(key.value, str):
                 seen.add(key.value)
@@ -56,7 +56,7 @@ class _TextLoader(yaml.SafeLoader):
 
 
 def parse_yaml(text: str) -> Any:
-    """What a YAML text says, scalars as text. ValueError names the line, counted from 1."""
+    """Parse a YAML text, with scalars as text. Raises ValueError, with the line counted from 1, if it is not valid."""
     try:
         return yaml.load(text, _TextLoader)
     except yaml.MarkedYAMLError as error:
@@ -69,7 +69,7 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_settings(kind: type[T], given: Any, key: str = "") -> T:
-    """An object of the dataclass `kind` from nested dictionaries; what they leave out has its default.
+    """Build an object of the dataclass `kind` from nested dictionaries; missing settings get their defaults.
 
     `key` is the full key of the object itself, empty for the whole configuration.
     """
@@ -77,9 +77,9 @@ def read_settings(kind: type[T], given: Any, key: str = "") -> T:
 
 
 def typed_settings(kind: type, given: Any, key: str = "", unresolved: bool = False) -> dict[str, Any]:
-    """The settings that `given` has, and no others, each as its type wants it.
+    """Return the settings in `given`, and no others, each converted to its type.
 
-    `unresolved`: a value may still hold ${...}, which stays as it stands.
+    With `unresolved`, a value that contains ${...} stays unchanged.
     """
     if not isinstance(given, dict):
         example = f"{key}.{next(iter(get_type_hints(kind)))}" if key else "training.max_steps"
@@ -95,9 +95,9 @@ def typed_settings(kind: type, given: Any, key: str = "", unresolved: bool = Fal
 
 
 def read_value(kind: type, key: str, text: str) -> Any:
-    """What KEY=TEXT on a command line gives the setting `key` of `kind`; ${...} in it stays as it stands.
+    """Return the value of KEY=TEXT on a command line for the setting `key` of `kind`; ${...} in it stays unchanged.
 
-    Text is taken as it was typed, unless all of it stands in quotes. Lists are written [a, b], dictionaries {a: 1}.
+    Text is taken as typed, unless all of it is quoted. Lists are written [a, b], dictionaries {a: 1}.
     """
     hint = setting_type(kind, key)
     quoted = text.lstrip().startswith(("'", '"'))
@@ -105,17 +105,17 @@ def read_value(kind: type, key: str, text: str) -> Any:
     if not (quoted or (collection and "${" not in text)):
         return _typed(hint, text, key, unresolved=True)
     try:
-        # Between a name and its number YAML wants a blank, people do not.
+        # YAML requires a blank after the colon, which people often leave out.
         value = parse_yaml(re.sub(r":(?=\S)", ": ", text) if get_origin(hint) is dict else text)
     except ValueError as error:
         problem = str(error).partition(": ")[2] or error
-        advice = "a quote that begins it must end it" if quoted else "put quotes around what has special characters"
+        advice = "end it with the quote it begins with" if quoted else "put quotes around text with special characters"
         raise ValueError(f"{_assignment(key, text)} cannot be read ({problem}): {advice}") from error
     return _typed(hint, text if value is None else value, key, unresolved=True)
 
 
 def setting_type(kind: type, key: str) -> Any:
-    """The type of the setting or section `key`. ValueError if there is none."""
+    """Return the type of the setting or section `key`. Raises ValueError if there is none."""
     hint: Any = kind
     for name in key.split("."):
         hints = get_type_hints(hint) if is_dataclass(hint) else {}
@@ -126,7 +126,7 @@ def setting_type(kind: type, key: str) -> Any:
 
 
 def written(value: Any) -> str:
-    """A value as `read_value` takes it."""
+    """Write a value as text that `read_value` reads."""
     match value:
         case None:
             return "null"
@@ -148,7 +148,7 @@ def _escaped(character: str) -> str:
 
 
 def known_settings(kind: type, key: str = "") -> Iterator[str]:
-    """Full keys of all settings below `key`, whose type is the dataclass `kind`."""
+    """Yield the full keys of all settings below `key`, whose type is the dataclass `kind`."""
     for name, hint in get_type_hints(kind).items():
         full = f"{key}.{name}" if key else name
         if isinstance(hint, type) and is_dataclass(hint):
@@ -158,12 +158,12 @@ def known_settings(kind: type, key: str = "") -> Iterator[str]:
 
 
 def unknown_setting(key: str, known: Iterable[str]) -> str:
-    """The line that says so, with the known one that is meant, if one is near."""
+    """Return the error message for an unknown setting, with the known ones that are probably meant."""
     return f"unknown setting {_shown(key)}{_suggestion(key, list(known))} (nmt settings prints all of them)"
 
 
 def _suggestion(key: str, known: list[str]) -> str:
-    """The same name in other sections, else the nearest one of its section; of all if there is no such section."""
+    """Suggest the same name in other sections, else the closest name in the section (or of all, if it is unknown)."""
     section, _, name = key.rpartition(".")
     found = [each for each in known if each.rpartition(".")[2] == name]
     beside = {each.rpartition(".")[2]: each for each in known if each.rpartition(".")[0] == section}
@@ -202,7 +202,7 @@ def _scalar(hint: type, value: Any, key: str) -> Any:
     text = value if isinstance(value, str) else written(value)
     if hint is str:
         if "\0" in text:
-            raise ValueError(f"{key} has a NUL character in it, which no name and no file has")
+            raise ValueError(f"{key} contains a NUL character: remove it")
         return text
     if hint is bool and text.lower() in _TRUE + _FALSE:
         return text.lower() in _TRUE
@@ -213,7 +213,7 @@ def _scalar(hint: type, value: Any, key: str) -> Any:
             # YAML writes .inf and .nan.
             return float(re.sub(r"(?i)^([+-]?)\.(?=inf$|nan$)", r"\1", text))
     except ValueError:
-        pass  # no number, or one of thousands of digits
+        pass  # not a number, or one with thousands of digits
     kinds = {int: "a whole number", float: "a number", bool: "true or false"}
     raise ValueError(f"{_assignment(key, value)} is not {kinds[hint]}")
 
