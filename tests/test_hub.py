@@ -160,7 +160,7 @@ def test_a_cell_without_end_is_refused(offline: Path, monkeypatch: pytest.Monkey
     (offline / "set").mkdir()
     table = pyarrow.table({"en": ["a" * 2_000_000], "de": ["b"]})
     pyarrow.parquet.write_table(table, offline / "set" / "train.parquet", compression="zstd")
-    assert "this is no text" in refusal(CorpusConfig(source=str(offline / "set")))
+    assert "this is not text" in refusal(CorpusConfig(source=str(offline / "set")))
 
 
 def test_a_line_without_end_is_refused(offline: Path) -> None:

@@ -230,7 +230,7 @@ GOOD = {"en": "{date} and {time}.", "de": "{date} und {time}.", "fr": "{date} et
         ({"fr": "{date} et."}, "slot time is not in fr"),
         ({"de": "{date} und {time} und {city}."}, r"slot \{city\} is in de but not in en"),
         ({"de": "{date:zum} und {time}."}, r"unknown form in \{date:zum\} \(de\)"),
-        ({"de": "{date} und {time} und {."}, "braces that are no slot"),
+        ({"de": "{date} und {time} und {."}, "braces that are not a slot"),
         ({"en": "Hi.", "de": "Hallo.", "fr": "Salut."}, "0 combinations"),
     ],
 )

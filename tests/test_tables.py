@@ -99,7 +99,7 @@ def test_columns_by_name(tmp_path: Path, ending: str) -> None:
     assert "no column trg of corpus.train.columns=[src, trg]" in message
     assert "id, EN-us, note, src" in message
     message = refusal(tmp_path, f"p{ending}")
-    assert "set corpus.train.columns to the two that hold source and target" in message
+    assert "set corpus.train.columns to the source column and the target column" in message
 
 
 @pytest.mark.parametrize("ending", [".tsv", ".csv", ".parquet"])
@@ -123,9 +123,7 @@ def test_a_line_of_names_is_no_pair(tmp_path: Path) -> None:
         rows = [("eins", "1", "one")] if "id" in names else [("one", "eins")]
         (tmp_path / "p.tsv").write_text("\n".join([names, *("\t".join(row) for row in rows)]))
         assert read(tmp_path, "p.tsv", report=report) == [("one", "eins")]
-        assert report.notes == [
-            f"corpus.train.pairs: {tmp_path / 'p.tsv'}: its first line was taken for the names of its columns"
-        ]
+        assert report.notes == [f"corpus.train.pairs: {tmp_path / 'p.tsv'}: its first line was read as column names"]
 
 
 @pytest.mark.parametrize("ending", [".tsv", ".csv", ".jsonl", ".parquet"])
@@ -208,7 +206,7 @@ def test_cells_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(nmt.corpus.tables, "MOST_BYTES", 1 << 16)
     shrinks = pyarrow.table({"en": ["a" * 2_000_000], "de": ["b"]})
     pyarrow.parquet.write_table(shrinks, tmp_path / "p.parquet", compression="zstd")
-    assert "this is no text" in refusal(tmp_path, "p.parquet")
+    assert "this is not text" in refusal(tmp_path, "p.parquet")
     long = pyarrow.table({"en": ["x", "a" * ((1 << 16) + 1)], "de": ["b", "c"]})
     pyarrow.parquet.write_table(long, tmp_path / "q.parquet")
     assert "rows 1 to 2: a text has more than" in refusal(tmp_path, "q.parquet")

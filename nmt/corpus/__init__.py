@@ -1,1 +1,1 @@
-"""Sentence pairs from anyone's files, the hub or the phrasebook, and what is left out."""
+"""Read sentence pairs from files, the hub or the phrasebook, and filter them."""

@@ -1,4 +1,4 @@
-"""What a training pair must satisfy, and which pairs are held out of the training text."""
+"""Filter training pairs, and choose the pairs that are held out of the training text."""
 
 import hashlib
 import heapq
@@ -8,7 +8,7 @@ from nmt.corpus.pairs import SentencePair
 
 
 class Filters:
-    """The filters of training pairs, in a fixed order; `dropped` counts what each was first to refuse."""
+    """Filters of training pairs, applied in a fixed order; `dropped` counts the pairs that each was first to reject."""
 
     def __init__(self, config: FilterConfig) -> None:
         self.config = config
@@ -18,14 +18,14 @@ class Filters:
         self._seen: set[int] = set()
 
     def keep(self, pair: SentencePair) -> bool:
-        """Whether the text of a pair passes."""
+        """Return whether the text of a pair passes."""
         reason = self._refusal(pair.source, pair.target)
         if reason:
             self.dropped[reason] += 1
         return not reason
 
     def keep_encoded(self, num_source_pieces: int, num_target_pieces: int) -> bool:
-        """Whether a pair passes once it is encoded. A side of which no piece is left is blank."""
+        """Return whether an encoded pair passes. A side without subwords is blank."""
         reason = ""
         longer = max(num_source_pieces, num_target_pieces)
         if self.config.blank and min(num_source_pieces, num_target_pieces) == 0:
@@ -37,7 +37,7 @@ class Filters:
         return not reason
 
     def describe(self) -> str:
-        """How many pairs each filter dropped and why, such as "5 with more than 200 pieces (max_pieces)"."""
+        """List how many pairs each filter dropped and why: "5 with more than 200 pieces (max_pieces)"."""
         config = self.config
         why = {
             "blank": "with a blank side",
@@ -74,11 +74,11 @@ class Filters:
 
 
 class HoldOut:
-    """Chooses the pairs of dev and test that are held out of the training text, and finds all copies of them.
+    """Choose the pairs of dev and test that are held out of the training text, and find all copies of them.
 
-    A pair is chosen by a hash of its two texts: dev takes those with the smallest, test those with the largest. The
-    choice does not depend on the order of the text, and that for one split not on the size of the other. What is held
-    does not grow with the text.
+    Pairs are chosen by a hash of their two texts: dev takes the smallest hashes, test the largest. The choice does not
+    depend on the order of the text, and the choice for one split does not depend on the size of the other. Memory does
+    not grow with the text.
     """
 
     def __init__(self, num_dev: int, num_test: int) -> None:
@@ -86,36 +86,36 @@ class HoldOut:
 
     @property
     def wanted(self) -> int:
-        """How many pairs are to be held out."""
+        """Number of pairs to hold out."""
         return sum(split.most for split in self._splits.values())
 
     @property
     def num_copies(self) -> int:
-        """Pairs of those offered that are held out, copies included."""
+        """Number of offered pairs that are held out, copies included."""
         return sum(split.num_copies for split in self._splits.values())
 
     def offer(self, pair: SentencePair) -> None:
-        """Take in a pair of the training text, which may be chosen."""
+        """Consider a pair of the training text."""
         rank = _rank(pair.source, pair.target)
         self._splits["dev"].offer(rank, pair)
         self._splits["test"].offer(_LARGEST - rank, pair)
 
     def pairs(self, split: str) -> list[SentencePair]:
-        """The pairs of "dev" or "test", each once, in the order of their hashes."""
+        """Return the pairs of "dev" or "test", each once, in the order of their hashes."""
         return self._splits[split].pairs()
 
     def holds(self, source: str, target: str) -> bool:
-        """Whether a pair of the training text is held out."""
+        """Return whether a pair of the training text is held out."""
         rank = _rank(source, target)
         return rank in self._splits["dev"] or _LARGEST - rank in self._splits["test"]
 
 
 class _Smallest:
-    """The pairs with the smallest ranks, at most `most` of them, and how often each was offered."""
+    """The `most` pairs with the smallest ranks, and how often each was offered."""
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._heap: list[int] = []  # ranks, negated: the largest one is first
+        self._heap: list[int] = []  # negated ranks: the largest rank is first
         self._kept: dict[int, tuple[SentencePair, int]] = {}
 
     @property
@@ -130,7 +130,7 @@ class _Smallest:
             heapq.heappush(self._heap, -rank)
             self._kept[rank] = (pair, 1)
         elif self.most and rank < -self._heap[0]:
-            # The one that leaves never comes back: the largest rank kept only falls.
+            # A removed pair never comes back, since the largest kept rank only falls.
             del self._kept[-heapq.heapreplace(self._heap, -rank)]
             self._kept[rank] = (pair, 1)
 
@@ -145,11 +145,11 @@ _LARGEST = (1 << 64) - 1
 
 
 def _rank(source: str, target: str) -> int:
-    # Blanks around a sentence do not make another one.
+    # Blanks around a sentence do not count.
     return _fingerprint(source.strip(), target.strip())
 
 
 def _fingerprint(source: str, target: str) -> int:
-    # 64 bits: among 40 million pairs one is lost by accident with probability 4e-5.
+    # 64 bits: among 40 million pairs, the probability of a collision, which drops a pair, is 4e-5.
     digest = hashlib.blake2b(f"{source}\n{target}".encode(errors="replace"), digest_size=8).digest()
     return int.from_bytes(digest, "little")

@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face hub, and local folders laid out like one; the one file that knows `datasets`.
+"""Read datasets of the Hugging Face hub, and local folders with the same layout. Only this file uses `datasets`.
 
-A folder may come from anybody: it names its data files by itself, and is read only inside itself.
+A folder may come from anybody. It names its own data files, and only files inside it are read.
 """
 
 import os
@@ -21,16 +21,16 @@ HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _OWN_ENDINGS = r"\.(parquet|jsonl(\.(gz|xz|zst|bz2))?)$"
 _ROWS = 1000
 _MOST_README_BYTES = 1 << 24
-# What the library reads beside README.md, without a bound.
+# The library reads these too, with no bound on their size.
 _OTHER_METADATA = (".huggingface.yaml",)
 
 
 def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
-    """The pairs of "train", "dev" or "test"; nothing if there is no such split, which for "train" is a DataError.
+    """Yield the pairs of "train", "dev" or "test"; nothing if there is no such split. DataError if "train" is missing.
 
-    The .parquet and .jsonl files of a local folder are read as files of pairs are; its other kinds are streamed by
-    the library, which leaves no copy in the library's cache. A dataset of the hub is downloaded into that cache once,
-    unless `max_pairs` wants a part of it only.
+    In a local folder, .parquet and .jsonl files are read like files of pairs. The library streams all other kinds,
+    which leaves no copy in its cache. A dataset of the hub is downloaded into that cache once, except with `max_pairs`,
+    which streams it.
     """
     columns = Columns(corpus, split)
     where = f"corpus.source={corpus.source}"
@@ -51,7 +51,7 @@ def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[
 
         splits = datasets.load_dataset(**_arguments(corpus), streaming=files is not None or corpus.max_pairs > 0)
         chunks = iter(splits[HUB_SPLITS[split]].iter(batch_size=_ROWS)) if HUB_SPLITS[split] in splits else None
-    except Exception as error:  # the library raises a dozen unrelated classes for what is one user mistake
+    except Exception as error:  # the library raises a dozen unrelated classes for one mistake of the user
         raise _error(corpus, error) from error
     if chunks is None:
         _check_split(corpus, split, splits)
@@ -71,12 +71,12 @@ def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[
 
 
 def hub_files(corpus: CorpusConfig) -> list[Path]:
-    """The data files of a local folder, each of them inside it; none for a dataset that comes from the hub."""
+    """Return the data files of a local folder, all of them inside it; none for a dataset of the hub."""
     return sorted({path for paths in (_data_files(corpus) or {}).values() for path in paths})
 
 
 def _data_files(corpus: CorpusConfig) -> dict[str, list[Path]] | None:
-    """The files of each split of a local folder, by the hub's name of the split; None if it is no folder."""
+    """Return the files of each split of a local folder, by the hub's name of the split; None if it is not a folder."""
     if not Path(corpus.source).is_dir():
         return None
     folder = Path(corpus.source).resolve()
@@ -91,20 +91,20 @@ def _data_files(corpus: CorpusConfig) -> dict[str, list[Path]] | None:
     for path in (path for paths in files.values() for path in paths):
         if not path.resolve().is_relative_to(folder):
             raise DataError(
-                f"corpus.source={corpus.source} names {path}, which lies outside the folder: only files inside are "
-                "read; move it there, as a file and no link"
+                f"corpus.source={corpus.source} names {path}, which is outside the folder: only files inside are "
+                "read; move it there, as a file and not as a link"
             )
     return files
 
 
 def _check_split(corpus: CorpusConfig, split: str, there: Iterable[str]) -> None:
-    """DataError if the split that lacks is the one for training."""
+    """Raise DataError if the missing split is the one for training."""
     if split == "train":
         raise _error(corpus, ValueError(f"it has no split train, only {', '.join(there) or 'none'}"))
 
 
 def _check_lines(path: Path, where: str) -> None:
-    """DataError if a line of a text file is longer than the library should be given: it would hold it whole."""
+    """Raise DataError if a line of a text file is too long: the library would read all of it into memory."""
     if path.suffix in (".csv", ".tsv", ".txt", ".json", ".xml") or path.suffix in COMPRESSIONS:
         with open_text(path, where) as lines:
             for _ in lines:
@@ -112,11 +112,11 @@ def _check_lines(path: Path, where: str) -> None:
 
 
 def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
-    """DataError if the folder names data by an address, which the library would fetch, or may do so unseen."""
+    """Raise DataError if README.md names an address, which the library would fetch, or if other metadata could."""
     for name in _OTHER_METADATA:
         if os.path.lexists(folder / name):
             raise DataError(
-                f"corpus.source={corpus.source}: {folder / name} is not read: say in README.md where the data are, and "
+                f"corpus.source={corpus.source}: {folder / name} is not supported: name the data files in README.md and "
                 "remove it"
             )
     try:
@@ -125,24 +125,24 @@ def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
         return
     except OSError as error:
         raise DataError(f"corpus.source={corpus.source}: README.md: {error.strerror}: remove it") from error
-    # As the library finds it.
+    # The same pattern as the library's.
     header = re.match(r"\s*---[\r\n]+(.*?)[\r\n]+---", text.removeprefix("\ufeff"), re.DOTALL)
     try:
         said = parse_yaml(header[1]) if header else None
     except ValueError as error:
         raise DataError(f"corpus.source={corpus.source}: the header of README.md cannot be read: {error}") from error
-    # The rest of the header may link to where it likes.
+    # Links in the rest of the header do no harm.
     configs = said.get("configs") if isinstance(said, dict) else None
     address = next((text for text in _texts(configs) if "://" in text), None)
     if address:
         raise DataError(
-            f"corpus.source={corpus.source}: its README.md names {address}, but a folder is read from itself alone: "
-            "download that file into the folder and name it there"
+            f"corpus.source={corpus.source}: its README.md names {address}, but only files inside the folder are "
+            "read: download that file into the folder and name it there"
         )
 
 
 def _texts(tree: Any) -> Iterator[str]:
-    """All texts in nested lists and mappings, keys included."""
+    """Yield all texts in nested lists and mappings, keys included."""
     if isinstance(tree, dict):
         for key, value in tree.items():
             yield from _texts(key)
@@ -155,7 +155,7 @@ def _texts(tree: Any) -> Iterator[str]:
 
 
 def _arguments(corpus: CorpusConfig) -> dict[str, Any]:
-    """What `datasets.load_dataset` needs to find the corpus."""
+    """Return the arguments with which `datasets.load_dataset` finds the corpus."""
     if not Path(corpus.source).is_dir():
         if corpus.source.startswith((".", "/", "~")) or corpus.source.count("/") > 1:
             raise DataError("there is no such folder")

@@ -1,9 +1,9 @@
-"""The words of the phrasebook: what may fill a slot of a sentence, and its forms in English, German and French.
+"""The words of the phrasebook: values for the slots of a sentence, and their forms in English, German and French.
 
-`read_lexicon` gives the kinds of slots by name. The calendar kinds (dates, times, weekdays, months) are built in,
-all others come from lexicon.toml: closed classes of words, whose forms follow the tables of grammar.toml, and
-quantities and codes, which are composed. Names of dates, units, currencies, countries and languages come from
-Babel (Unicode CLDR), numbers in words from num2words. No other module knows these two libraries.
+`read_lexicon` returns the kinds of slots by name. The calendar kinds (dates, times, weekdays, months) are built in. All
+others come from lexicon.toml: closed classes of words, whose forms follow the tables of grammar.toml, and quantities
+and codes, which are composed. Names of dates, units, currencies, countries and languages come from Babel (Unicode
+CLDR), numbers in words from num2words. Only this module uses these two libraries.
 """
 
 import random
@@ -24,10 +24,10 @@ LEXICON_FILES = ("grammar.toml", "lexicon.toml")
 
 # British dates ("3 March 2025") and spellings ("litres") go with the 24-hour clock used throughout.
 _LOCALES = {"en": Locale.parse("en_GB"), "de": Locale.parse("de"), "fr": Locale.parse("fr")}
-_ONE_PROBABILITY = 0.08  # of the count 1: without it the singular would be rare
+_ONE_PROBABILITY = 0.08  # of the count 1: otherwise the singular would be rare
 
 Value = tuple[Any, ...]
-"""What fills a slot, in all languages alike; only its kind knows what is in it. Values of a kind can be compared."""
+"""A value of a slot, the same for all languages. Only its kind interprets it. Values of one kind can be compared."""
 _Forms = dict[str, str]
 
 
@@ -36,7 +36,7 @@ _Forms = dict[str, str]
 
 @cache
 def _names(what: str, language: str) -> dict[Any, str]:
-    """CLDR's months (from 1), weekdays (Monday is 0), territories or languages."""
+    """Return CLDR's names of months (from 1), weekdays (Monday is 0), territories or languages."""
     locale = _LOCALES[language]
     if what in ("months", "days"):
         return dict(getattr(locale, what)["format"]["wide"])
@@ -49,13 +49,13 @@ def _in_words(number: int, language: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """CLDR's no-break spaces, as plain ones."""
+    """Replace CLDR's no-break spaces with plain ones."""
     return text.replace("\u202f", " ").replace("\u00a0", " ")
 
 
 @lru_cache(maxsize=1 << 16)
 def _in_digits(hundredths: int, language: str, fixed: bool) -> str:
-    """A number in digits; `fixed` writes two decimals or none, else trailing zeros are dropped."""
+    """Write a number in digits: with `fixed`, two decimals or none; else without trailing zeros."""
     symbols = _LOCALES[language].number_symbols["latn"]
     whole, part = divmod(abs(hundredths), 100)
     text = f"{whole:,}".replace(",", _plain(symbols["group"]))
@@ -72,7 +72,7 @@ def _forms(table: dict[str, list[str]], column: int, word: str) -> _Forms:
 
 
 def _french(table: dict[str, list[str]], gender: str, word: str, elided: bool | None = None) -> _Forms:
-    """The forms of a word of gender m, f, pl or - (no article); by default a vowel letter elides."""
+    """Return the forms of a word of gender m, f, pl or - (no article). By default, words with a first vowel elide."""
     vowel = word[0].lower() in "aeiouàâéèêîôœ" if elided is None else elided
     columns = {"m": (0, 2), "f": (1, 3), "pl": (4, 5), "-": (6, 6)}
     return _forms(table, columns[gender][vowel], word)
@@ -83,7 +83,7 @@ def _noun(row: list[str], grammar: dict[str, Any]) -> dict[str, _Forms]:
     vowel = english[0] in "aeiou" and not english.startswith("uni")
     article, _, noun = german.removesuffix(" (pl)").partition(" ")
     column = 3 if german.endswith("(pl)") else ("der", "die", "das").index(article)
-    # The French article says it all, except the gender of "l'église (f)".
+    # The French article shows gender and number, except the gender of "l'église (f)".
     match = re.fullmatch(r"(le |la |les |l')(.+?)(?: \((m|f)\))?", french)
     if not match or (match[1] == "l'") != bool(match[3]):
         raise ValueError(f'{french!r} must begin with le, la or les, or be like "l\'église (f)"')
@@ -97,7 +97,7 @@ def _noun(row: list[str], grammar: dict[str, Any]) -> dict[str, _Forms]:
 
 
 def _word(kind: str, row: list[str], grammar: dict[str, Any]) -> dict[str, _Forms]:
-    """The forms of a row of the lexicon in each language; lexicon.toml describes the rows."""
+    """Return the forms of a row of the lexicon in each language; lexicon.toml describes the rows."""
     if kind == "noun":
         return _noun(row, grammar)
     if kind == "name":
@@ -117,29 +117,29 @@ def _word(kind: str, row: list[str], grammar: dict[str, Any]) -> dict[str, _Form
 
 
 class Kind:
-    """What may fill a slot: draws values, says which of them are held out, and renders them in a language."""
+    """A kind of slot: draws its values, decides which of them are held out, and renders them in a language."""
 
     ordered = True  # two values in one sentence appear in ascending order ("from 9:00 to 17:00")
-    size = 0  # how many values there are
+    size = 0  # number of values
 
     def __init__(self, name: str) -> None:
         self.name = name
         self.forms: dict[str, set[str]] = {language: {""} for language in LANGUAGES}
 
     def draw(self, rng: random.Random) -> Value:
-        """A random value, of any split."""
+        """Return a random value, of any split."""
         raise NotImplementedError
 
     def key(self, value: Value) -> str:
-        """A name of the value that no other value has."""
+        """Return a unique name of the value."""
         return f"{self.name}:{value}"
 
     def held_out(self, value: Value) -> bool:
-        """Whether the value belongs to one split only."""
+        """Return whether the value belongs to one split only."""
         return True
 
     def render(self, value: Value, language: str, form: str) -> str:
-        """The text of a value in one of the grammatical forms that `self.forms` names for the language."""
+        """Return the text of a value in one of the language's grammatical forms in `self.forms`."""
         raise NotImplementedError
 
 
@@ -157,7 +157,7 @@ class Words(Kind):
         return (rng.randrange(len(self.words)),)
 
     def key(self, value: Value) -> str:
-        # By the word: adding words to the lexicon then leaves the other combinations in their splits.
+        # The word, not its position: new words in the lexicon then leave other combinations in their splits.
         return f"{self.name}:{self.words[value[0]]['en']['']}"
 
     def held_out(self, value: Value) -> bool:
@@ -175,7 +175,7 @@ class _Unit(NamedTuple):
 
 
 class _Quantity(Kind):
-    """An amount with a unit ("3 weeks", "2.5 litres") or without; a value is (unit, hundredths)."""
+    """An amount with or without a unit ("3 weeks", "2.5 litres"); a value is (unit, hundredths)."""
 
     def __init__(self, name: str, units: list[_Unit], one: bool) -> None:
         super().__init__(name)
@@ -199,14 +199,14 @@ class _Quantity(Kind):
         unit, amount = self.units[value[0]], value[1]
         words = form == "words"
         number = _in_words(amount // 100, language) if words else _in_digits(amount, language, unit.money)
-        # CLDR: the French singular reaches below 2 ("1,5 litre"), the others are for 1 itself.
+        # CLDR: the French singular is for all amounts below 2 ("1,5 litre"), the others are for 1 only.
         singular = abs(amount) < 200 if language == "fr" else abs(amount) == 100
         word = unit.forms[language][0 if singular else 2 if form == "dem" else 1]
         return f"{number}{'' if language == 'en' and word == '%' else ' '}{word}".rstrip()
 
 
 class _Code(Kind):
-    """Room, flight and telephone numbers, years: patterns in which # is a digit, alike in all languages."""
+    """Room, flight and telephone numbers, years: patterns in which # is a digit, the same in all languages."""
 
     ordered = False
 
@@ -232,7 +232,7 @@ class _Clock(Kind):
     size = 17 * 60
 
     def draw(self, rng: random.Random) -> Value:
-        # Mostly the times that timetables and appointments have.
+        # Mostly multiples of five minutes, as in timetables and appointments.
         minute = rng.randrange(60) if rng.random() < 0.3 else rng.randrange(0, 60, 5)
         return (rng.randrange(6, 23), minute)
 
@@ -246,7 +246,7 @@ class _Clock(Kind):
 
 
 class _Date(Kind):
-    """A day with its month ("d"), also its year ("dy"), also its weekday ("dyE"): (year or 0, month, day)."""
+    """A day and month ("d"), with year ("dy"), or with year and weekday ("dyE"): (year or 0, month, day)."""
 
     def __init__(self, name: str, parts: str) -> None:
         super().__init__(name)
@@ -254,7 +254,7 @@ class _Date(Kind):
         self.forms["de"] = {"", "dem"}
 
     def draw(self, rng: random.Random) -> Value:
-        # The leap year 2024 stands for the dates without a year.
+        # Dates without a year come from the leap year 2024.
         first = date(2020 if "y" in self.parts else 2024, 1, 1).toordinal()
         day = date.fromordinal(first + rng.randrange(self.size))
         return (day.year if "y" in self.parts else 0, day.month, day.day)
@@ -273,7 +273,7 @@ class _Date(Kind):
 
 
 def _unit_forms(unit: dict[str, Any], language: str) -> list[str]:
-    """Singular, plural and German dative plural; what the lexicon does not give comes from CLDR."""
+    """Return singular, plural and German dative plural: from the lexicon if it has them, else from CLDR."""
     locale = _LOCALES[language]
     if language in unit:
         words = unit[language].split("|")
@@ -307,7 +307,7 @@ def _kind(name: str, table: dict[str, Any], grammar: dict[str, Any]) -> Kind:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """A TOML file; a ValueError for a broken one names the file."""
+    """Read a TOML file. Raises ValueError, with the file's name, if it is broken."""
     try:
         return tomllib.loads(path.read_text("utf-8"))
     except tomllib.TOMLDecodeError as error:
@@ -315,7 +315,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def read_lexicon(directory: Path) -> dict[str, Kind]:
-    """The kinds of slots by name: the calendar, and what the folder's files define; ValueError if they are broken."""
+    """Return the kinds of slots by name: the calendar, and those in the folder's files. ValueError if one is broken."""
     grammar = read_toml(directory / "grammar.toml")
     dates = {"date": "d", "fulldate": "dy", "weekdate": "dyE"}
     kinds: list[Kind] = [_Clock("time"), *(_Date(name, parts) for name, parts in dates.items())]

@@ -1,4 +1,4 @@
-"""A sentence pair, and how one is made of a row with columns: of a file of pairs, or of a dataset of the hub."""
+"""Sentence pairs, and how they are made from rows with columns, of a file of pairs or of a dataset of the hub."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,7 +10,7 @@ from nmt.textfile import MOST_BYTES
 
 
 class SentencePair(NamedTuple):
-    """A sentence, its translation, and where known the kind of text it is. No text holds a "\\n"."""
+    """A sentence, its translation, and its kind of text if known. No text contains a "\\n"."""
 
     source: str
     target: str
@@ -19,30 +19,30 @@ class SentencePair(NamedTuple):
 
 @dataclass
 class ReadReport:
-    """What was noticed while reading, besides the pairs."""
+    """Counts and notes about what was read, in addition to the pairs."""
 
     invalid_lines: int = 0
-    """Lines that were not valid UTF-8; the broken bytes became U+FFFD."""
+    """Lines that were not valid UTF-8; U+FFFD replaces the broken bytes."""
     empty_rows: int = 0
-    """Rows of files of pairs and of datasets that are blank, or null on one side; they are left out."""
+    """Rows of files of pairs and of datasets that were left out because they are blank, or null on one side."""
     notes: list[str] = field(default_factory=list)
     """One line each."""
 
 
 class Columns:
-    """Which columns of the rows of one split hold the two texts, by the configuration."""
+    """The columns with the two texts in the rows of one split, according to the configuration."""
 
     def __init__(self, corpus: CorpusConfig, split: str) -> None:
         files: FilesConfig = getattr(corpus, split)
         self.key = f"corpus.{split}.columns"
         self.given = bool(files.columns)
-        """Whether the setting names them; else they are called as the languages."""
+        """Whether the setting names the columns; otherwise they are named after the languages."""
         self.names = tuple(files.columns) or (corpus.source_language, corpus.target_language)
         self.numbers = tuple(int(name) - 1 for name in files.columns if name.isascii() and name.isdigit())
-        """Their places, where they are chosen by number; else nothing."""
+        """Their places, counted from 0, if the setting chooses them by number; otherwise empty."""
 
     def named(self, row: Sequence[str], where: str) -> tuple[str, str]:
-        """The names of the two columns, among those of a table in their order. DataError if there are too few."""
+        """Return the names of the two columns in `row`, the names of all columns in order. DataError if too few."""
         if not self.numbers:
             return self.names[0], self.names[1]
         if max(self.numbers) >= len(row):
@@ -50,9 +50,9 @@ class Columns:
         return row[self.numbers[0]], row[self.numbers[1]]
 
     def pair(self, row: Any, names: tuple[str, str], where: str, report: ReadReport) -> SentencePair | None:
-        """The pair in a row: a mapping of column to text, or one with such a mapping as `translation`.
+        """Return the pair in a row: a mapping from column to text, or a mapping with such a `translation`.
 
-        None, and counted, if the row or a text is null. DataError for other rows.
+        If the row or a text is null, count it and return None. Raises DataError for any other row.
         """
         inner = row.get("translation", row) if isinstance(row, Mapping) else row
         if inner is None:
@@ -69,15 +69,15 @@ class Columns:
         return SentencePair(texts[0], texts[1], one_line(domain) if isinstance(domain, str) else "")
 
     def check(self, names: tuple[str, str], there: Collection[str], where: str) -> None:
-        """DataError if one of `names` is not among the columns that are `there`."""
+        """Raise DataError if one of `names` is not among the columns `there`."""
         for name in names:
             if name not in there:
                 raise DataError(f"{where}: {self._lacks(name)}; there are {_brief(there)}: {self.remedy}")
 
     @property
     def remedy(self) -> str:
-        """What to do where the columns are not found."""
-        return f"set {self.key} to the two that hold source and target"
+        """What to do if the columns are not found, for error messages."""
+        return f"set {self.key} to the source column and the target column"
 
     def __str__(self) -> str:
         return f"{self.key}=[{', '.join(self.names)}]"
@@ -90,12 +90,12 @@ class Columns:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks by the line rule, and without lone surrogates, which JSON can spell."""
+    """Return `text` without "\\n" and without lone surrogates, which JSON can contain."""
     return text.replace("\n", " ").encode("utf-8", errors="replace").decode("utf-8")
 
 
 def _text(value: Any, where: str, report: ReadReport) -> str | None:
-    """The text of a cell, None if it is null."""
+    """Return the text of a cell, None if it is null."""
     if value is None:
         return None
     if isinstance(value, bytes):

@@ -1,16 +1,16 @@
-"""An embedded parallel corpus: English, German and French sentences made from frames and CLDR data.
+"""Generate a parallel corpus: English, German and French sentences made from frames and CLDR data.
 
 The frames (data/phrasebook/DOMAIN.toml) are parallel sentences with slots such as `{date}` or `{city:de}`.
-What may fill a slot, and which forms it has in each language, is the business of nmt/corpus/lexicon.py; here are
-the frames, the choice of values for them, and the rule of what is held out for dev and test.
+nmt/corpus/lexicon.py defines the values of a slot and their forms in each language. This module reads the frames,
+chooses values for their slots, and decides what is held out for dev and test.
 
-A slot is `{kind}`, `{kind:form}`, `{kind.1}` or `{kind.1:form}`: the number tells two slots of a kind apart,
-the form is the grammatical form that the language needs there, named after a masculine example:
-`{good:einen}` is "einen Schal" or "eine Jacke", `{good:du}` is "du parapluie" or "de la montre".
+A slot is `{kind}`, `{kind:form}`, `{kind.1}` or `{kind.1:form}`. The number distinguishes two slots of one kind. The
+form is the grammatical form that the language needs there, named after a masculine example: `{good:einen}` is "einen
+Schal" or "eine Jacke", `{good:du}` is "du parapluie" or "de la montre".
 
-Whatever can be composed (numbers, dates, times, amounts) is held out by value: a value of the test split is
-in no training sentence. Closed classes (countries, cities, dishes) and the count 1 occur in every split; a
-sentence made only of those is held out by its combination of words.
+Composed values (numbers, dates, times, amounts) are held out by value: no training sentence contains a value of the
+test split. Closed classes (countries, cities, dishes) and the count 1 occur in every split; a sentence made only of
+those is held out by its combination of words.
 """
 
 import hashlib
@@ -28,15 +28,15 @@ from nmt.resources import resource_dir
 
 SPLITS = ("train", "dev", "test")
 
-_MIN_COMBINATIONS = 300  # of a frame: fewer would leave nothing new for the test split
-_MAX_REDRAWS = 50  # until a frame counts as exhausted and may repeat itself
+_MIN_COMBINATIONS = 300  # per frame: fewer would leave nothing new for the test split
+_MAX_REDRAWS = 50  # after these a frame counts as exhausted and may repeat itself
 _SLOT = re.compile(r"\{(\w+)(?:\.(\d+))?(?::(\w+))?\}")
-# German closes a date after its weekday with a second comma: "am Montag, dem 3. März 2025, um 9 Uhr".
+# In German, a date after its weekday ends with a second comma: "am Montag, dem 3. März 2025, um 9 Uhr".
 _UNCLOSED_DATE = re.compile(r", de[rm] \d+\. \w+ \d{4}(?= \w)")
 
 
 class Phrase(NamedTuple):
-    """A sentence, its translation, and the domain (the name of the frame file) it belongs to."""
+    """A sentence, its translation, and its domain (the name of the frame file)."""
 
     source: str
     target: str
@@ -65,7 +65,7 @@ class _Book(NamedTuple):
 
 
 def _parse(text: str, slots: list[tuple[str, str]], kinds: dict[str, Kind], language: str) -> list[Any]:
-    """The parts of a frame's text; the English text, which comes first, fills the empty list of slots."""
+    """Return the parts of a frame's text. The English text comes first and fills the empty list of slots."""
     parts, end, growing = [], 0, not slots
     for match in _SLOT.finditer(text):
         slot, form = (match[1], match[2] or ""), match[3] or ""
@@ -84,7 +84,7 @@ def _parse(text: str, slots: list[tuple[str, str]], kinds: dict[str, Kind], lang
     if lost := set(range(len(slots))) - {position for _, position, _ in parts}:
         raise ValueError(f"slot {'.'.join(slots[min(lost)]).rstrip('.')} is not in {language}")
     if any("{" in literal or "}" in literal for literal, _, _ in parts):
-        raise ValueError(f"braces that are no slot ({language}); a slot is {{kind}} or {{kind.1:form}}")
+        raise ValueError(f"braces that are not a slot ({language}); a slot is {{kind}} or {{kind.1:form}}")
     return parts
 
 
@@ -141,7 +141,7 @@ def _split_of(key: str) -> str:
 
 
 def _draw_values(frame: _Frame, kinds: dict[str, Kind], split: str, rng: random.Random) -> tuple[Value, ...]:
-    """Values for a frame's slots that belong to the split."""
+    """Draw values for a frame's slots that belong to the split."""
     while True:
         values: list[Value] = []
         for position, (name, _) in enumerate(frame.slots):
@@ -155,7 +155,7 @@ def _draw_values(frame: _Frame, kinds: dict[str, Kind], split: str, rng: random.
             positions = sorted((n, i) for i, (other, n) in enumerate(frame.slots) if other == name)
             for (_, i), value in zip(positions, sorted(values[i] for _, i in positions), strict=True):
                 values[i] = value
-        # A sentence with an unseen value is new already; any other is held out as a whole.
+        # A held-out value makes the whole sentence new; other sentences are held out by their combination of words.
         if any(kinds[name].held_out(value) for (name, _), value in zip(frame.slots, values, strict=True)):
             return tuple(values)
         if _split_of(_identity(frame, values, kinds)) == split:
@@ -168,7 +168,7 @@ def _identity(frame: _Frame, values: list[Value] | tuple[Value, ...], kinds: dic
 
 
 def _draws(book: _Book, split: str, seed: int) -> Iterator[tuple[_Frame, tuple[Value, ...]]]:
-    """Frames with their values, without end; they do not depend on the languages."""
+    """Yield frames with their values, without end and independently of the languages."""
     rng = random.Random(f"{split} {seed}")
     seen: set[bytes] = set()
     exhausted: set[str] = set()
@@ -187,7 +187,7 @@ def _draws(book: _Book, split: str, seed: int) -> Iterator[tuple[_Frame, tuple[V
 
 
 def _generate(split: str, languages: tuple[str, ...], seed: int) -> Iterator[_Sentence]:
-    """Without end: a sentence in each of the languages, its domain, and the keys of its held-out values."""
+    """Yield, without end, a sentence in each language, its domain, and the keys of its held-out values."""
     book = _load(resource_dir("data/phrasebook"))
     for frame, values in _draws(book, split, seed):
         texts = [_render(frame, values, book.kinds, language) for language in languages]
@@ -199,11 +199,11 @@ def _generate(split: str, languages: tuple[str, ...], seed: int) -> Iterator[_Se
 def phrasebook(
     split: str, source_language: str, target_language: str, num_pairs: int, seed: int = 0
 ) -> Iterator[Phrase]:
-    """Yields `num_pairs` sentence pairs of a split ("train", "dev" or "test").
+    """Yield `num_pairs` sentence pairs of a split ("train", "dev" or "test").
 
-    The i-th pair depends on the split, the seed and i only: other languages get the same content, a longer
-    run begins with the shorter one. Domains are equally likely, and so are the frames of a domain. No pair of
-    a split repeats another one until a frame runs out of values; splits share no held-out value (see above).
+    The i-th pair depends only on the split, the seed and i: the content is the same for all languages, and a larger
+    `num_pairs` only adds pairs. Domains are equally likely, and so are the frames of a domain. Pairs of a split do not
+    repeat until a frame runs out of values. Splits share no held-out value (see above).
 
     Raises ValueError for an unknown split or language, equal languages, num_pairs < 1, or a broken frame.
     """

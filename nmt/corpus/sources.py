@@ -1,7 +1,7 @@
-"""Sentence pairs of a corpus, one at a time: from the embedded phrasebook, files, or a dataset of the hub.
+"""Read the sentence pairs of a corpus, one at a time: from the embedded phrasebook, files, or a dataset of the hub.
 
-Text is read by the line rule of nmt/textfile.py. A pair's texts never hold a "\\n": one that arrives inside a JSON,
-Parquet or hub row becomes a blank.
+Lines are split by the rule in nmt/textfile.py. The texts of a pair never contain a "\\n": a blank replaces each one in
+a JSON, Parquet or hub row.
 """
 
 import itertools
@@ -21,9 +21,9 @@ PHRASEBOOK_PAIRS = {"train": 30000, "dev": 500, "test": 1000}
 
 
 def read_pairs(corpus: CorpusConfig, split: str, report: ReadReport | None = None) -> Iterator[SentencePair]:
-    """Stream the pairs of "train", "dev" or "test", unfiltered; nothing if the corpus has no such split.
+    """Yield the pairs of "train", "dev" or "test", unfiltered; nothing if the corpus has no such split.
 
-    A split that is held out of the training text has none here: it is drawn from "train", which has all its pairs.
+    A split that is held out of the training text yields nothing here: its pairs are part of "train".
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
@@ -42,9 +42,9 @@ def read_pairs(corpus: CorpusConfig, split: str, report: ReadReport | None = Non
 
 
 def source_files(corpus: CorpusConfig) -> list[Path]:
-    """The local files a corpus is read from, all there; none for a dataset that comes from the hub.
+    """Return the local files of a corpus; none for a dataset of the hub.
 
-    DataError for one that is missing, or no regular file: it is read here, and again to be recorded.
+    Raises DataError if one is missing or not a regular file. A pipe will not do, since files are read more than once.
     """
     if corpus.source == "phrasebook":
         code = [Path(__file__).with_name(name) for name in ("phrasebook.py", "lexicon.py")]
@@ -58,14 +58,14 @@ def source_files(corpus: CorpusConfig) -> list[Path]:
 
 
 def _refuse_ignored_files(corpus: CorpusConfig) -> None:
-    """DataError for files that would not be read."""
+    """Raise DataError if the settings name files that would not be read."""
     ignored = {"files": (), "phrasebook": SPLITS}.get(corpus.source, ("train",))
     for split in ignored:
         files: FilesConfig = getattr(corpus, split)
         if files.source or files.target or files.pairs:
             raise DataError(
                 f"corpus.{split} names files, but corpus.source={corpus.source} would not read them: "
-                f"set corpus.source=files or empty corpus.{split}"
+                f"set corpus.source=files or leave corpus.{split} empty"
             )
 
 
@@ -83,7 +83,7 @@ def _phrasebook_pairs(corpus: CorpusConfig, split: str) -> Iterator[SentencePair
 
 
 def _named_files(corpus: CorpusConfig, split: str) -> list[tuple[Path, str]]:
-    """Every file of a split with the configuration key that names it."""
+    """Return every file of a split with the configuration key that names it."""
     files: FilesConfig = getattr(corpus, split)
     root = Path(corpus.root)
     return [
@@ -99,7 +99,7 @@ def _check_readable(path: Path, key: str, corpus: CorpusConfig) -> None:
     except DataError as error:
         _, split, side = key.split(".")
         whole = ",".join(getattr(getattr(corpus, split), side))
-        # An unquoted comma on the command line makes two names of one.
+        # On the command line, an unquoted comma splits one name into two.
         if "," in whole and (Path(corpus.root) / whole).is_file():
             raise DataError(f"{error}; or if {whole} is one file, put quotes around it: {key}=['{whole}']") from error
         raise
@@ -113,7 +113,7 @@ def _file_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterato
     labels = iter(files.domains or [""] * (len(files.source) + len(files.pairs)))
     sources = [(root / name, next(labels)) for name in files.source]
     targets = [root / name for name in files.target]
-    # Lists of equal length are taken file by file, which finds a missing line in the file that lacks it.
+    # Lists of equal length are read file by file, so that an error names the file with the missing line.
     if len(sources) == len(targets):
         groups = [([source], [target]) for source, target in zip(sources, targets, strict=True)]
     else:
@@ -129,7 +129,7 @@ def _file_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterato
 def _aligned(
     sources: list[tuple[Path, str]], targets: list[Path], split: str, report: ReadReport
 ) -> Iterator[SentencePair]:
-    """Line n of the source files, which have a domain each, with line n of the target files."""
+    """Pair line n of the source files, each given with its domain, with line n of the target files."""
     source_lines = (
         (line, domain) for path, domain in sources for line in _lines(path, f"corpus.{split}.source", report)
     )
@@ -149,5 +149,5 @@ def _lines(path: Path, key: str, report: ReadReport) -> Iterator[str]:
     with open_text(path, key) as lines:
         try:
             yield from lines
-        finally:  # also when no more lines are wanted
+        finally:  # also if the caller stops early
             report.invalid_lines += lines.num_invalid

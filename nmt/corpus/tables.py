@@ -1,4 +1,4 @@
-"""Files of pairs: .tsv, .csv, .jsonl and .parquet, row by row."""
+"""Read files of pairs row by row: .tsv, .csv, .jsonl and .parquet."""
 
 import csv
 import itertools
@@ -14,16 +14,16 @@ from nmt.textfile import MOST_BYTES, TextReader, open_regular, open_text
 ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _ROWS = 1000
-# No text of a language shrinks like this; what does may fill the memory by one cell.
+# No text of a language compresses like this. Data that do could fill the memory with a single cell.
 _MOST_SHRUNK = 200
 _HARMLESS_BYTES = 1 << 26
-_SHARED_BYTES = 1 << 26  # of texts held at a time
+_SHARED_BYTES = 1 << 26  # of texts in memory at a time
 
 
 def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> Iterator[SentencePair]:
-    """The pairs of one file, which the setting `key` names. Blank rows and rows with a null are left out, and counted.
+    """Yield the pairs of one file, named by the setting `key`. Blank rows and rows with a null are only counted.
 
-    DataError that names the file and the line or row for what cannot be read.
+    Raises DataError, with the file and the line or row, for what cannot be read.
     """
     plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
     where = f"{key}: {path}"
@@ -39,7 +39,7 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
             else:
                 fields = _tsv(lines) if plain.suffix == ".tsv" else _csv(lines, where)
                 yield from _delimited(fields, where, columns, report)
-        finally:  # also when no more pairs are wanted
+        finally:  # also if the caller stops early
             report.invalid_lines += lines.num_invalid
 
 
@@ -47,22 +47,22 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
 
 
 def _tsv(lines: TextReader) -> Iterator[tuple[int, list[str]]]:
-    """(number of the line, fields). A quotation mark is a letter like any other."""
+    """Yield (number of the line, fields). Quotation marks have no special meaning."""
     for number, line in enumerate(lines, start=1):
         yield number, line.split("\t")
 
 
 def _csv(lines: TextReader, where: str) -> Iterator[tuple[int, list[str]]]:
-    """(number of the last line of a row, fields), by RFC 4180: fields in quotation marks may hold line ends.
+    """Yield (number of the last line of a row, fields), by RFC 4180: fields in quotation marks may contain line ends.
 
-    Fields are separated by commas, or by semicolons if the first line has these and no comma.
+    Commas separate fields, or semicolons if the first line has semicolons and no comma.
     """
     texts = iter(lines)
     first = next(texts, None)
     if first is None:
         return
     delimiter = ";" if ";" in first and "," not in first else ","
-    # A missing quotation mark would make one field of the rest of the file: the library bounds a field at 128 KiB.
+    # A missing quotation mark would turn the rest of the file into one field, but the library allows 128 KiB at most.
     rows = csv.reader((f"{line}\n" for line in itertools.chain([first], texts)), delimiter=delimiter, strict=True)
     while True:
         try:
@@ -87,7 +87,7 @@ def _delimited(
         if not places:
             places, is_header = _places(row, f"{where} line {number}", columns)
             if is_header:
-                report.notes.append(f"{where}: its first line was taken for the names of its columns")
+                report.notes.append(f"{where}: its first line was read as column names")
                 continue
         if len(row) <= max(places) or (len(row) != 2 and not columns.given and max(places) == 1):
             wanted = f"for {columns}" if columns.given else "instead of the two of the first line"
@@ -96,7 +96,7 @@ def _delimited(
 
 
 def _places(first: list[str], where: str, columns: Columns) -> tuple[tuple[int, ...], bool]:
-    """(places of source and target, whether the first row is one of names)."""
+    """Return (places of source and target, whether the first row contains column names)."""
     if columns.numbers:
         return columns.numbers, False
     names = [name.strip() for name in first]
@@ -130,7 +130,7 @@ def _objects(lines: TextReader, where: str, columns: Columns, report: ReadReport
                 raise DataError(
                     f"{where} line {number}: not valid JSON ({error}): a line must be one object"
                 ) from error
-        if isinstance(row, list):  # columns of an array have numbers
+        if isinstance(row, list):  # columns of an array are numbered
             row = {str(place): value for place, value in enumerate(row, start=1)}
         pair = columns.pair(row, (columns.names[0], columns.names[1]), f"{where} line {number}", report)
         if pair:
@@ -158,20 +158,20 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
                         yield pair
     except (ArrowException, OSError) as error:
         reason = str(error).split("\n", 1)[0]
-        raise DataError(f"{where} is damaged or no Parquet file ({reason}): get it again") from error
+        raise DataError(f"{where} is damaged or not a Parquet file ({reason}): get it again") from error
 
 
 def _batches(file: Any, stream: BinaryIO, leaves: list[str]) -> Iterator[Any]:
-    """The rows of a file, few enough at a time for their texts to fit in memory."""
+    """Yield the rows of a file, so few at a time that their texts fit in memory."""
     from pyarrow import parquet
 
-    # As dictionaries, a long text that many rows share is held once.
+    # Read as dictionaries: a long text that many rows share is then in memory once.
     shared = parquet.ParquetFile(stream, metadata=file.metadata, read_dictionary=leaves)
     for number in range(file.metadata.num_row_groups):
         group = file.metadata.row_group(number)
         columns = [group.column(place) for place in range(group.num_columns)]
         size = max(each.total_uncompressed_size for each in columns if each.path_in_schema in leaves)
-        longest = max(1, size // max(1, group.num_rows))  # on the average, at least
+        longest = max(1, size // max(1, group.num_rows))  # the average, a lower bound
         if size * min(_ROWS, group.num_rows) > _SHARED_BYTES:
             for first in itertools.islice(shared.iter_batches(1, [number], leaves), 1):
                 longest = max(longest, *(_longest(array) for _, array in _flat(first)))
@@ -179,14 +179,14 @@ def _batches(file: Any, stream: BinaryIO, leaves: list[str]) -> Iterator[Any]:
 
 
 def _longest(array: Any) -> int:
-    """Bytes of the longest text of a column, or of the dictionary that its texts are numbers of."""
+    """Return the bytes of the longest text of a column, or of its dictionary if it is dictionary-encoded."""
     from pyarrow import compute
 
     return compute.max(compute.binary_length(getattr(array, "dictionary", array))).as_py() or 0
 
 
 def _check_cells(metadata: Any, leaves: list[str], where: str) -> None:
-    """DataError if a column of `leaves` would be far larger in memory than in the file, as no text is."""
+    """Raise DataError if a column of `leaves` is far larger in memory than in the file, which no text is."""
     for group in range(metadata.num_row_groups):
         for place in range(metadata.num_columns):
             column = metadata.row_group(group).column(place)
@@ -197,13 +197,13 @@ def _check_cells(metadata: Any, leaves: list[str], where: str) -> None:
                 and size > _MOST_SHRUNK * column.total_compressed_size
             ):
                 raise DataError(
-                    f"{where}: column {column.path_in_schema} has {column.total_compressed_size:,} bytes that become "
-                    f"{size:,}: this is no text; remove the file"
+                    f"{where}: column {column.path_in_schema} expands from {column.total_compressed_size:,} to "
+                    f"{size:,} bytes: this is not text; remove the file"
                 )
 
 
 def _leaves(schema: Any, columns: Columns, where: str) -> tuple[tuple[str, str], list[str]]:
-    """(names of the two columns, what to read: these and `domain`). DataError if they are not there, or no text."""
+    """Return (names of the two columns, columns to read). Raises DataError if one is missing or not text."""
     from pyarrow import types
 
     nested = "translation" in schema.names and types.is_struct(schema.field("translation").type)
@@ -228,7 +228,7 @@ def _is_text(kind: Any) -> bool:
 
 
 def _flat(batch: Any) -> Iterator[tuple[str, Any]]:
-    """(name, array) of each column; the fields of `translation` are columns of their own."""
+    """Yield (name, array) for each column, with the fields of `translation` as columns."""
     for name in batch.schema.names:
         array = batch.column(name)
         if name == "translation" and hasattr(array.type, "num_fields") and array.type.num_fields:
@@ -239,7 +239,7 @@ def _flat(batch: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _texts(array: Any, where: str) -> list[Any]:
-    """The cells of a column. DataError if one is longer than a line may be."""
+    """Return the cells of a column. Raises DataError if one is longer than a line may be."""
     if _longest(array) > MOST_BYTES:
         raise DataError(f"{where}: a text has more than {MOST_BYTES:,} bytes: a text is one sentence; remove it")
     return array.to_pylist()
