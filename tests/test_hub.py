@@ -127,12 +127,12 @@ def test_nothing_outside_the_folder_is_read(offline: Path) -> None:
     corpus = CorpusConfig(source=str(folder))
     for name in ("../../secret.jsonl", str(secret)):
         (folder / "README.md").write_text(README.format(name))
-        assert "lies outside the folder" in refusal(corpus)
-        with pytest.raises(DataError, match="lies outside the folder"):
+        assert "is outside the folder" in refusal(corpus)
+        with pytest.raises(DataError, match="is outside the folder"):
             source_files(corpus)
     (folder / "train.jsonl").symlink_to(secret)
     (folder / "README.md").write_text(README.format("train.jsonl"))
-    assert "lies outside the folder" in refusal(corpus)
+    assert "is outside the folder" in refusal(corpus)
     for name in ("http://localhost:1/train.jsonl", "zip://a.jsonl::https://x.org/a.zip", "hf://datasets/a/b.jsonl"):
         (folder / "README.md").write_text(README.format(name))
         message = refusal(corpus)
@@ -147,7 +147,7 @@ def test_nothing_outside_the_folder_is_read(offline: Path) -> None:
         assert "its README.md names ftp://x.org/a" in refusal(corpus)
     (folder / "README.md").unlink()
     os.mkfifo(folder / ".huggingface.yaml")
-    assert ".huggingface.yaml is not read" in refusal(corpus)
+    assert ".huggingface.yaml is not supported" in refusal(corpus)
     (folder / ".huggingface.yaml").unlink()
     (folder / "README.md").write_text("---\nlicense_link: https://x.org\n---\nSee https://x.org\n")
     (folder / "train.jsonl").unlink()

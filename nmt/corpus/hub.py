@@ -112,12 +112,12 @@ def _check_lines(path: Path, where: str) -> None:
 
 
 def _refuse_addresses(corpus: CorpusConfig, folder: Path) -> None:
-    """Raise DataError if README.md names an address, which the library would fetch, or if other metadata could."""
+    """Raise DataError if README.md names an address, which the library would fetch, or if other metadata may."""
     for name in _OTHER_METADATA:
         if os.path.lexists(folder / name):
             raise DataError(
-                f"corpus.source={corpus.source}: {folder / name} is not supported: name the data files in README.md and "
-                "remove it"
+                f"corpus.source={corpus.source}: {folder / name} is not supported: name the data files in README.md "
+                "and remove it"
             )
     try:
         text = read_regular(folder / "README.md", _MOST_README_BYTES).decode("utf-8", errors="replace")
