@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from nmt.config import uses_bf16
 from nmt.errors import MemoryLimitError, UserError
 
 # How PyTorch words a refusal on the host, where it has no exception of its own.
@@ -28,8 +29,7 @@ def pick_device(name: str, key: str) -> torch.device:
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     """What `precision` makes of matrix products: bf16, fp32, or auto: bf16 on a GPU."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
-    return torch.bfloat16 if bf16 else torch.float32
+    return torch.bfloat16 if uses_bf16(precision, device.type == "cuda") else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -181,7 +181,7 @@ def _skeleton_within(checkpoint: Checkpoint, config: ModelConfig, vocab_size: in
     """The network without memory, if it has no more layers than the checkpoint has tensors: a configuration from
     elsewhere may ask for so many that even these would not fit."""
     layers = config.num_encoder_layers + config.num_decoder_layers
-    layers += len(config.moe_layers()) * len(config.moe.hidden_sizes)
+    layers += len(config.moe_layer_names()) * len(config.moe.hidden_sizes)
     try:
         if layers <= len(stored(checkpoint.parameters)):
             return skeleton(config, vocab_size)

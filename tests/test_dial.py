@@ -15,7 +15,7 @@ from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation import dial
-from nmt.evaluation.dial import dial_counts, dial_positions, with_experts_per_token
+from nmt.evaluation.dial import dial_counts, dial_positions
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.model.gating import HierarchicalGate
 from nmt.model.seq2seq import Seq2Seq
@@ -78,7 +78,7 @@ def test_the_cost_is_that_of_what_the_gates_do(
     tiny_config: Callable[..., ModelConfig], moe: dict[str, int], count: int, groups: int, experts: int
 ) -> None:
     config = tiny_config(**moe)
-    dialled = with_experts_per_token(config, count)
+    dialled = replace(config, moe=config.moe.with_experts_per_token(count))
     assert (dialled.moe.primary_k, dialled.moe.k) == (groups, experts)
     assert dialled.moe.experts_per_token == count
     assert replace(dialled, moe=config.moe) == config

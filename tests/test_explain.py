@@ -29,7 +29,6 @@ from nmt.experts.explain import (
     Slot,
     explain_pair,
     explain_sentence,
-    moe_layers,
     taken_away,
 )
 from nmt.model.experts import MoE
@@ -99,7 +98,7 @@ def moe_by_loops(moe: MoE, x_TD: Tensor, without: Removal | None) -> tuple[Tenso
 
 def nll_by_loops(model: Seq2Seq, without: Removal | None, monkeypatch: pytest.MonkeyPatch) -> float:
     with monkeypatch.context() as patch, torch.no_grad():
-        for layer, moe in moe_layers(model).items():
+        for layer, moe in model.moe_layers().items():
             mine = without if without is not None and without.layer == layer else None
             patch.setattr(moe, "forward", lambda x_TD, _count, moe=moe, mine=mine: moe_by_loops(moe, x_TD, mine))
         return float(model(make_batch(np.arange(1), [SOURCE], [TARGET])).nll)
@@ -153,7 +152,7 @@ def test_slots_are_the_gates_of_the_pass(model: Seq2Seq) -> None:
 
 def test_no_token_has_an_expert(tiny_config: Config) -> None:
     model = random_model(tiny_config(gating="strictly_balanced"))
-    for moe in moe_layers(model).values():
+    for moe in model.moe_layers().values():
         torch.nn.init.constant_(moe.gate.threshold_E, 0.0)
     layers = explain_pair(scorer_of(model))
     assert all(layer.experts == [] and not any(layer.positions) for layer in layers)
@@ -171,7 +170,7 @@ def test_the_number_of_experts_follows_the_dial(tiny_config: Config) -> None:
 
 def test_a_gate_of_0_contributes_nothing(tiny_config: Config) -> None:
     model = random_model(tiny_config(**TWO_LAYERS))
-    for moe in moe_layers(model).values():
+    for moe in model.moe_layers().values():
         torch.nn.init.normal_(moe.gate.w_gate_DE, std=1e5)
     layers = explain_pair(scorer_of(model))
     silent = [slot for layer in layers for slots in layer.positions for slot in slots if slot.gate == 0.0]
@@ -198,7 +197,7 @@ def test_by_hand_one_token_one_layer() -> None:
     model = Seq2Seq(config, 5).double().eval()
     for parameter in model.parameters():
         torch.nn.init.zeros_(parameter)
-    moe = moe_layers(model)["decoder.1"]
+    moe = model.moe_layers()["decoder.1"]
     with torch.no_grad():
         model.target_embedding.weight[BOS] = 0.5**0.5
         model.output.weight[EOS] = torch.tensor([1.0, 2.0])
@@ -280,7 +279,7 @@ def test_passes_of_any_size_give_the_same(
 
 
 def test_hooks_go_away(model: Seq2Seq) -> None:
-    layers = moe_layers(model)
+    layers = model.moe_layers()
     scorer = scorer_of(model)
     before = scorer.log_probability_T
     removals = [Removal(layer, 0) for layer in layers]

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from test_training import one_thread, train, write_corpus  # noqa: F401
 
 from nmt.config import MoEConfig
+from nmt.terminal import layer_lines, summary
 from nmt.training.gate_watch import (
     LEAST_EXPECTED,
     LEAST_UPDATES,
@@ -17,8 +18,6 @@ from nmt.training.gate_watch import (
     GateFigures,
     GateWatch,
     collapse_bound,
-    layer_lines,
-    summary,
 )
 from nmt.training.trainer import Trainer
 
@@ -244,25 +243,31 @@ def test_a_hierarchical_gate_counts_all_that_a_token_wakes() -> None:
     assert Watched(num_experts=16, k=2).see(state(loads), 20) == []
 
 
+def as_written(gates: dict[str, GateFigures], gating: str) -> dict[str, dict[str, float]]:
+    """The figures as a line of metrics has them."""
+    return {layer: figures.to_dict(MoEConfig(gating=gating)) for layer, figures in gates.items()}
+
+
 def test_the_summary_names_the_worst_layer_and_all_idle_experts() -> None:
     layer = state([FAIR] * 8)
     gates = {"encoder.2": layer._replace(idle_experts=2), "decoder.1": layer._replace(cv_load=0.314, idle_experts=1)}
-    assert summary(gates, "noisy_top_k") == "; worst CV(load) 0.31 decoder.1, idle 3"
+    assert summary(as_written(gates, "noisy_top_k")) == "; worst CV(load) 0.31 decoder.1, idle 3"
     gates = {"encoder.2": layer._replace(tokens_without_experts=0.1234), "decoder.1": layer}
-    assert summary(gates, "strictly_balanced") == "; 12.3% without experts encoder.2, idle 0"
-    assert summary({}, "noisy_top_k") == ""
+    assert summary(as_written(gates, "strictly_balanced")) == "; 12.3% without experts encoder.2, idle 0"
+    assert summary({}) == ""
 
 
 def test_every_layer_has_a_line_of_its_figures() -> None:
     gate = state([FAIR] * 8)._replace(cv_importance=0.512, cv_load=0.314, max_over_mean_load=1.5, gate_entropy=0.69)
     gates = {"encoder.2": gate, "decoder.1": gate._replace(idle_experts=2, tokens_without_experts=0.1234)}
     common = "CV(importance) 0.51, CV(load) 0.31, max/mean load 1.50, entropy 0.69, idle"
-    encoder, decoder = layer_lines(gates, "noisy_top_k")
+    encoder, decoder = layer_lines(as_written(gates, "noisy_top_k"))
     assert encoder == f"  encoder.2  {common} 0, noise 0.70"
     assert decoder == f"  decoder.1  {common} 2, noise 0.70"
-    assert layer_lines(gates, "softmax_top_k")[1] == f"  decoder.1  {common} 2"
-    assert layer_lines(gates, "strictly_balanced")[1] == f"  decoder.1  {common} 2, tokens without experts 12.3%"
-    assert layer_lines({}, "noisy_top_k") == []
+    assert layer_lines(as_written(gates, "softmax_top_k"))[1] == f"  decoder.1  {common} 2"
+    strict = as_written(gates, "strictly_balanced")
+    assert layer_lines(strict)[1] == f"  decoder.1  {common} 2, tokens without experts 12.3%"
+    assert layer_lines({}) == []
 
 
 def test_below_a_line_of_training_are_its_layers(

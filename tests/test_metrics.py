@@ -32,7 +32,8 @@ from nmt.model.gating import (
 )
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
-from nmt.training.gate_watch import GateFigures, summary
+from nmt.terminal import summary
+from nmt.training.gate_watch import GateFigures
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -133,9 +134,10 @@ def test_each_kind_of_gate_has_its_figures() -> None:
     common = {"cv_importance", "cv_load", "max_over_mean_load", "gate_entropy", "idle_experts"}
     common |= {"importance_loss", "load_loss"}
     figures = read_one(MoEConfig(), gate_of([[0]], [[1.0]]))
-    assert figures.to_dict("noisy_top_k").keys() == figures.to_dict("hierarchical").keys() == common | {"noise_std"}
-    assert figures.to_dict("softmax_top_k").keys() == common
-    balanced = figures.to_dict("strictly_balanced").keys()
+    assert figures.to_dict(MoEConfig()).keys() == common | {"noise_std"}
+    assert figures.to_dict(MoEConfig(gating="hierarchical", branching=4)).keys() == common | {"noise_std"}
+    assert figures.to_dict(MoEConfig(gating="softmax_top_k")).keys() == common
+    balanced = figures.to_dict(MoEConfig(gating="strictly_balanced")).keys()
     assert balanced == common | {"tokens_without_experts", "batchwise_loss"}
 
 
@@ -236,15 +238,16 @@ def terminal(rows: int, columns: int, patch: pytest.MonkeyPatch) -> Iterator[Cal
     os.close(main)
 
 
-def gate_figures(name: str) -> dict[str, GateFigures]:
+def gate_figures(name: str, gating: str) -> dict[str, dict[str, float]]:
     gate = gate_of([[0], [1]], [[1.0], [1.0]])
-    return {name: read_one(MoEConfig(), gate)._replace(cv_load=1.23, tokens_without_experts=0.123)}
+    figures = read_one(MoEConfig(), gate)._replace(cv_load=1.23, tokens_without_experts=0.123)
+    return {name: figures.to_dict(MoEConfig(gating=gating))}
 
 
 @pytest.mark.parametrize("gating", ["noisy_top_k", "strictly_balanced"])
 def test_the_bar_leaves_room_for_all_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gating: str) -> None:
     """At 110 columns, late in a long run."""
-    text = f"123.4 minutes left, ppl 22.70, 123,456 tokens/s{summary(gate_figures('decoder.1'), gating)}"
+    text = f"123.4 minutes left, ppl 22.70, 123,456 tokens/s{summary(gate_figures('decoder.1', gating))}"
     with terminal(40, 110, monkeypatch) as written:
         with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 11_999, 20_000) as out:
             out.show(text, "step 12,000/20,000\n  encoder.1", keep=False)

@@ -14,8 +14,9 @@ from nmt.errors import UserError
 from nmt.model import experts
 from nmt.model.experts import ExpertShard, MoE
 from nmt.model.gating import balance_loss
+from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, is_expert, make_model
+from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_model
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater

@@ -91,26 +91,26 @@ def test_every_gating_decodes_one_position_as_the_whole_sequence(
 
 def slow_decoder(decoder: Decoder, x_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
     """The decoder as the documentation of `AttentionConfig.wiring` words it, position by position."""
-    layers = [decoder.bottom, *decoder.upper]
+    layers, wiring = [decoder.bottom, *decoder.upper], decoder.attention_config.wiring
     states: list = [None] * len(layers)
     previous_1RD = torch.zeros_like(x_TRD[:1])
     outputs, weights = [], []
     for x_1RD in x_TRD.split(1):
         stream = x_1RD
-        if decoder.wiring in ("feedback", "gnmt"):
+        if wiring in ("feedback", "gnmt"):
             context, weight = decoder.attention(previous_1RD, memory)
             stream = torch.cat([stream, context], 2)
         for number, layer in enumerate(layers, start=1):
-            if number > 1 and decoder.wiring in ("gnmt", "gnmt_v2"):
+            if number > 1 and wiring in ("gnmt", "gnmt_v2"):
                 stream = torch.cat([stream, context], 2)
             below = x_1RD if number == 1 else stream[:, :, : x_TRD.shape[2]]
             y, states[number - 1] = layer(stream, states[number - 1])
             stream = y + below if number >= decoder.residual_from else y
             if number == 1:
                 previous_1RD = stream
-                if decoder.wiring in ("parallel", "gnmt_v2"):
+                if wiring in ("parallel", "gnmt_v2"):
                     context, weight = decoder.attention(stream, memory)
-                if decoder.wiring == "parallel":
+                if wiring == "parallel":
                     stream = stream + context @ decoder.context.weight.T
             if str(number) in decoder.moe_layers.moe:
                 stream = stream + decoder.moe_layers.moe[str(number)](stream[0])[0].unsqueeze(0)

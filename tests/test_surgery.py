@@ -30,7 +30,7 @@ from nmt.experts.shrink import (
     redundant_pairs,
     use_of,
 )
-from nmt.experts.surgery import NetworkWeights, TrainedWeight, moe_modules, select_experts
+from nmt.experts.surgery import NetworkWeights, TrainedWeight, select_experts
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import state_shapes
@@ -113,7 +113,7 @@ def test_growing_changes_no_probability(
     after = before
     for size in sizes:
         after = in_precision(grow(after, size, seed=1), dtype)
-        assert all(after.config.moe.experts_at(layer) == size for layer in after.config.moe_layers())
+        assert all(after.config.moe.experts_at(layer) == size for layer in after.config.moe_layer_names())
         torch.testing.assert_close(log_probs(after.build(), batch), expected, rtol=0, atol=tolerance)
 
 
@@ -210,7 +210,7 @@ def layers_with_inputs(model: Seq2Seq, batch: Batch) -> dict[str, tuple[MoE, Ten
     inputs = {}
     handles = [
         moe.register_forward_pre_hook(lambda moe, args, layer=layer: inputs.update({layer: (moe, args[0].detach())}))
-        for layer, moe in moe_modules(model).items()
+        for layer, moe in model.moe_layers().items()
     ]
     model.gates(batch)
     for handle in handles:
@@ -267,9 +267,9 @@ def test_pruning_experts_that_no_token_chooses_changes_nothing(
 def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind: str, optimizer: str) -> None:
     before = network(tiny_config(**GATES[kind]), kind=optimizer)
     gone = [0, 5, 7] if kind == "hierarchical" else [1, 3]
-    after = prune(before, dict.fromkeys(before.config.moe_layers(), gone))
+    after = prune(before, dict.fromkeys(before.config.moe_layer_names(), gone))
     after.build()
-    for layer in before.config.moe_layers():
+    for layer in before.config.moe_layer_names():
         old, new = before.layer(layer), after.layer(layer)
         kept = [expert for expert in range(before.config.moe.num_experts) if expert not in gone]
         assert old.keys() == new.keys()
@@ -365,7 +365,7 @@ def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
 ) -> None:
     before = network(tiny_config(hidden_sizes=hidden_sizes, **GATES[kind]), torch.float32, optimizer)
     orders = [torch.randperm(size) for size in hidden_sizes]
-    layers = {layer: permuted_copy(before.layer(layer), 0, 2, orders) for layer in before.config.moe_layers()}
+    layers = {layer: permuted_copy(before.layer(layer), 0, 2, orders) for layer in before.config.moe_layer_names()}
     before = before.with_layers(before.config, layers)
     merged = {layer: [MergePair(0, 2, 1.0, 0.3)] for layer in layers}
     if kind == "hierarchical":
@@ -393,8 +393,8 @@ def test_a_merged_layer_computes_what_the_averages_say(tiny_config: Configs, bat
     """With one hidden unit there is nothing to align."""
     before = network(tiny_config(num_experts=3, k=2, hidden_sizes=[1]), kind=kind)
     model = before.build()
-    after = merge(before, {layer: [MergePair(0, 2, 0.0, 0.25)] for layer in before.config.moe_layers()})
-    merged = moe_modules(after.build())
+    after = merge(before, {layer: [MergePair(0, 2, 0.0, 0.25)] for layer in before.config.moe_layer_names()})
+    merged = after.build().moe_layers()
     for layer, (moe, x_TD) in layers_with_inputs(model, batch).items():
         w_DE = moe.gate.w_gate_DE
         logits = torch.stack([x_TD @ (w_DE[:, 0] * 0.25 + w_DE[:, 2] * 0.75), x_TD @ w_DE[:, 1]], dim=1)
@@ -414,11 +414,11 @@ def test_a_pair_of_copies_changes_only_tokens_that_woke_both(tiny_config: Config
     before = network(tiny_config(num_experts=6, k=2, hidden_sizes=[9]))
     order = [torch.randperm(9)]
     before = before.with_layers(
-        before.config, {layer: permuted_copy(before.layer(layer), 1, 4, order) for layer in before.config.moe_layers()}
+        before.config,
+        {layer: permuted_copy(before.layer(layer), 1, 4, order) for layer in before.config.moe_layer_names()},
     )
-    after = moe_modules(
-        merge(before, {layer: [MergePair(1, 4, 1.0, 0.5)] for layer in before.config.moe_layers()}).build()
-    )
+    pairs = {layer: [MergePair(1, 4, 1.0, 0.5)] for layer in before.config.moe_layer_names()}
+    after = merge(before, pairs).build().moe_layers()
     for layer, (moe, x_TD) in layers_with_inputs(before.build(), batch).items():
         with torch.no_grad():
             (old_TD, gate), (new_TD, _) = moe(x_TD), after[layer](x_TD)
@@ -453,7 +453,7 @@ def test_greedy_matching_equals_a_loop() -> None:
 def test_similarity_is_the_cosine_of_outputs(tiny_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nmt.experts.shrink, "_COMPARED_ROWS", 12)
     model = network(tiny_config(hidden_sizes=[7, 3]), torch.float32).build()
-    moe, x_TD = moe_modules(model)["encoder.2"], torch.randn(11, 6)
+    moe, x_TD = model.moe_layers()["encoder.2"], torch.randn(11, 6)
     outputs = [torch.stack([expert_output(moe, expert, x_D) for x_D in x_TD]).flatten() for expert in range(4)]
     expected = [[torch.cosine_similarity(a, b, dim=0) for b in outputs] for a in outputs]
     torch.testing.assert_close(output_similarity(moe, x_TD), torch.tensor(expected).double(), rtol=1e-5, atol=1e-6)

@@ -217,8 +217,8 @@ def test_counts_of_layers_become_settings() -> None:
     moe = MoEConfig(4, k=2)
     config = ModelConfig(encoder_moe_after=[1, 3], moe=moe)
     for counts, usual in (((3, 3, 3), 3), ((3, 4, 4), 4), ((4, 3, 3), 3), ((2, 3, 4), 4)):
-        changed = with_counts(config, dict(zip(config.moe_layers(), counts, strict=True))).moe
-        assert [changed.experts_at(layer) for layer in config.moe_layers()] == list(counts)
+        changed = with_counts(config, dict(zip(config.moe_layer_names(), counts, strict=True))).moe
+        assert [changed.experts_at(layer) for layer in config.moe_layer_names()] == list(counts)
         assert changed.num_experts == usual
         assert len(changed.num_experts_at) == sum(count != usual for count in counts)
 
@@ -355,9 +355,9 @@ def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, tmp_path:
 def test_the_command_line_of_every_experiment(name: str) -> None:
     changes = ["run.name=other", "training.clip_norm=1e-09", "model.moe.w_load_decoder=0.5"]
     config = compose_config([f"experiment={name}", *changes])
-    if config.model.moe_layers():
+    if config.model.moe_layer_names():
         config = compose_config(
-            [f"experiment={name}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layers()[0]}:128}}"]
+            [f"experiment={name}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layer_names()[0]}:128}}"]
         )
     command = shlex.split(train_command(config, {"training.max_steps": 77}))
     assert command[:2] == ["nmt", "train"]

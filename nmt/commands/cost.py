@@ -202,7 +202,7 @@ def _counts(budget: Budget) -> Iterator[str]:
 
 def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     products = "bf16" if budget.numbers.size == 2 else "float32"
-    factored = config.training.expert_optimizer == "factored" and config.model.moe_layers()
+    factored = config.training.expert_optimizer == "factored" and config.model.moe_layer_names()
     names = {
         "weights": "weights, float32",
         "optimiser": "Adam (experts factored), float32" if factored else "Adam's two moments, float32",
@@ -259,7 +259,7 @@ def _assumptions(budget: Budget, basis: CostBasis, config: Config) -> Iterator[s
         f"({basis.lengths_from}); {lengths.padding:.0%} of a micro-batch's longer side is padding, which is no work. "
         "A multiply-add is two FLOPs, the backward pass twice the forward pass; validation and saving come on top. "
     )
-    if config.model.moe_layers() and config.training.micro_batches > budget.gpus:
+    if config.model.moe_layer_names() and config.training.micro_batches > budget.gpus:
         text += (
             "With several micro-batches a GPU, all below the last gate runs forward twice, which FLOPs do not count: "
             "take X from such a run. "

@@ -24,7 +24,7 @@ from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
 from nmt.experts import shrink
 from nmt.experts.grow import grow
 from nmt.experts.shrink import ExpertUse, MergePair, Observation
-from nmt.experts.surgery import NetworkWeights, moe_modules, read_network, write_run
+from nmt.experts.surgery import NetworkWeights, read_network, write_run
 from nmt.parallel.mesh import World
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory, flatten
@@ -69,7 +69,7 @@ def _check_count(options: argparse.Namespace, config: Config) -> None:
         return
     if not count.isdecimal() or int(count) < 1:
         raise UserError(f"--{task} {count}: give a number of at least 1" + (", or idle" if task == "prune" else ""))
-    for layer in config.model.moe_layers() if task != "grow" else ():
+    for layer in config.model.moe_layer_names() if task != "grow" else ():
         shrink.per_group(f"--{task} {count}", config.model.moe, layer, int(count), merging=task == "merge")
 
 
@@ -103,7 +103,7 @@ def _own_decoding(run: RunDirectory) -> tuple[DecodingConfig, list[str]]:
 
 def _sizes(before: NetworkWeights, after: NetworkWeights) -> str:
     lines = []
-    for layer in after.config.moe_layers():
+    for layer in after.config.moe_layer_names():
         old = before.config.moe.experts_at(layer) if before.config.moe.num_experts else 0
         lines.append(f"{layer} {old} -> {after.config.moe.experts_at(layer)} experts")
     costs = [model_cost(network.config, network.vocab_size) for network in (before, after)]
@@ -206,7 +206,7 @@ def _pruned(network: NetworkWeights, seen: Observation, which: str) -> NetworkWe
 
 def _merged(network: NetworkWeights, translator: Translator, seen: Observation, count: int) -> NetworkWeights:
     pairs: dict[str, list[MergePair]] = {}
-    for layer, moe in moe_modules(translator.model).items():
+    for layer, moe in translator.model.moe_layers().items():
         similarity_EE = shrink.output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrink.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
         show(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")

@@ -12,7 +12,7 @@ from typing import Any
 
 from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
-from nmt.config.model import AttentionConfig, ModelConfig, MoEConfig
+from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
 
 __all__ = [
@@ -24,12 +24,14 @@ __all__ = [
     "EvaluationConfig",
     "FilesConfig",
     "FilterConfig",
+    "LayerName",
     "MoEConfig",
     "ModelConfig",
     "ParallelConfig",
     "RunConfig",
     "SubwordConfig",
     "TrainingConfig",
+    "uses_bf16",
 ]
 
 SCHEDULES = ("inverse_sqrt", "linear")
@@ -38,6 +40,11 @@ DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
 TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
+
+
+def uses_bf16(precision: str, on_gpu: bool) -> bool:
+    """Whether matrix products are bf16 under a setting of `PRECISIONS`; auto is bf16 on a GPU."""
+    return precision == "bf16" or (precision == "auto" and on_gpu)
 
 
 @dataclass

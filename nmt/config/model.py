@@ -1,6 +1,7 @@
 """Settings of the network."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from nmt.config.checks import at_least, fraction, one_of
 
@@ -10,6 +11,23 @@ BOTTOM_LAYERS = ("forward", "bidirectional_half", "bidirectional_full")
 GATINGS = ("noisy_top_k", "softmax_top_k", "hierarchical", "strictly_balanced")
 OUTPUT_ACTIVATIONS = ("none", "sigmoid")
 _MOST_EXPERT_LAYERS = 100
+
+
+class LayerName(NamedTuple):
+    """Where an MoE layer stands: after LSTM `place`, counted from 1, of a side. As text, "encoder.2"."""
+
+    side: str
+    """encoder or decoder."""
+    place: int
+
+    @classmethod
+    def of(cls, name: str) -> "LayerName":
+        """Return the parts of a name such as "encoder.2"."""
+        side, _, place = name.partition(".")
+        return cls(side, int(place))
+
+    def __str__(self) -> str:
+        return f"{self.side}.{self.place}"
 
 
 @dataclass
@@ -33,6 +51,21 @@ class AttentionConfig:
         one_of("model.attention.function", self.function, ATTENTION_FUNCTIONS)
         one_of("model.attention.wiring", self.wiring, WIRINGS)
         at_least("model.attention.size", self.size, 1)
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether the context enters decoder layer 1, which then runs one position at a time."""
+        return self.wiring in ("feedback", "gnmt")
+
+    @property
+    def context_above(self) -> bool:
+        """Whether the context is concatenated to the input of every decoder layer above the first."""
+        return self.wiring in ("gnmt", "gnmt_v2")
+
+    @property
+    def projects_context(self) -> bool:
+        """Whether the context is projected and added to the stream after decoder layer 1."""
+        return self.wiring == "parallel"
 
 
 @dataclass
@@ -90,7 +123,7 @@ class MoEConfig:
             self._check_choice(name, count)
 
     def _check_choice(self, name: str, count: int) -> None:
-        if self.gating != "hierarchical":
+        if not self.is_hierarchical:
             if self.branching:
                 raise ValueError(
                     f"model.moe.branching={self.branching} is for gating=hierarchical, not {self.gating}: leave it out"
@@ -107,20 +140,72 @@ class MoEConfig:
         if not 1 <= self.k <= count // self.branching:
             raise ValueError(f"model.moe.k={self.k} must lie in 1..{count // self.branching}, the experts of a group")
 
+    # What the rest of the program must know of a kind of gate. No other file compares `gating` with a name.
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether logits get noise in training: the gate has w_noise, and its load a gradient (S17 eq. 8-10)."""
+        return self.gating in ("noisy_top_k", "hierarchical")
+
+    @property
+    def is_hierarchical(self) -> bool:
+        """Whether a primary gate chooses among `branching` groups of experts (S17 appendix B)."""
+        return self.gating == "hierarchical"
+
+    @property
+    def k_is_average(self) -> bool:
+        """Whether tokens have different numbers of experts in training, k on average, some none (S17 appendix F)."""
+        return self.gating == "strictly_balanced"
+
+    def describe_gate(self) -> str:
+        """Return the gate in words, with its section of the paper."""
+        match self.gating:
+            case "noisy_top_k":
+                return f"noisy top-k, k = {self.k} (section 2.1 of the paper)"
+            case "softmax_top_k":
+                return f"top-k without noise, k = {self.k}"
+            case "hierarchical":
+                return (
+                    f"two levels of noisy top-k (appendix B of the paper): {self.primary_k} of {self.branching} "
+                    f"groups, {self.k} expert{'s' * (self.k > 1)} in each"
+                )
+        return f"strictly balanced, k = {self.k} on average (appendix F of the paper)"
+
     def experts_at(self, layer: str) -> int:
         """Return the number of experts of a layer, named as in the metrics: "encoder.2"."""
         return self.num_experts_at.get(layer, self.num_experts)
 
+    def groups_at(self, layer: str) -> list[range]:
+        """Return the experts of each group of a layer; a flat gate has one group of all experts."""
+        count = self.experts_at(layer)
+        size = count // self.branching if self.is_hierarchical else count
+        return [range(first, first + size) for first in range(0, count, size)]
+
     @property
     def experts_per_token(self) -> int:
-        """Active experts per token in one layer (the average for strictly balanced gates)."""
-        return self.primary_k * self.k if self.gating == "hierarchical" else self.k
+        """Active experts per token in one layer (the average where `k_is_average`)."""
+        return self.primary_k * self.k if self.is_hierarchical else self.k
+
+    def with_experts_per_token(self, count: int) -> "MoEConfig":
+        """Return these settings with `count` active experts per token, shared out as `HierarchicalGate` does."""
+        if not self.is_hierarchical:
+            return replace(self, k=count)
+        groups = min(count, self.primary_k)
+        return replace(self, primary_k=groups, k=count // groups)
 
     def balance_weights(self, layer: str) -> tuple[float, float]:
         """Return (w_importance, w_load) of a layer."""
-        own = (self.w_importance_decoder, self.w_load_decoder) if layer.startswith("decoder") else (None, None)
-        w_importance = self.w_importance if own[0] is None else own[0]
-        return w_importance, self.w_load if own[1] is None else own[1]
+        w_importance, w_load = self.balance_settings(layer).values()
+        return w_importance, w_load
+
+    def balance_settings(self, layer: str) -> dict[str, float]:
+        """Return `balance_weights` by the full key of the setting that each comes from."""
+        weights = {}
+        for name in ("w_importance", "w_load"):
+            own = getattr(self, f"{name}_decoder") if LayerName.of(layer).side == "decoder" else None
+            key = f"model.moe.{name}" if own is None else f"model.moe.{name}_decoder"
+            weights[key] = getattr(self, name) if own is None else own
+        return weights
 
 
 @dataclass
@@ -172,10 +257,10 @@ class ModelConfig:
             places = getattr(self, f"{side}_moe_after")
             if len(set(places)) != len(places) or not all(1 <= place <= layers for place in places):
                 raise ValueError(f"model.{side}_moe_after={places} must be different layers in 1..{layers}")
-        unknown = self.moe.num_experts_at.keys() - set(self.moe_layers())
+        unknown = self.moe.num_experts_at.keys() - set(self.moe_layer_names())
         if unknown:
             raise ValueError(
-                f"model.moe.num_experts_at names {min(unknown)}; the MoE layers are {', '.join(self.moe_layers())}"
+                f"model.moe.num_experts_at names {min(unknown)}; the MoE layers are {', '.join(self.moe_layer_names())}"
             )
         if self.bottom_layer == "bidirectional_full" and 1 in self.encoder_moe_after and self.moe.num_experts:
             raise ValueError(
@@ -183,10 +268,12 @@ class ModelConfig:
                 "is twice as wide as an expert's"
             )
 
-    def moe_layers(self) -> list[str]:
+    def moe_layer_names(self) -> list[str]:
         """Return the names of the MoE layers in the order of computation: "encoder.2" follows encoder LSTM 2."""
+        if not self.moe.num_experts:
+            return []
         places = {"encoder": sorted(self.encoder_moe_after), "decoder": sorted(self.decoder_moe_after)}
-        return [f"{side}.{place}" for side in places for place in places[side]] if self.moe.num_experts else []
+        return [str(LayerName(side, place)) for side in places for place in places[side]]
 
     def bottom_direction(self) -> tuple[int, int]:
         """Return (cells, outputs) of each direction of the bottom layer."""

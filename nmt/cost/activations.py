@@ -11,7 +11,7 @@ from collections import Counter
 from itertools import pairwise
 from typing import NamedTuple
 
-from nmt.config import ModelConfig, MoEConfig
+from nmt.config import LayerName, ModelConfig, MoEConfig
 from nmt.cost.operations import lstm_cost, lstm_sizes
 
 # Bytes of a float32 number, of an index and of a truth value.
@@ -48,14 +48,14 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
         length = shape.source if side == "encoder" else shape.target
         rows = shape.sentences * length
         # Token numbers; places of the real ones, for experts and softmax; where the backward direction reads.
-        sorted_out = side == "decoder" or any(layer.startswith(side) for layer in config.moe_layers())
+        sorted_out = side == "decoder" or any(LayerName.of(layer).side == side for layer in config.moe_layer_names())
         turned = side == "encoder" and config.bottom_layer != "forward"
         saved["embeddings"] += rows * ((1 + sorted_out + turned) * _INDEX + config.hidden_size * mask)
         for index, size in enumerate(lstms):
             calls = _calls(config, side, index, length)
             saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
-    for layer in config.moe_layers():
-        side = layer.partition(".")[0]
+    for layer in config.moe_layer_names():
+        side = LayerName.of(layer).side
         rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
         saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
         saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + config.hidden_size * _FLOAT)
@@ -75,7 +75,7 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
     if numbers.size == _FLOAT:
         return 0
     count = 2 * config.hidden_size * config.attention.size
-    count += config.hidden_size**2 if config.attention.wiring == "parallel" else 0
+    count += config.hidden_size**2 if config.attention.projects_context else 0
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
@@ -102,7 +102,7 @@ def working_bytes(
     logits = copies * min(PIECE_ELEMENTS, rows["decoder"] * vocab_size) + 2 * vocab_size * width
     sizes = [width, *config.moe.hidden_sizes, width]
     matrix = max(inputs * outputs for inputs, outputs in pairwise(sizes))
-    held = max((config.moe.experts_at(layer) // expert_share for layer in config.moe_layers()), default=0)
+    held = max((config.moe.experts_at(layer) // expert_share for layer in config.moe_layer_names()), default=0)
     times = (numbers.size if numbers.size < _FLOAT else 0) + _FLOAT * accumulating
     dense, of_experts = numbers.size * max(*reserved, logits), times * held * matrix
     return (dense, 0) if dense >= of_experts else (0, of_experts)
@@ -115,7 +115,7 @@ def _reserved(cells: int, outputs: int) -> int:
 
 def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
     """Calls in which LSTM `index` of a side runs over its positions."""
-    stepwise = side == "decoder" and index == 0 and config.attention.wiring in ("feedback", "gnmt")
+    stepwise = side == "decoder" and index == 0 and config.attention.feeds_back
     return length if stepwise else 1
 
 
@@ -146,21 +146,17 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, n
 def _gate(moe: MoEConfig, num_experts: int) -> int:
     """Bytes a token, beside the gate's input (float32)."""
     slots = moe.experts_per_token * (_INDEX + _FLOAT)
-    match moe.gating:
-        case "hierarchical":
-            group = num_experts // moe.branching
-            primary = _noisy(moe.branching, moe.primary_k)
-            # Logits of the noise of all groups, before the chosen ones are taken from what becomes of them.
-            secondary = _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
-            return primary + secondary + slots
-        case "noisy_top_k":
-            return _noisy(num_experts, moe.k)
-        case "softmax_top_k":
-            return slots
-        case _:
-            # Logarithm, softmax over the kept, difference of the masks; the mask, and what it leaves out. Experts and
-            # gates stand in a table as wide as the busiest token needs, here twice the average; little beside the rest.
-            return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
+    if moe.k_is_average:
+        # Logarithm, softmax over the kept, difference of the masks; the mask, and what it leaves out. Experts and
+        # gates stand in a table as wide as the busiest token needs, here twice the average; little beside the rest.
+        return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
+    if moe.is_hierarchical:
+        group = num_experts // moe.branching
+        primary = _noisy(moe.branching, moe.primary_k)
+        # Logits of the noise of all groups, before the chosen ones are taken from what becomes of them.
+        secondary = _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
+        return primary + secondary + slots
+    return _noisy(num_experts, moe.k) if moe.is_noisy else slots
 
 
 def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
@@ -194,7 +190,7 @@ def _attention(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int
         kept += pairs * size
     # The softmax is float32; where that is not the type of the values, it is cast for the second product.
     weights = pairs * (_FLOAT + (numbers.size if numbers.size < _FLOAT else 0)) + sources * _BOOL
-    if config.attention.wiring == "parallel":
+    if config.attention.projects_context:
         # The projection's input, and the mask of its dropout.
         weights += targets * width * (numbers.size + _mask(config, numbers))
     return kept * numbers.size + weights

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from nmt.config import Config
+from nmt.config import Config, uses_bf16
 from nmt.cost.activations import BatchSize, Precision, copied_bytes, saved_bytes, working_bytes
 from nmt.cost.operations import Cost, model_cost
 from nmt.errors import UserError
@@ -124,8 +124,7 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
 
 def numbers_of(config: Config, on_gpu: bool) -> Precision:
     """The numbers that matrix products of training work on."""
-    precision = config.training.precision
-    return Precision(on_gpu, 2 if precision == "bf16" or (precision == "auto" and on_gpu) else _FLOAT)
+    return Precision(on_gpu, 2 if uses_bf16(config.training.precision, on_gpu) else _FLOAT)
 
 
 def checkpoint_bytes(config: Config, cost: Cost) -> int:
@@ -142,7 +141,7 @@ def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
     experts = 2 * cost.num_expert_parameters
     if config.training.expert_optimizer == "factored":
         sides = sum(map(sum, pairwise([model.hidden_size, *moe.hidden_sizes, model.hidden_size])))
-        experts = sum(map(moe.experts_at, model.moe_layers())) * sides
+        experts = sum(map(moe.experts_at, model.moe_layer_names())) * sides
     return 2 * (cost.num_parameters - cost.num_expert_parameters), experts
 
 
@@ -190,7 +189,7 @@ def _expert_share(config: Config, gpus: int) -> int:
         )
     if gpus % group:
         raise UserError(f"parallel.expert_group_size={group} must divide --gpus {gpus}: use a divisor, or 0 for all")
-    for layer in config.model.moe_layers():
+    for layer in config.model.moe_layer_names():
         count = config.model.moe.experts_at(layer)
         if count % group:
             raise UserError(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import NamedTuple
 
-from nmt.config import ModelConfig, MoEConfig
+from nmt.config import LayerName, ModelConfig, MoEConfig
 
 
 class LayerCount(NamedTuple):
@@ -88,21 +88,17 @@ def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = 
 def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoELayerCount:
     """One MoE layer D -> D of n experts; `moe` says all else. Every weight of a chosen expert is one multiply-add.
 
-    A noisy gate has two matrices, W_g and W_noise, and both count: D x n each (S17 section 2.1). The hierarchical one
-    has them for its a groups and for each group's n/a experts; of the latter, the chosen groups' count (appendix B).
-    Without noise there is W_g alone; strictly balanced gates have n thresholds as well (appendix F).
+    A noisy gate has two matrices, W_g and W_noise, and both count: D x n each (S17 section 2.1); without noise there is
+    W_g alone. The hierarchical one has them for its a groups and for each group's n/a experts; of the latter, the
+    chosen groups' count (appendix B). Strictly balanced gates have n thresholds as well (appendix F).
     """
     expert = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))
-    match moe.gating:
-        case "hierarchical":
-            chosen = moe.primary_k * num_experts // moe.branching
-            gates = LayerCount(2 * width * (moe.branching + num_experts), 2 * width * (moe.branching + chosen))
-        case "noisy_top_k":
-            gates = LayerCount(2 * width * num_experts, 2 * width * num_experts)
-        case "softmax_top_k":
-            gates = LayerCount(width * num_experts, width * num_experts)
-        case _:
-            gates = LayerCount(width * num_experts + num_experts, width * num_experts)
+    column = (2 if moe.is_noisy else 1) * width
+    groups, compared = 0, num_experts
+    if moe.is_hierarchical:
+        groups, compared = moe.branching, moe.primary_k * num_experts // moe.branching
+    thresholds = num_experts if moe.k_is_average else 0
+    gates = LayerCount(column * (groups + num_experts) + thresholds, column * (groups + compared))
     return MoELayerCount(LayerCount(num_experts * expert, moe.experts_per_token * expert), gates)
 
 
@@ -114,8 +110,8 @@ def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
     encoder = [(width, *config.bottom_direction())] * directions
     for layer in range(2, config.num_encoder_layers + 1):
         encoder.append((second if layer == 2 else width, cells, width))
-    first = 2 * width if config.attention.wiring in ("feedback", "gnmt") else width
-    above = 2 * width if config.attention.wiring in ("gnmt", "gnmt_v2") else width
+    first = 2 * width if config.attention.feeds_back else width
+    above = 2 * width if config.attention.context_above else width
     decoder = [(first, cells, width)] + [(above, cells, width)] * (config.num_decoder_layers - 1)
     return {"encoder": encoder, "decoder": decoder}
 
@@ -130,7 +126,7 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
         lstms = [lstm_cost(*size) for size in sizes]
         parameters[f"{side} LSTMs"] = sum(lstm.parameters for lstm in lstms)
         ops[side][f"{side} LSTMs"] = sum(lstm.ops for lstm in lstms)
-        layers = [layer for layer in config.moe_layers() if layer.startswith(side)]
+        layers = [layer for layer in config.moe_layer_names() if LayerName.of(layer).side == side]
         counts = [moe_cost(width, moe, moe.experts_at(layer)) for layer in layers]
         for part in MoELayerCount._fields if counts else ():
             parameters[f"{side} {part}"] = sum(getattr(count, part).parameters for count in counts)
@@ -140,7 +136,7 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
     parameters["attention"] = 2 * width * attention.size + attention.size
     if attention.function == "normalised":
         parameters["attention"] += attention.size + 1
-    if attention.wiring == "parallel":
+    if attention.projects_context:
         ops["decoder"]["context projection"] = parameters["context projection"] = width * width
     ops["decoder"]["softmax"] = table
     parameters["softmax"] = (0 if config.tie_embeddings else table) + vocab_size * config.output_bias

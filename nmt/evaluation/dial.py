@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nmt.config import Config, ModelConfig, MoEConfig
+from nmt.config import Config, MoEConfig
 from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
@@ -89,19 +89,9 @@ def dial_counts(text: str, config: Config) -> list[int]:
 def dial_positions(counts: list[int], moe: MoEConfig) -> list[tuple[int, bool]]:
     """(experts per token, whether as trained) in order; as trained is always among them, to compare with."""
     trained = moe.experts_per_token
-    # Every other gate does the same with the number named as without.
-    apart = moe.gating == "strictly_balanced"
-    positions = {(trained, True), *((count, False) for count in counts if apart or count != trained)}
+    # Where tokens have different numbers of experts, the same number for all is something else than as trained.
+    positions = {(trained, True), *((count, False) for count in counts if moe.k_is_average or count != trained)}
     return sorted(positions, key=lambda position: (position[0], not position[1]))
-
-
-def with_experts_per_token(model: ModelConfig, count: int) -> ModelConfig:
-    """The configuration of a model trained with `count` experts per token, as the gates share them out to groups."""
-    moe = model.moe
-    if moe.gating != "hierarchical":
-        return replace(model, moe=replace(moe, k=count))
-    groups = min(count, moe.primary_k)
-    return replace(model, moe=replace(moe, primary_k=groups, k=count // groups))
 
 
 def dial(
@@ -134,7 +124,8 @@ def dial(
     baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses
     positions = []
     for (count, trained), found in zip(wanted, measured, strict=True):
-        ops = model_cost(with_experts_per_token(config.model, count), translator.subwords.size).ops_per_timestep
+        model = replace(config.model, moe=config.model.moe.with_experts_per_token(count))
+        ops = model_cost(model, translator.subwords.size).ops_per_timestep
         compared = paired_bootstrap(
             baseline, found.hypotheses, text.references, tokenizer, BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
         )

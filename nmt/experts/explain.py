@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from nmt.batch import EOS, make_batch
+from nmt.config import LayerName
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model.attention import Memory
@@ -109,7 +110,7 @@ class Explanation:
 
     def pieces_of(self, layer: LayerExplanation) -> list[str]:
         """The pieces that the positions of a layer stand for."""
-        return self.source_pieces if layer.layer.startswith("encoder") else self.target_pieces
+        return self.source_pieces if LayerName.of(layer.layer).side == "encoder" else self.target_pieces
 
     def __str__(self) -> str:
         """Tables for a terminal."""
@@ -136,16 +137,6 @@ class Explanation:
 def expert_name(expert: Slot | ExpertTotal) -> str:
     """The number of an expert, after that of its group if it has one."""
     return f"{expert.expert}" if expert.group is None else f"{expert.group}/{expert.expert}"
-
-
-def moe_layers(model: Seq2Seq) -> dict[str, MoE]:
-    """The MoE layers by their names."""
-    found: dict[str, MoE] = {}
-    for layers in (model.encoder.moe_layers, model.decoder.moe_layers):
-        for place, moe in layers.moe.items():
-            assert isinstance(moe, MoE)
-            found[f"{layers.side}.{place}"] = moe
-    return found
 
 
 def _removing_hook(expert_C: Tensor, position_C: Tensor) -> Callable[[Any, Any, GateOutput], GateOutput]:
@@ -196,7 +187,7 @@ class Scorer:
         assert not model.training
         self.experts_per_token = experts_per_token
         self.model, self.device = model, device
-        self.layers = moe_layers(model)
+        self.layers = model.moe_layers()
         self.batch = make_batch(np.arange(1), [source], [target]).to(device)
         self.precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode():
@@ -210,7 +201,7 @@ class Scorer:
         found = [0.0] * len(removals)
         size = self._columns_at_once() - 1
         for side in ("encoder", "decoder"):
-            mine = [index for index, removal in enumerate(removals) if removal.layer.startswith(side)]
+            mine = [index for index, removal in enumerate(removals) if LayerName.of(removal.layer).side == side]
             for start in range(0, len(mine), size):
                 chosen = mine[start : start + size]
                 whole, *without = self.scores(side, [None, *(removals[index] for index in chosen)])
@@ -295,9 +286,10 @@ def _explain_layer(
     scorer: Scorer, layer: str, positions: _Chosen, contributions: dict[Removal, float]
 ) -> LayerExplanation:
     moe, num_experts = scorer.model.config.moe, scorer.layers[layer].num_experts
+    size = len(moe.groups_at(layer)[0])
 
     def group(expert: int) -> int | None:
-        return expert * moe.branching // num_experts if moe.gating == "hierarchical" else None
+        return expert // size if moe.is_hierarchical else None
 
     rows = [
         [Slot(expert, group(expert), gate, contributions[Removal(layer, expert, place)]) for expert, gate in slots]

@@ -15,6 +15,7 @@ from torch import Tensor
 from nmt.config import ModelConfig
 from nmt.errors import UserError
 from nmt.experts.surgery import NetworkWeights, TrainedWeight, Weights, select_experts
+from nmt.model.names import expert_matrix
 from nmt.model.seq2seq import Seq2Seq
 
 
@@ -45,11 +46,11 @@ def grow(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights
     (mixed,) = np.random.SeedSequence([seed, num_experts]).generate_state(1).tolist()
     generator = torch.Generator().manual_seed(mixed)
     layers = {}
-    for layer in network.config.moe_layers():
+    for layer in network.config.moe_layer_names():
         weights = network.layer(layer)
         width, before = weights["gate.w_gate_DE"].value.shape
         u_DAC = torch.randn(width, config.moe.branching, num_experts // before, generator=generator) * width**-0.5
-        if moe.gating == "noisy_top_k":
+        if not moe.is_hierarchical:
             weights = _as_groups_of_one(weights)
         layers[layer] = _copied(weights, u_DAC)
     return network.with_layers(config, layers)
@@ -64,7 +65,7 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
         )
     moe = replace(old, num_experts=num_experts, gating="noisy_top_k", branching=0)
     config = replace(network.config, moe=moe)
-    if not config.moe_layers():
+    if not config.moe_layer_names():
         raise UserError("--grow: model.encoder_moe_after and model.decoder_moe_after name no place for experts")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -72,9 +73,9 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
     fresh = NetworkWeights(
         config, network.vocab_size, {name: TrainedWeight.new(value) for name, value in values.items()}
     )
-    last = f"experts.weights.{len(moe.hidden_sizes)}"
+    last = expert_matrix(len(moe.hidden_sizes))
     layers = {}
-    for layer in config.moe_layers():
+    for layer in config.moe_layer_names():
         weights = fresh.layer(layer)
         layers[layer] = weights | {last: TrainedWeight.new(torch.zeros_like(weights[last].value))}
     return network.with_layers(config, layers)
@@ -83,13 +84,13 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
 def _grown_config(config: ModelConfig, num_experts: int) -> ModelConfig:
     """The settings after growing; UserError if these experts cannot grow to so many."""
     moe = config.moe
-    if not (moe.gating == "noisy_top_k" or (moe.gating == "hierarchical" and moe.k == 1)):
-        k = f" and k={moe.k}" if moe.gating == "hierarchical" else ""
+    if not (moe.is_noisy and (moe.k == 1 or not moe.is_hierarchical)):
+        k = f" and k={moe.k}" if moe.is_hierarchical else ""
         raise UserError(
             f"--grow: experts under gating={moe.gating}{k} cannot grow; what can are a network without experts, "
             "gating=noisy_top_k, and gating=hierarchical with k=1"
         )
-    counts = {layer: moe.experts_at(layer) for layer in config.moe_layers()}
+    counts = {layer: moe.experts_at(layer) for layer in config.moe_layer_names()}
     if len(set(counts.values())) != 1:
         shown = ", ".join(f"{layer} {count}" for layer, count in counts.items())
         raise UserError(f"--grow: the layers have different numbers of experts ({shown or 'there is none'})")
@@ -97,7 +98,7 @@ def _grown_config(config: ModelConfig, num_experts: int) -> ModelConfig:
     if num_experts % before or num_experts <= before:
         multiples = ", ".join(str(before * factor) for factor in (2, 3, 4))
         raise UserError(f"--grow {num_experts}: {before} experts can become {multiples} or another multiple")
-    branching, primary_k = (moe.branching, moe.primary_k) if moe.gating == "hierarchical" else (before, moe.k)
+    branching, primary_k = (moe.branching, moe.primary_k) if moe.is_hierarchical else (before, moe.k)
     grown = replace(
         moe,
         num_experts=num_experts,

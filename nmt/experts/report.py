@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nmt.batch import BOS, EOS, UNK
+from nmt.config import LayerName
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
@@ -437,7 +438,7 @@ def expert_report(
     for batch in eval_batches(*encoded, 4096):
         gates = model.gates(batch.to(device), experts_per_token=experts_per_token)
         for layer, gate in gates.items():
-            name = layer.split(".")[0]
+            name = LayerName.of(layer).side
             if layer not in layers:
                 sizes = gate.sums.count_E.numel(), label_LP, max(len(names), 1), subwords.size
                 layers[layer] = _Layer(sides[name], *sizes)

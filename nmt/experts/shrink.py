@@ -4,7 +4,7 @@ Letters: T tokens, K places for experts a token has, R routed rows, D width, E e
 and outputs of one layer of an expert.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.config import MoEConfig
+from nmt.config import LayerName, MoEConfig
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
 from nmt.data.subwords import Subwords
 from nmt.errors import UserError
-from nmt.experts.surgery import NetworkWeights, Weights, moe_modules, select_experts, with_counts
+from nmt.experts.surgery import NetworkWeights, Weights, select_experts, with_counts
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import GateOutput
+from nmt.model.names import expert_dim, is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import COLUMN, ROW
 
@@ -89,7 +90,7 @@ def look(
             for layer, (moe, x_TD, gate) in passed.items():
                 found = use_of(moe, x_TD, gate)
                 use[layer] = ExpertUse(*map(torch.add, use[layer], found)) if layer in use else found
-                share = min(1.0, sample_tokens / tokens[layer.partition(".")[0]])
+                share = min(1.0, sample_tokens / tokens[LayerName.of(layer).side])
                 drawn_T = torch.rand(len(x_TD), generator=generator) < share
                 sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
     return Observation(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
@@ -103,7 +104,7 @@ def _watched(model: Seq2Seq) -> Iterator[dict[str, tuple[MoE, Tensor, GateOutput
     def note(layer: str, moe: MoE, inputs: tuple[Tensor], outputs: tuple[Tensor, GateOutput]) -> None:
         passed[layer] = (moe, inputs[0], outputs[1])
 
-    handles = [moe.register_forward_hook(partial(note, layer)) for layer, moe in moe_modules(model).items()]
+    handles = [moe.register_forward_hook(partial(note, layer)) for layer, moe in model.moe_layers().items()]
     try:
         yield passed
     finally:
@@ -142,7 +143,7 @@ def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
 
 def least_useful(moe: MoEConfig, layer: str, use: ExpertUse, count: int) -> list[int]:
     """The `count` experts of a layer with the least output mass; in groups, equally many of each."""
-    groups = _groups(moe, layer)
+    groups = moe.groups_at(layer)
     each = per_group(f"--prune {count}", moe, layer, count)
     return sorted(expert for group in groups for expert in _least(use, group)[:each])
 
@@ -151,7 +152,7 @@ def idle(moe: MoEConfig, layer: str, use: ExpertUse) -> list[int]:
     """Experts with less than IDLE_SHARE of the mean load; in groups, as many of each as the group with fewest has."""
     bound = IDLE_SHARE * float(use.load_E.mean())
     idle_by_group = [
-        [expert for expert in _least(use, group) if use.load_E[expert] < bound] for group in _groups(moe, layer)
+        [expert for expert in _least(use, group) if use.load_E[expert] < bound] for group in moe.groups_at(layer)
     ]
     each = min(map(len, idle_by_group))
     per_group("--prune idle", moe, layer, each * len(idle_by_group))
@@ -173,19 +174,12 @@ def prune(network: NetworkWeights, removed: dict[str, list[int]]) -> NetworkWeig
     return network.with_layers(with_counts(network.config, counts), layers)
 
 
-def _groups(moe: MoEConfig, layer: str) -> list[list[int]]:
-    """The experts of each group; one group of all under a flat gate."""
-    count = moe.experts_at(layer)
-    size = count // moe.branching if moe.gating == "hierarchical" else count
-    return [list(range(first, first + size)) for first in range(0, count, size)]
-
-
 def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool = False) -> int:
     """How many experts of each group of a layer `count` are.
 
     UserError unless it is the same for all groups, at least k stay and, when `merging`, all find a partner.
     """
-    groups = _groups(moe, layer)
+    groups = moe.groups_at(layer)
     size, grouped = len(groups[0]), len(groups) > 1
     each, rest = divmod(count, len(groups))
     if rest:
@@ -207,7 +201,7 @@ def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool
     return each
 
 
-def _least(use: ExpertUse, experts: list[int]) -> list[int]:
+def _least(use: ExpertUse, experts: Iterable[int]) -> list[int]:
     """`experts` by output mass, the least first; of equals the one with fewer tokens, then the later one."""
     return sorted(experts, key=lambda expert: (float(use.output_E[expert]), float(use.load_E[expert]), -expert))
 
@@ -229,7 +223,7 @@ def redundant_pairs(moe: MoEConfig, layer: str, use: ExpertUse, similarity_EE: T
     loss_EE = joint_EE * (1.0 - similarity_EE).clamp_min(0.0)
     each = per_group(f"--merge {count}", moe, layer, count, merging=True)
     pairs = []
-    for group in _groups(moe, layer):
+    for group in moe.groups_at(layer):
         free = set(group)
         ranked = sorted(
             ((first, second) for first in group for second in group if first < second),
@@ -269,17 +263,17 @@ def merge(network: NetworkWeights, pairs: dict[str, list[MergePair]]) -> Network
 
 def _merge_in_place(weights: Weights, pair: MergePair) -> None:
     """Put the average of both experts in the place of the first; the second stays."""
-    count = sum(name.startswith("experts.") for name in weights)
-    matrices = [[weights[f"experts.weights.{place}"].value[expert] for place in range(count)] for expert in pair[:2]]
+    names = list(filter(is_expert, weights))
+    matrices = [[weights[name].value[expert] for name in names] for expert in pair[:2]]
     all_D = torch.arange(matrices[0][0].shape[0])
     order = [all_D, *aligned_units(*matrices), all_D]
     for name, weight in weights.items():
         for kind, tensor in {"value": weight.value, **weight.moments}.items():
-            if name.startswith("experts."):
-                place = int(name.rpartition(".")[2])
+            if is_expert(name):
+                place = names.index(name)
                 second = _reordered(tensor[pair.second], kind, order[place], order[place + 1])
                 tensor[pair.first] = second.lerp(tensor[pair.first], pair.share)
-            elif not name.startswith("gate.primary_"):
+            elif expert_dim(name) is not None:
                 tensor[..., pair.first] = tensor[..., pair.second].lerp(tensor[..., pair.first], pair.share)
 
 

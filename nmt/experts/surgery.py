@@ -24,7 +24,7 @@ from nmt.config import Config, ModelConfig
 from nmt.errors import StorageError, UserError
 from nmt.files import sync
 from nmt.model.assemble import assemble
-from nmt.model.experts import MoE
+from nmt.model.names import expert_dim, layer_prefix
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.saving import save_checkpoint
 from nmt.parameters import read_model, read_tensors
@@ -83,32 +83,13 @@ class NetworkWeights:
         return assemble(self.config, self.vocab_size, {name: each.value for name, each in self.weights.items()})
 
 
-def layer_prefix(layer: str) -> str:
-    """What the names of an MoE layer's parameters start with: "encoder.2" -> "encoder.moe_layers.moe.2."."""
-    side, _, place = layer.partition(".")
-    return f"{side}.moe_layers.moe.{place}."
-
-
-def moe_modules(model: Seq2Seq) -> dict[str, MoE]:
-    """The MoE layers of a model by name."""
-    layers = {layer: model.get_submodule(layer_prefix(layer)[:-1]) for layer in model.config.moe_layers()}
-    return {layer: module for layer, module in layers.items() if isinstance(module, MoE)}
-
-
 def select_experts(weights: Weights, index_E: Tensor) -> Weights:
     """One MoE layer whose expert e is a copy of the old expert index[e]: its matrices, its columns of the gate."""
     selected = {}
     for name, weight in weights.items():
-        dim = _expert_dim(name)
+        dim = expert_dim(name)
         selected[name] = weight if dim is None else weight.changed(partial(torch.index_select, dim=dim, index=index_E))
     return selected
-
-
-def _expert_dim(name: str) -> int | None:
-    """Which dimension of a layer's parameter counts the experts; None: none does (those of a primary gate)."""
-    if name.startswith("experts."):
-        return 0
-    return {"threshold_E": 0, "w_gate_DE": 1, "w_noise_DE": 1}.get(name.removeprefix("gate."))
 
 
 def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:

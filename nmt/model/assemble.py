@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention
-from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
+from nmt.model.experts import ALL_EXPERTS, ExpertShard
 from nmt.model.gating import Gate
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
@@ -64,7 +64,6 @@ def in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Se
     if device.type == "cuda":
         tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
     copy = assemble(model.config, model.output.out_features, tensors, model.share)
-    layers = ([each for each in one.modules() if isinstance(each, MoE)] for one in (copy, model))
-    for own, original in zip(*layers, strict=True):
-        own.dispatcher = original.dispatcher
+    for layer, moe in copy.moe_layers().items():
+        moe.dispatcher = model.moe_layers()[layer].dispatcher
     return copy

@@ -8,7 +8,7 @@ Letters: T tokens, D width, E experts, A groups of B experts (hierarchical), P g
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +166,9 @@ class Gate(nn.Module):
     Outside training a pass may ask for another number, `experts_per_token`; 0 means as many as in training.
     """
 
+    noisy: ClassVar[bool] = False
+    """Whether noise breaks ties in training, so that all experts may start equally likely."""
+
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
         super().__init__()
         self.k = k
@@ -195,6 +198,8 @@ class NoisyTopKGate(Gate):
     load is the hard count and carries no gradient. Deviation from the paper: the standard deviation of the noise is
     larger by MIN_NOISE_STD, as in its authors' code.
     """
+
+    noisy = True
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
         super().__init__(hidden_size, num_experts, k)
@@ -232,6 +237,8 @@ class HierarchicalGate(Gate):
     those of the chosen groups taken from it: on today's devices that is quicker than sorting tokens by group, though
     not fewer operations (`nmt cost` counts the chosen groups, as the paper does).
     """
+
+    noisy = True
 
     def __init__(self, hidden_size: int, num_experts: int, branching: int, primary_k: int, k: int) -> None:
         super().__init__(hidden_size, num_experts, k)

@@ -29,7 +29,7 @@ def has_fast_path(device: torch.device, dtype: torch.dtype) -> bool:
 
 def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype, key: str) -> None:
     """UserError if the grouped product cannot take the model's experts; `key` is the setting that chose `dtype`."""
-    if not (config.moe_layers() and has_fast_path(device, dtype)):
+    if not (config.moe_layer_names() and has_fast_path(device, dtype)):
         return
     widths = {f"model.hidden_size={config.hidden_size}": [config.hidden_size]}
     widths[f"model.moe.hidden_sizes={config.moe.hidden_sizes}"] = config.moe.hidden_sizes

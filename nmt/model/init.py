@@ -30,7 +30,7 @@ from torch import nn
 
 from nmt.model.attention import Attention
 from nmt.model.experts import Experts
-from nmt.model.gating import THRESHOLD_SCALE, Gate, SoftmaxTopKGate, StrictlyBalancedGate
+from nmt.model.gating import THRESHOLD_SCALE, Gate, StrictlyBalancedGate
 from nmt.model.lstm import LSTM
 
 
@@ -87,7 +87,7 @@ def _init_lstm(lstm: nn.LSTM) -> None:
 def _init_gate(gate: Gate) -> None:
     for parameter in gate.parameters():
         nn.init.zeros_(parameter)
-    if isinstance(gate, SoftmaxTopKGate | StrictlyBalancedGate):
+    if not gate.noisy:
         nn.init.normal_(gate.w_gate_DE, std=gate.w_gate_DE.shape[0] ** -0.5)
     if isinstance(gate, StrictlyBalancedGate):
         nn.init.constant_(gate.threshold_E, -math.log(gate.num_experts) / THRESHOLD_SCALE)

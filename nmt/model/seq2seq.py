@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.batch import Batch
-from nmt.config import ModelConfig
+from nmt.config import LayerName, ModelConfig
 from nmt.model.attention import Attention, Memory
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
+from nmt.model.names import layer_prefix
 from nmt.model.rows import put_rows, take_rows
 from nmt.model.walk import Gates, Visit, Walk, walk_together
 
@@ -61,11 +62,9 @@ class _MoELayers(nn.Module):
         super().__init__()
         places = places if config.moe.num_experts else []
         self.side = side
+        counts = {place: config.moe.experts_at(str(LayerName(side, place))) for place in places}
         self.moe = nn.ModuleDict(
-            {
-                str(place): MoE(config.hidden_size, config.moe.experts_at(f"{side}.{place}"), config.moe, share)
-                for place in places
-            }
+            {str(place): MoE(config.hidden_size, count, config.moe, share) for place, count in counts.items()}
         )
         self.dropout = nn.Dropout(config.dropout)
 
@@ -79,7 +78,7 @@ class _MoELayers(nn.Module):
         moe = self.moe[str(layer)]
         assert isinstance(moe, MoE)
         x_MD = x_TBD.flatten(0, 1)
-        y_ND = yield Visit(f"{self.side}.{layer}", moe, x_MD if rows_N is None else take_rows(x_MD, rows_N))
+        y_ND = yield Visit(str(LayerName(self.side, layer)), moe, x_MD if rows_N is None else take_rows(x_MD, rows_N))
         y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
         return x_TBD + self.dropout(y_MD).view_as(x_TBD)
 
@@ -125,15 +124,13 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
-        self.wiring = config.attention.wiring
+        self.attention_config = config.attention
         self.residual_from = config.residual_from
-        self.feedback = self.wiring in ("feedback", "gnmt")
-        self.context_above = self.wiring in ("gnmt", "gnmt_v2")
-        self.bottom = LSTM(2 * width if self.feedback else width, cells, width)
-        above = 2 * width if self.context_above else width
+        self.bottom = LSTM(2 * width if self.attention_config.feeds_back else width, cells, width)
+        above = 2 * width if self.attention_config.context_above else width
         self.upper = nn.ModuleList(LSTM(above, cells, width) for _ in range(config.num_decoder_layers - 1))
         self.attention = Attention(width, config.attention)
-        if self.wiring == "parallel":
+        if self.attention_config.projects_context:
             self.context = nn.Linear(width, width, bias=False)
         self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
@@ -143,19 +140,19 @@ class Decoder(nn.Module):
     ) -> Walk[DecoderOutput]:
         """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
         lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
-        if self.feedback:
+        if self.attention_config.feeds_back:
             x_TRD, context_TRD, weights_TRS, first = self._feedback_bottom(x_TRD, memory, state)
         else:
             y_TRD, first = self.bottom(x_TRD, lstm_states[0])
             x_TRD = self._residual(1, x_TRD, self.dropout(y_TRD))
             context_TRD, weights_TRS = self._attend(x_TRD, memory)
         query_1RD = x_TRD[-1:]
-        if self.wiring == "parallel":
+        if self.attention_config.projects_context:
             x_TRD = x_TRD + self.dropout(self.context(context_TRD))
         x_TRD = yield from self.moe_layers.after(1, x_TRD, rows_N)
         states = [first]
         for layer, lstm in enumerate(self.upper, start=2):
-            input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.context_above else x_TRD
+            input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.attention_config.context_above else x_TRD
             y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
             states.append(after)
             x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
@@ -234,6 +231,15 @@ class Seq2Seq(nn.Module):
         (decoded,), gates = walk_together([self.decoder.walk(x_TRD, memory, state, rows_N)], experts_per_token)
         return decoded._replace(gates=gates)
 
+    def moe_layers(self) -> dict[str, MoE]:
+        """The MoE layers by name, in the order in which a token meets them."""
+        layers = {}
+        for name in self.config.moe_layer_names():
+            moe = self.get_submodule(layer_prefix(name)[:-1])
+            assert isinstance(moe, MoE)
+            layers[name] = moe
+        return layers
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the weights of matrix products, gates and softmax layer left out."""
@@ -272,16 +278,15 @@ class Seq2Seq(nn.Module):
 
     def gates(self, *bands: Batch, experts_per_token: int = 0) -> Gates:
         """The gates that `forward` would return; nothing beyond the last of them is computed."""
-        layers = self.config.moe_layers()
+        layers = self.config.moe_layer_names()
         if not layers:
             return {}
         return walk_together([self._reading(batch) for batch in bands], experts_per_token, last=layers[-1])[1]
 
     def check_experts_per_token(self, count: int) -> None:
         """ValueError if not every layer can wake `count` experts for each token; 0: as many as in training."""
-        for module in self.modules():
-            if isinstance(module, MoE):
-                module.gate.check_experts_per_token(count)
+        for moe in self.moe_layers().values():
+            moe.gate.check_experts_per_token(count)
 
     def _reading(self, batch: Batch) -> Walk[DecoderOutput]:
         memory = yield from self._encoding(batch.source_SB, batch.source_length_B, batch.source_rows_N)

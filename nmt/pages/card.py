@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nmt.config import Config, ModelConfig, MoEConfig
+from nmt.config import Config, LayerName, ModelConfig
 from nmt.cost.operations import Cost, model_cost
 from nmt.pages.markdown import code, plain, table, wrapped
 
@@ -80,7 +80,7 @@ def own_sets(facts: CardFacts) -> list[SetScores]:
 
 def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     config = facts.config
-    experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layers() else ""
+    experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layer_names() else ""
     name, source, target = map(plain, (config.run.name, config.corpus.source_language, config.corpus.target_language))
     yield f"# {name}: translates {source} to {target}"
     yield ""
@@ -106,7 +106,7 @@ def _use(config: Config) -> Iterator[str]:
     decoding = config.decoding
     yield "    nmt translate DIR input -o output"
     yield "    nmt evaluate DIR --source F --reference F"
-    if config.model.moe_layers():
+    if config.model.moe_layer_names():
         yield "    nmt experts DIR --explain 'A sentence.'"
     yield "    nmt cost DIR"
     yield ""
@@ -137,33 +137,18 @@ def _network(model: ModelConfig) -> Iterator[str]:
         "embeddings": "one matrix for both languages and the softmax" if model.tie_embeddings else "one a language",
         "experts": "none",
     }
-    if model.moe_layers():
-        places = [f"{moe.experts_at(layer):,} after {_place(layer)}" for layer in model.moe_layers()]
+    if model.moe_layer_names():
+        places = [f"{moe.experts_at(layer):,} after {_place(layer)}" for layer in model.moe_layer_names()]
         hidden = " and ".join(f"{size:,}" for size in moe.hidden_sizes)
         rows["experts"] = f"{'; '.join(places)}; each with {hidden} hidden units"
         rows["experts per token"] = f"{moe.experts_per_token} in each of these layers"
-        rows["gating"] = _gating(moe)
+        rows["gating"] = moe.describe_gate()
     yield from table(("", ""), rows.items())
 
 
 def _place(layer: str) -> str:
-    side, _, place = layer.partition(".")
-    return f"{side} LSTM {place}"
-
-
-def _gating(moe: MoEConfig) -> str:
-    match moe.gating:
-        case "noisy_top_k":
-            return f"noisy top-k, k = {moe.k} (section 2.1 of the paper)"
-        case "softmax_top_k":
-            return f"top-k without noise, k = {moe.k}"
-        case "hierarchical":
-            return (
-                f"two levels of noisy top-k (appendix B of the paper): {moe.primary_k} of {moe.branching} groups, "
-                f"{moe.k} expert{'s' * (moe.k > 1)} in each"
-            )
-        case _:
-            return f"strictly balanced, k = {moe.k} on average (appendix F of the paper)"
+    name = LayerName.of(layer)
+    return f"{name.side} LSTM {name.place}"
 
 
 def _data(facts: CardFacts) -> Iterator[str]:

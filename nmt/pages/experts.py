@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from html import escape
 from math import ceil, log2
 
+from nmt.config import LayerName
 from nmt.experts.report import MATRIX_EXPERTS, ExpertRow, LayerReport, Purity, TokenRole, preferred_domains
 from nmt.pages.markdown import plain
 
@@ -190,7 +191,7 @@ def _marked(role: TokenRole, harmless: Callable[[str], str]) -> str:
 
 
 def _side_note(layer: LayerReport) -> str:
-    if layer.layer.startswith("encoder"):
+    if LayerName.of(layer.layer).side == "encoder":
         return "Tokens are the pieces of the source sentence and its end."
     return (
         "Tokens are the pieces of the translation that the decoder has just read, beginning with ⟨start⟩; "

@@ -7,6 +7,7 @@ probable without and orange for what it would be more probable without. The page
 import html
 import re
 
+from nmt.config import LayerName
 from nmt.experts.explain import ExpertTotal, Explanation, LayerExplanation, Slot, expert_name
 
 _STYLE = """
@@ -73,7 +74,7 @@ def explanation_page(explanation: Explanation) -> str:
 
 def _layer(explanation: Explanation, layer: LayerExplanation) -> str:
     strongest = max((abs(slot.contribution) for slots in layer.positions for slot in slots), default=0.0)
-    decoder = layer.layer.startswith("decoder")
+    decoder = LayerName.of(layer.layer).side == "decoder"
     rows = []
     for place, (piece, slots) in enumerate(zip(explanation.pieces_of(layer), layer.positions, strict=True)):
         chips = "".join(_chip(slot, strongest) for slot in slots) or '<span class="soft">no expert</span>'

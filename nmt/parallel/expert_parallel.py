@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import Function
 
 from nmt.config import Config
@@ -158,11 +158,6 @@ def _halves(gate: GateOutput) -> list[GateOutput]:
     ]
 
 
-def is_expert(name: str) -> bool:
-    """Whether a parameter of `Seq2Seq` belongs to an expert, by its name."""
-    return ".experts.weights." in name
-
-
 class _Turns:
     """Whose layer comes next, where each process of a group goes its own way through the MoE layers of a model.
 
@@ -200,12 +195,12 @@ class _Turns:
 
 
 @contextmanager
-def independent_passes(model: nn.Module) -> Iterator[None]:
+def independent_passes(model: Seq2Seq) -> Iterator[None]:
     """Passes outside training, of which each process makes as many as it likes, over tokens of its own.
 
     All processes must enter; they leave together.
     """
-    layers = [each for each in model.modules() if isinstance(each, MoE)]
+    layers = list(model.moe_layers().values())
     dispatchers = [layer.dispatcher for layer in layers if isinstance(layer.dispatcher, AllToAllDispatcher)]
     if not dispatchers:
         yield
@@ -227,7 +222,7 @@ def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
     All parameters are those of a single process with the same seed. UserError if the experts do not divide.
     """
     moe = config.model.moe
-    for layer in config.model.moe_layers():
+    for layer in config.model.moe_layer_names():
         if moe.experts_at(layer) % world.group_size:
             raise UserError(
                 f"the {moe.experts_at(layer)} experts of {layer} cannot be spread over {world.group_size} processes: "
@@ -237,7 +232,6 @@ def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
     if world.group_size > 1:
         group = world.expert_group
         assert group is not None
-        for module in model.modules():
-            if isinstance(module, MoE):
-                module.dispatcher = AllToAllDispatcher(group, world.group_size, config.parallel.overlap_exchange)
+        for moe_layer in model.moe_layers().values():
+            moe_layer.dispatcher = AllToAllDispatcher(group, world.group_size, config.parallel.overlap_exchange)
     return model

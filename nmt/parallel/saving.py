@@ -32,7 +32,7 @@ from torch.futures import Future
 
 from nmt.checkpoint import Checkpoint, finish_folder, list_checkpoints, prune_checkpoints, step_folder
 from nmt.errors import CheckpointError, StorageError, UserError
-from nmt.parallel.expert_parallel import is_expert
+from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 from nmt.parameters import OFFSETS, Tensors, check_finite, check_parameters, check_vocabulary, stored
 

@@ -35,8 +35,6 @@ _LEAST_TOKEN_LOSS = 0.5
 # What a balance weight becomes in a remedy: ten times as much or little, the default where it was 0, never above 1.
 _STEP, _FIRST_WEIGHT, _LARGEST_WEIGHT = 10.0, 0.01, 1.0
 
-_NOISY = ("noisy_top_k", "hierarchical")
-
 
 class GateFigures(NamedTuple):
     """One MoE layer at a line of metrics."""
@@ -54,7 +52,7 @@ class GateFigures(NamedTuple):
     count_E: NDArray[np.float64]  # tokens of each expert since the last line
     importance_E: NDArray[np.float64]  # and the sums of their gates
 
-    def to_dict(self, gating: str) -> dict[str, float]:
+    def to_dict(self, moe: MoEConfig) -> dict[str, float]:
         """The figures that this kind of gate has."""
         figures: dict[str, float] = {
             "cv_importance": self.cv_importance,
@@ -65,9 +63,9 @@ class GateFigures(NamedTuple):
             "importance_loss": self.importance_loss,
             "load_loss": self.load_loss,
         }
-        if gating in _NOISY:
+        if moe.is_noisy:
             figures["noise_std"] = self.noise_std
-        if gating == "strictly_balanced":
+        if moe.k_is_average:
             figures["tokens_without_experts"] = self.tokens_without_experts
             figures["batchwise_loss"] = self.batchwise_loss
         return figures
@@ -129,35 +127,6 @@ def read_tally(values: NDArray[np.float64], weights: tuple[float, float]) -> Gat
         count_E=count_E,
         importance_E=importance_E,
     )
-
-
-def layer_lines(gates: Mapping[str, GateFigures], gating: str) -> list[str]:
-    """A line of each MoE layer's figures, to stand below a line of metrics."""
-    lines = []
-    for layer, gate in gates.items():
-        text = (
-            f"  {layer}  CV(importance) {gate.cv_importance:.2f}, CV(load) {gate.cv_load:.2f}, "
-            f"max/mean load {gate.max_over_mean_load:.2f}, entropy {gate.gate_entropy:.2f}, idle {gate.idle_experts}"
-        )
-        if gating in _NOISY:
-            text += f", noise {gate.noise_std:.2f}"
-        if gating == "strictly_balanced":
-            text += f", tokens without experts {gate.tokens_without_experts:.1%}"
-        lines.append(text)
-    return lines
-
-
-def summary(gates: Mapping[str, GateFigures], gating: str) -> str:
-    """The end of a line beside a progress bar: the layer that is worst; empty without MoE layers."""
-    if not gates:
-        return ""
-    idle = sum(each.idle_experts for each in gates.values())
-    if gating == "strictly_balanced":
-        # Its load is always even; what may be uneven is how many experts a token gets.
-        worst = max(gates, key=lambda layer: gates[layer].tokens_without_experts)
-        return f"; {gates[worst].tokens_without_experts:.1%} without experts {worst}, idle {idle}"
-    worst = max(gates, key=lambda layer: gates[layer].cv_load)
-    return f"; worst CV(load) {gates[worst].cv_load:.2f} {worst}, idle {idle}"
 
 
 def first_not_finite(gates: Mapping[str, GateFigures]) -> str | None:
@@ -307,13 +276,9 @@ class GateWatch:
 
     def _weights(self, layer: str, num_experts: int) -> dict[str, float]:
         """The balance weights, by setting, that have a gradient for this layer's gate: importance, and maybe load."""
-        weights = {}
-        for name, weight in zip(("w_importance", "w_load"), self.moe.balance_weights(layer), strict=True):
-            own = layer.startswith("decoder") and getattr(self.moe, f"{name}_decoder") is not None
-            weights[f"model.moe.{name}{'_decoder' if own else ''}"] = weight
-        if self.moe.gating not in _NOISY or self.moe.experts_per_token >= num_experts:
-            weights.popitem()
-        return weights
+        importance, load = self.moe.balance_settings(layer).items()
+        load_has_gradient = self.moe.is_noisy and self.moe.experts_per_token < num_experts
+        return dict([importance, load] if load_has_gradient else [importance])
 
     def _remedy(self, layer: str, num_experts: int) -> str:
         weights = self._weights(layer, num_experts)

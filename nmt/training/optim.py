@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from nmt.checkpoint import Checkpoint
 from nmt.config import TrainingConfig
 from nmt.errors import CheckpointError
-from nmt.parallel.expert_parallel import is_expert
+from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 
 ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_column"

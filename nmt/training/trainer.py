@@ -29,15 +29,16 @@ from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
 from nmt.model.grouped import check_widths
-from nmt.parallel.expert_parallel import is_expert, make_model
+from nmt.model.names import is_expert
+from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver, load_parameters, read_share
 from nmt.parameters import stored
 from nmt.run import RunDirectory
-from nmt.terminal import printable
+from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
 from nmt.training.forecast import duration, first_forecast, seconds_left
-from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite, layer_lines, summary
+from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.record import DevLine, TrainLine
@@ -280,7 +281,7 @@ class Trainer:
         means, gates = interval.read(self.world)
         # Only now has the device done all that was counted.
         seconds = self.clock.lap()
-        training, gating, step = self.config.training, self.config.model.moe.gating, self.progress.step
+        training, moe, step = self.config.training, self.config.model.moe, self.progress.step
         on_gpu = self.device.type == "cuda"
         line = TrainLine(
             step,
@@ -290,7 +291,7 @@ class Trainer:
             tflops=interval.flops / seconds / 1e12,
             processes=self.world.size,
             gpu_memory_gb=torch.cuda.max_memory_allocated(self.device) / 1e9 if on_gpu else None,
-            gates={layer: gate.to_dict(gating) for layer, gate in gates.items()},
+            gates={layer: gate.to_dict(moe) for layer, gate in gates.items()},
         )
         out.write(line)
         loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
@@ -299,8 +300,8 @@ class Trainer:
         left = duration(seconds_left(training, step, self.progress.seconds, per_update, self.clock.mean_pause))
         short = f"ppl {line.perplexity:.2f}, {line.tokens_per_second:,.0f} tokens/s"
         place = f"step {step:,}/{training.max_steps:,}"
-        lines = [f"{place}  loss {line.loss:.3f}, {short}, {left} left", *layer_lines(gates, gating)]
-        out.show(f"{left} left, {short}{summary(gates, gating)}", "\n".join(lines), keep)
+        lines = [f"{place}  loss {line.loss:.3f}, {short}, {left} left", *layer_lines(line.gates)]
+        out.show(f"{left} left, {short}{summary(line.gates)}", "\n".join(lines), keep)
         self._judge(out, interval, line, gates)
 
     def _judge(self, out: MetricsWriter, interval: Interval, line: TrainLine, gates: dict[str, GateFigures]) -> None:

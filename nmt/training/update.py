@@ -15,8 +15,8 @@ from nmt.batch import Batch
 from nmt.config import Config
 from nmt.device import autocast
 from nmt.model.gating import GateSums, balance_loss
+from nmt.model.names import is_expert
 from nmt.model.seq2seq import Gates, LossOutput, Seq2Seq
-from nmt.parallel.expert_parallel import is_expert
 from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step
 
@@ -63,7 +63,7 @@ class Updater:
 
     def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
         self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
-        layers = config.model.moe_layers()
+        layers = config.model.moe_layer_names()
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         self.forward: Callable[..., LossOutput] = model

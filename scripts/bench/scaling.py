@@ -46,7 +46,7 @@ import torch.distributed as dist
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.compose import compose_config
-from nmt.config import Config, ModelConfig
+from nmt.config import Config, ModelConfig, uses_bf16
 from nmt.cost.operations import model_cost
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import UserError
@@ -260,7 +260,7 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
     own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
     means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size
     # What travels is what autocast computes in.
-    bf16 = config.training.precision == "bf16" or (config.training.precision == "auto" and on_gpu)
+    bf16 = uses_bf16(config.training.precision, on_gpu)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return dict(zip(own, means.tolist(), strict=True)) | {
         "group_size": world.group_size,
