@@ -172,7 +172,7 @@ def test_an_option_without_its_value_is_refused(capfd: pytest.CaptureFixture[str
     assert "--processes needs a value" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("asks", [True, False])
+@pytest.mark.parametrize("asks", [True, False] if hasattr(LaunchConfig, "shutdown_timeout") else [False])
 def test_processes_have_time_to_save(monkeypatch: pytest.MonkeyPatch, asks: bool) -> None:
     """Whether this PyTorch's agent asks how long, or has its 30 seconds from nothing but a default."""
     monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)

@@ -109,18 +109,28 @@ class LocalDispatcher:
         # Empty slots, whose expert is E, come last. A copy, so that they are not kept for the backward pass.
         order_R = order_S[: gate.num_routed].clone()
         num_experts, num_slots = gate.sums.count_E.numel(), gate.expert_TK.shape[1]
-        filled_TK = gate.expert_TK < num_experts
-        # Filled slots before each: its place among them, if it is one.
-        before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
-        row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
-        route = Route(order_R, row_R, before_TK[:, 0].clone())
+        route = _way_back(gate.expert_TK, order_R, num_experts)
         expert_E = torch.arange(num_experts, dtype=torch.int32, device=x_TD.device)
         ends_E = torch.searchsorted(sorted_S, expert_E, right=True, out_int32=True)
-        return route_rows(x_TD, order_R // num_slots, row_R, route.begin_T), ends_E, route
+        return route_rows(x_TD, order_R // num_slots, route.row_R, route.begin_T), ends_E, route
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
         return combine_rows(rows_RD, gates_TK, *route)
+
+
+def _way_back(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
+    """The route of rows that were sorted so; slots of expert `num_experts` are empty."""
+    num_tokens, num_slots = expert_TK.shape
+    if len(order_R) == expert_TK.numel():
+        # No slot is empty, as with all gates but strictly balanced ones: each slot is its own place.
+        begin_T = torch.arange(num_tokens, device=order_R.device) * num_slots
+        return Route(order_R, inverse_permutation(order_R), begin_T)
+    filled_TK = expert_TK < num_experts
+    # Filled slots before each: its place among them, if it is one.
+    before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
+    row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
+    return Route(order_R, row_R, before_TK[:, 0].clone())
 
 
 class MoE(nn.Module):

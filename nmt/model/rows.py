@@ -10,9 +10,10 @@ select from, D width, P of A groups of B values; in `turn_round` T positions of 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
+
+from nmt.model.kernels.row_sums import sum_rows
 
 
 class _TakeRows(Function):
@@ -38,7 +39,7 @@ class _RouteRows(Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None, None]:
         row_R, begin_T = ctx.saved_tensors
-        return F.embedding_bag(row_R, grad_RD, begin_T, mode="sum"), None, None, None
+        return sum_rows(grad_RD, row_R, begin_T), None, None, None
 
 
 class _CombineRows(Function):
@@ -46,8 +47,8 @@ class _CombineRows(Function):
     def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, gates_TK, order_R)
         gates_R = gates_TK.flatten().index_select(0, order_R.index_select(0, row_R)).to(rows_RD.dtype)
-        # A sum for each token over as many rows as it has: no copy of the rows, and float32 sums where they are bf16.
-        return F.embedding_bag(row_R, rows_RD, begin_T, mode="sum", per_sample_weights=gates_R)
+        # A sum for each token over as many rows as it has: no copy of the rows is made or kept.
+        return sum_rows(rows_RD, row_R, begin_T, gates_R)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:

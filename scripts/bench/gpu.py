@@ -149,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", metavar="FILE", help="write the figures here too")
     options = parser.parse_args()
-    device = torch.device("cuda")
+    device = torch.device("cuda", 0)
     set_float32_products(device, "auto")
     top = ceilings(device)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
