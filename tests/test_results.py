@@ -71,6 +71,24 @@ def test_a_table():
     ]
 
 
+def test_rows_of_a_study_are_the_changes_that_have_been_run(tmp_path: Path):
+    changes = [
+        {"name": name, "change": f"the {name}", "variants": {"few": [], "many": []}} for name in ("both", "one", "none")
+    ]
+    study = {"variants": {"few": [], "many": []}, "changes": [*changes, {"name": "later", "change": "?", "needs": "x"}]}
+    (tmp_path / "queue.yaml").write_text(json.dumps({"tiny": study}))
+    (tmp_path / "runs").mkdir()
+    for run, perplexity in {"both.few": 5.0, "both.many": 4.0, "one.many": 3.0}.items():
+        (tmp_path / "runs" / f"tiny.{run}.json").write_text(json.dumps({"dev_perplexity": perplexity}))
+    both, one = script.rows_of_study("tiny", tmp_path)
+    assert (both["change"], both["few"]["dev_perplexity"], both["gain"]["many"]) == (
+        "the both",
+        5.0,
+        pytest.approx(-0.2),
+    )
+    assert (one["change"], one["many"]["dev_perplexity"], one["gain"]) == ("the one", 3.0, {})
+
+
 def test_a_readme_without_its_marks_is_refused():
     text = script.with_table("a\n<!-- table: results/europarl.json -->\nold\n<!-- end of table -->\nz\n")
     assert text.startswith("a\n")

@@ -7,6 +7,10 @@ A table has a `title`, sentences `about` it, `columns`, `rows`, sentences of `re
 is an object of plain figures. A column has a `title`, and a `cell` that Python's str.format fills with the figures of
 a row, such as "{dev_perplexity:.2f}"; a row that lacks a figure shows "-". With `best`, "lowest" or "highest", the
 best figure of a column is bold.
+
+A table with a `study` instead of rows has one for each change of that study of results/queue.yaml that has been run.
+Its figures are the `change`, the record of each variant under the variant's name, as in "{moe_4[dev_perplexity]:.2f}",
+and its `gain` over the first variant, as in "{gain[moe_32]:+.1%}": the ratio of their perplexities, less 1.
 """
 
 import json
@@ -14,6 +18,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from nmt.pages.markdown import table, wrapped
 
@@ -65,16 +71,30 @@ def section(result: Result, file: str) -> Iterator[str]:
             yield f"![{each['picture']['text']}]({each['picture']['file']})"
 
 
+def rows_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+    """A row for each change of the study of which there is a record."""
+    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    for change in study["changes"]:
+        paths = {each: folder / "runs" / f"{name}.{change['name']}.{each}.json" for each in change.get("variants", [])}
+        records = {each: json.loads(path.read_text(encoding="utf-8")) for each, path in paths.items() if path.is_file()}
+        perplexity = {each: record["dev_perplexity"] for each, record in records.items()}
+        first = perplexity.get(next(iter(study["variants"])))
+        gain = {each: value / first - 1.0 for each, value in perplexity.items()} if first else {}
+        if records:
+            yield {"change": change["change"], "gain": gain, **records}
+
+
 def rows_as_markdown(of_table: Result) -> Iterator[str]:
     """The lines of a table in Markdown."""
     columns = of_table["columns"]
-    cells = [[_cell(column, row) for column in columns] for row in of_table["rows"]]
+    rows = list(rows_of_study(of_table["study"])) if "study" in of_table else of_table["rows"]
+    cells = [[_cell(column, row) for column in columns] for row in rows]
     for place, column in enumerate(columns):
         if "best" in column:
             key = re.findall(r"\{(\w+)", column["cell"])[0]
-            figures = [row[key] for row in of_table["rows"] if key in row]
+            figures = [row[key] for row in rows if key in row]
             best = min(figures) if column["best"] == "lowest" else max(figures)
-            for row, line in zip(of_table["rows"], cells, strict=True):
+            for row, line in zip(rows, cells, strict=True):
                 if row.get(key) == best:
                     line[place] = f"**{line[place]}**"
     return table(tuple(column["title"] for column in columns), [tuple(line) for line in cells])

@@ -1,0 +1,259 @@
+"""The queue of runs behind docs/results/quality.md, for whenever a GPU has time.
+
+  python scripts/results/run_queue.py list                           # every run and its state
+  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next ones, for nine minutes, two at a time
+  python scripts/results/run_queue.py run explain.base.moe_4         # these
+
+results/queue.yaml says what there is to run and why. A run that ends leaves a record in results/runs/: its settings,
+commit, hardware, seconds and figures. scripts/results/pages.py makes the tables from the records. A run that the time
+does not suffice for is stopped and saved, and the next `run` resumes it. Settings that start with a key, such as
+corpus.root=/data/europarl, go to every `nmt train`; they are for places, and no record has them.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nmt.cost.operations import model_cost
+from nmt.errors import UserError
+from nmt.files import write_atomically
+from nmt.run import RunDirectory, flatten
+from nmt.training.record import DevLine, TrainLine, read_lines
+
+ROOT = Path(__file__).parents[2]
+QUEUE = ROOT / "results" / "queue.yaml"
+RECORDS = ROOT / "results" / "runs"
+_SAVED = 143  # the status of `nmt train` after SIGTERM
+_STUDY = {"question", "settings", "variants", "changes"}
+_CHANGE = {"name", "change", "purpose"}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A run of the queue."""
+
+    name: str
+    """STUDY.CHANGE.VARIANT."""
+    purpose: str
+    settings: list[str]
+    """Of `nmt train`, without its name and places."""
+    needs: str = ""
+    """What is to be written before it can run."""
+
+
+def read_queue(path: Path = QUEUE) -> list[Entry]:
+    """All runs of the queue, in its order. UserError names an entry that is wrong."""
+    entries: list[Entry] = []
+    for study, of_study in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        if missing := _STUDY - of_study.keys():
+            raise UserError(f"{path}: {study} lacks {min(missing)}")
+        for change in of_study["changes"]:
+            entries += _entries(f"{path}: {study}", study, of_study, change)
+    names = [entry.name for entry in entries]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise UserError(f"{path}: {min(twice)} stands there twice: names of runs must differ")
+    return entries
+
+
+def _entries(where: str, study: str, of_study: dict[str, Any], change: dict[str, Any]) -> Iterator[Entry]:
+    if missing := _CHANGE - change.keys():
+        raise UserError(f"{where} has a change without {min(missing)}: {change}")
+    where = f"{where}.{change['name']}"
+    if unknown := change.keys() - _CHANGE - {"settings", "variants", "needs"}:
+        raise UserError(f"{where} has {min(unknown)}, which no change has")
+    if ("needs" in change) == ("variants" in change):
+        raise UserError(f"{where} must have either the variants that it runs with, or what it needs")
+    if "needs" in change:
+        yield Entry(f"{study}.{change['name']}", change["purpose"], [], change["needs"])
+    for variant, own in change.get("variants", {}).items():
+        if variant not in of_study["variants"]:
+            raise UserError(f"{where} names {variant}; the variants of {study} are {', '.join(of_study['variants'])}")
+        settings = [*of_study["variants"][variant], *of_study["settings"], *change.get("settings", []), *own]
+        yield Entry(f"{study}.{change['name']}.{variant}", change["purpose"], settings)
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where the runs of a piece of time are, and with what."""
+
+    runs: Path
+    """Folder of the runs themselves."""
+    records: Path
+    """Folder of what they left."""
+    commit: str
+    hardware: str
+    jobs: int
+    """Runs that share the hardware."""
+    places: Sequence[str] = ()
+    """Settings of this machine."""
+
+    def state(self, entry: Entry) -> str:
+        """What `list` prints of a run. UserError if its result was made with other settings."""
+        record = self.records / f"{entry.name}.json"
+        if record.is_file():
+            if json.loads(record.read_text(encoding="utf-8"))["settings"] != entry.settings:
+                raise UserError(
+                    f"{record} was made with other settings than results/queue.yaml has now: name the change anew"
+                )
+            return "done"
+        if entry.needs:
+            return f"needs {entry.needs}"
+        status = RunDirectory(self.runs / entry.name).status()
+        return f"{status['state']} at update {status['step']:,}" if status else "waiting"
+
+
+def sit(entry: Entry, site: Site, deadline: float) -> str:
+    """Train a run until it ends or the time has come, and keep its record if it has ended; what became of it."""
+    started = time.monotonic()
+    if started >= deadline:
+        return "not started: the time is over"
+    command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
+    command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
+    site.runs.mkdir(parents=True, exist_ok=True)
+    log = site.runs / f"{entry.name}.log"
+    with log.open("ab") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        try:
+            process.wait(deadline - started)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+    run = RunDirectory(site.runs / entry.name)
+    if process.returncode not in (0, _SAVED):
+        return f"failed with status {process.returncode}: {log} ends with {_last_line(log)!r}"
+    sitting = {"commit": site.commit, "hardware": site.hardware, "jobs": site.jobs}
+    sitting["seconds"] = round(time.monotonic() - started, 1)
+    sittings = _add_sitting(run.path / "sittings.json", sitting)
+    if process.returncode == _SAVED:
+        return f"stopped at update {run.status()['step']:,}: run it again to resume it"
+    record = {"name": entry.name, "purpose": entry.purpose, "settings": entry.settings, **figures(run)}
+    record |= {"sittings": sittings, "config": flatten(run.config().to_dict())}
+    site.records.mkdir(parents=True, exist_ok=True)
+    write_atomically(site.records / f"{entry.name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    return f"dev perplexity {record['dev_perplexity']:.3f} after {sitting['seconds']:.0f} seconds"
+
+
+def figures(run: RunDirectory) -> dict[str, Any]:
+    """What a finished run has come to; gate figures are means over the last four lines of training."""
+    training, dev = read_lines(run.metrics_path, TrainLine), read_lines(run.metrics_path, DevLine)
+    vocabulary = json.loads(run.corpus_path.read_text(encoding="utf-8"))["vocabulary_size"]
+    cost = model_cost(run.config().model, vocabulary)
+    last = training[-4:]
+    gates = {
+        layer: {name: statistics.fmean(line.gates[layer][name] for line in last) for name in last[-1].gates[layer]}
+        for layer in last[-1].gates
+    }
+    return {
+        "updates": training[-1].step,
+        "dev_perplexity": dev[-1].perplexity,
+        "dev_perplexities": {line.step: line.perplexity for line in dev},
+        "train_perplexity": statistics.fmean(line.perplexity for line in last),
+        "parameters": cost.num_parameters,
+        "ops_per_timestep": cost.ops_per_timestep,
+        "tokens_per_second": statistics.median(line.tokens_per_second for line in training),
+        "gpu_memory_gb": training[-1].gpu_memory_gb,
+        "gates": gates,
+    }
+
+
+def _add_sitting(path: Path, sitting: dict[str, Any]) -> list[dict[str, Any]]:
+    """All sittings of a run so far, kept beside it."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    write_atomically(path, json.dumps([*before, sitting]).encode())
+    return [*before, sitting]
+
+
+def _last_line(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+    return next((line for line in reversed(lines) if line.strip()), "")
+
+
+def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -> bool:
+    """Train the entries in their order until the minutes are over; whether none failed."""
+    deadline = time.monotonic() + 60 * minutes
+
+    def one(entry: Entry) -> bool:
+        outcome = sit(entry, site, deadline)
+        print(f"{entry.name}: {outcome}", flush=True)
+        if discard and (site.records / f"{entry.name}.json").is_file():
+            shutil.rmtree(site.runs / entry.name / "checkpoints")
+        return not outcome.startswith("failed")
+
+    with ThreadPoolExecutor(site.jobs) as pool:
+        return all(list(pool.map(one, entries)))
+
+
+def commit_here() -> str:
+    """The commit of this code. UserError if that cannot be told."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    if found.returncode:
+        raise UserError(f"{ROOT} is no git repository: give the commit of its code with --commit")
+    changed = subprocess.run([*git, "status", "--porcelain", "nmt", "conf"], capture_output=True, check=False).stdout
+    return found.stdout.strip() + (" with changes" if changed else "")
+
+
+def hardware_here() -> str:
+    """The device that training takes, and the versions that decide its speed."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
+    return f"{os.cpu_count()} CPU cores; torch {torch.__version__}"
+
+
+def main() -> None:
+    """The command line above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=("list", "run"))
+    parser.add_argument("what", nargs="*", help="names of runs (default: all that can run); settings key=value")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save what still runs after so many")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share the GPU (default 1)")
+    parser.add_argument("--commit", help="of this code, where it is no git repository")
+    parser.add_argument("--discard", action="store_true", help="remove the checkpoints of a run that has its record")
+    parser.add_argument("--queue", type=Path, default=QUEUE)
+    parser.add_argument("--records", type=Path, default=RECORDS, help="folder of results (default results/runs)")
+    parser.add_argument("--runs", type=Path, default=Path("runs/queue"), help="folder of the runs")
+    options = parser.parse_args()
+    try:
+        ended = act(options)
+    except UserError as error:
+        print(f"run_queue: {error}", file=sys.stderr)
+        sys.exit(error.status)
+    sys.exit(0 if ended else 1)
+
+
+def act(options: argparse.Namespace) -> bool:
+    """Do what the command line asks for; whether no run failed. UserError for a mistake in it or in the queue."""
+    places = [each for each in options.what if re.match(r"[a-z_.]+=", each)]
+    names = [each for each in options.what if each not in places]
+    entries = read_queue(options.queue)
+    if unknown := set(names) - {entry.name for entry in entries}:
+        raise UserError(f"{min(unknown)} is not in {options.queue}; run_queue.py list prints the runs that are")
+    listing = options.action == "list"
+    commit = "" if listing else options.commit or commit_here()
+    site = Site(options.runs, options.records, commit, hardware_here(), options.jobs, places)
+    ready = []
+    for entry in entries:
+        state = site.state(entry)
+        if listing or (entry.name in names and (entry.needs or state == "done")):
+            print(f"{entry.name:<34} {state:<28} {entry.purpose}")
+        elif not (entry.needs or state == "done" or (names and entry.name not in names)):
+            ready.append(entry)
+    return run_queue(ready, site, options.minutes, options.discard)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""scripts/results/run_queue.py: what the queue has can run, and a run leaves a record, at once or in two pieces."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from nmt.compose import compose_config
+from nmt.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "scripts" / "results" / "run_queue.py"
+
+
+def load_script() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("run_queue", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+script = load_script()
+
+TINY = """
+corpus.max_pairs=400 corpus.subwords.vocab_size=600 model.hidden_size=16 model.cell_size=16 model.attention.size=16
+model.moe.hidden_sizes=[16] training.batch_tokens=200 training.log_every=1 training.validate_every=2
+training.validation_sentences=0 training.max_steps=4 training.device=cpu
+"""
+STUDY = {
+    "question": "Does it run?",
+    "settings": ["experiment=demo", *TINY.split()],
+    "variants": {"few": ["model.moe.num_experts=2"], "many": ["model.moe.num_experts=4"]},
+    "changes": [
+        {"name": "base", "change": "none", "purpose": "a start", "variants": {"few": [], "many": ["model.moe.k=3"]}},
+        {"name": "new", "change": "another", "purpose": "more", "needs": "code"},
+    ],
+}
+
+
+def write_queue(folder: Path, study: dict[str, Any] = STUDY) -> Path:
+    path = folder / "queue.yaml"
+    path.write_text(yaml.safe_dump({"tiny": study}))
+    return path
+
+
+def site(folder: Path) -> Any:
+    return script.Site(folder / "runs", folder / "records", "abc1234", "a machine", 1, [f"corpus.directory={folder}"])
+
+
+def test_every_run_of_the_queue_can_be_composed_and_no_record_is_of_other_settings():
+    entries = script.read_queue()
+    assert entries
+    here = script.Site(Path("nowhere"), script.RECORDS, "", "", 1)
+    for entry in entries:
+        assert here.state(entry)
+        if not entry.needs:
+            compose_config(entry.settings)
+
+
+def test_every_record_belongs_to_the_queue():
+    assert {path.stem for path in script.RECORDS.glob("*")} <= {entry.name for entry in script.read_queue()}
+
+
+def test_a_run_has_the_settings_of_its_variant_study_and_change(tmp_path: Path):
+    few, many, new = script.read_queue(write_queue(tmp_path))
+    assert (few.name, many.name, new.name) == ("tiny.base.few", "tiny.base.many", "tiny.new")
+    assert few.settings == ["model.moe.num_experts=2", *STUDY["settings"]]
+    assert many.settings == ["model.moe.num_experts=4", *STUDY["settings"], "model.moe.k=3"]
+    assert [site(tmp_path).state(entry) for entry in (few, many, new)] == ["waiting", "waiting", "needs code"]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": "base", "change": "x", "purpose": "x", "needs": "x", "variants": {}}, "either the variants"),
+        ({"name": "base", "change": "x", "purpose": "x"}, "either the variants"),
+        ({"name": "base", "change": "x", "variants": {"few": []}}, "without purpose"),
+        ({"name": "base", "change": "x", "purpose": "x", "variants": {"none": []}}, "variants of tiny are few, many"),
+        ({"name": "base", "change": "x", "purpose": "x", "setting": [], "needs": "x"}, "has setting"),
+    ],
+)
+def test_what_is_wrong_in_the_queue_is_named(tmp_path: Path, change: dict[str, Any], says: str):
+    with pytest.raises(UserError, match=says):
+        script.read_queue(write_queue(tmp_path, STUDY | {"changes": [change]}))
+
+
+def test_runs_of_one_name_are_refused(tmp_path: Path):
+    with pytest.raises(UserError, match=r"tiny\.base\.\w+ stands there twice"):
+        script.read_queue(write_queue(tmp_path, STUDY | {"changes": [STUDY["changes"][0]] * 2}))
+
+
+def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    few, _, _ = script.read_queue(write_queue(tmp_path))
+    where = site(tmp_path)
+    command = [sys.executable, "-m", "nmt.cli", "train", *few.settings, *where.places, "training.max_steps=2"]
+    command += [f"run.name={few.name}", f"run.directory={where.runs}"]
+    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    assert where.state(few) == "finished at update 2"
+    assert script.run_queue([few], where, minutes=5.0, discard=True)
+    assert f"{few.name}: dev perplexity" in capfd.readouterr().out
+    assert where.state(few) == "done"
+    record = json.loads((where.records / f"{few.name}.json").read_text())
+    assert record["settings"] == few.settings
+    assert (record["updates"], list(record["dev_perplexities"])) == (4, ["2", "4"])
+    assert record["dev_perplexity"] == record["dev_perplexities"]["4"]
+    assert record["config"]["model.moe.num_experts"] == 2
+    assert record["gates"]["encoder.1"]["cv_load"] >= 0
+    assert [each | {"seconds": 0} for each in record["sittings"]] == [
+        {"commit": "abc1234", "hardware": "a machine", "jobs": 1, "seconds": 0}
+    ]
+    assert not list((where.runs / few.name).glob("checkpoints/*"))
+    changed = script.Entry(few.name, few.purpose, [*few.settings, "training.seed=2"])
+    with pytest.raises(UserError, match="made with other settings"):
+        where.state(changed)
+
+
+FAKE = """
+import json, pathlib, signal, sys, time
+settings = dict(word.split("=", 1) for word in sys.argv[4:])
+if settings["training.seed"] == "13":
+    sys.exit("a mistake")
+run = pathlib.Path(settings["run.directory"], settings["run.name"])
+run.mkdir(parents=True, exist_ok=True)
+def stop(*_):
+    status = {"state": "stopped", "code": 143, "message": "", "step": 7, "checkpoint": None}
+    (run / "RUN_STATUS.json").write_text(json.dumps(status))
+    sys.exit(143)
+signal.signal(signal.SIGTERM, stop)
+(run / "begun").touch()
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def fake_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13."""
+    (tmp_path / "fake").write_text(f"#!{sys.executable}\n{FAKE}")
+    (tmp_path / "fake").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "fake"))
+
+
+def test_a_run_is_stopped_and_saved_when_the_time_has_come(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    entry, where = script.Entry("tiny.base.few", "a start", ["training.seed=1"]), site(tmp_path)
+    assert script.sit(entry, where, time.monotonic() - 1) == "not started: the time is over"
+    assert not where.runs.exists()
+    begun, wait = where.runs / entry.name / "begun", subprocess.Popen.wait
+
+    def wait_until_it_has_begun(process: Any, timeout: float | None = None) -> int:
+        if timeout is None:
+            return wait(process)
+        while not begun.exists():
+            time.sleep(0.01)
+        begun.unlink()
+        raise subprocess.TimeoutExpired("train", timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_until_it_has_begun)
+    for sittings in (1, 2):
+        assert script.sit(entry, where, time.monotonic() + 600) == "stopped at update 7: run it again to resume it"
+        assert len(json.loads((where.runs / entry.name / "sittings.json").read_text())) == sittings
+    assert where.state(entry) == "stopped at update 7"
+    assert not where.records.exists()
+
+
+def test_a_run_that_fails_is_reported_with_its_last_line_and_the_next_begins(
+    fake_training: None, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    entries = [script.Entry(f"tiny.base.{name}", "a start", ["training.seed=13"]) for name in ("few", "many")]
+    assert not script.run_queue(entries, site(tmp_path), minutes=10.0, discard=True)
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in lines] == ["tiny.base.few", "tiny.base.many"]
+    assert all("failed with status 1: " in line and line.endswith(".log ends with 'a mistake'") for line in lines)
+    assert not site(tmp_path).records.exists()
+
+
+def test_the_command_line(tmp_path: Path):
+    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+        places = ["--queue", str(write_queue(tmp_path)), "--runs", str(tmp_path), "--records", str(tmp_path)]
+        command = [sys.executable, str(SCRIPT), *arguments, *places, "--commit", "abc1234"]
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+    listed = run("list")
+    assert listed.returncode == 0
+    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
+        ["tiny.base.few", "waiting"],
+        ["tiny.base.many", "waiting"],
+        ["tiny.new", "needs"],
+    ]
+    unknown = run("run", "tiny.other")
+    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
+    assert "tiny.other is not in" in unknown.stderr
+    assert "tiny.base.few: not started" in run("run", "tiny.base.few", "--minutes", "0").stdout
