@@ -28,7 +28,7 @@ class FilesConfig:
     """Source column and target column of `pairs` or of a dataset of the hub. Give two names, such as [source, target];
     .tsv and .csv files must then start with a line of names. Or give two numbers counted from 1, such as [1, 3], for
     files without a line of names. Empty: the columns named after the two languages, inside the column `translation` if
-    there is one; .tsv and .csv files without a line of names must then have two columns, source and target."""
+    there is one. A .tsv or .csv file without a line of names must then have two columns, source and target."""
     domains: list[str] = field(default_factory=list)
     """Kind of text in each file: one label per file of `source`, then one per file of `pairs`; empty: none.
     `nmt experts` shows which domains an expert prefers. A column `domain` overrides the label."""
@@ -101,8 +101,8 @@ class CorpusConfig:
     directory: str = "data/prepared"
     """Folder that contains all prepared corpora."""
     source: str = "phrasebook"
-    """Where text comes from: phrasebook (embedded in the program), files (named in train, dev and test), a dataset of
-    the Hugging Face hub such as wmt/wmt14, or a local folder with the layout of one."""
+    """Where text comes from: phrasebook (embedded in the program), or files (named in train, dev and test). Or name a
+    dataset of the Hugging Face hub such as wmt/wmt14, or a local folder with the layout of one."""
     subset: str = ""
     """Configuration of a dataset of the hub, such as de-en."""
     source_language: str = "en"

@@ -1,0 +1,78 @@
+"""Write docs/configuration.md from the documentation of the settings in nmt/config: run it after changing them."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import get_type_hints
+
+from nmt.config import Config
+from nmt.config.describe import Setting, settings
+from nmt.pages.markdown import code, table
+
+PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+_INTRODUCTION = """\
+# Configuration
+
+Every setting, made from `nmt/config/` by `python scripts/make_configuration_page.py`. `nmt settings [PREFIX]` prints
+the same.
+
+A setting is `key=value` on the command line, or a line in a YAML file of `conf/`:
+
+```
+nmt train experiment=demo training.max_steps=1000 corpus.filters.max_words=80 'model.moe.hidden_sizes=[128,128]'
+nmt train experiment=demo --cfg job     # print the settings of this run and stop
+nmt settings training.max               # explain the settings that begin so
+```
+
+A misspelt key, a wrong type or a value that contradicts another one is rejected in one line before anything runs.
+`nmt train` and `nmt prepare` take all settings. Commands on a trained run take `decoding.` and `evaluation.` settings.
+
+`conf/` has five groups: `corpus=`, `model=`, `training=`, `decoding=` and `experiment=`. An experiment
+chooses among the others and changes what differs. A file `conf/corpus/mine.yaml` in the working directory is
+`corpus=mine`, and likewise for the other groups. `--config-dir DIR` adds another folder.
+"""
+
+
+def page() -> str:
+    """The whole text of docs/configuration.md."""
+    sections: dict[str, list[Setting]] = {}
+    for setting in settings():
+        sections.setdefault(setting.key.rpartition(".")[0], []).append(setting)
+    names: dict[type, list[str]] = {}
+    for name in sections:
+        names.setdefault(_class(name), []).append(name)
+    lines = (line for kind, each in names.items() for line in _section(kind, each, sections[each[0]]))
+    return "\n".join([_INTRODUCTION, *lines])
+
+
+def _section(kind: type, names: list[str], members: list[Setting]) -> Iterator[str]:
+    """The lines of a class of settings. The sections of one class, such as those of the three splits, are one table."""
+    yield from (f"## {', '.join(names)}", "", _escaped(" ".join((kind.__doc__ or "").split())), "")
+    prefix = f"{names[0]}." if len(names) > 1 else ""
+    rows = (
+        (code(each.key.removeprefix(prefix)), code(each.type), code(each.default), _escaped(each.text))
+        for each in members
+    )
+    yield from (*table(("setting", "type", "default", "meaning"), rows), "")
+
+
+def _class(section: str) -> type:
+    """The class of a section such as corpus.filters."""
+    kind: type = Config
+    for name in section.split("."):
+        kind = get_type_hints(kind)[name]
+    return kind
+
+
+def _escaped(text: str) -> str:
+    """Text with code in backticks, in which nothing else is HTML."""
+    return "".join(_outside(text))
+
+
+def _outside(text: str) -> Iterator[str]:
+    for place, part in enumerate(re.split("(`[^`]*`)", text)):
+        yield part if place % 2 else part.replace("<", r"\<")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
