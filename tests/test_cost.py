@@ -291,7 +291,7 @@ def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser(moe: MoE
     ("gpus", "changes", "says"),
     [
         (0, {}, "--gpus 0 must be at least 1"),
-        (5, {}, r"--gpus 5 must divide training.micro_batches=12: .* \(training.micro_batches=15 would do\)"),
+        (5, {}, r"--gpus 5 must divide training.micro_batches=12: .* \(for example, training.micro_batches=15\)"),
         (6, {"parallel": ParallelConfig(expert_group_size=4)}, "expert_group_size=4 must divide --gpus 6"),
         (8, {"training": TrainingConfig(micro_batches=8)}, "12 experts of encoder.2 cannot be spread over 8 GPUs"),
     ],

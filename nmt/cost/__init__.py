@@ -1,1 +1,1 @@
-"""What a model costs, from its settings alone: operations, memory, time."""
+"""Compute what a model costs, from its settings alone: operations, memory, time."""

@@ -1,6 +1,7 @@
-"""What training a configuration takes, before it is started: memory of each GPU, disk, and operations.
+"""Compute what training a configuration needs before it starts: memory per GPU, disk, and operations.
 
-Pure functions of the configuration and of the assumptions in `SentenceLengths`; nothing is built or measured.
+All functions are pure functions of the configuration and of the assumptions in `SentenceLengths`. They build and
+measure nothing.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,12 @@ from nmt.cost.operations import Cost, model_cost
 from nmt.errors import UserError
 
 _FLOAT = 4
-# Tokens of a sentence where the configuration does not limit them (corpus.filters.max_pieces=0).
+# Tokens of the longest sentence if the configuration has no limit (corpus.filters.max_pieces=0).
 _LONGEST = 250
 
 
 class SentenceLengths(NamedTuple):
-    """What is assumed of the sentences, EOS included."""
+    """Assumptions about sentences, EOS included."""
 
     source: float = 30.0
     """Mean tokens of a source sentence."""
@@ -30,9 +31,9 @@ class SentenceLengths(NamedTuple):
 
     @classmethod
     def of_corpus(cls, counts: Mapping[str, Any]) -> "SentenceLengths":
-        """Those of a corpus with these counts (`corpus.json`, or the manifest of the prepared corpus)."""
+        """Return the mean lengths of a corpus with these counts (`corpus.json`, or a prepared corpus's manifest)."""
         pairs = max(counts["pairs_kept"], 1)
-        # Pieces are counted without EOS.
+        # The counts exclude EOS.
         return cls(counts["source_pieces"] / pairs + 1, counts["target_pieces"] / pairs + 1)
 
 
@@ -45,7 +46,7 @@ class TokenCounts(NamedTuple):
 
 
 class MemoryRow(NamedTuple):
-    """Bytes of one kind on one GPU: of what every GPU holds, and of its share of the experts."""
+    """Bytes of one kind on one GPU: `dense` is replicated on every GPU, `experts` is this GPU's share."""
 
     kind: str
     dense: int
@@ -53,7 +54,7 @@ class MemoryRow(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Both."""
+        """Bytes of this kind on one GPU."""
         return self.dense + self.experts
 
 
@@ -63,25 +64,25 @@ class Budget:
 
     cost: Cost
     tokens: TokenCounts
-    """Of a mean micro-batch."""
+    """Tokens of a mean micro-batch."""
     micro_batches: int
-    """All that are planned, over all updates and GPUs."""
+    """Number of micro-batches, over all steps and GPUs."""
     gpus: int
     numbers: Precision
     longest: BatchSize
-    """The micro-batch that the activations are counted for."""
+    """The micro-batch for which activations are counted."""
     memory: list[MemoryRow]
     checkpoint_bytes: int
-    """One checkpoint: parameters and what the optimiser remembers of them, float32."""
+    """Bytes of one checkpoint: float32 parameters and optimiser state."""
 
     @property
     def memory_bytes(self) -> int:
-        """Of one GPU."""
+        """Bytes on one GPU at its peak."""
         return sum(row.total for row in self.memory)
 
     @property
     def flops_per_target_token(self) -> float:
-        """Training FLOPs (forward and backward, a multiply-add is two) for one target token and its source."""
+        """Training FLOPs per target token with its source: forward and backward, two per multiply-add."""
         return self.cost.training_flops(*self.tokens) / self.tokens.target
 
     @property
@@ -95,15 +96,15 @@ class Budget:
         return self.cost.training_flops(*self.tokens) * self.micro_batches
 
     def seconds(self, tflops: float) -> float:
-        """Time of the whole training if every GPU does `tflops` 10^12 operations a second (S17 section 5.1)."""
+        """Return seconds of the whole training at `tflops` 10^12 operations per second and GPU (S17 section 5.1)."""
         return self.flops / (tflops * 1e12 * self.gpus)
 
 
 def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, gpus: int, on_gpu: bool) -> Budget:
-    """The budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings do not allow that number.
+    """Return the budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings forbid that number.
 
-    Experts are spread over the GPUs of a group (`parallel.expert_group_size`), all else is on every GPU (S17 section
-    3.1). Weights, gradients and the optimiser's state are float32.
+    The GPUs of a group (`parallel.expert_group_size`) share the experts; everything else is on every GPU (S17 section
+    3.1). Weights, gradients and optimiser state are float32.
     """
     share = _expert_share(config, gpus)
     training = config.training
@@ -123,19 +124,20 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
 
 
 def numbers_of(config: Config, on_gpu: bool) -> Precision:
-    """The numbers that matrix products of training work on."""
+    """Return the number format of the matrix products in training."""
     return Precision(on_gpu, 2 if uses_bf16(config.training.precision, on_gpu) else _FLOAT)
 
 
 def checkpoint_bytes(config: Config, cost: Cost) -> int:
-    """Of one checkpoint of a model with this `cost`: float32 parameters and what the optimiser remembers of them."""
+    """Return bytes of one checkpoint of a model with this `cost`: float32 parameters and optimiser state."""
     return _FLOAT * (cost.num_parameters + sum(_optimizer_numbers(config, cost)))
 
 
 def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
-    """What the optimiser remembers of the dense parameters and of all experts; not the few counts of updates.
+    """Return the numbers in the optimiser's state for (dense parameters, all experts), without its few step counts.
 
-    Two moments of each parameter; factored, I + O numbers of an expert's I x O matrix (S17 appendix D).
+    Adam has two moments per parameter. The factored optimiser has I + O numbers per I x O matrix of an expert (S17
+    appendix D).
     """
     model, moe = config.model, config.model.moe
     experts = 2 * cost.num_expert_parameters
@@ -148,11 +150,12 @@ def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
 def memory_of(
     config: Config, vocab_size: int, shape: BatchSize, numbers: Precision, gpus: int, share: int
 ) -> list[MemoryRow]:
-    """The highest memory of an update by kind, on each of `gpus` GPUs with 1/share of the experts.
+    """Return the peak memory of a step by kind, on each of `gpus` GPUs with 1/share of the experts.
 
-    With one micro-batch a GPU, gradients come while activations go, so what both have is taken off once ("shared"):
-    of experts, whose last gradients come while what lies before their layer is there, half of it. It is not where
-    gradients outlive the update: with several micro-batches, and those that GPUs exchange (the dense).
+    With one micro-batch per GPU, activations are freed as gradients are allocated, so their overlap is subtracted once
+    ("shared"). For experts, half is subtracted: their last gradients are allocated while the activations of earlier
+    layers are still in memory. Nothing is subtracted where gradients persist: with several micro-batches per GPU, and
+    for dense gradients that GPUs exchange.
     """
     cost = model_cost(config.model, vocab_size)
     experts = cost.num_expert_parameters // share
@@ -177,15 +180,15 @@ def memory_of(
 
 
 def _expert_share(config: Config, gpus: int) -> int:
-    """GPUs among which the experts are divided. UserError as training would say it."""
+    """Return the number of GPUs that share the experts. Raises UserError for the same settings as training."""
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
     group = config.parallel.expert_group_size or gpus if gpus > 1 else 1
     planned = config.training.micro_batches
     if planned % gpus:
         raise UserError(
-            f"--gpus {gpus} must divide training.micro_batches={planned}: every GPU takes equally many micro-batches "
-            f"of an update (training.micro_batches={-(-planned // gpus) * gpus} would do)"
+            f"--gpus {gpus} must divide training.micro_batches={planned}: every GPU gets the same number of "
+            f"micro-batches per step (for example, training.micro_batches={-(-planned // gpus) * gpus})"
         )
     if gpus % group:
         raise UserError(f"parallel.expert_group_size={group} must divide --gpus {gpus}: use a divisor, or 0 for all")
@@ -206,7 +209,7 @@ def _mean_tokens(batch_tokens: int, lengths: SentenceLengths) -> TokenCounts:
 
 
 def largest_shape(config: Config, vocab_size: int, lengths: SentenceLengths, numbers: Precision) -> BatchSize:
-    """The full micro-batch that saves most: of the longest sentences that are kept, or of mean ones."""
+    """Return the full micro-batch that saves most bytes: of sentences of maximum length, or of mean length."""
     tokens = config.training.batch_tokens
     lengths_tried = {(config.corpus.filters.max_pieces or _LONGEST) + 1, round(max(lengths.source, lengths.target))}
     shapes = [BatchSize(max(tokens // length, 1), length, length) for length in lengths_tried]

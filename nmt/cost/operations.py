@@ -1,8 +1,8 @@
-"""What a model costs, from its configuration alone: parameters and operations per timestep, part by part.
+"""Count a model's parameters and operations per timestep, part by part, from its configuration alone.
 
 ops/timestep is the paper's measure (S17 sections 5.1 and 5.3): multiply-adds of one forward pass for one source and
-one target position, softmax included, biases and element-wise work not. Training FLOPs count a multiply-add as two,
-and the backward pass as twice the forward pass. Bytes and seconds are worked out from these in `budget.py`.
+one target position, with the softmax, without biases and element-wise work. Training FLOPs count a multiply-add as two,
+and the backward pass as twice the forward pass. `budget.py` computes bytes and seconds from these counts.
 """
 
 from dataclasses import dataclass, field
@@ -13,7 +13,7 @@ from nmt.config import LayerName, ModelConfig, MoEConfig
 
 
 class LayerCount(NamedTuple):
-    """What a layer holds, and what it does at one position."""
+    """Parameters of a layer, and its operations per position."""
 
     parameters: int
     ops: int
@@ -29,29 +29,29 @@ class MoELayerCount(NamedTuple):
 
 @dataclass(frozen=True)
 class Cost:
-    """Counts by part; a part's name starts with `encoder`, `decoder` or names what both share."""
+    """Counts by part. A part's name starts with `encoder` or `decoder`, or names what both share."""
 
     parameters: dict[str, int]
     encoder_ops: dict[str, int]
-    """Multiply-adds for one source position."""
+    """Multiply-adds per source position."""
     decoder_ops: dict[str, int]
-    """Multiply-adds for one target position, without those that grow with the source length."""
+    """Multiply-adds per target position, without those that grow with the source length."""
     attention_ops_per_pair: int = field(default=0)
-    """Multiply-adds for one target position and one source position: score and weighted sum."""
+    """Multiply-adds per pair of a target and a source position: score and weighted sum."""
 
     @property
     def num_parameters(self) -> int:
-        """All parameters."""
+        """Number of all parameters."""
         return sum(self.parameters.values())
 
     @property
     def num_expert_parameters(self) -> int:
-        """Those of the experts: what expert parallelism divides among the GPUs."""
+        """Number of the experts' parameters, which expert parallelism divides among the GPUs."""
         return sum(count for part, count in self.parameters.items() if part.endswith("experts"))
 
     @property
     def num_vocabulary_parameters(self) -> int:
-        """Those of the embeddings and the softmax, which the paper's "params" leaves out (S17 Tables 7 and 8)."""
+        """Number of parameters of embeddings and softmax, which the paper's "params" excludes (S17 Tables 7 and 8)."""
         return self.parameters["embeddings"] + self.parameters["softmax"]
 
     @property
@@ -63,11 +63,11 @@ class Cost:
 
     @property
     def ops_per_timestep(self) -> int:
-        """The paper's figure."""
+        """The paper's ops/timestep."""
         return sum(self.ops.values())
 
     def training_flops(self, source_tokens: float, target_tokens: float, sentences: float) -> float:
-        """FLOPs of forward and backward for real (not padding) tokens, sentences taken as equally long."""
+        """Return FLOPs of forward and backward pass for real (not padding) tokens in sentences of equal length."""
         pairs = source_tokens * target_tokens / max(sentences, 1.0)
         forward = source_tokens * sum(self.encoder_ops.values())
         forward += target_tokens * sum(self.decoder_ops.values())
@@ -76,9 +76,10 @@ class Cost:
 
 
 def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = True) -> LayerCount:
-    """One direction of an LSTM of C cells from I inputs to P outputs, projected if P < C (`nmt.model.lstm.LSTM`).
+    """Count one direction of an LSTM with I inputs, C cells and P outputs, projected if P < C (`nmt.model.lstm.LSTM`).
 
-    4 C (I + P) weights, C P more for the projection, one multiply-add each; and 8 C biases, which the paper has not.
+    It has 4 C (I + P) weights, and C P more for a projection, with one multiply-add each. The 8 C biases are not in the
+    paper.
     """
     projection = cell_size * output_size if output_size < cell_size else 0
     weights = 4 * cell_size * (input_size + output_size) + projection
@@ -86,11 +87,12 @@ def lstm_cost(input_size: int, cell_size: int, output_size: int, biases: bool = 
 
 
 def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoELayerCount:
-    """One MoE layer D -> D of n experts; `moe` says all else. Every weight of a chosen expert is one multiply-add.
+    """Count one MoE layer D -> D of n experts. Every weight of a selected expert is one multiply-add.
 
-    A noisy gate has two matrices, W_g and W_noise, and both count: D x n each (S17 section 2.1); without noise there is
-    W_g alone. The hierarchical one has them for its a groups and for each group's n/a experts; of the latter, the
-    chosen groups' count (appendix B). Strictly balanced gates have n thresholds as well (appendix F).
+    A noisy gate has two D x n matrices, W_g and W_noise, and both count (S17 section 2.1). The hierarchical gate has
+    both for its a groups and for the n/a experts of each group. Of the latter, operations are counted for the selected
+    groups only (appendix B). Gates without noise have only W_g; strictly balanced gates also have n thresholds
+    (appendix F).
     """
     expert = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))
     column = (2 if moe.is_noisy else 1) * width
@@ -103,7 +105,7 @@ def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoELayerCount:
 
 
 def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
-    """(input, cells, output) of every LSTM of the `encoder` and of the `decoder`, each direction counted."""
+    """Return (input, cells, output) of every LSTM of the `encoder` and the `decoder`, one per direction."""
     width, cells = config.hidden_size, config.cell_size
     directions = 1 if config.bottom_layer == "forward" else 2
     second = 2 * width if config.bottom_layer == "bidirectional_full" else width
@@ -117,7 +119,7 @@ def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
 
 
 def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
-    """The cost of `Seq2Seq(config, vocab_size)`."""
+    """Return the cost of `Seq2Seq(config, vocab_size)`."""
     width, attention, moe = config.hidden_size, config.attention, config.moe
     table = vocab_size * width
     parameters = {"embeddings": table if config.tie_embeddings else 2 * table}

@@ -1,19 +1,19 @@
-"""How fast this CPU may train, where nothing has been trained yet."""
+"""Estimate how fast this CPU trains, if no run has measured it."""
 
 import time
 
 import torch
 
 _SIDE = 512
-# What training the demo reached of such products, on two cores.
+# Speed of training the demo, relative to such products, on two cores.
 _SHARE = 1 / 3
 
 
 def guess_cpu_tflops(processes: int, seconds: float = 0.2) -> float:
-    """10^12 operations a second of each of `processes` that train on this CPU: a guess, good to a factor of about 2.
+    """Estimate 10^12 operations per second for each of `processes` that train on this CPU, to a factor of about 2.
 
-    A third of what float32 matrix products of 512 x 512 reach in one thread, times the threads of a process. The best
-    of many in so many `seconds` counts, so that what else the machine does matters little.
+    The estimate is a third of the speed of float32 matrix products of 512 x 512 in one thread, times the threads of a
+    process. The fastest product within `seconds` counts, so that other load on the machine matters little.
     """
     threads = torch.get_num_threads()
     product, best, begun = torch.randn(_SIDE, _SIDE), float("inf"), time.perf_counter()

@@ -1,8 +1,8 @@
-"""Rules of text normalisation for SentencePiece, which compiles them into the vocabulary file.
+"""Write the rules of text normalisation that SentencePiece compiles into the vocabulary file.
 
-`nfc` keeps meaning. Letters and their marks are composed (Unicode's canonical composition), control characters and
-line breaks become a blank, and nothing else changes. Superscripts, fractions, full-width punctuation, typographic
-blanks, joiners and ligatures stay as they were written.
+`nfc` keeps meaning. It composes letters and their marks (Unicode's canonical composition) and replaces control
+characters and line breaks with a blank. Nothing else changes: superscripts, fractions, full-width punctuation,
+typographic blanks, joiners and ligatures stay as written.
 """
 
 import sys
@@ -13,15 +13,15 @@ from functools import cache
 from pathlib import Path
 
 LINE_BREAKS = "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"
-"""What some program somewhere takes for the end of a line."""
+"""All characters that some program treats as the end of a line."""
 CONTROLS = frozenset(map(chr, (*range(0x20), *range(0x7F, 0xA0)))) | frozenset(LINE_BREAKS)
 """Unicode's control characters (category Cc) and line breaks."""
 _NAME, _NORMALISER, _RULES_FILE = 1, 3, 6  # fields of SentencePiece's ModelProto and NormalizerSpec
 
 
 def write_nfc_rules(path: Path) -> None:
-    """Write the rules of `nfc` as SentencePiece reads them: code points, TAB, code points; one rule a line."""
-    # NUL cannot stand in a rule: SentencePiece reads them as C strings.
+    """Write the rules of `nfc` in SentencePiece's format: code points, TAB, code points; one rule per line."""
+    # A rule cannot contain NUL: SentencePiece reads rules as C strings.
     rules = canonical_rules() | dict.fromkeys(CONTROLS - {"\0"}, " ")
     lines = (f"{_code_points(text)}\t{_code_points(composed)}\n" for text, composed in sorted(rules.items()))
     path.write_text("".join(lines), encoding="ascii")
@@ -29,10 +29,10 @@ def write_nfc_rules(path: Path) -> None:
 
 @cache
 def canonical_rules() -> dict[str, str]:
-    """Every other spelling of every character that Unicode can decompose, with its NFC.
+    """Return, for every character that Unicode can decompose, all its other spellings, each with its NFC.
 
-    Each replacement keeps canonical equivalence, so whatever text they are applied to stays equivalent to itself.
-    Only marks that belong to no composed character keep the order in which they were typed.
+    Every replacement is canonically equivalent, so a text stays equivalent to itself. The result differs from NFC only
+    in marks that belong to no composed character: these keep the order in which they were typed.
     """
     parts: dict[str, str] = {}
     for number in range(sys.maxunicode + 1):
@@ -49,7 +49,7 @@ def canonical_rules() -> dict[str, str]:
 
 
 def _spellings(character: str, parts: dict[str, str], wholes: dict[str, list[str]]) -> set[str]:
-    """All texts canonically equivalent to `character`: whatever taking apart, joining and swapping marks reaches."""
+    """Return all texts canonically equivalent to `character`, found by decomposing, composing and swapping marks."""
     seen, open_texts = {character}, [character]
     while open_texts:
         text = open_texts.pop()
@@ -68,7 +68,7 @@ def _spellings(character: str, parts: dict[str, str], wholes: dict[str, list[str
 
 
 def _hangul_spellings() -> set[str]:
-    """Korean syllables as letters, and as a syllable and a last letter (Unicode chapter 3.12)."""
+    """Return all Korean syllables, as letters and as a syllable with a last letter (Unicode chapter 3.12)."""
     firsts, vowels, lasts = range(0x1100, 0x1113), range(0x1161, 0x1176), range(0x11A8, 0x11C3)
     pairs = [chr(first) + chr(vowel) for first in firsts for vowel in vowels]
     syllables = pairs + [unicodedata.normalize("NFC", pair) for pair in pairs]
@@ -76,9 +76,9 @@ def _hangul_spellings() -> set[str]:
 
 
 def name_nfc(model: bytes) -> bytes:
-    """A trained model that calls its normalisation nfc, and not by the temporary file that the rules came from.
+    """Name the normalisation of a trained model nfc, instead of the temporary file with the rules.
 
-    Without this, learning twice would not give the same bytes.
+    Without this, training twice would not give the same bytes.
     """
     fields = []
     for number, field, content in _fields(model):
@@ -92,7 +92,7 @@ def name_nfc(model: bytes) -> bytes:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
-    """(number, whole field, content) of each field of a protobuf message of numbers, floats and texts."""
+    """Yield (number, whole field, content) for each field of a protobuf message of numbers, floats and texts."""
     place = 0
     while place < len(message):
         start = place
@@ -107,7 +107,7 @@ def _fields(message: bytes) -> Iterator[tuple[int, bytes, bytes]]:
 
 
 def _varint(message: bytes, place: int) -> tuple[int, int]:
-    """The number at `place`, 7 bits a byte from the lowest, and where the next thing begins."""
+    """Return the number at `place`, stored as 7 bits per byte, lowest bits first, and the place after it."""
     value = shift = 0
     while message[place] & 0x80:
         value |= (message[place] & 0x7F) << shift
