@@ -14,7 +14,7 @@ _MOST_EXPERT_LAYERS = 100
 
 
 class LayerName(NamedTuple):
-    """Where an MoE layer stands: after LSTM `place`, counted from 1, of a side. As text, "encoder.2"."""
+    """Position of an MoE layer: after LSTM `place` of a side, counted from 1. As text, "encoder.2"."""
 
     side: str
     """encoder or decoder."""
