@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from functools import partial
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 # Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
@@ -30,13 +31,15 @@ from nmt.process import ended_by_signals, launched, launched_rank
 # What only some commands need is loaded by them: nobody should wait for PyTorch to read a help text.
 if TYPE_CHECKING:
     from nmt.compose import Asked, Job
+    from nmt.config import Config
 
 _USAGE = """\
 usage: nmt COMMAND ...
 
   nmt prepare corpus=NAME [key=value ...]        read, filter and encode a corpus
   nmt train [--processes N|gpu] experiment=NAME [key=value ...]
-                                                 train a run, or go on with it
+                                                 train a new run, or resume it
+  nmt train RUN [key=value ...]                  resume a run with its own settings
   nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
                                                  translate a file, line by line
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
@@ -67,11 +70,14 @@ already is not done again. Corpora: {corpora}.
 
 _TRAIN_HELP = """\
 usage: nmt train [--processes N|gpu] experiment=NAME [key=value ...]
+       nmt train [--processes N|gpu] RUN [key=value ...]
 
-Train a run in runs/NAME; the same command goes on where it stopped. The corpus is prepared first if it is not.
+Train a new run in runs/NAME, or resume it from its newest checkpoint if it is there already. With RUN, the run's own
+settings are used and need not be given again. The corpus is prepared first if necessary.
 Experiments: {experiments}.
 
   nmt train experiment=demo
+  nmt train runs/demo training.max_steps=1400
   nmt train experiment=europarl_en_fr_moe_32 run.name=try1 training.max_steps=1000
   nmt train experiment=demo run.name='demo-${{model.moe.num_experts}}' --multirun model.moe.num_experts=4,8,16
   nmt train --processes gpu experiment=wmt14_en_de_moe_32
@@ -168,18 +174,19 @@ def _abandon_output() -> None:
 # ---------------------------------------------------------------------------------------------- commands on settings
 
 
-def _compose(command: str, arguments: list[str], job: Callable[["Job"], None], own_options: str = "") -> None:
-    """Do `job` for each configuration that the arguments ask for."""
+def _asked(command: str, arguments: list[str], own_options: str = "") -> "Asked":
+    """What the arguments ask to compose. UserError for an option that the command does not have."""
     from nmt.compose import OPTIONS, asked
 
     request = asked(arguments)
     for word in request.words:
         if word.startswith("-"):
             raise UserError(f"unknown option {word}; nmt {command} takes {own_options}{OPTIONS} and --help")
-    _do(request, job)
+    return request
 
 
 def _do(request: "Asked", job: Callable[["Job"], None]) -> None:
+    """Do `job` for each configuration that is asked for."""
     from nmt.compose import jobs, settings_text
 
     # Mistakes in the last of several are found before the first begins.
@@ -188,6 +195,25 @@ def _do(request: "Asked", job: Callable[["Job"], None]) -> None:
             print(settings_text(each.config), end="")
         else:
             job(each)
+
+
+def _names_run(request: "Asked") -> bool:
+    """Whether the first word is a run and no setting: a name, or a path, which may have = in it.
+
+    What is no run but almost a setting, such as `demo` for `experiment=demo`, is left for composing to refuse.
+    UserError if options of composing come with a run.
+    """
+    from nmt.compose import OPTIONS, Asked, meant
+
+    first = request.words[0] if request.words else "="
+    key, equals, _ = first.partition("=")
+    if first.startswith(("+", "~")) or (equals and "/" not in key):
+        return False
+    if meant(first) and not any(path.exists() for path in (Path(first), Path("runs") / first)):
+        return False
+    if request != Asked(request.words):
+        raise UserError(f"{OPTIONS} are for settings: {first} is a run")
+    return True
 
 
 def _help(text: str, arguments: list[str]) -> bool:
@@ -205,7 +231,7 @@ def _prepare(arguments: list[str]) -> None:
         return
     from nmt.data.prepare import prepare
 
-    _compose("prepare", arguments, lambda job: show(prepare(job.config.corpus, say).path))
+    _do(_asked("prepare", arguments), lambda job: show(prepare(job.config.corpus, say).path))
 
 
 def _train(arguments: list[str]) -> None:
@@ -213,17 +239,23 @@ def _train(arguments: list[str]) -> None:
         return
     from nmt.commands.launch import launch, num_processes
     from nmt.commands.train import train
+    from nmt.run import RunDirectory
 
     wanted, arguments = _take_option("--processes", arguments)
     processes = num_processes(wanted) if wanted is not None else 1
 
-    def job(job: "Job") -> None:
+    def begin(config: "Config", words: list[str]) -> None:
         if processes == 1:
-            train(job.config)
+            train(config)
         else:
-            launch(job.config, job.arguments, processes)
+            launch(config, words, processes)
 
-    _compose("train", arguments, job, "--processes N|gpu, ")
+    request = _asked("train", arguments, "--processes N|gpu, ")
+    if _names_run(request):
+        name, *changes = request.words
+        begin(RunDirectory.existing(name).training_config(changes), request.words)
+    else:
+        _do(request, lambda job: begin(job.config, job.arguments))
 
 
 def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
@@ -264,14 +296,12 @@ def _plain_command(command: str, arguments: list[str]) -> None:
 def _cost(arguments: list[str]) -> None:
     """Of a run, or of settings as `nmt train` takes them."""
     from nmt.commands import cost
-    from nmt.compose import OPTIONS, Asked, asked
+    from nmt.compose import asked
 
     parser = cost.parser()
     request = asked(arguments)
     given, words = parser.sort(request.words)
-    if not words or not ("=" in words[0] or words[0].startswith(("+", "~"))):
-        if words and request != Asked(request.words):
-            raise UserError(f"{OPTIONS} are for settings: {words[0]} is a run")
+    if not words or _names_run(request._replace(words=words)):
         _run_command("cost", request.words)
         return
     options, unknown = parser.parse_known_args([*given, words[0]])

@@ -27,7 +27,15 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nmt.commands import say
 from nmt.config import Config
-from nmt.config.reading import known_settings, parse_yaml, read_value, setting_type, typed_settings, unknown_setting
+from nmt.config.reading import (
+    known_settings,
+    parse_yaml,
+    put_setting,
+    read_value,
+    setting_type,
+    typed_settings,
+    unknown_setting,
+)
 from nmt.errors import UserError
 from nmt.resources import resource_dir
 
@@ -103,6 +111,11 @@ def choices(group: str, folder: Path | None = None) -> str:
     )
 
 
+def meant(word: str) -> list[str]:
+    """What a word that is not KEY=VALUE may stand for: experiment=demo for demo."""
+    return _meant(word, _places(None))
+
+
 # --------------------------------------------------------------------------------------------------------- folders
 
 
@@ -157,10 +170,13 @@ def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
 
 
 def _no_value(word: str, places: list[_Place]) -> str:
-    if word in known_settings(Config):
-        return f"{word} has no value: write {word}=VALUE"
-    meant = [f"{group}={word}" for group in _groups() if any(place.has(f"{group}/{word}") for place in places)]
-    return f"{word} is not KEY=VALUE" + (f"; did you mean {' or '.join(meant)}?" if meant else "")
+    found = _meant(word, places)
+    return f"{word} is not KEY=VALUE" + (f"; did you mean {' or '.join(found)}?" if found else "")
+
+
+def _meant(word: str, places: list[_Place]) -> list[str]:
+    settings = [f"{word}=VALUE"] if word in known_settings(Config) else []
+    return settings + [f"{each}={word}" for each in _groups() if any(place.has(f"{each}/{word}") for place in places)]
 
 
 def _values(key: str, text: str, multirun: bool) -> list[str]:
@@ -221,10 +237,10 @@ def _composed(words: Sequence[str], places: list[_Place]) -> Config:
     files = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
     tree = Config().to_dict()
     for key, value in files.items():
-        _put(tree, key, value)
+        put_setting(Config, tree, key, value)
     for key, text in pairs:
         if key not in groups:
-            _put(tree, key, read_value(Config, key, text))
+            put_setting(Config, tree, key, read_value(Config, key, text))
     try:
         return Config.from_dict(OmegaConf.to_container(OmegaConf.create(tree), resolve=True))
     except OmegaConfBaseException as error:
@@ -247,18 +263,6 @@ def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
         raise ValueError(f"{' '.join(words)}: {_one_line(error)}") from error
     assert isinstance(tree, dict)
     return {str(key): value for key, value in tree.items()}
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set what a full key names; of a section, the settings that are given."""
-    *sections, name = key.split(".")
-    for section in sections:
-        tree = tree.setdefault(section, {})
-    if isinstance(value, dict) and key not in known_settings(Config):
-        for each, inner in value.items():
-            _put(tree, f"{name}.{each}", inner)
-    else:
-        tree[name] = value
 
 
 def _one_line(error: Exception) -> str:

@@ -22,14 +22,15 @@ import difflib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
-from nmt.config import Config, DecodingConfig
-from nmt.config.reading import UnknownSettingError, parse_yaml, read_value
+from nmt.config import Config, DecodingConfig, RunConfig
+from nmt.config.reading import UnknownSettingError, parse_yaml, put_setting, read_value
 from nmt.data.prepared import FACTS
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import foreign_entry, read_json, read_regular, write_atomically
@@ -157,10 +158,33 @@ class RunDirectory:
         for change in changes:
             if change.partition(".")[0] not in _CHANGEABLE:
                 raise UserError(f"{change}: only {allowed} may be changed for a trained run")
+        return self._changed(changes)
+
+    def training_config(self, changes: Sequence[str] = ()) -> Config:
+        """The configuration to resume training with: the run's own, with changes such as "training.max_steps=2000".
+
+        `run.name` and `run.directory` are those of this folder, which may have been moved. CheckpointError if
+        config.yaml cannot be read or this is an exported model; UserError or ValueError for a change that cannot be
+        read. `start_or_continue` refuses those that would change what a step computes.
+        """
+        if self.exported:
+            raise CheckpointError(f"{self.path} is an exported model, which cannot be trained: give the run itself")
+        for change in changes:
+            key = change.partition("=")[0]
+            if change.startswith(("+", "~")) or "." not in key or "=" not in change:
+                raise UserError(f"{change}: a run has its settings; change one of them by KEY=VALUE (nmt settings)")
+            if key.startswith("run."):
+                raise UserError(f"{change}: the run is {self.path}; leave {key} out")
+        config = self._changed(changes)
+        if (Path(config.run.directory) / config.run.name).resolve() != self.path.resolve():
+            path = self.path if self.path.name else self.path.resolve()
+            config = replace(config, run=RunConfig(path.name, str(path.parent)))
+        return config
+
+    def _changed(self, changes: Sequence[str]) -> Config:
         settings = self._stored().to_dict()
         for key, _, text in (change.partition("=") for change in changes):
-            section, _, name = key.partition(".")
-            settings[section][name] = read_value(Config, key, text)
+            put_setting(Config, settings, key, read_value(Config, key, text))
         return Config.from_dict(settings)
 
     def _stored(self) -> Config:

@@ -156,7 +156,7 @@ def test_the_text_of_all_settings_reads_back() -> None:
         ("training.max_steps=[1]", "training.max_steps=[1] is not a whole number"),
         ("training=5", "there is no training=5"),
         ("run=x", "run=x is not a set of settings, such as run.name"),
-        ("training.max_steps", "training.max_steps has no value: write training.max_steps=VALUE"),
+        ("training.max_steps", "training.max_steps is not KEY=VALUE; did you mean training.max_steps=VALUE?"),
         ("demo", "demo is not KEY=VALUE; did you mean experiment=demo?"),
         ("=5", "=5 is not KEY=VALUE"),
         ("experiment=dema", "there is no experiment=dema; did you mean demo?"),

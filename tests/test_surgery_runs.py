@@ -4,31 +4,25 @@ import json
 import math
 import re
 import shlex
-import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from own_conf import OWN
 from test_cli import Cli, cli  # noqa: F401
 from test_surgery import HIERARCHICAL, network
 from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 import nmt.commands.resize
 from nmt.checkpoint import list_checkpoints
-from nmt.commands.resize import train_command
-from nmt.compose import compose_config
-from nmt.config import ModelConfig, MoEConfig
+from nmt.config import Config, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
 from nmt.experts.grow import grow
 from nmt.experts.shrink import look
 from nmt.experts.surgery import read_network, with_counts, write_run
 from nmt.parameters import read_tensors
-from nmt.resources import resource_dir
 from nmt.run import RunDirectory
 
 
@@ -60,6 +54,12 @@ def printed_command(out: str) -> list[str]:
     return command[2:]
 
 
+def printed_config(out: str) -> Config:
+    """The configuration that this command trains with."""
+    run, *changes = printed_command(out)
+    return RunDirectory.existing(run).training_config(changes)
+
+
 def go_on(cli: Cli, new: Path, steps: int) -> None:  # noqa: F811
     """Follow the command that the last output names, for `steps` more updates, and use the run that comes of it."""
     command = printed_command(cli.out)
@@ -89,7 +89,7 @@ def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: st
     (perplexities,) = re.findall(r"perplexity of 8 dev pairs: (\S+) before, (\S+) after", cli.out)
     assert perplexities[0] == perplexities[1]
     assert "encoder.1 4 -> 8 experts, decoder.1 4 -> 8 experts" in cli.out
-    config = compose_config(printed_command(cli.out))
+    config = printed_config(cli.out)
     assert (config.run.name, config.run.directory) == ("grown", str(tmp_path / "some where"))
     assert (config.decoding.checkpoint, config.model.moe.gating, config.model.moe.k) == ("best", "hierarchical", 1)
     (made,) = list_checkpoints(new / "checkpoints")
@@ -200,7 +200,7 @@ def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, tmp_path: Path) ->
     assert "encoder.1 4 -> 2 experts, decoder.1 4 -> 3 experts" in cli.out
     # No token chose them: nothing changed.
     assert re.search(r"BLEU +(\S+) +\1 +\+0.00 +1.000", cli.out)
-    config = compose_config(printed_command(cli.out))
+    config = printed_config(cli.out)
     assert [config.model.moe.experts_at(layer) for layer in ("encoder.1", "decoder.1")] == [2, 3]
     go_on(cli, tmp_path / "busy", 2)
     cli.refuses(2, "experts", str(tmp_path / "busy"), "--grow", "6", "-o", "x", says=("encoder.1 2, decoder.1 3",))
@@ -342,62 +342,7 @@ def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, tmp_path:
     assert list_checkpoints(run / "checkpoints")[-1].state()["progress"]["validations_since_best"] == 1
     assert cli("experts", str(run), "--grow", "8", "-o", "b") == 0, cli.err
     assert "decoding.experts_per_token=1 is 0 in the new run" in cli.err
-    assert compose_config(printed_command(cli.out)).decoding.checkpoint == "last"
+    assert printed_config(cli.out).decoding.checkpoint == "last"
     progress = list_checkpoints(tmp_path / "b" / "checkpoints")[-1].state()["progress"]
     assert (progress["validations_since_best"], progress["best_score"]) == (0, math.inf)
     go_on(cli, tmp_path / "b", 1)
-
-
-# ------------------------------------------------------------------------------------------------- its command line
-
-
-@pytest.mark.parametrize("name", OWN["experiment"])
-def test_the_command_line_of_every_experiment(name: str) -> None:
-    changes = ["run.name=other", "training.clip_norm=1e-09", "model.moe.w_load_decoder=0.5"]
-    config = compose_config([f"experiment={name}", *changes])
-    if config.model.moe_layer_names():
-        config = compose_config(
-            [f"experiment={name}", *changes, f"+model.moe.num_experts_at={{{config.model.moe_layer_names()[0]}:128}}"]
-        )
-    command = shlex.split(train_command(config, {"training.max_steps": 77}))
-    assert command[:2] == ["nmt", "train"]
-    assert len(command) < 10
-    assert compose_config(command[2:]) == replace(config, training=replace(config.training, max_steps=77))
-
-
-def test_any_text_survives_the_command_line() -> None:
-    hard = [
-        "a b$",
-        'a\\b"c\\',
-        'x\\\\"y',
-        "it's",
-        "",
-        "12",
-        "1e3",
-        "ünï",
-        "[a]",
-        "a,b",
-        "x=y",
-        "null",
-        "True",
-        "\\",
-        "~",
-        "a:b",
-    ]
-    config = compose_config(["experiment=demo"])
-    config.corpus.train.source = config.corpus.train.target = hard
-    for text in hard[:5]:
-        config.corpus.root = text
-        assert compose_config(shlex.split(train_command(config, {}))[2:]) == config
-
-
-@pytest.mark.parametrize("content", [b"[", b"\xff", b"- 5", b"defaults: [override /corpus: nothing]", b"defaults: 5"])
-def test_a_file_that_is_no_experiment_is_none_to_start_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
-) -> None:
-    config = compose_config(["experiment=demo"])
-    command = train_command(config, {})
-    conf = shutil.copytree(resource_dir("conf"), tmp_path / "conf")
-    (conf / "experiment" / "aside.yaml").write_bytes(content)
-    monkeypatch.setattr(nmt.commands.resize, "resource_dir", lambda _: conf)
-    assert train_command(config, {}) == command

@@ -3,17 +3,13 @@
 import argparse
 import math
 import shlex
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
 
 from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
-from nmt.config.reading import written
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator, load_vocabulary, longest_source
@@ -26,10 +22,7 @@ from nmt.experts.grow import grow
 from nmt.experts.shrink import ExpertUse, MergePair, Observation
 from nmt.experts.surgery import NetworkWeights, read_network, write_run
 from nmt.parallel.mesh import World
-from nmt.resources import resource_dir
-from nmt.run import RunDirectory, flatten
-
-_COUNTS = "model.moe.num_experts_at."
+from nmt.run import RunDirectory
 
 # Of the dev set, spread over it: pairs that experts are watched with, sentences that are translated before and after,
 # and pairs whose perplexity shows that growing changed nothing.
@@ -37,7 +30,7 @@ _WATCHED, _TRANSLATED, _COMPARED = 2000, 500, 200
 
 
 def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Write a new run with more or fewer experts, and say how to train it on."""
+    """Write a new run with more or fewer experts, and print the command that trains it further."""
     path = _new_path(options.output, run)
     _check_count(options, config)
     subwords = load_vocabulary(run)
@@ -50,15 +43,15 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         changed = bench.shrink(options, network)
     decoding, notes = _own_decoding(run)
     new = replace(config, run=RunConfig(path.name, str(path.parent)), model=changed.config, decoding=decoding)
-    steps = {}
+    command = ["nmt", "train", str(path)]
     if checkpoint.step >= config.training.max_steps:
         notes.append(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more")
-        steps = {"training.max_steps": 2 * checkpoint.step}
+        command.append(f"training.max_steps={2 * checkpoint.step}")
     write_run(path, run, new, changed, checkpoint)
     show(_sizes(network, changed))
     for note in notes:
         say(note)
-    show(f"{path} goes on from step {checkpoint.step:,} of {run.path} with\n  {train_command(new, steps)}")
+    show(f"{path} resumes from step {checkpoint.step:,} of {run.path} with\n  {shlex.join(command)}")
 
 
 def _check_count(options: argparse.Namespace, config: Config) -> None:
@@ -228,67 +221,3 @@ def _print_table(members: list[tuple[int, ...]], use: ExpertUse, similarities: l
         cells = [" + ".join(f"{float(share_E[expert]):.1%}" for expert in experts) for share_E in shares]
         alike = f"{similarities[place]:>8.3f}" if similarities else ""
         show(f"  {' + '.join(map(str, experts)):>{width}}{alike}" + "".join(f"{cell:>{width}}" for cell in cells))
-
-
-# --------------------------------------------------------------------------------------------- the command that goes on
-
-
-def train_command(config: Config, changes: dict[str, Any]) -> str:
-    """The `nmt train` command whose settings are `config` with `changes`: the experiment that needs the fewest others.
-
-    It is exact whatever experiment the run was started with, since every setting that differs is named.
-    """
-    wanted = flatten(config.to_dict()) | changes
-    conf = resource_dir("conf")
-    starts = {"": flatten(_composed(conf, {}))}
-    for path in sorted((conf / "experiment").glob("*.yaml")):
-        # A file of the user's that is no experiment did not start the run.
-        with suppress(OSError, ValueError, yaml.YAMLError, AttributeError, TypeError):
-            experiment = yaml.safe_load(path.read_text(encoding="utf-8"))
-            starts[f"experiment={path.stem}"] = flatten(_composed(conf, experiment))
-    missing = object()
-    differing = {
-        name: [key for key, value in wanted.items() if settings.get(key, missing) != value]
-        for name, settings in starts.items()
-    }
-    name = min(differing, key=lambda each: len(differing[each]))
-    keys = [key for key in differing[name] if not key.startswith(_COUNTS)]
-    settings = [f"{key}={written(wanted[key])}" for key in keys]
-    if len(keys) < len(differing[name]):
-        settings.append(f"{_COUNTS[:-1]}={written(config.model.moe.num_experts_at)}")
-    return " ".join(["nmt train", *filter(None, [name]), *map(shlex.quote, settings)])
-
-
-def _composed(conf: Path, experiment: dict[str, Any]) -> dict[str, Any]:
-    """The settings that Hydra makes of conf/config.yaml and an experiment, read without it.
-
-    What it does not understand (interpolations) stays as it stands in the file; such a setting differs from all.
-    """
-    chosen = {}
-    base = yaml.safe_load((conf / "config.yaml").read_text(encoding="utf-8"))
-    for entry in [*base["defaults"], *experiment.get("defaults", [])]:
-        for group, name in entry.items() if isinstance(entry, dict) else ():
-            chosen[group.removeprefix("override ").strip("/")] = name
-    settings = Config().to_dict()
-    for group in settings.keys() & chosen.keys():
-        _merge_into(settings, {group: _group_file(conf / group, chosen[group])})
-    _merge_into(settings, {key: value for key, value in experiment.items() if key != "defaults"})
-    return settings
-
-
-def _group_file(folder: Path, name: str) -> dict[str, Any]:
-    own = yaml.safe_load((folder / f"{name}.yaml").read_text(encoding="utf-8")) or {}
-    settings: dict[str, Any] = {}
-    for base in own.pop("defaults", []):
-        if base != "_self_":
-            _merge_into(settings, _group_file(folder, base))
-    _merge_into(settings, own)
-    return settings
-
-
-def _merge_into(settings: dict[str, Any], changes: dict[str, Any]) -> None:
-    for key, value in changes.items():
-        if isinstance(value, dict) and isinstance(settings.get(key), dict):
-            _merge_into(settings[key], value)
-        else:
-            settings[key] = value

@@ -114,6 +114,19 @@ def read_value(kind: type, key: str, text: str) -> Any:
     return _typed(hint, text if value is None else value, key, unresolved=True)
 
 
+def put_setting(kind: type, tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set what a full key names in nested dictionaries; of a section, only the settings that `value` has."""
+    *sections, name = key.split(".")
+    inner = tree
+    for section in sections:
+        inner = inner.setdefault(section, {})
+    if isinstance(value, dict) and key not in known_settings(kind):
+        for each, below in value.items():
+            put_setting(kind, tree, f"{key}.{each}", below)
+    else:
+        inner[name] = value
+
+
 def setting_type(kind: type, key: str) -> Any:
     """Return the type of the setting or section `key`. Raises ValueError if there is none."""
     hint: Any = kind
