@@ -71,7 +71,7 @@ def _escaped(text: str) -> str:
 
 def _outside(text: str) -> Iterator[str]:
     for place, part in enumerate(re.split("(`[^`]*`)", text)):
-        yield part if place % 2 else part.replace("<", r"\<")
+        yield part if place % 2 else part.replace("<", "&lt;")
 
 
 if __name__ == "__main__":

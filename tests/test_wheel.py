@@ -79,6 +79,17 @@ def test_command_line(installed: Path, tmp_path: Path) -> None:
     assert lines[1] == lines[3] == ""
 
 
+def test_the_description_has_nothing_that_works_in_the_repository_alone(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
+    text = archive.read(metadata).decode().partition("\n\n")[2]
+    assert text.startswith("# nmt-moe")
+    assert "| experiment |" in text
+    assert "![" not in text
+    assert "](docs/" not in text
+    assert "<!--" not in text
+
+
 def test_the_licence_is_said_and_goes_along(wheel: Path) -> None:
     archive = zipfile.ZipFile(wheel)
     (licence,) = [name for name in archive.namelist() if name.endswith("LICENSE")]

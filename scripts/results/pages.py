@@ -25,7 +25,7 @@ from nmt.pages.markdown import table, wrapped
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "quality": ("Quality", ["europarl", "multi30k"]),
+    "quality": ("Quality", ["europarl", "multi30k", "demo"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
     "speed": ("Speed", ["speed", "factored"]),
     "scaling": ("Several GPUs", ["two_gpus", "same_training", "processes"]),
