@@ -1,4 +1,4 @@
-"""The device and the precision that a command computes in."""
+"""Choose the device and precision of a command, and report when memory runs out."""
 
 import os
 import re
@@ -11,38 +11,38 @@ import torch
 from nmt.config import uses_bf16
 from nmt.errors import MemoryLimitError, UserError
 
-# How PyTorch words a refusal on the host, where it has no exception of its own.
+# PyTorch's messages when the host's memory runs out, for which it has no exception class.
 _NO_HOST_MEMORY = ("can't allocate memory", "not enough memory")
-# The limits of control groups (containers, batch systems), versions 2 and 1.
+# Files with the memory limits of control groups (containers, batch systems), versions 2 and 1.
 _GROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def pick_device(name: str, key: str) -> torch.device:
-    """The torch device for a setting `key` with value auto, cpu or cuda. ValueError for cuda where there is none."""
+    """Return the torch device for a setting `key` of auto, cpu or cuda. Raises UserError for cuda without a GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(f"{key}=cuda, but PyTorch sees no GPU: use {key}=cpu")
-    # The GPU has its number: torch.cuda.set_device, which a thread must call, takes none without.
+    # With an index: threads must call torch.cuda.set_device, which rejects a device without one.
     return torch.device(name, 0) if name == "cuda" else torch.device(name)
 
 
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """What `precision` makes of matrix products: bf16, fp32, or auto: bf16 on a GPU."""
+    """Return the type of matrix products for a `precision` of bf16, fp32 or auto (bf16 on a GPU)."""
     return torch.bfloat16 if uses_bf16(precision, device.type == "cuda") else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context of a forward pass in training: matrix products in bf16 if `precision` says so."""
+    """Return the context of a forward pass in training, with matrix products in bf16 if `precision` selects it."""
     enabled = product_dtype(device, precision) == torch.bfloat16
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)
 
 
 def set_float32_products(device: torch.device, precision: str) -> None:
-    """How float32 products on a GPU are computed.
+    """Set how a GPU computes float32 matrix products.
 
-    Where the others are bf16 those that remain (gates, mostly) may use tf32: their inputs come from bf16 anyway. With
-    precision=fp32 every product is float32 in full, those of cuDNN's LSTM too.
+    If most products are bf16, the remaining float32 ones (mostly gates) may use tf32: their inputs come from bf16
+    products. With precision=fp32, every product is full float32, also in cuDNN's LSTM.
     """
     if device.type == "cuda":
         tf32 = product_dtype(device, precision) == torch.bfloat16
@@ -52,7 +52,7 @@ def set_float32_products(device: torch.device, precision: str) -> None:
 
 @contextmanager
 def shortage_told(where: Callable[[], str], remedy: str) -> Iterator[None]:
-    """MemoryLimitError, in one line, instead of whatever says that memory ran out on a GPU or on the host."""
+    """Replace any error that means that the memory of a GPU or the host ran out with a MemoryLimitError of one line."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -64,12 +64,12 @@ def shortage_told(where: Callable[[], str], remedy: str) -> Iterator[None]:
         size = ""
         if tried:
             size = f" ({int(tried[1]) / 1e9:.3g} GB" if tried[2] == "bytes" else f" ({tried[1]} {tried[2]}"
-            size += " more were asked for)"
+            size += " more were requested)"
         raise MemoryLimitError(f"out of memory in {where()}{size}: {remedy}") from error
 
 
 def memory_bytes(device: torch.device) -> int:
-    """All memory of a GPU; for the CPU that of the machine, or what its control group may use of it if that is less."""
+    """Return a GPU's memory in bytes; for the CPU, the machine's, or the limit of the control group if that is less."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]

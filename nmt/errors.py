@@ -1,18 +1,17 @@
-"""What a user can get wrong, and the exit status that says so.
+"""Errors that a user can cause or fix, and their exit statuses.
 
-Every one of these is told in one line, without a traceback. A plain ValueError counts as a mistake of usage or
-configuration.
+Each is reported in one line, without a traceback. A plain ValueError counts as a mistake of usage or configuration.
 """
 
 import signal
 
 
 class UserError(ValueError):
-    """A mistake of usage or configuration: unknown key, wrong type, value that contradicts another."""
+    """A mistake of usage or configuration: an unknown key, a wrong type, values that contradict each other."""
 
     status = 2
     reported_elsewhere = False
-    """Whether another process, whose error this is, tells it."""
+    """Whether another process, in which the error occurred, reports it."""
 
 
 class DataError(UserError):
@@ -28,31 +27,31 @@ class CheckpointError(UserError):
 
 
 class NonFiniteError(UserError):
-    """Training met too many updates in a row whose gradient was not finite."""
+    """The gradient was not finite in too many consecutive training steps."""
 
     status = 5
 
 
 class StorageError(UserError):
-    """Nothing can be written: no space, no permission."""
+    """Files cannot be written: no space, no permission."""
 
     status = 6
 
 
 class MemoryLimitError(UserError):
-    """The machine, or its GPU, has too little memory for what was asked."""
+    """The machine or its GPU has too little memory for the task."""
 
     status = 6
 
 
 class ProcessError(UserError):
-    """Processes that train together lost each other, or no longer agree."""
+    """Processes that train together lost contact, or their results no longer agree."""
 
     status = 7
 
 
 class Ended(KeyboardInterrupt):
-    """A signal asked the program to end. No mistake, but told in one line, with the status that shells expect."""
+    """A signal asked the program to end. Not a mistake, but reported in one line, with the status shells expect."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"ended by {signal.Signals(number).name}")
@@ -60,7 +59,7 @@ class Ended(KeyboardInterrupt):
 
 
 def same_error(status: int, message: str) -> UserError:
-    """The error of that exit status: what one process found, raised in another."""
+    """Return the error with this exit status, to raise in one process what another one found."""
     kinds = (DataError, CheckpointError, NonFiniteError, StorageError, ProcessError)
     error = next((kind for kind in kinds if kind.status == status), UserError)(message)
     error.reported_elsewhere = True
@@ -68,7 +67,7 @@ def same_error(status: int, message: str) -> UserError:
 
 
 def exit_status(error: BaseException) -> int:
-    """The exit status for a mistake of the user's, or for a system that refuses; 1 for what is neither."""
+    """Return the exit status for a user's mistake or an error of the system; 1 for all other errors."""
     if isinstance(error, UserError | Ended):
         return error.status
     kinds = ((ValueError, 2), (OSError, StorageError.status), (KeyboardInterrupt, 130))

@@ -1,9 +1,9 @@
-"""One process at a time, on one host or on several that share a file system.
+"""Let one process at a time enter, on one host or on several hosts that share a file system.
 
-A lock is a file that is there while somebody holds it. On one host flock decides, at once, and the system drops it when
-the process dies. Many network file systems keep flock to each host, or have none. So the file is also made in a way
-that only one of several hosts can (O_EXCL), says who holds it, and is touched every few seconds: a file that another
-host left is taken over when nobody has touched it for a while.
+A lock is a file that exists while a process has the lock. On one host, flock decides at once, and the system releases
+it when the process dies. On many network file systems, flock works within each host only, or not at all. So the file is
+also created with O_EXCL, which succeeds on only one host. It names its owner, which touches it every few seconds. If
+nobody has touched a file for a while, another host takes it over.
 """
 
 import fcntl
@@ -21,10 +21,10 @@ from nmt.files import parse_json
 from nmt.process import host_name, pid_to_signal
 
 _TOUCH_SECONDS = 3.0
-# A network's file system may show a touch late.
+# A network file system may show a touch late.
 _WATCH_SECONDS = 20.0
 _LOOK_SECONDS = 0.2
-# Between making the file and writing into it.
+# Maximum time between creating the file and writing into it.
 _WRITE_SECONDS = 0.5
 
 _RECORD = {"pid": int, "host": str, "since": str, "kernel": str, "process": int}
@@ -32,14 +32,15 @@ _MOST_BYTES = 4096
 
 
 class Held(Exception):  # noqa: N818 - not an error
-    """Another process has the lock. Its text says which: "pid 12 on box since 2026-11-26 18:00:00"."""
+    """Another process has the lock. The text names it: "pid 12 on box since 2026-11-26 18:00:00"."""
 
 
 @contextmanager
 def locked(path: Path, wait: Callable[[Held], None] | None = None) -> Iterator[None]:
-    """Hold the lock file `path`, which is gone afterwards.
+    """Take the lock file `path`, and remove it on exit.
 
-    If another process has it: raises Held, or, with `wait`, calls that once and waits. OSError if it cannot be made.
+    If another process has it, raise Held; or, with `wait`, call `wait` once and wait for the lock. Raises OSError if
+    the file cannot be made.
     """
     descriptor = _acquire(path, wait)
     own = os.pread(descriptor, _MOST_BYTES, 0)
@@ -51,7 +52,7 @@ def locked(path: Path, wait: Callable[[Held], None] | None = None) -> Iterator[N
     finally:
         over.set()
         thread.join()
-        # Another host may have taken it over if this process was suspended.
+        # If this process was suspended, another host may have taken the lock over.
         if os.pread(descriptor, _MOST_BYTES, 0) == own:
             path.unlink(missing_ok=True)
         os.close(descriptor)
@@ -59,12 +60,12 @@ def locked(path: Path, wait: Callable[[Held], None] | None = None) -> Iterator[N
 
 def _touch(descriptor: int, over: threading.Event) -> None:
     while not over.wait(_TOUCH_SECONDS):
-        with suppress(OSError):  # a disk that is away for a moment: training itself will meet it if it stays away
+        with suppress(OSError):  # the disk may fail for a moment; if it stays away, training itself reports it
             os.utime(descriptor)
 
 
 def _acquire(path: Path, wait: Callable[[Held], None] | None) -> int:
-    """The descriptor of the lock file, locked and with this process's record in it."""
+    """Return the descriptor of the lock file, locked and with this process's record in it."""
     told = False
     while True:
         descriptor, new = _open(path)
@@ -87,24 +88,24 @@ def _acquire(path: Path, wait: Callable[[Held], None] | None) -> int:
 
 
 def _open(path: Path) -> tuple[int, bool]:
-    """(descriptor of the lock file, whether it was made just now)."""
-    # Whoever made a folder that was received may have put a link or a pipe there.
+    """Open or create the lock file. Returns (descriptor, whether it was created)."""
+    # A folder received from somebody may contain a link or a pipe with this name.
     flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK
     while True:
         with suppress(FileExistsError):
             return os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666), True
-        with suppress(FileNotFoundError):  # gone since then
+        with suppress(FileNotFoundError):  # removed in the meantime
             return os.open(path, flags), False
 
 
 def _holder(path: Path, descriptor: int, new: bool) -> Held | None:
-    """Who has the lock; None if this process has it now, all but the record."""
+    """Return who has the lock; None if this process has it and need only write its record."""
     status = os.fstat(descriptor)
     if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is no regular file: remove it")
+        raise OSError(f"{path} is not a regular file: remove it")
     if status.st_nlink > 1:
-        # Whoever made a folder that was received may have given a file of the user's this name too.
-        raise OSError(f"{path} is another file as well (a hard link): remove it")
+        # A folder received from somebody may contain a hard link to a file of the user.
+        raise OSError(f"{path} is a hard link to another file: remove it")
     shared = True
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -113,13 +114,13 @@ def _holder(path: Path, descriptor: int, new: bool) -> Held | None:
     except OSError:
         shared = False  # this file system has no flock
     if not _is_at(descriptor, path):
-        # Its holder removed it between our opening and locking it.
+        # Its owner removed it after we opened it and before we locked it.
         return _held(None)
     if new:
         return None
     record, touched = _look(path)
     if record is None:
-        # Left by an older version of this program, or made by another host just now.
+        # Left by an older version of this program, or just created by another host.
         time.sleep(_WRITE_SECONDS)
         record, touched = _look(path)
     if record is None or (shared and record["kernel"] == _kernel()):
@@ -134,7 +135,7 @@ def _holder(path: Path, descriptor: int, new: bool) -> Held | None:
 
 
 def _write(path: Path, descriptor: int, new: bool) -> Held | None:
-    """Write this process's record; who else did so at the same moment, from another host."""
+    """Write this process's record. Returns the other host's process if one did so at the same time, otherwise None."""
     own = _own_record()
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(own).encode(), 0)
@@ -147,7 +148,7 @@ def _write(path: Path, descriptor: int, new: bool) -> Held | None:
 
 
 def _look(path: Path) -> tuple[dict[str, Any] | None, int]:
-    """(record, time of the last touch) of a lock file. It is opened anew, for which network file systems ask again."""
+    """Return (record, time of the last touch) of a lock file. Opening it anew makes network file systems refresh it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
@@ -186,7 +187,7 @@ def _own_record() -> dict[str, Any]:
 
 
 def _kernel() -> str:
-    """What tells one running system from another, whatever the names of hosts and containers: flock is kept there."""
+    """Return the identity of the running kernel, within which flock works, whatever hosts and containers are called."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

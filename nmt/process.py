@@ -1,4 +1,4 @@
-"""Who this process is: among those that one launcher started, and to a person who wants to see or to stop it."""
+"""Identify this process: its rank among those of one launcher, its host, and the process that takes its signals."""
 
 import os
 import signal
@@ -12,39 +12,39 @@ from nmt.errors import Ended
 
 _ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 RENDEZVOUS = "NMT_RENDEZVOUS"
-"""Variable with the path of the file by which the processes that `nmt train --processes` started find each other."""
+"""Environment variable: path of the file through which the processes of `nmt train --processes` find each other."""
 LAUNCHER = "NMT_LAUNCHER"
-"""Variable with the number of the process that started them, which takes the signals for all."""
+"""Environment variable: id of the process that started them, which takes signals for all of them."""
 
 
 def launched() -> bool:
-    """Whether torchrun, or its agent in `nmt train --processes`, started this process."""
+    """Return whether torchrun, or its agent in `nmt train --processes`, started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 def launched_rank() -> int:
-    """This process's rank among those that one launcher started; 0 for all others.
+    """Return this process's rank among those of one launcher; 0 if no launcher started it.
 
-    RANK alone says nothing: other programs, such as schedulers of containers, set it in processes that are alone.
+    RANK alone proves nothing: other programs, such as container schedulers, set it for single processes.
     """
     return int(os.environ["RANK"]) if launched() else 0
 
 
 def pid_to_signal() -> int:
-    """The number of the process that a person sends a signal to in order to stop this one."""
+    """Return the id of the process to signal in order to stop this one."""
     return int(os.environ.get(LAUNCHER, os.getpid()))
 
 
 def host_name() -> str:
-    """The name of this host."""
+    """Return the name of this host."""
     return socket.gethostname()
 
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """Within, SIGTERM, SIGHUP and SIGQUIT raise `Ended`, so that whoever made a temporary file removes it.
+    """Make SIGTERM, SIGHUP and SIGQUIT raise `Ended` within the context, so that temporary files are removed.
 
-    One that is ignored stays ignored (nohup). A second signal is the last word: it ends the program at once.
+    Ignored signals stay ignored (nohup). A second signal ends the program at once.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,6 @@
-"""Where the files that travel with the code lie: the Hydra configuration and the phrasebook.
+"""Find the files that come with the code: the Hydra configuration and the phrasebook.
 
-In a clone they stand at the top level, where a person edits them; in a wheel they are bundled inside the package.
+In a clone they are at the top level, where people edit them; in a wheel they are inside the package.
 """
 
 from pathlib import Path
@@ -9,11 +9,11 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def resource_dir(name: str) -> Path:
-    """The folder `name` ("conf" or "data/phrasebook"), from the wheel if we run from one, else from the clone.
+    """Return the folder `name` ("conf" or "data/phrasebook"), from the wheel if we run from one, else from the clone.
 
-    Raises FileNotFoundError if neither has it (a broken installation).
+    Raises FileNotFoundError if it is missing from both (a broken installation).
     """
     for root in (_PACKAGE / "_bundled", _PACKAGE.parent):
         if (root / name).is_dir():
             return root / name
-    raise FileNotFoundError(f"the installation lacks its folder {name!r}: reinstall the package")
+    raise FileNotFoundError(f"the folder {name!r} of the installation is missing: reinstall the package")

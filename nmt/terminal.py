@@ -1,23 +1,23 @@
-"""Text for a terminal: text from anywhere made harmless, and the figures of gates in a line each."""
+"""Make text from any source safe to print on a terminal, and print the figures of gates, one layer per line."""
 
 import re
 from collections.abc import Mapping
 
-# All control characters (C0, DEL, C1) but tab and line feed: with them a text can move the cursor, hide what was
-# printed before, or name the window.
+# All control characters (C0, DEL, C1) except tab and line feed. With them, text could move the cursor, hide earlier
+# output, or rename the window.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 LayerFigures = Mapping[str, Mapping[str, float]]
-"""The figures of each MoE layer's gate as a line of metrics has them; a kind of gate has those that mean something."""
+"""The figures of each MoE layer's gate, as in a line of metrics. Each kind of gate has the figures that apply to it."""
 
 
 def printable(text: str) -> str:
-    """`text` with U+FFFD for every control character; a tab and a line feed stay."""
+    """Return `text` with every control character, except tab and line feed, replaced by U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def layer_lines(layers: LayerFigures) -> list[str]:
-    """A line of each MoE layer's figures, to stand below a line of metrics."""
+    """Return a line with the figures of each MoE layer, to print below a line of metrics."""
     lines = []
     for layer, gate in layers.items():
         text = (
@@ -33,12 +33,12 @@ def layer_lines(layers: LayerFigures) -> list[str]:
 
 
 def summary(layers: LayerFigures) -> str:
-    """The end of a line beside a progress bar: the layer that is worst; empty without MoE layers."""
+    """Return the figures of the worst layer, for the end of a line with a progress bar; "" without MoE layers."""
     if not layers:
         return ""
     idle = sum(gate["idle_experts"] for gate in layers.values())
     if all("tokens_without_experts" in gate for gate in layers.values()):
-        # Load is always even then; what may be uneven is how many experts a token gets.
+        # These gates always have even load; the number of experts per token may be uneven.
         worst = max(layers, key=lambda layer: layers[layer]["tokens_without_experts"])
         return f"; {layers[worst]['tokens_without_experts']:.1%} without experts {worst}, idle {idle:.0f}"
     worst = max(layers, key=lambda layer: layers[layer]["cv_load"])

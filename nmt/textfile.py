@@ -1,12 +1,12 @@
-"""Lines of text, by one rule for all that read any: `nmt prepare`, `nmt translate`, `nmt evaluate`.
+"""Read lines of text, by one rule for all commands: `nmt prepare`, `nmt translate`, `nmt evaluate`.
 
-The line rule: b"\\n" is the only separator of lines, and one "\\r" before it goes with it. Every other character is
-part of a line (U+2028, U+0085 and NUL too: whoever splits at them pairs every later line with a wrong translation).
-A last line without a "\\n" counts unless it is empty. A BOM at the beginning of the file belongs to no line.
+The line rule: b"\\n" is the only separator of lines, and a "\\r" before it is part of the separator. Every other
+character is part of a line, even U+2028, U+0085 and NUL: splitting at them would pair all later lines with wrong
+translations. A last line without "\\n" counts unless it is empty. A BOM at the start of the file belongs to no line.
 
-Compression is told by the first bytes, whatever the name says. What is no UTF-8 text, such as UTF-16 or an archive,
-is refused with the way to make it so. Broken bytes become U+FFFD and are counted. Memory does not grow with the
-length of a line, nor with what a small compressed file becomes.
+Compression is detected from the first bytes; file names do not matter. Data that are not UTF-8 text, such as UTF-16 or
+an archive, are rejected with advice on how to convert them. U+FFFD replaces broken bytes, and their lines are counted.
+Memory grows neither with the length of a line nor with the decompressed size of a file.
 """
 
 import bz2
@@ -25,7 +25,7 @@ from typing import Protocol
 from nmt.errors import DataError
 
 MOST_BYTES = 1 << 22
-"""Of a line that is held whole."""
+"""Maximum bytes of a line that is read whole."""
 _BLOCK = 1 << 16
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = {
@@ -51,7 +51,7 @@ _REFUSED = {
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an office document", _EXPORT),
 }
 _WIDE_BOM = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-# Elements that only files of segments begin with, after a prolog of XML or SGML if they have one.
+# First elements of files of segments, after an optional prolog of XML or SGML.
 _MARKUP = re.compile(
     rb"\A\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+|<)(tmx|xliff|srcset|refset|tstset|mteval|tbx|martif)\b",
     re.IGNORECASE | re.DOTALL,
@@ -66,30 +66,30 @@ _TAKE_OUT_SEGMENTS = "take its sentences out: sed -n 's/<seg[^>]*>\\(.*\\)<.seg>
 
 
 class Stream(Protocol):
-    """What a file opened for reading bytes, standard input and io.BytesIO have in common."""
+    """The method that binary files, standard input and io.BytesIO have in common."""
 
     def read1(self, size: int, /) -> bytes: ...
 
 
 class TextReader:
-    """The lines of a binary stream, without their ends. Nothing is read ahead of what is asked for.
+    """Read the lines of a binary stream, without their ends. Nothing is read before it is requested.
 
-    `name` says in errors what is read, for instance "corpus.train.source: train.en". Iteration and `blocks` raise
-    DataError for what is no UTF-8 text, for damaged compressed data, and for a stream that cannot be read.
+    `name` names the stream in errors, for example "corpus.train.source: train.en". Iteration and `blocks` raise
+    DataError if the stream is not UTF-8 text, contains damaged compressed data, or cannot be read.
     """
 
     def __init__(self, stream: Stream, name: str, most_bytes: int = MOST_BYTES) -> None:
         self.name = name
         self.most_bytes = most_bytes
         self.num_lines = 0
-        """Lines that have come to their end."""
+        """Lines read to their end."""
         self.num_invalid = 0
-        """Lines, or parts of one, with bytes that are not UTF-8; these became U+FFFD."""
+        """Lines, or parts of a line, with bytes that are not UTF-8; U+FFFD replaces these."""
         self._stream = stream
         self._kind = "text"
 
     def __iter__(self) -> Iterator[str]:
-        """Whole lines. DataError for one of more than `most_bytes` bytes."""
+        """Yield whole lines. Raises DataError for a line of more than `most_bytes` bytes."""
         for lines, whole in self.blocks():
             if not whole:
                 raise DataError(
@@ -99,12 +99,12 @@ class TextReader:
             yield from lines
 
     def blocks(self) -> Iterator[tuple[list[str], bool]]:
-        """(lines, whole), as soon as their bytes are there: all lines that one read of the stream completes.
+        """Yield (lines, whole) as soon as their bytes arrive: all lines that one read of the stream completes.
 
-        Not `whole`: one part of a line of more than `most_bytes` bytes, whose next part comes next; its last part
-        counts as a whole line. Parts end after a blank where they can, else between two characters.
+        If `whole` is False, `lines` is one part of a line of more than `most_bytes` bytes, and its next part follows.
+        The last part counts as a whole line. Parts end after a blank if possible, otherwise between two characters.
         """
-        rest: list[bytes] = []  # of a line whose end has not come yet
+        rest: list[bytes] = []  # start of a line whose end has not arrived
         size = 0
         for block in self._read():
             end = block.rfind(b"\n") + 1
@@ -123,9 +123,9 @@ class TextReader:
             yield from self._lines(b"".join(rest) + b"\n")
 
     def _lines(self, data: bytes) -> Iterator[tuple[list[str], bool]]:
-        """The lines in `data`, which ends with the end of the last one."""
+        """Yield the lines in `data`, which ends with a line end."""
         first_end = data.index(b"\n")
-        while first_end > self.most_bytes:  # only the first one had more than one block to grow in
+        while first_end > self.most_bytes:  # only the first line can span several blocks
             part, data = _cut(data, self.most_bytes)
             first_end -= len(part)
             yield [self._text(part)], False
@@ -146,7 +146,7 @@ class TextReader:
             return line.decode("utf-8", errors="replace")
 
     def _read(self) -> Iterator[bytes]:
-        """Blocks of plain bytes, none of them empty, the BOM gone."""
+        """Yield non-empty blocks of decompressed bytes, without the BOM."""
         size = min(_BLOCK, self.most_bytes)
         try:
             head, stream = _begin(self._stream, size)
@@ -164,12 +164,12 @@ class TextReader:
             raise DataError(f"{self.name} {problem} ({reason}): {remedy}") from error
 
     def _check(self, head: bytes) -> None:
-        """Refuse what is no text, by its first bytes."""
+        """Raise DataError if the first bytes show that the data are not text."""
         wide = next((name for bom, name in _WIDE_BOM.items() if head.startswith(bom)), "") or _wide(head)
         if wide:
             raise DataError(f"{self.name} is {wide}, not UTF-8: convert it (iconv -f {wide} -t UTF-8 FILE > NEW)")
         if (kind := _compression(head)) != "text":
-            raise DataError(f"{self.name} is compressed twice, at last by {kind}: decompress it once")
+            raise DataError(f"{self.name} is compressed twice (the inner format is {kind}): decompress it once")
         for magic, (what, remedy) in _REFUSED.items():
             if head.startswith(magic):
                 raise DataError(f"{self.name} is {what}, not text: {remedy}")
@@ -206,7 +206,7 @@ def open_regular(path: Path, key: str) -> io.BufferedReader:
 
 
 class _Joined(io.RawIOBase):
-    """A stream of which the beginning was read already."""
+    """A stream whose first bytes were already read."""
 
     def __init__(self, head: bytes, stream: Stream) -> None:
         super().__init__()
@@ -225,7 +225,7 @@ class _Joined(io.RawIOBase):
 
 
 def _begin(stream: Stream, size: int) -> tuple[bytes, Stream]:
-    """(the first bytes, the stream after them). As little is waited for as tells compressions apart."""
+    """Return (the first bytes, the stream after them). Reads only as much as identifies the compression."""
     head = b""
     while any(magic.startswith(head) for magic in (*_MAGIC, *_WIDE_BOM, _BOM) if len(head) < len(magic)):
         block = stream.read1(size)
@@ -253,7 +253,7 @@ def _decompressed(raw: _Joined, kind: str) -> Stream:
 
 
 def _wide(head: bytes) -> str:
-    """UTF-16LE and the like, if every second to fourth byte of the beginning is a NUL as in Western text."""
+    """Return UTF-16LE or the like if bytes at the start are NUL in the pattern of Western text, otherwise ""."""
     sample = head[: len(head[:1024]) // 4 * 4]
     nuls = [place for place in range(4) if sample[place::4].count(0) > 0.4 * len(sample) / 4]
     names = {"UTF-16LE": [1, 3], "UTF-16BE": [0, 2], "UTF-32LE": [1, 2, 3], "UTF-32BE": [0, 1, 2]}
@@ -261,11 +261,11 @@ def _wide(head: bytes) -> str:
 
 
 def _cut(line: bytes, most: int) -> tuple[bytes, bytes]:
-    """(a part of at most `most` bytes, what follows it)."""
+    """Split a line into (a part of at most `most` bytes, the rest)."""
     end = line.rfind(b" ", 0, most) + 1
     if not end:
         end = most
-        # A byte 10xxxxxx continues a character; one has at most three.
+        # Bytes 10xxxxxx continue a character, which has at most three of them.
         while most - end < 3 and end > 1 and line[end] & 0xC0 == 0x80:
             end -= 1
     return line[:end], line[end:]

@@ -140,7 +140,7 @@ class MoEConfig:
         if not 1 <= self.k <= count // self.branching:
             raise ValueError(f"model.moe.k={self.k} must lie in 1..{count // self.branching}, the experts of a group")
 
-    # What the rest of the program must know of a kind of gate. No other file compares `gating` with a name.
+    # Properties of each kind of gate. No other file compares `gating` with a name.
 
     @property
     def is_noisy(self) -> bool:
