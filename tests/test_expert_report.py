@@ -11,16 +11,12 @@ import torch
 
 from nmt.batch import BOS, EOS, Batch
 from nmt.data.batching import eval_batches
+from nmt.experts.information import Z, expected_pairs, information, least_rate, rank_in_runs
 from nmt.experts.report import (
     MIN_COUNT,
     ExpertRow,
     LayerReport,
-    Z,
-    expected_pairs,
     expert_report,
-    information,
-    least_rate,
-    rank_in_runs,
 )
 from nmt.model.gating import GateOutput, GateSums
 
@@ -48,6 +44,8 @@ class Words:
 
 class Router:
     """The gates of a model, given by a rule."""
+
+    device = torch.device("cpu")
 
     def __init__(self, rule: Rule, **sizes: int) -> None:
         self.rule, self.sizes = rule, {name.replace("_", "."): size for name, size in sizes.items()}
@@ -77,7 +75,40 @@ def measure(
     rule: Rule, sources: list[str], targets: list[str], domains: Sequence[str] = (), **sizes: int
 ) -> list[LayerReport]:
     router, words = Router(rule, **sizes), Words(*sources, *targets)
-    return expert_report(router, words, sources, targets, domains, torch.device("cpu"))  # type: ignore[arg-type]
+    return expert_report(router, words, sources, targets, domains)  # type: ignore[arg-type]
+
+
+def by_sentence(*choices: dict[int, float]) -> Rule:
+    """Every token of a sentence chooses what stands here for its sentence."""
+    return lambda _layer, _piece, sentence, _position: choices[sentence]
+
+
+def test_lift_by_hand() -> None:
+    """Blank sentences, which have one token each."""
+    rule = by_sentence({0: 0.75, 1: 0.25}, {0: 0.5, 1: 0.5}, {1: 1.0, 0: 0.0}, {1: 0.5, 0: 0.5})
+    [report] = measure(rule, [""] * 4, [""] * 4, ["news", "news", "talk", "talk"], encoder_1=3)
+    assert (report.k, report.num_tokens, report.idle_experts) == (2, 4, 1)
+    assert [row.share for row in report.experts] == [0.5, 0.5, 0.0]
+    assert [row.mean_gate for row in report.experts] == pytest.approx([1.75 / 4, 2.25 / 4, 0.0])
+    assert report.experts[0].domains == {"news": 1.0, "talk": 1.0}
+    assert report.experts[2].domains == {"news": 0.0, "talk": 0.0}
+    assert report.max_over_mean_load == pytest.approx(4 / (8 / 3))
+    assert report.cv_load == pytest.approx(np.std([4, 4, 0]) / np.mean([4, 4, 0]))
+    assert report.cv_importance == pytest.approx(np.std([1.75, 2.25, 0]) / np.mean([1.75, 2.25, 0]))
+
+
+def test_lift_of_an_expert_with_a_taste() -> None:
+    rule = by_sentence({0: 1.0}, {0: 1.0}, {0: 1.0}, {1: 1.0}, {})
+    domains = ["a", "a", "b", "b", "never chose"]
+    [report] = measure(rule, [""] * 5, [""] * 5, domains, decoder_1=2)
+    # Expert 0: 2/3 of its tokens from a, which has 1/2 of all.
+    assert report.experts[0].domains == pytest.approx({"a": 4 / 3, "b": 2 / 3})
+    assert report.experts[1].domains == pytest.approx({"a": 0.0, "b": 2.0})
+    text = str(report)
+    assert "a x1.3" in text
+    assert "b x2.0" in text
+    assert "never chose" not in text
+    assert len(text.splitlines()) == 4
 
 
 def sentences(count: int, vocabulary: int = 9, seed: int = 0, longest: int = 9) -> list[str]:

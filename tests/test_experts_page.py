@@ -10,7 +10,9 @@ import pytest
 from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
-from nmt.experts.report import Context, ExpertPair, ExpertRow, LayerReport, Purity, TokenRole
+from nmt.experts.contexts import Context
+from nmt.experts.information import Purity
+from nmt.experts.report import ExpertPair, ExpertRow, LayerReport, TokenRole
 from nmt.pages.experts import MAX_CARDS, by_specialisation, to_html, to_markdown
 
 EVIL = "<script>alert('x')</script> & \"quoted\" | *bold* [link](http://evil.example) `code`"

@@ -69,7 +69,7 @@ def random_model(config: ModelConfig) -> Seq2Seq:
 def scorer_of(
     model: Seq2Seq, source: np.ndarray = SOURCE, target: np.ndarray = TARGET, experts_per_token: int = 0
 ) -> Scorer:
-    return Scorer(model, source, target, CPU, experts_per_token)
+    return Scorer(model, source, target, experts_per_token)
 
 
 @pytest.fixture(params=MODELS)

@@ -6,28 +6,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from test_training import one_thread, train, write_corpus  # noqa: F401
+from torch import Tensor
 
 from nmt.config import MoEConfig
+from nmt.model.gate_statistics import GateFigures
 from nmt.terminal import layer_lines, summary
 from nmt.training.gate_watch import (
     LEAST_EXPECTED,
     LEAST_UPDATES,
     PATIENCE,
-    GateFigures,
     GateWatch,
     collapse_bound,
 )
 from nmt.training.trainer import Trainer
 
-Loads = NDArray[np.float64] | list[float]
+Loads = NDArray[np.float64] | list[float] | Tensor
 
 
 def state(count_E: Loads, importance_E: Loads | None = None, *losses: float) -> GateFigures:
     """A layer at a line of metrics, as far as warnings look at it; `losses` are those of importance and load."""
-    count_E = np.array(count_E, dtype=float)
-    importance_E = count_E / 2 if importance_E is None else np.array(importance_E, dtype=float)
+    count_E = torch.tensor(np.array(count_E, dtype=float))
+    importance_E = count_E / 2 if importance_E is None else torch.tensor(np.array(importance_E, dtype=float))
     idle = int((count_E == 0).sum())
     return GateFigures(0.1, 0.1, 1.0, 0.5, idle, *(losses or (0.0, 0.0)), 0.7, 0.0, 0.0, count_E, importance_E)
 

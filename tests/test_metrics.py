@@ -21,6 +21,7 @@ from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import Batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.model.gate_statistics import GateFigures, relative_load
 from nmt.model.gating import (
     MIN_NOISE_STD,
     GateOutput,
@@ -33,7 +34,6 @@ from nmt.model.gating import (
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.terminal import summary
-from nmt.training.gate_watch import GateFigures
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -80,7 +80,7 @@ def test_figures_are_those_of_the_definitions() -> None:
     assert figures.count_E.tolist() == [5, 3, 2, 0]
     np.testing.assert_allclose(figures.importance_E, [3.5, 1.3, 0.2, 0.0], rtol=1e-6)
     assert figures.max_over_mean_load == pytest.approx(5 / 2.5)
-    assert figures.load_per_expert().tolist() == [2.0, 1.2, 0.8, 0.0]
+    assert relative_load(figures.count_E).tolist() == [2.0, 1.2, 0.8, 0.0]
     assert figures.idle_experts == 1
     half_half, seven_three = math.log(2), -0.7 * math.log(0.7) - 0.3 * math.log(0.3)
     assert figures.gate_entropy == pytest.approx((half_half + seven_three + 0.0) / 3)
@@ -102,7 +102,7 @@ def test_empty_slots_and_tokens_without_experts() -> None:
     assert figures.max_over_mean_load == pytest.approx(2.0)
     nothing = read_one(MoEConfig(), gate_of([[4], [4]], [[0.0], [0.0]]))
     assert (nothing.tokens_without_experts, nothing.idle_experts) == (1.0, 4)
-    assert all(np.isfinite(value).all() for value in (*nothing, nothing.load_per_expert()))
+    assert all(np.isfinite(value).all() for value in (*nothing, relative_load(nothing.count_E)))
 
 
 def test_a_strictly_balanced_gate_is_read() -> None:
@@ -184,7 +184,7 @@ def test_histograms_hold_one_value_per_expert(tmp_path: Path, num_experts: int) 
     values = rng.gamma(2.0, size=num_experts)
     values *= num_experts / values.sum()
     with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path), 0, 9) as out:
-        out.write_histograms(3, "train", {"uneven": values, "even": np.ones(num_experts)})
+        out.write_histograms(3, "train", {"uneven": torch.from_numpy(values), "even": torch.ones(num_experts)})
     events = EventAccumulator(str(tmp_path)).Reload()
     [event] = events.Histograms("train/uneven")
     found = event.histogram_value

@@ -16,7 +16,7 @@ from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.errors import DataError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap
-from nmt.experts.report import _LayerCounts, expert_report
+from nmt.experts.report import expert_report
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 
@@ -157,40 +157,6 @@ def load(run: Path) -> Translator:
     return Translator.load(directory, directory.config())
 
 
-def test_lift_by_hand() -> None:
-    counts = _LayerCounts(num_experts=3, num_domains=2)
-    # Tokens of domain 0, 0, 1; then, in another batch, 1.
-    counts.add(
-        torch.tensor([[0, 1], [0, 1], [1, 0]]),
-        torch.tensor([[0.75, 0.25], [0.5, 0.5], [1.0, 0.0]]),
-        torch.tensor([0, 0, 1]),
-    )
-    counts.add(torch.tensor([[1, 0]]), torch.tensor([[0.5, 0.5]]), torch.tensor([1]))
-    report = counts.report("encoder.1", ["news", "talk"])
-    assert (report.k, report.num_tokens, report.idle_experts) == (2, 4, 1)
-    assert [row.share for row in report.experts] == [0.5, 0.5, 0.0]
-    assert [row.mean_gate for row in report.experts] == pytest.approx([1.75 / 4, 2.25 / 4, 0.0])
-    assert report.experts[0].domains == {"news": 1.0, "talk": 1.0}
-    assert report.experts[2].domains == {"news": 0.0, "talk": 0.0}
-    assert report.max_over_mean_load == pytest.approx(4 / (8 / 3))
-    assert report.cv_load == pytest.approx(np.std([4, 4, 0]) / np.mean([4, 4, 0]))
-    assert report.cv_importance == pytest.approx(np.std([1.75, 2.25, 0]) / np.mean([1.75, 2.25, 0]))
-
-
-def test_lift_of_an_expert_with_a_taste() -> None:
-    counts = _LayerCounts(num_experts=2, num_domains=3)
-    counts.add(torch.tensor([[0], [0], [0], [1]]), torch.ones(4, 1), torch.tensor([0, 0, 1, 1]))
-    report = counts.report("decoder.1", ["a", "b", "never seen"])
-    # Expert 0: 2/3 of its tokens from a, which has 1/2 of all.
-    assert report.experts[0].domains == pytest.approx({"a": 4 / 3, "b": 2 / 3})
-    assert report.experts[1].domains == pytest.approx({"a": 0.0, "b": 2.0})
-    text = str(report)
-    assert "a x1.3" in text
-    assert "b x2.0" in text
-    assert "never seen" not in text
-    assert len(text.splitlines()) == 4
-
-
 @pytest.fixture
 def by_domain(run: Path) -> tuple[Translator, list[str], list[str], list[str]]:
     sources, targets, _ = RunDirectory(run).text("test")
@@ -201,8 +167,7 @@ def test_the_report_counts_each_real_token_once(
     by_domain: tuple[Translator, list[str], list[str], list[str]],
 ) -> None:
     translator, sources, targets, domains = by_domain
-    cpu = torch.device("cpu")
-    layers = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu)
+    layers = expert_report(translator.model, translator.subwords, sources, targets, domains)
     assert [layer.layer for layer in layers] == ["encoder.1", "decoder.1"]
     for layer, lines in zip(layers, (sources, targets), strict=True):
         lengths = [len(pieces) + 1 for pieces in translator.subwords.encode_batch(lines)]
@@ -219,12 +184,11 @@ def test_domains_follow_their_sentences_into_the_batches(
     by_domain: tuple[Translator, list[str], list[str], list[str]],
 ) -> None:
     translator, sources, targets, domains = by_domain
-    cpu = torch.device("cpu")
-    together = expert_report(translator.model, translator.subwords, sources, targets, domains, cpu)
+    together = expert_report(translator.model, translator.subwords, sources, targets, domains)
     for place, layer in enumerate(together):
         expected = np.zeros((len(layer.experts), 2))
         for source, target, domain in zip(sources, targets, domains, strict=True):
-            alone = expert_report(translator.model, translator.subwords, [source], [target], [], cpu)[place]
+            alone = expert_report(translator.model, translator.subwords, [source], [target], [])[place]
             shares = np.array([row.share for row in alone.experts])
             expected[:, int(domain == "short")] += shares * alone.num_tokens * alone.k
         lift = expected / expected.sum(1, keepdims=True).clip(1) / (expected.sum(0) / expected.sum())

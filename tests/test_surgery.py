@@ -12,23 +12,21 @@ from conftest import TINY_VOCAB
 from test_training import one_thread  # noqa: F401
 from torch import Tensor
 
-import nmt.experts.shrink
+import nmt.experts.observe
 from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch
 from nmt.config import DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.experts.grow import grow
+from nmt.experts.observe import ExpertUse, output_similarity, use_of
 from nmt.experts.shrink import (
-    ExpertUse,
     MergePair,
     aligned_units,
     greedy_matching,
     idle,
     least_useful,
     merge,
-    output_similarity,
     prune,
     redundant_pairs,
-    use_of,
 )
 from nmt.experts.surgery import NetworkWeights, TrainedWeight, select_experts
 from nmt.model.experts import MoE
@@ -451,7 +449,7 @@ def test_greedy_matching_equals_a_loop() -> None:
 
 @torch.no_grad()
 def test_similarity_is_the_cosine_of_outputs(tiny_config: Configs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmt.experts.shrink, "_COMPARED_ROWS", 12)
+    monkeypatch.setattr(nmt.experts.observe, "_COMPARED_ROWS", 12)
     model = network(tiny_config(hidden_sizes=[7, 3]), torch.float32).build()
     moe, x_TD = model.moe_layers()["encoder.2"], torch.randn(11, 6)
     outputs = [torch.stack([expert_output(moe, expert, x_D) for x_D in x_TD]).flatten() for expert in range(4)]

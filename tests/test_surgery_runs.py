@@ -20,7 +20,7 @@ from nmt.config import Config, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator, load_vocabulary
 from nmt.evaluation.scores import Comparison
 from nmt.experts.grow import grow
-from nmt.experts.shrink import look
+from nmt.experts.observe import observe
 from nmt.experts.surgery import read_network, with_counts, write_run
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
@@ -231,8 +231,8 @@ def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
         "encoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(sources)),
         "decoder.1": sum(len(line) + 1 for line in translator.subwords.encode_batch(targets)),
     }
-    arguments = (translator.model, translator.subwords, sources, targets, translator.device)
-    whole, part = look(*arguments, sample_tokens=10**6), look(*arguments, sample_tokens=40)
+    arguments = (translator.model, translator.subwords, sources, targets)
+    whole, part = observe(*arguments, sample_tokens=10**6), observe(*arguments, sample_tokens=40)
     for layer, number in numbers.items():
         assert whole.use[layer].load_E.sum() == 2 * number
         assert whole.use[layer].gate_E.sum() == pytest.approx(number)

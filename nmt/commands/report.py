@@ -28,7 +28,6 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         text.sources,
         text.references[0],
         text.domains,
-        translator.device,
         config.decoding.experts_per_token,
     )
     told = describe_cut(encode_pairs(translator.subwords, text.sources, text.references[0]).cut)

@@ -6,8 +6,6 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.cost.operations import model_cost
@@ -19,8 +17,10 @@ from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
 from nmt.experts import shrink
 from nmt.experts.grow import grow
-from nmt.experts.shrink import ExpertUse, MergePair, Observation
+from nmt.experts.observe import ExpertUse, Observation, observe, output_similarity
+from nmt.experts.shrink import MergePair
 from nmt.experts.surgery import NetworkWeights, read_network, write_run
+from nmt.model.gate_statistics import shares
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 
@@ -148,7 +148,7 @@ class _Bench:
         translator = self.translator(network)
         texts = self.spread(_WATCHED)
         say(f"watching the experts work on {len(texts[0]):,} dev pairs")
-        seen = shrink.look(translator.model, self.subwords, *texts, self.device)
+        seen = observe(translator.model, self.subwords, *texts)
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
         else:
@@ -200,7 +200,7 @@ def _pruned(network: NetworkWeights, seen: Observation, which: str) -> NetworkWe
 def _merged(network: NetworkWeights, translator: Translator, seen: Observation, count: int) -> NetworkWeights:
     pairs: dict[str, list[MergePair]] = {}
     for layer, moe in translator.model.moe_layers().items():
-        similarity_EE = shrink.output_similarity(moe, seen.sample[layer])
+        similarity_EE = output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrink.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
         show(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
         similarities = [pair.similarity for pair in pairs[layer]]
@@ -216,8 +216,8 @@ def _print_table(members: list[tuple[int, ...]], use: ExpertUse, similarities: l
     head = "".join(f"{name:>{width}}" for name in ("load", "gate", "output"))
     alike = f"{'cosine':>8}" if similarities else ""
     show(f"  {'expert':>{width}}{alike}{head}   (an equal share is {1 / len(use.load_E):.1%})")
-    shares = [values_E / values_E.sum().clamp_min(torch.finfo(values_E.dtype).tiny) for values_E in use]
+    shares_of_use = [shares(values_E) for values_E in use]
     for place, experts in enumerate(members):
-        cells = [" + ".join(f"{float(share_E[expert]):.1%}" for expert in experts) for share_E in shares]
+        cells = [" + ".join(f"{float(share_E[expert]):.1%}" for expert in experts) for share_E in shares_of_use]
         alike = f"{similarities[place]:>8.3f}" if similarities else ""
         show(f"  {' + '.join(map(str, experts)):>{width}}{alike}" + "".join(f"{cell:>{width}}" for cell in cells))

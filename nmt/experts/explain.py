@@ -181,14 +181,13 @@ class Scorer:
         model: Seq2Seq,
         source: np.ndarray,
         target: np.ndarray,
-        device: torch.device,
         experts_per_token: int = 0,
     ) -> None:
         assert not model.training
         self.experts_per_token = experts_per_token
-        self.model, self.device = model, device
+        self.model, self.device = model, model.device
         self.layers = model.moe_layers()
-        self.batch = make_batch(np.arange(1), [source], [target]).to(device)
+        self.batch = make_batch(np.arange(1), [source], [target]).to(model.device)
         self.precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode():
             self.memory, gates = self._encode(1)
@@ -322,7 +321,6 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
         translator.model,
         source,
         np.array(target, dtype=np.int64),
-        translator.device,
         translator.decoding.experts_per_token,
     )
     return Explanation(

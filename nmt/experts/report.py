@@ -1,24 +1,33 @@
 """What the experts of a trained model do: how they share the work, and what each is chosen for.
 
-Counts over one pass, without gate noise; the pictures of them are in expert_page.py. What is kept between batches is
-bounded by the number of (expert, piece) combinations that occur.
+Counts over one pass, without gate noise; the pictures of them are in nmt/pages/experts.py. What is kept between batches
+is bounded by the number of (expert, piece) combinations that occur.
 
 Letters: T tokens of a batch, K slots of a token, R slots that are not empty, N tokens of one side of the text,
 P sentence pairs, E experts, M domains, S shuffles, C (expert, piece) combinations, each the number e * V + v.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from nmt.batch import BOS, EOS, UNK
 from nmt.config import LayerName
 from nmt.data.batching import eval_batches
 from nmt.data.held_out import encode_pairs
-from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
+from nmt.data.subwords import Subwords
+from nmt.experts.contexts import Context, SideTokens
+from nmt.experts.information import (
+    Purity,
+    entropy_bits,
+    expected_pairs,
+    information,
+    least_rate,
+    make_purity,
+    rank_in_runs,
+)
+from nmt.model.gate_statistics import entropy, num_idle, relative_load, shares
 from nmt.model.gating import GateOutput, cv_squared
 from nmt.model.seq2seq import Seq2Seq
 
@@ -30,27 +39,11 @@ MATRIX_EXPERTS = 64
 DOMAIN_SHUFFLES, TOKEN_SHUFFLES = 20, 5
 MIN_COUNT = 5
 """A token that an expert saw less often is not listed for it."""
-Z = 2.576
-"""Standard deviations of a 99% interval."""
 _MAX_TOKENS, _MAX_CONTEXTS, _MAX_PAIRS = 8, 4, 20
 # Spare contexts replace those with the same neighbours.
 _KEPT_CONTEXTS = 4 * _MAX_CONTEXTS
-_CONTEXT_WORDS, _CONTEXT_PIECES = 6, 24
 _MAX_WAITING, _MAX_EXAMPLES = 500_000, 4_000_000
 _SIDES = ("encoder", "decoder")
-_SPECIAL = {BOS: "▁⟨start⟩", EOS: "▁⟨end⟩", UNK: UNKNOWN_SURFACE}
-
-
-@dataclass(frozen=True)
-class Context:
-    """One place where an expert was chosen: the token with what stands left and right of it, blanks included."""
-
-    before: str
-    token: str
-    after: str
-    gate: float
-    predicts: str | None
-    """The piece that has to follow; decoder only."""
 
 
 @dataclass(frozen=True)
@@ -90,21 +83,6 @@ class ExpertRow:
     """Bits by which its tokens differ from all tokens (Kullback-Leibler), less those of shuffled tokens."""
     tokens: list[TokenRole] = field(default_factory=list)
     """By `least_lift`, largest first."""
-
-
-@dataclass(frozen=True)
-class Purity:
-    """Mutual information between a label of a token and one of its experts, beside that of shuffled labels."""
-
-    bits: float
-    label_bits: float
-    """Entropy of the labels: what there is to know."""
-    share: float
-    """bits / label_bits: 0 if the expert tells nothing of the label, 1 if it tells the label."""
-    shuffles: int
-    chance_share: float
-    """Mean over the shuffles."""
-    chance_max_share: float
 
 
 @dataclass(frozen=True)
@@ -159,152 +137,18 @@ def preferred_domains(row: ExpertRow) -> list[tuple[str, float]]:
     return [(name, lift) for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_DOMAINS]
 
 
-# ------------------------------------------------------------------------------------------------- statistics
-
-
-def entropy_bits(count: np.ndarray) -> float:
-    """Entropy of the distribution that counts of any shape stand for."""
-    p = count[count > 0] / max(count.sum(), 1)
-    return float(-(p * np.log2(p)).sum())
-
-
-def information(expert_C: np.ndarray, label_C: np.ndarray, count_C: np.ndarray, num_experts: int) -> np.ndarray:
-    """sum of n log2 lift for each expert, from a table of how often (expert, label) occurred.
-
-    Over the expert's count: the Kullback-Leibler divergence of its labels from all labels. The sum of all over the
-    total count: the mutual information I(expert; label).
-    """
-    expert_C, label_C, count_C = expert_C[count_C > 0], label_C[count_C > 0], count_C[count_C > 0]
-    count_E, count_V = np.bincount(expert_C, count_C, num_experts), np.bincount(label_C, count_C)
-    lift_C = count_C * count_C.sum() / (count_E[expert_C] * count_V[label_C])
-    return np.bincount(expert_C, count_C * np.log2(lift_C), num_experts)
-
-
-def make_purity(bits_L: np.ndarray, label_bits: float) -> Purity:
-    """Of mutual informations, the first the true one, the others with shuffled labels."""
-    share, *chance = (bits_L / max(label_bits, 1e-9)).clip(0).tolist()
-    return Purity(float(bits_L[0]), label_bits, share, len(chance), float(np.mean(chance)), max(chance))
-
-
-def least_rate(count: np.ndarray, trials: np.ndarray) -> np.ndarray:
-    """Lower end of Wilson's 99% interval of count / trials: near it for many trials, cautious for few."""
-    p, z2n = count / trials, Z * Z / trials
-    return (p + z2n / 2 - Z * np.sqrt((p * (1 - p) + z2n / 4) / trials)) / (1 + z2n)
-
-
-def expected_pairs(together_EE: np.ndarray) -> np.ndarray:
-    """How often two experts would be chosen together if only their loads mattered.
-
-    A token never chooses an expert twice, so products of loads are too large; quasi-independence is a_i a_j off the
-    diagonal, with the a that gives each expert as many partners as it has.
-    """
-    partners_E = together_EE.sum(1) - together_EE.diagonal()
-    a_E = partners_E / np.sqrt(max(partners_E.sum(), 1.0))
-    for _ in range(100):
-        a_E = np.sqrt(a_E * partners_E / np.maximum(a_E.sum() - a_E, 1e-30))
-    expected_EE = np.outer(a_E, a_E)
-    np.fill_diagonal(expected_EE, 0.0)
-    return expected_EE
-
-
-def rank_in_runs(key: np.ndarray) -> np.ndarray:
-    """0, 1, 2, ... within each run of equal keys."""
-    index = np.arange(len(key))
-    starts = np.append(True, key[1:] != key[:-1])[: len(key)]
-    return index - np.maximum.accumulate(np.where(starts, index, 0))
-
-
 # ------------------------------------------------------------------------------------------------- counting
-
-
-class _Side:
-    """The tokens of one side of the text in a row, as the gates of that side see them: pieces and EOS in the
-    encoder, BOS and pieces in the decoder, which predicts the next one."""
-
-    def __init__(self, sentences: Sequence[np.ndarray], decoder: bool, generator: np.random.Generator) -> None:
-        self.decoder = decoder
-        parts = [[[BOS], pieces] if decoder else [pieces, [EOS]] for pieces in sentences]
-        piece_N = np.concatenate([part for pair in parts for part in pair]).astype(np.int32)
-        self.pieces = [piece_N, *(generator.permutation(piece_N) for _ in range(TOKEN_SHUFFLES))]  # each N
-        self.length_P = np.array([len(pieces) + 1 for pieces in sentences])
-        self.end_P = self.length_P.cumsum()
-
-    def context(self, gate: float, place: int, subwords: Subwords) -> Context:
-        """What stands around a token, some words to either side."""
-        sentence = int(np.searchsorted(self.end_P, place, side="right"))
-        end = int(self.end_P[sentence])
-        first = max(place - _CONTEXT_PIECES, end - int(self.length_P[sentence]))
-        ids_n = [*self.pieces[0][first : min(place + _CONTEXT_PIECES, end)].tolist(), EOS]
-        pieces = [
-            _SPECIAL.get(piece, text).replace("▁", " ")
-            for piece, text in zip(ids_n, subwords.pieces(ids_n), strict=True)
-        ]
-        here = place - first
-        token, following = pieces[here], pieces[here + 1]
-        before = "".join(pieces[:here]) + token[: len(token) - len(token.lstrip())]
-        after = "".join(pieces[here + 1 : -1])
-        return Context(
-            " ".join(before.split(" ")[-_CONTEXT_WORDS - 1 :]).lstrip(),
-            token.strip() or "␣",
-            " ".join(after.split(" ")[: _CONTEXT_WORDS + 1]),
-            gate,
-            (following.strip() or "␣") if self.decoder else None,
-        )
-
-
-class _LayerCounts:
-    """Sums over batches for one layer: load, importance and domains."""
-
-    def __init__(self, num_experts: int, num_domains: int) -> None:
-        self.importance_E = torch.zeros(num_experts, dtype=torch.float64)
-        self.count_EM = torch.zeros(num_experts, num_domains, dtype=torch.float64)
-        self.num_tokens = 0
-        self.entropy = 0.0
-
-    def add(self, expert_TK: Tensor, gates_TK: Tensor, domain_T: Tensor) -> None:
-        filled_TK = expert_TK < len(self.importance_E)
-        gates_TK = gates_TK.double()
-        self.importance_E.index_add_(0, expert_TK[filled_TK], gates_TK[filled_TK])
-        domain_TK = domain_T[:, None].expand_as(expert_TK)
-        cell_R = (expert_TK * self.count_EM.shape[1] + domain_TK)[filled_TK]
-        self.count_EM += torch.bincount(cell_R, minlength=self.count_EM.numel()).view_as(self.count_EM)
-        self.num_tokens += len(expert_TK)
-        self.entropy -= float(torch.special.xlogy(gates_TK, gates_TK).sum())
-
-    def report(self, layer: str, domains: list[str]) -> LayerReport:
-        count_E, count_M = self.count_EM.sum(1), self.count_EM.sum(0)
-        total = max(float(count_E.sum()), 1.0)
-        lift_EM = (self.count_EM / count_E.clamp_min(1)[:, None]) / (count_M / total)
-        importance_E = self.importance_E / self.importance_E.sum().clamp_min(1e-20)
-        rows = [
-            ExpertRow(
-                expert,
-                float(count_E[expert]) / total,
-                float(self.importance_E[expert] / count_E[expert].clamp_min(1)),
-                {name: float(lift_EM[expert, place]) for place, name in enumerate(domains) if count_M[place]},
-                float(importance_E[expert]),
-            )
-            for expert in range(len(count_E))
-        ]
-        return LayerReport(
-            layer=layer,
-            k=float(count_E.sum()) / self.num_tokens,
-            num_tokens=self.num_tokens,
-            cv_importance=float(cv_squared(self.importance_E).sqrt()),
-            cv_load=float(cv_squared(count_E).sqrt()),
-            max_over_mean_load=float(count_E.max() / count_E.mean().clamp_min(1e-20)),
-            idle_experts=int((count_E == 0).sum()),
-            experts=rows,
-            gate_entropy=self.entropy / self.num_tokens,
-        )
 
 
 class _Layer:
     """All that is counted of one layer. Of labels, domain tables and cells the first are true, the others shuffled."""
 
-    def __init__(self, side: _Side, num_experts: int, label_LP: np.ndarray, num_domains: int, num_pieces: int) -> None:
+    def __init__(
+        self, side: SideTokens, num_experts: int, label_LP: np.ndarray, num_domains: int, num_pieces: int
+    ) -> None:
         self.side, self.label_LP, self.num_pieces = side, label_LP, num_pieces
-        self.counts = _LayerCounts(num_experts, num_domains)
+        self.num_tokens, self.entropy = 0, 0.0
+        self.importance_E = np.zeros(num_experts)
         self.count_LEM = np.zeros((len(label_LP), num_experts, num_domains))
         self.together_EE = np.zeros((num_experts, num_experts))
         self.position_E = np.zeros(num_experts)
@@ -318,9 +162,11 @@ class _Layer:
         chosen_TE = gate.gates_TK.new_zeros(len(sentence_T), num_experts + 1).scatter_(1, gate.expert_TK, 1.0)[:, :-1]
         self.together_EE += (chosen_TE.T @ chosen_TE).cpu().numpy()
         expert_TK, gates_TK = gate.expert_TK.cpu(), gate.gates_TK.double().cpu()
-        self.counts.add(expert_TK, gates_TK, torch.from_numpy(self.label_LP[0, sentence_T]))
+        self.num_tokens += len(sentence_T)
+        self.entropy += float(entropy(gates_TK))
         token_R, slot_R = np.nonzero(expert_TK.numpy() < num_experts)
         expert_R, gate_R = expert_TK.numpy()[token_R, slot_R], gates_TK.numpy()[token_R, slot_R]
+        np.add.at(self.importance_E, expert_R, gate_R)
         for count_EM, label_P in zip(self.count_LEM, self.label_LP, strict=True):
             np.add.at(count_EM, (expert_R, label_P[sentence_T[token_R]]), 1)
         np.add.at(self.position_E, expert_R, (position_T / np.maximum(length_T - 1, 1))[token_R])
@@ -345,41 +191,74 @@ class _Layer:
         self.examples = cell[order], gate[order], place[order]
 
     def report(self, layer: str, domains: list[str], subwords: Subwords) -> LayerReport:
-        """The result."""
+        """Everything that was counted, in figures; `domains` are the names of the labels."""
         self._settle()
-        count_E = self.together_EE.diagonal()
-        total, shape = max(count_E.sum(), 1.0), self.count_LEM[0].shape
+        count_E, importance_E = torch.from_numpy(self.count_LEM[0].sum(1)), torch.from_numpy(self.importance_E)
+        total = max(float(count_E.sum()), 1.0)
         pieces = [(*np.divmod(cell_C, self.num_pieces), count_C) for cell_C, count_C in self.cells]
         piece_bits_LE = np.stack([information(*each, len(count_E)) for each in pieces])
         piece_entropy = entropy_bits(np.bincount(pieces[0][1], pieces[0][2]))
-        expert_C, label_C = np.indices(shape).reshape(2, -1)
-        domain_bits_LE = np.stack([information(expert_C, label_C, each.ravel(), shape[0]) for each in self.count_LEM])
-        domain_entropy = entropy_bits(self.count_LEM[0].sum(0))
-        special_E = piece_bits_LE[0] - piece_bits_LE[1:].mean(0)
-        figures_FE = np.stack([self.position_E, special_E]) / np.maximum(count_E, 1)
-        base = self.counts.report(layer, domains)
-        rows = [
-            replace(row, position=position, specialisation=special, tokens=tokens)
-            for row, position, special, tokens in zip(
-                base.experts, *figures_FE.tolist(), self._tokens(subwords), strict=True
-            )
-        ]
         pair_lift, pairs = self._pairs()
-        return replace(
-            base,
-            experts=rows,
+        return LayerReport(
+            layer=layer,
+            k=float(count_E.sum()) / self.num_tokens,
+            num_tokens=self.num_tokens,
+            cv_importance=float(cv_squared(importance_E).sqrt()),
+            cv_load=float(cv_squared(count_E).sqrt()),
+            max_over_mean_load=float(relative_load(count_E).max()),
+            idle_experts=num_idle(count_E),
+            experts=self._rows(domains, subwords, piece_bits_LE[0] - piece_bits_LE[1:].mean(0)),
+            gate_entropy=self.entropy / self.num_tokens,
             token_purity=make_purity(piece_bits_LE.sum(1) / total, piece_entropy),
-            domain_purity=make_purity(domain_bits_LE.sum(1) / total, domain_entropy) if domains[1:] else None,
+            domain_purity=self._domain_purity() if domains[1:] else None,
             pair_lift=pair_lift,
             pairs=pairs,
         )
+
+    def _rows(self, domains: list[str], subwords: Subwords, special_E: np.ndarray) -> list[ExpertRow]:
+        """Each expert; `special_E`: bits by which its tokens differ from all, summed over them."""
+        count_EM, importance_E = torch.from_numpy(self.count_LEM[0]), torch.from_numpy(self.importance_E)
+        count_E, count_M = count_EM.sum(1), count_EM.sum(0)
+        least_E = count_E.clamp_min(1)
+        lift_EM = (count_EM / least_E[:, None]) / shares(count_M)
+        figures_EF = torch.stack(
+            [
+                shares(count_E),
+                importance_E / least_E,
+                shares(importance_E),
+                torch.from_numpy(self.position_E) / least_E,
+                torch.from_numpy(special_E) / least_E,
+            ],
+            dim=1,
+        )
+        tokens = self._tokens(subwords)
+        return [
+            ExpertRow(
+                expert=expert,
+                share=share,
+                mean_gate=mean_gate,
+                domains={name: float(lift_EM[expert, m]) for m, name in enumerate(domains) if count_M[m]},
+                importance=importance,
+                position=position,
+                specialisation=specialisation,
+                tokens=tokens[expert],
+            )
+            for expert, (share, mean_gate, importance, position, specialisation) in enumerate(figures_EF.tolist())
+        ]
+
+    def _domain_purity(self) -> Purity:
+        num_experts, num_domains = self.count_LEM[0].shape
+        expert_C, label_C = np.indices((num_experts, num_domains)).reshape(2, -1)
+        bits_LE = np.stack([information(expert_C, label_C, each.ravel(), num_experts) for each in self.count_LEM])
+        total = max(self.count_LEM[0].sum(), 1.0)
+        return make_purity(bits_LE.sum(1) / total, entropy_bits(self.count_LEM[0].sum(0)))
 
     def _tokens(self, subwords: Subwords) -> list[list[TokenRole]]:
         """For each expert, the tokens that it is chosen for above expectation."""
         cell_C, count_C = self.cells[0]
         expert_C, piece_C = np.divmod(cell_C, self.num_pieces)
         trials_C = np.bincount(self.side.pieces[0], minlength=self.num_pieces)[piece_C]
-        rate_C = self.together_EE.diagonal()[expert_C] / self.counts.num_tokens
+        rate_C = self.together_EE.diagonal()[expert_C] / self.num_tokens
         least_C = least_rate(count_C, trials_C) / rate_C
         kept = np.flatnonzero((count_C >= MIN_COUNT) & (least_C > 1))
         kept = kept[np.lexsort((-least_C[kept], expert_C[kept]))]
@@ -404,9 +283,9 @@ class _Layer:
         lift_EE = np.divide(self.together_EE, expected_EE, out=np.ones_like(expected_EE), where=expected_EE > 0)
         first, second = np.nonzero(np.triu(expected_EE > 0, 1))
         count = self.together_EE[first, second]
-        least = least_rate(count, np.full(len(count), self.counts.num_tokens)) / expected_EE[first, second]
+        least = least_rate(count, np.full(len(count), self.num_tokens)) / expected_EE[first, second]
         best = np.argsort(-least, kind="stable")[:_MAX_PAIRS]
-        best = best[least[best] * self.counts.num_tokens > 1]
+        best = best[least[best] * self.num_tokens > 1]
         pairs = [
             ExpertPair(int(i), int(j), int(self.together_EE[i, j]), float(lift_EE[i, j]))
             for i, j in zip(first[best], second[best], strict=True)
@@ -421,7 +300,6 @@ def expert_report(
     sources: Sequence[str],
     targets: Sequence[str],
     domains: Sequence[str],
-    device: torch.device,
     experts_per_token: int = 0,
 ) -> list[LayerReport]:
     """A report for each MoE layer from one pass over sentence pairs; `domains` labels them, or is empty.
@@ -433,10 +311,13 @@ def expert_report(
     label_P = np.array([names.index(domain) for domain in domains] or [0] * len(sources))
     label_LP = np.stack([label_P, *(generator.permutation(label_P) for _ in range(DOMAIN_SHUFFLES))])
     encoded = encode_pairs(subwords, sources, targets)[:2]
-    sides = {name: _Side(text, name == "decoder", generator) for name, text in zip(_SIDES, encoded, strict=True)}
+    sides = {
+        name: SideTokens(text, name == "decoder", TOKEN_SHUFFLES, generator)
+        for name, text in zip(_SIDES, encoded, strict=True)
+    }
     layers: dict[str, _Layer] = {}
     for batch in eval_batches(*encoded, 4096):
-        gates = model.gates(batch.to(device), experts_per_token=experts_per_token)
+        gates = model.gates(batch.to(model.device), experts_per_token=experts_per_token)
         for layer, gate in gates.items():
             name = LayerName.of(layer).side
             if layer not in layers:

@@ -1,54 +1,25 @@
 """Fewer experts for a trained network: the least useful ones left out, or pairs of alike ones made one.
 
-Letters: T tokens, K places for experts a token has, R routed rows, D width, E experts, H hidden units, I and O inputs
-and outputs of one layer of an expert.
+Letters: D width, E experts, H hidden units, I and O inputs and outputs of one layer of an expert.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.config import LayerName, MoEConfig
-from nmt.data.batching import eval_batches
-from nmt.data.held_out import encode_pairs
-from nmt.data.subwords import Subwords
+from nmt.config import MoEConfig
 from nmt.errors import UserError
+from nmt.experts.observe import ExpertUse
 from nmt.experts.surgery import NetworkWeights, Weights, select_experts, with_counts
-from nmt.model.experts import LocalDispatcher, MoE
-from nmt.model.gating import GateOutput
+from nmt.model.gate_statistics import relative_load
 from nmt.model.names import expert_dim, is_expert
-from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import COLUMN, ROW
 
 IDLE_SHARE = 0.05
 """An expert is idle if it gets less than this share of what it would get if all were equally busy."""
-
-_BATCH_TOKENS = 4096
-# Rows that all experts of a layer work on at once when they are compared.
-_COMPARED_ROWS = 65536
-
-
-class ExpertUse(NamedTuple):
-    """How much each expert of a layer does for some text; sums over its tokens, float64, on the CPU."""
-
-    load_E: Tensor  # tokens
-    gate_E: Tensor  # gate values
-    output_E: Tensor  # m_i = sum_t g_ti |E_i(x_t)|: the size of all it adds
-
-
-@dataclass(frozen=True)
-class Observation:
-    """What the MoE layers did with some text, by layer."""
-
-    use: dict[str, ExpertUse]
-    sample: dict[str, Tensor]
-    """Some of a layer's input tokens (T, D), drawn evenly from all."""
 
 
 class MergePair(NamedTuple):
@@ -58,84 +29,6 @@ class MergePair(NamedTuple):
     second: int
     similarity: float
     share: float  # of `first` in the average
-
-
-# ------------------------------------------------------------------------------------------------------ looking
-
-
-@torch.inference_mode()
-def look(
-    model: Seq2Seq,
-    subwords: Subwords,
-    sources: Sequence[str],
-    targets: Sequence[str],
-    device: torch.device,
-    sample_tokens: int = 2000,
-) -> Observation:
-    """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
-
-    Every real token counts, end of sentence included; the target is read, not searched for.
-    """
-    encoded = encode_pairs(subwords, sources, targets)[:2]
-    tokens = {
-        side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
-    }
-    generator = torch.Generator().manual_seed(1)
-    use: dict[str, ExpertUse] = {}
-    sample: dict[str, list[Tensor]] = {}
-    with _watched(model) as passed:
-        for batch in eval_batches(*encoded, _BATCH_TOKENS):
-            # The whole network: `gates` would leave out the last MoE, whose input is wanted too.
-            model(batch.to(device))
-            for layer, (moe, x_TD, gate) in passed.items():
-                found = use_of(moe, x_TD, gate)
-                use[layer] = ExpertUse(*map(torch.add, use[layer], found)) if layer in use else found
-                share = min(1.0, sample_tokens / tokens[LayerName.of(layer).side])
-                drawn_T = torch.rand(len(x_TD), generator=generator) < share
-                sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
-    return Observation(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
-
-
-@contextmanager
-def _watched(model: Seq2Seq) -> Iterator[dict[str, tuple[MoE, Tensor, GateOutput]]]:
-    """The MoE layers with input and gate of their last pass, by name."""
-    passed: dict[str, tuple[MoE, Tensor, GateOutput]] = {}
-
-    def note(layer: str, moe: MoE, inputs: tuple[Tensor], outputs: tuple[Tensor, GateOutput]) -> None:
-        passed[layer] = (moe, inputs[0], outputs[1])
-
-    handles = [moe.register_forward_hook(partial(note, layer)) for layer, moe in model.moe_layers().items()]
-    try:
-        yield passed
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
-    """What each expert did for T tokens."""
-    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
-    norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
-    expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
-    gate_R = gate.gates_TK.flatten()[route.order_R]
-
-    def by_expert(values_R: Tensor) -> Tensor:
-        return torch.zeros(moe.num_experts, dtype=torch.float64).index_add_(0, expert_R, values_R.double().cpu())
-
-    return ExpertUse(by_expert(torch.ones_like(gate_R)), by_expert(gate_R), by_expert(gate_R * norm_R))
-
-
-@torch.inference_mode()
-def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
-    """Cosine between what every two experts make of the same tokens, all tokens taken as one vector; (E, E), CPU."""
-    experts = moe.num_experts
-    product_EE = torch.zeros(experts, experts, dtype=torch.float64)
-    for part_TD in x_TD.float().split(max(1, _COMPARED_ROWS // experts)):
-        ends_E = len(part_TD) * torch.arange(1, experts + 1, dtype=torch.int32, device=x_TD.device)
-        output_EX = moe.experts(part_TD.repeat(experts, 1), ends_E).view(experts, -1)
-        product_EE += (output_EX @ output_EX.T).double().cpu()
-    norm_E = product_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
-    return product_EE / norm_E[:, None] / norm_E
 
 
 # ------------------------------------------------------------------------------------------------------ pruning
@@ -150,9 +43,9 @@ def least_useful(moe: MoEConfig, layer: str, use: ExpertUse, count: int) -> list
 
 def idle(moe: MoEConfig, layer: str, use: ExpertUse) -> list[int]:
     """Experts with less than IDLE_SHARE of the mean load; in groups, as many of each as the group with fewest has."""
-    bound = IDLE_SHARE * float(use.load_E.mean())
+    load_E = relative_load(use.load_E)
     idle_by_group = [
-        [expert for expert in _least(use, group) if use.load_E[expert] < bound] for group in moe.groups_at(layer)
+        [expert for expert in _least(use, group) if load_E[expert] < IDLE_SHARE] for group in moe.groups_at(layer)
     ]
     each = min(map(len, idle_by_group))
     per_group("--prune idle", moe, layer, each * len(idle_by_group))

@@ -241,6 +241,11 @@ class Seq2Seq(nn.Module):
         return layers
 
     @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.output.weight.device
+
+    @property
     def dtype(self) -> torch.dtype:
         """The type of the weights of matrix products, gates and softmax layer left out."""
         return self.decoder.attention.query.weight.dtype

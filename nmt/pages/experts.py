@@ -7,7 +7,8 @@ from html import escape
 from math import ceil, log2
 
 from nmt.config import LayerName
-from nmt.experts.report import MATRIX_EXPERTS, ExpertRow, LayerReport, Purity, TokenRole, preferred_domains
+from nmt.experts.information import Purity
+from nmt.experts.report import MATRIX_EXPERTS, ExpertRow, LayerReport, TokenRole, preferred_domains
 from nmt.pages.markdown import plain
 
 MAX_CARDS = MATRIX_EXPERTS

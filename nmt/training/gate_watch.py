@@ -1,23 +1,17 @@
-"""Watching the gates while a model trains: the figures of each MoE layer, and warnings that name a remedy.
+"""Watching the gates while a model trains: warnings that name a remedy. The scale: `nmt.model.gate_statistics`.
 
-Letters: T tokens of a micro-batch, E experts, K places for experts a token has.
-
-S17 Table 6 gives the scale, for 256 experts and k = 4: CV(load) 3.0 and max/mean load 17.8 without balance losses,
-0.05 to 0.3 and 1.1 to 1.5 with them.
+Letters: E experts.
 """
 
 import math
 from collections import deque
 from collections.abc import Mapping
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor
 
 from nmt.config import MoEConfig
-from nmt.model.gating import GateOutput, GateSums, cv_squared
+from nmt.model.gate_statistics import GateFigures, num_idle
+from nmt.model.gating import cv_squared
 
 # A judgement needs this many updates, and tokens enough that every expert would have this many of them if all were
 # equally busy: chance alone then leaves no expert idle, and adds less than 0.02 to CV(load)^2.
@@ -34,107 +28,6 @@ _DOMINANT_SHARE = 0.1
 _LEAST_TOKEN_LOSS = 0.5
 # What a balance weight becomes in a remedy: ten times as much or little, the default where it was 0, never above 1.
 _STEP, _FIRST_WEIGHT, _LARGEST_WEIGHT = 10.0, 0.01, 1.0
-
-
-class GateFigures(NamedTuple):
-    """One MoE layer at a line of metrics."""
-
-    cv_importance: float  # of the newest update
-    cv_load: float  # of the newest update, S17 eq. 10 and 13
-    max_over_mean_load: float  # tokens since the last line
-    gate_entropy: float  # in nats, mean over the newest micro-batch's tokens that have experts; at most log k
-    idle_experts: int  # those without a token since the last line
-    importance_loss: float  # w_importance CV(Importance)^2 as it entered the newest update's loss
-    load_loss: float  # w_load CV(Load)^2, likewise
-    noise_std: float  # mean over the newest micro-batch (of the primary gate, if there are two)
-    tokens_without_experts: float  # share of the newest micro-batch
-    batchwise_loss: float  # S17 eq. 20, of the newest micro-batch
-    count_E: NDArray[np.float64]  # tokens of each expert since the last line
-    importance_E: NDArray[np.float64]  # and the sums of their gates
-
-    def to_dict(self, moe: MoEConfig) -> dict[str, float]:
-        """The figures that this kind of gate has."""
-        figures: dict[str, float] = {
-            "cv_importance": self.cv_importance,
-            "cv_load": self.cv_load,
-            "max_over_mean_load": self.max_over_mean_load,
-            "gate_entropy": self.gate_entropy,
-            "idle_experts": self.idle_experts,
-            "importance_loss": self.importance_loss,
-            "load_loss": self.load_loss,
-        }
-        if moe.is_noisy:
-            figures["noise_std"] = self.noise_std
-        if moe.k_is_average:
-            figures["tokens_without_experts"] = self.tokens_without_experts
-            figures["batchwise_loss"] = self.batchwise_loss
-        return figures
-
-    def load_per_expert(self) -> NDArray[np.float64]:
-        """Each expert's share of the tokens times the number of experts: 1 is fair."""
-        return self.count_E / max(self.count_E.mean(), 1e-20)
-
-
-class LayerTally:
-    """What one MoE layer did since the last line, on the device."""
-
-    def __init__(self, sums: GateSums, gate: GateOutput) -> None:
-        self.sums, self.gate = sums, gate
-        self.count_E, self.importance_E = sums.count_E, sums.importance_E
-
-    def add(self, sums: GateSums, gate: GateOutput) -> None:
-        """One more update: the sums of all of it, and the gate of its last micro-batch."""
-        self.sums, self.gate = sums, gate
-        self.count_E = self.count_E + sums.count_E
-        self.importance_E = self.importance_E + sums.importance_E
-
-    @torch.no_grad()
-    def measure(self) -> Tensor:
-        """What `read_tally` takes apart, float64 (6 + 2 E)."""
-        gate = self.gate
-        has_expert_T = (gate.expert_TK < self.count_E.numel()).any(1)
-        num_with = has_expert_T.sum()
-        # -0 log 0 = 0: empty slots, and tokens without experts, add nothing.
-        entropy = torch.special.entr(gate.gates_TK).sum() / num_with.clamp_min(1)
-        without = (has_expert_T.numel() - num_with) / max(has_expert_T.numel(), 1)
-        figures = (
-            cv_squared(self.sums.importance_E),
-            cv_squared(self.sums.load()),
-            entropy,
-            gate.noise_std,
-            without,
-            gate.own_loss,
-        )
-        scalars = torch.stack([figure.double() for figure in figures])
-        return torch.cat([scalars, self.count_E.double(), self.importance_E.double()])
-
-
-def read_tally(values: NDArray[np.float64], weights: tuple[float, float]) -> GateFigures:
-    """The figures of a layer from what `LayerTally.measure` gave; `weights` as `MoEConfig.balance_weights` has them."""
-    cv2_importance, cv2_load, entropy, noise_std, without, own_loss = values[:6].tolist()
-    count_E, importance_E = values[6:].reshape(2, -1)
-    return GateFigures(
-        cv_importance=math.sqrt(cv2_importance),
-        cv_load=math.sqrt(cv2_load),
-        max_over_mean_load=float(count_E.max() / max(count_E.mean(), 1e-20)),
-        gate_entropy=entropy,
-        idle_experts=int((count_E == 0).sum()),
-        importance_loss=weights[0] * cv2_importance,
-        load_loss=weights[1] * cv2_load,
-        noise_std=noise_std,
-        tokens_without_experts=without,
-        batchwise_loss=own_loss,
-        count_E=count_E,
-        importance_E=importance_E,
-    )
-
-
-def first_not_finite(gates: Mapping[str, GateFigures]) -> str | None:
-    """The first layer, as a sentence passes them, whose gates were not finite since the last line; None if all were.
-
-    A logit that is NaN or +inf makes the gates of its token NaN, and these every layer after.
-    """
-    return next((layer for layer, gate in gates.items() if not np.isfinite(gate.importance_E).all()), None)
 
 
 def collapse_bound(num_experts: int, experts_per_token: int) -> float:
@@ -173,10 +66,10 @@ class _LayerState:
         self.concentration = 0.0  # CV^2 over its `collapse_bound`
         self.dominated: deque[bool] = deque(maxlen=PATIENCE)
         self.updates = 0
-        self.count_E = np.zeros(num_experts)
-        self.importance_E = np.zeros(num_experts)
-        self.idle_judgements_E = np.zeros(num_experts, dtype=np.int64)  # in a row, up to now
-        self.missed_E = np.zeros(num_experts)  # tokens that a fair share of these would have been
+        self.count_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.importance_E = torch.zeros(num_experts, dtype=torch.float64)
+        self.idle_judgements_E = torch.zeros(num_experts, dtype=torch.int64)  # in a row, up to now
+        self.missed_E = torch.zeros(num_experts, dtype=torch.float64)  # tokens that a fair share of these would be
 
     def take(self, gate: GateFigures, updates: int) -> bool:
         """Add an interval to what is to be judged; whether that is enough now."""
@@ -186,15 +79,15 @@ class _LayerState:
         if self.updates < LEAST_UPDATES or self.count_E.mean() < LEAST_EXPECTED:
             return False
         idle_E = self.count_E == 0
-        self.idle_judgements_E = np.where(idle_E, self.idle_judgements_E + 1, 0)
-        self.missed_E = np.where(idle_E, self.missed_E + self.count_E.mean(), 0.0)
+        self.idle_judgements_E = torch.where(idle_E, self.idle_judgements_E + 1, 0)
+        self.missed_E = torch.where(idle_E, self.missed_E + self.count_E.mean(), 0.0)
         return True
 
     def clear(self) -> None:
         """Start what is judged next."""
         self.updates = 0
-        self.count_E[:] = 0.0
-        self.importance_E[:] = 0.0
+        self.count_E.zero_()
+        self.importance_E.zero_()
 
 
 class GateWatch:
@@ -222,7 +115,7 @@ class GateWatch:
             return []
         warnings: list[str] = []
         for layer, gate in gates.items():
-            state = self.states.setdefault(layer, _LayerState(gate.count_E.size))
+            state = self.states.setdefault(layer, _LayerState(gate.count_E.numel()))
             if not state.take(gate, updates):
                 continue
             text = self._collapse(state, layer)
@@ -233,8 +126,8 @@ class GateWatch:
         return warnings
 
     def _collapse(self, state: _LayerState, layer: str) -> list[str]:
-        num_experts = state.count_E.size
-        cv2_load, cv2_importance = _cv_squared(state.count_E), _cv_squared(state.importance_E)
+        num_experts = state.count_E.numel()
+        cv2_load, cv2_importance = float(cv_squared(state.count_E)), float(cv_squared(state.importance_E))
         # At worst all tokens have the same k experts, but all of their weight may go to the same one.
         of_load = cv2_load / collapse_bound(num_experts, min(self.moe.experts_per_token, num_experts))
         of_importance = cv2_importance / collapse_bound(num_experts, 1)
@@ -244,7 +137,7 @@ class GateWatch:
         what, cv2 = ("tokens go", cv2_load) if of_load > 1.0 else ("gates' weight goes", cv2_importance)
         return [
             f"has collapsed: its {what} to {num_experts / (1.0 + cv2):.1f} of {num_experts} experts in effect "
-            f"(CV {math.sqrt(cv2):.2f}, {int((state.count_E == 0).sum())} idle); {self._remedy(layer, num_experts)}"
+            f"(CV {math.sqrt(cv2):.2f}, {num_idle(state.count_E)} idle); {self._remedy(layer, num_experts)}"
         ]
 
     def _idle(self, state: _LayerState, layer: str) -> list[str]:
@@ -254,13 +147,13 @@ class GateWatch:
         if not state.idle.begins(bad, patience=1):
             return []
         return [
-            f"has {int(long_E.sum())} of {long_E.size} experts that stay idle: no token where "
-            f"{state.missed_E[long_E].min():,.0f} would be fair; {self._remedy(layer, long_E.size)}, "
+            f"has {int(long_E.sum())} of {long_E.numel()} experts that stay idle: no token where "
+            f"{state.missed_E[long_E].min():,.0f} would be fair; {self._remedy(layer, long_E.numel())}, "
             "or drop them with nmt experts RUN --prune"
         ]
 
     def _dominance(self, state: _LayerState, layer: str, gate: GateFigures, token_loss: float) -> list[str]:
-        weights = self._weights(layer, state.count_E.size)
+        weights = self._weights(layer, state.count_E.numel())
         losses = dict(zip(weights, (gate.importance_loss, gate.load_loss), strict=False))
         share = sum(losses.values()) / max(token_loss, _LEAST_TOKEN_LOSS)
         # Where a gate leans, high balance losses are what it needs.
@@ -293,7 +186,3 @@ def _new_run(new: Mapping[str, float], now: Mapping[str, float]) -> str:
     # A run keeps its balance weights (nmt/run.py): every remedy is for the next one.
     settings = " ".join(f"{name}={weight:g}" for name, weight in new.items())
     return f"start a new run with {settings} (now {', '.join(f'{now[name]:g}' for name in new)})"
-
-
-def _cv_squared(x_E: NDArray[np.float64]) -> float:
-    return float(x_E.var() / (x_E.mean() ** 2 + 1e-10))

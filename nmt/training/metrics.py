@@ -13,7 +13,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -21,11 +20,11 @@ from tqdm import tqdm
 from nmt.config import MoEConfig
 from nmt.errors import StorageError
 from nmt.files import read_regular, write_atomically
+from nmt.model.gate_statistics import GateFigures, LayerTally, read_tally
 from nmt.model.gating import GateSums
 from nmt.model.seq2seq import Gates
 from nmt.parallel.mesh import World
 from nmt.terminal import printable
-from nmt.training.gate_watch import GateFigures, LayerTally, read_tally
 from nmt.training.record import DevLine, TrainLine, step_of
 
 # Bars of a histogram, from 0 to its largest value.
@@ -84,8 +83,7 @@ class Interval:
         counted = world.sum(torch.tensor([self.source_tokens, self.target_tokens, self.flops], dtype=torch.float64))
         self.source_tokens, self.target_tokens, self.flops = (int(value) for value in counted)
         parts = [self.sums, *(tally.measure() for tally in self.layers.values())]
-        ends = np.cumsum([part.numel() for part in parts])
-        values, *of_layers = np.split(torch.cat(parts).cpu().numpy(), ends[:-1])
+        values, *of_layers = torch.cat(parts).cpu().split([part.numel() for part in parts])
         loss, nll, norm, skipped = values.tolist()
         gates = {
             layer: read_tally(layer_values, self.moe.balance_weights(layer))
@@ -146,7 +144,7 @@ class MetricsWriter:
                 if name not in ("step", "kind"):
                     self.tensorboard.add_scalar(f"{line.kind}/{name}", value, line.step)
 
-    def write_histograms(self, step: int, kind: str, values: Mapping[str, NDArray[np.float64]]) -> None:
+    def write_histograms(self, step: int, kind: str, values: Mapping[str, Tensor]) -> None:
         """The distributions of these values, to TensorBoard alone."""
         if self.quiet:
             return

@@ -28,6 +28,7 @@ from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
+from nmt.model.gate_statistics import GateFigures, first_not_finite, relative_load
 from nmt.model.grouped import check_widths
 from nmt.model.names import is_expert
 from nmt.parallel.expert_parallel import make_model
@@ -38,7 +39,7 @@ from nmt.run import RunDirectory
 from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
 from nmt.training.forecast import duration, first_forecast, seconds_left
-from nmt.training.gate_watch import GateFigures, GateWatch, first_not_finite
+from nmt.training.gate_watch import GateWatch
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.record import DevLine, TrainLine
@@ -294,7 +295,7 @@ class Trainer:
             gates={layer: gate.to_dict(moe) for layer, gate in gates.items()},
         )
         out.write(line)
-        loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
+        loads = {f"{layer}.load_per_expert": relative_load(gate.count_E) for layer, gate in gates.items()}
         out.write_histograms(step, "train", loads)
         per_update = seconds / max(interval.updates, 1)
         left = duration(seconds_left(training, step, self.progress.seconds, per_update, self.clock.mean_pause))

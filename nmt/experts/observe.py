@@ -1,0 +1,112 @@
+"""What the experts of a trained model do with some text: how much each adds, and how alike their outputs are.
+
+Letters: T tokens, K places for experts a token has, R routed rows, D width, E experts.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmt.config import LayerName
+from nmt.data.batching import eval_batches
+from nmt.data.held_out import encode_pairs
+from nmt.data.subwords import Subwords
+from nmt.model.experts import LocalDispatcher, MoE
+from nmt.model.gating import Gate, GateOutput
+from nmt.model.seq2seq import Seq2Seq
+
+_BATCH_TOKENS = 4096
+# Rows that all experts of a layer work on at once when they are compared.
+_COMPARED_ROWS = 65536
+
+
+class ExpertUse(NamedTuple):
+    """How much each expert of a layer does for some text; sums over its tokens, float64, on the CPU."""
+
+    load_E: Tensor  # tokens
+    gate_E: Tensor  # gate values
+    output_E: Tensor  # m_i = sum_t g_ti |E_i(x_t)|: the size of all it adds
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What the MoE layers did with some text, by layer."""
+
+    use: dict[str, ExpertUse]
+    sample: dict[str, Tensor]
+    """Some of a layer's input tokens (T, D), drawn evenly from all."""
+
+
+@torch.inference_mode()
+def observe(
+    model: Seq2Seq, subwords: Subwords, sources: Sequence[str], targets: Sequence[str], sample_tokens: int = 2000
+) -> Observation:
+    """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
+
+    Every real token counts, end of sentence included; the target is read, not searched for.
+    """
+    encoded = encode_pairs(subwords, sources, targets)[:2]
+    tokens = {
+        side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
+    }
+    generator = torch.Generator().manual_seed(1)
+    layers = model.moe_layers()
+    use: dict[str, ExpertUse] = {}
+    sample: dict[str, list[Tensor]] = {}
+    with _inputs(layers) as inputs:
+        for batch in eval_batches(*encoded, _BATCH_TOKENS):
+            for layer, gate in model.gates(batch.to(model.device)).items():
+                x_TD = inputs[layer]
+                found = use_of(layers[layer], x_TD, gate)
+                use[layer] = ExpertUse(*map(torch.add, use[layer], found)) if layer in use else found
+                share = min(1.0, sample_tokens / tokens[LayerName.of(layer).side])
+                drawn_T = torch.rand(len(x_TD), generator=generator) < share
+                sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
+    return Observation(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
+
+
+@contextmanager
+def _inputs(layers: dict[str, MoE]) -> Iterator[dict[str, Tensor]]:
+    """The tokens (T, D) that each layer's gate read last, by layer."""
+    inputs: dict[str, Tensor] = {}
+
+    def note(layer: str, _gate: Gate, arguments: tuple[Tensor], _output: GateOutput) -> None:
+        inputs[layer] = arguments[0]
+
+    handles = [moe.gate.register_forward_hook(partial(note, layer)) for layer, moe in layers.items()]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
+    """What each expert did for T tokens."""
+    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
+    norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
+    expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
+    gate_R = gate.gates_TK.flatten()[route.order_R]
+
+    def by_expert(values_R: Tensor) -> Tensor:
+        return torch.zeros(moe.num_experts, dtype=torch.float64).index_add_(0, expert_R, values_R.double().cpu())
+
+    return ExpertUse(by_expert(torch.ones_like(gate_R)), by_expert(gate_R), by_expert(gate_R * norm_R))
+
+
+@torch.inference_mode()
+def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
+    """Cosine between what every two experts make of the same tokens, all tokens taken as one vector; (E, E), CPU."""
+    experts = moe.num_experts
+    product_EE = torch.zeros(experts, experts, dtype=torch.float64)
+    for part_TD in x_TD.float().split(max(1, _COMPARED_ROWS // experts)):
+        ends_E = len(part_TD) * torch.arange(1, experts + 1, dtype=torch.int32, device=x_TD.device)
+        output_EX = moe.experts(part_TD.repeat(experts, 1), ends_E).view(experts, -1)
+        product_EE += (output_EX @ output_EX.T).double().cpu()
+    norm_E = product_EE.diagonal().sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    return product_EE / norm_E[:, None] / norm_E

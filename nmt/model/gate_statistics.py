@@ -1,0 +1,136 @@
+"""How evenly a gate shares its tokens out: every figure of it that training, reports and pruning give.
+
+S17 Table 6 gives the scale, for 256 experts and k = 4: CV(load) 3.0 and max/mean load 17.8 without balance losses,
+0.05 to 0.3 and 1.1 to 1.5 with them.
+
+Letters: T tokens of a micro-batch, E experts, K places for experts a token has.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nmt.config import MoEConfig
+from nmt.model.gating import GateOutput, GateSums, cv_squared
+
+# What a mean or a sum of nothing is taken for.
+_LEAST = 1e-20
+
+
+def shares(x_E: Tensor) -> Tensor:
+    """x_e over the sum of all; all 0 where there is nothing to share."""
+    return x_E / x_E.sum().clamp_min(_LEAST)
+
+
+def relative_load(count_E: Tensor) -> Tensor:
+    """Each expert's tokens over the mean of all experts: 1 is an equal share; all 0 without tokens."""
+    return count_E / count_E.mean().clamp_min(_LEAST)
+
+
+def num_idle(count_E: Tensor) -> int:
+    """Experts without a token."""
+    return int((count_E == 0).sum())
+
+
+def entropy(gates_TK: Tensor) -> Tensor:
+    """Entropy of each token's gates, in nats, summed over the tokens; at most T log K.
+
+    -0 log 0 = 0: empty slots, and tokens without experts, add nothing.
+    """
+    return torch.special.entr(gates_TK).sum()
+
+
+class GateFigures(NamedTuple):
+    """One MoE layer at a line of metrics."""
+
+    cv_importance: float  # of the newest update
+    cv_load: float  # of the newest update, S17 eq. 10 and 13
+    max_over_mean_load: float  # tokens since the last line
+    gate_entropy: float  # in nats, mean over the newest micro-batch's tokens that have experts; at most log k
+    idle_experts: int  # those without a token since the last line
+    importance_loss: float  # w_importance CV(Importance)^2 as it entered the newest update's loss
+    load_loss: float  # w_load CV(Load)^2, likewise
+    noise_std: float  # mean over the newest micro-batch (of the primary gate, if there are two)
+    tokens_without_experts: float  # share of the newest micro-batch
+    batchwise_loss: float  # S17 eq. 20, of the newest micro-batch
+    count_E: Tensor  # float64 on the CPU: tokens of each expert since the last line
+    importance_E: Tensor  # float64 on the CPU: and the sums of their gates
+
+    def to_dict(self, moe: MoEConfig) -> dict[str, float]:
+        """The figures that this kind of gate has."""
+        figures: dict[str, float] = {
+            "cv_importance": self.cv_importance,
+            "cv_load": self.cv_load,
+            "max_over_mean_load": self.max_over_mean_load,
+            "gate_entropy": self.gate_entropy,
+            "idle_experts": self.idle_experts,
+            "importance_loss": self.importance_loss,
+            "load_loss": self.load_loss,
+        }
+        if moe.is_noisy:
+            figures["noise_std"] = self.noise_std
+        if moe.k_is_average:
+            figures["tokens_without_experts"] = self.tokens_without_experts
+            figures["batchwise_loss"] = self.batchwise_loss
+        return figures
+
+
+class LayerTally:
+    """What one MoE layer did since the last line, on the device."""
+
+    def __init__(self, sums: GateSums, gate: GateOutput) -> None:
+        self.sums, self.gate = sums, gate
+        self.count_E, self.importance_E = sums.count_E, sums.importance_E
+
+    def add(self, sums: GateSums, gate: GateOutput) -> None:
+        """One more update: the sums of all of it, and the gate of its last micro-batch."""
+        self.sums, self.gate = sums, gate
+        self.count_E = self.count_E + sums.count_E
+        self.importance_E = self.importance_E + sums.importance_E
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """What `read_tally` takes apart, float64 (6 + 2 E)."""
+        gate = self.gate
+        has_expert_T = (gate.expert_TK < self.count_E.numel()).any(1)
+        num_with = has_expert_T.sum()
+        figures = (
+            cv_squared(self.sums.importance_E),
+            cv_squared(self.sums.load()),
+            entropy(gate.gates_TK) / num_with.clamp_min(1),
+            gate.noise_std,
+            (has_expert_T.numel() - num_with) / max(has_expert_T.numel(), 1),
+            gate.own_loss,
+        )
+        scalars = torch.stack([figure.double() for figure in figures])
+        return torch.cat([scalars, self.count_E.double(), self.importance_E.double()])
+
+
+def read_tally(values: Tensor, weights: tuple[float, float]) -> GateFigures:
+    """The figures of a layer from what `LayerTally.measure` gave, now on the CPU; `weights` as `balance_weights`."""
+    cv2_importance, cv2_load, mean_entropy, noise_std, without, own_loss = values[:6].tolist()
+    count_E, importance_E = values[6:].view(2, -1)
+    return GateFigures(
+        cv_importance=math.sqrt(cv2_importance),
+        cv_load=math.sqrt(cv2_load),
+        max_over_mean_load=float(relative_load(count_E).max()),
+        gate_entropy=mean_entropy,
+        idle_experts=num_idle(count_E),
+        importance_loss=weights[0] * cv2_importance,
+        load_loss=weights[1] * cv2_load,
+        noise_std=noise_std,
+        tokens_without_experts=without,
+        batchwise_loss=own_loss,
+        count_E=count_E,
+        importance_E=importance_E,
+    )
+
+
+def first_not_finite(gates: dict[str, GateFigures]) -> str | None:
+    """The first layer, as a sentence passes them, whose gates were not finite since the last line; None if all were.
+
+    A logit that is NaN or +inf makes the gates of its token NaN, and these every layer after.
+    """
+    return next((layer for layer, gate in gates.items() if not gate.importance_E.isfinite().all()), None)
