@@ -4,6 +4,7 @@ import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import pytest
 
@@ -26,6 +27,23 @@ script = load_script()
 @pytest.mark.parametrize("name", script.PAGES)
 def test_a_page_is_what_its_results_give(name: str):
     assert (PAGES / f"{name}.md").read_text() == script.page(name), "run python scripts/results/pages.py"
+
+
+def test_charts_are_what_their_results_give():
+    drawn = dict(script.charts())
+    assert drawn
+    assert {path.name for path in PAGES.glob("*.svg")} == drawn.keys()
+    for file, drawing in drawn.items():
+        assert (PAGES / file).read_text() == drawing, "run python scripts/results/pages.py"
+
+
+def test_bars_are_as_long_as_their_figures():
+    chart = {"file": "a.svg", "text": "a < b", "label": "{run}", "figure": "score", "cell": "{score:.1f}"}
+    tree = ElementTree.fromstring(script.bars(chart, [{"run": "one & two", "score": 2.0}, {"run": "x", "score": 0.5}]))
+    space = "{http://www.w3.org/2000/svg}"
+    _, long, short = (float(each.attrib["width"]) for each in tree.iter(f"{space}rect"))
+    assert long == 4 * short
+    assert [each.text for each in tree.iter(f"{space}text")] == ["a < b", "one & two", "2.0", "x", "0.5"]
 
 
 def test_the_table_of_the_readme_is_what_its_results_give():

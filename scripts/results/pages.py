@@ -1,4 +1,4 @@
-"""Write docs/results/*.md, and the table in README.md, from results/*.json: python scripts/results/pages.py
+"""Write docs/results/*, and the table in README.md, from results/*.json: python scripts/results/pages.py
 
 A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found stands in
 `hardware`, `commit`, `decoding`, `command` (a list) and `scores` (sacreBLEU signatures), of the file or of one table.
@@ -8,6 +8,9 @@ is an object of plain figures. A column has a `title`, and a `cell` that Python'
 a row, such as "{dev_perplexity:.2f}"; a row that lacks a figure shows "-". With `best`, "lowest" or "highest", the
 best figure of a column is bold.
 
+A `chart` draws a bar for each row: `file` is its name, `text` its title, `label` fills the text beside a bar, `figure`
+is the bar's length, and `cell` fills the text at its end.
+
 A table with a `study` instead of rows has one for each change of that study of results/queue.yaml that has been run.
 Its figures are the `change`, the record of each variant under the variant's name, as in "{moe_4[dev_perplexity]:.2f}",
 and its `gain` over the first variant, as in "{gain[moe_32]:+.1%}": the ratio of their perplexities, less 1.
@@ -16,6 +19,7 @@ and its `gain` over the first variant, as in "{gain[moe_32]:+.1%}": the ratio of
 import json
 import re
 from collections.abc import Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +70,9 @@ def section(result: Result, file: str) -> Iterator[str]:
         yield ""
         yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
-        if "picture" in each:
+        for picture in (each[name] for name in ("chart", "picture") if name in each):
             yield ""
-            yield f"![{each['picture']['text']}]({each['picture']['file']})"
+            yield f"![{picture['text']}]({picture['file']})"
 
 
 def rows_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
@@ -124,6 +128,38 @@ def _origin(result: Result, file: str = "") -> Iterator[str]:
         yield from (wrapped(f"- {item}") for item in items)
 
 
+def charts() -> Iterator[tuple[str, str]]:
+    """(file name, SVG) of all charts."""
+    for _, files in PAGES.values():
+        for file in files:
+            for each in read_result(file)["tables"]:
+                if "chart" in each:
+                    yield each["chart"]["file"], bars(each["chart"], each["rows"])
+
+
+def bars(chart: Result, rows: list[Result]) -> str:
+    """An SVG of horizontal bars that begin at 0, on white so that it is seen in a dark page too."""
+    left, wide, high = 8 + max(7 * len(chart["label"].format(**row)) for row in rows), 340, 26
+    longest = max(row[chart["figure"]] for row in rows)
+    width, height = left + wide + 90, 34 + high * len(rows) + 8
+    lines = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
+        f'role="img" font-family="sans-serif" font-size="13" fill="#24292f">',
+        f"<title>{escape(chart['text'])}</title>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="20" font-weight="bold">{escape(chart["text"])}</text>',
+    ]
+    for place, row in enumerate(rows):
+        top, length = 34 + high * place, wide * row[chart["figure"]] / longest
+        label, value = (escape(chart[name].format(**row)) for name in ("label", "cell"))
+        lines += [
+            f'<text x="{left - 8}" y="{top + 16}" text-anchor="end">{label}</text>',
+            f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="{high - 8}" fill="#3b6ea8"/>',
+            f'<text x="{left + length + 6:.1f}" y="{top + 16}">{value}</text>',
+        ]
+    return "\n".join([*lines, "</svg>", ""])
+
+
 def with_table(text: str) -> str:
     """The text of README.md with its table as results/ has it now."""
     start, end = (mark.format(f"results/{IN_README}.json") for mark in _MARKS)
@@ -141,6 +177,8 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in PAGES:
         (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
+    for file, drawing in charts():
+        (folder / file).write_text(drawing, encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
