@@ -50,15 +50,6 @@ class Batch(NamedTuple):
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 
-def pad_time_major(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Stack sequences as columns, PAD below: (ids_LB int64, lengths_B int64)."""
-    lengths_B = np.array([len(sequence) for sequence in sequences], dtype=np.int64)
-    ids_LB = np.full((int(lengths_B.max()), len(sequences)), PAD, dtype=np.int64)
-    for column, sequence in enumerate(sequences):
-        ids_LB[: len(sequence), column] = sequence
-    return ids_LB, lengths_B
-
-
 def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:
     """Flat time-major positions t * B + b with t < lengths_B[b], ascending (int64)."""
     return np.flatnonzero(np.arange(num_positions)[:, None] < lengths_B[None, :])
@@ -66,25 +57,53 @@ def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:
 
 def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
     """(source_SB, source_length_B, source_rows_N) of source pieces without EOS: the encoder's input."""
-    source_SB, length_B = pad_time_major([np.append(source, EOS) for source in sources])
-    rows_N = real_rows(length_B, source_SB.shape[0])
-    return torch.from_numpy(source_SB), torch.from_numpy(length_B), torch.from_numpy(rows_N)
+    return _source_side(*_end_to_end(sources))
 
 
 def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
     """A Batch of piece sequences (without BOS and EOS), column b from pair `pairs[b]`."""
-    source_SB, source_length_B, source_rows_N = source_batch(sources)
-    target_in_TB, length_B = pad_time_major([np.append(BOS, target) for target in targets])
-    target_out_TB, _ = pad_time_major([np.append(target, EOS) for target in targets])
+    return make_flat_batch(pairs, *_end_to_end(sources), *_end_to_end(targets))
+
+
+def make_flat_batch(
+    pairs_B: np.ndarray,
+    source_pieces_N: np.ndarray,
+    source_lengths_B: np.ndarray,
+    target_pieces_N: np.ndarray,
+    target_lengths_B: np.ndarray,
+) -> Batch:
+    """`make_batch` of sides whose sequences stand one after the other, as shards hold them; no loop over sentences."""
+    source_SB, source_length_B, source_rows_N = _source_side(source_pieces_N, source_lengths_B)
+    num_target = int(target_lengths_B.max()) + 1
+    target_in_TB = _scatter(target_pieces_N, target_lengths_B, num_target, first_position=1)
+    target_in_TB[0] = BOS
     return Batch(
-        pairs_B=torch.from_numpy(np.asarray(pairs, dtype=np.int64)),
+        pairs_B=torch.from_numpy(np.asarray(pairs_B, dtype=np.int64)),
         source_SB=source_SB,
         source_length_B=source_length_B,
         source_rows_N=source_rows_N,
         target_in_TB=torch.from_numpy(target_in_TB),
-        target_out_TB=torch.from_numpy(target_out_TB),
-        target_rows_N=torch.from_numpy(real_rows(length_B, target_in_TB.shape[0])),
+        target_out_TB=torch.from_numpy(_with_eos(target_pieces_N, target_lengths_B)),
+        target_rows_N=torch.from_numpy(real_rows(target_lengths_B + 1, num_target)),
     )
+
+
+def _end_to_end(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """(all pieces one after the other, lengths_B int64)."""
+    return np.concatenate(sequences), np.array([len(sequence) for sequence in sequences], dtype=np.int64)
+
+
+def _source_side(pieces_N: np.ndarray, lengths_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+    source_SB, length_B = _with_eos(pieces_N, lengths_B), lengths_B + 1
+    rows_N = real_rows(length_B, len(source_SB))
+    return torch.from_numpy(source_SB), torch.from_numpy(length_B), torch.from_numpy(rows_N)
+
+
+def _with_eos(pieces_N: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """ids_LB: each sentence in its column, EOS behind it, PAD below."""
+    ids_LB = _scatter(pieces_N, lengths_B, int(lengths_B.max()) + 1, first_position=0)
+    ids_LB[lengths_B, np.arange(len(lengths_B))] = EOS
+    return ids_LB
 
 
 def _scatter(pieces_N: np.ndarray, lengths_B: np.ndarray, num_positions: int, first_position: int) -> np.ndarray:
@@ -96,30 +115,3 @@ def _scatter(pieces_N: np.ndarray, lengths_B: np.ndarray, num_positions: int, fi
     ids_L = np.full(num_positions * num_sentences, PAD, dtype=np.int64)
     ids_L[row_N * num_sentences + column_N] = pieces_N
     return ids_L.reshape(num_positions, num_sentences)
-
-
-def make_flat_batch(
-    pairs_B: np.ndarray,
-    source_pieces_N: np.ndarray,
-    source_lengths_B: np.ndarray,
-    target_pieces_N: np.ndarray,
-    target_lengths_B: np.ndarray,
-) -> Batch:
-    """The same as `make_batch`, from all pieces of a side one after the other: no loop over sentences."""
-    columns_B = np.arange(len(pairs_B))
-    num_source, num_target = int(source_lengths_B.max()) + 1, int(target_lengths_B.max()) + 1
-    source_SB = _scatter(source_pieces_N, source_lengths_B, num_source, first_position=0)
-    source_SB[source_lengths_B, columns_B] = EOS
-    target_in_TB = _scatter(target_pieces_N, target_lengths_B, num_target, first_position=1)
-    target_in_TB[0] = BOS
-    target_out_TB = _scatter(target_pieces_N, target_lengths_B, num_target, first_position=0)
-    target_out_TB[target_lengths_B, columns_B] = EOS
-    return Batch(
-        pairs_B=torch.from_numpy(np.asarray(pairs_B, dtype=np.int64)),
-        source_SB=torch.from_numpy(source_SB),
-        source_length_B=torch.from_numpy(source_lengths_B + 1),
-        source_rows_N=torch.from_numpy(real_rows(source_lengths_B + 1, num_source)),
-        target_in_TB=torch.from_numpy(target_in_TB),
-        target_out_TB=torch.from_numpy(target_out_TB),
-        target_rows_N=torch.from_numpy(real_rows(target_lengths_B + 1, num_target)),
-    )

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from nmt.errors import CheckpointError
-from nmt.files import differs, is_plain_name, read_json, remove, sync
+from nmt.files import differs, is_plain_name, read_json, remove, unfinished
 
 MANIFEST = "manifest.json"
 EXPORTED_PARAMETERS = "model.safetensors"
@@ -112,32 +112,14 @@ def _sha256_of_all(paths: list[Path]) -> list[str]:
         return list(pool.map(sha256_of, paths))
 
 
-def step_folder(folder: Path, step: int) -> tuple[Path, Path]:
-    """(where the checkpoint of a step stands, where it is written before)."""
-    final = folder / f"step-{step:08d}"
-    return final, folder / f".{final.name}.tmp"
-
-
-def finish_folder(
-    temporary: Path, final: Path, step: int, state: dict[str, Any], score: float | None, vocabulary: str
-) -> None:
-    """Make what was written in `temporary` a checkpoint: state, hashes, all on disk, then the name. OSError if not."""
-    (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
-    seal(temporary, {"step": step, "score": score, "vocabulary": vocabulary})
-    if final.exists():
-        # Only a damaged or repeated save of the same step stands here: it gives way to the new one.
-        remove(final)
-    temporary.rename(final)
-    sync(final.parent)
+def step_folder(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step stands."""
+    return folder / f"step-{step:08d}"
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of all files in a folder but the model card, `facts` in it, and have everything on disk.
-
-    OSError if not.
-    """
-    written = sorted(folder.rglob("*"))
-    found = [path for path in written if path.is_file() and path != folder / MODEL_CARD]
+    """Write the manifest of all files in a folder but the model card, `facts` in it. OSError if it cannot be."""
+    found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MODEL_CARD]
     files = {
         str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
         for path, sha256 in zip(found, _sha256_of_all(found), strict=True)
@@ -145,8 +127,6 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
     manifest = facts | {"torch": torch.__version__, "files": files}
     content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
-    for path in (*written, folder / MANIFEST, folder):
-        sync(path)
 
 
 def _manifest_sha256(manifest: dict[str, Any]) -> str:
@@ -242,7 +222,7 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
 def _discard(checkpoint: Checkpoint) -> None:
     """Take a checkpoint away at once, for those who list them now, and have it removed with what crashes left."""
     with suppress(OSError):
-        _, leftover = step_folder(checkpoint.path.parent, checkpoint.step)
+        leftover = unfinished(checkpoint.path)
         remove(leftover)
         checkpoint.path.rename(leftover)
 

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read with a bound.
+"""Files and folders that are written whole or not at all, and files that are read with a bound.
 
 A folder may come from anybody, and a tar keeps links, pipes and sizes. A file is therefore never written through a name
 that somebody could foresee, and nothing small is read before it is known to be a regular file of bounded size.
@@ -12,6 +12,7 @@ import shutil
 import stat
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
@@ -76,10 +77,31 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def make_empty_folder(path: Path) -> None:
-    """A new folder at `path`, in place of whatever stands there. OSError if it cannot be made."""
-    remove(path)
-    path.mkdir(parents=True)
+def unfinished(path: Path) -> Path:
+    """Where `folder_atomically` writes what is to become `path`."""
+    return path.with_name(f".{path.name}.tmp")
+
+
+@contextmanager
+def folder_atomically(path: Path) -> Iterator[Path]:
+    """A new, empty folder that takes the name `path` at the end, when all that was written into it is on disk.
+
+    After an error nothing is left of it. The caller sees to it that one process at a time makes this folder, and that
+    no file and no folder with anything in it stands at `path` at the end. OSError if it cannot be written.
+    """
+    temporary = unfinished(path)
+    # Left by a process that died, or a link by whoever made the folder around it.
+    remove(temporary)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        for written in (*temporary.rglob("*"), temporary):
+            sync(written)
+        temporary.rename(path)
+        sync(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------- reading
@@ -116,13 +138,22 @@ def is_plain_name(name: str) -> bool:
     return str(path) == name and name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
 
 
-def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
-    """The content of a regular file of at most so many bytes. OSError if it is none, such as a pipe or a device."""
+def open_regular(path: Path) -> BufferedReader:
+    """A stream of a regular file. IsADirectoryError for a folder, OSError (EINVAL) for a pipe or a device."""
     # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    with open(descriptor, "rb") as stream:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return open(descriptor, "rb")
+    os.close(descriptor)
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+
+
+def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
+    """The content of a regular file of at most so many bytes. OSError as for `open_regular`, or if it has more."""
+    with open_regular(path) as stream:
         content = stream.read(most_bytes + 1)
     if len(content) > most_bytes:
         raise OSError(errno.EFBIG, f"it has more than {most_bytes:,} bytes", str(path))

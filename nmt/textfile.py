@@ -10,12 +10,11 @@ Memory grows neither with the length of a line nor with the decompressed size of
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
-import os
 import re
-import stat
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Protocol
 
 from nmt.errors import DataError
+from nmt.files import open_regular
 
 MOST_BYTES = 1 << 22
 """Maximum bytes of a line that is read whole."""
@@ -181,28 +181,29 @@ class TextReader:
 
 @contextmanager
 def open_text(path: Path, key: str, most_bytes: int = MOST_BYTES) -> Iterator[TextReader]:
-    """A reader of the regular file at `path`, which the setting `key` names. DataError as for `open_regular`."""
-    with open_regular(path, key) as stream:
+    """A reader of the regular file at `path`, which the setting `key` names. DataError as for `open_input`."""
+    with open_input(path, key) as stream:
         yield TextReader(stream, f"{key}: {path}", most_bytes)
 
 
-def open_regular(path: Path, key: str) -> io.BufferedReader:
-    """Open the regular file at `path`. DataError if it is none, for instance a pipe, or if it cannot be read."""
+def open_input(path: Path, key: str) -> io.BufferedReader:
+    """A stream of the regular file at `path`, which the setting `key` names.
+
+    DataError if it is none, for instance a pipe, or if it cannot be read.
+    """
     try:
-        # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        mode = os.fstat(descriptor).st_mode
-        if stat.S_ISREG(mode):
-            return open(descriptor, "rb")
-        os.close(descriptor)
-        problem = "is a pipe or a device, but is read more than once: write it to a file first"
-        if stat.S_ISDIR(mode):
-            problem = "is a folder: name the files in it"
-    except FileNotFoundError:
+        return open_regular(path)
+    except FileNotFoundError as error:
+        cause: Exception = error
         problem = "does not exist: correct the name, or set corpus.root to the folder it is in"
+    except IsADirectoryError as error:
+        cause, problem = error, "is a folder: name the files in it"
     except (OSError, ValueError) as error:
+        cause = error
         problem = f"cannot be read ({getattr(error, 'strerror', None) or error}): check its name and permissions"
-    raise DataError(f"{key}: {path} {problem}")
+        if isinstance(error, OSError) and error.errno == errno.EINVAL:
+            problem = "is a pipe or a device, but is read more than once: write it to a file first"
+    raise DataError(f"{key}: {path} {problem}") from cause
 
 
 class _Joined(io.RawIOBase):

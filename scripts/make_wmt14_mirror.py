@@ -25,6 +25,7 @@ from nmt.corpus.hub import HUB_SPLITS
 from nmt.corpus.pairs import SentencePair
 from nmt.corpus.sources import read_pairs
 from nmt.errors import DataError
+from nmt.files import replacing
 
 # Pairs of one row group: what is in memory at a time.
 _GROUP_ROWS = 100_000
@@ -53,17 +54,15 @@ def write_split(path: Path, pairs: Iterator[SentencePair], languages: tuple[str,
     source, target = languages
     struct = schema.field("translation").type
     num_pairs = 0
-    part = path.with_name(f"{path.name}.part")
-    try:
-        with pq.ParquetWriter(part, schema) as writer:
-            while group := list(itertools.islice(pairs, _GROUP_ROWS)):
-                rows = [{source: pair.source, target: pair.target} for pair in group]
-                writer.write_table(pa.table([pa.array(rows, struct)], schema=schema))
-                num_pairs += len(group)
-        if num_pairs:
-            part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    group = list(itertools.islice(pairs, _GROUP_ROWS))
+    if not group:
+        return 0
+    with replacing(path) as stream, pq.ParquetWriter(stream, schema) as writer:
+        while group:
+            rows = [{source: pair.source, target: pair.target} for pair in group]
+            writer.write_table(pa.table([pa.array(rows, struct)], schema=schema))
+            num_pairs += len(group)
+            group = list(itertools.islice(pairs, _GROUP_ROWS))
     return num_pairs
 
 

@@ -14,9 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nmt.data.batching
-from nmt.batch import Batch, make_batch, make_flat_batch
+from nmt.batch import BOS, EOS, PAD, Batch, make_batch, source_batch
 from nmt.config import TrainingConfig
-from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _even_out, eval_batches, plan_epoch
+from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _even_out, plan_epoch
+from nmt.data.held_out import eval_batches
 from nmt.data.shards import ParallelShards, ShardWriter
 
 VOCABULARY = 50
@@ -216,16 +217,25 @@ def test_too_few_pairs_name_the_key() -> None:
         plan_of(np.full(5, 9), np.full(5, 9), 3, 2)
 
 
-@pytest.mark.parametrize("sizes", [[(3, 2)], [(0, 4), (5, 0)], [(7, 1), (2, 9), (4, 4)]])
-def test_flat_batches_equal_make_batch(sizes: list[tuple[int, int]]) -> None:
+def columns(ids_LB: torch.Tensor) -> list[list[int]]:
+    """Each column without the PAD below it."""
+    return [[token for token in column if token != PAD] for column in ids_LB.T.tolist()]
+
+
+@pytest.mark.parametrize("sizes", [[(3, 2)], [(0, 4), (5, 0)], [(7, 1), (2, 9), (4, 4)], [(0, 0)]])
+def test_a_batch_holds_its_sentences(sizes: list[tuple[int, int]]) -> None:
     sources, targets = (sentences_of(np.array(lengths), seed) for seed, lengths in enumerate(zip(*sizes, strict=True)))
-    pairs = np.arange(len(sizes)) + 5
-    flat = [
-        part
-        for side in (sources, targets)
-        for part in (np.concatenate(side), np.array([len(sentence) for sentence in side]))
-    ]
-    assert equal(make_flat_batch(pairs, *flat), make_batch(pairs, sources, targets))
+    batch = make_batch(np.arange(len(sizes)) + 5, sources, targets)
+    assert batch.pairs_B.tolist() == list(range(5, 5 + len(sizes)))
+    assert columns(batch.source_SB) == [[*source, EOS] for source in sources]
+    assert columns(batch.target_in_TB) == [[BOS, *target] for target in targets]
+    assert columns(batch.target_out_TB) == [[*target, EOS] for target in targets]
+    assert batch.source_length_B.tolist() == [len(source) + 1 for source in sources]
+    sides = (batch.source_SB, batch.source_rows_N), (batch.target_in_TB, batch.target_rows_N)
+    for ids_LB, rows_N in sides:
+        assert rows_N.tolist() == ids_LB.flatten().nonzero().flatten().tolist()
+        assert ids_LB.shape[0] == max(map(len, columns(ids_LB)))
+    assert all(map(torch.equal, source_batch(sources), batch[1:4]))
 
 
 @pytest.mark.parametrize("bands", [1, 2])

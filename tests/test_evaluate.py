@@ -19,8 +19,7 @@ import nmt.evaluation.scores
 from nmt.commands.keep import keep
 from nmt.config import Config, EvaluationConfig
 from nmt.data import held_out
-from nmt.data.batching import eval_batches
-from nmt.data.held_out import describe_cut, encode_pairs
+from nmt.data.held_out import describe_cut, encode_pairs, eval_batches
 from nmt.decoding.translator import load_vocabulary
 from nmt.errors import MemoryLimitError, UserError
 from nmt.evaluation.perplexity import perplexity

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nmt.batch import BOS, EOS, Batch
-from nmt.data.batching import eval_batches
+from nmt.data.held_out import eval_batches
 from nmt.experts.information import Z, expected_pairs, information, least_rate, rank_in_runs
 from nmt.experts.report import (
     MIN_COUNT,

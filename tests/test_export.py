@@ -20,12 +20,12 @@ from safetensors import safe_open
 from test_cli import Cli
 from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 
-import nmt.commands.export
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.compose import compose_config
 from nmt.config import NUM_ADDED_PIECES, FilesConfig, MoEConfig, RunConfig
 from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
+from nmt.lock import locked
 from nmt.model.seq2seq import Seq2Seq
 from nmt.pages.card import CardFacts, SetScores, model_card
 from nmt.pages.markdown import code
@@ -330,7 +330,9 @@ def test_where_it_may_be_written(cli: Cli, copy: Path, tmp_path: Path, monkeypat
     assert sorted(os.listdir(tmp_path)) == ["copy", "empty", "full", "new"]
 
 
-@pytest.mark.parametrize("place", ["write_parameters", "model_card", "seal", "sync"])
+@pytest.mark.parametrize(
+    "place", [*(f"commands.export.{name}" for name in ("write_parameters", "model_card", "seal")), "files.sync"]
+)
 def test_a_failure_leaves_nothing(
     cli: Cli,
     copy: Path,
@@ -341,10 +343,17 @@ def test_a_failure_leaves_nothing(
     def fail(*_: object) -> NoReturn:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(nmt.commands.export, place, fail)
+    monkeypatch.setattr(f"nmt.{place}", fail)
     cli.refuses(6, "export", str(copy), str(tmp_path / "out"), says=("cannot write", "out", "No space left"))
-    # What is in place when it fails is whole.
-    assert sorted(os.listdir(tmp_path)) == (["copy", "out"] if place == "sync" else ["copy"])
+    assert os.listdir(tmp_path) == ["copy"]
+
+
+def test_two_exports_do_not_meet_in_one_folder(cli: Cli, copy: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / ".out.lock"):
+        cli.refuses(2, "export", str(copy), str(tmp_path / "out"), says=("is being written by pid", "name another"))
+    assert os.listdir(tmp_path) == ["copy"]
+    assert cli("export", str(copy), str(tmp_path / "out")) == 0
+    assert sorted(os.listdir(tmp_path)) == ["copy", "out"]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 import os
 import stat
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import nmt.files
 from nmt.errors import StorageError
 from nmt.files import (
     differs,
-    make_empty_folder,
+    folder_atomically,
     parse_json,
     read_json,
     read_regular,
     remove,
     replacing,
+    unfinished,
     write_atomically,
 )
 
@@ -110,16 +112,66 @@ def test_what_is_removed_is_the_link_and_not_what_it_leads_to(tmp_path: Path) ->
     folder, link = tmp_path / "folder", tmp_path / "link"
     (folder / "inner").mkdir(parents=True)
     link.symlink_to(folder)
-    make_empty_folder(link)
+    remove(link)
     assert (folder / "inner").exists()
-    assert link.is_dir()
-    assert not link.is_symlink()
-    make_empty_folder(folder)
-    assert os.listdir(folder) == []
     (tmp_path / "file").touch()
     for name in ("folder", "file", "nothing"):
         remove(tmp_path / name)
-    assert os.listdir(tmp_path) == ["link"]
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_takes_its_name_when_all_of_it_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(nmt.files, "sync", lambda path: synced.append(path.name))
+    with folder_atomically(tmp_path / "deep" / "a") as folder:
+        (folder / "inner").mkdir()
+        (folder / "inner" / "file").write_text("new")
+        assert os.listdir(tmp_path / "deep") == [folder.name] == [".a.tmp"]
+    assert (tmp_path / "deep" / "a" / "inner" / "file").read_text() == "new"
+    assert os.listdir(tmp_path / "deep") == ["a"]
+    assert sorted(synced[:-1]) == [".a.tmp", "file", "inner"]
+    assert synced[-1] == "deep"
+
+
+@pytest.mark.parametrize("failure", [OSError(28, "No space left on device"), KeyboardInterrupt()], ids=repr)
+def test_a_folder_that_is_not_finished_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+    def write() -> None:
+        with folder_atomically(tmp_path / "a") as folder:
+            (folder / "file").touch()
+            raise failure
+
+    with pytest.raises(type(failure)):
+        write()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "file"])
+def test_what_stands_at_the_temporary_name_is_removed_and_never_written_through(tmp_path: Path, kind: str) -> None:
+    left, victim = unfinished(tmp_path / "a"), tmp_path / "victim"
+    victim.mkdir()
+    if kind == "link":
+        left.symlink_to(victim)
+    elif kind == "file":
+        left.touch()
+    else:
+        left.mkdir()
+        (left / "half").touch()
+    with folder_atomically(tmp_path / "a") as folder:
+        (folder / "file").touch()
+    assert os.listdir(victim) == []
+    assert os.listdir(tmp_path / "a") == ["file"]
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("name", ["", "theirs"])
+def test_a_folder_that_is_not_empty_is_never_replaced(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "a"
+    path.mkdir()
+    (path / name).mkdir(exist_ok=True)
+    with pytest.raises(OSError, match="not empty") if name else nullcontext(), folder_atomically(path) as folder:
+        (folder / "ours").touch()
+    assert os.listdir(tmp_path) == ["a"]
+    assert os.listdir(path) == [name or "ours"]
 
 
 # --------------------------------------------------------------------------------------------------------- reading

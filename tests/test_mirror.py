@@ -119,4 +119,4 @@ def test_mistakes(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
-    assert not list(texts.glob("mirror/**/*.part"))
+    assert not list(texts.glob("mirror/**/*.tmp"))

@@ -18,6 +18,7 @@ import nmt.corpus.sources
 import nmt.data.held_out
 import nmt.data.prepare
 import nmt.data.prepared
+import nmt.files
 from nmt.config import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.prepare import Prepared, prepare, prepared_path
 from nmt.data.shards import ParallelShards
@@ -157,7 +158,7 @@ INTERRUPTIONS: list[tuple[Any, str]] = [
     (nmt.data.prepare, "train_subwords"),
     (nmt.data.prepare.Filters, "keep_encoded"),
     (nmt.data.prepare.ShardWriter, "record"),
-    (nmt.data.prepare, "sync"),
+    (nmt.files, "sync"),
     (nmt.data.prepare.json, "dumps"),
     (Path, "rename"),
 ]
@@ -183,7 +184,7 @@ def test_interruption_is_never_taken_as_done(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner, name, interrupted)
         if not clean_up:  # as kill -9 leaves it
-            patch.setattr(nmt.data.prepare.shutil, "rmtree", lambda *_, **__: None)
+            patch.setattr(nmt.files.shutil, "rmtree", lambda *_, **__: None)
         with pytest.raises(KeyboardInterrupt):
             prepare(corpus, Log())
     assert not path.exists()

@@ -16,7 +16,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nmt.errors import DataError
-from nmt.textfile import _MAGIC, _REFUSED, _WIDE_BOM, TextReader, open_regular, open_text
+from nmt.textfile import _MAGIC, _REFUSED, _WIDE_BOM, TextReader, open_input, open_text
 
 ODD = "tab\tNUL\x00 CR\r mid\r dle \x0b\x0c\x1c\x85\u2028\u2029 end"
 
@@ -194,7 +194,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         ("nul\x00", "cannot be read"),
     ):
         with pytest.raises(DataError, match=f"corpus.dev.source: .*{part}"):
-            open_regular(tmp_path / name, "corpus.dev.source")
+            open_input(tmp_path / name, "corpus.dev.source")
     (tmp_path / "a.en").write_bytes(b"one\r\ntwo")
     with open_text(tmp_path / "a.en", "corpus.dev.source") as reader:
         assert list(reader) == ["one", "two"]

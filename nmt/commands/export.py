@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from nmt.commands import Parser, say, show
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.translator import Loaded, load_model
 from nmt.errors import StorageError, UserError
-from nmt.files import read_json, sync
+from nmt.files import folder_atomically, read_json
+from nmt.lock import Held, locked
 from nmt.pages.card import CardFacts, SetScores, model_card, own_sets
 from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
@@ -61,18 +61,14 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         _reports(run),
         parameter_bytes=0,
     )
-    # Of another name than that of a process which does the same now.
-    temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        size = _write(temporary, run, loaded, facts)
-        temporary.rename(final)
-        sync(final.parent)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with locked(final.with_name(f".{final.name}.lock")), folder_atomically(final) as folder:
+            size = _write(folder, run, loaded, facts)
+    except Held as holder:
+        raise UserError(f"{options.folder} is being written by {holder}: wait for it, or name another folder") from None
     except OSError as error:
         raise StorageError(f"cannot write {options.folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     steps = ", ".join(f"{step:,}" for step in loaded.steps)
     say(f"step{'s' * (len(loaded.steps) > 1)} {steps} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
     if not own_sets(facts):

@@ -14,7 +14,7 @@ from nmt.corpus.pairs import Columns, ReadReport, SentencePair
 from nmt.corpus.tables import read_table
 from nmt.errors import DataError
 from nmt.resources import resource_dir
-from nmt.textfile import open_regular, open_text
+from nmt.textfile import open_input, open_text
 
 SPLITS = ("train", "dev", "test")
 PHRASEBOOK_PAIRS = {"train": 30000, "dev": 500, "test": 1000}
@@ -95,7 +95,7 @@ def _named_files(corpus: CorpusConfig, split: str) -> list[tuple[Path, str]]:
 
 def _check_readable(path: Path, key: str, corpus: CorpusConfig) -> None:
     try:
-        open_regular(path, key).close()
+        open_input(path, key).close()
     except DataError as error:
         _, split, side = key.split(".")
         whole = ",".join(getattr(getattr(corpus, split), side))

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 from nmt.corpus.pairs import Columns, ReadReport, SentencePair
 from nmt.errors import DataError
-from nmt.textfile import MOST_BYTES, TextReader, open_regular, open_text
+from nmt.textfile import MOST_BYTES, TextReader, open_input, open_text
 
 ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
@@ -143,7 +143,7 @@ def _parquet(path: Path, key: str, columns: Columns, report: ReadReport) -> Iter
     where = f"{key}: {path}"
     number = 0
     try:
-        with open_regular(path, key) as stream:
+        with open_input(path, key) as stream:
             file = parquet.ParquetFile(stream)
             names, leaves = _leaves(file.schema_arrow, columns, where)
             _check_cells(file.metadata, leaves, where)

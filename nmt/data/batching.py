@@ -8,7 +8,7 @@ import heapq
 import queue
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from types import TracebackType
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nmt.batch import Batch, make_batch, make_flat_batch
+from nmt.batch import Batch, make_flat_batch
 from nmt.config import TrainingConfig
 from nmt.data.shards import ParallelShards
 
@@ -24,7 +24,6 @@ QUEUE_STEPS = 4  # steps made ahead
 _ORDER = 2
 """Which version of `plan_epoch` a position counts in. Checkpoints without this number are older: of the first."""
 _POLL_SECONDS = 0.2
-_EVAL_LENGTH = 256
 # Share of an epoch after which the next one is planned.
 _PLAN_AT = 0.75
 
@@ -56,7 +55,7 @@ def plan_epoch(
     shuffled = generator.permutation(np.arange(num_pairs, dtype=np.int32))
     order = _by_shape(source_lengths, target_lengths, budget, shuffled)
     longest = np.maximum(source_lengths, target_lengths) + 1
-    batches = _even_out(_cut(order, longest, budget), num_batches)
+    batches = _even_out(cut_batches(order, longest, budget), num_batches)
     if len(batches) % num_batches:
         raise ValueError(
             f"{num_pairs} training pairs do not divide into steps of training.micro_batches={micro_batches} and "
@@ -116,7 +115,7 @@ def _sorted_by(lengths: np.ndarray) -> np.ndarray:
     return np.argsort(lengths.astype(np.uint16) if short else lengths, kind="stable")
 
 
-def _cut(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
+def cut_batches(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
     """Cut `order` into the largest batches the budget allows; `longest`: a pair's longer side with EOS."""
     batches, start = [], 0
     while start < len(order):
@@ -297,23 +296,3 @@ def _steps(
 
 def _batch(shards: ParallelShards, pairs_B: np.ndarray) -> Batch:
     return make_flat_batch(pairs_B, *shards.gather("source", pairs_B), *shards.gather("target", pairs_B))
-
-
-def eval_batches(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], batch_tokens: int) -> Iterator[Batch]:
-    """Every pair once, in batches of similar lengths; `pairs_B` are positions in the lists.
-
-    A batch has at most `batch_tokens` positions on either side, as in training. It also has at most 256 times as many
-    pairs of a source and a target position, for attention looks at each of these: long sentences come fewer at a time.
-    """
-    if len(sources) != len(targets):
-        raise ValueError(f"{len(sources)} source sentences but {len(targets)} target sentences")
-    source_lengths = np.array([len(source) for source in sources], dtype=np.int64)
-    target_lengths = np.array([len(target) for target in targets], dtype=np.int64)
-    order = np.lexsort((source_lengths, target_lengths))
-    longest = np.maximum(source_lengths, target_lengths) + 1
-    for similar_B in _cut(order, longest, batch_tokens):
-        area = int((source_lengths[similar_B].max() + 1) * (target_lengths[similar_B].max() + 1))
-        most = max(1, batch_tokens * _EVAL_LENGTH // area)
-        for start in range(0, len(similar_B), most):
-            pairs_B = similar_B[start : start + most]
-            yield make_batch(pairs_B, [sources[pair] for pair in pairs_B], [targets[pair] for pair in pairs_B])

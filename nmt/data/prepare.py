@@ -1,11 +1,9 @@
 """`nmt prepare`: read, filter, learn the subwords, encode, write. What is done stays done.
 
-Everything is written into a temporary folder beside the final one, the manifest last, and renamed into place
-as a whole. A folder under the final name is therefore complete, whenever the program was killed before.
+The folder is written whole or not at all (`nmt.files.folder_atomically`): what stands under its name is complete.
 """
 
 import json
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +22,7 @@ from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
 from nmt.data.subwords import Subwords, list_characters, train_subwords
 from nmt.errors import DataError, StorageError
-from nmt.files import make_empty_folder, remove, sync
+from nmt.files import folder_atomically, remove
 from nmt.lock import Held, locked
 
 HELD_OUT = ("dev", "test")
@@ -58,20 +56,10 @@ def _prepare_alone(path: Path, corpus: CorpusConfig, log: Log) -> Prepared:
         if not stale:
             return _finished(path, corpus, log)
         log(f"{corpus.name}: {stale}; preparing again")
-    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    try:
-        # We hold the lock: whatever lies there was left by a process that died.
-        make_empty_folder(temporary)
-        remove(old)
-        _remove_leftovers(path.parent, temporary)
-        _Preparation(corpus, temporary, log).run()
-        if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        sync(path.parent)
-    finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+    with folder_atomically(path) as folder:
+        _remove_leftovers(path.parent, folder)
+        _Preparation(corpus, folder, log).run()
+        remove(path)
     return Prepared.open(path)
 
 
@@ -136,11 +124,7 @@ class _Preparation:
             "seconds": round(seconds, 1),
         }
         self.report(manifest)
-        for path in self.folder.iterdir():
-            sync(path)
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
-        sync(self.folder / MANIFEST)
-        sync(self.folder)
 
     def write_text(self, split: str) -> list[str]:
         """Keep dev or test as text; the names of the files. None yet if it is held out of the training text."""

@@ -15,7 +15,7 @@ import numpy as np
 
 from nmt.errors import DataError
 from nmt.files import read_json
-from nmt.textfile import open_regular
+from nmt.textfile import open_input
 
 MANIFEST = "manifest.json"
 SIDES = ("source", "target")
@@ -27,7 +27,7 @@ _CHECKED_PIECES = 1 << 24  # at a time
 
 def file_record(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file, as a manifest keeps them. DataError if it is a pipe or a device."""
-    with open_regular(path, "corpus") as stream:
+    with open_input(path, "corpus") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"bytes": stream.tell(), "sha256": digest}
 

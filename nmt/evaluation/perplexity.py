@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from nmt.batch import Batch
-from nmt.data.batching import eval_batches
-from nmt.data.held_out import HeldOut, encode_pairs
+from nmt.data.held_out import HeldOut, encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
 from nmt.device import shortage_told
 from nmt.model.seq2seq import Seq2Seq

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from nmt.config import LayerName
-from nmt.data.batching import eval_batches
-from nmt.data.held_out import encode_pairs
+from nmt.data.held_out import encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import Gate, GateOutput

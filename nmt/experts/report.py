@@ -14,8 +14,7 @@ import numpy as np
 import torch
 
 from nmt.config import LayerName
-from nmt.data.batching import eval_batches
-from nmt.data.held_out import encode_pairs
+from nmt.data.held_out import encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
 from nmt.experts.contexts import Context, SideTokens
 from nmt.experts.information import (

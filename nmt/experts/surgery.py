@@ -8,7 +8,6 @@ Letters: D width, E experts.
 """
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ from torch import Tensor
 from nmt.checkpoint import Checkpoint, choose
 from nmt.config import Config, ModelConfig
 from nmt.errors import StorageError, UserError
-from nmt.files import sync
+from nmt.files import folder_atomically
 from nmt.model.assemble import assemble
 from nmt.model.names import expert_dim, layer_prefix
 from nmt.model.seq2seq import Seq2Seq
@@ -133,8 +132,6 @@ def write_run(
     Counters go along but for those that compare validations: scores of the new run are its own, and patience starts
     anew. The checkpoint has no score.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
-    new = RunDirectory(temporary)
     state = checkpoint.state()
     progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
     model = network.build()
@@ -145,24 +142,18 @@ def write_run(
         for moment, shape in state_shapes(name, parameter.shape, config.training.expert_optimizer).items():
             moments[f"{moment}.{name}"] = held[moment].contiguous() if moment in held else torch.zeros(shape)
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        new.checkpoints.mkdir(parents=True)
-        save_checkpoint(
-            new.checkpoints,
-            checkpoint.step,
-            {"model": dict(model.named_parameters()), "training": moments},
-            state | {"progress": asdict(progress)},
-            None,
-            checkpoint.manifest["vocabulary"],
-        )
-        for split in ("dev", "test"):
-            new.write_text(split, *source.text(split))
-        # Writes config.yaml last, without which the folder is no run.
-        new.start_or_continue(config, source.subwords_path, source.corpus_info())
-        sync(temporary)
-        temporary.rename(path)
-        sync(path.parent)
+        with folder_atomically(path) as folder:
+            new = RunDirectory(folder)
+            save_checkpoint(
+                new.checkpoints,
+                checkpoint.step,
+                {"model": dict(model.named_parameters()), "training": moments},
+                state | {"progress": asdict(progress)},
+                None,
+                checkpoint.manifest["vocabulary"],
+            )
+            for split in ("dev", "test"):
+                new.write_text(split, *source.text(split))
+            new.start_or_continue(config, source.subwords_path, source.corpus_info())
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -12,8 +12,8 @@ import shutil
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.futures import Future
 
-from nmt.checkpoint import Checkpoint, finish_folder, list_checkpoints, prune_checkpoints, step_folder
+from nmt.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, seal, step_folder
 from nmt.errors import CheckpointError, StorageError, UserError
+from nmt.files import folder_atomically, remove, unfinished
 from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 from nmt.parameters import OFFSETS, Tensors, check_finite, check_parameters, check_vocabulary, stored
@@ -91,26 +92,40 @@ class Saver:
             raise error
 
     def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
-        final, temporary = step_folder(self.folder, step)
+        final = step_folder(self.folder, step)
+        temporary = unfinished(final)
+        folder = ExitStack()  # of the main process alone
+
+        def begin() -> None:
+            folder.enter_context(folder_atomically(final))
+            for part in parts:
+                (temporary / part).mkdir()
+
+        def finish() -> None:
+            (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+            seal(temporary, {"step": step, "score": score, "vocabulary": self.vocabulary})
+            # Only a damaged or repeated save of the same step stands there: it gives way to the new one.
+            remove(final)
+            folder.close()
+
         try:
             if self.world.device.type == "cuda":
                 # A thread starts on the first GPU, where every process would take memory.
                 torch.cuda.set_device(self.world.device)
-            self.world.on_main(lambda: _make_empty(temporary, parts), self.group)
-            for part, tensors in parts.items():
-                with _quiet():
-                    dcp.save(
-                        {name: share_of_whole(name, tensor, self.world) for name, tensor in tensors.items()},
-                        storage_writer=_Writer(temporary / part),
-                        process_group=self.group,
-                        no_dist=self.group is None,
-                    )
-            self.world.on_main(lambda: finish_folder(temporary, final, step, state, score, self.vocabulary), self.group)
+            with folder:
+                self.world.on_main(begin, self.group)
+                for part, tensors in parts.items():
+                    with _quiet():
+                        dcp.save(
+                            {name: share_of_whole(name, tensor, self.world) for name, tensor in tensors.items()},
+                            storage_writer=_Writer(temporary / part),
+                            process_group=self.group,
+                            no_dist=self.group is None,
+                        )
+                self.world.on_main(finish, self.group)
             self.world.on_main(lambda: prune_checkpoints(self.folder, self.keep, step), self.group)
         # The second is no Exception, though it tells of nothing worse.
         except (Exception, CheckpointException) as error:
-            if self.world.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
             cause = _innermost(error)
             # What a file system says may name a path with any words in it.
             lost = (
@@ -159,12 +174,6 @@ class _Writer(HuggingFaceStorageWriter):
             path.chmod(mode)  # safetensors makes files that nobody else may read
         done.set_result([])
         return done
-
-
-def _make_empty(temporary: Path, parts: Iterable[str]) -> None:
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part in parts:
-        (temporary / part).mkdir(parents=True)
 
 
 def _innermost(error: BaseException) -> BaseException:
@@ -218,7 +227,7 @@ def save_checkpoint(
     saver = Saver(folder, vocabulary, keep=sys.maxsize, world=World(torch.device("cpu")))
     saver.save(step, parts, state, score)
     saver.wait()
-    return step_folder(folder, step)[0]
+    return step_folder(folder, step)
 
 
 def load_parameters(model: nn.Module, checkpoint: Checkpoint, vocabulary: str, world: World) -> None:
