@@ -1,4 +1,4 @@
-"""Write docs/configuration.md from the documentation of the settings in nmt/config: run it after changing them."""
+"""Write docs/configuration.md from the docstrings of the settings in nmt/config. Run it after changing them."""
 
 import re
 from collections.abc import Iterator
@@ -34,7 +34,7 @@ chooses among the others and changes what differs. A file `conf/corpus/mine.yaml
 
 
 def page() -> str:
-    """The whole text of docs/configuration.md."""
+    """Return the whole text of docs/configuration.md."""
     sections: dict[str, list[Setting]] = {}
     for setting in settings():
         sections.setdefault(setting.key.rpartition(".")[0], []).append(setting)
@@ -46,7 +46,7 @@ def page() -> str:
 
 
 def _section(kind: type, names: list[str], members: list[Setting]) -> Iterator[str]:
-    """The lines of a class of settings. The sections of one class, such as those of the three splits, are one table."""
+    """Yield the lines for a class of settings. Sections of one class, such as the three splits, share one table."""
     yield from (f"## {', '.join(names)}", "", _escaped(" ".join((kind.__doc__ or "").split())), "")
     prefix = f"{names[0]}." if len(names) > 1 else ""
     rows = (
@@ -57,7 +57,7 @@ def _section(kind: type, names: list[str], members: list[Setting]) -> Iterator[s
 
 
 def _class(section: str) -> type:
-    """The class of a section such as corpus.filters."""
+    """Return the class of a section such as corpus.filters."""
     kind: type = Config
     for name in section.split("."):
         kind = get_type_hints(kind)[name]
@@ -65,7 +65,7 @@ def _class(section: str) -> type:
 
 
 def _escaped(text: str) -> str:
-    """Text with code in backticks, in which nothing else is HTML."""
+    """Escape HTML in text, except in code in backticks."""
     return "".join(_outside(text))
 
 

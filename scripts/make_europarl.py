@@ -1,13 +1,13 @@
-"""The corpus europarl_en_fr from the public files of Europarl v7: a million training pairs, 3,000 dev, 3,000 test.
+"""Make the corpus europarl_en_fr from the public files of Europarl v7: 1,000,000 training, 3,000 dev, 3,000 test pairs.
 
     wget https://www.statmt.org/europarl/v7/fr-en.tgz && tar xzf fr-en.tgz
     python scripts/make_europarl.py europarl-v7.fr-en.en europarl-v7.fr-en.fr data/europarl
     nmt prepare corpus=europarl_en_fr
 
-Left out are pairs with an empty side, with more than 100 words on a side, with three times as many words on one side as
-on the other or more, and exact repetitions. Which pairs go where follows from a hash of their text alone: the same text
-gives the same files, to the byte. Training pairs whose English or French sentence is in dev or test are left out too.
-Each of train-0 to train-3 is an even sample of the whole, in the order of the sessions.
+The script drops pairs with an empty side, with more than 100 words on a side, with at least three times as many words
+on one side as on the other, and exact repetitions. A hash of its text alone decides where a pair goes, so the same text
+gives identical files. The script also drops training pairs whose English or French sentence is in dev or test. Each of
+train-0 to train-3 is an even sample of the whole text, in the order of the sessions.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Hashes = NDArray[np.uint64]
 
 
 class Kept(NamedTuple):
-    """Of each pair that is kept, in the order of the text: hashes of the pair and of either sentence."""
+    """Hashes of each kept pair and of its two sentences, in the order of the text."""
 
     pair_N: Hashes
     english_N: Hashes
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
 
 
 def pairs_of(english: Path, french: Path) -> Iterator[tuple[str, str]]:
-    """The pairs that are kept, repetitions among them."""
+    """Yield the kept pairs, with repetitions."""
     corpus = CorpusConfig(source="files", source_language="en", target_language="fr")
     corpus.train = FilesConfig(source=[str(english)], target=[str(french)])
     for pair in read_pairs(corpus, "train"):
@@ -52,33 +52,33 @@ def pairs_of(english: Path, french: Path) -> Iterator[tuple[str, str]]:
 
 
 def hash_of(*texts: str) -> int:
-    """64 bits that depend on nothing but the text."""
+    """Return a hash of 64 bits that depends on the text only."""
     return int.from_bytes(hashlib.blake2b("\n".join(texts).encode(), digest_size=8).digest(), "big")
 
 
 def read(english: Path, french: Path) -> Kept:
-    """The hashes of all pairs that are kept."""
+    """Return the hashes of all kept pairs."""
     rows = [(hash_of(*pair), hash_of(pair[0]), hash_of(pair[1])) for pair in pairs_of(english, french)]
     return Kept(*np.array(rows, dtype=np.uint64).reshape(-1, 3).T)
 
 
 def places_of(kept: Kept, train: int, held_out: int) -> NDArray[np.int8]:
-    """Where each pair goes: 0 to 3 for the training files, 4 for dev, 5 for test, -1 for nowhere."""
+    """Return where each pair goes: 0 to 3 for the training files, 4 for dev, 5 for test, -1 for nowhere."""
     place_N = np.full(len(kept.pair_N), -1, np.int8)
-    _, first = np.unique(kept.pair_N, return_index=True)  # of repetitions the first; by hash, the smallest first
+    _, first = np.unique(kept.pair_N, return_index=True)  # the first of repetitions, in ascending order of hashes
     for number, place in enumerate((_TRAIN_FILES, _TRAIN_FILES + 1)):
         place_N[first[number * held_out : (number + 1) * held_out]] = place
     out_N = place_N >= _TRAIN_FILES
     seen_N = np.isin(kept.english_N, kept.english_N[out_N]) | np.isin(kept.french_N, kept.french_N[out_N])
     free = first[2 * held_out :]
     free = free[~seen_N[free]][:train]
-    # As many in each file, a quarter of the hashes.
+    # Equal numbers per file: each takes a quarter of the range of hashes.
     place_N[free] = np.arange(len(free)) * _TRAIN_FILES // max(len(free), 1)
     return place_N
 
 
 def write(english: Path, french: Path, place_N: NDArray[np.int8], folder: Path) -> None:
-    """Write the twelve files, each under its name when it is whole."""
+    """Write the twelve files. Each gets its final name when it is complete."""
     names = [*(f"train-{number}" for number in range(_TRAIN_FILES)), "dev", "test"]
     folder.mkdir(parents=True, exist_ok=True)
     paths = [[folder / f"{name}.{language}.gz" for language in LANGUAGES] for name in names]
@@ -95,18 +95,20 @@ def write(english: Path, french: Path, place_N: NDArray[np.int8], folder: Path) 
 
 
 def _opened(path: Path) -> IO[bytes]:
-    # Without a name and a time in it, the same text makes the same file.
+    # No name and no time in the header, so that the same text gives the same file.
     return gzip.GzipFile("", "wb", fileobj=path.open("wb"), mtime=0)
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Cut the corpus and say how much there is of it."""
+    """Make the corpus and print the number of its pairs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("english", type=Path, help="europarl-v7.fr-en.en")
     parser.add_argument("french", type=Path, help="europarl-v7.fr-en.fr")
     parser.add_argument("out", type=Path, metavar="FOLDER", help="such as data/europarl")
     parser.add_argument("--train", type=int, default=1_000_000, metavar="N", help="training pairs (default: 1,000,000)")
-    parser.add_argument("--held-out", type=int, default=3000, metavar="N", help="pairs of dev, and of test (3000)")
+    parser.add_argument(
+        "--held-out", type=int, default=3000, metavar="N", help="pairs in dev and in test (default: 3000 each)"
+    )
     options = parser.parse_args(arguments)
     try:
         kept = read(options.english, options.french)

@@ -1,13 +1,13 @@
-"""A folder laid out like the dataset wmt/wmt14 of the Hugging Face hub, from parallel text files: no network needed.
+"""Make a folder with the layout of the hub's dataset wmt/wmt14 from parallel text files. Needs no network.
 
     python scripts/make_wmt14_mirror.py mirror --languages en de --subset de-en \\
         --train commoncrawl.en.gz commoncrawl.de.gz --train europarl.en.gz europarl.de.gz \\
         --dev newstest2013.en newstest2013.de --test newstest2014.en newstest2014.de
     nmt prepare corpus=wmt14_en_de corpus.source=mirror
 
-The folder holds <subset>/{train,validation,test}-00000-of-00001.parquet with the one column `translation`, a struct of
-language -> text, and a README.md that tells the `datasets` library which files belong to which configuration. Further
-subsets may be written into the same folder: the README then lists all of them.
+The folder contains <subset>/{train,validation,test}-00000-of-00001.parquet with one column, `translation`, a struct of
+language -> text. Its README.md lists the files of each configuration for the `datasets` library. You can write further
+subsets into the same folder; the README.md then lists all of them.
 """
 
 import argparse
@@ -27,12 +27,12 @@ from nmt.corpus.sources import read_pairs
 from nmt.errors import DataError
 from nmt.files import replacing
 
-# Pairs of one row group: what is in memory at a time.
+# Pairs per row group, which are in memory at the same time.
 _GROUP_ROWS = 100_000
 
 
 def corpus_of(options: argparse.Namespace) -> CorpusConfig:
-    """The text files as a corpus, so that they are read by the rules of `nmt prepare`: lines, compression, encoding."""
+    """Return the text files as a corpus, read by the rules of `nmt prepare` for lines, compression and encoding."""
     source, target = options.languages
     corpus = CorpusConfig(source="files", source_language=source, target_language=target, max_pairs=options.max_pairs)
     for split in HUB_SPLITS:
@@ -42,7 +42,7 @@ def corpus_of(options: argparse.Namespace) -> CorpusConfig:
 
 
 def schema_of(languages: list[str]) -> pa.Schema:
-    """The hub's schema: the struct, and the features in the metadata where the `datasets` library looks for them."""
+    """Return the hub's schema: the struct, and its features in the metadata that the `datasets` library reads."""
     features = {"translation": {"languages": languages, "_type": "Translation"}}
     struct = pa.struct([(language, pa.string()) for language in languages])
     metadata = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -50,7 +50,7 @@ def schema_of(languages: list[str]) -> pa.Schema:
 
 
 def write_split(path: Path, pairs: Iterator[SentencePair], languages: tuple[str, str], schema: pa.Schema) -> int:
-    """Write pairs of (source, target) languages to a parquet file; returns how many. No file stays if none came."""
+    """Write pairs of (source, target) languages to a Parquet file and return their number. Without pairs, no file."""
     source, target = languages
     struct = schema.field("translation").type
     num_pairs = 0
@@ -67,7 +67,7 @@ def write_split(path: Path, pairs: Iterator[SentencePair], languages: tuple[str,
 
 
 def readme(folder: Path) -> str:
-    """The dataset card's front matter, which lists a configuration for every subfolder with training text."""
+    """Return the dataset card's front matter, with a configuration for every subfolder with training text."""
     lines = ["---", "configs:"]
     for subset in sorted(path.parent.name for path in folder.glob("*/train-00000-of-00001.parquet")):
         lines += [f"- config_name: {subset}", "  data_files:"]
@@ -78,7 +78,7 @@ def readme(folder: Path) -> str:
 
 
 def make_mirror(options: argparse.Namespace) -> dict[str, int]:
-    """Write every split that has files; returns its number of pairs by the hub's name of the split."""
+    """Write every split that has files. Returns the number of pairs by the hub's name of the split."""
     corpus = corpus_of(options)
     languages = options.subset.split("-")
     if sorted(languages) != sorted(options.languages):
@@ -97,9 +97,9 @@ def make_mirror(options: argparse.Namespace) -> dict[str, int]:
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, metavar="FOLDER", help="the mirror, made if it is not there")
+    parser.add_argument("out", type=Path, metavar="FOLDER", help="the mirror, created if missing")
     for split, required in (("train", True), ("dev", True), ("test", False)):
         parser.add_argument(
             f"--{split}",
@@ -117,7 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the mirror and say what is in it."""
+    """Write the mirror and print what it contains."""
     options = parse(arguments)
     try:
         counts = make_mirror(options)
