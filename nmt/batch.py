@@ -1,4 +1,4 @@
-"""Special token ids and the record that travels from the data to the model.
+"""Special token ids, and the record that the data pass to the model.
 
 Letters: S source positions, T target positions, B sentences of the batch, N real (not padding) positions of one side.
 Tensors are time-major, cuDNN's own layout.
@@ -18,50 +18,50 @@ NUM_SPECIAL = 4
 class Batch(NamedTuple):
     """One padded batch of sentence pairs.
 
-    `*_rows_N` are the flat positions (t * B + b) of the real tokens of a time-major side, in order. They are worked
-    out on the host while the batch is made, so that the model can drop padding (before gates, experts and softmax)
-    without asking the GPU how much is left.
+    `*_rows_N` are the flat positions (t * B + b) of the real tokens of a time-major side, in order. The host computes
+    them when it makes the batch. The model can then drop padding (before gates, experts and softmax) without waiting
+    for the GPU to count what is left.
     """
 
-    pairs_B: Tensor  # int64: which corpus pair each column is
-    source_SB: Tensor  # int64: pieces then EOS, PAD after
+    pairs_B: Tensor  # int64: the corpus pair in each column
+    source_SB: Tensor  # int64: pieces, then EOS, then PAD
     source_length_B: Tensor  # int64: EOS included
     source_rows_N: Tensor  # int64
-    target_in_TB: Tensor  # int64: BOS then pieces
-    target_out_TB: Tensor  # int64: pieces then EOS
+    target_in_TB: Tensor  # int64: BOS, then pieces
+    target_out_TB: Tensor  # int64: pieces, then EOS
     target_rows_N: Tensor  # int64
 
     @property
     def num_source_tokens(self) -> int:
-        """Source tokens, EOS included, padding excluded."""
+        """Number of source tokens, with EOS, without padding."""
         return self.source_rows_N.numel()
 
     @property
     def num_target_tokens(self) -> int:
-        """Target tokens to predict, EOS included, padding excluded."""
+        """Number of target tokens to predict, with EOS, without padding."""
         return self.target_rows_N.numel()
 
     def to(self, device: torch.device) -> "Batch":
-        """This batch on `device`; asynchronous where its memory is pinned."""
+        """Copy this batch to `device`, asynchronously if its memory is pinned."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def pin_memory(self) -> "Batch":
-        """This batch in page-locked memory, from which copies to a GPU do not block."""
+        """Copy this batch to page-locked memory, from which copies to a GPU do not block."""
         return Batch(*(tensor.pin_memory() for tensor in self))
 
 
 def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:
-    """Flat time-major positions t * B + b with t < lengths_B[b], ascending (int64)."""
+    """Return the flat time-major positions t * B + b with t < lengths_B[b], ascending (int64)."""
     return np.flatnonzero(np.arange(num_positions)[:, None] < lengths_B[None, :])
 
 
 def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """(source_SB, source_length_B, source_rows_N) of source pieces without EOS: the encoder's input."""
+    """Return the encoder's input (source_SB, source_length_B, source_rows_N) for source pieces without EOS."""
     return _source_side(*_end_to_end(sources))
 
 
 def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
-    """A Batch of piece sequences (without BOS and EOS), column b from pair `pairs[b]`."""
+    """Return a Batch of piece sequences without BOS and EOS, with pair `pairs[b]` in column b."""
     return make_flat_batch(pairs, *_end_to_end(sources), *_end_to_end(targets))
 
 
@@ -72,7 +72,7 @@ def make_flat_batch(
     target_pieces_N: np.ndarray,
     target_lengths_B: np.ndarray,
 ) -> Batch:
-    """`make_batch` of sides whose sequences stand one after the other, as shards hold them; no loop over sentences."""
+    """Return the Batch of `make_batch` from concatenated sequences, as in shards, without a loop over sentences."""
     source_SB, source_length_B, source_rows_N = _source_side(source_pieces_N, source_lengths_B)
     num_target = int(target_lengths_B.max()) + 1
     target_in_TB = _scatter(target_pieces_N, target_lengths_B, num_target, first_position=1)
@@ -89,7 +89,7 @@ def make_flat_batch(
 
 
 def _end_to_end(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """(all pieces one after the other, lengths_B int64)."""
+    """Return (all sequences concatenated, lengths_B int64)."""
     return np.concatenate(sequences), np.array([len(sequence) for sequence in sequences], dtype=np.int64)
 
 
@@ -100,14 +100,14 @@ def _source_side(pieces_N: np.ndarray, lengths_B: np.ndarray) -> tuple[Tensor, T
 
 
 def _with_eos(pieces_N: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    """ids_LB: each sentence in its column, EOS behind it, PAD below."""
+    """Return ids_LB: each column has a sentence, then EOS, then PAD."""
     ids_LB = _scatter(pieces_N, lengths_B, int(lengths_B.max()) + 1, first_position=0)
     ids_LB[lengths_B, np.arange(len(lengths_B))] = EOS
     return ids_LB
 
 
 def _scatter(pieces_N: np.ndarray, lengths_B: np.ndarray, num_positions: int, first_position: int) -> np.ndarray:
-    """A time-major side (ids_LB int64) of flat pieces: sentence b in column b, from row `first_position`."""
+    """Return a time-major side (ids_LB int64) of flat pieces: sentence b in column b, from row `first_position`."""
     num_sentences = len(lengths_B)
     column_N = np.repeat(np.arange(num_sentences), lengths_B)
     start_N = np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)

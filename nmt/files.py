@@ -1,7 +1,8 @@
-"""Files and folders that are written whole or not at all, and files that are read with a bound.
+"""Write files and folders completely or not at all, and read files with a size limit.
 
-A folder may come from anybody, and a tar keeps links, pipes and sizes. A file is therefore never written through a name
-that somebody could foresee, and nothing small is read before it is known to be a regular file of bounded size.
+A folder may come from anybody, and a tar archive can contain links, pipes and huge files. So files are never written
+under a name that somebody could predict. Small files are read only after a check that they are regular and not too
+large.
 """
 
 import errno
@@ -18,12 +19,12 @@ from typing import Any, BinaryIO
 
 from nmt.errors import StorageError
 
-# The largest of the small files: a manifest of 2,048 processes has 1 MB, a vocabulary of a million pieces 30 MB.
+# Limit for small files: a manifest of 2,048 processes has 1 MB, a vocabulary of a million pieces 30 MB.
 _MOST_BYTES = 256 * 1024 * 1024
 
 
 def sync(path: Path) -> None:
-    """Make the disk hold what was written to a file, or the names in a folder."""
+    """Flush the content of a file, or the names in a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -36,14 +37,14 @@ def sync(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A stream to a new file that takes the name `path` at the end, with the mode of the file that it replaces.
+    """Open a stream to a new file that replaces `path` on exit, and keeps the mode of the old file.
 
-    After an error, nothing is left of it and the old file stays. A link at `path` is replaced, never followed. OSError
-    if it cannot be written.
+    After an error, the new file is removed and the old file stays. A link at `path` is replaced, never followed. Raises
+    OSError if the file cannot be written.
     """
-    # Short, since `path` may have the longest name that the file system allows; no reader takes it for a result.
+    # A short name, since `path` may have the longest name that the file system allows. Readers ignore it.
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
-    # With these flags nothing that stands there is ever opened. The mode is cut by the umask, as for any new file.
+    # These flags never open an existing file. The umask restricts the mode, as for any new file.
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     try:
         with open(descriptor, "wb") as stream:
@@ -61,7 +62,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file, so that a crash leaves the old one or the new one. StorageError if it cannot be written."""
+    """Write a small file so that a crash leaves the old or the new one. Raises StorageError if it cannot be written."""
     try:
         with replacing(path) as stream:
             stream.write(content)
@@ -70,7 +71,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove what stands at `path`, if anything: a link itself, not what it leads to. OSError if it stays."""
+    """Remove the file, folder or link at `path`, if any. A link's target stays. Raises OSError if removal fails."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -78,19 +79,19 @@ def remove(path: Path) -> None:
 
 
 def unfinished(path: Path) -> Path:
-    """Where `folder_atomically` writes what is to become `path`."""
+    """Return the path where `folder_atomically` writes the future `path`."""
     return path.with_name(f".{path.name}.tmp")
 
 
 @contextmanager
 def folder_atomically(path: Path) -> Iterator[Path]:
-    """A new, empty folder that takes the name `path` at the end, when all that was written into it is on disk.
+    """Make an empty folder that is renamed to `path` on exit, when its content is on disk.
 
-    After an error nothing is left of it. The caller sees to it that one process at a time makes this folder, and that
-    no file and no folder with anything in it stands at `path` at the end. OSError if it cannot be written.
+    After an error, the folder is removed. The caller must ensure that only one process at a time makes this folder, and
+    that `path` is free or an empty folder at the end. Raises OSError if the folder cannot be written.
     """
     temporary = unfinished(path)
-    # Left by a process that died, or a link by whoever made the folder around it.
+    # Left by a process that died, or a link made by the author of the outer folder.
     remove(temporary)
     temporary.mkdir(parents=True)
     try:
@@ -108,9 +109,9 @@ def folder_atomically(path: Path) -> Iterator[Path]:
 
 
 def foreign_entry(folder: Path, names: Iterable[str]) -> str:
-    """What is wrong with these entries of a folder, or with anything below them; empty if nothing is.
+    """Describe what is wrong with these entries of a folder, or with anything below them; "" if nothing is.
 
-    A link that leads out of the folder is, and what is neither a file nor a folder. Entries that are not there are not.
+    Links out of the folder are wrong, and entries that are neither files nor folders. Missing entries are not wrong.
     """
     home = folder.resolve()
     waiting = [folder / name for name in names]
@@ -126,21 +127,21 @@ def foreign_entry(folder: Path, names: Iterable[str]) -> str:
             elif not stat.S_ISREG(mode):
                 return f"{path} is neither a file nor a folder"
         except (FileNotFoundError, NotADirectoryError):
-            pass  # or gone since it was listed: training removes old checkpoints
+            pass  # missing, or removed since it was listed: training removes old checkpoints
         except (OSError, RuntimeError) as error:
             return f"{path} cannot be followed ({error})"  # links in a circle
     return ""
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a path, as a manifest has it, names a place below the folder of the manifest."""
+    """Return whether a path in a manifest is inside the folder of the manifest."""
     path = PurePosixPath(name)
     return str(path) == name and name not in ("", ".") and not path.is_absolute() and ".." not in path.parts
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """A stream of a regular file. IsADirectoryError for a folder, OSError (EINVAL) for a pipe or a device."""
-    # Without O_NONBLOCK, opening a pipe would wait for somebody to write to it.
+    """Open a regular file. Raises IsADirectoryError for a folder, OSError (EINVAL) for a pipe or a device."""
+    # Without O_NONBLOCK, opening a pipe would wait for a writer.
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
@@ -148,11 +149,11 @@ def open_regular(path: Path) -> BufferedReader:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    raise OSError(errno.EINVAL, "it is not a regular file", str(path))
 
 
 def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
-    """The content of a regular file of at most so many bytes. OSError as for `open_regular`, or if it has more."""
+    """Return the content of a regular file. Raises OSError like `open_regular`, or for more than `most_bytes` bytes."""
     with open_regular(path) as stream:
         content = stream.read(most_bytes + 1)
     if len(content) > most_bytes:
@@ -161,15 +162,15 @@ def read_regular(path: Path, most_bytes: int = _MOST_BYTES) -> bytes:
 
 
 def read_json(path: Path, shape: Any, most_bytes: int = _MOST_BYTES) -> Any:
-    """The value in a JSON file, which has the `shape` (see `differs`).
+    """Return the value in a JSON file, which must have the `shape` (see `differs`).
 
-    OSError if it cannot be read, ValueError that says in a few words what is wrong if it is something else.
+    Raises OSError if the file cannot be read, ValueError with a short reason if it is not JSON of this shape.
     """
     return parse_json(read_regular(path, most_bytes), shape)
 
 
 def parse_json(text: bytes | str, shape: Any) -> Any:
-    """The value that a JSON text writes, which has the `shape`. ValueError if it is something else."""
+    """Return the value of a JSON text, which must have the `shape`. Raises ValueError if it does not."""
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -181,11 +182,16 @@ def parse_json(text: bytes | str, shape: Any) -> Any:
 
 
 def differs(value: Any, shape: Any, key: str = "") -> str:
-    """How a value read from JSON differs from `shape`, in a few words that begin with the key; empty if it does not.
+    """Describe how a value read from JSON differs from `shape`, in a few words that begin with the key; "" if it fits.
 
-    A shape is a type (float takes whole numbers too), None, a tuple of shapes of which one must fit, [shape] for a list
-    of such values, {str: shape} for a mapping of any keys to such values, or {"key": shape, ...} for a mapping that has
-    these keys and perhaps others: {"step": int, "score": (float, None), "files": {str: {"size": int}}}.
+    A shape is one of:
+    - a type (float accepts whole numbers too), or None;
+    - a tuple of alternative shapes;
+    - [shape] for a list of values of this shape;
+    - {str: shape} for a mapping from any keys to values of this shape;
+    - {"key": shape, ...} for a mapping with these keys and perhaps others.
+
+    Example: {"step": int, "score": (float, None), "files": {str: {"size": int}}}.
     """
     where = f"{key}: " if key else ""
     if isinstance(shape, tuple):
@@ -193,11 +199,11 @@ def differs(value: Any, shape: Any, key: str = "") -> str:
         return "" if "" in problems else problems[0]
     if isinstance(shape, list):
         if not isinstance(value, list):
-            return f"{where}{_brief(value)} is no list"
+            return f"{where}{_brief(value)} is not a list"
         parts = [(str(index), each, shape[0]) for index, each in enumerate(value)]
     elif isinstance(shape, Mapping):
         if not isinstance(value, dict):
-            return f"{where}{_brief(value)} is no mapping"
+            return f"{where}{_brief(value)} is not a mapping"
         missing = [name for name in shape if name is not str and name not in value]
         if missing:
             return f"{where}{missing[0]} is missing"

@@ -181,15 +181,15 @@ class TextReader:
 
 @contextmanager
 def open_text(path: Path, key: str, most_bytes: int = MOST_BYTES) -> Iterator[TextReader]:
-    """A reader of the regular file at `path`, which the setting `key` names. DataError as for `open_input`."""
+    """Open a reader of the regular file at `path`, named by the setting `key`. Raises DataError like `open_input`."""
     with open_input(path, key) as stream:
         yield TextReader(stream, f"{key}: {path}", most_bytes)
 
 
 def open_input(path: Path, key: str) -> io.BufferedReader:
-    """A stream of the regular file at `path`, which the setting `key` names.
+    """Open the regular file at `path`, named by the setting `key`.
 
-    DataError if it is none, for instance a pipe, or if it cannot be read.
+    Raises DataError if it is not a regular file, such as a pipe, or cannot be read.
     """
     try:
         return open_regular(path)

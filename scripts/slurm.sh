@@ -5,7 +5,7 @@
 #   sbatch --nodes=8 --time=12:00:00 scripts/slurm.sh experiment=wmt14_en_fr_moe_2048 parallel.expert_group_size=8
 #
 # Submit it from the top of the clone. The clone with its .venv, data/ and runs/ must be on a file system that all hosts
-# see under the same path: each process writes its share of every checkpoint there and reads its share back.
+# see under the same path. Each process writes its share of every checkpoint there and reads its share back.
 # training.micro_batches must be a multiple of the number of GPUs.
 #
 # The hosts need a network that only you can reach: torchrun listens on all networks and executes what it receives

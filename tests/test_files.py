@@ -190,7 +190,7 @@ def test_pipes_devices_and_folders_are_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
     for name in ("pipe", "zero", "."):
-        with pytest.raises(OSError, match=r"no regular file|Is a directory"):
+        with pytest.raises(OSError, match=r"not a regular file|Is a directory"):
             read_regular(tmp_path / name)
 
 
@@ -206,18 +206,18 @@ def test_a_value_of_the_shape_is_taken(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("value", "problem"),
     [
-        ([], "[] is no mapping"),
+        ([], "[] is not a mapping"),
         ({"step": 1}, "score is missing"),
         (GOOD | {"step": "1"}, "step: '1' is not a whole number"),
         (GOOD | {"step": True}, "step: True is not a whole number"),
         (GOOD | {"step": 1.5}, "step: 1.5 is not a whole number"),
         (GOOD | {"score": "x"}, "score: 'x' is not a number"),
-        (GOOD | {"files": []}, "files: [] is no mapping"),
+        (GOOD | {"files": []}, "files: [] is not a mapping"),
         (GOOD | {"files": {"a": {"size": 1}}}, "files.a: sha256 is missing"),
         (GOOD | {"files": {"a": {"size": None, "sha256": ""}}}, "files.a.size: None is not a whole number"),
-        (GOOD | {"steps": {}}, "steps: {} is no list"),
+        (GOOD | {"steps": {}}, "steps: {} is not a list"),
         (GOOD | {"steps": [1, "2"]}, "steps.1: '2' is not a whole number"),
-        (GOOD | {"steps": "x" * 99}, f"steps: '{'x' * 36}... is no list"),
+        (GOOD | {"steps": "x" * 99}, f"steps: '{'x' * 36}... is not a list"),
     ],
 )
 def test_a_value_of_another_shape_is_told_with_its_key(value: Any, problem: str) -> None:

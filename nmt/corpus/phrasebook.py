@@ -5,7 +5,7 @@ nmt/corpus/lexicon.py defines the values of a slot and their forms in each langu
 chooses values for their slots, and decides what is held out for dev and test.
 
 A slot is `{kind}`, `{kind:form}`, `{kind.1}` or `{kind.1:form}`. The number distinguishes two slots of one kind. The
-form is the grammatical form that the language needs there, named after a masculine example: `{good:einen}` is "einen
+form is the grammatical form that the language needs there, named after a masculine example. `{good:einen}` is "einen
 Schal" or "eine Jacke", `{good:du}` is "du parapluie" or "de la montre".
 
 Composed values (numbers, dates, times, amounts) are held out by value: no training sentence contains a value of the

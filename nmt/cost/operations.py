@@ -1,8 +1,8 @@
 """Count a model's parameters and operations per timestep, part by part, from its configuration alone.
 
 ops/timestep is the paper's measure (S17 sections 5.1 and 5.3): multiply-adds of one forward pass for one source and
-one target position, with the softmax, without biases and element-wise work. Training FLOPs count a multiply-add as two,
-and the backward pass as twice the forward pass. `budget.py` computes bytes and seconds from these counts.
+one target position. The softmax counts; biases and element-wise work do not. Training FLOPs count a multiply-add as
+two, and the backward pass as twice the forward pass. `budget.py` computes bytes and seconds from these counts.
 """
 
 from dataclasses import dataclass, field
