@@ -164,11 +164,14 @@ def test_mistakes(run: Path, capfd: pytest.CaptureFixture[str], arguments: list[
 def test_two_translators_on_one_model_do_not_meet(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
     plain = Translator.load(directory, directory.config())
-    dialled = Translator(plain.model, plain.subwords, replace(plain.decoding, experts_per_token=1), plain.device)
+    dialled = Translator(
+        plain.model, plain.subwords, replace(directory.config().decoding, experts_per_token=1), plain.device
+    )
     apart = Translator.load(directory, directory.config(["decoding.experts_per_token=1"]))
     lines = directory.text("test")[0]
     before = plain.translate(lines)
     assert dialled.translate(lines) == apart.translate(lines) != before
+    assert plain.translate(lines, replace(plain.options, experts_per_token=1)) == apart.translate(lines)
     assert plain.translate(lines) == before
 
 

@@ -253,7 +253,7 @@ def test_the_scores_are_the_models(model: Seq2Seq) -> None:
     assert float(scorer_of(model).log_probability_T.sum()) == pytest.approx(-nll, abs=1e-10)
 
 
-@pytest.mark.parametrize(("name", "value"), [("_MAX_COLUMNS", 3), ("_ELEMENTS", 1), ("_LOGITS", 1)])
+@pytest.mark.parametrize(("name", "value"), [("_MAX_COLUMNS", 3), ("_ELEMENTS", 1)])
 def test_passes_of_any_size_give_the_same(
     model: Seq2Seq, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:
@@ -268,9 +268,8 @@ def test_passes_of_any_size_give_the_same(
     monkeypatch.setattr(Scorer, "scores", watched)
     monkeypatch.setattr(explain, name, value)
     found = explain_pair(scorer_of(model))
-    if name != "_LOGITS":
-        assert max(widths) == {"_MAX_COLUMNS": 3, "_ELEMENTS": 2}[name]
-        assert len(widths) > 8
+    assert max(widths) == {"_MAX_COLUMNS": 3, "_ELEMENTS": 2}[name]
+    assert len(widths) > 8
     for layer, oracle in zip(found, expected, strict=True):
         given = [slot.contribution for slots in layer.positions for slot in slots]
         assert given == pytest.approx([slot.contribution for slots in oracle.positions for slot in slots], abs=1e-10)
@@ -396,7 +395,7 @@ def test_the_translation_is_the_one_that_is_explained(run: Path) -> None:
     assert found.translation == translator.translate([sentence])[0].text
     assert len(found.piece_log_probabilities) == len(found.target_pieces)
     source = translator.subwords.encode(sentence)
-    batch = make_batch(np.arange(1), [source], [np.array(translator.search([source])[0][0])])
+    batch = make_batch(np.arange(1), [source], [np.array(translator.search([source])[0][0].tokens)])
     assert -float(translator.model(batch).nll) == pytest.approx(found.log_probability, abs=1e-4)
 
 
@@ -413,9 +412,9 @@ def test_long_sentences_are_refused_and_those_at_the_limit_not(run: Path) -> Non
     directory = RunDirectory.existing(str(run))
     translator = Translator.load(directory, directory.config())
     count = len(translator.subwords.encode("the small dog"))
-    translator.decoding = replace(translator.decoding, max_source_pieces=count)
+    translator.options = replace(translator.options, max_source_pieces=count)
     explain_sentence(translator, "the small dog")
-    translator.decoding = replace(translator.decoding, max_source_pieces=count - 1)
+    translator.options = replace(translator.options, max_source_pieces=count - 1)
     with pytest.raises(DataError, match=f"has {count} pieces.*max_source_pieces={count - 1}"):
         explain_sentence(translator, "the small dog")
 

@@ -20,7 +20,8 @@ from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
 from nmt.decoding.lines import Piece, open_input, text_reader, windows
-from nmt.decoding.translator import Translation, Translator
+from nmt.decoding.translation import Translation
+from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
@@ -241,7 +242,7 @@ def in_second_window(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) ->
     """Translate to the same text, and do something after the first window."""
     calls = iter(range(99))
 
-    def translate(_self: Translator, lines: list[str], *_: Any) -> list[Translation]:
+    def translate(_self: Translator, lines: list[str], **_: Any) -> list[Translation]:
         if next(calls) == 1:
             do()
         return [Translation(line, 0.0) for line in lines]

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.model import loss as loss_module
-from nmt.model.loss import linear_cross_entropy
+from nmt.model.loss import linear_cross_entropy, token_log_probs
 
 TOKENS, WIDTH, VOCAB = 13, 5, 11
 
@@ -43,6 +43,15 @@ def test_values_and_gradients_equal_torch_s(smoothing: float, bias: bool):
     gradients = torch.autograd.grad(0.37 * loss, leaves)
     for gradient, expected in zip(gradients, torch.autograd.grad(0.37 * oracle, leaves), strict=True):
         torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.usefixtures("_piece_tokens")
+@pytest.mark.parametrize("bias", [False, True])
+def test_log_probabilities_of_tokens_equal_torch_s(bias: bool):
+    x_ND, weight_VD, bias_V, target_N = problem(bias)
+    oracle_NV = F.linear(x_ND, weight_VD, bias_V).log_softmax(1)
+    found_N = token_log_probs(x_ND, weight_VD, bias_V, target_N)
+    torch.testing.assert_close(found_N, oracle_NV[torch.arange(TOKENS), target_N])
 
 
 @pytest.mark.parametrize("trained", [0, 1, 2])

@@ -1,23 +1,30 @@
 """Beam search against the enumeration of every translation, and against what its documentation promises."""
 
-import inspect
 import itertools
 import math
-import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, source_batch
+from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, make_batch, source_batch
 from nmt.config import ModelConfig
-from nmt.decoding import search
-from nmt.decoding.search import Hypotheses, StepOutput, beam_search, coverage_penalty, length_penalty
+from nmt.decoding.scoring import score
+from nmt.decoding.search import (
+    BeamSettings,
+    Choose,
+    Limits,
+    StepOutput,
+    beam_search,
+    coverage_penalty,
+    length_penalty,
+    top_k,
+)
+from nmt.decoding.trace import Candidates, Hypothesis
 from nmt.model.attention import Memory
 from nmt.model.seq2seq import DecoderState, Seq2Seq
 
@@ -66,6 +73,26 @@ def fake_step(row: Row) -> Callable[[Tensor, FakeState], StepOutput]:
     return step
 
 
+def limits_of(max_lengths: Sequence[int], min_lengths: Sequence[int] | None = None) -> Limits:
+    least = [1] * len(max_lengths) if min_lengths is None else list(min_lengths)
+    return Limits(torch.tensor(least), torch.tensor(max_lengths), torch.tensor(FORBIDDEN))
+
+
+def translate_all(
+    row: Row,
+    wanted: Sequence[Sequence[bool]],
+    limits: Limits,
+    settings: BeamSettings,
+    sentences: Sequence[int] | None = None,
+    log: list[int] | None = None,
+    choose: Choose = top_k,
+    look_every: int = 0,
+) -> list[list[Hypothesis]]:
+    ids = list(range(len(wanted))) if sentences is None else list(sentences)
+    state = FakeState([(sentence, ()) for sentence in ids] * settings.beam_size, ids, [] if log is None else log)
+    return beam_search(fake_step(row), state, torch.tensor(wanted), limits, settings, choose, look_every)
+
+
 def translate(
     row: Row,
     wanted: Sequence[Sequence[bool]],
@@ -75,12 +102,14 @@ def translate(
     beta: float = 0.2,
     sentences: Sequence[int] | None = None,
     log: list[int] | None = None,
-    module: Any = search,
-) -> Hypotheses:
-    ids = list(range(len(wanted))) if sentences is None else list(sentences)
-    state = FakeState([(sentence, ()) for sentence in ids] * beam, ids, [] if log is None else log)
-    arguments = (torch.tensor(wanted), torch.tensor(max_lengths), torch.tensor(FORBIDDEN), beam, alpha, beta)
-    return module.beam_search(fake_step(row), state, *arguments)
+    look_every: int = 0,
+) -> list[Hypothesis]:
+    """The best hypothesis of each sentence."""
+    settings = BeamSettings(beam, alpha, beta)
+    found = translate_all(
+        row, wanted, limits_of(max_lengths), settings, sentences=sentences, log=log, look_every=look_every
+    )
+    return [best for (best,) in found]
 
 
 def random_row(seed: int, sources: int = 3, end: float = 0.0) -> Row:
@@ -111,6 +140,11 @@ def score_of(row: Row, sentence: int, output: Prefix, wanted: Sequence[bool], al
     return log_prob / ((5 + len(output)) ** alpha / 6**alpha) + beta * penalty
 
 
+def output_of(hypothesis: Hypothesis) -> Prefix:
+    """Its pieces, EOS included if it ends."""
+    return (*hypothesis.tokens, EOS) if hypothesis.finished else tuple(hypothesis.tokens)
+
+
 def complete_outputs(max_length: int) -> list[Prefix]:
     """Every sequence of words with EOS, up to a length that counts EOS."""
     words = range(NUM_SPECIAL, VOCAB)
@@ -128,9 +162,104 @@ def test_a_beam_that_holds_everything_finds_the_best_of_everything(alpha: float,
     for b, max_length in enumerate(max_lengths):
         scores = {output: score_of(row, b, output, wanted[b], alpha, beta) for output in complete_outputs(max_length)}
         best = max(scores, key=scores.__getitem__)
-        assert (*found.tokens[b], EOS) == best
-        assert found.scores[b] == pytest.approx(scores[best], abs=1e-4)
-        assert found.finished[b]
+        assert (*found[b].tokens, EOS) == best
+        assert found[b].score == pytest.approx(scores[best], abs=1e-4)
+        assert found[b].finished
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("alpha", "beta"), [(0.0, 0.0), (0.6, 0.3)])
+@pytest.mark.parametrize("keep", [1, 2, 7, 40])
+def test_the_best_of_everything_in_order(keep: int, alpha: float, beta: float, seed: int):
+    """As many as are asked for, or all that there are."""
+    wanted, max_lengths = [[True, True, True], [True, False, False]], [4, 2]
+    row = random_row(seed)
+    found = translate_all(row, wanted, limits_of(max_lengths), BeamSettings(110, alpha, beta, keep))
+    for b, max_length in enumerate(max_lengths):
+        scores = {output: score_of(row, b, output, wanted[b], alpha, beta) for output in complete_outputs(max_length)}
+        best = sorted(scores, key=scores.__getitem__, reverse=True)[:keep]
+        assert [output_of(each) for each in found[b]] == best
+        assert [each.score for each in found[b]] == pytest.approx([scores[output] for output in best], abs=1e-4)
+
+
+@pytest.mark.parametrize("beam", [2, 3, 5])
+@pytest.mark.parametrize("look_every", [1, 3])
+@pytest.mark.parametrize("seed", range(3))
+def test_all_of_a_hypothesis_is_its_own(seed: int, look_every: int, beam: int):
+    """However hypotheses changed places and batches shrank: log-probabilities and attention, piece by piece."""
+    row, wanted, max_lengths = finish_at_different_times(seed)
+    settings = BeamSettings(beam, 0.6, 1.0, keep=beam, attention=True)
+    found = translate_all(row, wanted, limits_of(max_lengths), settings, look_every=look_every)
+    assert max(map(len, found)) == beam
+    for b, hypotheses in enumerate(found):
+        assert hypotheses == sorted(hypotheses, key=lambda each: -each.score)
+        assert len({output_of(each) for each in hypotheses}) == len(hypotheses)
+        for each in hypotheses:
+            output = output_of(each)
+            assert len(output) <= max_lengths[b]
+            assert each.score == pytest.approx(score_of(row, b, output, wanted[b], 0.6, 1.0), abs=1e-4)
+            rows = [row(b, (BOS, *output[:position])) for position in range(len(output))]
+            expected = [
+                logits_V[token] - math.log(np.exp(logits_V).sum())
+                for (logits_V, _), token in zip(rows, output, strict=True)
+            ]
+            assert each.token_log_probs == pytest.approx(expected, abs=1e-5)
+            assert each.log_prob == sum(each.token_log_probs)
+            assert each.attention_TS == pytest.approx(np.array([attention_S for _, attention_S in rows]), abs=1e-6)
+
+
+def test_unfinished_ones_in_order():
+    """None can finish; at the greatest length the best of the beam stand in."""
+    row, wanted = random_row(1, end=-math.inf), [[True] * 3] * 2
+    found = translate_all(row, wanted, limits_of([2, 3]), BeamSettings(60, 0.2, 0.2, keep=4), look_every=3)
+    for b, length in enumerate([2, 3]):
+        outputs = itertools.product(range(NUM_SPECIAL, VOCAB), repeat=length)
+        scores = sorted((score_of(row, b, output, wanted[b], 0.2, 0.2) for output in outputs), reverse=True)
+        assert [each.score for each in found[b]] == pytest.approx(scores[:4], abs=1e-4)
+        assert not any(each.finished for each in found[b])
+
+
+@pytest.mark.parametrize("beam", [1, 110])
+def test_nothing_ends_before_its_least_length(beam: int):
+    row, wanted = random_row(3, end=2.0), [[True] * 3] * 3
+    limits = limits_of([4, 4, 2], [1, 3, 2])
+    found = translate_all(row, wanted, limits, BeamSettings(beam, 0.2, 0.2, keep=beam))
+    for b, (least, most) in enumerate([(1, 4), (3, 4), (2, 2)]):
+        lengths = {len(output_of(each)) for each in found[b]}
+        assert lengths <= set(range(least, most + 1))
+        if beam > 1:
+            assert len(found[b]) == sum(len(output) >= least for output in complete_outputs(most))
+
+
+def test_another_way_to_choose():
+    """Candidates may come from anywhere, such as a draw: here always the least probable word, and EOS at the end."""
+
+    def least_probable(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
+        log_probs_KBV = logits_KBV.log_softmax(2)
+        words_KB = log_probs_KBV[..., NUM_SPECIAL:].argmin(2) + NUM_SPECIAL
+        token_KB = torch.where(length == limits.max_length_B, EOS, words_KB)
+        token_log_prob_KB = log_probs_KBV.gather(2, token_KB.unsqueeze(2)).squeeze(2)
+        hypothesis_KB = torch.arange(len(token_KB))[:, None].expand_as(token_KB)
+        return Candidates(log_prob_KB + token_log_prob_KB, token_log_prob_KB, hypothesis_KB, token_KB)
+
+    row, wanted, max_lengths = random_row(4), [[True] * 3] * 2, [4, 2]
+    found = translate_all(row, wanted, limits_of(max_lengths), BeamSettings(1, 0.2, 0.2), choose=least_probable)
+    for b, (best,) in enumerate(found):
+        output: Prefix = ()
+        while len(output) < max_lengths[b] - 1:
+            output = (*output, NUM_SPECIAL + int(np.argmin(row(b, (BOS, *output))[0][NUM_SPECIAL:])))
+        assert output_of(best) == (*output, EOS)
+        assert best.score == pytest.approx(score_of(row, b, output_of(best), wanted[b], 0.2, 0.2), abs=1e-4)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_without_a_finite_output_there_is_no_hypothesis(value: float):
+    def row(sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
+        logits_V, attention_S = random_row(1)(sentence, prefix)
+        return logits_V * (value if sentence == 1 else 1.0), attention_S
+
+    found = translate_all(row, [[True] * 3] * 3, limits_of([3, 2, 3]), BeamSettings(4, 0.2, 0.2, keep=2))
+    assert [bool(each) for each in found] == [True, False, True]
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5, 8])
@@ -140,10 +269,10 @@ def test_the_score_is_that_of_the_translation_returned(seed: int, beam: int):
     wanted, max_lengths = [[True, True, True]] * 4, [7, 3, 5, 1]
     row = random_row(seed)
     found = translate(row, wanted, max_lengths, beam, alpha=0.6, beta=1.0)
-    for b, tokens in enumerate(found.tokens):
-        output = (*tokens, EOS) if found.finished[b] else tuple(tokens)
+    for b, best in enumerate(found):
+        output = output_of(best)
         assert len(output) <= max_lengths[b]
-        assert found.scores[b] == pytest.approx(score_of(row, b, output, wanted[b], 0.6, 1.0), abs=1e-4)
+        assert best.score == pytest.approx(score_of(row, b, output, wanted[b], 0.6, 1.0), abs=1e-4)
 
 
 def scripted_row(script: dict[Prefix, tuple[dict[int, float], list[float]]]) -> Row:
@@ -171,8 +300,8 @@ def test_coverage_follows_its_hypothesis():
         }
     )
     found = translate(row, [[True, True]], [4], beam=2, alpha=0.0, beta=0.2)
-    assert found.tokens == [[B, A]]
-    assert found.scores[0] == pytest.approx(math.log(0.4) + 0.2 * math.log(0.3 * 0.7))
+    assert found[0].tokens == [B, A]
+    assert found[0].score == pytest.approx(math.log(0.4) + 0.2 * math.log(0.3 * 0.7))
     # Enough weight on coverage makes up for probability: only if it is counted for the right one.
     row_covering = scripted_row(
         {
@@ -184,8 +313,8 @@ def test_coverage_follows_its_hypothesis():
         }
     )
     found = translate(row_covering, [[True, True]], [4], beam=2, alpha=0.0, beta=1.0)
-    assert found.tokens == [[A, A]]
-    assert found.scores[0] == pytest.approx(math.log(0.3) + math.log(0.25))
+    assert found[0].tokens == [A, A]
+    assert found[0].score == pytest.approx(math.log(0.3) + math.log(0.25))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -197,8 +326,8 @@ def test_a_beam_of_one_is_the_greedy_chain(seed: int):
         while len(output) < max_length and EOS not in output:
             logits_V, _ = row(b, (BOS, *output))
             output = (*output, EOS + int(np.argmax(logits_V[EOS:])))
-        assert found.finished[b] == (EOS in output)
-        assert found.tokens[b] == [token for token in output if token != EOS]
+        assert found[b].finished == (EOS in output)
+        assert found[b].tokens == [token for token in output if token != EOS]
 
 
 def finish_at_different_times(seed: int) -> tuple[Row, list[list[bool]], list[int]]:
@@ -221,32 +350,23 @@ def test_a_batch_translates_as_its_sentences_alone(seed: int, beam: int):
     assert len(shrinks) >= 2  # otherwise this test has not seen a batch shrink
     assert shrinks == sorted(shrinks, reverse=True)
     for b in range(8):
-        alone = translate(row, wanted[b : b + 1], max_lengths[b : b + 1], beam, sentences=[b])
-        assert found.tokens[b] == alone.tokens[0]
-        assert found.finished[b] == alone.finished[0]
-        assert found.scores[b] == pytest.approx(alone.scores[0], abs=1e-5)
+        (alone,) = translate(row, wanted[b : b + 1], max_lengths[b : b + 1], beam, sentences=[b])
+        assert found[b].tokens == alone.tokens
+        assert found[b].finished == alone.finished
+        assert found[b].score == pytest.approx(alone.score, abs=1e-5)
 
 
+@pytest.mark.parametrize("look_every", [2, 4, 5, 100])
 @pytest.mark.parametrize("beam", [1, 3])
-def test_looking_seldom_changes_nothing(beam: int):
-    """On a GPU the search looks only every few positions at what is done: here the same code on a CPU."""
-    source = inspect.getsource(search)
-    every_position = 'look_every = 1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY'
-    assert every_position in source
-    rare = types.ModuleType("rare_search")
-    exec(
-        compile(source.replace(every_position, "look_every = _LOOK_EVERY"), search.__file__, "exec"),
-        vars(rare),
-    )
-    for look_every in (2, 4, 5, 100):
-        rare._LOOK_EVERY = look_every
-        for seed in range(2):
-            row, wanted, max_lengths = finish_at_different_times(seed)
-            often = translate(row, wanted, max_lengths, beam)
-            seldom = translate(row, wanted, max_lengths, beam, module=rare)
-            assert seldom.tokens == often.tokens
-            assert seldom.finished == often.finished
-            assert seldom.scores == pytest.approx(often.scores, abs=1e-5)
+def test_looking_seldom_changes_nothing(beam: int, look_every: int):
+    """On a GPU the search looks only every few positions at what is done."""
+    for seed in range(2):
+        row, wanted, max_lengths = finish_at_different_times(seed)
+        often, seldom = (translate(row, wanted, max_lengths, beam, look_every=each) for each in (1, look_every))
+        assert [each._replace(score=0.0, token_log_probs=[]) for each in seldom] == [
+            each._replace(score=0.0, token_log_probs=[]) for each in often
+        ]
+        assert [each.score for each in seldom] == pytest.approx([each.score for each in often], abs=1e-5)
 
 
 @pytest.mark.parametrize("beam", [1, 2, 9, 60])
@@ -254,42 +374,43 @@ def test_without_an_end_the_best_unfinished_one_is_returned_at_the_greatest_leng
     row = random_row(1, end=-math.inf)
     wanted, max_lengths = [[True] * 3] * 2, [3, 2]
     found = translate(row, wanted, max_lengths, beam)
-    assert found.finished == [False, False]
-    assert [len(tokens) for tokens in found.tokens] == max_lengths
+    assert [best.finished for best in found] == [False, False]
+    assert [len(best.tokens) for best in found] == max_lengths
     if beam >= WORDS**3:
         for b, length in enumerate(max_lengths):
             outputs = itertools.product(range(NUM_SPECIAL, VOCAB), repeat=length)
             best = max(score_of(row, b, output, wanted[b], 0.2, 0.2) for output in outputs)
-            assert found.scores[b] == pytest.approx(best, abs=1e-4)
+            assert found[b].score == pytest.approx(best, abs=1e-4)
 
 
 @pytest.mark.parametrize("beam", [1, 4])
 def test_an_end_at_once_is_an_empty_translation(beam: int):
     row = scripted_row({(): ({EOS: 0.9, A: 0.1}, [0.25, 0.5])})
     found = translate(row, [[True, True]], [5], beam, alpha=1.0, beta=0.2)
-    assert found.tokens == [[]]
-    assert found.finished == [True]
-    assert found.scores[0] == pytest.approx(math.log(0.9) + 0.2 * (math.log(0.25) + math.log(0.5)))
+    assert found[0].tokens == []
+    assert found[0].finished
+    assert found[0].score == pytest.approx(math.log(0.9) + 0.2 * (math.log(0.25) + math.log(0.5)))
 
 
 def test_a_finished_translation_is_preferred_to_a_better_unfinished_one():
     row = scripted_row({(): ({A: 0.8, EOS: 0.2}, [1.0, 1.0]), (A,): ({A: 1.0}, [1.0, 1.0])})
     found = translate(row, [[True, True]], [2], beam=2)
-    assert found == Hypotheses([[]], [pytest.approx(math.log(0.2))], [pytest.approx(math.log(0.2))], [True])
+    log_prob = pytest.approx(math.log(0.2))
+    assert found == [Hypothesis([], log_prob, [log_prob], None, True)]
 
 
 def test_an_end_below_the_best_k_candidates_does_not_count():
     """Else a sentence could end on what its beam would never have kept."""
     row = scripted_row({(): ({A: 0.5, B: 0.3, EOS: 0.2}, [1.0, 1.0]), **{(w,): ({w: 1.0}, [1.0, 1.0]) for w in (A, B)}})
-    assert translate(row, [[True, True]], [2], beam=2).finished == [False]
-    assert translate(row, [[True, True]], [2], beam=3).finished == [True]
+    assert translate(row, [[True, True]], [2], beam=2)[0].finished is False
+    assert translate(row, [[True, True]], [2], beam=3)[0].finished is True
 
 
 @pytest.mark.parametrize("beam", [1, 2, 6])
 def test_forbidden_pieces_are_never_output(beam: int):
     found = translate(random_row(2, end=-3.0), [[True] * 3] * 5, [8] * 5, beam)
-    assert all(token >= NUM_SPECIAL for tokens in found.tokens for token in tokens)
-    assert any(found.tokens)
+    assert all(token >= NUM_SPECIAL for best in found for token in best.tokens)
+    assert any(best.tokens for best in found)
 
 
 def test_the_search_stops_when_nothing_better_can_come():
@@ -301,7 +422,7 @@ def test_the_search_stops_when_nothing_better_can_come():
         return np.log([1e-9, 1e-9, 1e-9, end, 0.04, 0.03, 0.03]), np.array([1.0])
 
     found = translate(row, [[True]], [50], beam=4)
-    assert found.tokens == [[]]
+    assert found[0].tokens == []
     assert max(steps) == 1
 
 
@@ -310,8 +431,8 @@ def test_the_search_goes_on_while_a_longer_translation_may_still_win():
     certain = {(A,) * length: ({A: 1.0}, [1.0, 1.0]) for length in range(1, 7)}
     row = scripted_row({(): ({EOS: 0.55, A: 0.45}, [1.0, 1.0]), **certain})
     found = translate(row, [[True, True]], [8], beam=2, alpha=1.0)
-    assert found.tokens == [[A] * 7]
-    assert found.scores[0] == pytest.approx(math.log(0.45) / (13 / 6))
+    assert found[0].tokens == [A] * 7
+    assert found[0].score == pytest.approx(math.log(0.45) / (13 / 6))
 
 
 def test_an_end_among_the_candidates_leaves_room_for_a_full_beam():
@@ -324,8 +445,8 @@ def test_an_end_among_the_candidates_leaves_room_for_a_full_beam():
         }
     )
     found = translate(row, [[True, True]], [4], beam=2, alpha=0.0, beta=1.0)
-    assert found.tokens == [[B]]
-    assert found.scores[0] == pytest.approx(math.log(0.25), abs=1e-6)
+    assert found[0].tokens == [B]
+    assert found[0].score == pytest.approx(math.log(0.25), abs=1e-6)
 
 
 def test_length_penalty_is_gnmt_s():
@@ -385,12 +506,19 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         memory, _ = model.encode(source_SB, length_B, rows_N)
         wanted_BS = torch.arange(len(source_SB)) < length_B[:, None]
         state = NetworkState(memory, None)
-        found = beam_search(
-            step, state, wanted_BS, torch.tensor(max_lengths), torch.tensor(FORBIDDEN), 110, alpha, beta
-        )
+        settings = BeamSettings(110, alpha, beta, keep=3, attention=True)
+        found = beam_search(step, state, wanted_BS, limits_of(max_lengths), settings)
         for b, max_length in enumerate(max_lengths):
             row_b, wanted = cache(row), [True] * len(memory.padding_SB[: length_B[b]])
             scores = {o: score_of(row_b, b, o, wanted, alpha, beta) for o in complete_outputs(max_length)}
-            best = max(scores, key=scores.__getitem__)
-            assert (*found.tokens[b], EOS) == best
-            assert found.scores[b] == pytest.approx(scores[best], abs=1e-4)
+            best = sorted(scores, key=scores.__getitem__, reverse=True)[:3]
+            assert [output_of(each) for each in found[b]] == best
+            assert [each.score for each in found[b]] == pytest.approx([scores[o] for o in best], abs=1e-4)
+            for each in found[b]:
+                forced = score(model, make_batch(np.arange(1), [sources[b]], [np.array(each.tokens, dtype=np.int64)]))
+                assert each.token_log_probs == pytest.approx(forced.log_prob_TR[:, 0].tolist(), abs=1e-5)
+                assert each.log_prob == pytest.approx(float(forced.log_prob_TR.sum()), abs=1e-5)
+                assert each.attention_TS is not None
+                own_TS = each.attention_TS[:, : length_B[b]]
+                assert own_TS == pytest.approx(forced.attention_TRS[:, 0].numpy(), abs=1e-6)
+                assert own_TS.sum(1) == pytest.approx(np.ones(len(own_TS)), abs=1e-6)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
-from nmt.config import Config
+from nmt.config import Config, DecodingConfig
 from nmt.decoding.search import length_penalty
 from nmt.decoding.segment import join, split
-from nmt.decoding.translator import Translation, Translator, longest_source
+from nmt.decoding.translation import Options, Translation
+from nmt.decoding.translator import Translator, longest_source
 from nmt.errors import CheckpointError
 from nmt.run import RunDirectory
 
@@ -97,14 +99,14 @@ def test_the_search_never_outputs_what_is_forbidden(load: Load) -> None:
         translator.model.output.weight[forbidden] = 100.0 * torch.randn(
             len(forbidden), translator.model.output.weight.shape[1]
         )
-    for pieces, *_ in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
-        assert not set(pieces) & set(forbidden)
+    for (found,) in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
+        assert not set(found.tokens) & set(forbidden)
 
 
 def test_a_long_line_is_its_parts(load: Load) -> None:
     translator = load(max_source_pieces=8, beam_size=2)
     sentences = ["The small dog runs over a meadow. ", "A cat! "]
-    parts = split("".join(sentences), translator._fit)
+    parts = split("".join(sentences), partial(translator._fit, 8))
     assert len(parts) > 2
     assert parts[-1] == sentences[-1]
     alone = translator.translate(parts)
@@ -119,8 +121,8 @@ def test_a_long_line_is_its_parts(load: Load) -> None:
 def test_the_score_of_parts_is_that_of_one_translation(load: Load, alpha: float, beta: float) -> None:
     translator = load(max_source_pieces=8, alpha=alpha, beta=beta)
     line = "The dog. A cat! The small dog runs over a green meadow."
-    parts = split(line, translator._fit)
-    found = translator.search(translator.subwords.encode_batch(parts))
+    parts = split(line, partial(translator._fit, 8))
+    found = [best for (best,) in translator.search(translator.subwords.encode_batch(parts))]
     lengths = [len(each.tokens) + each.finished for each in found]
     log_prob = sum(each.log_prob for each in found)
     coverage = sum(
@@ -143,8 +145,8 @@ def test_exactly_the_limit_is_not_long(load: Load) -> None:
 
 def test_the_longest_line_of_training_is_the_limit(load: Load, run: RunDirectory) -> None:
     longest = run.corpus_info()["longest_source_pieces"]
-    assert load().max_pieces == longest
-    assert load(max_source_pieces=longest - 1).max_pieces == longest - 1
+    assert load().max_pieces() == longest
+    assert load(max_source_pieces=longest - 1).max_pieces() == longest - 1
     training = (run.path.parent / "train.en").read_text().splitlines()
     assert max(len(pieces) for pieces in load().subwords.encode_batch(training)) == longest
 
@@ -190,6 +192,80 @@ def test_outputs_that_are_not_finite_are_an_error(load: Load, value: float) -> N
         translator.translate(["the dog"])
 
 
+def test_options_are_of_one_call(load: Load, lines: list[str]) -> None:
+    translator = load(beam_size=2)
+    before = translator.translate(lines)
+    options = replace(translator.options, beam_size=4, n_best=3, alpha=1.0, max_source_pieces=5, attention=True)
+    changed = translator.translate(lines, options)
+    assert changed == load(beam_size=4, alpha=1.0, max_source_pieces=5).translate(lines, options)
+    assert changed != before
+    assert translator.translate(lines) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("beam_size", "n_best", "batch_sentences") for value in (0, -1, 1.5, "2", True)),
+        ("n_best", 5),
+        ("max_source_pieces", 0),
+        ("experts_per_token", -1),
+        ("alpha", math.nan),
+        ("beta", "x"),
+        ("max_length_ratio", 0.0),
+    ],
+)
+def test_options_that_are_refused(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"^{name}={value}|^{name}='{value}'"):
+        replace(Options.of(DecodingConfig()), **{name: value})
+
+
+def test_more_experts_than_there_are_are_refused(load: Load) -> None:
+    translator = load()
+    with pytest.raises(ValueError, match="experts_per_token=99"):
+        translator.translate(["the dog"], replace(translator.options, experts_per_token=99))
+
+
+def test_the_best_few(load: Load, lines: list[str]) -> None:
+    translator = load(beam_size=5)
+    few = translator.translate(lines, replace(translator.options, n_best=4))
+    assert max(len(each.hypotheses) for each in few) == 4
+    for line, each, alone in zip(lines, few, translator.translate(lines), strict=True):
+        if each.num_parts == 1:
+            ranked = [one.score for one in each.hypotheses]
+            assert ranked == sorted(ranked, reverse=True)
+        pieces = [one.pieces for one in each.hypotheses]
+        assert len(set(pieces)) == len(pieces)
+        assert bool(pieces) == any(character.isalnum() for character in line)
+        if pieces:
+            best = each.hypotheses[0]
+            assert (each.text, each.score, each.finished) == (best.text, best.score, best.finished)
+            # To go on until four are finished may find a better one, never a worse one.
+            assert each.score >= alone.score - 1e-5
+
+
+def test_pieces_with_log_probabilities_and_attention(load: Load) -> None:
+    translator = load(beam_size=3, max_source_pieces=8)
+    lines = ["The dog. A cat! ... The small dog runs over a green meadow.", "a", "..."]
+    options = replace(translator.options, n_best=2, attention=True)
+    found = translator.translate(lines, options)
+    assert found[0].num_parts > found[1].num_parts == 1
+    assert found[2].hypotheses == found[2].source_pieces == ()
+    for each in found[:2]:
+        assert each.source_pieces[-1] == "</s>"
+        for one in each.hypotheses:
+            assert one.attention is not None
+            assert one.attention.shape == (len(one.pieces), len(each.source_pieces))
+            assert len(one.log_probs) == len(one.pieces)
+            assert one.attention.sum(1) == pytest.approx(np.ones(len(one.pieces)), abs=1e-5)
+            assert max(one.log_probs) < 0
+            # Every part of the source has a row that looks at it.
+            assert (one.attention.max(0) > 0).all()
+    ends = [place for place, piece in enumerate(found[0].source_pieces) if piece == "</s>"]
+    spoken = [each for each in split(lines[0], partial(translator._fit, 8)) if each.strip(" .")]
+    assert len(ends) == len(spoken)
+    assert translator.translate(lines[:1])[0].hypotheses[0].attention is None
+
+
 def test_progress_rises_to_the_whole(load: Load, lines: list[str]) -> None:
     told: list[float] = []
     load(batch_sentences=3).translate(lines, progress=told.append)
@@ -202,9 +278,9 @@ def test_a_score_is_the_log_probability_of_the_greedy_translation(load: Load, li
     translator = load(beam_size=1, alpha=0.0, beta=0.0)
     for line in lines[:6]:
         source = translator.subwords.encode(line)
-        (found,) = translator.search([source])
+        ((found,),) = translator.search([source])
         target, score = found.tokens, found.score
-        longest = int(len(source) * translator.decoding.max_length_ratio) + 10
+        longest = int(len(source) * translator.options.max_length_ratio) + 10
         batch = make_batch(np.arange(1), [source], [np.array(target)])
         with torch.inference_mode():
             nll = float(translator.model(batch).nll)
@@ -225,7 +301,7 @@ def test_an_untrained_model_ends_within_the_limit(load: Load, lines: list[str], 
     for parameter in translator.model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     sources = [source for source in translator.subwords.encode_batch(lines) if len(source)]
-    for source, found in zip(sources, translator.search(sources), strict=True):
+    for source, (found,) in zip(sources, translator.search(sources), strict=True):
         target = found.tokens
         assert len(target) <= ratio * len(source) + 10
         assert EOS not in target
@@ -242,7 +318,7 @@ def test_load_takes_the_checkpoint_that_is_named(load: Load, run: RunDirectory, 
     found = list_checkpoints(run.checkpoints)
     models = [
         Translator.load(run, replace(Config(), model=run.config().model, decoding=replaced)).model
-        for replaced in (replace(translator.decoding, checkpoint=str(each.step)) for each in found)
+        for replaced in (replace(run.config().decoding, checkpoint=str(each.step)) for each in found)
     ]
     wanted = {
         "best": [min(range(len(found)), key=lambda index: found[index].score or 0.0)],

@@ -53,7 +53,7 @@ def translations(
     translator = Translator(model, subwords, replace(GREEDY, precision=precision), world.device)
     with independent_passes(translator.model):
         found = translator.search(sources()[share])
-    return [torch.tensor(each[0]) for each in found]
+    return [torch.tensor(best.tokens) for (best,) in found]
 
 
 def echo(texts: list[str]) -> list[Any]:

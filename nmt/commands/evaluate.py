@@ -104,9 +104,9 @@ def _show(count: int, text: EvaluationSet, translations: dict[str, list[str]]) -
 
 
 def _decoding_line(translator: Translator) -> str:
-    decoding, steps = translator.decoding, translator.steps
+    options, steps = translator.options, translator.steps
     of = f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}"
-    return f"beam {decoding.beam_size}, alpha {decoding.alpha}, beta {decoding.beta}, {of}"
+    return f"beam {options.beam_size}, alpha {options.alpha}, beta {options.beta}, {of}"
 
 
 def _dial(

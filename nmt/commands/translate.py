@@ -18,7 +18,8 @@ from nmt.data.subwords import list_characters
 from nmt.decoding.lines import Piece, open_input, text_reader, windows
 from nmt.decoding.output import Output, open_output
 from nmt.decoding.segment import seam
-from nmt.decoding.translator import Translation, Translator
+from nmt.decoding.translation import Translation
+from nmt.decoding.translator import Translator
 from nmt.run import RunDirectory
 
 
@@ -63,7 +64,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
                     progress.begin(written.num_lines, len(window))
                     texts = [piece.text for piece in window]
                     long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
-                    found = translator.translate(texts, long, progress.tell)
+                    found = translator.translate(texts, long=long, progress=progress.tell)
                     output.stream.write(written.add(window, found).encode())
                     if output.live:
                         output.stream.flush()
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         unknown = list_characters(written.unlearned)
         say(f"{_lines(written.num_unlearned)} held characters that are unknown to the model, check: {unknown}")
     if written.num_long:
-        longest, asked = translator.max_pieces, config.decoding.max_source_pieces
+        longest, asked = translator.max_pieces(), config.decoding.max_source_pieces
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
         say(f"{_lines(written.num_long)} longer than {longest} pieces ({why}) translated in parts")
     if written.num_cut_off:

@@ -6,8 +6,11 @@ Choices where the paper is silent: |Y| counts the end-of-sentence piece; a sourc
 as one with 1e-6 of it (log 0 would forbid the hypothesis); the caller says which source positions want covering. GNMT's
 two pruning margins are not used: what the search returns is the best of all it saw.
 
+The loop keeps the model's state, one piece per hypothesis and the best scores. What it saw at each position goes into a
+`Trace`, which it never reads or gathers. At the end, nmt/decoding/trace.py follows the traces back from the best ends.
+
 Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, F pieces that are never output,
-S source positions, L output positions.
+S source positions, N finished hypotheses that are wanted.
 """
 
 from collections.abc import Callable
@@ -16,7 +19,8 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, PAD
+from nmt.batch import BOS, EOS
+from nmt.decoding.trace import Candidates, Hypothesis, Stretch, Trace, follow_back
 
 _NEVER = float("-inf")
 _LEAST_COVERAGE = 1.0e-6
@@ -28,7 +32,7 @@ class SearchState(Protocol):
     """What the model carries from position to position for K x B columns (column k * B + b)."""
 
     def select(self, columns_R: Tensor) -> Self:
-        """Its columns gathered: hypotheses that go on."""
+        """Its columns gathered: the hypotheses that remain."""
 
     def shrink(self, sentences_B: Tensor) -> Self:
         """Whatever it holds once per sentence, for these sentences only; called along with `select`."""
@@ -37,33 +41,56 @@ class SearchState(Protocol):
 class StepOutput(NamedTuple):
     """One position of the model."""
 
-    logits_KBV: Tensor  # before the softmax
+    logits_KBV: Tensor  # before the softmax; the search overwrites them
     attention_KBS: Tensor  # over source positions
     state: Any  # a SearchState
 
 
-class Hypotheses(NamedTuple):
-    """The best translation of each sentence."""
+class Limits(NamedTuple):
+    """What may be output, and how long it may get. Lengths are int64 and count EOS."""
 
-    tokens: list[list[int]]  # without EOS
-    scores: list[float]  # GNMT eq. 14; -inf if no step had a finite output
-    log_probs: list[float]  # log P(Y | X), in nats
-    finished: list[bool]  # False: nothing finished before the greatest length
+    min_length_B: Tensor  # at least 1; EOS cannot come before
+    max_length_B: Tensor  # at least 1
+    forbidden_F: Tensor  # int64, pieces that are never output
+
+    def forbid_(self, logits_KBV: Tensor, length: Tensor) -> None:
+        """Set the logits of what may not be piece number `length` (from 1) to minus infinity, in place."""
+        logits_KBV.index_fill_(2, self.forbidden_F, _NEVER)
+        logits_KBV[:, :, EOS].masked_fill_(length < self.min_length_B, _NEVER)
+
+    def select(self, sentences_B: Tensor) -> "Limits":
+        """The limits of these sentences only."""
+        return Limits(self.min_length_B[sentences_B], self.max_length_B[sentences_B], self.forbidden_F)
+
+
+class BeamSettings(NamedTuple):
+    """How wide the search is, how it scores, and what it returns."""
+
+    beam_size: int
+    alpha: float
+    beta: float
+    keep: int = 1
+    """Finished hypotheses per sentence that are wanted, at most `beam_size`."""
+    attention: bool = False
+    """Whether hypotheses come with their attention."""
+
+
+Choose = Callable[[Tensor, Tensor, Limits, Tensor], Candidates]
+"""choose(logits_KBV, log_prob_KB, limits, length): what may follow the hypotheses as piece number `length` (from 1, a
+scalar on the device). It may overwrite the logits. At least K candidates per sentence; the first K of them may end."""
 
 
 class Beam(NamedTuple):
-    """The whole search between two positions. The first four fields move with their hypothesis."""
+    """The whole search between two positions; all on the device, so that no position waits for the host."""
 
     state: Any
-    tokens_KBL: Tensor  # int64, PAD where nothing stands yet
-    log_prob_KB: Tensor  # float32; -inf where there is no hypothesis
+    previous_KB: Tensor  # int64, the last piece of each hypothesis
+    log_prob_KB: Tensor  # float32, highest first; -inf where there is no hypothesis
     coverage_KBS: Tensor  # float32, summed attention
-    best_tokens_BL: Tensor  # int64, the best finished hypothesis, EOS included
-    best_score_B: Tensor  # float32, its score; -inf while there is none
-    best_log_prob_B: Tensor  # float32, its log-probability
-    finished_B: Tensor  # bool, whether it ends with EOS
+    best_NB: Tensor  # float32, the highest scores of finished hypotheses, highest first; -inf where there is none
     count_B: Tensor  # int64, finished hypotheses so far
     done_B: Tensor  # bool, nothing can change any more
+    length: Tensor  # int64 scalar, pieces output so far
 
 
 def length_penalty(length: Tensor | int, alpha: float) -> Any:
@@ -77,156 +104,121 @@ def coverage_penalty(coverage: Tensor, wanted: Tensor, beta: float) -> Tensor:
     return beta * log_coverage.masked_fill(~wanted, 0.0).sum(-1)
 
 
+def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
+    """The most probable 2 K continuations of each sentence: a `Choose`. With EOS among them, K others remain."""
+    beam_size, _, vocabulary = logits_KBV.shape
+    # The best 2 K of each hypothesis hold the best 2 K of all; no log-softmax over the whole vocabulary is written.
+    normaliser_KB1 = logits_KBV.float().logsumexp(dim=2, keepdim=True)
+    limits.forbid_(logits_KBV, length)
+    top_KBJ, token_KBJ = logits_KBV.topk(min(2 * beam_size, vocabulary), dim=2)
+    token_log_prob_KBJ = top_KBJ.float() - normaliser_KB1
+    each = token_log_prob_KBJ.shape[2]
+    total_BX = _by_sentence(log_prob_KB.unsqueeze(2) + token_log_prob_KBJ)
+    log_prob_BC, pick_BC = total_BX.topk(min(2 * beam_size, total_BX.shape[1]), dim=1)
+    return Candidates(
+        log_prob_CB=log_prob_BC.T,
+        token_log_prob_CB=_by_sentence(token_log_prob_KBJ).gather(1, pick_BC).T,
+        hypothesis_CB=(pick_BC // each).T,
+        token_CB=_by_sentence(token_KBJ).gather(1, pick_BC).T,
+    )
+
+
+def _by_sentence(values_KBJ: Tensor) -> Tensor:
+    return values_KBJ.transpose(0, 1).flatten(1)
+
+
 def beam_search(
     step: Callable[[Tensor, Any], StepOutput],
     state: SearchState,
     wanted_BS: Tensor,
-    max_length_B: Tensor,
-    forbidden_F: Tensor,
-    beam_size: int,
-    alpha: float,
-    beta: float,
-) -> Hypotheses:
-    """The best-scored translation of each of B sentences; beam_size = 1 is greedy search.
+    limits: Limits,
+    settings: BeamSettings,
+    choose: Choose = top_k,
+    look_every: int = 0,
+) -> list[list[Hypothesis]]:
+    """The best-scored translations of each of B sentences, best first; a beam of 1 is greedy search.
 
-    step(previous_KB, state) runs the model one position on. `wanted_BS` is True at source positions to be covered;
-    the pieces `forbidden_F` (int64) are never output. A sentence is done when it has `beam_size` finished hypotheses,
-    when no unfinished one can still win (its log-probability only falls), or at its greatest length `max_length_B`,
-    which counts EOS; only if nothing finished by then, the best unfinished hypothesis is returned.
+    step(previous_KB, state) runs the model by one position. `wanted_BS` is True at source positions to be covered. A
+    sentence is done when it has `beam_size` finished hypotheses, when no unfinished one can come among the best `keep`
+    (its log-probability only falls), or at its greatest length. There are at most `keep` finished hypotheses, and fewer
+    if fewer finished; only if none did, the best unfinished ones are returned. A sentence whose model outputs were
+    never finite has none at all. Which sentences are done is looked up at every `look_every`th position; 0: as often
+    as is best for the device. It changes no result.
     """
-    num_sentences, num_positions = wanted_BS.shape[0], int(max_length_B.max())
-    beam = _first_beam(state, wanted_BS, num_positions, beam_size)
-    sentence_B = torch.arange(num_sentences, device=wanted_BS.device)
-    found: list[tuple[list[int], float, float, bool]] = [([], _NEVER, _NEVER, False)] * num_sentences
-    look_every = 1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY
-    for position in range(num_positions):
-        previous_KB = beam.tokens_KBL[:, :, position - 1]
-        if position == 0:
-            previous_KB = torch.full_like(previous_KB, BOS)
-        output = step(previous_KB, beam.state)
-        beam = _advance(beam, output, wanted_BS, max_length_B, forbidden_F, position, alpha, beta)
-        last = position + 1 == num_positions
-        if not last and (position + 1) % look_every:
+    max_lengths: list[int] = limits.max_length_B.tolist()
+    look_every = look_every or (1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY)
+    beam = _first_beam(state, wanted_BS, settings)
+    stretches = [Stretch(list(range(len(max_lengths))), [])]
+    for length in range(1, max(max_lengths) + 1):
+        output = step(beam.previous_KB, beam.state)
+        beam, trace = _advance(beam, output, wanted_BS, limits, settings, choose)
+        stretches[-1].traces.append(trace)
+        if length % look_every:
             continue
-        num_done, columns = int(beam.done_B.sum()), sentence_B.numel()
-        if num_done == columns or last:
-            _collect(beam, sentence_B, found)
+        num_done, columns = int(beam.done_B.sum()), len(stretches[-1].sentences)
+        if num_done == columns:
             break
         if 2 * num_done >= columns:
-            _collect(beam, sentence_B, found)
             going_B = (~beam.done_B).nonzero().squeeze(1)
-            beam = _shrink(beam, going_B)
-            sentence_B, wanted_BS, max_length_B = (
-                sentence_B[going_B],
-                wanted_BS[going_B],
-                max_length_B[going_B],
-            )
-    return Hypotheses(*(list(column) for column in zip(*found, strict=True)))
+            beam, limits, wanted_BS = _shrink(beam, going_B), limits.select(going_B), wanted_BS[going_B]
+            stretches.append(Stretch([stretches[-1].sentences[column] for column in going_B.tolist()], []))
+    return follow_back(stretches, max_lengths, settings.keep)
 
 
-def _first_beam(state: SearchState, wanted_BS: Tensor, num_positions: int, beam_size: int) -> Beam:
+def _first_beam(state: SearchState, wanted_BS: Tensor, settings: BeamSettings) -> Beam:
     """One empty hypothesis per sentence; the other places of the beam are open."""
     device, (sentences, sources) = wanted_BS.device, wanted_BS.shape
-    log_prob_KB = torch.full((beam_size, sentences), _NEVER, device=device)
+    log_prob_KB = torch.full((settings.beam_size, sentences), _NEVER, device=device)
     log_prob_KB[0] = 0.0
     return Beam(
         state=state,
-        tokens_KBL=torch.full((beam_size, sentences, num_positions), PAD, device=device),
+        previous_KB=torch.full((settings.beam_size, sentences), BOS, device=device),
         log_prob_KB=log_prob_KB,
-        coverage_KBS=torch.zeros(beam_size, sentences, sources, device=device),
-        best_tokens_BL=torch.full((sentences, num_positions), PAD, device=device),
-        best_score_B=torch.full((sentences,), _NEVER, device=device),
-        best_log_prob_B=torch.full((sentences,), _NEVER, device=device),
-        finished_B=torch.zeros(sentences, dtype=torch.bool, device=device),
+        coverage_KBS=torch.zeros(settings.beam_size, sentences, sources, device=device),
+        best_NB=torch.full((settings.keep, sentences), _NEVER, device=device),
         count_B=torch.zeros(sentences, dtype=torch.int64, device=device),
         done_B=torch.zeros(sentences, dtype=torch.bool, device=device),
+        length=torch.zeros((), dtype=torch.int64, device=device),
     )
-
-
-def _candidates(logits_KBV: Tensor, log_prob_KB: Tensor, forbidden_F: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The best 2 K continuations of each sentence, best first: (log_prob_CB, hypothesis_CB, token_CB)."""
-    beam_size, sentences, vocabulary = logits_KBV.shape
-    # The best 2 K of each hypothesis hold the best 2 K of all; no log-softmax over the whole vocabulary is written.
-    normaliser_KB = logits_KBV.float().logsumexp(dim=2)
-    logits_KBV.index_fill_(2, forbidden_F, _NEVER)
-    top_KBJ, token_KBJ = logits_KBV.topk(min(2 * beam_size, vocabulary), dim=2)
-    total_KBJ = (log_prob_KB - normaliser_KB).unsqueeze(2) + top_KBJ.float()
-    each = total_KBJ.shape[2]
-    total_BX = total_KBJ.transpose(0, 1).reshape(sentences, -1)
-    log_prob_BC, pick_BC = total_BX.topk(min(2 * beam_size, total_BX.shape[1]), dim=1)
-    token_BC = token_KBJ.transpose(0, 1).reshape(sentences, -1).gather(1, pick_BC)
-    return log_prob_BC.T, (pick_BC // each).T, token_BC.T
 
 
 def _advance(
-    beam: Beam,
-    output: StepOutput,
-    wanted_BS: Tensor,
-    max_length_B: Tensor,
-    forbidden_F: Tensor,
-    position: int,
-    alpha: float,
-    beta: float,
-) -> Beam:
-    """The search one position on."""
+    beam: Beam, output: StepOutput, wanted_BS: Tensor, limits: Limits, settings: BeamSettings, choose: Choose
+) -> tuple[Beam, Trace]:
+    """The search one position further, and what it saw there."""
     beam_size, sentences = beam.log_prob_KB.shape
-    length = position + 1
-    attended_KBS = beam.coverage_KBS + output.attention_KBS.float()
-    log_prob_CB, hypothesis_CB, token_CB = _candidates(output.logits_KBV, beam.log_prob_KB, forbidden_F)
-    ends_CB = (token_CB == EOS) & (log_prob_CB > _NEVER)
+    length = beam.length + 1
+    found = choose(output.logits_KBV, beam.log_prob_KB, limits, length)
+    # The coverage of a candidate is that of the hypothesis it continues: its own piece has attended to nothing yet.
+    coverage_KBS = beam.coverage_KBS + output.attention_KBS.float()
+    penalty_KB = coverage_penalty(coverage_KBS, wanted_BS, settings.beta)
+    score_CB = found.log_prob_CB / length_penalty(length, settings.alpha) + penalty_KB.gather(0, found.hypothesis_CB)
+    ends_CB = (found.token_CB == EOS) & (found.log_prob_CB > _NEVER)
 
-    # Finished: candidates that end, among the best K. Their coverage is that of the hypothesis they end.
-    coverage_CBS = attended_KBS.gather(0, hypothesis_CB.unsqueeze(2).expand(-1, -1, attended_KBS.shape[2]))
-    score_CB = log_prob_CB / length_penalty(length, alpha) + coverage_penalty(coverage_CBS, wanted_BS, beta)
-    counts_CB = ends_CB & ~beam.done_B
-    counts_CB[beam_size:] = False
-    final_score_B, final_C = score_CB.masked_fill(~counts_CB, _NEVER).max(0)
-    final_tokens_BL = _tokens_of(beam.tokens_KBL, hypothesis_CB, final_C)
-    final_tokens_BL[:, position] = EOS
-    final_log_prob_B = log_prob_CB.gather(0, final_C[None])[0]
-    beam = _keep_better(beam, final_score_B, final_log_prob_B, final_tokens_BL, finished=True)
-    count_B = beam.count_B + counts_CB.sum(0)
+    # Those that end count only among the best K.
+    finished_KB = ends_CB[:beam_size] & ~beam.done_B
+    finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, _NEVER)
+    best_NB = torch.cat([beam.best_NB, finished_score_KB]).topk(settings.keep, dim=0).values
+    count_B = beam.count_B + finished_KB.sum(0)
 
-    # Going on: the best K candidates that do not end.
-    log_prob_KB, pick_KB = log_prob_CB.masked_fill(ends_CB, _NEVER).topk(min(beam_size, log_prob_CB.shape[0]), dim=0)
-    hypothesis_KB, token_KB = hypothesis_CB.gather(0, pick_KB), token_CB.gather(0, pick_KB)
-    tokens_KBL = beam.tokens_KBL.gather(0, hypothesis_KB.unsqueeze(2).expand(-1, -1, beam.tokens_KBL.shape[2]))
-    tokens_KBL[:, :, position] = token_KB
-    coverage_KBS = coverage_CBS.gather(0, pick_KB.unsqueeze(2).expand(-1, -1, coverage_CBS.shape[2]))
-    columns_KB = hypothesis_KB * sentences + torch.arange(sentences, device=hypothesis_KB.device)
+    # Those that do not end: the best K.
+    log_prob_KB, pick_KB = found.log_prob_CB.masked_fill(ends_CB, _NEVER).topk(beam_size, dim=0)
+    parent_KB = found.hypothesis_CB.gather(0, pick_KB)
+    columns_KB = parent_KB * sentences + torch.arange(sentences, device=parent_KB.device)
 
-    # At the greatest length an unfinished hypothesis stands in where nothing finished.
-    at_limit_B = ~beam.done_B & (max_length_B <= length)
-    cut_score_KB = log_prob_KB / length_penalty(length, alpha) + coverage_penalty(coverage_KBS, wanted_BS, beta)
-    cut_score_B, cut_K = cut_score_KB.masked_fill(~(at_limit_B & (count_B == 0)), _NEVER).max(0)
-    cut_tokens_BL = tokens_KBL[cut_K, torch.arange(sentences, device=cut_K.device)]
-    cut_log_prob_B = log_prob_KB.gather(0, cut_K[None])[0]
-    beam = _keep_better(beam, cut_score_B, cut_log_prob_B, cut_tokens_BL, finished=False)
-
-    hopeless_B = beam.best_score_B >= log_prob_KB[0] / length_penalty(max_length_B, alpha)
-    return beam._replace(
+    hopeless_B = best_NB[-1] >= log_prob_KB[0] / length_penalty(limits.max_length_B, settings.alpha)
+    after = Beam(
         state=output.state.select(columns_KB.flatten()),
-        tokens_KBL=tokens_KBL,
+        previous_KB=found.token_CB.gather(0, pick_KB),
         log_prob_KB=log_prob_KB,
-        coverage_KBS=coverage_KBS,
+        coverage_KBS=coverage_KBS.flatten(0, 1).index_select(0, columns_KB.flatten()).view_as(coverage_KBS),
+        best_NB=best_NB,
         count_B=count_B,
-        done_B=beam.done_B | at_limit_B | (count_B >= beam_size) | hopeless_B,
+        done_B=beam.done_B | (limits.max_length_B <= length) | (count_B >= beam_size) | hopeless_B,
+        length=length,
     )
-
-
-def _tokens_of(tokens_KBL: Tensor, hypothesis_CB: Tensor, pick_B: Tensor) -> Tensor:
-    sentence_B = torch.arange(pick_B.numel(), device=pick_B.device)
-    return tokens_KBL[hypothesis_CB[pick_B, sentence_B], sentence_B]
-
-
-def _keep_better(beam: Beam, score_B: Tensor, log_prob_B: Tensor, tokens_BL: Tensor, finished: bool) -> Beam:
-    better_B = score_B > beam.best_score_B
-    return beam._replace(
-        best_score_B=torch.where(better_B, score_B, beam.best_score_B),
-        best_log_prob_B=torch.where(better_B, log_prob_B, beam.best_log_prob_B),
-        best_tokens_BL=torch.where(better_B.unsqueeze(1), tokens_BL, beam.best_tokens_BL),
-        finished_B=torch.where(better_B, finished, beam.finished_B),
-    )
+    attention_KBS = output.attention_KBS if settings.attention else None
+    return after, Trace(found, score_CB, finished_KB, pick_KB, attention_KBS)
 
 
 def _shrink(beam: Beam, going_B: Tensor) -> Beam:
@@ -235,29 +227,11 @@ def _shrink(beam: Beam, going_B: Tensor) -> Beam:
     offset_K1 = torch.arange(beam_size, device=going_B.device)[:, None] * sentences
     return Beam(
         state=beam.state.select((offset_K1 + going_B).flatten()).shrink(going_B),
-        tokens_KBL=beam.tokens_KBL[:, going_B],
+        previous_KB=beam.previous_KB[:, going_B],
         log_prob_KB=beam.log_prob_KB[:, going_B],
         coverage_KBS=beam.coverage_KBS[:, going_B],
-        best_tokens_BL=beam.best_tokens_BL[going_B],
-        best_score_B=beam.best_score_B[going_B],
-        best_log_prob_B=beam.best_log_prob_B[going_B],
-        finished_B=beam.finished_B[going_B],
+        best_NB=beam.best_NB[:, going_B],
         count_B=beam.count_B[going_B],
         done_B=beam.done_B[going_B],
+        length=beam.length,
     )
-
-
-def _collect(beam: Beam, sentence_B: Tensor, found: list[tuple[list[int], float, float, bool]]) -> None:
-    """Write the results of the sentences that are done to their places."""
-    rows = zip(
-        sentence_B.tolist(),
-        beam.done_B.tolist(),
-        beam.best_tokens_BL.tolist(),
-        beam.best_score_B.tolist(),
-        beam.best_log_prob_B.tolist(),
-        beam.finished_B.tolist(),
-        strict=True,
-    )
-    for sentence, done, tokens, score, log_prob, finished in rows:
-        if done:
-            found[sentence] = ([token for token in tokens if token not in (PAD, EOS)], score, log_prob, finished)

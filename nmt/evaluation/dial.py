@@ -107,19 +107,17 @@ def dial(
     `tell` gets a line as each is done. UserError for a number that the gates cannot wake.
     """
     wanted = dial_positions(counts, config.model.moe)
-    dialled = []
     for count, trained in wanted:
-        decoding = replace(translator.decoding, experts_per_token=0 if trained else count)
         try:
-            of = (translator.model, translator.subwords, decoding, translator.device, translator.longest_seen)
-            dialled.append(Translator(*of))
+            translator.model.check_experts_per_token(0 if trained else count)
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
     # The first batch of a process pays for what is made once.
     translator.translate(text.sources[: config.decoding.batch_sentences])
     measured = []
-    for (count, _), each in zip(wanted, dialled, strict=True):
-        measured.append(measure(each, text, tokenizer, config))
+    for count, trained in wanted:
+        options = replace(translator.options, experts_per_token=0 if trained else count)
+        measured.append(measure(translator, text, tokenizer, config, options))
         tell(f"{count} experts per token: {len(text.sources):,} sentences in {measured[-1].seconds:.1f} s")
     baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses
     positions = []

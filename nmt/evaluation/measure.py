@@ -5,6 +5,7 @@ import time
 from dataclasses import dataclass
 
 from nmt.config import Config
+from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError
@@ -29,11 +30,17 @@ class Measured:
     """Of the first translator's references."""
 
 
-def measure(translator: Translator, text: EvaluationSet, tokenizer: str, config: Config) -> Measured:
-    """Translate `text` and score it. CheckpointError if the model's outputs are not numbers."""
+def measure(
+    translator: Translator, text: EvaluationSet, tokenizer: str, config: Config, options: Options | None = None
+) -> Measured:
+    """Translate `text` and score it; `options`: None for the translator's own.
+
+    CheckpointError if the model's outputs are not numbers.
+    """
+    options = options or translator.options
     started = time.perf_counter()
     with shortage_told(lambda: "translating", "lower decoding.batch_sentences or decoding.beam_size"):
-        hypotheses = [translation.text for translation in translator.translate(text.sources)]
+        hypotheses = [translation.text for translation in translator.translate(text.sources, options)]
     seconds = time.perf_counter() - started
     scores = corpus_scores(hypotheses, text.references, tokenizer)
     found = perplexity(
@@ -43,7 +50,7 @@ def measure(translator: Translator, text: EvaluationSet, tokenizer: str, config:
         text.references[0],
         min(config.training.batch_tokens, _BATCH_TOKENS),
         World(translator.device),
-        translator.decoding.experts_per_token,
+        options.experts_per_token,
     )
     if math.isnan(found.pieces):
         raise CheckpointError("the perplexity is not a number: choose other parameters with decoding.checkpoint=STEP")

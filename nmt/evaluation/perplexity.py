@@ -11,6 +11,7 @@ import torch
 from nmt.batch import Batch
 from nmt.data.held_out import HeldOut, encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
+from nmt.decoding.scoring import score
 from nmt.device import shortage_told
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
@@ -56,9 +57,9 @@ def perplexity(
         batch = batches[min(mine, len(batches) - 1)]
         longest = partial(_longest_pair, batch, held_out)
         with shortage_told(longest, "shorten or remove that line"):
-            output = model(batch.to(world.device), experts_per_token=experts_per_token)
+            log_prob_TB = score(model, batch.to(world.device), experts_per_token).log_prob_TR
         if mine < len(batches):
-            nll += output.nll
+            nll -= log_prob_TB.sum(dtype=torch.float64)
     pieces = sum(batch.num_target_tokens for batch in batches)
     total = float(world.sum(nll))
     words = _num_words(subwords, targets, held_out)

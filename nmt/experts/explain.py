@@ -15,7 +15,7 @@ They are computed, not estimated: the pair is scored once for each thing taken a
 by a few hundredths of a nat and at most by a tenth, fp32 by 1e-5.
 
 Letters: S source positions, T target positions, C columns (one whole, the others each without one thing), N = T C rows
-of a layer in time-major order, K slots of a token, D width, V vocabulary, M positions of a piece of the softmax.
+of a layer in time-major order, K slots of a token, D width.
 """
 
 import math
@@ -31,17 +31,17 @@ from torch import Tensor
 
 from nmt.batch import EOS, make_batch
 from nmt.config import LayerName
+from nmt.decoding.scoring import Scores, score_target
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model.attention import Memory
 from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
-from nmt.model.seq2seq import DecoderOutput, Gates, Seq2Seq
+from nmt.model.seq2seq import Gates, Seq2Seq
 
 _EVERYWHERE, _NOTHING = -1, -1
-# Numbers that the columns of one pass may hold in the larger layers, and in the logits of one piece.
+# Numbers that the columns of one pass may hold in the larger layers.
 _ELEMENTS = 2**28
-_LOGITS = 2**24
 _MAX_COLUMNS = 128
 
 
@@ -191,9 +191,9 @@ class Scorer:
         self.precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode():
             self.memory, gates = self._encode(1)
-            decoded = self._decode(1, self.memory)
-            self.gates: Gates = gates | decoded.gates
-            self.log_probability_T = self._log_probabilities(decoded.x_TRD)[:, 0]
+            scores = self._score(1, self.memory)
+            self.gates: Gates = gates | scores.gates
+            self.log_probability_T = scores.log_prob_TR[:, 0]
 
     def contributions(self, removals: Sequence[Removal]) -> list[float]:
         """What log P(Y|X) loses by each of them alone, in as many passes as memory wants."""
@@ -217,31 +217,19 @@ class Scorer:
             if side == "encoder":
                 memory, _ = self._encode(columns)
             # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
-            decoded = self._decode(columns, memory)
-            log_probability_TC = self._log_probabilities(decoded.x_TRD)
-        scores: list[float] = log_probability_TC.double().sum(0).tolist()
+            log_prob_TC = self._score(columns, memory).log_prob_TR
+        scores: list[float] = log_prob_TC.double().sum(0).tolist()
         return scores
 
     def _encode(self, columns: int) -> tuple[Memory, Gates]:
         source_SC, length_C = self.batch.source_SB.repeat(1, columns), self.batch.source_length_B.repeat(columns)
         return self.model.encode(source_SC, length_C, None, self.experts_per_token)
 
-    def _decode(self, columns: int, memory: Memory) -> DecoderOutput:
-        target_TC = self.batch.target_in_TB.repeat(1, columns)
-        return self.model.decode(target_TC, memory, experts_per_token=self.experts_per_token)
-
-    def _log_probabilities(self, x_TCD: Tensor) -> Tensor:
-        """log P of every target piece, shape (T, C): softmax in float32, some positions at a time."""
-        target_T1, columns = self.batch.target_out_TB, x_TCD.shape[1]
-        vocabulary = self.model.output.out_features
-        step = max(1, _LOGITS // (columns * vocabulary))
-        pieces = []
-        for start in range(0, len(x_TCD), step):
-            logits_MCV = self.model.logits(x_TCD[start : start + step])
-            exact = torch.promote_types(logits_MCV.dtype, torch.float32)
-            index_MC1 = target_T1[start : start + step].expand(-1, columns).unsqueeze(2)
-            pieces.append(logits_MCV.log_softmax(2, dtype=exact).gather(2, index_MC1).squeeze(2))
-        return torch.cat(pieces)
+    def _score(self, columns: int, memory: Memory) -> Scores:
+        target_in_TC, target_out_TC = (
+            side_TB.repeat(1, columns) for side_TB in (self.batch.target_in_TB, self.batch.target_out_TB)
+        )
+        return score_target(self.model, memory, target_in_TC, target_out_TC, None, self.experts_per_token)
 
     def _columns_at_once(self) -> int:
         """Columns of one pass, the whole one included."""
@@ -307,7 +295,7 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
 
     DataError for a sentence without pieces, or with more than are translated at once.
     """
-    subwords, limit = translator.subwords, translator.decoding.max_source_pieces
+    subwords, limit = translator.subwords, translator.options.max_source_pieces
     source = subwords.encode(sentence)
     if not len(source):
         raise DataError("the sentence is blank: there is nothing to explain")
@@ -316,12 +304,12 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
             f"the sentence has {len(source)} pieces, more than the decoding.max_source_pieces={limit} that are "
             "translated at once"
         )
-    target = translator.search([source])[0].tokens
+    target = translator.search([source])[0][0].tokens
     scorer = Scorer(
         translator.model,
         source,
         np.array(target, dtype=np.int64),
-        translator.decoding.experts_per_token,
+        translator.options.experts_per_token,
     )
     return Explanation(
         sentence=sentence,

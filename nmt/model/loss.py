@@ -6,6 +6,7 @@ Letters: N target tokens, D width, V vocabulary, M tokens of a piece.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -77,3 +78,31 @@ def linear_cross_entropy(
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing)
+
+
+def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
+    """Softmax input of decoder outputs (..., D) -> (..., V), never of less than float32; for passes without gradient.
+
+    In bf16 an eighth of all hypotheses would have an exact tie among their five best pieces (a small model, 300
+    sentences), which a search breaks arbitrarily. On a GPU bf16 products are summed and handed over in float32;
+    elsewhere the inputs are float32.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        if not (x.is_cuda and x.dtype == torch.bfloat16):
+            return F.linear(x.to(weight_VD.dtype), weight_VD, bias_V)
+        logits_RV = torch.mm(x.flatten(0, -2), weight_VD.to(x.dtype).T, out_dtype=torch.float32)
+        logits = logits_RV.view(*x.shape[:-1], -1)
+        return logits if bias_V is None else logits + bias_V
+
+
+def token_log_probs(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+    """log softmax(x W^T + b)[target] of each token, float32 or better, shape (N,); for passes without gradient.
+
+    It has the logits that a search has (`output_logits`), and never those of more than some tokens at once.
+    """
+    piece = max(_PIECE_ELEMENTS // weight_VD.shape[0], 1)
+    pieces = []
+    for x_MD, target_M in zip(x_ND.split(piece), target_N.split(piece), strict=True):
+        logits_MV = output_logits(x_MD, weight_VD, bias_V)
+        pieces.append(logits_MV.gather(1, target_M[:, None]).squeeze(1) - logits_MV.logsumexp(dim=1))
+    return torch.cat(pieces)

@@ -19,7 +19,7 @@ from nmt.config import LayerName, ModelConfig
 from nmt.model.attention import Attention, Memory
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
-from nmt.model.loss import linear_cross_entropy
+from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
 from nmt.model.rows import put_rows, take_rows
@@ -251,19 +251,8 @@ class Seq2Seq(nn.Module):
         return self.decoder.attention.query.weight.dtype
 
     def logits(self, x: Tensor) -> Tensor:
-        """Softmax input of decoder outputs (..., D) -> (..., V), never of less than float32.
-
-        In bf16 an eighth of all hypotheses would have an exact tie among their five best pieces (a small model, 300
-        sentences), which a search breaks arbitrarily. On a GPU bf16 products are summed and handed over in float32;
-        elsewhere the inputs are float32.
-        """
-        weight_VD, bias_V = self.output.weight, self.output.bias
-        with torch.autocast(x.device.type, enabled=False):
-            if not (x.is_cuda and x.dtype == torch.bfloat16):
-                return F.linear(x.to(weight_VD.dtype), weight_VD, bias_V)
-            logits_RV = torch.mm(x.flatten(0, -2), weight_VD.to(x.dtype).T, out_dtype=torch.float32)
-            logits = logits_RV.view(*x.shape[:-1], -1)
-            return logits if bias_V is None else logits + bias_V
+        """`output_logits` with the softmax layer of this model."""
+        return output_logits(x, self.output.weight, self.output.bias)
 
     def forward(self, *bands: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
         """Summed loss of predicting every target token from the source and the tokens before it.

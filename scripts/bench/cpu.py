@@ -341,7 +341,7 @@ def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
         translator = Translator(model, subwords, decoding, CPU)
         works[name] = lambda translator=translator: translator.search(sources)  # type: ignore[misc]
     seconds = seconds_of(works, repeats=3)
-    pieces = {name: sum(len(tokens) for tokens, _ in cast(list[Any], work())) for name, work in works.items()}
+    pieces = {name: sum(len(best.tokens) for (best,) in cast(list[Any], work())) for name, work in works.items()}
     return {
         name: {"sentences_per_second": sentences / each, "pieces_per_sentence": pieces[name] / sentences}
         for name, each in seconds.items()

@@ -1,0 +1,58 @@
+"""Forced decoding: how probable a model finds translations that are given.
+
+Perplexity, explanations and scores of sentence pairs all come from here. A hypothesis that a search found has the same
+log-probabilities, piece by piece, when it is forced.
+
+Letters: S source positions, T target positions, B sentences, R = columns x B decoder columns (column r belongs to
+sentence r mod B), N real (not padding) target positions.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nmt.batch import Batch
+from nmt.model.attention import Memory
+from nmt.model.loss import token_log_probs
+from nmt.model.rows import put_rows, take_rows
+from nmt.model.seq2seq import Seq2Seq
+from nmt.model.walk import Gates
+
+
+class Scores(NamedTuple):
+    """What a model gives to target sentences."""
+
+    log_prob_TR: Tensor  # float32 or better, log P of each piece, EOS included, in nats; 0 at padding
+    attention_TRS: Tensor
+    gates: Gates  # those of the pass
+
+
+def score(model: Seq2Seq, batch: Batch, experts_per_token: int = 0) -> Scores:
+    """The log-probability of every target piece of a batch, given its source and the pieces before it.
+
+    The model must be in evaluation mode; it computes in the precision that it has. Call it without gradients.
+    """
+    memory, gates = model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N, experts_per_token)
+    scores = score_target(
+        model, memory, batch.target_in_TB, batch.target_out_TB, batch.target_rows_N, experts_per_token
+    )
+    return scores._replace(gates=gates | scores.gates)
+
+
+def score_target(
+    model: Seq2Seq,
+    memory: Memory,
+    target_in_TR: Tensor,
+    target_out_TR: Tensor,
+    rows_N: Tensor | None,
+    experts_per_token: int = 0,
+) -> Scores:
+    """`score` where the source is encoded; `rows_N`: flat positions of real target pieces, None if all are."""
+    decoded = model.decode(target_in_TR, memory, None, rows_N, experts_per_token)
+    x_MD, target_M = decoded.x_TRD.flatten(0, 1), target_out_TR.flatten()
+    if rows_N is not None:
+        x_MD, target_M = take_rows(x_MD, rows_N), target_M.index_select(0, rows_N)
+    log_prob_M = token_log_probs(x_MD, model.output.weight, model.output.bias, target_M)
+    if rows_N is not None:
+        log_prob_M = put_rows(log_prob_M[:, None], rows_N, target_out_TR.numel()).squeeze(1)
+    return Scores(log_prob_M.view(target_out_TR.shape), decoded.weights_TRS, decoded.gates)
