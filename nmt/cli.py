@@ -26,6 +26,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 import nmt
 from nmt.commands import is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
+from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
 
 # What only some commands need is loaded by them: nobody should wait for PyTorch to read a help text.
@@ -119,7 +120,8 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(commands)}")
         # Training has its own way to end: it saves first.
-        with nullcontext() if arguments[0] == "train" else ended_by_signals():
+        ending = nullcontext() if arguments[0] == "train" else ended_by_signals()
+        with ending, named_extras(f"nmt {arguments[0]}"):
             commands[arguments[0]](arguments[1:])
             sys.stdout.flush()
     except ValueError as error:

@@ -1,6 +1,17 @@
 """Errors that a user can cause or fix, and their exit statuses.
 
-Each is reported in one line, without a traceback. A plain ValueError counts as a mistake of usage or configuration.
+    ValueError
+      UserError             2   a mistake of usage or configuration
+        MissingExtraError   2   a library of an extra is not installed
+        DataError           3   text or a prepared corpus cannot be used
+        CheckpointError     4   a run, checkpoint or vocabulary cannot be used
+        NonFiniteError      5   training met no finite gradient
+        StorageError        6   nothing can be written
+        MemoryLimitError    6   too little memory
+        ProcessError        7   processes that train together lost each other
+
+Each message is one line; the command line prints it without a traceback. A plain ValueError counts as a mistake of
+usage or configuration.
 """
 
 import signal
@@ -12,6 +23,10 @@ class UserError(ValueError):
     status = 2
     reported_elsewhere = False
     """Whether another process, in which the error occurred, reports it."""
+
+
+class MissingExtraError(UserError):
+    """A library that only some commands need is not installed."""
 
 
 class DataError(UserError):

@@ -13,6 +13,7 @@ FLOORS = {
     "batch": 0,
     "resources": 0,
     "errors": 0,
+    "extras": 0,
     "files": 0,
     "textfile": 0,
     "process": 0,

@@ -2,7 +2,7 @@
 
 import argparse
 
-from nmt.commands import Parser, explain, report, resize
+from nmt.commands import Parser
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -51,9 +51,16 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         raise UserError(f"{run.path} is an exported model, which cannot be trained on: give the run it was made of")
     if not config.model.moe.num_experts and options.grow is None:
         raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0 (--grow gives it some)")
+    # Each loads what it needs itself: resizing writes optimiser state, and so needs what training needs.
     if resizing:
-        resize.resize(options, run, config)
+        from nmt.commands.resize import resize
+
+        resize(options, run, config)
     elif options.explain is not None:
-        explain.explain(options, run, config)
+        from nmt.commands.explain import explain
+
+        explain(options, run, config)
     else:
-        report.report(options, run, config)
+        from nmt.commands.report import report
+
+        report(options, run, config)

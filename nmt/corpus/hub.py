@@ -175,7 +175,7 @@ def _arguments(corpus: CorpusConfig) -> dict[str, Any]:
 
 def _error(corpus: CorpusConfig, error: Exception) -> DataError:
     if isinstance(error, ImportError):
-        return DataError(f"corpus.source={corpus.source} needs the package `datasets` ({error}): install it")
+        return DataError(f"corpus.source={corpus.source} needs datasets ({error}): pip install 'nmt-moe[train]'")
     subset = f" corpus.subset={corpus.subset}" if corpus.subset else ""
     reason = (str(error) or type(error).__name__).split("\n", 1)[0].rstrip(".")
     return DataError(

@@ -1,9 +1,11 @@
 """Models made of tensors that are there already: nothing is drawn at random, and nothing copied that need not be."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nmt.config import ModelConfig
 from nmt.model.attention import Attention
@@ -13,9 +15,24 @@ from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 
 
+class _NothingDrawn(TorchFunctionMode):
+    """Within, the functions of torch.nn.init do nothing.
+
+    Without memory there is nothing to set, and drawing on the meta device would load PyTorch's compiler: a second.
+    """
+
+    def __torch_function__(
+        self, function: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        keywords = kwargs or {}
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return keywords["tensor"] if "tensor" in keywords else args[0]
+        return function(*args, **keywords)
+
+
 def skeleton(config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> Seq2Seq:
     """The network without any memory for its parameters, which are on the meta device."""
-    with torch.device("meta"):
+    with torch.device("meta"), _NothingDrawn():
         return Seq2Seq(config, vocab_size, share)
 
 

@@ -1,0 +1,28 @@
+"""Libraries that only some commands need: the extras of the package, and what to say where one is not installed."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from nmt.errors import MissingExtraError
+
+EXTRAS = {
+    "train": ("hydra", "omegaconf", "datasets", "pyarrow", "tensorboard"),
+    "phrasebook": ("babel", "num2words"),
+    "plots": ("matplotlib",),
+}
+"""The modules that each extra of pyproject.toml installs for us. Translating and scoring need none of them."""
+
+
+@contextmanager
+def named_extras(task: str) -> Iterator[None]:
+    """Within, a module of an extra that is not installed is a MissingExtraError, which names `task` and the extra."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        extra = next((extra for extra, modules in EXTRAS.items() if module in modules), None)
+        if extra is None:
+            raise
+        raise MissingExtraError(
+            f"{task} needs {module}, which is not installed: pip install 'nmt-moe[{extra}]'"
+        ) from error
