@@ -1,6 +1,6 @@
 """Plain English: forms that a native reader has to read twice, and sentences that are too long.
 
-Pages are read whole, but for code. Of the folders in CODE, docstrings, comments and messages are read.
+Pages are read whole, except for code. Of nmt/, docstrings, comments and messages are read.
 """
 
 import ast
@@ -14,8 +14,9 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")])
-CODE = ("nmt/config", "nmt/corpus", "nmt/cost", "nmt/text")
-"""Folders of which the words are plain English already; "nmt" for all."""
+NOT_YET = ("checkpoint.py", "cli.py", "commands", "compose.py", "data", "decoding", "evaluation", "experts", "files.py")
+NOT_YET += ("model", "pages", "parallel", "parameters.py", "run.py", "training")
+"""Files and folders of nmt/ whose words are not plain English yet. All others are read."""
 MOST_WORDS = 30
 """Of a sentence on a page."""
 
@@ -29,7 +30,7 @@ BANNED = {
     r"\b(wake|wakes|waking|woken|woke)\b": "active experts",
     r"\b(stand|stands|stood)\b": "is, is in, is written in",
     rf"\b({_COUNTED}) an? ({_MEASURES})\b": "per",
-    rf"\b[0-9][0-9,.]*[a-z%]* an? ({_MEASURES})\b": "per",
+    rf"\b[0-9]+([,.][0-9]+)*[a-z%]* an? ({_MEASURES})\b": "per",
     r"\bin vain\b": "for nothing",
     r"\bso many\b": "this many, that many",
     r"\bof (which|whom) (one|each|every|all|no)\b": "whose, where",
@@ -113,11 +114,13 @@ def test_pages_are_plain(page: Path):
     assert not found, "\n".join(found)
 
 
-@pytest.mark.parametrize("folder", CODE)
-def test_the_words_of_code_are_plain(folder: str):
+def test_the_words_of_code_are_plain():
+    package = ROOT / "nmt"
+    assert all((package / name).exists() for name in NOT_YET)
     found = [
         f"{path.relative_to(ROOT)}:{line}: {each}"
-        for path in sorted((ROOT / folder).rglob("*.py"))
+        for path in sorted(package.rglob("*.py"))
+        if path.relative_to(package).parts[0] not in NOT_YET
         for line, text in prose_of_code(path.read_text())
         for each in banned(text)
     ]
