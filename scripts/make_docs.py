@@ -1,4 +1,8 @@
-"""Write docs/configuration.md from the docstrings of the settings in nmt/config. Run it after changing them."""
+"""Write the parts of docs/ that come from the code: python scripts/make_docs.py
+
+docs/configuration.md contains the documentation of the settings in nmt/config. In docs/architecture.md, the numbers of
+lines are brought up to date.
+"""
 
 import re
 from collections.abc import Iterator
@@ -9,12 +13,14 @@ from nmt.config import Config
 from nmt.config.describe import Setting, settings
 from nmt.pages.markdown import code, table
 
-PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
+ROOT = Path(__file__).parents[1]
+CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
+CORE = ("data", "decoding", "model", "parallel", "training")
+"""Rooms of nmt that all others could be taken away from."""
 _INTRODUCTION = """\
 # Configuration
 
-Every setting, made from `nmt/config/` by `python scripts/make_configuration_page.py`. `nmt settings [PREFIX]` prints
-the same.
+Every setting, made from `nmt/config/` by `python scripts/make_docs.py`. `nmt settings [PREFIX]` prints the same.
 
 A setting is `key=value` on the command line, or a line in a YAML file of `conf/`:
 
@@ -74,5 +80,30 @@ def _outside(text: str) -> Iterator[str]:
         yield part if place % 2 else part.replace("<", "&lt;")
 
 
+def lines_of_rooms() -> dict[str, int]:
+    """Lines of Python in each folder of nmt, and in the files beside them ("")."""
+    package, counted = ROOT / "nmt", dict[str, int]()
+    for path in sorted(package.rglob("*.py")):
+        room = "/".join(path.relative_to(package).parts[:-1][:1])
+        counted[room] = counted.get(room, 0) + len(path.read_text(encoding="utf-8").splitlines())
+    return counted
+
+
+def with_lines(text: str) -> str:
+    """The text of docs/architecture.md with the numbers of lines as they are now."""
+    rooms = lines_of_rooms()
+    counted = {f"`{room}/`" if room else "`*.py`": lines for room, lines in rooms.items()}
+    counted |= {"all": sum(rooms.values()), "the core": sum(rooms[room] for room in CORE)}
+    for name, lines in counted.items():
+        text = re.sub(rf"^(\| {re.escape(name)} \| [^|]+ \|) [\d,]+ \|", rf"\1 {lines:,} |", text, flags=re.MULTILINE)
+    return text
+
+
+def main() -> None:
+    """Write both."""
+    CONFIGURATION.write_text(page(), encoding="utf-8")
+    ARCHITECTURE.write_text(with_lines(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    main()
