@@ -30,7 +30,7 @@ BANNED = {
     r"\b(wake|wakes|waking|woken|woke)\b": "active experts",
     r"\b(stand|stands|stood)\b": "is, is in, is written in",
     rf"\b({_COUNTED}) an? ({_MEASURES})\b": "per",
-    rf"\b[0-9]+([,.][0-9]+)*[a-z%]* an? ({_MEASURES})\b": "per",
+    r"\b[0-9]+([,.][0-9]+)*[a-z%]* an? (token|GPU|side|pair|second|minute|hour|core|step)\b": "per",
     r"\bin vain\b": "for nothing",
     r"\bso many\b": "this many, that many",
     r"\bof (which|whom) (one|each|every|all|no)\b": "whose, where",
