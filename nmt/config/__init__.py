@@ -68,8 +68,8 @@ class TrainingConfig:
     and softmax process all parts together; LSTMs and attention process one part at a time. More bands mix the sentence
     lengths of a step better; fewer are faster on a GPU."""
     alike: int = 1
-    """Number of micro-batches at a time that have the same sentence lengths; a divisor of `micro_batches`. 1 mixes the
-    sentence lengths of a step best. With the number of GPUs, all GPUs finish each micro-batch at the same time."""
+    """Size of the groups of micro-batches with the same sentence lengths; a divisor of `micro_batches`. 1 mixes the
+    sentence lengths of a step best. The number of GPUs lets all GPUs finish each micro-batch at the same time."""
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
