@@ -1,8 +1,8 @@
-"""What several test files share: a seed, few threads, and the smallest configuration that has every part."""
+"""What several test files share: a seed, one thread, a tiny configuration and batch, the toy text and a run on it."""
 
-import os
 from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,14 +11,16 @@ import torch
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
+from nmt.data.prepare import prepare
+from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus
 
 TINY_VOCAB = 13
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
-    # The processes of `make test` share the cores.
-    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
+def _one_thread() -> None:
+    # Matrices this small are slower on two threads, and the processes of `make test` share the cores.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -51,3 +53,31 @@ def tiny_batch() -> Callable[..., Batch]:
         return make_batch(np.arange(len(lengths)), *sides)
 
     return build
+
+
+@pytest.fixture(scope="session")
+def shared_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the toy text and what `nmt prepare` made of it, for all who change neither."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder)
+    prepare(toy_config(folder).corpus, lambda _line: None)
+    return folder
+
+
+@pytest.fixture
+def corpus(shared_text: Path, tmp_path: Path) -> Path:
+    """A folder for runs of a test's own, on the shared text."""
+    (tmp_path / SHARED_TEXT).symlink_to(shared_text)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def run(shared_text: Path) -> Path:
+    """One run of 8 updates with checkpoints at 2, 4, 6 and 8, for all who only read it."""
+    changes = ("training.checkpoint_every=2", "training.validate_every=2", "training.keep_checkpoints=9")
+    return train(shared_text, "run", 8, *changes)
+
+
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
+    return Cli(capfd)

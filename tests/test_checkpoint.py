@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_training import one_thread, saved, settings, train, trained_run, write_corpus  # noqa: F401
 from torch import Tensor, nn
 
 import nmt.parallel.saving
@@ -33,6 +32,7 @@ from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver, save_checkpoint
 from nmt.parameters import read_parameters, read_tensors
 from nmt.run import RunDirectory
+from tests.toy import saved, settings, train
 
 MODEL = "model/shard-00001-model-00001-of-00001.safetensors"
 TRAINING = "training/shard-00001-model-00001-of-00001.safetensors"
@@ -180,22 +180,21 @@ def test_half_written_and_foreign_folders_are_never_chosen(tmp_path: Path) -> No
     assert steps(tmp_path) == [3]
 
 
-def test_training_goes_on_from_the_step_before_a_damaged_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    write_corpus(tmp_path)
+def test_training_goes_on_from_the_step_before_a_damaged_one(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = ("training.checkpoint_every=1", "training.keep_checkpoints=1", "training.validate_every=100")
-    whole = saved(train(tmp_path, "whole", 5, *changes))
-    run = train(tmp_path, "hurt", 4, *changes, "training.keep_checkpoints=9")
+    whole = saved(train(corpus, "whole", 5, *changes))
+    run = train(corpus, "hurt", 4, *changes, "training.keep_checkpoints=9")
     for step, name in ((3, MODEL), (4, "manifest.json")):
         path = run / "checkpoints" / f"step-{step:08d}" / name
         path.write_bytes(path.read_bytes()[:-3] + b"   ")
     capfd.readouterr()
     # Kill it in thought after one more update: only what is now on disk is left.
-    train(tmp_path, "hurt", 3, *changes)
+    train(corpus, "hurt", 3, *changes)
     errors = capfd.readouterr().err
     assert "step-00000004 is damaged (manifest.json" in errors
     assert f"step-00000003 is damaged ({MODEL} is not what was written" in errors
     assert newest_verified(list_checkpoints(run / "checkpoints"))[0].step == 3  # type: ignore[union-attr]
-    assert saved(train(tmp_path, "hurt", 5, *changes)) == whole
+    assert saved(train(corpus, "hurt", 5, *changes)) == whole
 
 
 def test_damaged_later_steps_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
@@ -210,13 +209,12 @@ def test_damaged_later_steps_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_but_damage_is_refused_instead_of_starting_again(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
+    corpus: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    write_corpus(tmp_path)
-    run = train(tmp_path, "a", 1)
+    run = train(corpus, "a", 1)
     (run / "checkpoints" / "step-00000001" / name).write_text("nothing")
     capfd.readouterr()
-    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 4
     assert "is damaged" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -349,10 +347,9 @@ def test_a_disk_that_fills_up_at_any_call_leaves_a_good_checkpoint(
 
 
 def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_corpus(tmp_path)
-    run = train(tmp_path, "a", 1)
+    run = train(corpus, "a", 1)
 
     def full(*_: Any, **__: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -360,10 +357,10 @@ def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
     with monkeypatch.context() as patch:
         patch.setattr(nmt.parallel.saving, "save_file", full)
         capfd.readouterr()
-        assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 6
+        assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 6
     assert "No space left on device" in capfd.readouterr().err.splitlines()[-1]
     assert steps(run / "checkpoints") == [1]
-    assert saved(train(tmp_path, "a", 2))["data"] == saved(train(tmp_path, "b", 2))["data"]
+    assert saved(train(corpus, "a", 2))["data"] == saved(train(corpus, "b", 2))["data"]
 
 
 def test_a_gpu_has_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,13 +396,12 @@ def test_space_for_all_that_is_kept_is_wanted_before_training(
 
 
 def test_a_disk_too_small_is_told_before_the_first_update(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_corpus(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 10**4, 10**4))
-    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=3")]) == 6
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=3")]) == 6
     assert "make room" in capfd.readouterr().err.splitlines()[-1]
-    assert not (tmp_path / "a" / "metrics.jsonl").read_text()
+    assert not (corpus / "a" / "metrics.jsonl").read_text()
 
 
 # --------------------------------------------------------------------------------------------------- run folder
@@ -524,7 +520,7 @@ def test_text_of_a_split_survives_any_line(tmp_path: Path) -> None:
 
 
 def test_a_run_is_found_by_path_or_name(
-    tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    tmp_path: Path, vocabulary: Path, monkeypatch: pytest.MonkeyPatch, run: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="there are no runs yet"):
@@ -534,4 +530,4 @@ def test_a_run_is_found_by_path_or_name(
     assert RunDirectory.existing("demo").path == Path("runs/demo")
     with pytest.raises(CheckpointError, match="runs/ has demo"):
         RunDirectory.existing("dema")
-    assert RunDirectory.existing(str(trained_run(tmp_path_factory))).path.name == "run"
+    assert RunDirectory.existing(str(run)).path.name == "run"

@@ -7,57 +7,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 
 import nmt
 import nmt.cli
 import nmt.decoding.translator
-from nmt.cli import main
+from tests.toy import Cli, settings, write_corpus
 
 COMMANDS = ("prepare", "train", "translate", "evaluate", "experts", "export")
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 @pytest.fixture
 def copy(run: Path, tmp_path: Path) -> Path:
     """A run to damage."""
     return Path(shutil.copytree(run, tmp_path / "copy"))
-
-
-class Cli:
-    """Runs commands in this process: `status`, and what they wrote."""
-
-    def __init__(self, capfd: pytest.CaptureFixture[str]) -> None:
-        self.capfd = capfd
-
-    def __call__(self, *arguments: str) -> int:
-        self.capfd.readouterr()
-        try:
-            status = main(list(arguments))
-        except SystemExit as end:
-            status = int(end.code or 0)
-        self.out, self.err = self.capfd.readouterr()
-        return status
-
-    def refuses(self, status: int, *arguments: str, says: tuple[str, ...], progress: bool = False) -> None:
-        """The command ends with `status` and one line, which has every one of `says`."""
-        assert self(*arguments) == status, self.err
-        assert "Traceback" not in self.err
-        assert self.out == ""
-        *before, line = self.err.splitlines()
-        assert progress or not before, self.err
-        assert line.startswith("nmt: ")
-        for part in says:
-            assert part in line, line
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(capfd)
 
 
 # -------------------------------------------------------------------------------------------- usage and settings
@@ -163,14 +125,13 @@ def test_cfg_job_prints_the_settings_and_does_nothing(cli: Cli, tmp_path: Path) 
     assert os.listdir(tmp_path) == []
 
 
-def test_multirun_trains_one_run_after_the_other(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multirun_trains_one_run_after_the_other(cli: Cli, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Hydra leaves its multirun.yaml in the working directory.
-    monkeypatch.chdir(tmp_path)
-    write_corpus(tmp_path)
+    monkeypatch.chdir(corpus)
     changes = ("run.name=k${model.moe.k}", "model.moe.k=1,2", "training.max_steps=1")
-    assert cli("train", "--multirun", *settings(tmp_path, *changes)) == 0, cli.err
-    assert cli.out.split() == [str(tmp_path / "k1"), str(tmp_path / "k2")]
-    assert all((tmp_path / name / "checkpoints" / "step-00000001").is_dir() for name in ("k1", "k2"))
+    assert cli("train", "--multirun", *settings(corpus, *changes)) == 0, cli.err
+    assert cli.out.split() == [str(corpus / "k1"), str(corpus / "k2")]
+    assert all((corpus / name / "checkpoints" / "step-00000001").is_dir() for name in ("k1", "k2"))
 
 
 def test_a_mistake_in_one_job_of_a_multirun(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_conf import OWN
 
 from nmt.compose import compose_config
 from nmt.cost.operations import model_cost
 from nmt.model.seq2seq import Seq2Seq
 from nmt.resources import resource_dir
+from tests.own_conf import OWN
 
 CONF = resource_dir("conf")
 GROUPS = ("corpus", "model", "training", "decoding")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from test_training import one_thread  # noqa: F401
 
 from nmt.batch import make_batch
 from nmt.cli import main

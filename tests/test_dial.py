@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 from nmt.cli import main
 from nmt.config import Config, DecodingConfig, ModelConfig, MoEConfig
@@ -20,14 +19,15 @@ from nmt.evaluation.scores import corpus_scores, paired_bootstrap
 from nmt.model.gating import HierarchicalGate
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
+from tests.toy import train
 
 HIERARCHICAL = {"gating": "hierarchical", "num_experts": 12, "branching": 3, "primary_k": 2, "k": 2}
 
 
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(run: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(dial, "BOOTSTRAP_SAMPLES", 20)
-    return trained_run(tmp_path_factory)
+    return run
 
 
 def config_of(**moe: int) -> Config:
@@ -175,11 +175,10 @@ def test_two_translators_on_one_model_do_not_meet(run: Path) -> None:
     assert plain.translate(lines) == before
 
 
-def test_validation_wakes_the_experts_of_training(tmp_path: Path) -> None:
-    write_corpus(tmp_path)
+def test_validation_wakes_the_experts_of_training(corpus: Path) -> None:
 
     def dev_lines(name: str, *changes: str) -> list[str]:
-        lines = (train(tmp_path, name, 4, "training.validate_every=2", *changes) / "metrics.jsonl").read_text()
+        lines = (train(corpus, name, 4, "training.validate_every=2", *changes) / "metrics.jsonl").read_text()
         return [line for line in lines.splitlines() if '"dev"' in line]
 
     plain = dev_lines("plain")

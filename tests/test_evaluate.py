@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import Cli
-from test_training import one_thread, trained_run  # noqa: F401
 
 import nmt.evaluation.scores
 from nmt.commands.keep import keep
@@ -27,19 +25,15 @@ from nmt.evaluation.scores import bleu_tokenizer, corpus_scores, misfit
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
+from tests.toy import Cli
 
 CHINESE = ["我们明天早上坐火车去北京。", "他昨天买了三本新书。", "请问洗手间在哪里？", "今天的天气非常好，适合出去玩。"]
 
 
 @pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(capfd)
-
-
-@pytest.fixture
-def copy(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> Path:
+def copy(run: Path, tmp_path: Path) -> Path:
     """A run that nobody has evaluated."""
-    path = Path(shutil.copytree(trained_run(tmp_path_factory), tmp_path / "copy"))
+    path = Path(shutil.copytree(run, tmp_path / "copy"))
     shutil.rmtree(path / "report", ignore_errors=True)
     return path
 
@@ -300,11 +294,8 @@ def test_long_pairs_come_few_at_a_time(seed: int) -> None:
     assert sorted(seen) == list(range(60))
 
 
-def test_of_a_very_long_pair_the_beginning_is_read(
-    tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = RunDirectory(trained_run(tmp_path_factory))
-    subwords = load_vocabulary(run)
+def test_of_a_very_long_pair_the_beginning_is_read(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subwords = load_vocabulary(RunDirectory(run))
     monkeypatch.setattr(held_out, "LONGEST_SIDE", 6)
     sources, targets = ["the dog", "the dog " * 9, "dog"], ["der Hund", "der Hund", "Hund " * 7]
     found = encode_pairs(subwords, sources, targets)

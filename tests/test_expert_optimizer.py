@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_training import HARD, clones, one_thread, saved, steps_logged, train, write_corpus  # noqa: F401
 from torch import Tensor, nn
 
 import nmt.training.optim
@@ -16,6 +15,8 @@ from nmt.model.experts import Experts
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parameters import read_tensors
 from nmt.training.optim import COLUMN, ROW, clipped_step, make_optimizer, state_shapes
+from tests.test_training import clones
+from tests.toy import HARD, saved, steps_logged, train
 
 FACTORED = TrainingConfig(expert_optimizer="factored")
 IDLE = 2
@@ -181,12 +182,11 @@ def test_a_model_without_experts_is_adam_s(tiny_config: Callable[..., ModelConfi
     assert isinstance(make_optimizer(Seq2Seq(tiny_config(num_experts=0), 13), FACTORED), torch.optim.Adam)
 
 
-def test_going_on_changes_no_bit(tmp_path: Path) -> None:
-    write_corpus(tmp_path)
+def test_going_on_changes_no_bit(corpus: Path) -> None:
     changes = (*HARD, "training.expert_optimizer=factored")
-    whole = train(tmp_path, "whole", 6, *changes)
+    whole = train(corpus, "whole", 6, *changes)
     for steps in (1, 4, 6):
-        stopped = train(tmp_path, "stopped", steps, *changes)
+        stopped = train(corpus, "stopped", steps, *changes)
     assert saved(stopped) == saved(whole)
     assert steps_logged(stopped, "train") == list(range(1, 7))
     written = read_tensors(list_checkpoints(whole / "checkpoints")[-1].path / "training")

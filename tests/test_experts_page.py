@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
 from nmt.experts.contexts import Context
@@ -249,11 +248,6 @@ def test_a_token_is_marked_in_its_word() -> None:
     assert "Bahn<b>hof</b>es ×3.0" in to_markdown(layers, "demo", "")
     assert "<span class=chip><b>.</b> <small>" in to_html(layers, "demo", "")
     assert "der Bahn<b>hof</b>es ist da" in to_markdown(layers, "demo", "")
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 def test_the_command_writes_page_text_and_numbers(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from test_training import one_thread, trained_run  # noqa: F401
 from torch import Tensor
 
 from nmt.batch import BOS, EOS, make_batch
@@ -355,11 +354,6 @@ def test_nothing_is_no_loss() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- the command
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 def test_the_command_prints_and_writes_both_files(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,6 @@ import pytest
 import torch
 import yaml
 from safetensors import safe_open
-from test_cli import Cli
-from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
 from nmt.compose import compose_config
@@ -31,18 +29,9 @@ from nmt.pages.card import CardFacts, SetScores, model_card
 from nmt.pages.markdown import code
 from nmt.parameters import read_model, write_parameters
 from nmt.run import RunDirectory
+from tests.toy import Cli, settings, write_corpus
 
 FILES = ("README.md", "config.yaml", "corpus.json", "manifest.json", "model.safetensors", "subwords.model")
-
-
-@pytest.fixture
-def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
-    return Cli(capfd)
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 @pytest.fixture
@@ -144,16 +133,15 @@ def test_what_it_cannot_do_is_told_in_one_line(cli: Cli, run: Path, exported: Pa
     assert not (tmp_path / "new").exists()
 
 
-def test_it_cannot_be_trained_on(cli: Cli, exported: Path, tmp_path: Path) -> None:
-    write_corpus(tmp_path)
+def test_it_cannot_be_trained_on(cli: Cli, exported: Path, corpus: Path) -> None:
     before = {name: (exported / name).read_bytes() for name in FILES}
-    arguments = settings(tmp_path, "run.name=exported", "training.max_steps=9", "training.micro_batches=2")
+    arguments = settings(corpus, "run.name=exported", "training.max_steps=9", "training.micro_batches=2")
     for processes in ((), ("--processes", "2")):
         says = ("is an exported model", "choose another run.name")
         cli.refuses(4, "train", *processes, *arguments, says=says)
     assert {name: (exported / name).read_bytes() for name in os.listdir(exported)} == before
     # It was refused before the corpus was prepared.
-    assert not (tmp_path / "p").exists()
+    assert not (corpus / "p").exists()
 
 
 # ---------------------------------------------------------------------------------------------------- what is in it

@@ -9,7 +9,6 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
 from nmt.errors import MissingExtraError
@@ -47,11 +46,6 @@ def blocked(*commands: list[str], cwd: Path) -> tuple[list[tuple[int, str, str]]
     assert done.returncode == 0, done.stderr
     results, added = json.loads(done.stdout)
     return [(status, out, err) for status, out, err in results], added
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 def test_an_exported_model_translates_scores_and_explains_without_extras(run: Path, tmp_path: Path) -> None:

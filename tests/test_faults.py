@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import one_thread, settings, train, write_corpus  # noqa: F401
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.utils.tensorboard import SummaryWriter
@@ -26,6 +25,7 @@ from nmt.run import RunDirectory
 from nmt.training.metrics import MetricsWriter
 from nmt.training.record import DevLine
 from nmt.training.trainer import Trainer
+from tests.toy import settings, train, write_corpus
 
 
 def no_space(*_: Any, **__: Any) -> None:
@@ -111,50 +111,47 @@ def test_going_on_with_a_full_disk_keeps_the_lines_there_are(tmp_path: Path, mon
     ids=repr,
 )
 def test_run_status_has_the_status_of_the_command(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, status: int
 ) -> None:
     assert exit_status(error) == status
     if not isinstance(error, OSError):
         return
-    write_corpus(tmp_path)
 
     def fail(*_: Any) -> None:
         raise error
 
     monkeypatch.setattr(Trainer, "_introduce", fail)
-    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=1")]) == status
-    told = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=1")]) == status
+    told = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (told["state"], told["code"]) == ("failed", status)
 
 
-def test_a_bug_is_told_with_rank_and_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_corpus(tmp_path)
+def test_a_bug_is_told_with_rank_and_step(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def fail(trainer: Trainer, _score: float | None) -> None:
         raise TypeError("a bug")
 
     monkeypatch.setattr(Trainer, "_save", fail)
     with pytest.raises(TypeError) as caught:
-        main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=9", "training.checkpoint_every=2")])
+        main(["train", *settings(corpus, "run.name=a", "training.max_steps=9", "training.checkpoint_every=2")])
     assert caught.value.__notes__ == ["rank 0 of 1, at step 2"]
-    told = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    told = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (told["code"], told["message"]) == (1, "TypeError: a bug (rank 0 of 1, at step 2)")
 
 
 @pytest.mark.parametrize("pattern", ["model/*", "training/*", "state.json"])
 @pytest.mark.parametrize("content", [b"", b"\x80\x04no safetensors", b"{}"])
 def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], pattern: str, content: bytes
+    corpus: Path, capfd: pytest.CaptureFixture[str], pattern: str, content: bytes
 ) -> None:
-    write_corpus(tmp_path)
-    run = train(tmp_path, "a", 1)
+    run = train(corpus, "a", 1)
     [checkpoint] = list_checkpoints(run / "checkpoints")
     for path in checkpoint.path.glob(pattern):
         path.write_bytes(content)
     (checkpoint.path / "manifest.json").unlink()
     seal(checkpoint.path, {name: checkpoint.manifest[name] for name in ("step", "score", "vocabulary")})
     capfd.readouterr()
-    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 4
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
     [line] = [line for line in errors.splitlines() if line.startswith("nmt:")]
@@ -162,15 +159,14 @@ def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(
 
 
 def test_a_run_does_not_go_on_with_another_vocabulary_beside_it(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    corpus: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """It would train well and never translate."""
-    write_corpus(tmp_path)
-    run = train(tmp_path, "a", 1)
+    run = train(corpus, "a", 1)
     own = run / "subwords.model"
     own.write_bytes(own.read_bytes() + b"x")
     capfd.readouterr()
-    assert main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=2")]) == 4
+    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 4
     assert f"{own} is not the vocabulary that the run was started with" in capfd.readouterr().err.splitlines()[-1]
 
 
@@ -204,7 +200,7 @@ class RankOne(World):
     ],
 )
 def test_a_save_that_failed_here_is_told_here(
-    tmp_path: Path,
+    corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     raised: BaseException,
@@ -214,7 +210,7 @@ def test_a_save_that_failed_here_is_told_here(
         raise raised
 
     monkeypatch.setattr("nmt.parallel.saving.dcp.save", fail)
-    saver = Saver(tmp_path, "vocabulary", 1, RankOne())
+    saver = Saver(corpus, "vocabulary", 1, RankOne())
     saver.save(1, {"model": {}}, {}, None)
     with pytest.raises(StorageError, match=r"[nN]o space") as caught:
         saver.wait()
@@ -223,13 +219,12 @@ def test_a_save_that_failed_here_is_told_here(
     def train(*_: Any) -> None:
         raise caught.value
 
-    write_corpus(tmp_path)
     monkeypatch.setattr("nmt.commands.train.World.start", lambda *_: RankOne())
     monkeypatch.setattr("nmt.commands.train._open", train)
     monkeypatch.setattr(RankOne, "on_main", lambda _self, action: action())
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
-    assert main(["train", *settings(tmp_path, "run.name=a")]) == 6
+    assert main(["train", *settings(corpus, "run.name=a")]) == 6
     said = [line for line in capfd.readouterr().err.splitlines() if "cannot write checkpoint" in line]
     assert len(said) == (0 if told else 1)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from test_training import one_thread, train, write_corpus  # noqa: F401
 from torch import Tensor
 
 from nmt.config import MoEConfig
@@ -22,6 +21,7 @@ from nmt.training.gate_watch import (
     collapse_bound,
 )
 from nmt.training.trainer import Trainer
+from tests.toy import train
 
 Loads = NDArray[np.float64] | list[float] | Tensor
 
@@ -273,14 +273,13 @@ def test_every_layer_has_a_line_of_its_figures() -> None:
 
 
 def test_below_a_line_of_training_are_its_layers(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And warnings follow it."""
     monkeypatch.setattr("nmt.training.gate_watch.LEAST_UPDATES", 1)
     monkeypatch.setattr("nmt.training.gate_watch.LEAST_EXPECTED", 1)
     monkeypatch.setattr("nmt.training.gate_watch.collapse_bound", lambda num_experts, k: 1e-9)
-    write_corpus(tmp_path)
-    train(tmp_path, "a", 5, "training.warmup_steps=1")
+    train(corpus, "a", 5, "training.warmup_steps=1")
     lines = capfd.readouterr().err.splitlines()
     logged = [place for place, line in enumerate(lines) if line.startswith("step") and "tokens/s" in line]
     assert len(logged) == 5
@@ -295,7 +294,7 @@ def test_below_a_line_of_training_are_its_layers(
 @pytest.mark.parametrize("layer", ["encoder.1", "decoder.1"])
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_gate_that_is_not_finite_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], layer: str, bad: float
+    corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], layer: str, bad: float
 ) -> None:
     updates = 0
     original = Trainer._update
@@ -310,7 +309,6 @@ def test_a_gate_that_is_not_finite_is_named(
             handle.remove()
 
     monkeypatch.setattr(Trainer, "_update", update)
-    write_corpus(tmp_path)
-    train(tmp_path, "a", 3)
+    train(corpus, "a", 3)
     told = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
     assert told == [f"step 2: 1 updates skipped: gradient not finite (the first gate that is not: {layer})"]

@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from test_experts import expert_by_loops
-from test_training import one_thread  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,6 +25,7 @@ from nmt.model.gating import (
 )
 from nmt.model.rows import take_groups
 from nmt.model.seq2seq import Seq2Seq
+from tests.test_experts import expert_by_loops
 
 WIDTH = 5
 HIERARCHIES = [  # tokens, experts, groups, groups per token, experts per group

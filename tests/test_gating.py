@@ -9,7 +9,6 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from test_training import one_thread  # noqa: F401
 from torch import Tensor
 from torch.func import functional_call
 

@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_cli import Cli, cli, run  # noqa: F401
-from test_training import one_thread  # noqa: F401
 
 import nmt.commands.launch
 import nmt.commands.train
@@ -17,12 +15,13 @@ import nmt.data.prepare
 from nmt.cli import main
 from nmt.config import Config
 from nmt.run import RunDirectory
+from tests.toy import Cli
 
 ON_SETTINGS = ("prepare", "train", "cost")
 ON_RUNS = ("translate", "evaluate", "experts", "export")
 
 
-def commands(cli: Cli, command: str) -> list[list[str]]:  # noqa: F811
+def commands(cli: Cli, command: str) -> list[list[str]]:
     """Arguments of the examples, which are indented; the line of usage has words in capitals that stand for others."""
     assert cli(command, "--help") == 0
     text = re.sub(r" \\\n +", " ", cli.out)
@@ -32,7 +31,7 @@ def commands(cli: Cli, command: str) -> list[list[str]]:  # noqa: F811
 
 
 @pytest.fixture
-def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:  # noqa: F811
+def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory where the examples' runs and exports are."""
     monkeypatch.chdir(tmp_path)
     for name in ("demo", "demo-32"):
@@ -43,7 +42,7 @@ def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path: 
 
 @pytest.mark.parametrize("command", ON_SETTINGS)
 def test_examples_on_settings(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     command: str,
     folder: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -74,7 +73,7 @@ def test_examples_on_settings(
 
 
 @pytest.mark.parametrize("command", ON_RUNS)
-def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read, the run is found, and its settings are changed as they say."""
     done = []
     for each in ON_RUNS:

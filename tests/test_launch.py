@@ -13,7 +13,6 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from test_training import settings, write_corpus
 from torch.distributed.elastic.multiprocessing.api import PContext
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig
@@ -22,6 +21,7 @@ from nmt.cli import main
 from nmt.commands.launch import _agent, _end_like, _let_them_save, _written_at, num_processes
 from nmt.errors import UserError
 from nmt.run import RunDirectory
+from tests.toy import settings, write_corpus
 
 LOOPBACK = {"0100007F", "00000000000000000000000001000000"}
 PAIR = ("training.micro_batches=2", "training.log_every=1")

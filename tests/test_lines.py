@@ -16,7 +16,6 @@ from typing import Any, BinaryIO
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
 from nmt.decoding.lines import Piece, open_input, text_reader, windows
@@ -27,11 +26,6 @@ from nmt.errors import DataError
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
 BYTES = st.one_of(st.binary(max_size=60), ODD_TEXT.map(str.encode)).map(lambda content: b"x" + content)
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 def lines_by_the_rule(content: bytes) -> list[bytes]:

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import Batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
@@ -196,8 +195,7 @@ def test_histograms_hold_one_value_per_expert(tmp_path: Path, num_experts: int) 
     assert events.Histograms("train/even")[0].histogram_value.sum_squares == num_experts
 
 
-def test_a_run_writes_figures_and_histograms_of_every_layer(tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = trained_run(tmp_path_factory)
+def test_a_run_writes_figures_and_histograms_of_every_layer(run: Path) -> None:
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     lines = [line for line in lines if line["kind"] == "train"]
     events = EventAccumulator(str(run / "tensorboard"), size_guidance={"histograms": 0}).Reload()

@@ -4,13 +4,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TINY_VOCAB
 
 from nmt.batch import Batch
 from nmt.config import LayerName, ModelConfig
 from nmt.config.model import GATINGS
 from nmt.model.names import expert_dim, expert_matrix, is_expert, layer_prefix
 from nmt.model.seq2seq import Seq2Seq
+from tests.conftest import TINY_VOCAB
 
 KINDS = {
     "noisy_top_k": {"num_experts": 9, "k": 2},

@@ -10,9 +10,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VOCAB
-from own_conf import OWN
-from test_training import one_thread  # noqa: F401
 from torch.utils.flop_counter import FlopCounterMode
 
 from nmt.batch import Batch, make_batch
@@ -22,6 +19,8 @@ from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRING
 from nmt.cost.operations import LayerCount, lstm_cost, lstm_sizes, model_cost, moe_cost
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
+from tests.conftest import TINY_VOCAB
+from tests.own_conf import OWN
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from conftest import TINY_VOCAB
 from safetensors.torch import load_file, save_file
-from test_training import one_thread, saved, train, write_corpus  # noqa: F401
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
@@ -28,6 +26,8 @@ from nmt.parallel.mesh import World
 from nmt.parallel.saving import load_parameters, save_checkpoint
 from nmt.parameters import OFFSETS, read_model, read_parameters, read_tensors
 from nmt.run import RunDirectory
+from tests.conftest import TINY_VOCAB
+from tests.toy import saved, train
 
 Configs = Callable[..., ModelConfig]
 
@@ -209,10 +209,7 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path, tiny_config: C
 # ---------------------------------------------------------------------------------------------- frozen parameters
 
 
-def test_a_run_with_frozen_parameters_goes_on_and_can_be_resized(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_corpus(tmp_path)
+def test_a_run_with_frozen_parameters_goes_on_and_can_be_resized(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = nmt.training.trainer.make_model
 
     def frozen(*arguments: Any) -> Seq2Seq:
@@ -221,9 +218,9 @@ def test_a_run_with_frozen_parameters_goes_on_and_can_be_resized(
         return model
 
     monkeypatch.setattr(nmt.training.trainer, "make_model", frozen)
-    whole = train(tmp_path, "whole", 6)
+    whole = train(corpus, "whole", 6)
     for steps in (3, 6):
-        stopped = train(tmp_path, "stopped", steps)
+        stopped = train(corpus, "stopped", steps)
     assert saved(stopped) == saved(whole)
     moments = read_tensors(list_checkpoints(whole / "checkpoints")[-1].path / "training")
     assert not any("encoder.bottom" in name for name in moments)

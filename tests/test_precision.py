@@ -12,8 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY_VOCAB
-from test_training import one_thread, settings, trained_run, write_corpus  # noqa: F401
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -30,6 +28,8 @@ from nmt.model.assemble import in_precision
 from nmt.model.gating import Gate
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
+from tests.conftest import TINY_VOCAB
+from tests.toy import settings
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -178,8 +178,8 @@ def test_the_best_pieces_of_a_hypothesis_do_not_tie() -> None:
 
 
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return RunDirectory.existing(str(trained_run(tmp_path_factory)))
+def run(run: Path) -> RunDirectory:
+    return RunDirectory.existing(str(run))
 
 
 def test_a_run_translates_in_bf16_from_one_copy(run: RunDirectory) -> None:
@@ -200,9 +200,8 @@ def test_a_run_translates_in_bf16_from_one_copy(run: RunDirectory) -> None:
 
 
 def test_validation_in_bf16_uses_a_copy_of_the_parameters_as_they_are_and_drops_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_corpus(tmp_path)
     copies: list[weakref.ref[Seq2Seq]] = []
     passed: list[Tensor] = []
     original = nmt.training.trainer.perplexity
@@ -214,7 +213,7 @@ def test_validation_in_bf16_uses_a_copy_of_the_parameters_as_they_are_and_drops_
 
     monkeypatch.setattr(nmt.training.trainer, "perplexity", seen)
     changes = ("run.name=a", "training.max_steps=4", "training.validate_every=2", "training.precision=bf16")
-    assert main(["train", *settings(tmp_path, *changes)]) == 0
+    assert main(["train", *settings(corpus, *changes)]) == 0
     gc.collect()
     assert [copy() for copy in copies] == [None, None]
     assert {weight.dtype for weight in passed} == {BF16}
@@ -269,12 +268,11 @@ def test_widths_that_a_gpu_cannot_take_are_refused_at_the_start(
 
 
 def test_training_and_translating_with_such_widths_end_with_one_line(
-    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    run: RunDirectory, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    write_corpus(tmp_path)
     monkeypatch.setattr(grouped, "has_fast_path", lambda _device, dtype: dtype == BF16)
     changes = ("run.name=a", "training.precision=bf16", "training.max_steps=1", "model.moe.hidden_sizes=[20]")
-    assert main(["train", *settings(tmp_path, *changes)]) == 2
+    assert main(["train", *settings(corpus, *changes)]) == 2
     lines = capfd.readouterr().err.splitlines()
     assert lines[-1].startswith("nmt: model.moe.hidden_sizes=[20]: ")
     assert lines[-1].endswith("training.precision=fp32")

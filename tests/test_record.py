@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.errors import CheckpointError
 from nmt.training.record import DevLine, TrainLine, read_lines, step_of
@@ -32,8 +31,7 @@ def test_lines_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert read_lines(tmp_path / "none", TrainLine) == []
 
 
-def test_the_lines_that_a_trainer_wrote_are_read(tmp_path_factory: pytest.TempPathFactory) -> None:
-    run = trained_run(tmp_path_factory)
+def test_the_lines_that_a_trainer_wrote_are_read(run: Path) -> None:
     training = read_lines(run / "metrics.jsonl", TrainLine)
     assert [line.step for line in training] == list(range(1, 9))
     assert {line.processes for line in training} == {1}
@@ -93,7 +91,7 @@ def test_the_step_of_a_line(text: str, step: float) -> None:
     assert step_of(text) == step
 
 
-def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, run: Path) -> None:
     spec = importlib.util.spec_from_file_location(
         "studies", Path(__file__).parents[1] / "scripts" / "results" / "studies.py"
     )
@@ -101,7 +99,6 @@ def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, tmp_path_factory:
     assert spec.loader is not None
     studies = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(studies)
-    run = trained_run(tmp_path_factory)
     shutil.copy(run / "metrics.jsonl", tmp_path)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "test.json").write_text('{"scores": {"BLEU": {"value": 12.5}}}')

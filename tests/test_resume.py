@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import Cli, cli  # noqa: F401
-from test_training import one_thread, settings, train, trained_run, write_corpus  # noqa: F401
 
 import nmt.commands.launch
 import nmt.commands.train
@@ -14,18 +12,13 @@ from nmt.config import Config
 from nmt.config.reading import known_settings, put_setting
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
+from tests.toy import Cli, train
 
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(corpus: Path) -> Path:
     """A run of two steps, with settings that no default has."""
-    write_corpus(tmp_path)
-    return train(tmp_path, "tiny", 2, "training.learning_rate=0.003", "model.moe.num_experts=6")
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
+    return train(corpus, "tiny", 2, "training.learning_rate=0.003", "model.moe.num_experts=6")
 
 
 def parameters(run: Path) -> dict[str, bytes]:
@@ -33,7 +26,7 @@ def parameters(run: Path) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in read_tensors(newest.path / "model").items()}
 
 
-def test_it_resumes_as_the_command_that_started_it_would(cli: Cli, tiny: Path) -> None:  # noqa: F811
+def test_it_resumes_as_the_command_that_started_it_would(cli: Cli, tiny: Path) -> None:
     changes = ["training.learning_rate=0.003", "model.moe.num_experts=6"]
     moved = tiny.parent / "else where" / "moved"
     shutil.copytree(tiny, moved)
@@ -98,11 +91,11 @@ def test_a_section_sets_what_it_names(key: str) -> None:
     ],
     ids=str,
 )
-def test_mistakes(cli: Cli, run: Path, words: list[str], status: int, says: tuple[str, ...]) -> None:  # noqa: F811
+def test_mistakes(cli: Cli, run: Path, words: list[str], status: int, says: tuple[str, ...]) -> None:
     cli.refuses(status, "train", str(run), *words, says=says, progress=True)
 
 
-def test_what_is_not_a_run(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_what_is_not_a_run(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     cli.refuses(4, "train", "nothing", says=("nothing is not a run", "there are no runs yet"))
     for command in ("train", "cost"):
@@ -115,7 +108,7 @@ def test_what_is_not_a_run(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pyt
 
 
 def test_several_processes_are_given_the_same_words(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     run: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import sacrebleu
 import torch
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.cli import main
 from nmt.decoding.translator import Translator, load_vocabulary
@@ -27,11 +26,6 @@ PAIRS = [
     ("", "nothing"),
     ("Größe zählt (sehr)!", "Größe zählt sehr!"),
 ]
-
-
-@pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
 
 
 def test_scores_are_sacrebleus() -> None:

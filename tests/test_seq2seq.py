@@ -7,8 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VOCAB
-from test_training import one_thread  # noqa: F401
 from torch import Tensor, nn
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
@@ -22,6 +20,7 @@ from nmt.model.seq2seq import Decoder, Encoder, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
+from tests.conftest import TINY_VOCAB
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import one_thread, settings, write_corpus  # noqa: F401
 
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
+from tests.toy import settings
 
 
 def never() -> bool:
@@ -60,35 +60,33 @@ def test_where_there_is_nothing_to_save_a_signal_ends_at_once(monkeypatch: pytes
     assert codes == [143]
 
 
-def test_a_signal_before_the_first_update_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_before_the_first_update_is_not_lost(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the network is built, the run says that it is running already."""
-    write_corpus(tmp_path)
     init = Trainer.__init__
 
     def slowly(trainer: Trainer, *arguments: Any) -> None:
-        assert json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())["state"] == "running"
+        assert json.loads((corpus / "a" / "RUN_STATUS.json").read_text())["state"] == "running"
         os.kill(os.getpid(), signal.SIGTERM)
         init(trainer, *arguments)
 
     monkeypatch.setattr(Trainer, "__init__", slowly)
     with pytest.raises(SystemExit) as caught:
-        main(["train", *settings(tmp_path, "run.name=a", "training.max_steps=100")])
+        main(["train", *settings(corpus, "run.name=a", "training.max_steps=100")])
     assert caught.value.code == 143
-    status = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    status = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (status["state"], status["code"], status["step"]) == ("stopped", 143, 1)
-    assert [each.step for each in list_checkpoints(tmp_path / "a" / "checkpoints")] == [1]
+    assert [each.step for each in list_checkpoints(corpus / "a" / "checkpoints")] == [1]
 
 
-def test_a_connection_that_drops_stops_training_in_good_order(tmp_path: Path) -> None:
+def test_a_connection_that_drops_stops_training_in_good_order(corpus: Path) -> None:
     """The terminal is gone, so that every line written to it is an error: training saves all the same."""
-    write_corpus(tmp_path)
     ours, theirs = pty.openpty()
 
     def with_terminal() -> None:
         os.setsid()
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
-    arguments = settings(tmp_path, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
+    arguments = settings(corpus, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
     process = subprocess.Popen(
         [sys.executable, "-m", "nmt.cli", "train", *arguments],
         stdin=theirs,
@@ -98,7 +96,7 @@ def test_a_connection_that_drops_stops_training_in_good_order(tmp_path: Path) ->
         env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
     )
     os.close(theirs)
-    metrics = tmp_path / "a" / "metrics.jsonl"
+    metrics = corpus / "a" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     os.set_blocking(ours, False)
     while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
@@ -109,7 +107,7 @@ def test_a_connection_that_drops_stops_training_in_good_order(tmp_path: Path) ->
             os.read(ours, 65536)
     os.close(ours)
     assert process.wait(timeout=120) == 129
-    status = json.loads((tmp_path / "a" / "RUN_STATUS.json").read_text())
+    status = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (status["state"], status["code"]) == ("stopped", 129)
-    assert list_checkpoints(tmp_path / "a" / "checkpoints")[-1].step == status["step"] > 0
-    assert not (tmp_path / "a" / ".lock").exists()
+    assert list_checkpoints(corpus / "a" / "checkpoints")[-1].step == status["step"] > 0
+    assert not (corpus / "a" / ".lock").exists()

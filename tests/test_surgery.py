@@ -8,8 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY_VOCAB
-from test_training import one_thread  # noqa: F401
 from torch import Tensor
 
 import nmt.experts.observe
@@ -32,6 +30,7 @@ from nmt.experts.surgery import NetworkWeights, TrainedWeight, select_experts
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import state_shapes
+from tests.conftest import TINY_VOCAB
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]

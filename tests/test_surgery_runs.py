@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_cli import Cli, cli  # noqa: F401
-from test_surgery import HIERARCHICAL, network
-from test_training import one_thread, train, trained_run, write_corpus  # noqa: F401
 
 import nmt.commands.resize
 from nmt.checkpoint import list_checkpoints
@@ -24,18 +21,14 @@ from nmt.experts.observe import observe
 from nmt.experts.surgery import read_network, with_counts, write_run
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
+from tests.test_surgery import HIERARCHICAL, network
+from tests.toy import Cli, train
 
 
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
-
-
-@pytest.fixture
-def tiny(tmp_path: Path) -> Path:
+def tiny(corpus: Path) -> Path:
     """A run of its own to damage or to reshape, of two updates."""
-    write_corpus(tmp_path)
-    return train(tmp_path, "tiny", 2)
+    return train(corpus, "tiny", 2)
 
 
 def losses(run: Path) -> list[float]:
@@ -60,7 +53,7 @@ def printed_config(out: str) -> Config:
     return RunDirectory.existing(run).training_config(changes)
 
 
-def go_on(cli: Cli, new: Path, steps: int) -> None:  # noqa: F811
+def go_on(cli: Cli, new: Path, steps: int) -> None:
     """Follow the command that the last output names, for `steps` more updates, and use the run that comes of it."""
     command = printed_command(cli.out)
     (before,) = list_checkpoints(new / "checkpoints")
@@ -81,7 +74,7 @@ def go_on(cli: Cli, new: Path, steps: int) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize(("checkpoint", "step"), [("last", 8), ("6", 6)])
-def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: str, step: int) -> None:  # noqa: F811
+def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: str, step: int) -> None:
     before = contents(run)
     new = tmp_path / "some where" / "grown"
     assert cli("experts", str(run), "--grow", "8", "-o", str(new), f"decoding.checkpoint={checkpoint}") == 0, cli.err
@@ -107,16 +100,15 @@ def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: st
     assert json.loads((new / "metrics.jsonl").read_text().splitlines()[0])["step"] == step + 1
 
 
-def test_a_run_without_experts_gets_some(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
-    write_corpus(tmp_path)
-    dense = train(tmp_path, "dense", 3, "model.moe.num_experts=0")
+def test_a_run_without_experts_gets_some(cli: Cli, corpus: Path) -> None:
+    dense = train(corpus, "dense", 3, "model.moe.num_experts=0")
     assert cli("experts", str(dense), "--grow", "4", "-o", "sparse") == 0, cli.err
     assert "encoder.1 0 -> 4 experts, decoder.1 0 -> 4 experts" in cli.out
-    go_on(cli, tmp_path / "sparse", 3)
+    go_on(cli, corpus / "sparse", 3)
     steps = [
         float(value)
         for name, value in read_tensors(
-            list_checkpoints(tmp_path / "sparse" / "checkpoints")[-1].path / "training"
+            list_checkpoints(corpus / "sparse" / "checkpoints")[-1].path / "training"
         ).items()
         if name.startswith("step.")
     ]
@@ -124,27 +116,26 @@ def test_a_run_without_experts_gets_some(cli: Cli, tmp_path: Path) -> None:  # n
 
 
 def test_a_run_without_experts_gets_some_with_a_factored_moment_and_grows_again(
-    cli: Cli,  # noqa: F811
-    tmp_path: Path,
+    cli: Cli,
+    corpus: Path,
 ) -> None:
-    write_corpus(tmp_path)
-    train(tmp_path, "dense", 2, "model.moe.num_experts=0", "training.expert_optimizer=factored")
-    assert cli("experts", str(tmp_path / "dense"), "--grow", "4", "-o", "sparse") == 0, cli.err
-    go_on(cli, tmp_path / "sparse", 2)
+    train(corpus, "dense", 2, "model.moe.num_experts=0", "training.expert_optimizer=factored")
+    assert cli("experts", str(corpus / "dense"), "--grow", "4", "-o", "sparse") == 0, cli.err
+    go_on(cli, corpus / "sparse", 2)
     for task, count, new in (("--grow", 8, "grown"), ("--merge", 4, "merged")):
-        source = tmp_path / ("sparse" if new == "grown" else "grown")
+        source = corpus / ("sparse" if new == "grown" else "grown")
         assert cli("experts", str(source), task, str(count), "-o", new, "--max-loss", "100") == 0, cli.err
     row = "exp_avg_sq_row.encoder.moe_layers.moe.1.experts.weights.0"
     old, grown = (
-        read_tensors(list_checkpoints(tmp_path / name / "checkpoints")[-1].path / "training")
+        read_tensors(list_checkpoints(corpus / name / "checkpoints")[-1].path / "training")
         for name in ("sparse", "grown")
     )
     assert old[row].any()
     assert torch.equal(grown[row], old[row].repeat_interleave(2, dim=0))
-    go_on(cli, tmp_path / "merged", 2)
+    go_on(cli, corpus / "merged", 2)
 
 
-def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) -> None:  # noqa: F811
+def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) -> None:
     tasks = [("--grow", 8, 8), ("--grow", 24, 24), ("--prune", 8, 16), ("--merge", 4, 12), ("--merge", 4, 8)]
     source = tiny
     for number, (task, count, left) in enumerate(tasks):
@@ -164,16 +155,15 @@ def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) 
         pytest.param("--merge", "softmax_top_k", marks=pytest.mark.slow),
     ],
 )
-def test_a_flat_run_shrinks_and_goes_on(cli: Cli, tmp_path: Path, task: str, gating: str) -> None:  # noqa: F811
-    write_corpus(tmp_path)
-    run = train(tmp_path, "flat", 2, f"model.moe.gating={gating}")
+def test_a_flat_run_shrinks_and_goes_on(cli: Cli, corpus: Path, task: str, gating: str) -> None:
+    run = train(corpus, "flat", 2, f"model.moe.gating={gating}")
     before = contents(run)
-    assert cli("experts", str(run), task, "2", "-o", f"{tmp_path}/few", "--max-loss", "100") == 0, cli.err
+    assert cli("experts", str(run), task, "2", "-o", f"{corpus}/few", "--max-loss", "100") == 0, cli.err
     assert contents(run) == before
     for words in ("encoder.1 4 -> 2 experts, decoder.1 4 -> 2 experts", "BLEU", "chrF2", "perplexity", "bootstrap"):
         assert words in cli.out
     assert len(re.findall(r"^ +\d( \+ \d)? .*%$", cli.out, re.MULTILINE)) == 4
-    go_on(cli, tmp_path / "few", 2)
+    go_on(cli, corpus / "few", 2)
 
 
 def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
@@ -192,9 +182,8 @@ def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
     write_run(new, run, config, network.with_layers(config.model, layers), checkpoint)
 
 
-def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
-    write_corpus(tmp_path)
-    source, run = train(tmp_path, "source", 2, "model.moe.k=1"), tmp_path / "run"
+def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, corpus: Path) -> None:
+    source, run = train(corpus, "source", 2, "model.moe.k=1"), corpus / "run"
     without_work(source, run, {"encoder.1": [2, 3], "decoder.1": [3]})
     assert cli("experts", str(run), "--prune", "idle", "-o", "busy") == 0, cli.err
     assert "encoder.1 4 -> 2 experts, decoder.1 4 -> 3 experts" in cli.out
@@ -202,11 +191,11 @@ def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, tmp_path: Path) ->
     assert re.search(r"BLEU +(\S+) +\1 +\+0.00 +1.000", cli.out)
     config = printed_config(cli.out)
     assert [config.model.moe.experts_at(layer) for layer in ("encoder.1", "decoder.1")] == [2, 3]
-    go_on(cli, tmp_path / "busy", 2)
-    cli.refuses(2, "experts", str(tmp_path / "busy"), "--grow", "6", "-o", "x", says=("encoder.1 2, decoder.1 3",))
+    go_on(cli, corpus / "busy", 2)
+    cli.refuses(2, "experts", str(corpus / "busy"), "--grow", "6", "-o", "x", says=("encoder.1 2, decoder.1 3",))
 
 
-def test_nothing_idle(cli: Cli, run: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_nothing_idle(cli: Cli, run: Path, tmp_path: Path) -> None:
     new = tmp_path / "new"
     says = ("no expert gets less than 5%",)
     cli.refuses(2, "experts", str(run), "--prune", "idle", "-o", str(new), says=says, progress=True)
@@ -246,7 +235,7 @@ def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
 
 @pytest.mark.parametrize("task", [("--prune", "1"), ("--merge", "1")], ids=str)
 def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -282,7 +271,7 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
     ids=str,
 )
 def test_mistakes(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     run: Path,
     tmp_path: Path,
     arguments: list[str],
@@ -321,7 +310,7 @@ def test_what_cannot_grow(
 
 
 def test_a_failure_while_writing_leaves_nothing(
-    cli: Cli,  # noqa: F811
+    cli: Cli,
     run: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -335,14 +324,13 @@ def test_a_failure_while_writing_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, tmp_path: Path) -> None:  # noqa: F811
-    write_corpus(tmp_path)
+def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, corpus: Path) -> None:
     stops = ("training.validate_every=1", "training.patience=1", "training.learning_rate=1.0e-30")
-    run = train(tmp_path, "a", 9, *stops, "decoding.experts_per_token=1", "decoding.checkpoint=last")
+    run = train(corpus, "a", 9, *stops, "decoding.experts_per_token=1", "decoding.checkpoint=last")
     assert list_checkpoints(run / "checkpoints")[-1].state()["progress"]["validations_since_best"] == 1
     assert cli("experts", str(run), "--grow", "8", "-o", "b") == 0, cli.err
     assert "decoding.experts_per_token=1 is 0 in the new run" in cli.err
     assert printed_config(cli.out).decoding.checkpoint == "last"
-    progress = list_checkpoints(tmp_path / "b" / "checkpoints")[-1].state()["progress"]
+    progress = list_checkpoints(corpus / "b" / "checkpoints")[-1].state()["progress"]
     assert (progress["validations_since_best"], progress["best_score"]) == (0, math.inf)
-    go_on(cli, tmp_path / "b", 1)
+    go_on(cli, corpus / "b", 1)

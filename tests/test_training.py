@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -27,122 +27,21 @@ from nmt.config import Config, ModelConfig, TrainingConfig
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
-from nmt.parameters import read_tensors
 from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.record import DevLine
 from nmt.training.update import Updater, seed_device
+from tests.toy import HARD, SHARED_TEXT, saved, settings, steps_logged, train
 
 Configs = Callable[..., ModelConfig]
 
-ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
-GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
-TINY_RUN = [
-    "corpus=files",
-    "corpus.name=toy",
-    "corpus.train.source=[train.en]",
-    "corpus.train.target=[train.de]",
-    "corpus.dev.source=[dev.en]",
-    "corpus.dev.target=[dev.de]",
-    "corpus.test.source=[test.en]",
-    "corpus.test.target=[test.de]",
-    "corpus.subwords.kind=bpe",
-    "corpus.subwords.vocab_size=96",
-    "model=small",
-    "model.hidden_size=16",
-    "model.cell_size=16",
-    "model.dropout=0.2",
-    "model.attention.size=16",
-    "model.moe.num_experts=4",
-    "model.moe.hidden_sizes=[16]",
-    "training.schedule=inverse_sqrt",
-    "training.batch_tokens=120",
-    "training.warmup_steps=2",
-    "training.hold_steps=3",
-    "training.device=cpu",
-    "training.log_every=1",
-    "training.validate_every=4",
-    "training.validation_sentences=3",
-    "decoding.device=cpu",
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small are slower on two threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def write_corpus(folder: Path, seed: int = 0, count: int = 80) -> None:
-    """Word for word translations."""
-    folder.mkdir(exist_ok=True)
-    generator = np.random.default_rng(seed)
-    for split, size in (("train", count), ("dev", 8), ("test", 12)):
-        picks = [generator.integers(0, len(GERMAN), generator.integers(1, 8)) for _ in range(size)]
-        for language, words in (("en", ENGLISH), ("de", GERMAN)):
-            text = "".join(" ".join(words[pick] for pick in sentence) + "\n" for sentence in picks)
-            (folder / f"{split}.{language}").write_text(text)
-
-
-def settings(folder: Path, *changes: str) -> list[str]:
-    """The arguments of a tiny run on the text in `folder`; prepared corpus and runs lie there too."""
-    return [*TINY_RUN, f"corpus.root={folder}", f"corpus.directory={folder}/p", f"run.directory={folder}", *changes]
-
-
-def train(folder: Path, name: str, steps: int, *changes: str) -> Path:
-    assert main(["train", *settings(folder, f"run.name={name}", f"training.max_steps={steps}", *changes)]) == 0
-    return folder / name
-
-
-def trained_run(factory: pytest.TempPathFactory) -> Path:
-    """One run of 8 updates with checkpoints at 2, 4, 6 and 8, for all who only read it."""
-    folder = factory.getbasetemp() / "trained"
-    run = folder / "run"
-    if run.exists():
-        return run
-    write_corpus(folder)
-    changes = ("training.checkpoint_every=2", "training.validate_every=2", "training.keep_checkpoints=9")
-    train(folder, "run", 8, *changes)
-    return run
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    write_corpus(tmp_path)
-    return tmp_path
-
-
-def _bytes_of(part: Path) -> dict[str, bytes]:
-    return {name: tensor.numpy().tobytes() for name, tensor in read_tensors(part).items()}
-
-
-def saved(run: Path) -> dict[str, Any]:
-    """All that decides how a run goes on, from its newest checkpoint."""
-    newest = list_checkpoints(run / "checkpoints")[-1]
-    state = newest.state()
-    return {
-        **{part: _bytes_of(newest.path / part) for part in ("model", "training")},
-        "data": json.dumps([newest.step, state["data"], state["progress"]["target_tokens"]]),
-    }
-
-
-def steps_logged(run: Path, kind: str) -> list[int]:
-    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [line["step"] for line in lines if line["kind"] == kind]
-
-
 # ------------------------------------------------------------------------------------------------- going on
-
-HARD = ("training.micro_batches=2", "training.batch_tokens=700", "training.validation_sentences=2")
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(shared_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    write_corpus(folder)
+    (folder / SHARED_TEXT).symlink_to(shared_text)
     return train(folder, "whole", 8, *HARD)
 
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from test_training import one_thread, saved, settings, train, write_corpus  # noqa: F401
 
 import nmt.training.trainer
 from nmt.checkpoint import list_checkpoints
@@ -29,15 +28,10 @@ from nmt.training.optim import learning_rate
 from nmt.training.record import TrainLine, read_lines
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
+from tests.toy import saved, settings, train
 
 CPU = torch.device("cpu")
 UPDATE, VALIDATION = 2.0, 300.0
-
-
-@pytest.fixture
-def corpus(tmp_path: Path) -> Path:
-    write_corpus(tmp_path)
-    return tmp_path
 
 
 class FakeTime:

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_training import one_thread, trained_run  # noqa: F401
 
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
@@ -26,8 +25,8 @@ Load = Callable[..., Translator]
 
 
 @pytest.fixture
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    return RunDirectory.existing(str(trained_run(tmp_path_factory)))
+def run(run: Path) -> RunDirectory:
+    return RunDirectory.existing(str(run))
 
 
 @pytest.fixture

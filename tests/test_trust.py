@@ -9,32 +9,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_training import one_thread, settings, trained_run  # noqa: F401
 
 from nmt.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints
 from nmt.cli import main
 from nmt.config import DecodingConfig
 from nmt.files import foreign_entry, is_plain_name
 from nmt.run import RunDirectory
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return trained_run(tmp_path_factory)
+from tests.toy import settings
 
 
 @pytest.fixture
-def received(original: Path, tmp_path: Path) -> Path:
+def received(run: Path, tmp_path: Path) -> Path:
     """A copy of a trained run, which a test may change."""
-    shutil.copytree(original, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "report").mkdir(exist_ok=True)
     return tmp_path / "run"
 
 
 @pytest.fixture(scope="module")
-def original_export(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def original_export(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported") / "model"
-    assert main(["export", str(original), str(folder)]) == 0
+    assert main(["export", str(run), str(folder)]) == 0
     return folder
 
 
@@ -167,13 +162,13 @@ def test_a_manifest_of_another_shape_is_one_line(
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{}", "[" * 100_000, '{"a":' * 100_000, "\xff", ""])
 @pytest.mark.parametrize("name", ["manifest.json", "corpus.json"])
 def test_json_of_any_kind_is_one_line(
-    exported: Path, original: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, text: str
+    exported: Path, run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str, text: str
 ) -> None:
     if name == "manifest.json":
         (exported / name).write_text(text, encoding="latin-1")
         assert "is a damaged export" in refusal(capfd, "translate", str(exported))
         return
-    shutil.copytree(original, tmp_path / "run")
+    shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / name).write_text(text, encoding="latin-1")
     assert f"{name} is missing or damaged" in refusal(capfd, "export", str(tmp_path / "run"), str(tmp_path / "new"))
 
@@ -216,11 +211,11 @@ def test_a_status_of_another_shape_is_none(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_that_is_pruned_is_gone_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, original: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Path
 ) -> None:
     """Whoever lists them never sees one of which a part is missing already."""
     folder = tmp_path / "checkpoints"
-    shutil.copytree(original / "checkpoints", folder)
+    shutil.copytree(run / "checkpoints", folder)
     listed: list[list[int]] = []
     rmtree = shutil.rmtree
 

@@ -8,10 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_cli import Cli
-from test_parallel import CASES, VOCABULARY, config_of, trained_model
-from test_training import one_thread, settings, train, write_corpus  # noqa: F401
-from torch import nn
 
 import nmt.training.trainer
 from nmt.batch import NUM_SPECIAL
@@ -24,6 +20,8 @@ from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 from nmt.training.validation import doubts, validation_bleu
 from tests.ranks import run_ranks
+from tests.test_parallel import CASES, VOCABULARY, config_of, trained_model
+from tests.toy import Cli, settings, train, write_corpus
 
 # Of very different lengths, so that no process ends when another does.
 LENGTHS = [9, 1, 4, 2, 30, 1, 1, 6, 2]
@@ -65,7 +63,7 @@ def _two_ranks() -> dict[str, Any]:
     world = World.start("cpu", config_of("no experts", 1).parallel)
     rank, size = world.rank, world.size
     own = slice(rank, None, size)
-    stub: Any = SimpleNamespace(model=nn.Module(), translate=echo)
+    stub: Any = SimpleNamespace(model=SimpleNamespace(moe_layers=dict), translate=echo)
     return {
         "shared": {case: translations(case, own) for case in CASES},
         "halves": translations("noisy_top_k", own, halves=True),
@@ -145,13 +143,10 @@ def test_a_blank_dev_set_is_told() -> None:
     assert doubts(BY_BLEU, Tokenizer("13a", ""), ["", "ein Hund"]) == []
 
 
-def test_a_run_that_bleu_cannot_steer_is_refused_before_it_starts(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_a_run_that_bleu_cannot_steer_is_refused_before_it_starts(cli: Cli, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     (tmp_path / "dev.de").write_text((CHINESE[0] + "\n") * 8)
     changes = ("run.name=a", "training.max_steps=2", "training.best_by=bleu")
-    cli = Cli(capfd)
     cli.refuses(2, "train", *settings(tmp_path, *changes), says=("training.best_by=bleu", "zh"), progress=True)
     assert cli("train", *settings(tmp_path, *changes, "run.name=b", "training.best_by=perplexity")) == 0
     assert "validation: BLEU with tokeniser 13a means nothing" in cli.err
@@ -164,13 +159,12 @@ def test_a_run_that_bleu_cannot_steer_is_refused_before_it_starts(
 
 
 def test_too_low_a_bleu_chooses_nothing_and_costs_no_patience(
-    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    capfd: pytest.CaptureFixture[str], corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_corpus(tmp_path)
     coming = iter([0.0, 0.4, 0.9, 3.0, 0.2, 2.0, 2.5])
     monkeypatch.setattr(nmt.training.trainer, "validation_bleu", lambda *_: next(coming))
     changes = ("training.validate_every=1", "training.patience=2", "training.best_by=bleu")
-    run = train(tmp_path, "a", 50, *changes, "training.checkpoint_every=1", "training.keep_checkpoints=99")
+    run = train(corpus, "a", 50, *changes, "training.checkpoint_every=1", "training.keep_checkpoints=99")
     scores = [each.score for each in list_checkpoints(run / "checkpoints")]
     assert scores == [None, None, None, -3.0, None, -2.0, -2.5]
     err = capfd.readouterr().err

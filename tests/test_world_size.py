@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from test_training import one_thread, saved, settings, write_corpus  # noqa: F401
 
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
@@ -21,6 +20,7 @@ from nmt.parallel.mesh import World
 from nmt.training.record import TrainLine, read_lines
 from nmt.training.trainer import Trainer
 from tests.ranks import run_ranks
+from tests.toy import saved, settings, write_corpus
 
 STEPS = 10
 # Four micro-batches an update, so that two processes accumulate; dropout and noise; more than an epoch; validations.
@@ -182,19 +182,18 @@ def test_one_bit_that_differs_between_processes_stops_training(folder: Path, run
 
 
 @pytest.mark.slow
-def test_four_processes_and_other_groups(tmp_path: Path) -> None:
-    write_corpus(tmp_path)
-    work(tmp_path, [Job("one")])
+def test_four_processes_and_other_groups(corpus: Path) -> None:
+    work(corpus, [Job("one")])
     pairs = ("parallel.expert_group_size=2",)
     run_ranks(
         4,
-        tmp_path / "four",
+        corpus / "four",
         work,
-        tmp_path,
+        corpus,
         [Job("four"), Job("four-twice", 3), Job("four-twice"), Job("pairs", 3, pairs), Job("pairs"), Job("less", HALF)],
     )
-    assert saved(tmp_path / "four-twice") == saved(tmp_path / "four")
-    run_ranks(2, tmp_path / "two", work, tmp_path, [Job("less", 7)])
-    work(tmp_path, [Job("less")])
+    assert saved(corpus / "four-twice") == saved(corpus / "four")
+    run_ranks(2, corpus / "two", work, corpus, [Job("less", 7)])
+    work(corpus, [Job("less")])
     for run in ("four", "pairs", "less"):
-        assert_goes_on_alike(tmp_path / run, tmp_path / "one")
+        assert_goes_on_alike(corpus / run, corpus / "one")
