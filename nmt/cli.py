@@ -24,7 +24,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
-from nmt.commands import is_setting, say, show
+from nmt.commands import ON_RUNS, PLAIN, is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
@@ -48,7 +48,9 @@ usage: nmt COMMAND ...
   nmt experts RUN                                how the experts share the work
   nmt export RUN DIR [decoding.checkpoint=..]    one folder to hand on: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN what training takes: operations, memory, time
+  nmt runs [FOLDER]                              every run: state, step, best score, size
   nmt settings [PREFIX]                          every setting: key, type, default, meaning
+  nmt completion bash|zsh|fish                   completion for your shell
   nmt --version
 
 nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/; an exported folder does as well.
@@ -104,9 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
         "train": _train,
-        **{name: partial(_run_command, name) for name in ("translate", "evaluate", "experts", "export")},
+        **{name: partial(_run_command, name) for name in ON_RUNS},
         "cost": _cost,
-        "settings": partial(_plain_command, "settings"),
+        **{name: partial(_plain_command, name) for name in PLAIN},
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):

@@ -19,6 +19,13 @@ from nmt.config.reading import known_settings
 from nmt.errors import UserError
 from nmt.terminal import printable
 
+ON_SETTINGS = ("prepare", "train", "cost")
+"""Commands that compose their settings; train and cost also take RUN."""
+ON_RUNS = ("translate", "evaluate", "experts", "export")
+"""Commands that take RUN."""
+PLAIN = ("runs", "settings", "completion")
+"""Commands that need neither."""
+
 
 class _Once(argparse.Action):
     """Store the value of an option. Given twice, it is refused: one of the two would be dropped without a word."""
@@ -49,6 +56,10 @@ class Parser(argparse.ArgumentParser):
         self.register("action", None, _Once)
         if takes_run:
             self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
+
+    def options(self) -> list[str]:
+        """All options, long and short."""
+        return list(self._option_string_actions)
 
     def sort(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         """(options with their values, the words that are neither), both in order. After -- all are words."""

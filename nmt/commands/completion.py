@@ -1,0 +1,138 @@
+"""nmt completion bash | zsh | fish: completion of commands, options, settings and runs, for a shell to read."""
+
+import argparse
+from importlib import import_module
+
+from nmt.commands import ON_RUNS, ON_SETTINGS, PLAIN, Parser, show
+from nmt.config.describe import settings
+from nmt.resources import resource_dir
+
+_COMPOSING = ["--config-dir", "--multirun", "--cfg", "--help"]
+
+_BASH = """\
+# nmt: completion for bash. Put this line into ~/.bashrc:  source <(nmt completion bash)
+_nmt() {{
+    # bash cuts words at "=", so the word is read off the line, and what is before "=" is not repeated.
+    local line="${{COMP_LINE:0:COMP_POINT}}" each path
+    local word="${{line##* }}"
+    local -a found=()
+    if ((COMP_CWORD == 1)); then
+        found=({commands} --help --version)
+    else
+        case "${{COMP_WORDS[1]}}" in
+{cases}
+        esac
+        case "${{COMP_WORDS[1]}}" in
+            {with_runs}) for path in runs/*/config.yaml; do
+                path="${{path#runs/}}"; [[ $path == "*"* ]] || found+=("$(printf %q "${{path%/config.yaml}}")")
+            done ;;
+        esac
+        case "${{COMP_WORDS[1]}}" in
+            {with_files}) for path in conf/*/*.yaml; do
+                path="${{path#conf/}}"; path="${{path%.yaml}}"; [[ $path == "*"* ]] || found+=("${{path/\\//=}}")
+            done ;;
+        esac
+    fi
+    COMPREPLY=()
+    for each in "${{found[@]}}"; do
+        [[ $each == "$word"* ]] && COMPREPLY+=("${{each#"${{word%"${{word##*=}}"}}"}}")
+    done
+    [[ ${{#COMPREPLY[@]}} -eq 1 && ${{COMPREPLY[0]}} == *= ]] && compopt -o nospace
+    return 0
+}}
+complete -o default -F _nmt nmt
+"""
+
+_ZSH = """\
+#compdef nmt
+# nmt: completion for zsh. Put this line into ~/.zshrc, below compinit:  source <(nmt completion zsh)
+_nmt() {{
+    local -aU found files
+    if ((CURRENT == 2)); then
+        compadd -- {commands} --help --version
+        return
+    fi
+    case $words[2] in
+{cases}
+    esac
+    case $words[2] in
+        {with_runs}) found+=(runs/*/config.yaml(N:h:t)) ;;
+    esac
+    case $words[2] in
+        {with_files}) files=(conf/*/*.yaml(N:r)); files=(${{files#conf/}}); found+=(${{files/\\//=}}) ;;
+    esac
+    compadd -S '' -- ${{(M)found:#*=}}
+    compadd -- ${{found:#*=}}
+    _files
+}}
+compdef _nmt nmt
+"""
+
+_FISH = """\
+# nmt: completion for fish. Put this line into ~/.config/fish/config.fish:  nmt completion fish | source
+complete -c nmt -f -n __fish_use_subcommand -a '{commands} --help --version'
+{cases}
+complete -c nmt -n '__fish_seen_subcommand_from {with_runs}' \\
+    -a '(for each in runs/*/config.yaml; string replace -r "^runs/(.*)/config.yaml" "\\$1" $each; end)'
+complete -c nmt -n '__fish_seen_subcommand_from {with_files}' \\
+    -a '(for each in conf/*/*.yaml; string replace -r "^conf/(.*)/(.*).yaml" "\\$1=\\$2" $each; end)'
+"""
+
+
+def parser() -> Parser:
+    """Options of `nmt completion`."""
+    parser = Parser(
+        "completion",
+        "Print the completion of commands, options, settings and run names for a shell, which reads it at its start.",
+        "  source <(nmt completion bash)     # in ~/.bashrc\n"
+        "  source <(nmt completion zsh)      # in ~/.zshrc, below compinit\n"
+        "  nmt completion fish | source      # in ~/.config/fish/config.fish",
+        takes_run=False,
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads it")
+    return parser
+
+
+def run(options: argparse.Namespace) -> None:
+    """Print the completion for `options.shell`."""
+    commands = [*ON_SETTINGS, *ON_RUNS, *PLAIN]
+    with_runs, with_files = [*ON_RUNS, "train", "cost"], list(ON_SETTINGS)
+    match options.shell:
+        case "fish":
+            text, join = _FISH, " ".join
+            case = "complete -c nmt -n '__fish_seen_subcommand_from {}' -a '{}'"
+        case shell:
+            text, join = {"bash": _BASH, "zsh": _ZSH}[shell], "|".join
+            case = "            {}) found=({}) ;;"
+    cases = "\n".join(case.format(command, " ".join(words(command))) for command in commands)
+    names = {"with_runs": join(with_runs), "with_files": join(with_files)}
+    show(text.format(commands=" ".join(commands), cases=cases, **names).rstrip("\n"))
+
+
+def words(command: str) -> list[str]:
+    """What may follow a command: its options, settings as KEY=, and choices of files as GROUP=NAME."""
+    keys = [each.key for each in settings()]
+    match command:
+        case "completion":
+            return ["bash", "zsh", "fish", "--help"]
+        case "settings":
+            return [*keys, "--help"]
+        case "prepare":
+            return [*_COMPOSING, *_choices("experiment", "corpus"), *(f"{key}=" for key in keys if key[:6] == "corpus")]
+        case "train":
+            return ["--processes", *_COMPOSING, *_choices(), *(f"{key}=" for key in keys)]
+        case "cost":
+            return [*_options("cost"), *_COMPOSING[:-1], *_choices(), *(f"{key}=" for key in keys)]
+    taken = [f"{key}=" for key in keys if command in ON_RUNS and key.startswith(("decoding.", "evaluation."))]
+    return [*_options(command), *taken]
+
+
+def _options(command: str) -> list[str]:
+    parser: Parser = import_module(f"nmt.commands.{command}").parser()
+    return parser.options()
+
+
+def _choices(*groups: str) -> list[str]:
+    """GROUP=NAME for every file of the program's own conf/, of these groups or of all."""
+    found = sorted(resource_dir("conf").glob("*/*.yaml"))
+    return [f"{path.parent.name}={path.stem}" for path in found if not groups or path.parent.name in groups]
