@@ -11,7 +11,8 @@ from typing import get_type_hints
 
 from nmt.config import Config
 from nmt.config.describe import Setting, settings
-from nmt.pages.markdown import code, table
+from nmt.pages.markdown import code
+from nmt.pages.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
@@ -59,7 +60,7 @@ def _section(kind: type, names: list[str], members: list[Setting]) -> Iterator[s
         (code(each.key.removeprefix(prefix)), code(each.type), code(each.default), _escaped(each.text))
         for each in members
     )
-    yield from (*table(("setting", "type", "default", "meaning"), rows), "")
+    yield from (*markdown_table(("setting", "type", "default", "meaning"), rows), "")
 
 
 def _class(section: str) -> type:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from dataclasses import replace
@@ -319,6 +320,9 @@ def test_the_page_is_well_formed_and_escapes_everything() -> None:
     assert "<script" not in page
     for reference in ("http:", "https:", "//", "src=", "href=", "@import", "url("):
         assert reference not in page
+    light, dark = re.findall(r":root \{(.*?)\}", page, flags=re.DOTALL)
+    names = [set(re.findall(r"(--\w+):", block)) for block in (light, dark)]
+    assert names[0] == names[1] == set(re.findall(r"var\((--\w+)[,)]", page)) - {"--tint", "--strength", "--gate"}
     assert "prefers-color-scheme: dark" in page
     assert "width=device-width" in page
 

@@ -19,6 +19,7 @@ FLOORS = {
     "process": 0,
     "lock": 0,
     "terminal": 0,
+    "wording": 0,
     "text": 1,
     "corpus": 1,
     "model": 1,

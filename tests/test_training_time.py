@@ -22,12 +22,13 @@ from nmt.device import memory_bytes, shortage_told
 from nmt.errors import MemoryLimitError
 from nmt.parallel.mesh import World
 from nmt.training import clock
-from nmt.training.forecast import check_memory, duration, first_forecast, seconds_left
+from nmt.training.forecast import check_memory, first_forecast, seconds_left
 from nmt.training.metrics import Interval
 from nmt.training.optim import learning_rate
 from nmt.training.record import TrainLine, read_lines
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
+from nmt.wording import duration
 from tests.toy import saved, settings, train
 
 CPU = torch.device("cpu")

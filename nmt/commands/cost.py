@@ -14,8 +14,8 @@ from nmt.cost.budget import Budget, SentenceLengths, training_budget
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.errors import UserError
 from nmt.run import RunDirectory
-from nmt.training.forecast import duration
 from nmt.training.record import TrainLine, read_lines
+from nmt.wording import counted, duration, scaled
 
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"))
@@ -75,7 +75,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         tflops, tflops_from = _speed(options, on_gpu)
     else:
         tflops = statistics.median(speeds)
-        tflops_from = f"the median of {len(speeds)} line{'s' * (len(speeds) != 1)} of {run.metrics_path}"
+        tflops_from = f"the median of {counted(len(speeds), 'line')} of {run.metrics_path}"
     basis = CostBasis(
         name=str(run.path),
         vocab_size=info["vocabulary_size"],
@@ -197,7 +197,7 @@ def _counts(budget: Budget) -> Iterator[str]:
     yield line("all", cost.num_parameters, cost.ops_per_timestep)
     rest = cost.num_parameters - cost.num_vocabulary_parameters
     yield line("all but embeddings and softmax", rest, cost.ops_per_timestep - ops["softmax"])
-    yield f"training, for each target token: {_scaled(budget.flops_per_target_token, _FLOPS)}"
+    yield f"training, for each target token: {scaled(budget.flops_per_target_token, _FLOPS)}"
 
 
 def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
@@ -228,14 +228,14 @@ def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     if basis.measured_gb is not None:
         yield f"{'the most that the run had':<60}{basis.measured_gb:>11,.2f} GB"
     kept, size = config.training.keep_checkpoints + 1, budget.checkpoint_bytes
-    yield f"checkpoint on disk: {_scaled(size, _BYTES)}; up to {kept} are kept, {_scaled(kept * size, _BYTES)}"
+    yield f"checkpoint on disk: {scaled(size, _BYTES)}; up to {kept} are kept, {scaled(kept * size, _BYTES)}"
 
 
 def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     training = config.training
     yield (
         f"{training.max_steps:,} updates of {training.micro_batches:,} x {training.batch_tokens:,} positions a side: "
-        f"{_scaled(budget.target_tokens, _COUNTS)} target tokens, {_scaled(budget.flops, _FLOPS)}"
+        f"{scaled(budget.target_tokens, _COUNTS)} target tokens, {scaled(budget.flops, _FLOPS)}"
     )
     if basis.tflops is None:
         hours = budget.seconds(1.0) / 3600
@@ -276,8 +276,3 @@ def _devices(budget: Budget) -> str:
     if budget.gpus == 1:
         return f"one {unit}"
     return f"{budget.gpus} {unit}{'es' if unit.endswith('s') else 's'}"
-
-
-def _scaled(count: float, units: tuple[tuple[float, str], ...]) -> str:
-    scale, unit = next((each for each in units if count >= each[0]), units[-1])
-    return f"{count / scale:,.4g} {unit}"

@@ -13,6 +13,7 @@ from nmt.evaluation.measure import Measured, measure
 from nmt.evaluation.scores import Tokenizer, bleu_tokenizer, misfit
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
 from nmt.run import RunDirectory
+from nmt.wording import steps_of
 
 
 def parser() -> Parser:
@@ -104,9 +105,8 @@ def _show(count: int, text: EvaluationSet, translations: dict[str, list[str]]) -
 
 
 def _decoding_line(translator: Translator) -> str:
-    options, steps = translator.options, translator.steps
-    of = f"step{'s' * (len(steps) > 1)} {', '.join(f'{step:,}' for step in steps)}"
-    return f"beam {options.beam_size}, alpha {options.alpha}, beta {options.beta}, {of}"
+    options, steps = translator.options, steps_of(translator.steps)
+    return f"beam {options.beam_size}, alpha {options.alpha}, beta {options.beta}, {steps}"
 
 
 def _dial(

@@ -18,6 +18,7 @@ from nmt.lock import Held, locked
 from nmt.pages.card import CardFacts, SetScores, model_card, own_sets
 from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
+from nmt.wording import steps_of
 
 # The parts of report/SET.json that a card tells.
 _REPORT = {
@@ -69,8 +70,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         raise UserError(f"{options.folder} is being written by {holder}: wait for it, or name another folder") from None
     except OSError as error:
         raise StorageError(f"cannot write {options.folder}: {error.strerror or error}") from error
-    steps = ", ".join(f"{step:,}" for step in loaded.steps)
-    say(f"step{'s' * (len(loaded.steps) > 1)} {steps} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
+    say(f"{steps_of(loaded.steps)} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
     if not own_sets(facts):
         say(
             "it has no BLEU or chrF: run nmt evaluate before, on the run's own text (without --source) and with the "

@@ -23,6 +23,7 @@ from nmt.experts.surgery import NetworkWeights, read_network, write_run
 from nmt.model.gate_statistics import shares
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
+from nmt.wording import counted, millions
 
 # Of the dev set, spread over it: pairs that experts are watched with, sentences that are translated before and after,
 # and pairs whose perplexity shows that growing changed nothing.
@@ -100,8 +101,8 @@ def _sizes(before: NetworkWeights, after: NetworkWeights) -> str:
         old = before.config.moe.experts_at(layer) if before.config.moe.num_experts else 0
         lines.append(f"{layer} {old} -> {after.config.moe.experts_at(layer)} experts")
     costs = [model_cost(network.config, network.vocab_size) for network in (before, after)]
-    parameters = " -> ".join(f"{cost.num_parameters / 1e6:,.2f}M" for cost in costs)
-    ops = " -> ".join(f"{cost.ops_per_timestep / 1e6:,.2f}M" for cost in costs)
+    parameters = " -> ".join(millions(cost.num_parameters, 2) for cost in costs)
+    ops = " -> ".join(millions(cost.ops_per_timestep, 2) for cost in costs)
     return f"{', '.join(lines)}; {parameters} parameters, {ops} ops/timestep"
 
 
@@ -202,7 +203,7 @@ def _merged(network: NetworkWeights, translator: Translator, seen: Observation, 
     for layer, moe in translator.model.moe_layers().items():
         similarity_EE = output_similarity(moe, seen.sample[layer])
         pairs[layer] = shrink.redundant_pairs(network.config.moe, layer, seen.use[layer], similarity_EE, count)
-        show(f"{layer}: {count} pair{'s' * (count > 1)} of {network.config.moe.experts_at(layer)} experts merged")
+        show(f"{layer}: {counted(count, 'pair')} of {network.config.moe.experts_at(layer)} experts merged")
         similarities = [pair.similarity for pair in pairs[layer]]
         _print_table([pair[:2] for pair in pairs[layer]], seen.use[layer], similarities)
     return shrink.merge(network, pairs)

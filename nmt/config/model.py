@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 from nmt.config.checks import at_least, fraction, one_of
+from nmt.wording import counted
 
 ATTENTION_FUNCTIONS = ("product", "additive", "normalised")
 WIRINGS = ("parallel", "feedback", "gnmt_v2", "gnmt")
@@ -167,7 +168,7 @@ class MoEConfig:
             case "hierarchical":
                 return (
                     f"two levels of noisy top-k (appendix B of the paper): {self.primary_k} of {self.branching} "
-                    f"groups, {self.k} expert{'s' * (self.k > 1)} in each"
+                    f"groups, {counted(self.k, 'expert')} in each"
                 )
         return f"strictly balanced, k = {self.k} on average (appendix F of the paper)"
 

@@ -24,6 +24,7 @@ from nmt.data.subwords import Subwords, list_characters, train_subwords
 from nmt.errors import DataError, StorageError
 from nmt.files import folder_atomically, remove
 from nmt.lock import Held, locked
+from nmt.wording import brief
 
 HELD_OUT = ("dev", "test")
 _MOST_PAIRS = 1_000_000  # of dev or test
@@ -294,17 +295,13 @@ class _Preparation:
                 f"their own and are spelled in bytes: {list_characters(self.characters_in_bytes)}"
             )
         self.log(
-            f"{_short(manifest['source_pieces'])} source and {_short(manifest['target_pieces'])} target "
+            f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
             f"pieces, {manifest['seconds']:.0f} s"
         )
 
 
 def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
-
-
-def _short(count: int) -> str:
-    return f"{count / 1e6:.1f}M" if count >= 1e6 else f"{count:,}"
 
 
 def _stat(path: Path) -> tuple[int, int]:

@@ -15,6 +15,7 @@ from nmt.decoding.scoring import score
 from nmt.device import shortage_told
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.wording import counted
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,6 @@ def _longest_pair(batch: Batch, held_out: HeldOut) -> str:
     longest = int(lengths_2B.prod(0).argmax())
     source, target = lengths_2B[:, longest]
     return (
-        f"scoring {len(pairs_B)} sentence pair{'s' * (len(pairs_B) > 1)}, the longest of which, line "
+        f"scoring {counted(len(pairs_B), 'sentence pair')}, the longest of which, line "
         f"{pairs_B[longest] + 1:,}, has {source:,} and {target:,} pieces"
     )

@@ -1,13 +1,15 @@
 """The model card of an exported model: what whoever is handed it must know, as Markdown, from what its run recorded."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nmt.config import Config, LayerName, ModelConfig
 from nmt.cost.operations import Cost, model_cost
-from nmt.pages.markdown import code, plain, table, wrapped
+from nmt.pages.markdown import code, plain, wrapped
+from nmt.pages.tables import markdown_table
+from nmt.wording import steps_of
 
 _BOTTOM = {
     "forward": "",
@@ -86,7 +88,7 @@ def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     yield ""
     yield (
         f"A stacked-LSTM encoder-decoder with attention{experts} (Shazeer et al. 2017, *Outrageously Large Neural "
-        f"Networks*; GNMT), with {_millions(cost.num_parameters)} million parameters, for the program `nmt`. It was "
+        f"Networks*; GNMT), with {cost.num_parameters / 1e6:,.1f} million parameters, for the program `nmt`. It was "
         f"trained on {facts.corpus['pairs_kept']:,} sentence pairs of {code(facts.corpus['name'])}."
     )
     yield ""
@@ -143,7 +145,7 @@ def _network(model: ModelConfig) -> Iterator[str]:
         rows["experts"] = f"{'; '.join(places)}; each with {hidden} hidden units"
         rows["experts per token"] = f"{moe.experts_per_token} in each of these layers"
         rows["gating"] = moe.describe_gate()
-    yield from table(("", ""), rows.items())
+    yield from markdown_table(("", ""), rows.items())
 
 
 def _place(layer: str) -> str:
@@ -168,7 +170,7 @@ def _data(facts: CardFacts) -> Iterator[str]:
         f"{'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
         "its sha256": code(facts.vocabulary),
     }
-    yield from table(("", ""), rows.items())
+    yield from markdown_table(("", ""), rows.items())
     yield ""
     yield "`corpus.json` and `config.yaml` have the same in full; none of the text itself is here."
 
@@ -199,7 +201,7 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     if own:
         names = list(own[0].scores)
         head = "set", "sentences", *map(plain, names), "perplexity", "search"
-        yield from table(head, (_set_row(each) for each in own))
+        yield from markdown_table(head, (_set_row(each) for each in own))
         yield ""
         for name in names:
             signatures = sorted({each.scores[name]["signature"] for each in own})
@@ -212,14 +214,9 @@ def _scores(facts: CardFacts) -> Iterator[str]:
         )
     others = [each for each in facts.sets if each not in own]
     if others:
-        listed = ", ".join(f"{code(each.name)} ({_steps(each.steps)})" for each in others)
+        listed = ", ".join(f"{code(each.name)} ({steps_of(sorted(each.steps))})" for each in others)
         yield ""
         yield f"Not shown, since they are of other parameters: the scores of {listed}."
-
-
-def _steps(steps: Iterable[int]) -> str:
-    found = [f"{step:,}" for step in sorted(steps)]
-    return f"step{'s' * (len(found) > 1)} {', '.join(found)}"
 
 
 def _set_row(each: SetScores) -> tuple[str, ...]:
@@ -249,7 +246,7 @@ def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
     ops = cost.ops
     rows = [(part, _count(held), _count(ops.get(part, 0))) for part, held in cost.parameters.items()]
     rows.append(("**all**", f"**{_count(cost.num_parameters)}**", f"**{_count(cost.ops_per_timestep)}**"))
-    yield from table(("part", "parameters", "ops/timestep"), rows)
+    yield from markdown_table(("part", "parameters", "ops/timestep"), rows)
     yield ""
     shared = " The softmax reads the matrix of the embeddings." if facts.config.model.tie_embeddings else ""
     yield (
@@ -283,10 +280,6 @@ def _limits(facts: CardFacts) -> Iterator[str]:
         "names those that it meets."
     )
     yield "- No licence is stated here; that of the training data may bind the model."
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f}"
 
 
 def _count(count: int) -> str:

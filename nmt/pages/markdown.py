@@ -5,7 +5,6 @@ Nothing in such text can end a line, a cell or a piece of code early, or become 
 
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
 
 _CODE = re.compile(r"(?<!`)(`+)(?!`).+?(?<!`)\1(?!`)")
 _NO_BREAK = "\0"
@@ -27,15 +26,6 @@ def code(text: str) -> str:
 
 def _printable(text: str) -> str:
     return "".join(each if each.isprintable() else " " for each in text)
-
-
-def table(head: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """The lines of a table, of cells that are Markdown."""
-    for number, row in enumerate((head, *rows)):
-        cells = [re.sub(r"(?<!\\)[|]", r"\\|", cell) for cell in row]
-        yield f"| {' | '.join(cells)} |"
-        if number == 0:
-            yield f"|{'---|' * len(head)}"
 
 
 def wrapped(line: str) -> str:

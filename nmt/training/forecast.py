@@ -11,17 +11,10 @@ from nmt.cost.budget import SentenceLengths, largest_shape, memory_of, numbers_o
 from nmt.device import memory_bytes
 from nmt.errors import MemoryLimitError
 from nmt.parallel.mesh import World
+from nmt.wording import duration
 
 # On a CPU, a run that takes longer is told what would be shorter.
 _LONG_HOURS = 2.0
-
-
-def duration(seconds: float) -> str:
-    """In the largest unit of which there are two or more."""
-    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} seconds"
 
 
 def seconds_left(training: TrainingConfig, step: int, seconds: float, per_update: float, validation: float) -> float:

@@ -38,7 +38,7 @@ from nmt.parameters import stored
 from nmt.run import RunDirectory
 from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
-from nmt.training.forecast import duration, first_forecast, seconds_left
+from nmt.training.forecast import first_forecast, seconds_left
 from nmt.training.gate_watch import GateWatch
 from nmt.training.metrics import Interval, MetricsWriter
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
@@ -46,6 +46,7 @@ from nmt.training.record import DevLine, TrainLine
 from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
 from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu
+from nmt.wording import counted, duration, millions
 
 # Whole intervals between two lines of metrics without a single finite gradient before training gives up.
 _MAX_BAD_INTERVALS = 3
@@ -239,7 +240,7 @@ class Trainer:
             self._tell_moved_rate(out)
         cost = self.cost
         out.say(
-            f"{cost.num_parameters / 1e6:,.1f}M parameters, {cost.ops_per_timestep / 1e6:,.1f}M ops/timestep, "
+            f"{millions(cost.num_parameters)} parameters, {millions(cost.ops_per_timestep)} ops/timestep, "
             f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens an update, "
             f"on {_name(self.world)}"
         )
@@ -431,5 +432,5 @@ def _name(world: World) -> str:
         name = torch.cuda.get_device_name(world.device)
     else:
         threads = torch.get_num_threads()
-        name = f"CPU, {threads} thread{'s' * (threads > 1)}"
+        name = f"CPU, {counted(threads, 'thread')}"
     return name if world.size == 1 else f"{world.size} processes of {name}"

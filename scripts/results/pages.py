@@ -25,7 +25,8 @@ from typing import Any
 
 import yaml
 
-from nmt.pages.markdown import table, wrapped
+from nmt.pages.markdown import wrapped
+from nmt.pages.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -101,7 +102,7 @@ def rows_as_markdown(of_table: Result) -> Iterator[str]:
             for row, line in zip(rows, cells, strict=True):
                 if row.get(key) == best:
                     line[place] = f"**{line[place]}**"
-    return table(tuple(column["title"] for column in columns), [tuple(line) for line in cells])
+    return markdown_table(tuple(column["title"] for column in columns), [tuple(line) for line in cells])
 
 
 def _cell(column: Result, row: Result) -> str:

@@ -1,0 +1,118 @@
+"""Charts as SVG in a page: shares of a whole, maps of how much more often than by chance, bars within a line."""
+
+from collections.abc import Mapping, Sequence
+from math import ceil, log2
+
+from nmt.pages.document import text
+from nmt.wording import percent
+
+_WIDTH, _HEIGHT = 520, 200  # of a picture, in its own units
+_LEFT = 40  # room for the numbers beside it
+_MAX_NAME = 20  # characters of a name over a picture
+_STRONGEST = 4.0  # the lift whose colour is the fullest
+
+
+class _Scale:
+    """The place of a share between the axis and the top of a picture, where the largest is."""
+
+    def __init__(self, series: Mapping[str, Sequence[float]]) -> None:
+        self.top = max(max(values) for values in series.values()) * 1.08 or 1.0
+
+    def y(self, share: float) -> float:
+        """Return how far below the top of the picture a share stands."""
+        return _HEIGHT - share / self.top * (_HEIGHT - 12)
+
+
+def bars(series: Mapping[str, Sequence[float]], noun: str, label: str) -> str:
+    """Return the shares of each member, a bar of each series beside the others; `noun` names a member.
+
+    The names of series are those of classes in CHARTS.
+    """
+    scale, count = _Scale(series), len(next(iter(series.values())))
+    step = (_WIDTH - _LEFT) / count
+    wide = min(step * 0.36, 22)
+    parts = []
+    for member in range(count):
+        middle = _LEFT + (member + 0.5) * step
+        for place, (kind, values) in enumerate(series.items()):
+            share, x = values[member], middle + (place - len(series) / 2) * wide
+            y = scale.y(share)
+            size = f'x="{x:.1f}" y="{y:.1f}" width="{wide * 0.94:.1f}" height="{_HEIGHT - y:.1f}"'
+            tip = f"<title>{noun} {member}: {kind} {percent(share)}</title>"
+            parts.append(f'<rect class="{kind}" {size}>{tip}</rect>')
+        if member % ceil(22 / step) == 0:
+            parts.append(f'<text x="{middle:.1f}" y="{_HEIGHT + 16}" text-anchor="middle">{member}</text>')
+    return _framed(parts, scale, series, label)
+
+
+def profiles(series: Mapping[str, Sequence[float]], label: str) -> str:
+    """Return each series as a curve from its largest share down, where members are too many for bars."""
+    scale, count = _Scale(series), len(next(iter(series.values())))
+    step = (_WIDTH - _LEFT) / count
+    parts = []
+    for kind, values in series.items():
+        ranked = enumerate(sorted(values, reverse=True))
+        points = " ".join(f"{_LEFT + (rank + 0.5) * step:.1f},{scale.y(share):.1f}" for rank, share in ranked)
+        parts.append(f'<polyline class="{kind}" points="{points}"/>')
+    parts.append(f'<text x="{_LEFT}" y="{_HEIGHT + 16}">busiest</text>')
+    parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT + 16}" text-anchor="end">rank {count:,}</text>')
+    return _framed(parts, scale, series, label)
+
+
+def _framed(parts: Sequence[str], scale: _Scale, series: Mapping[str, Sequence[float]], label: str) -> str:
+    """What is drawn with numbers beside it, the axis, the share that all would have if equally busy, and a key."""
+    fair = 1 / len(next(iter(series.values())))
+    levels = [0.0, scale.top / 1.08] + ([fair] if 0.1 < fair / scale.top < 0.8 else [])
+    numbers = [f'<text x="0" y="{scale.y(level) + 4:.1f}">{percent(level)}</text>' for level in levels]
+    lines = [
+        f'<path class="{kind}" d="M{_LEFT} {scale.y(level):.1f}H{_WIDTH}"/>'
+        for kind, level in (("axis", 0.0), ("fair", fair))
+    ]
+    names = "".join(f'<i class="{kind}"></i>{kind}' for kind in series)
+    return (
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT + 22}" role="img" aria-label="{text(label)}">'
+        f'{"".join([*numbers, *parts, *lines])}</svg><p class="key">{names}<i class="fair"></i>fair share '
+        f"{percent(fair)}</p>"
+    )
+
+
+def heat_map(rows: Sequence[str], columns: Sequence[str], lift: Sequence[Sequence[float]], label: str) -> str:
+    """Return cells coloured by log lift: orange above chance, blue below. A map of the same names has no diagonal."""
+    left, longest = 8 + 7 * max(map(len, rows)), min(_MAX_NAME, max(map(len, columns)))
+    slanted = rows != columns and 6.8 * longest > (_WIDTH - left) / len(columns)
+    wide = min((_WIDTH - left - 4 * slanted * longest) / len(columns), 62)
+    high = min(wide, 26, max(10, 560 / len(rows)))
+    top = 10 + 4.8 * longest if slanted else 18
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {top + high * len(rows):.0f}" role="img" aria-label="{text(label)}">']
+    for i, name in enumerate(columns):
+        x, y = left + (i + 0.5) * wide, top - 6
+        turn = f'transform="rotate(-40 {x:.1f} {y:.1f})"' if slanted else 'text-anchor="middle"'
+        if i % ceil(18 / wide) == 0:
+            parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {turn}>{text(name[:_MAX_NAME])}</text>')
+    for j, name in enumerate(rows):
+        y = top + j * high
+        if j % ceil(11 / high) == 0:
+            parts.append(f'<text x="{left - 6}" y="{y + high / 2 + 4:.1f}" text-anchor="end">{name}</text>')
+        for i, column in enumerate(columns):
+            if rows == columns and i == j:
+                continue
+            strength = max(-1.0, min(1.0, log2(max(lift[j][i], 1e-9)) / log2(_STRONGEST)))
+            x, kind = left + i * wide, "hot" if strength > 0 else "cold"
+            size = f'x="{x:.1f}" y="{y:.1f}" width="{wide - 1:.1f}" height="{high - 1:.1f}"'
+            parts.append(
+                f'<rect class="{kind}" fill-opacity="{abs(strength) * 0.9:.2f}" {size}>'
+                f"<title>{name}, {text(column)}: {lift[j][i]:.2f} times chance</title></rect>"
+            )
+            if wide >= 26 and high >= 14:
+                middle = f'x="{x + wide / 2:.1f}" y="{y + high / 2 + 4:.1f}"'
+                parts.append(f'<text class="in" {middle}>{lift[j][i]:.1f}</text>')
+    return "".join(parts) + "</svg>"
+
+
+HEAT_KEY = '<p class="key"><i class="cold"></i>rarer than chance<i class="hot"></i>more often; full colour: 4 times</p>'
+"""What the colours of `heat_map` mean."""
+
+
+def meter(width: str, kind: str = "") -> str:
+    """Return a bar within a line, filled to a CSS width such as 25% of its track."""
+    return f'<span class=bar><i class="{kind}" style="width:{width}"></i></span>'

@@ -1,0 +1,130 @@
+"""The style sheet of all pages: one palette, light and dark as the reader's system is, and rules by what they are for.
+
+A page takes BASE and the parts that it names. Nothing here refers to anything outside of the page.
+"""
+
+import re
+
+COLOURS = {
+    "page": ("#f6f6f4", "#12151a"),
+    "card": ("#fff", "#1a1e25"),
+    "ink": ("#1c2430", "#e4e7ec"),
+    "soft": ("#5d6878", "#98a3b3"),
+    "line": ("#e2e4e8", "#2b313b"),
+    "track": ("#eceef1", "#262c35"),
+    "load": ("#3a6ea5", "#6ba3de"),
+    "importance": ("#c98a1b", "#e0ac4c"),
+    "hot": ("214 96 40", "226 118 58"),
+    "cold": ("58 112 190", "76 138 222"),
+    "mark": ("#fde9b5", "#5a4512"),
+    "chip": ("#eef2f7", "#252c37"),
+    "zero": ("#eceae4", "#33322e"),
+    "gain": ("#4a90d9", "#2f6fb5"),
+    "loss": ("#e8853a", "#b3591a"),
+}
+"""Every colour by its name, (light, dark). `hot` and `cold` are red, green and blue, so that rules can fade them."""
+
+BASE = """
+* { box-sizing:border-box }
+body { margin:0; background:var(--page); color:var(--ink); font:15px/1.5 system-ui,-apple-system,"Segoe UI",
+  Roboto,"Helvetica Neue",Arial,sans-serif; font-variant-numeric:tabular-nums }
+main { max-width:1180px; margin:0 auto; padding:40px 24px 80px }
+h1 { font-size:30px; line-height:1.2; margin:0; letter-spacing:-.01em }
+h2 { font-size:23px; margin:56px 0 14px; padding-top:18px; border-top:2px solid var(--ink) }
+h2.sub { font-size:18px; border:0; margin:18px 0 4px } h3 { font-size:15px; margin:0 }
+p { margin:0 0 10px; max-width:78ch } .soft,.how { color:var(--soft) } .how { font-size:13px; margin:4px 0 14px }
+nav a { color:inherit; margin-right:16px } code { font-family:ui-monospace,Menlo,Consolas,monospace }
+table { border-collapse:collapse; width:100%; font-size:13px } td,th { padding:2px 8px; vertical-align:baseline;
+  text-align:left } th { color:var(--soft); font-weight:400; font-size:12px; border-bottom:1px solid var(--line) }
+td.n,th.n { text-align:right } .chips { display:flex; flex-wrap:wrap; gap:5px }
+@media (max-width:760px) { main { padding:24px 14px } }
+"""
+"""Headings, text and plain tables."""
+
+PANELS = """
+.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(116px,1fr)); gap:1px; background:var(--line);
+  border:1px solid var(--line); border-radius:10px; overflow:hidden; margin-bottom:6px }
+.tiles div { background:var(--card); padding:12px 14px } .tiles b { display:block; font-size:20px; font-weight:600 }
+.tiles span { color:var(--soft); font-size:12px }
+.panels { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr)); gap:16px }
+.panel,details { background:var(--card); border:1px solid var(--line); border-radius:10px }
+.panel { padding:18px 20px; min-width:0 }
+"""
+"""Figures in tiles, and panels side by side."""
+
+CHARTS = """
+svg { display:block; width:100%; height:auto; overflow:visible }
+svg text { fill:var(--soft); font-size:12px } svg text.in { fill:var(--ink); text-anchor:middle }
+.load { fill:var(--load) } .importance { fill:var(--importance) }
+.hot { fill:rgb(var(--hot)) } .cold { fill:rgb(var(--cold)) }
+rect.hot,rect.cold { stroke:var(--line) } .fair { stroke:var(--ink); stroke-dasharray:4 3; fill:none }
+.axis { stroke:var(--line) } polyline.load,polyline.importance { fill:none; stroke:var(--load); stroke-width:2 }
+polyline.importance { stroke:var(--importance) }
+.key { font-size:12px; color:var(--soft); margin:10px 0 0 } .key i { display:inline-block; width:10px; height:10px;
+  border-radius:2px; margin:0 5px 0 14px } .key i:first-child { margin-left:0 } .key .load { background:var(--load) }
+.key .importance { background:var(--importance) } .key .hot { background:rgb(var(--hot)) }
+.key .cold { background:rgb(var(--cold)) } .key .fair { height:0; width:18px; border-top:2px dashed var(--ink);
+  border-radius:0; vertical-align:4px }
+.bar { background:var(--track); height:12px; border-radius:3px; display:block }
+.bar i { display:block; height:100%; border-radius:3px; background:var(--load) }
+.bar i.chance { background:var(--soft) }
+"""
+"""What nmt/pages/charts.py draws."""
+
+EXPERTS = """
+.purity { margin:14px 0 18px } .purity div { display:grid; grid-template-columns:76px 1fr 52px; gap:10px;
+  align-items:center; font-size:12px; color:var(--soft); margin:4px 0 }
+.purity b { font-size:14px; font-weight:600 } .purity em { font-style:normal;
+  font-size:12px; color:var(--soft); display:block }
+details { margin:8px 0 } summary { cursor:pointer; padding:10px 16px; display:grid; align-items:center; gap:14px;
+  grid-template-columns:124px 1fr 200px; list-style:none } summary::-webkit-details-marker { display:none }
+summary h3 { white-space:nowrap }
+summary h3::before { content:"▸"; color:var(--soft); display:inline-block; width:16px } [open]>summary h3::before {
+  content:"▾" } summary:hover { background:var(--chip); border-radius:10px }
+.chip { background:var(--chip); border-radius:5px; padding:1px 7px;
+  font-size:13px; white-space:nowrap; max-width:24ch; overflow:hidden; text-overflow:ellipsis }
+.chip,td.word,.body td:last-child { color:var(--soft) } .chip b,td b { color:var(--ink);
+  font-weight:600 } .share { display:grid; grid-template-columns:1fr 60px; gap:10px; align-items:center;
+  font-size:13px; text-align:right }
+.body { padding:4px 16px 16px; overflow-x:auto } .facts { display:flex; flex-wrap:wrap; gap:4px 26px; font-size:13px;
+  color:var(--soft); margin-bottom:10px } .facts b { color:var(--ink); font-weight:600 }
+tbody.role { border-bottom:1px solid var(--line) } tbody.role tr:first-child td {
+  padding-top:7px } tbody.role tr:last-child td { padding-bottom:7px } td.word { width:170px; line-height:1.35 }
+.kwic { table-layout:fixed; min-width:640px } .kwic td:not(.word) { white-space:pre; overflow:hidden }
+td.left { color:var(--soft); padding-right:0 } td.left span { display:flex; justify-content:flex-end }
+td.right { color:var(--soft); padding-left:0; text-overflow:ellipsis }
+mark { background:var(--mark); color:var(--ink); border-radius:3px; padding:1px 2px; font-weight:600 }
+@media (max-width:760px) { summary { grid-template-columns:84px 1fr } .share { display:none } }
+"""
+"""The report on experts: what they tell, and a card for each."""
+
+EXPLANATION = """
+h1 { font-size:1.35rem; margin:0 0 1rem; letter-spacing:0 }
+h2 { font-size:1.1rem; margin:2.5rem 0 .25rem; padding:0; border:0 }
+p { margin:.25rem 0 .75rem; max-width:60rem }
+dl { display:grid; grid-template-columns:max-content 1fr; gap:.25rem 1rem; margin:0 0 1.25rem }
+dt { color:var(--soft) } dd { margin:0; overflow-wrap:anywhere }
+.legend { display:flex; flex-wrap:wrap; gap:.5rem 1.5rem; align-items:center; color:var(--soft) }
+.ramp { display:inline-block; width:14rem; height:.9rem; border-radius:3px; vertical-align:middle;
+  background:linear-gradient(to right, var(--loss), var(--zero), var(--gain)) }
+table { font-size:15px; margin-top:.5rem }
+td,th { padding:3px .75rem 3px 0; border-bottom:1px solid var(--line); vertical-align:middle } th { font-size:.8rem }
+.place,.number { color:var(--soft); text-align:right; width:1%; white-space:nowrap }
+.piece { width:1%; min-width:6rem; max-width:16rem; overflow-wrap:anywhere; font-family:ui-monospace,monospace }
+.chips { gap:3px } .chip { display:block; width:calc(var(--gate, 0) * min(36rem, 55vw)); min-width:max-content;
+  padding:1px 6px; border-radius:4px; font-size:.8rem; white-space:nowrap; overflow:hidden; background:var(--zero);
+  background:color-mix(in oklab, var(--tint) var(--strength), var(--zero)) }
+.gain { --tint:var(--gain) } .loss { --tint:var(--loss) } .chip b { margin-right:.35rem }
+"""
+"""The explanation of a sentence: a row for each position, a chip for each expert."""
+
+
+def style_sheet(*parts: str) -> str:
+    """Return the style sheet of BASE and these parts, with the colours that they use."""
+    rules = "".join((BASE, *parts))
+    used = [name for name in COLOURS if re.search(rf"var\(--{name}\)", rules)]
+    light, dark = ("; ".join(f"--{name}:{COLOURS[name][mode]}" for name in used) for mode in (0, 1))
+    return (
+        f"\n:root {{ color-scheme:light dark; {light} }}\n"
+        f"@media (prefers-color-scheme: dark) {{ :root {{ {dark} }} }}{rules}"
+    )

@@ -1,0 +1,46 @@
+"""Numbers as a sentence or a table has them: one form of each for pages, cards, messages and the terminal."""
+
+from collections.abc import Iterable
+
+Units = tuple[tuple[float, str], ...]
+"""Sizes of units with their names, the largest first."""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun, whose plural ends in -s: "1 step", "2,000 steps"."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
+def steps_of(steps: Iterable[int]) -> str:
+    """Return "step 500" or "steps 500, 1,000"."""
+    found = [f"{step:,}" for step in steps]
+    return f"step{'s' * (len(found) != 1)} {', '.join(found)}"
+
+
+def percent(share: float) -> str:
+    """Return a share in percent, with three digits that count from 1% on and two below."""
+    return f"{100 * share:.{3 if share >= 0.01 else 2}g}%"
+
+
+def brief(count: int) -> str:
+    """Return a count in full below a million, and in millions from there on."""
+    return millions(count) if count >= 1e6 else f"{count:,}"
+
+
+def millions(count: float, digits: int = 1) -> str:
+    """Return a count in millions: "1,234.5M"."""
+    return f"{count / 1e6:,.{digits}f}M"
+
+
+def scaled(count: float, units: Units) -> str:
+    """Return a count with four digits in the largest unit that it fills, or else in the smallest."""
+    scale, unit = next((each for each in units if count >= each[0]), units[-1])
+    return f"{count / scale:,.4g} {unit}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time in the largest unit of which there are two or more."""
+    for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} seconds"
