@@ -45,7 +45,8 @@ def commands_in(markdown: str) -> Iterator[list[str]]:
         for line in lines:
             if prompts and not line.startswith("$ "):
                 continue
-            for part in re.split(r"\s\|\s", re.sub(r"\s[<>]\s*\S+", "", line.removeprefix("$ "))):
+            line = re.sub(r"^source <\((.*)\)", r"\1", line.removeprefix("$ "))
+            for part in re.split(r"\s\|\s", re.sub(r"\s[<>]\s*\S+", "", line)):
                 if part.split(" ")[0] in ("nmt", "make", "python", "sbatch", "torchrun"):
                     yield shlex.split(part, comments=True)
 
