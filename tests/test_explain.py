@@ -29,7 +29,7 @@ from nmt.experts.explain import (
     Slot,
     explain_pair,
     explain_sentence,
-    taken_away,
+    without,
 )
 from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
@@ -100,7 +100,7 @@ def nll_by_loops(model: Seq2Seq, without: Removal | None, monkeypatch: pytest.Mo
     with monkeypatch.context() as patch, torch.no_grad():
         for layer, moe in model.moe_layers().items():
             mine = without if without is not None and without.layer == layer else None
-            patch.setattr(moe, "forward", lambda x_TD, _count, moe=moe, mine=mine: moe_by_loops(moe, x_TD, mine))
+            patch.setattr(moe, "forward", lambda x_TD, *_, moe=moe, mine=mine: moe_by_loops(moe, x_TD, mine))
         return float(model(make_batch(np.arange(1), [SOURCE], [TARGET])).nll)
 
 
@@ -223,7 +223,7 @@ def test_by_hand_one_token_one_layer() -> None:
     assert [total.contribution for total in layer.experts] == [first.contribution, second.contribution]
 
 
-# ----------------------------------------------------------------------------------------------- columns and hooks
+# ------------------------------------------------------------------------------------------------------- columns
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
@@ -277,24 +277,22 @@ def test_passes_of_any_size_give_the_same(
         assert totals == pytest.approx({total.expert: total.contribution for total in oracle.experts}, abs=1e-10)
 
 
-def test_hooks_go_away(model: Seq2Seq) -> None:
-    layers = model.moe_layers()
+def test_two_passes_on_one_model_do_not_meet(model: Seq2Seq) -> None:
+    """What one does without, another that runs in the middle of it does not miss."""
     scorer = scorer_of(model)
-    before = scorer.log_probability_T
-    removals = [Removal(layer, 0) for layer in layers]
+    change_gate = without([Removal(layer, 0) for layer in scorer.layers], CPU)
+    layers, between = [], []
 
-    def num_hooks() -> list[int]:
-        return [len(module._forward_hooks) for module in model.modules() if module._forward_hooks]
+    def change(layer: str, gate: GateOutput) -> GateOutput:
+        layers.append(layer)
+        between.append(scorer_of(model).log_probability_T)
+        return change_gate(layer, gate)
 
-    with taken_away(layers, removals[:1], CPU):
-        assert num_hooks() == [1]
-    assert num_hooks() == []
-    with pytest.raises(ZeroDivisionError), taken_away(layers, removals, CPU):
-        num_hooks()[len(layers) - 1] // 0
-    assert num_hooks() == []
-    explain_pair(scorer)
-    assert num_hooks() == []
-    assert torch.equal(scorer_of(model).log_probability_T, before)
+    with torch.inference_mode():
+        scorer._encode(len(scorer.layers), change)
+        scorer._score(len(scorer.layers), scorer.memory, change)
+    assert layers == list(scorer.layers)
+    assert all(torch.equal(each, scorer.log_probability_T) for each in between)
 
 
 # ------------------------------------------------------------------------------------------------------ the page

@@ -16,7 +16,7 @@ from nmt.model.attention import Memory
 from nmt.model.loss import token_log_probs
 from nmt.model.rows import put_rows, take_rows
 from nmt.model.seq2seq import Seq2Seq
-from nmt.model.walk import Gates
+from nmt.model.walk import ChangeGate, Gates
 
 
 class Scores(NamedTuple):
@@ -46,9 +46,10 @@ def score_target(
     target_out_TR: Tensor,
     rows_N: Tensor | None,
     experts_per_token: int = 0,
+    change_gate: ChangeGate | None = None,
 ) -> Scores:
     """`score` where the source is encoded; `rows_N`: flat positions of real target pieces, None if all are."""
-    decoded = model.decode(target_in_TR, memory, None, rows_N, experts_per_token)
+    decoded = model.decode(target_in_TR, memory, None, rows_N, experts_per_token, change_gate)
     x_MD, target_M = decoded.x_TRD.flatten(0, 1), target_out_TR.flatten()
     if rows_N is not None:
         x_MD, target_M = take_rows(x_MD, rows_N), target_M.index_select(0, rows_N)

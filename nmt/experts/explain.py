@@ -20,8 +20,7 @@ of a layer in time-major order, K slots of a token, D width.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -35,9 +34,9 @@ from nmt.decoding.scoring import Scores, score_target
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model.attention import Memory
-from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Gates, Seq2Seq
+from nmt.model.walk import ChangeGate
 
 _EVERYWHERE, _NOTHING = -1, -1
 # Numbers that the columns of one pass may hold in the larger layers.
@@ -139,38 +138,28 @@ def expert_name(expert: Slot | ExpertTotal) -> str:
     return f"{expert.expert}" if expert.group is None else f"{expert.group}/{expert.expert}"
 
 
-def _removing_hook(expert_C: Tensor, position_C: Tensor) -> Callable[[Any, Any, GateOutput], GateOutput]:
-    """A hook on a gate that sets to 0 what each column is to do without."""
+def without(removals: Sequence[Removal | None], device: torch.device) -> ChangeGate:
+    """Gates of a pass whose column c does without removals[c], of batches of `len(removals)` equally long columns."""
+    wanted: dict[str, tuple[Tensor, Tensor]] = {}
+    for layer in {each.layer for each in removals if each is not None}:
+        mine = [each if each is not None and each.layer == layer else None for each in removals]
+        experts = [_NOTHING if each is None else each.expert for each in mine]
+        positions = [_EVERYWHERE if each is None or each.position is None else each.position for each in mine]
+        wanted[layer] = (torch.tensor(experts, device=device), torch.tensor(positions, device=device))
 
-    def remove(_module: Any, _inputs: Any, gate: GateOutput) -> GateOutput:
+    def change(layer: str, gate: GateOutput) -> GateOutput:
+        if layer not in wanted:
+            return gate
+        expert_C, position_C = wanted[layer]
         columns = len(expert_C)
-        row_N = torch.arange(len(gate.expert_TK), device=expert_C.device)
+        row_N = torch.arange(len(gate.expert_TK), device=device)
         column_N, place_N = row_N % columns, row_N // columns
         position_N = position_C[column_N]
         here_N = (position_N == _EVERYWHERE) | (position_N == place_N)
         gone_NK = (gate.expert_TK == expert_C[column_N, None]) & here_N[:, None]
         return gate._replace(gates_TK=gate.gates_TK.masked_fill(gone_NK, 0.0))
 
-    return remove
-
-
-@contextmanager
-def taken_away(layers: dict[str, MoE], removals: Sequence[Removal | None], device: torch.device) -> Iterator[None]:
-    """While this lasts, column c of every batch of `len(removals)` equally long columns does without removals[c]."""
-    handles = []
-    try:
-        for layer, moe in layers.items():
-            mine = [each if each is not None and each.layer == layer else None for each in removals]
-            if not any(mine):
-                continue
-            experts = [_NOTHING if each is None else each.expert for each in mine]
-            positions = [_EVERYWHERE if each is None or each.position is None else each.position for each in mine]
-            hook = _removing_hook(torch.tensor(experts, device=device), torch.tensor(positions, device=device))
-            handles.append(moe.gate.register_forward_hook(hook))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return change
 
 
 class Scorer:
@@ -203,8 +192,8 @@ class Scorer:
             mine = [index for index, removal in enumerate(removals) if LayerName.of(removal.layer).side == side]
             for start in range(0, len(mine), size):
                 chosen = mine[start : start + size]
-                whole, *without = self.scores(side, [None, *(removals[index] for index in chosen)])
-                for index, score in zip(chosen, without, strict=True):
+                whole, *others = self.scores(side, [None, *(removals[index] for index in chosen)])
+                for index, score in zip(chosen, others, strict=True):
                     found[index] = whole - score
         return found
 
@@ -212,24 +201,22 @@ class Scorer:
     def scores(self, side: str, removals: Sequence[Removal | None]) -> list[float]:
         """log P(Y|X) with each of them taken away in a column of its own; all are of one side's layers."""
         columns = len(removals)
-        with taken_away(self.layers, removals, self.device):
-            memory = self.memory
-            if side == "encoder":
-                memory, _ = self._encode(columns)
-            # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
-            log_prob_TC = self._score(columns, memory).log_prob_TR
+        change_gate = without(removals, self.device)
+        memory = self._encode(columns, change_gate)[0] if side == "encoder" else self.memory
+        # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
+        log_prob_TC = self._score(columns, memory, change_gate).log_prob_TR
         scores: list[float] = log_prob_TC.double().sum(0).tolist()
         return scores
 
-    def _encode(self, columns: int) -> tuple[Memory, Gates]:
+    def _encode(self, columns: int, change_gate: ChangeGate | None = None) -> tuple[Memory, Gates]:
         source_SC, length_C = self.batch.source_SB.repeat(1, columns), self.batch.source_length_B.repeat(columns)
-        return self.model.encode(source_SC, length_C, None, self.experts_per_token)
+        return self.model.encode(source_SC, length_C, None, self.experts_per_token, change_gate)
 
-    def _score(self, columns: int, memory: Memory) -> Scores:
+    def _score(self, columns: int, memory: Memory, change_gate: ChangeGate | None = None) -> Scores:
         target_in_TC, target_out_TC = (
             side_TB.repeat(1, columns) for side_TB in (self.batch.target_in_TB, self.batch.target_out_TB)
         )
-        return score_target(self.model, memory, target_in_TC, target_out_TC, None, self.experts_per_token)
+        return score_target(self.model, memory, target_in_TC, target_out_TC, None, self.experts_per_token, change_gate)
 
     def _columns_at_once(self) -> int:
         """Columns of one pass, the whole one included."""

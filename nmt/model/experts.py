@@ -147,11 +147,18 @@ class MoE(nn.Module):
         self.sigmoid_output = config.output == "sigmoid"
         self.dispatcher: Dispatcher = LocalDispatcher()
 
-    def forward(self, x_TD: Tensor, experts_per_token: int = 0) -> tuple[Tensor, GateOutput]:
+    def forward(
+        self,
+        x_TD: Tensor,
+        experts_per_token: int = 0,
+        change_gate: Callable[[GateOutput], GateOutput] | None = None,
+    ) -> tuple[Tensor, GateOutput]:
         """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional').
 
         Outside training each token wakes `experts_per_token` experts; 0: as many as in training.
         """
         gate = self.gate(x_TD, experts_per_token)
+        if change_gate:
+            gate = change_gate(gate)
         y_TD = self.dispatcher.run(self.experts, x_TD, gate)
         return (y_TD.sigmoid() if self.sigmoid_output else y_TD), gate

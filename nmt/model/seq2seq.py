@@ -23,7 +23,7 @@ from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
 from nmt.model.rows import put_rows, take_rows
-from nmt.model.walk import Gates, Visit, Walk, walk_together
+from nmt.model.walk import ChangeGate, Gates, Visit, Walk, walk_together
 
 
 class DecoderState(NamedTuple):
@@ -212,10 +212,16 @@ class Seq2Seq(nn.Module):
         init_parameters(self, self.output)
 
     def encode(
-        self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None, experts_per_token: int = 0
+        self,
+        source_SB: Tensor,
+        length_B: Tensor,
+        rows_N: Tensor | None,
+        experts_per_token: int = 0,
+        change_gate: ChangeGate | None = None,
     ) -> tuple[Memory, Gates]:
         """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
-        (memory,), gates = walk_together([self._encoding(source_SB, length_B, rows_N)], experts_per_token)
+        walk = self._encoding(source_SB, length_B, rows_N)
+        (memory,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
         return memory, gates
 
     def decode(
@@ -225,10 +231,12 @@ class Seq2Seq(nn.Module):
         state: DecoderState | None = None,
         rows_N: Tensor | None = None,
         experts_per_token: int = 0,
+        change_gate: ChangeGate | None = None,
     ) -> DecoderOutput:
         """The decoder over T positions, from `state` on: the whole target in training, one position in a search."""
         x_TRD = self._embed(self.target_embedding, target_TR)
-        (decoded,), gates = walk_together([self.decoder.walk(x_TRD, memory, state, rows_N)], experts_per_token)
+        walk = self.decoder.walk(x_TRD, memory, state, rows_N)
+        (decoded,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
         return decoded._replace(gates=gates)
 
     def moe_layers(self) -> dict[str, MoE]:

@@ -8,7 +8,8 @@ side: at an MoE layer their tokens meet and are one batch.
 Letters: N real (not padding) tokens, D width.
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -21,6 +22,10 @@ T = TypeVar("T")
 
 Gates = dict[str, GateOutput]
 """The gates of one pass by the name of their layer: "encoder.2" is the MoE after encoder LSTM 2."""
+
+ChangeGate = Callable[[str, GateOutput], GateOutput]
+"""change_gate(layer, gate): the gate with which the experts of a layer run, where a pass is to differ from the model's
+own, such as one without some expert."""
 
 
 class Visit(NamedTuple):
@@ -35,7 +40,9 @@ Walk = Generator[Visit, Tensor, T]
 """Yields its visits, is sent y_ND of each, and returns a result."""
 
 
-def walk_together(walks: Sequence[Walk[T]], experts_per_token: int, last: str = "") -> tuple[list[T], Gates]:
+def walk_together(
+    walks: Sequence[Walk[T]], experts_per_token: int, last: str = "", change_gate: ChangeGate | None = None
+) -> tuple[list[T], Gates]:
     """(results of the walks, gates): each MoE layer is called once, on the tokens of all walks.
 
     All walks visit the same layers. With `last`, everything ends at the gate of that layer: its experts are not asked,
@@ -61,5 +68,5 @@ def walk_together(walks: Sequence[Walk[T]], experts_per_token: int, last: str = 
         if layer == last:
             gates[layer] = moe.gate(x_ND, experts_per_token)
             return [], gates
-        y_ND, gates[layer] = moe(x_ND, experts_per_token)
+        y_ND, gates[layer] = moe(x_ND, experts_per_token, partial(change_gate, layer) if change_gate else None)
         answers = y_ND.split([len(visit.x_ND) for visit in visits])
