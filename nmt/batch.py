@@ -9,10 +9,25 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 NUM_SPECIAL = 4
+
+
+class Shape(NamedTuple):
+    """The sizes of a batch's tensors: all that a step recorded for one batch may depend on."""
+
+    sentences: int
+    source: int  # positions, EOS included
+    target: int
+    source_rows: int  # tokens that gates, experts and softmax see
+    target_rows: int
+
+    def holds(self, other: "Shape") -> bool:
+        """Whether a batch of the shape `other` can be padded to this one."""
+        return all(ours >= theirs for ours, theirs in zip(self, other, strict=True))
 
 
 class Batch(NamedTuple):
@@ -20,34 +35,99 @@ class Batch(NamedTuple):
 
     `*_rows_N` are the flat positions (t * B + b) of the real tokens of a time-major side, in order. The host computes
     them when it makes the batch. The model can then drop padding (before gates, experts and softmax) without waiting
-    for the GPU to count what is left.
+    for the GPU to count what is left. In a batch that was padded to a bucket (`fit`), rows of padding follow them, and
+    the counts say how many rows are real.
     """
 
-    pairs_B: Tensor  # int64: the corpus pair in each column
+    pairs_B: Tensor  # int64: the corpus pair in each column; -1 in a column of padding
     source_SB: Tensor  # int64: pieces, then EOS, then PAD
     source_length_B: Tensor  # int64: EOS included
     source_rows_N: Tensor  # int64
     target_in_TB: Tensor  # int64: BOS, then pieces
     target_out_TB: Tensor  # int64: pieces, then EOS
     target_rows_N: Tensor  # int64
+    source_count: Tensor | None = None  # int64 scalar: how many of source_rows_N are real, the first ones; None: all
+    target_count: Tensor | None = None  # the same of target_rows_N
+
+    @property
+    def shape(self) -> Shape:
+        """The sizes of the tensors."""
+        (source, sentences), target = self.source_SB.shape, len(self.target_in_TB)
+        return Shape(sentences, source, target, self.source_rows_N.numel(), self.target_rows_N.numel())
+
+    @property
+    def num_sentences(self) -> int:
+        """Sentence pairs. Like the two counts below, it waits for the device that holds a fitted batch."""
+        return len(self.pairs_B) if self.source_count is None else int((self.pairs_B >= 0).sum())
 
     @property
     def num_source_tokens(self) -> int:
         """Number of source tokens, with EOS, without padding."""
-        return self.source_rows_N.numel()
+        return self.source_rows_N.numel() if self.source_count is None else int(self.source_count)
 
     @property
     def num_target_tokens(self) -> int:
         """Number of target tokens to predict, with EOS, without padding."""
-        return self.target_rows_N.numel()
+        return self.target_rows_N.numel() if self.target_count is None else int(self.target_count)
+
+    @property
+    def real_source_rows(self) -> Tensor | None:
+        """Bool: which of `source_rows_N` are real; None: all are."""
+        return _first(self.source_rows_N, self.source_count)
+
+    @property
+    def real_target_rows(self) -> Tensor | None:
+        """Bool: which of `target_rows_N` are real; None: all are."""
+        return _first(self.target_rows_N, self.target_count)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy this batch to `device`, asynchronously if its memory is pinned."""
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return Batch._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
 
     def pin_memory(self) -> "Batch":
         """Copy this batch to page-locked memory, from which copies to a GPU do not block."""
-        return Batch(*(tensor.pin_memory() for tensor in self))
+        return Batch._make(None if tensor is None else tensor.pin_memory() for tensor in self)
+
+
+def _first(rows_N: Tensor, count: Tensor | None) -> Tensor | None:
+    return None if count is None else torch.arange(rows_N.numel(), device=rows_N.device) < count
+
+
+def fit(batch: Batch, shape: Shape) -> Batch:
+    """`batch` padded to exactly `shape`, so that all batches of a bucket have tensors of equal sizes.
+
+    Its real tokens keep their order. Columns of padding are sentences of one PAD, so that their attention has a place
+    to look at. Rows of padding are cells that hold PAD, each at most once. Gates give them no expert, and no loss, sum
+    or statistic counts them: the pass computes what it computes for `batch`. Where dropout or gate noise is drawn,
+    other numbers fall to a token. ValueError if `shape` does not hold the batch.
+    """
+    assert batch.source_count is None
+    cells = shape.sentences * shape.source, shape.sentences * shape.target
+    if not shape.holds(batch.shape) or shape.source_rows > cells[0] or shape.target_rows > cells[1]:
+        raise ValueError(f"a batch of {batch.shape} cannot be padded to {shape}")
+    columns = shape.sentences - len(batch.pairs_B)
+
+    def side(ids_LB: Tensor, positions: int) -> Tensor:
+        return F.pad(ids_LB, (0, columns, 0, positions - len(ids_LB)), value=PAD)
+
+    return Batch(
+        pairs_B=F.pad(batch.pairs_B, (0, columns), value=-1),
+        source_SB=side(batch.source_SB, shape.source),
+        source_length_B=F.pad(batch.source_length_B, (0, columns), value=1),
+        source_rows_N=_fit_rows(batch.source_rows_N, len(batch.pairs_B), shape.sentences, cells[0], shape.source_rows),
+        target_in_TB=side(batch.target_in_TB, shape.target),
+        target_out_TB=side(batch.target_out_TB, shape.target),
+        target_rows_N=_fit_rows(batch.target_rows_N, len(batch.pairs_B), shape.sentences, cells[1], shape.target_rows),
+        source_count=torch.tensor(batch.num_source_tokens, device=batch.pairs_B.device),
+        target_count=torch.tensor(batch.num_target_tokens, device=batch.pairs_B.device),
+    )
+
+
+def _fit_rows(rows_N: Tensor, sentences: int, columns: int, cells: int, num_rows: int) -> Tensor:
+    """The rows of `sentences` columns as those of more `columns`, then other cells up to `num_rows` rows."""
+    rows_N = rows_N // sentences * columns + rows_N % sentences
+    free_M = torch.ones(cells, dtype=torch.bool, device=rows_N.device).index_fill_(0, rows_N, False)
+    return torch.cat([rows_N, free_M.nonzero().flatten()[: num_rows - len(rows_N)]])
 
 
 def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:

@@ -77,8 +77,9 @@ def check_plan(
         assert positions <= budget // bands or len(batch) == 1
 
 
-def equal(first: Batch, second: Batch) -> bool:
-    return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(first, second, strict=True))
+def equal(a: Batch, b: Batch) -> bool:
+    """Whether two batches, neither padded to a bucket, hold the same."""
+    return a[7:] == b[7:] == (None, None) and all(map(torch.equal, a[:7], b[:7]))
 
 
 @pytest.mark.parametrize(

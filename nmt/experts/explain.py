@@ -223,7 +223,7 @@ class Scorer:
         config = self.model.config
         num_source, num_target = len(self.batch.source_SB), len(self.batch.target_in_TB)
         # Rows of experts for each position, on average: slots that stay empty have none.
-        rows = max((gate.num_routed / len(gate.expert_TK) for gate in self.gates.values()), default=0.0)
+        rows = max((float(gate.sums.count_E.sum()) / len(gate.expert_TK) for gate in self.gates.values()), default=0.0)
         per_position = 8 * config.cell_size + math.ceil(rows * max(config.hidden_size, *config.moe.hidden_sizes))
         pairs = num_source * num_target * (1 if config.attention.function == "product" else config.attention.size)
         return min(_MAX_COLUMNS, max(2, _ELEMENTS // ((num_source + num_target) * per_position + pairs)))

@@ -101,7 +101,13 @@ class LocalDispatcher:
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
         """Dispatch, experts, combine."""
         rows_RD, ends_E, route = self.dispatch(x_TD, gate)
-        return self.combine(experts(rows_RD, ends_E), gate.gates_TK, route)
+        if gate.num_routed is not None:
+            return self.combine(experts(rows_RD, ends_E), gate.gates_TK, route)
+        # The rows of empty slots come last and belong to no expert, which leaves them unspecified, their gradients
+        # too: as zeros they add nothing to any token.
+        empty_R1 = (torch.arange(len(rows_RD), device=x_TD.device) >= ends_E[-1])[:, None]
+        y_RD = experts(rows_RD.masked_fill(empty_R1, 0.0), ends_E).masked_fill(empty_R1, 0.0)
+        return self.combine(y_RD, gate.gates_TK, route)
 
     def dispatch(self, x_TD: Tensor, gate: GateOutput) -> tuple[Tensor, Tensor, Route]:
         """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, the way back)."""
@@ -123,7 +129,7 @@ def _way_back(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
     """The route of rows that were sorted so; slots of expert `num_experts` are empty."""
     num_tokens, num_slots = expert_TK.shape
     if len(order_R) == expert_TK.numel():
-        # No slot is empty, as with all gates but strictly balanced ones: each slot is its own place.
+        # Each slot is its own place: none is empty, or the host does not know how many are.
         begin_T = torch.arange(num_tokens, device=order_R.device) * num_slots
         return Route(order_R, inverse_permutation(order_R), begin_T)
     filled_TK = expert_TK < num_experts
@@ -151,13 +157,14 @@ class MoE(nn.Module):
         self,
         x_TD: Tensor,
         experts_per_token: int = 0,
+        real_T: Tensor | None = None,
         change_gate: Callable[[GateOutput], GateOutput] | None = None,
     ) -> tuple[Tensor, GateOutput]:
         """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional').
 
-        Outside training each token wakes `experts_per_token` experts; 0: as many as in training.
+        Outside training each token wakes `experts_per_token` experts; 0: as many as in training. `real_T` as in `Gate`.
         """
-        gate = self.gate(x_TD, experts_per_token)
+        gate = self.gate(x_TD, experts_per_token, real_T)
         if change_gate:
             gate = change_gate(gate)
         y_TD = self.dispatcher.run(self.experts, x_TD, gate)

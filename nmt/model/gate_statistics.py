@@ -96,12 +96,13 @@ class LayerTally:
         gate = self.gate
         has_expert_T = (gate.expert_TK < self.count_E.numel()).any(1)
         num_with = has_expert_T.sum()
+        num_tokens = torch.ones_like(has_expert_T).sum() if gate.real_T is None else gate.real_T.sum()
         figures = (
             cv_squared(self.sums.importance_E),
             cv_squared(self.sums.load()),
             entropy(gate.gates_TK) / num_with.clamp_min(1),
             gate.noise_std,
-            (has_expert_T.numel() - num_with) / max(has_expert_T.numel(), 1),
+            (num_tokens - num_with) / num_tokens.clamp_min(1),
             gate.own_loss,
         )
         scalars = torch.stack([figure.double() for figure in figures])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
-from nmt.model.rows import take_groups
+from nmt.model.rows import put_rows, take_groups, take_rows
 
 # Added to the standard deviation of the gate noise, softplus(x . w_noise), which starts at ln 2 = 0.69. The paper has
 # no such floor, its authors' code (tensor2tensor) this one: without any, a gate that learns away its noise makes the
@@ -69,10 +69,11 @@ class GateOutput(NamedTuple):
 
     expert_TK: Tensor  # int64, the experts of each token; E in a slot that stays empty
     gates_TK: Tensor  # float32, 0 in an empty slot; a row sums to 1, or to 0 for a token without experts
-    num_routed: int  # slots that are not empty
+    num_routed: int | None  # slots that are not empty; None: the host does not know, some tokens being padding
     sums: GateSums
     noise_std: Tensor  # float32 scalar, mean standard deviation of the noise (of the primary gate, if there are two)
     own_loss: Tensor  # float32 scalar, what the gate needs to learn besides balance: L_batchwise, else 0
+    real_T: Tensor | None = None  # bool, False for padding, which has empty slots and counts nowhere; None: all real
 
     def detach(self) -> "GateOutput":
         """The same decision without its graph."""
@@ -138,6 +139,16 @@ def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
+def _sum_over_tokens(values: Tensor, real_T: Tensor | None) -> Tensor:
+    """The sum of (T, ...) over the tokens that are real; None: all are."""
+    return (values if real_T is None else _where_real(values, real_T)).sum(0)
+
+
+def _where_real(values: Tensor, real_T: Tensor) -> Tensor:
+    """(T, ...) with 0 for tokens that are padding."""
+    return values.masked_fill(~real_T.view(-1, *[1] * (values.dim() - 1)), 0)
+
+
 def _sum_by_expert(values_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
     # Spread out and summed, rather than added up in place, which a GPU does in another order every time.
     spread_TE = values_TK.new_zeros(values_TK.shape[0], num_experts, *values_TK.shape[2:])
@@ -149,15 +160,28 @@ def _noise_std(x_TD: Tensor, w_noise_DE: Tensor) -> Tensor:
 
 
 def _full_slots(
-    expert_TK: Tensor, gates_TK: Tensor, num_experts: int, load_E: Tensor | None, noise_std: Tensor | None
+    expert_TK: Tensor,
+    gates_TK: Tensor,
+    num_experts: int,
+    load_E: Tensor | None,
+    noise_std_TX: Tensor | None,
+    real_T: Tensor | None,
 ) -> GateOutput:
+    """The decision of a gate that fills all K slots of every token, but leaves those of padding empty."""
+    num_routed: int | None = expert_TK.numel()
+    zero = noise_std = gates_TK.new_zeros(())
+    if real_T is not None:
+        num_routed, gates_TK = None, _where_real(gates_TK, real_T)
     importance_E = _sum_by_expert(gates_TK, expert_TK, num_experts)
+    if real_T is not None:
+        expert_TK = expert_TK.masked_fill(~real_T[:, None], num_experts)
+    if noise_std_TX is not None and real_T is None:
+        noise_std = noise_std_TX.mean()
+    elif noise_std_TX is not None and real_T is not None:
+        noise_std = _where_real(noise_std_TX, real_T).sum() / (real_T.sum() * noise_std_TX.shape[1])
     count_E = count_tokens(expert_TK, num_experts)
     sums = GateSums(importance_E, count_E if load_E is None else load_E, count_E)
-    zero = gates_TK.new_zeros(())
-    return GateOutput(
-        expert_TK, gates_TK, expert_TK.numel(), sums, zero if noise_std is None else noise_std.mean(), zero
-    )
+    return GateOutput(expert_TK, gates_TK, num_routed, sums, noise_std, zero, real_T)
 
 
 class Gate(nn.Module):
@@ -180,12 +204,15 @@ class Gate(nn.Module):
         if not 0 <= count <= self.num_experts:
             raise ValueError(f"decoding.experts_per_token={count} must lie in 1..{self.num_experts}, or be 0")
 
-    def forward(self, x_TD: Tensor, experts_per_token: int = 0) -> GateOutput:
-        """Choose among E experts for each of T tokens. In training `experts_per_token` has no effect."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return self.choose(x_TD.to(self.w_gate_DE.dtype), 0 if self.training else experts_per_token)
+    def forward(self, x_TD: Tensor, experts_per_token: int = 0, real_T: Tensor | None = None) -> GateOutput:
+        """Choose among E experts for each of T tokens. In training `experts_per_token` has no effect.
 
-    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+        `real_T` (bool) says which tokens are no padding (None: all). The others get empty slots and count nowhere.
+        """
+        with torch.autocast(x_TD.device.type, enabled=False):
+            return self.choose(x_TD.to(self.w_gate_DE.dtype), 0 if self.training else experts_per_token, real_T)
+
+    def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         """`forward` in the precision of the gate's weights."""
         raise NotImplementedError
 
@@ -205,16 +232,16 @@ class NoisyTopKGate(Gate):
         super().__init__(hidden_size, num_experts, k)
         self.w_noise_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
 
-    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         clean_TE = x_TD @ self.w_gate_DE
         if not self.training:
             gates_TK, expert_TK = keep_top_k(clean_TE, experts_per_token or self.k)
-            return _full_slots(expert_TK, gates_TK, self.num_experts, None, None)
+            return _full_slots(expert_TK, gates_TK, self.num_experts, None, None, real_T)
         noise_std_TE = _noise_std(x_TD, self.w_noise_DE)
         noisy_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
         gates_TK, expert_TK = keep_top_k(noisy_TE, self.k)
-        load_E = prob_in_top_k(clean_TE, noisy_TE, noise_std_TE, self.k).sum(0)
-        return _full_slots(expert_TK, gates_TK, self.num_experts, load_E, noise_std_TE)
+        load_E = _sum_over_tokens(prob_in_top_k(clean_TE, noisy_TE, noise_std_TE, self.k), real_T)
+        return _full_slots(expert_TK, gates_TK, self.num_experts, load_E, noise_std_TE, real_T)
 
 
 class SoftmaxTopKGate(Gate):
@@ -224,9 +251,9 @@ class SoftmaxTopKGate(Gate):
     alike: w_gate starts random instead of zero.
     """
 
-    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         gates_TK, expert_TK = keep_top_k(x_TD @ self.w_gate_DE, experts_per_token or self.k)
-        return _full_slots(expert_TK, gates_TK, self.num_experts, None, None)
+        return _full_slots(expert_TK, gates_TK, self.num_experts, None, None, real_T)
 
 
 class HierarchicalGate(Gate):
@@ -262,7 +289,7 @@ class HierarchicalGate(Gate):
         groups = min(count, self.primary_k) if count else self.primary_k
         return groups, count // groups if count else self.k
 
-    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         primary_k, k = self.levels(experts_per_token)
         clean_TA = noisy_TA = x_TD @ self.primary_w_gate_DA
         if self.training:
@@ -279,11 +306,14 @@ class HierarchicalGate(Gate):
         load_E = std = None
         if self.training:
             std = std_TA
-            load_E = self._by_expert(prob_in_top_k(clean_TPB, noisy_TPB, std_TPB, k), group_TP)
-        gate = _full_slots(expert_TPK.flatten(1), gates_TPK.flatten(1), self.num_experts, load_E, std)
+            prob_TPB = prob_in_top_k(clean_TPB, noisy_TPB, std_TPB, k)
+            load_E = self._by_expert(prob_TPB if real_T is None else _where_real(prob_TPB, real_T), group_TP)
+        gate = _full_slots(expert_TPK.flatten(1), gates_TPK.flatten(1), self.num_experts, load_E, std, real_T)
         if not self.training:
             return gate
-        primary_load_A = prob_in_top_k(clean_TA, noisy_TA, std_TA, primary_k).sum(0)
+        primary_load_A = _sum_over_tokens(prob_in_top_k(clean_TA, noisy_TA, std_TA, primary_k), real_T)
+        if real_T is not None:
+            group_TP = group_TP.masked_fill(~real_T[:, None], self.branching)
         sums = gate.sums._replace(primary_load_A=primary_load_A, group_count_A=count_tokens(group_TP, self.branching))
         return gate._replace(sums=sums)
 
@@ -315,7 +345,15 @@ class StrictlyBalancedGate(Gate):
         super().__init__(hidden_size, num_experts, k)
         self.threshold_E = nn.Parameter(torch.zeros(num_experts))
 
-    def choose(self, x_TD: Tensor, experts_per_token: int) -> GateOutput:
+    def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
+        if real_T is not None:
+            # m and the thresholds' loss hang on the number of real tokens, and the device is asked below in any case.
+            index_N = real_T.nonzero().flatten()
+            gate = self.choose(take_rows(x_TD, index_N), experts_per_token, None)
+            empty_TK = gate.expert_TK.new_full((len(x_TD), gate.expert_TK.shape[1]), self.num_experts)
+            expert_TK = empty_TK.index_copy(0, index_N, gate.expert_TK)
+            gates_TK = put_rows(gate.gates_TK, index_N, len(x_TD))
+            return gate._replace(expert_TK=expert_TK, gates_TK=gates_TK, real_T=real_T)
         log_TE = (x_TD @ self.w_gate_DE).log_softmax(1)
         own_loss = log_TE.new_zeros(())
         log_threshold_E = THRESHOLD_SCALE * self.threshold_E

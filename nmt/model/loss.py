@@ -27,6 +27,7 @@ class _LinearCrossEntropy(Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         label_smoothing: float,
+        real_N: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         weight = weight_VD.to(x_ND.dtype)
         exact = torch.promote_types(x_ND.dtype, torch.float32)
@@ -44,6 +45,10 @@ class _LinearCrossEntropy(Function):
             if bias_V is not None:
                 logits_MV += bias_V.to(logits_MV.dtype)
             nll_M, uniform_M, grad_MV = softmax_gradient(logits_MV, target_M, label_smoothing)
+            if real_N is not None:
+                padding_M = ~real_N[start : start + piece]
+                nll_M, uniform_M = nll_M.masked_fill(padding_M, 0.0), uniform_M.masked_fill(padding_M, 0.0)
+                grad_MV = grad_MV.masked_fill_(padding_M[:, None], 0.0)
             piece_nll = nll_M.sum()
             nll += piece_nll
             loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform_M.sum()
@@ -61,13 +66,18 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         # `grad_loss` stays on its device: asking for its value would wait for it.
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *scaled, None, None
+        return *scaled, None, None, None
 
 
 def linear_cross_entropy(
-    x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor, label_smoothing: float
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    real_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll), float32 sums over the N tokens.
+    """(loss, nll), float32 sums over the N tokens, or those of them that are real (bool).
 
     nll = -sum log softmax(x W^T + b)[target]; loss = (1 - s) nll + s times the mean over the vocabulary of
     -log softmax, s = label_smoothing. Only `loss` carries a gradient. Products run in x's precision, softmax and sums
@@ -77,7 +87,7 @@ def linear_cross_entropy(
         # A Function is told which inputs are parameters, not that no gradient is wanted now.
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing)
+    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing, real_N)
 
 
 def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:

@@ -23,7 +23,7 @@ from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
 from nmt.model.rows import put_rows, take_rows
-from nmt.model.walk import ChangeGate, Gates, Visit, Walk, walk_together
+from nmt.model.walk import ChangeGate, Gates, Visit, Walk, real_of_all, walk_together
 
 
 class DecoderState(NamedTuple):
@@ -68,17 +68,19 @@ class _MoELayers(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None) -> Walk[Tensor]:
+    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
         """x after the MoE that stands behind LSTM `layer`, if one does.
 
-        Padding never reaches a gate: only rows `rows_N` do (None: all are real).
+        Padding never reaches a gate: only rows `rows_N` do (None: all are real). Of these, `real_N` says which are
+        padding after all, see `fit` (None: none is).
         """
         if str(layer) not in self.moe:
             return x_TBD
         moe = self.moe[str(layer)]
         assert isinstance(moe, MoE)
         x_MD = x_TBD.flatten(0, 1)
-        y_ND = yield Visit(str(LayerName(self.side, layer)), moe, x_MD if rows_N is None else take_rows(x_MD, rows_N))
+        x_ND = x_MD if rows_N is None else take_rows(x_MD, rows_N)
+        y_ND = yield Visit(str(LayerName(self.side, layer)), moe, x_ND, real_N)
         y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
         return x_TBD + self.dropout(y_MD).view_as(x_TBD)
 
@@ -99,18 +101,18 @@ class Encoder(nn.Module):
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def walk(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None) -> Walk[Tensor]:
+    def walk(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
         """top_SBD of embedded source; padding positions come out unspecified."""
         if isinstance(self.bottom, BidirectionalLSTM):
             y_SBD = self.bottom(x_SBD, length_B)
         else:
             y_SBD, _ = self.bottom(x_SBD)
         x_SBD = self._residual(1, x_SBD, self.dropout(y_SBD))
-        x_SBD = yield from self.moe_layers.after(1, x_SBD, rows_N)
+        x_SBD = yield from self.moe_layers.after(1, x_SBD, rows_N, real_N)
         for layer, lstm in enumerate(self.upper, start=2):
             y_SBD, _ = lstm(x_SBD)
             x_SBD = self._residual(layer, x_SBD, self.dropout(y_SBD))
-            x_SBD = yield from self.moe_layers.after(layer, x_SBD, rows_N)
+            x_SBD = yield from self.moe_layers.after(layer, x_SBD, rows_N, real_N)
         return x_SBD
 
     def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
@@ -136,7 +138,12 @@ class Decoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def walk(
-        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None, rows_N: Tensor | None
+        self,
+        x_TRD: Tensor,
+        memory: Memory,
+        state: DecoderState | None,
+        rows_N: Tensor | None,
+        real_N: Tensor | None = None,
     ) -> Walk[DecoderOutput]:
         """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
         lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
@@ -149,14 +156,14 @@ class Decoder(nn.Module):
         query_1RD = x_TRD[-1:]
         if self.attention_config.projects_context:
             x_TRD = x_TRD + self.dropout(self.context(context_TRD))
-        x_TRD = yield from self.moe_layers.after(1, x_TRD, rows_N)
+        x_TRD = yield from self.moe_layers.after(1, x_TRD, rows_N, real_N)
         states = [first]
         for layer, lstm in enumerate(self.upper, start=2):
             input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.attention_config.context_above else x_TRD
             y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
             states.append(after)
             x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
-            x_TRD = yield from self.moe_layers.after(layer, x_TRD, rows_N)
+            x_TRD = yield from self.moe_layers.after(layer, x_TRD, rows_N, real_N)
         return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), {})
 
     def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -275,7 +282,8 @@ class Seq2Seq(nn.Module):
             ]
         )
         target_N = torch.cat([batch.target_out_TB.flatten().index_select(0, batch.target_rows_N) for batch in bands])
-        loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing)
+        real_N = real_of_all([batch.real_target_rows for batch in bands], [batch.target_rows_N for batch in bands])
+        loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing, real_N)
         return LossOutput(loss, nll, gates)
 
     def gates(self, *bands: Batch, experts_per_token: int = 0) -> Gates:
@@ -291,12 +299,15 @@ class Seq2Seq(nn.Module):
             moe.gate.check_experts_per_token(count)
 
     def _reading(self, batch: Batch) -> Walk[DecoderOutput]:
-        memory = yield from self._encoding(batch.source_SB, batch.source_length_B, batch.source_rows_N)
+        source = batch.source_SB, batch.source_length_B, batch.source_rows_N
+        memory = yield from self._encoding(*source, batch.real_source_rows)
         x_TBD = self._embed(self.target_embedding, batch.target_in_TB)
-        return (yield from self.decoder.walk(x_TBD, memory, None, batch.target_rows_N))
+        return (yield from self.decoder.walk(x_TBD, memory, None, batch.target_rows_N, batch.real_target_rows))
 
-    def _encoding(self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None) -> Walk[Memory]:
-        top_SBD = yield from self.encoder.walk(self._embed(self.source_embedding, source_SB), length_B, rows_N)
+    def _encoding(
+        self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None, real_N: Tensor | None = None
+    ) -> Walk[Memory]:
+        top_SBD = yield from self.encoder.walk(self._embed(self.source_embedding, source_SB), length_B, rows_N, real_N)
         position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
         return self.decoder.attention.memory(top_SBD, position_S1 >= length_B)
 

@@ -34,6 +34,7 @@ class Visit(NamedTuple):
     layer: str
     moe: MoE
     x_ND: Tensor
+    real_N: Tensor | None  # bool; None: all tokens are real, as in a batch that was not padded to a bucket
 
 
 Walk = Generator[Visit, Tensor, T]
@@ -60,13 +61,23 @@ def walk_together(
                 results.append(end.value)
         if not visits:
             return results, gates
-        layer, moe, x_ND = visits[0]
+        layer, moe, x_ND, _ = visits[0]
         assert not results
         assert all(visit.layer == layer for visit in visits)
         if len(visits) > 1:
             x_ND = torch.cat([visit.x_ND for visit in visits])
+        real_N = real_of_all([visit.real_N for visit in visits], [visit.x_ND for visit in visits])
         if layer == last:
-            gates[layer] = moe.gate(x_ND, experts_per_token)
+            gates[layer] = moe.gate(x_ND, experts_per_token, real_N)
             return [], gates
-        y_ND, gates[layer] = moe(x_ND, experts_per_token, partial(change_gate, layer) if change_gate else None)
+        own_change = partial(change_gate, layer) if change_gate else None
+        y_ND, gates[layer] = moe(x_ND, experts_per_token, real_N, own_change)
         answers = y_ND.split([len(visit.x_ND) for visit in visits])
+
+
+def real_of_all(reals: Sequence[Tensor | None], rows: Sequence[Tensor]) -> Tensor | None:
+    """Which rows of several batches together are real (bool); None if all are. `reals` as `Visit.real_N`."""
+    if all(real_N is None for real_N in reals):
+        return None
+    pairs = zip(reals, rows, strict=True)
+    return torch.cat([x.new_ones(len(x), dtype=torch.bool) if real_N is None else real_N for real_N, x in pairs])

@@ -126,6 +126,8 @@ class AllToAllDispatcher:
 
     def _send(self, x_TD: Tensor, gate: GateOutput) -> list[_Part]:
         """All parts set off, after one exchange that says how many rows there are."""
+        if gate.num_routed is None:
+            gate = gate._replace(num_routed=int((gate.expert_TK < gate.sums.count_E.numel()).sum()))
         pieces = [(x_TD, gate)]
         if self.halves:
             pieces = list(zip(x_TD.tensor_split(2), _halves(gate), strict=True))

@@ -218,7 +218,7 @@ class Trainer:
         interval.watch(done.sums, done.gates)
         for batch in chain.from_iterable(micro_batches):
             sizes = batch.num_source_tokens, batch.num_target_tokens
-            interval.count(*sizes, self.cost.training_flops(*sizes, batch.pairs_B.numel()))
+            interval.count(*sizes, self.cost.training_flops(*sizes, batch.num_sentences))
         progress.target_tokens += done.target_tokens
 
     # ---------------------------------------------------------------------------------- figures and validation

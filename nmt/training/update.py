@@ -75,6 +75,9 @@ class Updater:
     def update(self, micro_batches: Sequence[Sequence[Batch]], step: int, rate: float) -> UpdateOutput:
         """Update number `step` at learning rate `rate`, from this process's micro-batches."""
         target_tokens = self.world.sum_int(sum(batch.num_target_tokens for bands in micro_batches for batch in bands))
+        # A tensor, so that nothing in a pass depends on the number itself, and filled without waiting for the device.
+        exact = torch.promote_types(self.model.output.weight.dtype, torch.float32)
+        divisor = torch.full((), target_tokens, dtype=exact, device=self.world.device)
         micro_batches = [[batch.to(self.world.device) for batch in bands] for bands in micro_batches]
         number = len(micro_batches) * self.world.size
         first_pass = len(micro_batches) > 1 and self.balanced
@@ -90,7 +93,7 @@ class Updater:
                 if not first_pass:
                     _add_sums(own, output.gates)
                     joined = self._summed(own) if last else own
-                total = output.loss / target_tokens
+                total = output.loss / divisor
                 for layer, gate in output.gates.items():
                     total = total + gate.own_loss / number
                     if self.balanced:

@@ -247,7 +247,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
         ]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9
-    sides = [(batch.num_source_tokens, batch.num_target_tokens, batch.pairs_B.numel()) for batch in batches]
+    sides = [(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches]
     results = {"matrix product": {"gflops": ceiling}}
     for name, config in models.items():
         flops = sum(model_cost(config.model, vocabulary).training_flops(*side) for side in sides)

@@ -106,8 +106,7 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
     seconds = (time.perf_counter() - start) / 2
     tokens = sum(batch.num_source_tokens + batch.num_target_tokens for batch in batches)
     flops = sum(
-        cost.training_flops(batch.num_source_tokens, batch.num_target_tokens, batch.pairs_B.numel())
-        for batch in batches
+        cost.training_flops(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches
     )
     return {
         "tokens_per_second": tokens / seconds,

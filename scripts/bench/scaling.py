@@ -255,7 +255,7 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
             seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
     without, updates = median(seconds[False]), options.rounds * len(batches)
     update = median(seconds[True] or seconds[False])
-    sizes = [(batch.num_source_tokens, batch.num_target_tokens, batch.pairs_B.numel()) for batch in batches]
+    sizes = [(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches]
     own = dict(zip(SIZES, map(mean, zip(*sizes, strict=True)), strict=True))
     own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
     means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size

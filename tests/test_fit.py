@@ -1,0 +1,172 @@
+"""A batch that was padded to a bucket computes what the batch itself computes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import nmt.model.experts
+from nmt.batch import PAD, Batch, Shape, fit, make_batch
+from nmt.config import Config, TrainingConfig
+from nmt.model.gate_statistics import LayerTally
+from nmt.model.gating import balance_loss
+from nmt.model.seq2seq import LossOutput, Seq2Seq
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.update import UpdateOutput, Updater
+from tests.test_seq2seq import GATING, Batches, Configs, randomised
+
+LENGTHS = ((3, 2), (1, 6), (5, 5), (4, 1))
+
+
+def larger(batch: Batch) -> Shape:
+    """A bucket that pads everything: sentences, both lengths, and the rows of both sides."""
+    sentences, source, target, source_rows, target_rows = batch.shape
+    sentences, source, target = sentences + 2, source + 1, target + 3
+    rows = min(source_rows + 9, sentences * source), min(target_rows + 7, sentences * target)
+    return Shape(sentences, source, target, *rows)
+
+
+@pytest.fixture(autouse=True)
+def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that belong to no expert come out as NaN, and noise is a function of the token that it is drawn for."""
+    product = nmt.model.experts.grouped_matmul
+
+    def poisoned(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
+        out_RO: Tensor = product(a_RI, w_EIO, ends_E)
+        out_RO[int(ends_E[-1]) :] = torch.nan
+        return out_RO
+
+    monkeypatch.setattr(nmt.model.experts, "grouped_matmul", poisoned)
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1e3 * x.detach()))
+
+
+def model_of(tiny_config: Configs, gating: str, training: bool, **settings: Any) -> Seq2Seq:
+    torch.manual_seed(7)
+    config = tiny_config(gating=gating, **GATING[gating], encoder_moe_after=[1], decoder_moe_after=[1], **settings)
+    return randomised(config).train(training)
+
+
+def gradients(model: Seq2Seq, output: LossOutput) -> dict[str, Tensor]:
+    total = output.loss
+    for gate in output.gates.values():
+        total = total + gate.own_loss + balance_loss(gate.sums, 0.5, 0.25)
+    model.zero_grad()
+    total.backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+def assert_same(model: Seq2Seq, plain: tuple[Batch, ...], fitted: tuple[Batch, ...]) -> None:
+    """Losses, gradients, sums and statistics."""
+    outputs = [model(*bands, label_smoothing=0.1) for bands in (plain, fitted)]
+    expected, actual = outputs
+    torch.testing.assert_close(actual.loss, expected.loss)
+    torch.testing.assert_close(actual.nll, expected.nll)
+    for layer, gate in expected.gates.items():
+        own = actual.gates[layer]
+        torch.testing.assert_close(own.sums.parts(), gate.sums.parts())
+        torch.testing.assert_close((own.noise_std, own.own_loss), (gate.noise_std, gate.own_loss))
+        assert own.real_T is not None
+        filled = own.expert_TK < gate.sums.count_E.numel()
+        assert not filled[~own.real_T].any()
+        assert not own.gates_TK[~own.real_T].any()
+        tallies = [LayerTally(each.sums, each).measure() for each in (own, gate)]
+        torch.testing.assert_close(*tallies)
+    torch.testing.assert_close(*(gradients(model, output) for output in reversed(outputs)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("gating", GATING)
+def test_a_fitted_batch_computes_the_same(
+    tiny_config: Configs, tiny_batch: Batches, gating: str, training: bool
+) -> None:
+    model, batch = model_of(tiny_config, gating, training), tiny_batch(*LENGTHS)
+    assert_same(model, (batch,), (fit(batch, larger(batch)),))
+
+
+@pytest.mark.parametrize("gating", GATING)
+@pytest.mark.parametrize("lengths", [((0, 0),), ((3, 0), (2, 0)), ((0, 4),)])
+def test_one_position_on_a_side(
+    tiny_config: Configs, tiny_batch: Batches, gating: str, lengths: tuple[tuple[int, int], ...]
+) -> None:
+    """Sixteen experts: most of them get no token."""
+    model, batch = model_of(tiny_config, gating, True, num_experts=16, output="sigmoid"), tiny_batch(*lengths)
+    assert_same(model, (batch,), (fit(batch, larger(batch)),))
+
+
+@pytest.mark.parametrize("gating", GATING)
+def test_fitted_and_plain_bands_meet(tiny_config: Configs, tiny_batch: Batches, gating: str) -> None:
+    model = model_of(tiny_config, gating, True)
+    long, short = tiny_batch(*LENGTHS), tiny_batch((1, 1), (2, 1))
+    assert_same(model, (long, short), (fit(long, larger(long)), short))
+    assert_same(model, (long, short), (long, fit(short, larger(short))))
+    assert_same(model, (long, short), (fit(long, larger(long)), fit(short, larger(short))))
+
+
+@pytest.mark.parametrize("wiring", ["feedback", "gnmt_v2"])
+def test_other_networks(tiny_config: Configs, tiny_batch: Batches, wiring: str) -> None:
+    settings = {"wiring": wiring, "function": "normalised", "bottom_layer": "bidirectional_half"}
+    model, batch = model_of(tiny_config, "noisy_top_k", True, **settings), tiny_batch(*LENGTHS)
+    assert_same(model, (batch,), (fit(batch, larger(batch)),))
+
+
+@pytest.mark.parametrize("gating", GATING)
+def test_an_update_is_the_same(tiny_config: Configs, tiny_batch: Batches, gating: str) -> None:
+    """Two micro-batches, whose balance losses are joint."""
+    batches = tiny_batch(*LENGTHS), tiny_batch((2, 2), (1, 3))
+
+    def updated(change: Callable[[Batch], Batch]) -> tuple[UpdateOutput, dict[str, Tensor]]:
+        model = model_of(tiny_config, gating, True)
+        config = Config(model=model.config, training=TrainingConfig(precision="fp32", adam_epsilon=1e-3))
+        updater = Updater(model, make_optimizer(model, config.training), config, World(torch.device("cpu")))
+        done = updater.update([[change(batch)] for batch in batches], 1, 0.1)
+        return done, {name: each.detach() for name, each in model.named_parameters()}
+
+    (plain, expected), (fitted, actual) = updated(lambda batch: batch), updated(lambda batch: fit(batch, larger(batch)))
+    assert fitted.target_tokens == plain.target_tokens == sum(target + 1 for _, target in (*LENGTHS, (2, 2), (1, 3)))
+    torch.testing.assert_close(fitted.gradient_norm, plain.gradient_norm)
+    torch.testing.assert_close(actual, expected)
+
+
+def test_what_a_fitted_batch_holds(tiny_batch: Batches) -> None:
+    batch = tiny_batch(*LENGTHS)
+    shape = larger(batch)
+    fitted = fit(batch, shape)
+    assert fitted.shape == shape
+    assert fitted.num_sentences == 4
+    assert fitted.pairs_B.tolist() == [0, 1, 2, 3, -1, -1]
+    assert (fitted.num_source_tokens, fitted.num_target_tokens) == (batch.num_source_tokens, batch.num_target_tokens)
+    for name, rows in (("source_SB", "source_rows_N"), ("target_out_TB", "target_rows_N")):
+        plain_ids, ids = (getattr(each, name).flatten() for each in (batch, fitted))
+        plain_rows, own_rows = getattr(batch, rows), getattr(fitted, rows)
+        assert ids[own_rows[: len(plain_rows)]].tolist() == plain_ids[plain_rows].tolist()
+        assert (ids[own_rows[len(plain_rows) :]] == PAD).all()
+        assert len(set(own_rows.tolist())) == len(own_rows)
+    assert fitted.real_source_rows is not None
+    assert fitted.real_source_rows.tolist() == [True] * batch.num_source_tokens + [False] * 9
+
+
+def test_a_batch_fits_its_own_shape(tiny_batch: Batches) -> None:
+    batch = tiny_batch(*LENGTHS)
+    assert all(torch.equal(*pair) for pair in zip(fit(batch, batch.shape)[:7], batch[:7], strict=True))
+
+
+@pytest.mark.parametrize("place", range(5))
+def test_a_shape_that_is_too_small_is_refused(tiny_batch: Batches, place: int) -> None:
+    batch = tiny_batch(*LENGTHS)
+    sizes = list(batch.shape)
+    sizes[place] -= 1
+    with pytest.raises(ValueError, match="cannot be padded to"):
+        fit(batch, Shape(*sizes))
+    with pytest.raises(ValueError, match="cannot be padded to"):  # more rows than cells
+        fit(batch, batch.shape._replace(source_rows=batch.source_SB.numel() + 1))
+
+
+def test_a_full_batch_has_no_cell_to_pad_with() -> None:
+    side = [np.array([4, 5]), np.array([6, 7])]
+    batch = make_batch(np.arange(2), side, side)
+    with pytest.raises(ValueError, match="cannot be padded to"):
+        fit(batch, batch.shape._replace(target_rows=7))
