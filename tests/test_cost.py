@@ -22,11 +22,11 @@ from nmt.cost.operations import model_cost
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.data.batching import plan_epoch
 from nmt.errors import UserError
+from nmt.metrics.record import DevLine, TrainLine
 from nmt.model import loss
 from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import make_optimizer
-from nmt.training.record import DevLine, TrainLine
 
 Json = dict[str, Any]
 

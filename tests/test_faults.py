@@ -19,11 +19,11 @@ from nmt.checkpoint import list_checkpoints, seal
 from nmt.cli import main
 from nmt.commands.launch import _end_like, _written_at
 from nmt.errors import ProcessError, StorageError, UserError, exit_status, same_error
+from nmt.metrics.record import DevLine
+from nmt.metrics.writer import MetricsWriter
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
 from nmt.run import RunDirectory
-from nmt.training.metrics import MetricsWriter
-from nmt.training.record import DevLine
 from nmt.training.trainer import Trainer
 from tests.toy import settings, train, write_corpus
 

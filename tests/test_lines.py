@@ -18,10 +18,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmt.cli import main
-from nmt.decoding.lines import Piece, open_input, text_reader, windows
 from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
+from nmt.streams.lines import Piece, open_input, text_reader, windows
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
@@ -208,7 +208,7 @@ def test_a_very_long_line_is_translated_in_parts_and_told(
 def test_a_line_in_pieces_is_that_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = b"the dog\n" + b"The small dog runs. A cat is in the meadow! " * 9 + b"\nthe dog\n"
     whole = translate(run, tmp_path, content)
-    monkeypatch.setattr("nmt.decoding.lines._MOST_BYTES", 90)
+    monkeypatch.setattr("nmt.streams.lines._MOST_BYTES", 90)
     assert translate(run, tmp_path, content) == whole
     assert whole.count(b"\n") == 3
 

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nmt.batch import Batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.metrics.writer import MetricsWriter
 from nmt.model.gate_statistics import GateFigures, relative_load
 from nmt.model.gating import (
     MIN_NOISE_STD,
@@ -33,7 +34,7 @@ from nmt.model.gating import (
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.terminal import summary
-from nmt.training.metrics import Interval, MetricsWriter
+from nmt.training.interval import Interval
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 

@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 
 import pytest
 
-import nmt.decoding.output
-from nmt.decoding.output import Output, open_output
+import nmt.streams.output
 from nmt.errors import Ended, StorageError, UserError
+from nmt.streams.output import Output, open_output
 
 NO_INPUT = io.BytesIO()
 
@@ -188,4 +188,4 @@ def test_only_what_somebody_may_be_reading_is_live(tmp_path: Path) -> None:
 
     assert not live(tmp_path / "out")
     assert live("/dev/null")
-    assert nmt.decoding.output.Output(NO_INPUT, live=True).live
+    assert nmt.streams.output.Output(NO_INPUT, live=True).live

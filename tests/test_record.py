@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nmt.errors import CheckpointError
-from nmt.training.record import DevLine, TrainLine, read_lines, step_of
+from nmt.metrics.record import DevLine, TrainLine, read_lines, step_of
 
 TRAIN = TrainLine(7, 3.0, 2.5, 12.2, 1.5, 0.0, 1e-3, 5000.0, 8.0, 4, 12.5, {"encoder.1": {"cv_load": 0.5}})
 DEV = DevLine(7, 9.0, 30.0, 12.5)

@@ -24,12 +24,12 @@ from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.compose import compose_config
 from nmt.config import Config, ModelConfig, TrainingConfig
+from nmt.metrics.record import DevLine
+from nmt.metrics.writer import MetricsWriter
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
-from nmt.training.metrics import MetricsWriter
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
-from nmt.training.record import DevLine
 from nmt.training.update import Updater, seed_device
 from tests.toy import HARD, SHARED_TEXT, saved, settings, steps_logged, train
 

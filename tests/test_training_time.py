@@ -20,12 +20,12 @@ from nmt.compose import compose_config
 from nmt.config import TrainingConfig
 from nmt.device import memory_bytes, shortage_told
 from nmt.errors import MemoryLimitError
+from nmt.metrics.record import TrainLine, read_lines
 from nmt.parallel.mesh import World
 from nmt.training import clock
 from nmt.training.forecast import check_memory, first_forecast, seconds_left
-from nmt.training.metrics import Interval
+from nmt.training.interval import Interval
 from nmt.training.optim import learning_rate
-from nmt.training.record import TrainLine, read_lines
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
 from nmt.wording import duration

@@ -16,8 +16,8 @@ import torch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.errors import ProcessError
+from nmt.metrics.record import TrainLine, read_lines
 from nmt.parallel.mesh import World
-from nmt.training.record import TrainLine, read_lines
 from nmt.training.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.toy import saved, settings, write_corpus

@@ -13,8 +13,8 @@ from nmt.config import Config
 from nmt.cost.budget import Budget, SentenceLengths, training_budget
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.errors import UserError
+from nmt.metrics.record import TrainLine, read_lines
 from nmt.run import RunDirectory
-from nmt.training.record import TrainLine, read_lines
 from nmt.wording import counted, duration, scaled
 
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))

@@ -15,12 +15,12 @@ from tqdm import tqdm
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters
-from nmt.decoding.lines import Piece, open_input, text_reader, windows
-from nmt.decoding.output import Output, open_output
 from nmt.decoding.segment import seam
 from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.run import RunDirectory
+from nmt.streams.lines import Piece, open_input, text_reader, windows
+from nmt.streams.output import Output, open_output
 
 
 def parser() -> Parser:

@@ -28,6 +28,8 @@ from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
+from nmt.metrics.record import DevLine, TrainLine
+from nmt.metrics.writer import MetricsWriter
 from nmt.model.gate_statistics import GateFigures, first_not_finite, relative_load
 from nmt.model.grouped import check_widths
 from nmt.model.names import is_expert
@@ -40,9 +42,8 @@ from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
 from nmt.training.forecast import first_forecast, seconds_left
 from nmt.training.gate_watch import GateWatch
-from nmt.training.metrics import Interval, MetricsWriter
+from nmt.training.interval import Interval
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
-from nmt.training.record import DevLine, TrainLine
 from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
 from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu

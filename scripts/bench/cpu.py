@@ -35,18 +35,21 @@ from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator
+from nmt.metrics.record import TrainLine
+from nmt.metrics.writer import MetricsWriter
 from nmt.model.attention import Attention
 from nmt.model.experts import MoE
+from nmt.model.gate_statistics import relative_load
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
-from nmt.training.gate_watch import GateWatch, layer_lines
-from nmt.training.metrics import Interval, MetricsWriter
+from nmt.terminal import layer_lines
+from nmt.training.gate_watch import GateWatch
+from nmt.training.interval import Interval
 from nmt.training.optim import make_optimizer, tensors_to_save
-from nmt.training.record import TrainLine
 from nmt.training.update import Updater
 
 CPU = torch.device("cpu")
@@ -283,11 +286,11 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
                 interval.watch(done.sums, done.gates)
                 if step % every == 0:
                     means, gates = interval.read(world)
-                    of_gates = {layer: gate.to_dict(moe.gating) for layer, gate in gates.items()}
+                    of_gates = {layer: gate.to_dict(moe) for layer, gate in gates.items()}
                     out.write(TrainLine(step, *means, 1e-3, 1.0, 1.0, 1, gates=of_gates))
-                    loads = {f"{layer}.load_per_expert": gate.load_per_expert() for layer, gate in gates.items()}
+                    loads = {f"{layer}.load_per_expert": relative_load(gate.count_E) for layer, gate in gates.items()}
                     out.write_histograms(step, "train", loads)
-                    out.say("\n".join([*layer_lines(gates, moe.gating), *watch.judge(step, every, 5.0, gates)]))
+                    out.say("\n".join([*layer_lines(of_gates), *watch.judge(step, every, 5.0, gates)]))
                     interval = Interval(CPU, moe)
                 updating, watching = updating + updated - begun, watching + time.perf_counter() - updated
     steps = every * intervals

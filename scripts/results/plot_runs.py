@@ -9,7 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-from nmt.training.record import DevLine, Line, TrainLine, read_lines
+from nmt.metrics.record import DevLine, Line, TrainLine, read_lines
 
 KINDS: dict[str, type[Line]] = {"train": TrainLine, "dev": DevLine}
 

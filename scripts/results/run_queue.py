@@ -31,8 +31,8 @@ import yaml
 from nmt.cost.operations import model_cost
 from nmt.errors import UserError
 from nmt.files import write_atomically
+from nmt.metrics.record import DevLine, TrainLine, read_lines
 from nmt.run import RunDirectory, flatten
-from nmt.training.record import DevLine, TrainLine, read_lines
 
 ROOT = Path(__file__).parents[2]
 QUEUE = ROOT / "results" / "queue.yaml"

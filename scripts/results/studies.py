@@ -19,7 +19,7 @@ from typing import Any
 
 from nmt.compose import compose_config
 from nmt.cost.operations import model_cost
-from nmt.training.record import DevLine, TrainLine, read_lines
+from nmt.metrics.record import DevLine, TrainLine, read_lines
 
 # Every validation may save: the one that is grown must still be there at the end.
 KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=8"]

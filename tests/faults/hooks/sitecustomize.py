@@ -113,7 +113,7 @@ def writing_calls(action: Callable[[str], None]) -> None:
 
     from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
-    from nmt.training.metrics import MetricsWriter
+    from nmt.metrics.writer import MetricsWriter
 
     calls = [(HuggingFaceStorageWriter, "write_data"), (MetricsWriter, "write"), (shutil, "rmtree"), (os, "fsync")]
     calls += [(Path, name) for name in ("write_text", "write_bytes", "mkdir", "rename", "replace")]

@@ -82,7 +82,7 @@ def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> I
 
 
 def _looking_for_more(stream: io.BufferedReader) -> Callable[[], bool]:
-    """A function that tells whether reading on would not wait; a file never waits, and neither does its end."""
+    """Return a function that is true if more can be read without waiting. A file never waits, nor does its end."""
     try:
         descriptor = stream.fileno()
     except io.UnsupportedOperation:

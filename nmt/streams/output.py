@@ -70,7 +70,7 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
 
 
 def _open_as_it_is(path: str) -> BinaryIO | None:
-    """What stands at `path`, opened for writing, if it is no file or folder; None if it is one, or if nothing is."""
+    """Open `path` for writing if it is neither file nor folder; return None if it is one, or if nothing is there."""
     place = Path(path)
     for _ in range(_MOST_LINKS):
         # To follow the last link would lead to the file that a descriptor has open; replacing it writes elsewhere.
@@ -95,7 +95,7 @@ def _status(stream: BinaryIO) -> os.stat_result | None:
 
 
 def _check_is_not_read(output: os.stat_result | None, source: BinaryIO, shown: str) -> None:
-    """UserError if both are one file, which would be lost, or grow for ever."""
+    """Raise UserError if both are one file, which would be lost or grow without end."""
     read = _status(source)
     if output and read and stat.S_ISREG(output.st_mode) and os.path.samestat(output, read):
         raise UserError(f"output {shown} is the input: name another file")

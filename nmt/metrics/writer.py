@@ -1,7 +1,6 @@
-"""Where numbers go during training: metrics.jsonl, TensorBoard, and the terminal."""
+"""Writing the figures of training to metrics.jsonl, TensorBoard and the terminal."""
 
 import json
-import math
 import os
 import sys
 import threading
@@ -9,23 +8,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import Self
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from nmt.config import MoEConfig
 from nmt.errors import StorageError
 from nmt.files import read_regular, write_atomically
-from nmt.model.gate_statistics import GateFigures, LayerTally, read_tally
-from nmt.model.gating import GateSums
-from nmt.model.seq2seq import Gates
-from nmt.parallel.mesh import World
+from nmt.metrics.record import DevLine, TrainLine, step_of
 from nmt.terminal import printable
-from nmt.training.record import DevLine, TrainLine, step_of
 
 # Bars of a histogram, from 0 to its largest value.
 _NUM_BARS = 60
@@ -33,78 +26,11 @@ _NUM_BARS = 60
 _BAR_COLUMNS = 60
 
 
-class Means(NamedTuple):
-    """What `TrainLine` has of the losses, under the same names."""
-
-    loss: float
-    nll: float
-    perplexity: float
-    gradient_norm: float
-    skipped_updates: float
-
-
-class Interval:
-    """Sums since the last line of metrics, kept on the device until the line is written."""
-
-    def __init__(self, device: torch.device, moe: MoEConfig) -> None:
-        self.moe = moe
-        self.sums = torch.zeros(4, device=device, dtype=torch.float64)  # loss, nll, gradient norm, skipped
-        self.layers: dict[str, LayerTally] = {}
-        self.updates = 0
-        self.source_tokens = 0
-        self.target_tokens = 0
-        self.flops = 0.0
-
-    def add(self, loss: Tensor, nll: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """One update's summed loss and negative log-likelihood, gradient norm and whether it was skipped."""
-        self.sums += torch.stack([loss, nll, torch.where(skipped > 0, 0.0, norm), skipped]).double()
-        self.updates += 1
-
-    def count(self, source_tokens: int, target_tokens: int, flops: float) -> None:
-        """One micro-batch's real tokens and training FLOPs."""
-        self.source_tokens += source_tokens
-        self.target_tokens += target_tokens
-        self.flops += flops
-
-    def watch(self, sums: dict[str, GateSums], gates: Gates) -> None:
-        """One update's gates: count the tokens of each expert, and keep the newest gates for their figures."""
-        for layer, each in sums.items():
-            if layer in self.layers:
-                self.layers[layer].add(each, gates[layer])
-            else:
-                self.layers[layer] = LayerTally(each, gates[layer])
-
-    def read(self, world: World) -> tuple[Means, dict[str, GateFigures]]:
-        """The means of a line, and the figures of each MoE layer; waits for the device once.
-
-        Losses and counts become those of all processes.
-        """
-        world.sum(self.sums[:2])
-        counted = world.sum(torch.tensor([self.source_tokens, self.target_tokens, self.flops], dtype=torch.float64))
-        self.source_tokens, self.target_tokens, self.flops = (int(value) for value in counted)
-        parts = [self.sums, *(tally.measure() for tally in self.layers.values())]
-        values, *of_layers = torch.cat(parts).cpu().split([part.numel() for part in parts])
-        loss, nll, norm, skipped = values.tolist()
-        gates = {
-            layer: read_tally(layer_values, self.moe.balance_weights(layer))
-            for layer, layer_values in zip(self.layers, of_layers, strict=True)
-        }
-        tokens = max(self.target_tokens, 1)
-        means = Means(
-            loss=loss / tokens,
-            nll=nll / tokens,
-            perplexity=math.exp(min(nll / tokens, 50.0)),
-            gradient_norm=norm / max(self.updates - skipped, 1),
-            skipped_updates=skipped,
-        )
-        return means, gates
-
-
 class MetricsWriter:
     """metrics.jsonl, TensorBoard curves and a progress bar (plain lines where there is no terminal).
 
-    Going on from step n, lines of later steps are dropped first: every step stands there once. All methods raise
-    StorageError if a file cannot be written.
+    A run that resumes from step n first drops the lines of later steps, so that every step is there once. All methods
+    raise StorageError if a file cannot be written.
     """
 
     def __init__(self, places: tuple[Path, Path] | None, step: int, max_steps: int) -> None:
@@ -219,5 +145,5 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; the same command goes on from the last checkpoint"
+            f"cannot write {path}: {error.strerror or error}; the same command resumes from the last checkpoint"
         ) from error

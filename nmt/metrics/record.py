@@ -1,7 +1,7 @@
-"""metrics.jsonl: what one line of it holds, for those who write it and those who read it.
+"""metrics.jsonl: what a line contains, for the code that writes it and the code that reads it.
 
-A line is a flat JSON object. `kind` says which: "train" has the means since the line before, "dev" a validation. The
-figures of MoE layers stand under "LAYER.FIGURE", such as "encoder.1.cv_load".
+A line is a flat JSON object. Its `kind` is "train" (means since the previous line) or "dev" (a validation). Figures of
+MoE layers have keys such as "encoder.1.cv_load".
 """
 
 import json
@@ -134,7 +134,7 @@ def read_lines(path: Path, record: type[L]) -> list[L]:
 
 
 def step_of(text: str) -> float:
-    """The step of a line as it stands in the file; infinite if it has none, as a line that a crash cut short."""
+    """Return the step of a line of the file; infinite if it has none, such as a line that a crash cut short."""
     try:
         step = json.loads(text)["step"]
     except (ValueError, KeyError, TypeError, RecursionError):

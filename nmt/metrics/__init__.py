@@ -1,0 +1,1 @@
+"""Figures of training: what a line of metrics.jsonl holds, and where lines go."""

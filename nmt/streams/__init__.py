@@ -1,0 +1,1 @@
+"""Lines from files and pipes, and translations to them: one line for each."""
