@@ -301,8 +301,8 @@ def test_of_a_very_long_pair_the_beginning_is_read(run: Path, monkeypatch: pytes
     found = encode_pairs(subwords, sources, targets)
     assert max(map(len, (*found.sources, *found.targets))) == 6
     assert found.cut == [1, 2]
-    assert describe_cut(found.cut).startswith("2 pairs have more than 6 pieces on a side (line 2 is the first)")
-    assert describe_cut([4]).startswith("1 pair has more than 6 pieces on a side (line 5)")
+    assert describe_cut(found.cut).startswith("2 pairs have more than 6 subwords on a side (line 2 is the first)")
+    assert describe_cut([4]).startswith("1 pair has more than 6 subwords on a side (line 5)")
     assert describe_cut([]) == ""
 
     config = Config()
@@ -321,9 +321,9 @@ def test_evaluate_tells_of_a_long_pair(cli: Cli, copy: Path, tmp_path: Path) -> 
     arguments = files(tmp_path, "a", "der Hund")
     (tmp_path / "a").write_text("a meadow\n" + "the dog " * 3000 + "\n")
     assert cli("evaluate", str(copy), *arguments, "decoding.beam_size=1") == 0, cli.err
-    assert "perplexity: 1 pair has more than 1,024 pieces on a side (line 2)" in cli.err
+    assert "perplexity: 1 pair has more than 1,024 subwords on a side (line 2)" in cli.err
     assert cli("experts", str(copy), *arguments) == 0, cli.err
-    assert "1 pair has more than 1,024 pieces on a side (line 2)" in cli.err
+    assert "1 pair has more than 1,024 subwords on a side (line 2)" in cli.err
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_contents(corpus: CorpusConfig) -> None:
     assert (manifest["lines_in_bytes"], manifest["characters_in_bytes"]) == (0, {})
     assert len(manifest["sources"]) == 6
     assert "toy: 400 pairs read, 400 kept" in log
-    assert "vocabulary: 424 bpe pieces from 800 sentences" in log
+    assert "vocabulary: 424 bpe subwords from 800 sentences" in log
     prepared.verify()
 
 
@@ -218,7 +218,7 @@ def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
             assert name in log[0]
             assert contents(prepared.path) == before
     (prepared.path / "dev.source.txt").write_text("other\n")
-    with pytest.raises(ValueError, match=r"dev\.source\.txt is not what was written"):
+    with pytest.raises(ValueError, match=r"dev\.source\.txt has changed since nmt prepare wrote it"):
         prepared.text("dev")
     (prepared.path / "train.source.offsets").unlink()
     with pytest.raises(ValueError, match=r"train\.source\.offsets is missing"):
@@ -234,7 +234,7 @@ def test_a_folder_of_another_version_is_prepared_again(corpus: CorpusConfig) -> 
     (path / "manifest.json").write_text(json.dumps(manifest | {"format": 1}))
     log = Log()
     prepare(corpus, log)
-    assert log[0] == f"toy: {path} is of another version of this program: run nmt prepare again; preparing again"
+    assert log[0] == f"toy: {path} was made by another version of this program: run nmt prepare again; preparing again"
 
 
 def test_what_others_left_is_removed(corpus: CorpusConfig) -> None:
@@ -255,7 +255,7 @@ def test_long_and_blank_lines_of_dev_are_told(corpus: CorpusConfig, monkeypatch:
     log = Log()
     prepare(corpus, log)
     assert "toy: 1 of 21 pairs of dev have a blank side" in log
-    assert any("toy: dev: 1 pair has more than 50 pieces on a side (line 21)" in line for line in log)
+    assert any("toy: dev: 1 pair has more than 50 subwords on a side (line 21)" in line for line in log)
 
 
 def test_dev_has_a_bound(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +302,7 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
         "toy: 405 pairs read, 403 kept; dropped: 1 with a blank side (blank), 1 with more than 200 pieces (max_pieces)"
         in log
     )
-    assert "toy: lines that were not valid UTF-8, broken bytes replaced: train 1" in log
+    assert "toy: lines that were not valid UTF-8, invalid bytes replaced: train 1" in log
     assert len(prepared.train()) == 403
     assert prepared.manifest["dropped"]["max_pieces"] == 1
     assert prepared.manifest["invalid_utf8_lines"] == {"dev": 0, "test": 0, "train": 1}
@@ -321,7 +321,7 @@ def test_characters_without_a_piece_are_told(tmp_path: Path) -> None:
     prepared = prepare(corpus, log)
     assert prepared.manifest["lines_in_bytes"] == 2
     assert prepared.manifest["characters_in_bytes"] == {"東": 2, "京": 1, "Ö": 1}
-    told = "3 characters, in 2 lines, got no piece of their own and are spelled in bytes: 東 2, 京 1, Ö 1"
+    told = "3 characters, in 2 lines, are not in the vocabulary and are encoded as bytes: 東 2, 京 1, Ö 1"
     assert told in log
     shards = prepared.train()
     assert prepared.subwords().decode(shards.target(len(shards) - 3)) == "東京 Ö"
@@ -353,16 +353,16 @@ def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pyt
         ),
         (
             {"filters": FilterConfig(max_words=1)},
-            "leave nothing of 400 training pairs: 400 with more than 1 words (max_words)",
+            "leave none of 400 training pairs: 400 with more than 1 words (max_words)",
         ),
         (
             {"filters": FilterConfig(max_pieces=1)},
-            "leave nothing of 400 training pairs: 400 with more than 1 pieces (max_pieces)",
+            "leave none of 400 training pairs: 400 with more than 1 pieces (max_pieces)",
         ),
         ({"subwords": SubwordConfig(vocab_size=9999)}, "corpus.subwords.vocab_size=9999 is too large"),
         ({"test": FilesConfig(pairs=["no.tsv"])}, "corpus.test.pairs"),
-        ({"dev": FilesConfig(from_train=400)}, "corpus.dev.from_train=400 and corpus.test.from_train=0 leave nothing"),
-        ({"dev": FilesConfig(pairs=["blank.jsonl"])}, "corpus.dev: each of its 2 pairs has a blank side"),
+        ({"dev": FilesConfig(from_train=400)}, "corpus.dev.from_train=400 and corpus.test.from_train=0 leave none"),
+        ({"dev": FilesConfig(pairs=["blank.jsonl"])}, "corpus.dev: all of its 2 pairs have a blank side"),
         ({"directory": "/dev/null/x"}, "corpus.directory=/dev/null/x cannot be written"),
     ],
 )

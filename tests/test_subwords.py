@@ -209,13 +209,13 @@ def test_training_is_deterministic(tmp_path: Path, kind: str) -> None:
 def test_unsuitable_sizes_name_the_key_and_the_bound(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"corpus.subwords.vocab_size=9999 is too large .* set it to \d+ or"):
         trained(tmp_path, vocab_size=9999)
-    with pytest.raises(ValueError, match=r"corpus.subwords.vocab_size=16 is too small.* need \d+ pieces"):
+    with pytest.raises(ValueError, match=r"corpus.subwords.vocab_size=16 is too small.* need \d+ subwords"):
         trained(tmp_path, vocab_size=16)
     with pytest.raises(ValueError, match="too large") as caught:
         trained(tmp_path, vocab_size=9999)
     largest = int(str(caught.value).split()[-3])
     assert Subwords.load(trained(tmp_path, vocab_size=largest)).size == FIRST_LEARNED + largest
-    with pytest.raises(ValueError, match="no text to learn"):
+    with pytest.raises(ValueError, match="there is no text to learn"):
         train_subwords([], SubwordConfig(), tmp_path / "m")
     assert not (tmp_path / "m").exists()
 

@@ -1,7 +1,7 @@
-"""Which pairs make up which batch, and the stream of batches that training reads.
+"""Divide the training pairs into steps of micro-batches, and stream these to training.
 
-The order of the data is a pure function of (lengths, settings, seed, epoch): it does not depend on how many GPUs train,
-and a run is resumed by two numbers, epoch and step.
+The order of the data is a pure function of (lengths, settings, seed, epoch). It does not depend on the number of GPUs,
+and two numbers, epoch and step, are enough to resume a run.
 """
 
 import heapq
@@ -20,35 +20,40 @@ from nmt.batch import Batch, make_flat_batch
 from nmt.config import TrainingConfig
 from nmt.data.shards import ParallelShards
 
-QUEUE_STEPS = 4  # steps made ahead
+QUEUE_STEPS = 4  # steps prepared ahead of training
 _ORDER = 2
-"""Which version of `plan_epoch` a position counts in. Checkpoints without this number are older: of the first."""
+"""Version of the order that `plan_epoch` defines. A checkpoint without this number has version 1."""
 _POLL_SECONDS = 0.2
-# Share of an epoch after which the next one is planned.
+# The next epoch is planned after this share of an epoch.
 _PLAN_AT = 0.75
 
 Step = list[list[np.ndarray]]
-"""One update: its micro-batches, each made of bands of similar lengths, each an array of pair numbers."""
+"""One step: its micro-batches; each is a list of bands of similar lengths; each band is an array of pair numbers."""
 
 
 def plan_epoch(
     source_lengths: np.ndarray, target_lengths: np.ndarray, training: TrainingConfig, epoch: int
 ) -> list[Step]:
-    """Divide one epoch into steps of exactly `micro_batches` micro-batches; every pair comes exactly once.
+    """Return the steps of one epoch, each of exactly `micro_batches` micro-batches; every pair occurs exactly once.
 
-    A step is a mixture of lengths: an update made of one length would follow the gradient of that length alone,
-    however many tokens it has. The pairs, in order of shape, are cut into batches of similar lengths, so that little is
-    padding: each has at most batch_tokens / bands positions on either side, padding and EOS included, and a longer pair
-    is a batch of its own. These are cut into as many equal strata as a step has batches, or groups of `alike` batches
-    which are neighbours. A step takes one at random from every stratum, and so does, as far as it has bands, every
-    micro-batch.
+    A step mixes lengths. With a single length, it would follow the gradient of that length alone, however many tokens
+    it has. The function works in three stages:
+
+    1. It sorts the pairs by shape and cuts them into batches of similar lengths, to keep padding low. A batch has at
+       most batch_tokens / bands positions per side, padding and EOS included. A longer pair is a batch by itself.
+    2. It puts `alike` neighbouring batches into a group, and divides the groups into equal strata: one stratum per
+       group of a step.
+    3. A step takes one random group from every stratum. Each band of a micro-batch comes from a different range of
+       strata, so that a micro-batch mixes lengths too.
+
+    ValueError if there are too few pairs for one step, or if the batches cannot be divided into whole steps.
     """
     num_pairs, micro_batches = len(source_lengths), training.micro_batches
     num_batches = micro_batches * training.bands
     if num_pairs < num_batches:
         raise ValueError(
-            f"training.micro_batches={micro_batches} of training.bands={training.bands} are more than the {num_pairs} "
-            "training pairs there are"
+            f"training.micro_batches={micro_batches} x training.bands={training.bands} is more than the number of "
+            f"training pairs, {num_pairs}: lower either of them"
         )
     budget = max(1, training.batch_tokens // training.bands)
     generator = np.random.default_rng((training.seed, epoch))
@@ -62,21 +67,21 @@ def plan_epoch(
             f"training.bands={training.bands} with training.batch_tokens={training.batch_tokens}: lower the first two "
             "or raise the last"
         )
-    # Ascending numbers read the files in their order.
+    # Ascending pair numbers make reads of the files sequential.
     batches = [np.sort(batch) for batch in batches]
     return _mixed(batches, training, generator)
 
 
 def _mixed(batches: list[np.ndarray], training: TrainingConfig, generator: np.random.Generator) -> list[Step]:
-    """Steps of batches that stand in order of shape, their number a multiple of what a step has."""
+    """Return the steps, given batches in order of shape. Their number is a multiple of the batches per step."""
     alike, bands = training.alike, training.bands
-    turns = training.micro_batches // alike  # at each, `alike` processes work on like micro-batches
+    turns = training.micro_batches // alike  # in each turn, `alike` processes work on similar micro-batches
     num_steps = len(batches) // (training.micro_batches * bands)
-    # group_SX[s, x]: the number of the group that step s takes from stratum x.
+    # group_SX[s, x]: number of the group that step s takes from stratum x.
     group_SX = np.stack([x * num_steps + generator.permutation(num_steps) for x in range(turns * bands)], axis=1)
     steps = []
     for group_X in group_SX:
-        # Band b of any turn comes from one of the strata b * turns ... (b + 1) * turns - 1.
+        # Band b of a turn comes from one of the strata b * turns to (b + 1) * turns - 1.
         group_BT = generator.permuted(group_X.reshape(bands, turns), axis=1)
         steps.append(
             [
@@ -91,16 +96,17 @@ def _mixed(batches: list[np.ndarray], training: TrainingConfig, generator: np.ra
 def _by_shape(
     source_lengths: np.ndarray, target_lengths: np.ndarray, batch_tokens: int, shuffled: np.ndarray
 ) -> np.ndarray:
-    """The pairs in an order in which neighbours have similar lengths on both sides.
+    """Return the pairs in an order in which neighbours have similar lengths on both sides.
 
-    Sorted by target length and cut into rows of equal size, each row sorted by source length, up and down in
-    turn so that no jump lies between two rows. With about 1.4 sqrt(batches) rows, a batch is about as narrow
-    in one length as in the other. Pairs of equal shape stay in the order of `shuffled`.
+    Pairs are sorted by target length and cut into rows of equal numbers of tokens. Each row is sorted by source length,
+    alternately ascending and descending, so that the source length does not jump between rows. With about
+    1.4 sqrt(batches) rows, source and target lengths vary about equally within a batch. Pairs of equal shape keep the
+    order of `shuffled`.
     """
     order = shuffled[_sorted_by(target_lengths[shuffled])]
     tokens = np.cumsum(np.maximum(source_lengths[order], target_lengths[order]) + 1, dtype=np.int64)
     num_rows = max(1, round(1.4 * (tokens[-1] / batch_tokens) ** 0.5))
-    # A pair is in the row that its last token is in.
+    # The last token of a pair decides its row.
     ends = np.searchsorted(tokens, -(-tokens[-1] * np.arange(num_rows + 1) // num_rows), side="right")
     for row, (start, end) in enumerate(pairwise(ends)):
         source = source_lengths[order[start:end]]
@@ -110,13 +116,13 @@ def _by_shape(
 
 
 def _sorted_by(lengths: np.ndarray) -> np.ndarray:
-    """A stable argsort, which NumPy does in linear time for numbers of 16 bits."""
+    """Return a stable argsort. For 16-bit numbers, NumPy sorts in linear time."""
     short = lengths.max(initial=0) < 1 << 16
     return np.argsort(lengths.astype(np.uint16) if short else lengths, kind="stable")
 
 
 def cut_batches(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Cut `order` into the largest batches the budget allows; `longest`: a pair's longer side with EOS."""
+    """Cut `order` into batches, each as large as `batch_tokens` allows. `longest`: longer side of a pair, with EOS."""
     batches, start = [], 0
     while start < len(order):
         first = longest[order[start]]
@@ -129,8 +135,8 @@ def cut_batches(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> li
 
 
 def _even_out(batches: list[np.ndarray], micro_batches: int) -> list[np.ndarray]:
-    """Halve the batches of most sentences until their number divides, if there are sentences enough."""
-    # (-sentences, batch, first sentence, end): the largest comes first, of equals the first.
+    """Halve the largest batches until `micro_batches` divides their number, or until none can be halved."""
+    # (-sentences, batch, first sentence, end): the largest batch comes first; among equals, the lowest number.
     parts = [(-len(batch), number, 0, len(batch)) for number, batch in enumerate(batches)]
     heapq.heapify(parts)
     while len(parts) % micro_batches and parts[0][0] < -1:
@@ -142,7 +148,7 @@ def _even_out(batches: list[np.ndarray], micro_batches: int) -> list[np.ndarray]
 
 
 class _Ready(NamedTuple):
-    """What the background thread hands over: a step and the position after it, or why there is none."""
+    """Item of the background thread's queue: a step and the position after it, or an error."""
 
     micro_batches: list[list[Batch]]
     epoch: int
@@ -151,11 +157,11 @@ class _Ready(NamedTuple):
 
 
 class BatchStream:
-    """The steps of all epochs, without end; a step is a list of micro-batches, each a list of bands, which one thread
-    makes ahead.
+    """Endless iterator over the steps of all epochs; a step is a list of micro-batches, each a list of bands.
 
-    With `num_ranks` processes, the one with number `rank` gets every num_ranks-th micro-batch of a step.
-    Close the stream, or use it as a context manager; a forgotten one ends its thread when it is collected.
+    A thread prepares steps ahead. With `num_ranks` processes, process `rank` gets every num_ranks-th micro-batch of a
+    step. Close the stream, or use it as a context manager. Otherwise its thread ends when the stream is
+    garbage-collected.
     """
 
     def __init__(
@@ -178,11 +184,14 @@ class BatchStream:
         self._queue: queue.Queue[_Ready] = queue.Queue()
 
     def state_dict(self) -> dict[str, int]:
-        """The position of the next step, whatever was made ahead."""
+        """Return the position of the step that the next call of `next` returns; steps prepared ahead do not count."""
         return {"order": _ORDER, "epoch": self._epoch, "step": self._step}
 
     def load_state_dict(self, state: dict[str, int]) -> bool:
-        """Continue from a position. False if it counts in another version's order: then with the next epoch."""
+        """Continue from the position `state`, and return True.
+
+        If `state` is a position in the order of another version, continue with its next epoch, and return False.
+        """
         self.close()
         if state.get("order", 1) != _ORDER:
             self._epoch, self._step = state["epoch"] + 1, 0
@@ -206,7 +215,7 @@ class BatchStream:
     def _start(self) -> None:
         self._queue = queue.Queue(QUEUE_STEPS)
         stopped = threading.Event()
-        # The thread must not know the stream, or the stream would never be collected.
+        # The thread must not reference the stream, or the stream would never be garbage-collected.
         arguments = (self._shards, self._config, self._share, self._pin_memory, self._epoch, self._step)
         thread = threading.Thread(
             target=_work, args=(*arguments, self._queue, stopped), name="BatchStream", daemon=True
@@ -215,7 +224,7 @@ class BatchStream:
         thread.start()
 
     def close(self) -> None:
-        """End the thread; the position stays, and the next step starts another thread."""
+        """End the thread. The position stays, and the next call of `next` starts another thread."""
         if self._stop is not None:
             self._stop()
             self._stop = None
@@ -231,7 +240,7 @@ class BatchStream:
 
 def _end(thread: threading.Thread, stopped: threading.Event) -> None:
     stopped.set()
-    # Collection can happen in any thread, this one included.
+    # Garbage collection can run in any thread, including this one.
     if thread is not threading.current_thread():
         thread.join()
 
@@ -246,7 +255,7 @@ def _work(
     out: "queue.Queue[_Ready]",
     stopped: threading.Event,
 ) -> None:
-    """The background thread: make steps until `stopped`."""
+    """Prepare steps until `stopped` is set; runs in the background thread."""
     try:
         for micro_batches, next_epoch, next_step in _steps(shards, config, share, epoch, step):
             if pin_memory:
@@ -258,7 +267,7 @@ def _work(
 
 
 def _put(out: "queue.Queue[_Ready]", ready: _Ready, stopped: threading.Event) -> bool:
-    """Whether the queue took it before the stream was closed."""
+    """Put `ready` into the queue. Return False if the stream was closed first."""
     while not stopped.is_set():
         try:
             out.put(ready, timeout=_POLL_SECONDS)
@@ -271,7 +280,7 @@ def _put(out: "queue.Queue[_Ready]", ready: _Ready, stopped: threading.Event) ->
 def _steps(
     shards: ParallelShards, config: TrainingConfig, share: slice, epoch: int, step: int
 ) -> Iterator[tuple[list[list[Batch]], int, int]]:
-    """Steps from a position on, each with the position after it."""
+    """Yield (step, epoch and step number of the position after it), starting at the given position."""
     planner = ThreadPoolExecutor(1, thread_name_prefix="BatchStream-planner")
 
     def planned(epoch: int) -> "Future[list[Step]]":
@@ -282,10 +291,10 @@ def _steps(
         while True:
             plan = coming.result()
             if step >= len(plan):
-                raise ValueError(f"step {step} of epoch {epoch} is past its end, {len(plan)}: the data has changed")
+                raise ValueError(f"no step {step} in epoch {epoch}, which has {len(plan)}: the data has changed")
             for index in range(step, len(plan)):
                 if index == max(step, int(_PLAN_AT * len(plan))):
-                    # Millions of pairs take seconds, in which training would wait.
+                    # Planning millions of pairs takes seconds, for which training would otherwise wait.
                     coming = planned(epoch + 1)
                 after = (epoch, index + 1) if index + 1 < len(plan) else (epoch + 1, 0)
                 yield [[_batch(shards, pairs) for pairs in bands] for bands in plan[index][share]], *after

@@ -1,6 +1,6 @@
-"""Held-out pairs as pieces, none so long that one of them would take all memory.
+"""Encode held-out pairs and batch them, with a limit on their lengths so that no pair exhausts the memory.
 
-Training text is filtered by length; dev and test text never is, and may come from anybody. The largest tensor of a pass
+Training text is filtered by length. Dev and test text is not, and may come from anyone. The largest tensor of a pass
 grows with the product of a pair's lengths.
 """
 
@@ -14,22 +14,22 @@ from nmt.data.batching import cut_batches
 from nmt.data.subwords import Subwords
 
 LONGEST_SIDE = 1024
-"""Pieces of a side that are read: several times what training lets through unless told otherwise."""
-# A batch has at most this many pairs of a source and a target position for each position of its budget.
+"""Maximum subwords per side; the rest is cut off. It is several times the default limit of training pairs."""
+# A batch has at most this many (source position, target position) pairs per position of its budget.
 _EVAL_LENGTH = 256
 
 
 class HeldOut(NamedTuple):
-    """Pairs as pieces."""
+    """Encoded sentence pairs: arrays of subword ids."""
 
     sources: list[np.ndarray]
     targets: list[np.ndarray]
     cut: list[int]
-    """The pairs of which a side is longer than `LONGEST_SIDE`, from 0: of both sides only so much is here."""
+    """Numbers, from 0, of the pairs with a side that was cut to `LONGEST_SIDE` subwords."""
 
 
 def encode_pairs(subwords: Subwords, sources: Sequence[str], targets: Sequence[str]) -> HeldOut:
-    """The pieces of sentence pairs, at most `LONGEST_SIDE` of a side."""
+    """Encode sentence pairs, and cut each side to `LONGEST_SIDE` subwords."""
     sides = subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets))
     lengths = (max(len(source), len(target)) for source, target in zip(*sides, strict=True))
     cut = [pair for pair, length in enumerate(lengths) if length > LONGEST_SIDE]
@@ -38,18 +38,19 @@ def encode_pairs(subwords: Subwords, sources: Sequence[str], targets: Sequence[s
 
 
 def describe_cut(cut: Sequence[int]) -> str:
-    """What a person must know of the pairs that were cut; empty if there are none."""
+    """Return a warning that counts the pairs that were cut; an empty string if there are none."""
     if not cut:
         return ""
-    count = f"{len(cut):,} pair{'s have' if len(cut) > 1 else ' has'} more than {LONGEST_SIDE:,} pieces on a side"
-    return f"{count} (line {cut[0] + 1:,}{' is the first' if len(cut) > 1 else ''}): only so many of each side are read"
+    count = f"{len(cut):,} pair{'s have' if len(cut) > 1 else ' has'} more than {LONGEST_SIDE:,} subwords on a side"
+    return f"{count} (line {cut[0] + 1:,}{' is the first' if len(cut) > 1 else ''}): the rest of each side is ignored"
 
 
 def eval_batches(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], batch_tokens: int) -> Iterator[Batch]:
-    """Every pair once, in batches of similar lengths; `pairs_B` are positions in the lists.
+    """Yield every pair once, in batches of similar lengths; `pairs_B` are indices into the lists.
 
-    A batch has at most `batch_tokens` positions on either side, as in training. It also has at most 256 times as many
-    pairs of a source and a target position, for attention looks at each of these: long sentences come fewer at a time.
+    A batch has at most `batch_tokens` positions per side, as in training. It has at most 256 times as many (source
+    position, target position) pairs, because attention has a score for each of them. Batches of long sentences are
+    therefore smaller. ValueError if the lists differ in length.
     """
     if len(sources) != len(targets):
         raise ValueError(f"{len(sources)} source sentences but {len(targets)} target sentences")

@@ -1,6 +1,6 @@
-"""`nmt prepare`: read, filter, learn the subwords, encode, write. What is done stays done.
+"""`nmt prepare`: read, filter, learn the subwords, encode, write. A finished corpus is reused.
 
-The folder is written whole or not at all (`nmt.files.folder_atomically`): what stands under its name is complete.
+The folder is written whole or not at all (`nmt.files.folder_atomically`), so a folder with the final name is complete.
 """
 
 import json
@@ -29,23 +29,26 @@ from nmt.wording import brief
 HELD_OUT = ("dev", "test")
 _MOST_PAIRS = 1_000_000  # of dev or test
 _MOST_BYTES = 1 << 28
-_CHUNK = 20000  # sentence pairs encoded at a time
+_CHUNK = 20000  # sentence pairs per call of the encoder
 _PROGRESS_SECONDS = 10.0
 
 Log = Callable[[str], None]
 
 
 def prepare(corpus: CorpusConfig, log: Log) -> Prepared:
-    """Prepare the corpus, unless that is done already and its source files are as they were."""
+    """Prepare the corpus and return it. A finished corpus is reused unless its source files have changed.
+
+    DataError if the text or its settings cannot be used; StorageError if the folder cannot be written.
+    """
     path = prepared_path(corpus)
-    # Without the lock where nothing need be read whole: many processes start at the same moment.
+    # No lock if no file must be read whole: many processes may start at the same moment.
     if path.exists() and _is_verified(path) and not _why_stale(path, corpus):
         return _finished(path, corpus, log)
     try:
         with _lock(path, log):
             return _prepare_alone(path, corpus, log)
     except StorageError:
-        # What is finished may lie where this process cannot write.
+        # A finished corpus may be in a place where this process cannot write.
         if path.exists() and not _why_stale(path, corpus):
             return _finished(path, corpus, log)
         raise
@@ -71,7 +74,7 @@ def _finished(path: Path, corpus: CorpusConfig, log: Log) -> Prepared:
 
 
 class _Preparation:
-    """One preparation, into an empty folder."""
+    """One preparation of a corpus, in an empty folder."""
 
     def __init__(self, corpus: CorpusConfig, folder: Path, log: Log) -> None:
         self.corpus = corpus
@@ -87,9 +90,9 @@ class _Preparation:
         self.spools = {side: folder / f"{side}.spool" for side in SIDES}
 
     def run(self) -> None:
-        """Prepare; each step leaves its files in the folder."""
+        """Prepare the corpus; each step writes its files into the folder."""
         sources = [(path, _stat(path)) for path in source_files(self.corpus)]
-        # The small splits come first: a mistake in their settings should not cost an hour.
+        # The small splits come first, so that a mistake in their settings shows at once and not after an hour.
         texts = [name for split in HELD_OUT for name in self.write_text(split)]
         num_read, num_spooled = self.spool()
         if self.hold_out.wanted:
@@ -128,18 +131,21 @@ class _Preparation:
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
 
     def write_text(self, split: str) -> list[str]:
-        """Keep dev or test as text; the names of the files. None yet if it is held out of the training text."""
+        """Write dev or test as text, and return the names of its files.
+
+        There are none yet if the split is held out from the training text. DataError if there is no dev text at all.
+        """
         pairs = read_pairs(self.corpus, split, self.reports[split])
         names = self.write_pairs(split, pairs)
         if not names and split == "dev" and not self.corpus.dev.from_train:
             raise DataError(
-                f"corpus.dev: there is no validation text in corpus.source={self.corpus.source}: it is needed to tell "
-                "how well a model does; name its files, or set corpus.dev.from_train to hold out a few thousand pairs"
+                f"corpus.dev: there is no validation text in corpus.source={self.corpus.source}, which is needed to "
+                "score a model: name its files, or set corpus.dev.from_train to hold out a few thousand pairs"
             )
         return names
 
     def write_pairs(self, split: str, pairs: Iterable[SentencePair]) -> list[str]:
-        """Write the text of dev or test, a file for each side and one for the domains if there are any."""
+        """Write the text of dev or test: one file per side, and one of domains if there are any. Return their names."""
         paths = [self.folder / f"{split}.{side}.txt" for side in (*SIDES, "domain")]
         num_pairs = num_bytes = num_blank = 0
         has_domains = False
@@ -153,14 +159,14 @@ class _Preparation:
                 num_bytes += sum(map(len, lines))
                 num_blank += not (pair.source.strip() and pair.target.strip())
                 has_domains |= bool(pair.domain)
-                # A run keeps this text in memory.
+                # A run loads this text into memory.
                 if num_pairs > _MOST_PAIRS or num_bytes > _MOST_BYTES:
                     raise DataError(
                         f"corpus.{split} has more than {_MOST_PAIRS:,} pairs or {_MOST_BYTES:,} bytes: a few thousand "
-                        "pairs tell how well a model does; name smaller files"
+                        "pairs are enough to score a model; name smaller files"
                     )
         if num_pairs and num_blank == num_pairs:
-            raise DataError(f"corpus.{split}: each of its {num_pairs:,} pairs has a blank side: name other files")
+            raise DataError(f"corpus.{split}: all of its {num_pairs:,} pairs have a blank side: name other files")
         if num_blank:
             self.log(f"{self.corpus.name}: {num_blank:,} of {num_pairs:,} pairs of {split} have a blank side")
         kept = paths if has_domains else paths[:2]
@@ -172,10 +178,10 @@ class _Preparation:
         return [path.name for path in kept]
 
     def write_held_out(self, num_spooled: int) -> list[str]:
-        """Write what was chosen of the training text as dev and test; the names of the files."""
+        """Write the pairs held out from the training text as dev and test, and return the names of the files."""
         settings = [f"corpus.{split}.from_train={getattr(self.corpus, split).from_train}" for split in HELD_OUT]
         if self.hold_out.num_copies >= num_spooled:
-            raise DataError(f"{' and '.join(settings)} leave nothing of {num_spooled:,} training pairs: hold out fewer")
+            raise DataError(f"{' and '.join(settings)} leave none of {num_spooled:,} training pairs: hold out fewer")
         names = []
         for split in HELD_OUT:
             if pairs := self.hold_out.pairs(split):
@@ -184,7 +190,7 @@ class _Preparation:
         return names
 
     def warn_of_long_lines(self, subwords: Subwords) -> None:
-        """Say which pairs of dev and test are too long to be scored whole."""
+        """Log which pairs of dev and test are too long to be scored whole."""
         for split in HELD_OUT:
             sides = [self.folder / f"{split}.{side}.txt" for side in SIDES]
             if sides[0].exists():
@@ -193,7 +199,7 @@ class _Preparation:
                     self.log(f"{self.corpus.name}: {split}: {told}")
 
     def spool(self) -> tuple[int, int]:
-        """Read and filter the training text into one plain file a side: (pairs read, pairs written)."""
+        """Write the filtered training text to one plain file per side. Return (pairs read, pairs written)."""
         num_read = num_spooled = 0
         with self.spools["source"].open("wb") as sources, self.spools["target"].open("wb") as targets:
             for pair in read_pairs(self.corpus, "train", self.reports["train"]):
@@ -210,14 +216,14 @@ class _Preparation:
         return num_read, num_spooled
 
     def learn_subwords(self, num_spooled: int) -> int:
-        """Learn the vocabulary from pairs spread evenly over the corpus: the number of sentences used."""
+        """Learn the vocabulary from pairs spread evenly over the corpus. Return the number of sentences used."""
         num_sampled = min(num_spooled, max(1, self.corpus.subwords.training_sentences // 2))
         self.log(f"{self.corpus.name}: learning the vocabulary from {2 * num_sampled:,} sentences")
 
         def sample() -> Iterator[str]:
             taken = 0
             for number, pair in enumerate(self.spooled()):
-                # Pair n is taken when its share of the sample is due.
+                # After n pairs, the sample has n * num_sampled / num_spooled of them, rounded down.
                 if (number + 1) * num_sampled // num_spooled > taken:
                     taken += 1
                     yield from pair
@@ -226,7 +232,7 @@ class _Preparation:
         return 2 * num_sampled
 
     def encode(self, subwords: Subwords, num_spooled: int) -> ShardWriter:
-        """Write the training arrays."""
+        """Encode the spooled pairs and write the training arrays. Return their writer, closed."""
         pairs = self.spooled()
         num_encoded = 0
         with ShardWriter(self.folder, subwords.size) as writer:
@@ -248,7 +254,7 @@ class _Preparation:
         return writer
 
     def spooled(self) -> Iterator[tuple[str, str]]:
-        """The filtered training text, without what is held out of it."""
+        """Yield (source, target) of the filtered training text, without the pairs held out from it."""
         with self.spools["source"].open("rb") as sources, self.spools["target"].open("rb") as targets:
             for source, target in zip(sources, targets, strict=True):
                 pair = source[:-1].decode(), target[:-1].decode()
@@ -256,21 +262,21 @@ class _Preparation:
                     yield pair
 
     def check_kept(self, num_read: int, num_kept: int) -> None:
-        """Refuse an empty training set."""
+        """Raise DataError if no training pair was read or kept."""
         if not num_read:
             named = ": name its files in corpus.train" if self.corpus.source == "files" else ""
             raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}{named}")
         if not num_kept:
-            raise DataError(f"corpus.filters leave nothing of {num_read:,} training pairs: {self.filters.describe()}")
+            raise DataError(f"corpus.filters leave none of {num_read:,} training pairs: {self.filters.describe()}")
 
     def progress(self, text: str) -> None:
-        """Log how far we are, every ten seconds at most."""
+        """Log the progress, at most once every ten seconds."""
         if time.monotonic() - self.last_progress >= _PROGRESS_SECONDS:
             self.last_progress = time.monotonic()
             self.log(f"{self.corpus.name}: {text}")
 
     def report(self, manifest: dict[str, Any]) -> None:
-        """Say in a few lines what was done."""
+        """Log a summary in a few lines."""
         subwords, dropped = self.corpus.subwords, self.filters.describe()
         self.log(
             f"{self.corpus.name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
@@ -278,25 +284,25 @@ class _Preparation:
         )
         if manifest["held_out"] > self.hold_out.wanted:
             more = manifest["held_out"] - self.hold_out.wanted
-            self.log(f"{self.corpus.name}: {more:,} copies of the pairs held out left the training text as well")
+            self.log(f"{self.corpus.name}: {more:,} copies of the held-out pairs removed from the training text")
         if empty := _counts(manifest["empty_rows"]):
             self.log(f"{self.corpus.name}: rows left out because they are blank or lack a text: {empty}")
         if invalid := _counts(manifest["invalid_utf8_lines"]):
-            self.log(f"{self.corpus.name}: lines that were not valid UTF-8, broken bytes replaced: {invalid}")
+            self.log(f"{self.corpus.name}: lines that were not valid UTF-8, invalid bytes replaced: {invalid}")
         for note in (note for report in self.reports.values() for note in report.notes):
             self.log(f"{self.corpus.name}: {note}")
         self.log(
-            f"vocabulary: {manifest['vocabulary_size']:,} {subwords.kind} pieces from "
+            f"vocabulary: {manifest['vocabulary_size']:,} {subwords.kind} subwords from "
             f"{manifest['vocabulary_sentences']:,} sentences"
         )
         if self.characters_in_bytes:
             self.log(
-                f"{len(self.characters_in_bytes):,} characters, in {self.num_lines_in_bytes:,} lines, got no piece of "
-                f"their own and are spelled in bytes: {list_characters(self.characters_in_bytes)}"
+                f"{len(self.characters_in_bytes):,} characters, in {self.num_lines_in_bytes:,} lines, are not in the "
+                f"vocabulary and are encoded as bytes: {list_characters(self.characters_in_bytes)}"
             )
         self.log(
             f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
-            f"pieces, {manifest['seconds']:.0f} s"
+            f"subwords, {manifest['seconds']:.0f} s"
         )
 
 
@@ -317,7 +323,7 @@ def _source_record(path: Path, before: tuple[int, int]) -> dict[str, Any]:
 
 
 def _why_stale(path: Path, corpus: CorpusConfig) -> str:
-    """Why a finished folder cannot be used as it is; empty if it can."""
+    """Return why a finished folder cannot be used as it is; an empty string if it can."""
     try:
         prepared = Prepared.open(path)
         if not prepared.is_verified:
@@ -325,10 +331,10 @@ def _why_stale(path: Path, corpus: CorpusConfig) -> str:
     except ValueError as error:
         return str(error)
     recorded = {record["path"]: record for record in prepared.manifest["sources"]}
-    # A machine that got the prepared folder without the text it was made from can train all the same.
+    # A machine that has the prepared folder but not its source text can still train.
     present = [Path(name) for name in recorded if Path(name).exists()]
     if len(present) == len(recorded) and set(map(str, source_files(corpus))) != set(recorded):
-        return "its source files are others than before"
+        return "it has other source files than before"
     for source in present:
         record = recorded[str(source)]
         size, mtime_ns = _stat(source)
@@ -348,7 +354,7 @@ def _is_verified(path: Path) -> bool:
 
 
 def _remove_leftovers(directory: Path, own: Path) -> None:
-    """Remove what preparations with other settings left that were killed: nobody has their lock."""
+    """Remove the folders of killed preparations with other settings. A live one would hold its lock."""
     for path in directory.glob(".*-????????.tmp"):
         if path != own:
             with suppress(Held, OSError), locked(path.with_name(f"{path.name.removesuffix('.tmp')}.lock")):
@@ -357,7 +363,7 @@ def _remove_leftovers(directory: Path, own: Path) -> None:
 
 @contextmanager
 def _lock(path: Path, log: Log) -> Iterator[None]:
-    """Let one process at a time prepare into `path`."""
+    """Hold the lock that lets one process at a time prepare `path`. StorageError if it cannot be written."""
     with ExitStack() as held:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

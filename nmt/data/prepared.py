@@ -1,4 +1,4 @@
-"""A prepared corpus on disk, which may have come from anybody: nothing in it is used before it is checked."""
+"""Read a prepared corpus. It may come from an untrusted source, so every file is checked before use."""
 
 import hashlib
 import json
@@ -15,8 +15,8 @@ from nmt.errors import DataError, StorageError
 from nmt.files import differs, read_json, read_regular, write_atomically
 
 VOCABULARY = "subwords.model"
-FORMAT = 2  # of the prepared folder
-# A file changed so shortly before it was read may change again without a sign: clocks of file systems are coarse.
+FORMAT = 2  # version of the prepared folder's format
+# File systems have coarse clocks: a file that changed this recently could change again and keep its timestamp.
 _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
 FACTS = {
@@ -27,7 +27,7 @@ FACTS = {
     "target_pieces": int,
     "vocabulary_size": int,
 }
-"""What a manifest counts, and a run records of it."""
+"""Counts in a manifest that a run records too, with their types."""
 _SHAPE = {
     "corpus": {str: object},
     "sources": [{"path": str, "mtime_ns": int, **_FILE}],
@@ -39,7 +39,7 @@ TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*S
 
 
 def prepared_path(corpus: CorpusConfig) -> Path:
-    """Where the prepared corpus lies: any change of the section gives another folder."""
+    """Return the folder of the prepared corpus. Different corpus settings have different folders."""
     section = asdict(corpus)
     del section["directory"]
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
@@ -56,7 +56,10 @@ class Prepared:
 
     @classmethod
     def open(cls, path: Path) -> "Prepared":
-        """Open a finished folder. Arrays are checked by size when mapped, all else when it is read."""
+        """Open a finished folder. DataError if its manifest is missing, damaged or of another version.
+
+        Of the arrays, only the sizes are checked, when they are mapped. All other files are checked when they are read.
+        """
         try:
             manifest = read_json(path / MANIFEST, {"format": object})
         except FileNotFoundError as error:
@@ -68,7 +71,7 @@ class Prepared:
             reason = getattr(error, "strerror", None) or error
             raise DataError(f"{path / MANIFEST} is damaged ({reason}): run nmt prepare again") from error
         if manifest["format"] != FORMAT:
-            raise DataError(f"{path} is of another version of this program: run nmt prepare again")
+            raise DataError(f"{path} was made by another version of this program: run nmt prepare again")
         problem = differs(manifest, _SHAPE) or _strange_file(manifest["files"])
         if problem:
             raise DataError(f"{path / MANIFEST} is damaged ({problem}): run nmt prepare again")
@@ -76,28 +79,31 @@ class Prepared:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the vocabulary and the training arrays: what a run must find unchanged to be resumed."""
+        """Hash of the vocabulary and the training arrays. A run can only resume if these have not changed."""
         files = self.manifest["files"] | self.manifest["shards"]["train"]["files"]
         contents = [(name, files[name]["sha256"]) for name in sorted(files) if _is_trained_on(name)]
         return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
 
     def subwords(self) -> Subwords:
-        """The vocabulary."""
+        """Load the vocabulary. DataError if it is damaged or does not fit the manifest."""
         self._check(VOCABULARY, self.manifest["files"][VOCABULARY])
         subwords = Subwords.load(self.path / VOCABULARY)
         if subwords.size != self.manifest["vocabulary_size"]:
             raise DataError(
-                f"{self.path / VOCABULARY} has {subwords.size:,} pieces instead of "
+                f"{self.path / VOCABULARY} has {subwords.size:,} subwords instead of "
                 f"{self.manifest['vocabulary_size']:,}: run nmt prepare again"
             )
         return subwords
 
     def train(self) -> ParallelShards:
-        """The training pairs, encoded."""
+        """Map the encoded training pairs. DataError if their files do not fit the manifest."""
         return ParallelShards.open(self.path, "train")
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
-        """(source lines, target lines, domains) of "dev" or "test"; what is not known is empty."""
+        """Return (source lines, target lines, domains) of "dev" or "test"; a list is empty if it has no file.
+
+        DataError if a file is damaged, or if the files differ in their number of lines.
+        """
         sides: list[list[str]] = []
         for side in (*SIDES, "domain"):
             name = f"{split}.{side}.txt"
@@ -116,16 +122,18 @@ class Prepared:
 
     @property
     def is_verified(self) -> bool:
-        """Whether every file is as it was when `verify` read it."""
+        """True if no file has changed since `verify` read it."""
         try:
             return read_json(self._record, object) == self._states()
         except (OSError, ValueError):
             return False
 
     def verify(self) -> None:
-        """Read every file and compare it with the manifest: DataError for the first that differs, or that holds pieces
-        which the vocabulary does not have. What was found right is remembered beside the folder, if that can be
-        written, so that a large corpus is not read whole at every start.
+        """Read every file and compare it with the manifest. DataError for the first one that differs, or if the arrays
+        have subword ids outside the vocabulary.
+
+        The result is recorded next to the folder, if that place is writable, so that a large corpus is not read whole
+        at every start.
         """
         states = self._states()
         for name, record in self._files().items():
@@ -145,7 +153,7 @@ class Prepared:
         return self.manifest["files"] | self.manifest["shards"]["train"]["files"]
 
     def _states(self) -> dict[str, list[int]]:
-        """What changes when anybody touches a file: nobody can set back the time of its last change (ctime)."""
+        """Return (inode, size, mtime, ctime) by file. Any change of a file shows, since users cannot set its ctime."""
         states = {}
         for name in (MANIFEST, *self._files()):
             try:
@@ -160,7 +168,7 @@ class Prepared:
         if not path.is_file():
             raise DataError(f"{path} is missing: run nmt prepare again")
         if file_record(path) != record:
-            raise DataError(f"{path} is not what was written: run nmt prepare again")
+            raise DataError(f"{path} has changed since nmt prepare wrote it: run nmt prepare again")
 
 
 def _is_trained_on(name: str) -> bool:
@@ -168,6 +176,6 @@ def _is_trained_on(name: str) -> bool:
 
 
 def _strange_file(names: dict[str, Any]) -> str:
-    """What is wrong with the names of files, in a few words: they may not lead out of the folder."""
+    """Return a complaint about unknown file names, else "". A name must not lead out of the folder."""
     strange = [name for name in names if name not in (VOCABULARY, *TEXTS)]
-    return f"files.{strange[0]} is none of its files" if strange else ""
+    return f"files.{strange[0]} is not the name of one of its files" if strange else ""

@@ -1,8 +1,9 @@
-"""A binarised parallel corpus on disk, mapped into memory.
+"""Write and memory-map a binarised parallel corpus.
 
-Each side of a split is two flat little-endian arrays: the pieces of all sentences one after the other (uint16
-where the vocabulary allows, else int32), and the int64 offsets at which sentences begin, with the end as the
-last one. Pages are read when touched and dropped when memory is short: the corpus may be larger than it.
+Each side of a split consists of two flat little-endian arrays. The first holds the subword ids of all sentences,
+concatenated: uint16 if the vocabulary is small enough, else int32. The second holds the int64 offsets at which
+sentences begin, and the end as its last value. The operating system reads pages on access and drops them when memory
+is short, so the corpus can be larger than the memory.
 """
 
 import hashlib
@@ -20,13 +21,13 @@ from nmt.textfile import open_input
 MANIFEST = "manifest.json"
 SIDES = ("source", "target")
 DTYPES = (np.dtype("<u2"), np.dtype("<i4"))
-"""Of pieces: the first where the vocabulary allows."""
+"""Types of subword ids: the first if all ids of the vocabulary fit."""
 _OFFSET_DTYPE = np.dtype("<i8")
-_CHECKED_PIECES = 1 << 24  # at a time
+_CHECKED_PIECES = 1 << 24  # ids per check
 
 
 def file_record(path: Path) -> dict[str, Any]:
-    """Size and sha256 of a file, as a manifest keeps them. DataError if it is a pipe or a device."""
+    """Return the size and sha256 of a file, in the form of a manifest. DataError if it is a pipe or a device."""
     with open_input(path, "corpus") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"bytes": stream.tell(), "sha256": digest}
@@ -37,14 +38,14 @@ def _names(split: str) -> dict[str, tuple[str, str]]:
 
 
 class ShardWriter:
-    """Writes the arrays of one split as its sentences come; what it holds does not grow with the corpus."""
+    """Writer of the arrays of one split, chunk by chunk; its memory use does not grow with the corpus."""
 
     def __init__(self, folder: Path, vocab_size: int, split: str = "train") -> None:
         self.dtype = DTYPES[vocab_size > 1 << 16]
         self.num_pairs = 0
         self.num_pieces = dict.fromkeys(SIDES, 0)
         self.longest = dict.fromkeys(SIDES, 0)
-        """Pieces of the longest sentence of a side."""
+        """Subwords of the longest sentence, by side."""
         self._split = split
         self._folder = folder
         self._streams = {name: (folder / name).open("wb") for pair in _names(split).values() for name in pair}
@@ -52,7 +53,7 @@ class ShardWriter:
             self._streams[offsets].write(np.zeros(1, _OFFSET_DTYPE).tobytes())
 
     def append(self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
-        """Add pairs."""
+        """Write the subword ids of these pairs."""
         assert len(sources) == len(targets)
         if not sources:
             return
@@ -67,12 +68,12 @@ class ShardWriter:
         self.num_pairs += len(sources)
 
     def close(self) -> None:
-        """Write out what is buffered."""
+        """Flush and close the files."""
         for stream in self._streams.values():
             stream.close()
 
     def record(self) -> dict[str, Any]:
-        """The entry of the manifest for this split (after `close`)."""
+        """Return this split's entry for the manifest. Call it after `close`."""
         return {
             "pairs": self.num_pairs,
             "dtype": self.dtype.str,
@@ -89,7 +90,7 @@ class ShardWriter:
 
 
 class ParallelShards:
-    """The pairs of one split as arrays of pieces, without BOS and EOS."""
+    """The pairs of one split as arrays of subword ids, without BOS and EOS."""
 
     def __init__(self, pieces: dict[str, np.ndarray], offsets: dict[str, np.ndarray]) -> None:
         self._pieces = pieces
@@ -100,12 +101,12 @@ class ParallelShards:
 
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "ParallelShards":
-        """Map the arrays of `split` in a prepared folder, whose manifest says how large they must be."""
+        """Map the arrays of `split` in a prepared folder. DataError if they do not fit the folder's manifest."""
         record = read_json(folder / MANIFEST, {"shards": {split: object}})["shards"][split]
         dtype = {each.str: each for each in DTYPES}.get(record["dtype"])
         expected_names = {name for names in _names(split).values() for name in names}
         if dtype is None or record["files"].keys() != expected_names:
-            raise DataError(f"{folder / MANIFEST} describes arrays that are none of {split}: prepare the corpus again")
+            raise DataError(f"{folder / MANIFEST} does not describe the arrays of {split}: prepare the corpus again")
         for name, expected in record["files"].items():
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
             if size != expected["bytes"]:
@@ -119,29 +120,29 @@ class ParallelShards:
         return cls(pieces, offsets)
 
     def check_pieces(self, vocab_size: int) -> None:
-        """DataError if there is a piece that a vocabulary of this size does not have. Reads every page once."""
+        """Raise DataError if an id is not in a vocabulary of this size. Reads every page once."""
         for side, pieces_N in self._pieces.items():
             for start in range(0, len(pieces_N), _CHECKED_PIECES):
                 part_N = pieces_N[start : start + _CHECKED_PIECES]
                 if part_N.min() < 0 or part_N.max() >= vocab_size:
                     raise DataError(
-                        f"{side} pieces of the prepared corpus hold numbers outside 0 .. {vocab_size - 1}: prepare the "
-                        "corpus again"
+                        f"the {side} side of the prepared corpus has subword ids outside 0..{vocab_size - 1}: prepare "
+                        "the corpus again"
                     )
 
     def __len__(self) -> int:
         return len(self.source_lengths)
 
     def source(self, pair: int) -> np.ndarray:
-        """The source pieces of one pair."""
+        """Return the source subwords of one pair."""
         return self._pieces["source"][self._offsets["source"][pair] : self._offsets["source"][pair + 1]]
 
     def target(self, pair: int) -> np.ndarray:
-        """The target pieces of one pair."""
+        """Return the target subwords of one pair."""
         return self._pieces["target"][self._offsets["target"][pair] : self._offsets["target"][pair + 1]]
 
     def gather(self, side: str, pairs_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(pieces of these pairs one after the other, how many each has) of "source" or "target", int64."""
+        """Return (concatenated subword ids of these pairs, their lengths), int64; `side` is "source" or "target"."""
         starts_B = self._offsets[side][pairs_B]
         lengths_B = self._offsets[side][pairs_B + 1] - starts_B
         first_B = np.cumsum(lengths_B) - lengths_B
@@ -150,7 +151,7 @@ class ParallelShards:
 
 
 def _check_offsets(path: Path, offsets: np.ndarray, num_pairs: int, num_pieces: int) -> None:
-    """DataError unless the offsets rise from 0 to the number of pieces, one for each pair and the end."""
+    """Raise DataError unless there are `num_pairs` + 1 offsets, ascending from 0 to `num_pieces`."""
     rises = (
         len(offsets) == num_pairs + 1
         and offsets[0] == 0
@@ -159,11 +160,11 @@ def _check_offsets(path: Path, offsets: np.ndarray, num_pairs: int, num_pieces: 
     )
     if not rises:
         raise DataError(
-            f"{path} does not rise from 0 to {num_pieces:,} pieces over {num_pairs:,} pairs: prepare the corpus again"
+            f"{path} does not rise from 0 to {num_pieces:,} subwords over {num_pairs:,} pairs: prepare the corpus again"
         )
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
-    # An empty file cannot be mapped, and what is left over after the last whole number is none.
+    # An empty file cannot be mapped. Bytes after the last whole number are ignored.
     count = path.stat().st_size // dtype.itemsize
     return np.memmap(path, dtype=dtype, mode="r", shape=(count,)) if count else np.empty(0, dtype)
