@@ -24,7 +24,7 @@ FLOORS = {
     "corpus": 1,
     "model": 1,
     "cost": 1,
-    "metrics": 1,
+    "metrics": 2,
     "data": 2,
     "device": 3,
     "run": 3,

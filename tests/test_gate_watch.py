@@ -11,15 +11,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nmt.config import MoEConfig
-from nmt.model.gate_statistics import GateFigures
-from nmt.terminal import layer_lines, summary
-from nmt.training.gate_watch import (
+from nmt.metrics.gate_watch import (
     LEAST_EXPECTED,
     LEAST_UPDATES,
     PATIENCE,
     GateWatch,
     collapse_bound,
 )
+from nmt.model.gate_statistics import GateFigures
+from nmt.terminal import layer_lines, summary
 from nmt.training.trainer import Trainer
 from tests.toy import train
 
@@ -160,7 +160,7 @@ def test_balance_losses_that_dominate_are_said_once(num_experts: int) -> None:
     figures = state(healthy(num_experts).count_E, None, 0.35, 0.01)
     assert watched.see(figures, PATIENCE - 1) == []
     [line] = watched.see(figures)
-    assert "balance losses 0.36 stand beside a token loss of 3.00" in line
+    assert "balance losses of 0.36 against a token loss of 3.00" in line
     assert line.endswith("start a new run with model.moe.w_importance=0.5 (now 5)")
     assert watched.see(figures, 50) == []
 
@@ -276,9 +276,9 @@ def test_below_a_line_of_training_are_its_layers(
     corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And warnings follow it."""
-    monkeypatch.setattr("nmt.training.gate_watch.LEAST_UPDATES", 1)
-    monkeypatch.setattr("nmt.training.gate_watch.LEAST_EXPECTED", 1)
-    monkeypatch.setattr("nmt.training.gate_watch.collapse_bound", lambda num_experts, k: 1e-9)
+    monkeypatch.setattr("nmt.metrics.gate_watch.LEAST_UPDATES", 1)
+    monkeypatch.setattr("nmt.metrics.gate_watch.LEAST_EXPECTED", 1)
+    monkeypatch.setattr("nmt.metrics.gate_watch.collapse_bound", lambda num_experts, k: 1e-9)
     train(corpus, "a", 5, "training.warmup_steps=1")
     lines = capfd.readouterr().err.splitlines()
     logged = [place for place, line in enumerate(lines) if line.startswith("step") and "tokens/s" in line]

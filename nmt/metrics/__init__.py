@@ -1,1 +1,1 @@
-"""Figures of training: what a line of metrics.jsonl holds, and where lines go."""
+"""Figures of training: what a line of metrics.jsonl contains, where lines go, and warnings about gates."""

@@ -35,6 +35,7 @@ from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
 from nmt.decoding.translator import Translator
+from nmt.metrics.gate_watch import GateWatch
 from nmt.metrics.record import TrainLine
 from nmt.metrics.writer import MetricsWriter
 from nmt.model.attention import Attention
@@ -47,7 +48,6 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
 from nmt.terminal import layer_lines
-from nmt.training.gate_watch import GateWatch
 from nmt.training.interval import Interval
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.update import Updater

@@ -1,4 +1,4 @@
-"""Watching the gates while a model trains: warnings that name a remedy. The scale: `nmt.model.gate_statistics`.
+"""Warnings about gates while a model trains, each with a remedy. See `nmt.model.gate_statistics` for the scale.
 
 Letters: E experts.
 """
@@ -13,17 +13,17 @@ from nmt.config import MoEConfig
 from nmt.model.gate_statistics import GateFigures, num_idle
 from nmt.model.gating import cv_squared
 
-# A judgement needs this many updates, and tokens enough that every expert would have this many of them if all were
-# equally busy: chance alone then leaves no expert idle, and adds less than 0.02 to CV(load)^2.
+# A judgement needs this many updates, and this many tokens per expert on average. Chance alone then leaves no expert
+# idle, and adds less than 0.02 to CV(load)^2.
 LEAST_UPDATES = 10
 LEAST_EXPECTED = 50
-# Judgements in a row that begin a warning, and that end it.
+# This many judgements in a row start a warning, or end it.
 PATIENCE = 3
 
 # Bounds of CV^2 above which a gate has collapsed, see `collapse_bound`.
 _COLLAPSE_LEAST, _COLLAPSE_MOST = 0.4, 3.0
-# The balance losses of a layer dominate from this share of the token loss on. Below half a nat there is little left to
-# learn (text known nearly by heart, as the phrasebook's is after a minute), and they are compared with that instead.
+# The balance losses of a layer dominate above this share of the token loss. A token loss below half a nat counts as half
+# a nat: little is left to learn then, as in the phrasebook after a minute.
 _DOMINANT_SHARE = 0.1
 _LEAST_TOKEN_LOSS = 0.5
 # What a balance weight becomes in a remedy: ten times as much or little, the default where it was 0, never above 1.
@@ -31,26 +31,26 @@ _STEP, _FIRST_WEIGHT, _LARGEST_WEIGHT = 10.0, 0.01, 1.0
 
 
 def collapse_bound(num_experts: int, experts_per_token: int) -> float:
-    """The CV^2 of loads above which a gate of E experts that wakes k of them has collapsed.
+    """Return the CV^2 of loads above which a gate with k active experts of E has collapsed.
 
     Loads x_E keep E / (1 + CV^2) = (sum x)^2 / sum x^2 experts busy in effect: E if all are equal, k if every token
     goes to the same k. A gate has collapsed when fewer than sqrt(E k) are busy, the geometric middle of the two, or
-    fewer than E / 4 where that is more: CV^2 = sqrt(E/k) - 1, at most 3. CV^2 cannot be more than E/k - 1; the bound is
-    at least 0.4, so that a gate which wakes more than 71 % of its experts, and can waste few, never counts as
-    collapsed. CV bounds for k = 1 of 2: 0.64; 2 of 8: 1; 4 of 32: 1.35; 4 of 256 (S17 Table 6: 3.0) to 2048: 1.73.
+    fewer than E / 4 where that is more: CV^2 = sqrt(E/k) - 1, at most 3. CV^2 cannot be more than E/k - 1. The bound is
+    at least 0.4: a gate that uses more than 71 % of its experts, and can waste few, never counts as collapsed. CV
+    bounds for k = 1 of 2: 0.64; 2 of 8: 1; 4 of 32: 1.35; 4 of 256 (S17 Table 6: 3.0) to 2048: 1.73.
     """
     return min(max(math.sqrt(num_experts / experts_per_token) - 1.0, _COLLAPSE_LEAST), _COLLAPSE_MOST)
 
 
 class _Alarm:
-    """Off until so many judgements in a row were bad, then on until PATIENCE in a row were good."""
+    """Off until `patience` judgements in a row were bad, then on until PATIENCE in a row were good."""
 
     def __init__(self) -> None:
         self.on = False
         self.streak = 0
 
     def begins(self, bad: bool, patience: int = PATIENCE) -> bool:
-        """Take one judgement; whether it switches the alarm on."""
+        """Take one judgement, and return whether it switches the alarm on."""
         self.streak = self.streak + 1 if bad != self.on else 0
         if self.streak < (PATIENCE if self.on else patience):
             return False
@@ -59,7 +59,7 @@ class _Alarm:
 
 
 class _LayerState:
-    """What the judgements of one layer need to remember."""
+    """The memory of the judgements of one layer."""
 
     def __init__(self, num_experts: int) -> None:
         self.collapse, self.idle, self.dominance = _Alarm(), _Alarm(), _Alarm()
@@ -72,7 +72,7 @@ class _LayerState:
         self.missed_E = torch.zeros(num_experts, dtype=torch.float64)  # tokens that a fair share of these would be
 
     def take(self, gate: GateFigures, updates: int) -> bool:
-        """Add an interval to what is to be judged; whether that is enough now."""
+        """Add an interval, and return whether there is now enough to judge."""
         self.updates += updates
         self.count_E += gate.count_E
         self.importance_E += gate.importance_E
@@ -84,24 +84,24 @@ class _LayerState:
         return True
 
     def clear(self) -> None:
-        """Start what is judged next."""
+        """Start the next judgement."""
         self.updates = 0
         self.count_E.zero_()
         self.importance_E.zero_()
 
 
 class GateWatch:
-    """Says in one line when a gate goes wrong, and what to do; silent while it lasts.
+    """Warns in one line when a gate fails, with a remedy; silent as long as the failure lasts.
 
     Collapse: a few experts get nearly all tokens, or nearly all of the gates' weight (`collapse_bound`). Idle: the same
     experts got no token in PATIENCE judgements. Dominance: a gate far from collapse has balance losses of more than a
     tenth of the token loss in most of PATIENCE judgements (these are of single updates). While a gate is collapsed the
-    other two, which follow from it, are not said.
+    other two are not reported: they follow from it.
 
-    Judged are loads over at least LEAST_UPDATES updates and LEAST_EXPECTED tokens per expert, whatever
-    training.log_every is, and only past training.warmup_steps: gates that start equal lean one way before the balance
-    losses answer, and the length of the warm-up is the run's own word on when its start is over. A warning begins
-    after PATIENCE bad judgements in a row and may be said again only after as many good ones.
+    A judgement is of loads over at least LEAST_UPDATES updates and LEAST_EXPECTED tokens per expert, whatever
+    training.log_every is. There is none before training.warmup_steps: gates that start equal lean one way before the
+    balance losses take effect. A warning starts after PATIENCE bad judgements in a row. It is repeated only after as
+    many good ones.
     """
 
     def __init__(self, moe: MoEConfig, warmup_steps: int) -> None:
@@ -110,7 +110,7 @@ class GateWatch:
         self.states: dict[str, _LayerState] = {}
 
     def judge(self, step: int, updates: int, token_loss: float, gates: Mapping[str, GateFigures]) -> list[str]:
-        """The warnings that begin with the line of metrics at `step`, which covers `updates` updates."""
+        """Return the warnings that start with the line of metrics at `step`, which covers `updates` updates."""
         if step - updates < self.warmup_steps or not math.isfinite(token_loss):
             return []
         warnings: list[str] = []
@@ -142,7 +142,7 @@ class GateWatch:
 
     def _idle(self, state: _LayerState, layer: str) -> list[str]:
         long_E = state.idle_judgements_E >= PATIENCE
-        # Once said, it lasts until no expert is idle.
+        # Once reported, it lasts until no expert is idle.
         bad = bool((state.count_E == 0).any()) if state.idle.on else bool(long_E.any())
         if not state.idle.begins(bad, patience=1):
             return []
@@ -163,12 +163,12 @@ class GateWatch:
         mean = sum(losses.values()) / len(losses)
         lower = {name: weight / _STEP for name, weight in weights.items() if losses[name] >= mean}
         return [
-            f"balances more than it learns: its balance losses {sum(losses.values()):.2f} stand beside a token loss of "
+            f"balances more than it learns: balance losses of {sum(losses.values()):.2f} against a token loss of "
             f"{token_loss:.2f}; {_new_run(lower, weights)}"
         ]
 
     def _weights(self, layer: str, num_experts: int) -> dict[str, float]:
-        """The balance weights, by setting, that have a gradient for this layer's gate: importance, and maybe load."""
+        """Return the balance weights, by setting, that have a gradient for this gate: importance, and maybe load."""
         importance, load = self.moe.balance_settings(layer).items()
         load_has_gradient = self.moe.is_noisy and self.moe.experts_per_token < num_experts
         return dict([importance, load] if load_has_gradient else [importance])
