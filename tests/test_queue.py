@@ -104,14 +104,15 @@ def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capf
     command = [sys.executable, "-m", "nmt.cli", "train", *few.settings, *where.places, "training.max_steps=2"]
     command += [f"run.name={few.name}", f"run.directory={where.runs}"]
     subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
-    assert where.state(few) == "finished at update 2"
+    assert where.state(few) == "finished at step 2"
     assert script.run_queue([few], where, minutes=5.0, discard=True)
     assert f"{few.name}: dev perplexity" in capfd.readouterr().out
     assert where.state(few) == "done"
     record = json.loads((where.records / f"{few.name}.json").read_text())
     assert record["settings"] == few.settings
-    assert (record["updates"], list(record["dev_perplexities"])) == (4, ["2", "4"])
+    assert (record["steps"], list(record["dev_perplexities"])) == (4, ["2", "4"])
     assert record["dev_perplexity"] == record["dev_perplexities"]["4"]
+    assert list(record["train_perplexities"]) == ["1", "2", "3", "4"]
     assert record["config"]["model.moe.num_experts"] == 2
     assert record["gates"]["encoder.1"]["cv_load"] >= 0
     assert [each | {"seconds": 0} for each in record["sittings"]] == [
@@ -152,7 +153,7 @@ def test_a_run_is_stopped_and_saved_when_the_time_has_come(
     fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     entry, where = script.Entry("tiny.base.few", "a start", ["training.seed=1"]), site(tmp_path)
-    assert script.sit(entry, where, time.monotonic() - 1) == "not started: the time is over"
+    assert script.sit(entry, where, time.monotonic() - 1) == "not started: no time is left"
     assert not where.runs.exists()
     begun, wait = where.runs / entry.name / "begun", subprocess.Popen.wait
 
@@ -166,9 +167,9 @@ def test_a_run_is_stopped_and_saved_when_the_time_has_come(
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait_until_it_has_begun)
     for sittings in (1, 2):
-        assert script.sit(entry, where, time.monotonic() + 600) == "stopped at update 7: run it again to resume it"
+        assert script.sit(entry, where, time.monotonic() + 600) == "stopped at step 7: run it again to resume it"
         assert len(json.loads((where.runs / entry.name / "sittings.json").read_text())) == sittings
-    assert where.state(entry) == "stopped at update 7"
+    assert where.state(entry) == "stopped at step 7"
     assert not where.records.exists()
 
 

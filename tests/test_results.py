@@ -96,15 +96,15 @@ def test_rows_of_a_study_are_the_changes_that_have_been_run(tmp_path: Path):
     study = {"variants": {"few": [], "many": []}, "changes": [*changes, {"name": "later", "change": "?", "needs": "x"}]}
     (tmp_path / "queue.yaml").write_text(json.dumps({"tiny": study}))
     (tmp_path / "runs").mkdir()
-    for run, perplexity in {"both.few": 5.0, "both.many": 4.0, "one.many": 3.0}.items():
-        (tmp_path / "runs" / f"tiny.{run}.json").write_text(json.dumps({"dev_perplexity": perplexity}))
+    for run, dev, train in (("both.few", 6.0, {5: 5.0, 6: 1.0}), ("both.many", 4.5, {5: 4.0}), ("one.many", 3.0, {})):
+        record = {"dev_perplexity": dev, "train_perplexities": train}
+        (tmp_path / "runs" / f"tiny.{run}.json").write_text(json.dumps(record))
     both, one = script.rows_of_study("tiny", tmp_path)
-    assert (both["change"], both["few"]["dev_perplexity"], both["gain"]["many"]) == (
-        "the both",
-        5.0,
-        pytest.approx(-0.2),
-    )
-    assert (one["change"], one["many"]["dev_perplexity"], one["gain"]) == ("the one", 3.0, {})
+    assert (both["change"], one["change"]) == ("the both", "the one")
+    assert (both["few"]["dev_perplexity"], one["many"]["dev_perplexity"]) == (6.0, 3.0)
+    assert both["gain"] == {"few": 0.0, "many": pytest.approx(-0.25)}
+    assert both["train_gain"]["many"] == {5: pytest.approx(-0.2)}
+    assert (one["gain"], one["train_gain"]) == ({}, {})
 
 
 def test_a_readme_without_its_marks_is_refused():

@@ -11,9 +11,10 @@ best figure of a column is bold.
 A `chart` draws a bar for each row: `file` is its name, `text` its title, `label` fills the text beside a bar, `figure`
 is the bar's length, and `cell` fills the text at its end.
 
-A table with a `study` instead of rows has one for each change of that study of results/queue.yaml that has been run.
-Its figures are the `change`, the record of each variant under the variant's name, as in "{moe_4[dev_perplexity]:.2f}",
-and its `gain` over the first variant, as in "{gain[moe_32]:+.1%}": the ratio of their perplexities, less 1.
+A table with a `study` instead of rows has a row for each change of that study in results/queue.yaml that has been run.
+The figures of a row are the `change`, and the record of each variant under the variant's name, as in
+"{moe_4[dev_perplexity]:.2f}". `gain`, as in "{gain[moe_32]:+.1%}", is the ratio of a variant's perplexity to that of
+the first, less 1. `train_gain`, as in "{train_gain[moe_32][550]:+.1%}", is the same for the training text at a step.
 """
 
 import json
@@ -30,7 +31,7 @@ from nmt.pages.tables import markdown_table
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "quality": ("Quality", ["europarl", "multi30k", "demo"]),
+    "quality": ("Quality", ["europarl", "experts_gain", "multi30k", "demo"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
     "speed": ("Speed", ["speed", "factored"]),
     "scaling": ("Several GPUs", ["two_gpus", "same_training", "processes"]),
@@ -82,17 +83,32 @@ def rows_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result
     for change in study["changes"]:
         paths = {each: folder / "runs" / f"{name}.{change['name']}.{each}.json" for each in change.get("variants", [])}
         records = {each: json.loads(path.read_text(encoding="utf-8")) for each, path in paths.items() if path.is_file()}
-        perplexity = {each: record["dev_perplexity"] for each, record in records.items()}
-        first = perplexity.get(next(iter(study["variants"])))
-        gain = {each: value / first - 1.0 for each, value in perplexity.items()} if first else {}
         if records:
-            yield {"change": change["change"], "gain": gain, **records}
+            yield {"change": change["change"], **_gains(records, next(iter(study["variants"]))), **records}
+
+
+def _gains(records: dict[str, Result], first: str) -> Result:
+    """`gain` and `train_gain` of all variants over the first; empty if the first has not been run."""
+    if first not in records:
+        return {"gain": {}, "train_gain": {}}
+    before = records[first]["train_perplexities"]
+    gain = {each: record["dev_perplexity"] / records[first]["dev_perplexity"] - 1.0 for each, record in records.items()}
+    train_gain = {
+        each: {int(step): now / before[step] - 1.0 for step, now in of["train_perplexities"].items() if step in before}
+        for each, of in records.items()
+    }
+    return {"gain": gain, "train_gain": train_gain}
+
+
+def rows_of(of_table: Result) -> list[Result]:
+    """The rows of a table, which stand in it or are those of a study."""
+    return list(rows_of_study(of_table["study"])) if "study" in of_table else of_table["rows"]
 
 
 def rows_as_markdown(of_table: Result) -> Iterator[str]:
     """The lines of a table in Markdown."""
     columns = of_table["columns"]
-    rows = list(rows_of_study(of_table["study"])) if "study" in of_table else of_table["rows"]
+    rows = rows_of(of_table)
     cells = [[_cell(column, row) for column in columns] for row in rows]
     for place, column in enumerate(columns):
         if "best" in column:
@@ -135,7 +151,7 @@ def charts() -> Iterator[tuple[str, str]]:
         for file in files:
             for each in read_result(file)["tables"]:
                 if "chart" in each:
-                    yield each["chart"]["file"], bars(each["chart"], each["rows"])
+                    yield each["chart"]["file"], bars(each["chart"], rows_of(each))
 
 
 def bars(chart: Result, rows: list[Result]) -> str:

@@ -1,13 +1,13 @@
-"""The queue of runs behind docs/results/quality.md, for whenever a GPU has time.
+"""Train the next runs of the queue behind docs/results/quality.md, whenever a GPU has time.
 
   python scripts/results/run_queue.py list                           # every run and its state
-  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next ones, for nine minutes, two at a time
+  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two at once
   python scripts/results/run_queue.py run explain.base.moe_4         # these
 
-results/queue.yaml says what there is to run and why. A run that ends leaves a record in results/runs/: its settings,
-commit, hardware, seconds and figures. scripts/results/pages.py makes the tables from the records. A run that the time
-does not suffice for is stopped and saved, and the next `run` resumes it. Settings that start with a key, such as
-corpus.root=/data/europarl, go to every `nmt train`; they are for places, and no record has them.
+results/queue.yaml lists the runs and their purpose. A run that ends leaves a record in results/runs/: its settings,
+commit, hardware, seconds and figures. scripts/results/pages.py makes tables from the records. A run that does not end
+within --minutes is stopped and saved, and the next `run` resumes it. Settings such as corpus.root=/data/europarl are
+passed to every `nmt train` and kept out of the records.
 """
 
 import argparse
@@ -52,7 +52,7 @@ class Entry:
     settings: list[str]
     """Of `nmt train`, without its name and places."""
     needs: str = ""
-    """What is to be written before it can run."""
+    """What must be written before it can run."""
 
 
 def read_queue(path: Path = QUEUE) -> list[Entry]:
@@ -88,21 +88,21 @@ def _entries(where: str, study: str, of_study: dict[str, Any], change: dict[str,
 
 @dataclass(frozen=True)
 class Site:
-    """Where the runs of a piece of time are, and with what."""
+    """The place of the runs: folders, code and hardware."""
 
     runs: Path
     """Folder of the runs themselves."""
     records: Path
-    """Folder of what they left."""
+    """Folder of their records."""
     commit: str
     hardware: str
     jobs: int
     """Runs that share the hardware."""
     places: Sequence[str] = ()
-    """Settings of this machine."""
+    """Settings of this machine, which records leave out."""
 
     def state(self, entry: Entry) -> str:
-        """What `list` prints of a run. UserError if its result was made with other settings."""
+        """The state of a run, as `list` prints it. UserError if its record has other settings."""
         record = self.records / f"{entry.name}.json"
         if record.is_file():
             if json.loads(record.read_text(encoding="utf-8"))["settings"] != entry.settings:
@@ -113,14 +113,17 @@ class Site:
         if entry.needs:
             return f"needs {entry.needs}"
         status = RunDirectory(self.runs / entry.name).status()
-        return f"{status['state']} at update {status['step']:,}" if status else "waiting"
+        return f"{status['state']} at step {status['step']:,}" if status else "waiting"
 
 
 def sit(entry: Entry, site: Site, deadline: float) -> str:
-    """Train a run until it ends or the time has come, and keep its record if it has ended; what became of it."""
+    """Train a run until it ends or until the deadline (of time.monotonic), and write its record if it has ended.
+
+    Returns how it went, in one line.
+    """
     started = time.monotonic()
     if started >= deadline:
-        return "not started: the time is over"
+        return "not started: no time is left"
     command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
     command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
     site.runs.mkdir(parents=True, exist_ok=True)
@@ -139,7 +142,7 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
     sitting["seconds"] = round(time.monotonic() - started, 1)
     sittings = _add_sitting(run.path / "sittings.json", sitting)
     if process.returncode == _SAVED:
-        return f"stopped at update {run.status()['step']:,}: run it again to resume it"
+        return f"stopped at step {run.status()['step']:,}: run it again to resume it"
     record = {"name": entry.name, "purpose": entry.purpose, "settings": entry.settings, **figures(run)}
     record |= {"sittings": sittings, "config": flatten(run.config().to_dict())}
     site.records.mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,11 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
 
 
 def figures(run: RunDirectory) -> dict[str, Any]:
-    """What a finished run has come to; gate figures are means over the last four lines of training."""
+    """The figures of a finished run.
+
+    Perplexities have the step as their key; one of training is the mean since the line before. Figures of gates are
+    means over the last four lines of training.
+    """
     training, dev = read_lines(run.metrics_path, TrainLine), read_lines(run.metrics_path, DevLine)
     vocabulary = json.loads(run.corpus_path.read_text(encoding="utf-8"))["vocabulary_size"]
     cost = model_cost(run.config().model, vocabulary)
@@ -158,10 +165,10 @@ def figures(run: RunDirectory) -> dict[str, Any]:
         for layer in last[-1].gates
     }
     return {
-        "updates": training[-1].step,
+        "steps": training[-1].step,
         "dev_perplexity": dev[-1].perplexity,
         "dev_perplexities": {line.step: line.perplexity for line in dev},
-        "train_perplexity": statistics.fmean(line.perplexity for line in last),
+        "train_perplexities": {line.step: line.perplexity for line in training},
         "parameters": cost.num_parameters,
         "ops_per_timestep": cost.ops_per_timestep,
         "tokens_per_second": statistics.median(line.tokens_per_second for line in training),
@@ -171,7 +178,7 @@ def figures(run: RunDirectory) -> dict[str, Any]:
 
 
 def _add_sitting(path: Path, sitting: dict[str, Any]) -> list[dict[str, Any]]:
-    """All sittings of a run so far, kept beside it."""
+    """All sittings of a run so far, which are kept in its folder."""
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
     write_atomically(path, json.dumps([*before, sitting]).encode())
     return [*before, sitting]
@@ -183,7 +190,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -> bool:
-    """Train the entries in their order until the minutes are over; whether none failed."""
+    """Train the entries in their order for so many minutes. Returns whether none failed."""
     deadline = time.monotonic() + 60 * minutes
 
     def one(entry: Entry) -> bool:
@@ -198,7 +205,7 @@ def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -
 
 
 def commit_here() -> str:
-    """The commit of this code. UserError if that cannot be told."""
+    """The commit of this code. UserError if it is in no git repository."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     if found.returncode:
@@ -208,7 +215,7 @@ def commit_here() -> str:
 
 
 def hardware_here() -> str:
-    """The device that training takes, and the versions that decide its speed."""
+    """The device that training takes, and the version of PyTorch."""
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores; torch {torch.__version__}"
@@ -218,11 +225,11 @@ def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("list", "run"))
-    parser.add_argument("what", nargs="*", help="names of runs (default: all that can run); settings key=value")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save what still runs after so many")
+    parser.add_argument("what", nargs="*", help="names of runs (default: all that are ready); settings key=value")
+    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save what still runs after this time")
     parser.add_argument("--jobs", type=int, default=1, help="runs that share the GPU (default 1)")
     parser.add_argument("--commit", help="of this code, where it is no git repository")
-    parser.add_argument("--discard", action="store_true", help="remove the checkpoints of a run that has its record")
+    parser.add_argument("--discard", action="store_true", help="remove the checkpoints of runs that have their record")
     parser.add_argument("--queue", type=Path, default=QUEUE)
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of results (default results/runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs/queue"), help="folder of the runs")
@@ -236,7 +243,10 @@ def main() -> None:
 
 
 def act(options: argparse.Namespace) -> bool:
-    """Do what the command line asks for; whether no run failed. UserError for a mistake in it or in the queue."""
+    """Do what the command line asks for. Returns whether no run failed.
+
+    UserError for a mistake in it or in the queue.
+    """
     places = [each for each in options.what if re.match(r"[a-z_.]+=", each)]
     names = [each for each in options.what if each not in places]
     entries = read_queue(options.queue)
