@@ -22,8 +22,8 @@ PATIENCE = 3
 
 # Bounds of CV^2 above which a gate has collapsed, see `collapse_bound`.
 _COLLAPSE_LEAST, _COLLAPSE_MOST = 0.4, 3.0
-# The balance losses of a layer dominate above this share of the token loss. A token loss below half a nat counts as half
-# a nat: little is left to learn then, as in the phrasebook after a minute.
+# The balance losses of a layer dominate above this share of the token loss. A token loss below half a nat counts as
+# half a nat: little is left to learn then, as in the phrasebook after a minute.
 _DOMINANT_SHARE = 0.1
 _LEAST_TOKEN_LOSS = 0.5
 # What a balance weight becomes in a remedy: ten times as much or little, the default where it was 0, never above 1.
