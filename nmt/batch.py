@@ -17,7 +17,7 @@ NUM_SPECIAL = 4
 
 
 class Shape(NamedTuple):
-    """The sizes of a batch's tensors: all that a step recorded for one batch may depend on."""
+    """The sizes of a batch's tensors. A step recorded for one batch may depend on nothing else."""
 
     sentences: int
     source: int  # positions, EOS included
@@ -26,7 +26,7 @@ class Shape(NamedTuple):
     target_rows: int
 
     def holds(self, other: "Shape") -> bool:
-        """Whether a batch of the shape `other` can be padded to this one."""
+        """Return whether a batch of shape `other` can be padded to this shape."""
         return all(ours >= theirs for ours, theirs in zip(self, other, strict=True))
 
 
@@ -57,7 +57,7 @@ class Batch(NamedTuple):
 
     @property
     def num_sentences(self) -> int:
-        """Sentence pairs. Like the two counts below, it waits for the device that holds a fitted batch."""
+        """Number of sentence pairs. For a fitted batch, this and the two counts below wait for its device."""
         return len(self.pairs_B) if self.source_count is None else int((self.pairs_B >= 0).sum())
 
     @property
@@ -72,12 +72,12 @@ class Batch(NamedTuple):
 
     @property
     def real_source_rows(self) -> Tensor | None:
-        """Bool: which of `source_rows_N` are real; None: all are."""
+        """Bool (N): True for the real ones of `source_rows_N`; None if all are real."""
         return _first(self.source_rows_N, self.source_count)
 
     @property
     def real_target_rows(self) -> Tensor | None:
-        """Bool: which of `target_rows_N` are real; None: all are."""
+        """Bool (N): True for the real ones of `target_rows_N`; None if all are real."""
         return _first(self.target_rows_N, self.target_count)
 
     def to(self, device: torch.device) -> "Batch":
@@ -94,12 +94,12 @@ def _first(rows_N: Tensor, count: Tensor | None) -> Tensor | None:
 
 
 def fit(batch: Batch, shape: Shape) -> Batch:
-    """`batch` padded to exactly `shape`, so that all batches of a bucket have tensors of equal sizes.
+    """Return `batch` padded to exactly `shape`, so that all batches of a bucket have tensors of equal sizes.
 
-    Its real tokens keep their order. Columns of padding are sentences of one PAD, so that their attention has a place
-    to look at. Rows of padding are cells that hold PAD, each at most once. Gates give them no expert, and no loss, sum
-    or statistic counts them: the pass computes what it computes for `batch`. Where dropout or gate noise is drawn,
-    other numbers fall to a token. ValueError if `shape` does not hold the batch.
+    Real tokens keep their order. A column of padding is a sentence of one PAD, so that its attention has a position to
+    attend to. Rows of padding are positions that hold PAD, each used at most once. Gates give them no expert, and no
+    loss, sum or statistic counts them. A pass therefore computes the same as for `batch`, except that dropout and gate
+    noise draw other numbers for a token. ValueError if `shape` does not hold the batch.
     """
     assert batch.source_count is None
     cells = shape.sentences * shape.source, shape.sentences * shape.target
@@ -124,7 +124,7 @@ def fit(batch: Batch, shape: Shape) -> Batch:
 
 
 def _fit_rows(rows_N: Tensor, sentences: int, columns: int, cells: int, num_rows: int) -> Tensor:
-    """The rows of `sentences` columns as those of more `columns`, then other cells up to `num_rows` rows."""
+    """Renumber rows of `sentences` columns for `columns` columns, and append unused cells up to `num_rows` rows."""
     rows_N = rows_N // sentences * columns + rows_N % sentences
     free_M = torch.ones(cells, dtype=torch.bool, device=rows_N.device).index_fill_(0, rows_N, False)
     return torch.cat([rows_N, free_M.nonzero().flatten()[: num_rows - len(rows_N)]])

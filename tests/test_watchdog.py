@@ -58,7 +58,7 @@ def test_told_to_stop_a_process_that_runs_goes_on_and_one_that_hangs_ends() -> N
     )
     went_on, lost = done.stdout.splitlines()
     assert went_on == "handled 1, went on"
-    assert lost.startswith("rank 1 of 2 lost another at step 8 (told to stop, it waited 1 s more)")
+    assert lost.startswith("rank 1 of 2 lost another at step 8 (received a signal to stop, but hung for 1 s)")
     assert (done.returncode, done.stderr) == (ProcessError.status, "")
 
 

@@ -1,4 +1,4 @@
-"""Few shapes for the many batches of a plan, so that a step recorded for each of them serves all.
+"""Choose a few shapes to which the batches of a plan are padded, so that a step recorded per shape serves all batches.
 
 Letters: N batches, F = 5 sizes of a shape.
 """
@@ -18,52 +18,53 @@ Sizes = NDArray[np.int64]
 
 
 class Padding(NamedTuple):
-    """What buckets add to the batches themselves, as shares of what is computed."""
+    """Share of the work on padded batches that is spent on the added padding, from 0 to 1."""
 
     positions: float
-    """Of the positions that LSTMs and attention work on: sentences times length, both sides."""
+    """Share of the positions of LSTMs and attention: sentences times length, both sides."""
     rows: float
-    """Of the tokens that gates, experts and softmax work on."""
+    """Share of the tokens of gates, experts and softmax."""
 
 
 class ShapeGrid(NamedTuple):
-    """The shapes that batches are padded to (`nmt.batch.fit`)."""
+    """The shapes to which batches are padded (`nmt.batch.fit`)."""
 
     shapes: list[Shape]
 
     def smallest(self, needed: Shape) -> Shape | None:
-        """The shape with the least work that holds a batch; None if none does, and it passes as it is."""
+        """Return the shape with the least work that holds a batch of shape `needed`; None if none does."""
         return min((shape for shape in self.shapes if shape.holds(needed)), key=work, default=None)
 
     def padding(self, needed: Sequence[Shape]) -> Padding:
-        """The share of padding that these batches get."""
+        """Return the shares of padding if batches of these shapes are padded. A batch that no shape holds is not."""
         fitted = [self.smallest(shape) or shape for shape in needed]
         own, total = (np.array([_parts(shape) for shape in shapes]).sum(0) for shapes in (needed, fitted))
         return Padding(*(1.0 - own / total).tolist())
 
 
 def shape_of(pairs_B: np.ndarray, source_lengths: np.ndarray, target_lengths: np.ndarray) -> Shape:
-    """The shape of the batch of these pairs; the lengths, without EOS, are those of the whole corpus."""
+    """Return the shape of the batch of these pairs. The lengths are those of the whole corpus, without EOS."""
     source_B, target_B = source_lengths[pairs_B] + 1, target_lengths[pairs_B] + 1
     sizes = source_B.max(), target_B.max(), source_B.sum(), target_B.sum()
     return Shape(len(pairs_B), *map(int, sizes))
 
 
 def _parts(shape: Shape) -> tuple[int, int]:
-    """(positions, rows) of a shape."""
+    """Return (positions, rows) of a shape."""
     return shape.sentences * (shape.source + shape.target), shape.source_rows + shape.target_rows
 
 
 def work(shape: Shape) -> int:
-    """What a batch costs, roughly: its positions and its rows."""
+    """Return the approximate work of a batch: the sum of its positions and rows."""
     return sum(_parts(shape))
 
 
 def few_shapes(needed: Sequence[Shape], most: int) -> ShapeGrid:
-    """At most `most` shapes which together hold all these batches, chosen so that padding adds little work.
+    """Return at most `most` shapes that together hold all batches of shapes `needed`, with little added padding.
 
-    One bucket for all is split in two, along the size and at the place that save most work, and so is the bucket whose
-    split saves most then, until there are enough or nothing is saved. Deterministic; some N log N for each bucket.
+    The search starts with one bucket of all batches. It repeatedly splits the bucket whose best split saves most work.
+    A split sorts the bucket by one size and cuts it in two. It stops after `most` buckets, or when no split saves work.
+    Deterministic; it takes O(N log N) time per bucket. ValueError if there is no batch or `most` is below 1.
     """
     if not needed or most < 1:
         raise ValueError(f"{len(needed)} batches cannot be given {most} shapes: both must be at least 1")
@@ -81,11 +82,11 @@ def few_shapes(needed: Sequence[Shape], most: int) -> ShapeGrid:
 
 
 def _best_split(bucket_NF: Sizes) -> tuple[float, tuple[Sizes, Sizes]]:
-    """(work saved, the halves) of the best of all splits of a bucket along one size; nothing saved for one batch."""
+    """Return (work saved, the two parts) of the best split of a bucket along one size; (0, ...) if none saves work."""
     best: tuple[float, tuple[Sizes, Sizes]] = (0.0, (bucket_NF, bucket_NF[:0]))
     num_batches = len(bucket_NF)
     whole = num_batches * _work(bucket_NF.max(0))
-    first_N = np.arange(1, num_batches)  # batches of the first half, for each place of the split
+    first_N = np.arange(1, num_batches)  # number of batches in the first part, by place of the split
     for size in range(bucket_NF.shape[1]):
         sorted_NF = bucket_NF[np.argsort(bucket_NF[:, size], kind="stable")]
         below_NF = np.maximum.accumulate(sorted_NF)[:-1]
@@ -98,6 +99,6 @@ def _best_split(bucket_NF: Sizes) -> tuple[float, tuple[Sizes, Sizes]]:
 
 
 def _work(sizes: Sizes) -> Sizes:
-    """`work` of shapes (..., F)."""
+    """Return `work` of shapes (..., F)."""
     sentences, source, target, source_rows, target_rows = np.moveaxis(sizes, -1, 0)
     return sentences * (source + target) + source_rows + target_rows

@@ -1,11 +1,11 @@
-"""One copy of every expert, spread over processes, each fed by all of them (S17 section 3.1).
+"""Expert parallelism: the processes of a group share one copy of every expert, and send it their tokens (S17 3.1).
 
-Rows travel to the process that holds their expert and back by two all-to-all exchanges, after one that says how many
-there are. Experts are numbered by process: with M processes, process r holds experts r E/M .. (r+1) E/M - 1. For a
-hierarchical gate these are whole groups wherever M divides their number, as in the paper.
+A first all-to-all exchange announces the numbers of rows. A second one sends each row to the process of its expert, and
+a third one returns the results. Experts are numbered by process: with M processes, process r holds experts r E/M to
+(r+1) E/M - 1. For a hierarchical gate, these are whole groups if M divides the number of groups, as in the paper.
 
-Letters: T tokens, K places for experts a token has, R rows sent, G rows received, E experts, L = E / M of them here,
-P parts in which tokens travel, D width.
+Letters: T tokens, K experts per token, R rows sent, G rows received, E experts, L = E / M experts of this process,
+P parts of a batch that are sent separately, D width.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,21 +27,21 @@ from nmt.parallel.mesh import World
 
 
 class _Transfer:
-    """One exchange of rows, and in the backward pass of their gradients: begun at one place, awaited at another."""
+    """One asynchronous exchange of rows, and of their gradients in the backward pass."""
 
     def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> None:
         self.group, self.send, self.receive = group, send, receive
 
     def begin(self, rows_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """The tensor that will hold what comes."""
-        # Kept here as long as they travel.
+        """Start the exchange. Return the tensor that will hold the received rows after `finish`."""
+        # References keep both tensors alive during the exchange.
         self.rows_RD = rows_RD.contiguous()
         self.came_GD = rows_RD.new_empty(sum(receive), *rows_RD.shape[1:])
         self.work = dist.all_to_all_single(self.came_GD, self.rows_RD, receive, send, group=self.group, async_op=True)
         return self.came_GD
 
     def finish(self) -> Tensor:
-        """Wait for what comes (on a GPU its stream waits, not the host)."""
+        """Wait for the received rows and return them. On a GPU, its stream waits, not the host."""
         self.work.wait()
         came_GD = self.came_GD
         del self.work, self.rows_RD, self.came_GD
@@ -49,7 +49,7 @@ class _Transfer:
 
 
 class _Begin(Function):
-    """Rows set off; backward, their gradients have come back."""
+    """Forward: start sending the rows. Backward: wait for their gradients."""
 
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, transfer: _Transfer) -> Tensor:
@@ -62,7 +62,10 @@ class _Begin(Function):
 
 
 class _Finish(Function):
-    """Rows have come; backward, their gradients set off, and nothing that is handed on is read."""
+    """Forward: wait for the rows. Backward: start sending their gradients back.
+
+    The gradient that backward returns is a placeholder, which `_Begin` ignores.
+    """
 
     @staticmethod
     def forward(ctx: Any, came_GD: Tensor, transfer: _Transfer) -> Tensor:
@@ -77,7 +80,7 @@ class _Finish(Function):
 
 
 class _Part(NamedTuple):
-    """Some of the tokens on their way: how they were sorted here, how many rows come from where, and the transfer."""
+    """A part of the tokens during its exchange: gates, sorting, rows received per process and expert, and transfer."""
 
     gates_TK: Tensor
     local: Route
@@ -87,30 +90,30 @@ class _Part(NamedTuple):
 
 
 class AllToAllDispatcher:
-    """`LocalDispatcher`, for experts that live in a group of processes.
+    """Dispatcher for experts that are spread over a group of processes; the counterpart of `LocalDispatcher`.
 
-    `halves`: tokens travel in two halves, one while experts work on the other, forward and backward. The results are
-    the same; experts see fewer rows at a time.
+    With `halves`, tokens are sent in two halves. One half is exchanged while experts process the other, forward and
+    backward. The results are the same, but experts get fewer rows per call.
     """
 
     def __init__(self, group: dist.ProcessGroup, group_size: int, halves: bool) -> None:
         self.group, self.group_size, self.halves = group, group_size, halves
         self.local = LocalDispatcher()
         self.turns: _Turns | None = None
-        """Set while every process goes its own way through the layers (`independent_passes`)."""
+        """Set while the processes make passes independently of each other (`independent_passes`)."""
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """y_t = sum_j gate_tj E_j(x_t), each x_t sent to the process of its experts, and their results fetched."""
+        """Return y_t = sum_j gate_tj E_j(x_t). Each x_t is sent to the processes of its experts."""
         if self.turns is not None:
             self.turns.wait(self)
         return self.exchange(experts, x_TD, gate)
 
     def exchange(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """`run`, with all processes of the group at this layer now. A process may have no tokens."""
+        """Do `run`'s work when all processes of the group are at this layer. A process may have no tokens."""
         back = []
         for part in self._send(x_TD, gate):
             came_GD = _Finish.apply(part.coming_GD, part.transfer)
-            # Rows came by process and in it by expert; the experts want them by expert.
+            # Rows arrive sorted by process, then by expert. Experts need them sorted by expert.
             counts_ML = part.received_ML
             expert_M = torch.arange(counts_ML.shape[1], device=x_TD.device).repeat(self.group_size)
             expert_G = expert_M.repeat_interleave(counts_ML.flatten(), output_size=len(came_GD))
@@ -125,7 +128,7 @@ class AllToAllDispatcher:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _send(self, x_TD: Tensor, gate: GateOutput) -> list[_Part]:
-        """All parts set off, after one exchange that says how many rows there are."""
+        """Exchange the numbers of rows, then start sending all parts."""
         if gate.num_routed is None:
             gate = gate._replace(num_routed=int((gate.expert_TK < gate.sums.count_E.numel()).sum()))
         pieces = [(x_TD, gate)]
@@ -133,11 +136,11 @@ class AllToAllDispatcher:
             pieces = list(zip(x_TD.tensor_split(2), _halves(gate), strict=True))
         sorted_pieces = [self.local.dispatch(*piece) for piece in pieces]
         ends = [ends_E.diff(prepend=ends_E.new_zeros(1)) for _, ends_E, _ in sorted_pieces]
-        # By process, part, and expert there.
+        # Rows to send, by destination process, part, and expert of that process.
         count_MPL = torch.stack(ends).long().view(len(pieces), self.group_size, -1).transpose(0, 1).contiguous()
         received_MPL = torch.empty_like(count_MPL)
         dist.all_to_all_single(received_MPL, count_MPL, group=self.group)
-        # The one wait for the device: the exchanges must be told their sizes.
+        # The only wait for the device: the exchanges need their sizes on the host.
         send_PM, receive_PM = torch.stack([count_MPL.sum(2).T, received_MPL.sum(2).T]).tolist()
         parts = []
         for place, ((_, part_gate), (rows_RD, _, route)) in enumerate(zip(pieces, sorted_pieces, strict=True)):
@@ -148,7 +151,7 @@ class AllToAllDispatcher:
 
 
 def _halves(gate: GateOutput) -> list[GateOutput]:
-    """The decisions for the first and for the second half of the tokens; the sums stay those of all."""
+    """Return the gate's outputs for the first and second half of the tokens; `sums` remain those of all tokens."""
     experts, gates = gate.expert_TK.tensor_split(2), gate.gates_TK.tensor_split(2)
     if gate.num_routed == gate.expert_TK.numel():
         routed = [expert_TK.numel() for expert_TK in experts]
@@ -161,23 +164,23 @@ def _halves(gate: GateOutput) -> list[GateOutput]:
 
 
 class _Turns:
-    """Whose layer comes next, where each process of a group goes its own way through the MoE layers of a model.
+    """Order of the MoE layers' exchanges when each process of a group makes its own passes through the model.
 
-    An exchange needs all of them at one layer. So before each, every process names the layer that it has come to, and
-    the first of these, in the order of the network, is next. Those that are elsewhere take part in it without tokens of
-    their own. One that is done goes on doing so until all are. What a process computes thus hangs on nothing that
-    another decides, such as when a sentence is finished.
+    An exchange needs all processes at the same layer. Before each exchange, every process announces the layer that it
+    has reached. The earliest of these layers in the network is next. Processes at other layers take part in its
+    exchange without tokens. A finished process keeps taking part until all have finished. So the results of a process
+    do not depend on decisions of others, such as when a sentence ends.
     """
 
     def __init__(self, layers: list[MoE], group: dist.ProcessGroup) -> None:
         self.layers, self.group = layers, group
 
     def wait(self, dispatcher: AllToAllDispatcher) -> None:
-        """Return when the layer of `dispatcher` is next."""
+        """Return when the layer of `dispatcher` is next, after taking part in the exchanges before it."""
         self._take_part([layer.dispatcher for layer in self.layers].index(dispatcher))
 
     def finish(self) -> None:
-        """Return when all processes are done."""
+        """Return when all processes have finished, after taking part in their exchanges."""
         self._take_part(len(self.layers))
 
     @torch.no_grad()
@@ -198,9 +201,9 @@ class _Turns:
 
 @contextmanager
 def independent_passes(model: Seq2Seq) -> Iterator[None]:
-    """Passes outside training, of which each process makes as many as it likes, over tokens of its own.
+    """Context in which each process may make any number of passes outside training, over its own tokens.
 
-    All processes must enter; they leave together.
+    All processes must enter it, and each waits at its end for the others.
     """
     layers = list(model.moe_layers().values())
     dispatchers = [layer.dispatcher for layer in layers if isinstance(layer.dispatcher, AllToAllDispatcher)]
@@ -219,9 +222,10 @@ def independent_passes(model: Seq2Seq) -> Iterator[None]:
 
 
 def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
-    """The network that the processes of `world` train together, new: this one makes its share of the experts alone.
+    """Return a new network for the processes of `world` to train together, with this process's share of the experts.
 
-    All parameters are those of a single process with the same seed. UserError if the experts do not divide.
+    All parameters are those of a single process with the same seed. UserError if the number of processes does not
+    divide the number of experts.
     """
     moe = config.model.moe
     for layer in config.model.moe_layer_names():

@@ -1,10 +1,10 @@
-"""The processes that train together: who they are, and the few things they say to each other.
+"""The processes that train together, and their collective operations.
 
-torchrun starts them and PyTorch connects them: NCCL between GPUs, gloo between CPUs (and for the host's own numbers). A
-`World` of one process has the same methods, which then do nothing, so the code that trains is the same for any number.
+torchrun starts the processes. PyTorch connects them: NCCL between GPUs, gloo between CPUs and for numbers on the host.
+With one process, the methods of a `World` communicate with no one, so training code is the same for any number.
 
-Every process holds all dense parameters and 1/M of the experts, M being the size of an expert group; the processes of a
-group together hold each expert once. With more processes than a group has, groups are replicas of each other.
+Every process holds all dense parameters and 1/M of the experts, where M is the size of an expert group. The processes
+of a group together hold each expert once. If there are several groups, they are replicas of each other.
 """
 
 import os
@@ -27,12 +27,12 @@ from nmt.process import RENDEZVOUS, launched_rank
 
 T = TypeVar("T")
 
-# How gloo and NCCL say that another process is gone or late.
+# Found in the messages of gloo and NCCL when another process is gone or late.
 _LOST = re.compile(r"gloo|nccl|connection|timed out|timeout|peer", re.IGNORECASE)
 
 
 class World:
-    """This process among all: `rank` of `size`, its device, and its place in an expert group."""
+    """This process's rank among `size` processes, its device, and its rank in its expert group."""
 
     def __init__(
         self,
@@ -43,11 +43,11 @@ class World:
     ) -> None:
         self.device = device
         self.timeout = timeout
-        """How long a process waits for the others."""
+        """Longest time that a process waits for the others."""
         self.mesh = mesh
-        """(replica, expert): the experts are spread over the second dimension. None for a single process."""
+        """Dimensions (replica, expert): the experts are spread over the second. None for a single process."""
         self.host_mesh = host
-        """The same for tensors on the host."""
+        """The same mesh for tensors on the host."""
         self.rank = dist.get_rank() if mesh else 0
         self.size = dist.get_world_size() if mesh else 1
         self.num_replicas = mesh.size(0) if mesh else 1
@@ -56,7 +56,10 @@ class World:
 
     @classmethod
     def start(cls, device_name: str, config: ParallelConfig) -> "World":
-        """Join the processes that torchrun started, or be alone. UserError if the settings do not fit their number."""
+        """Join the processes that torchrun started, or return a world of one process.
+
+        UserError if the settings do not fit the number of processes; ProcessError if this one has no GPU.
+        """
         size, local_rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("LOCAL_RANK", "0"))
         device = pick_device(device_name, "training.device")
         if size == 1:
@@ -78,7 +81,7 @@ class World:
         if not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
             if RENDEZVOUS in os.environ:
-                # By a file on this host, instead of a port that torchrun names.
+                # The processes meet through a file on this host, instead of a port that torchrun chooses.
                 store = dist.FileStore(os.environ[RENDEZVOUS], size)
                 dist.init_process_group(backend, store=store, world_size=size, rank=launched_rank(), timeout=timeout)
             else:
@@ -88,84 +91,89 @@ class World:
         host = mesh if device.type == "cpu" else init_device_mesh("cpu", shape, mesh_dim_names=names)
         for each in (mesh, host):
             for name in names:
-                # Groups smaller than the world are made with PyTorch's own timeout.
+                # PyTorch creates groups smaller than the world with its default timeout.
                 _set_pg_timeout(timeout, each.get_group(name))
         return cls(device, mesh, host, timeout)
 
     def stop(self) -> None:
-        """Leave. Only after all work that the others wait for."""
+        """Disconnect. Call it only when no other process waits for this one."""
         if self.mesh:
             dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that writes and speaks."""
+        """True in the one process that writes files and prints."""
         return self.rank == 0
 
     @property
     def expert_group(self) -> dist.ProcessGroup | None:
-        """The processes that hold the experts together."""
+        """The group of processes that together hold each expert once; None for a single process."""
         return self.mesh.get_group("expert") if self.mesh else None
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place, summed over all processes. No gradient."""
+        """Sum `tensor` over all processes, in place, and return it. No gradient."""
         if self.mesh:
             dist.all_reduce(tensor)
         return tensor
 
     def sum_over_group(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place, summed over the processes that share the experts."""
+        """Sum `tensor` over the processes of the expert group, in place, and return it."""
         if self.group_size > 1:
             dist.all_reduce(tensor, group=self.expert_group)
         return tensor
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place, summed over the processes that hold the same experts."""
+        """Sum `tensor` over the processes that hold the same experts, in place, and return it."""
         if self.mesh and self.num_replicas > 1:
             dist.all_reduce(tensor, group=self.mesh.get_group("replica"))
         return tensor
 
     def sum_int(self, value: int) -> int:
-        """The sum of a host's number over all processes."""
+        """Return the sum of `value` over all processes."""
         return int(self.sum(torch.tensor(value))) if self.mesh else value
 
     def gather(self, value: T) -> list[T]:
-        """What each process gives, a small picklable value, by rank."""
+        """Return the values of all processes, by rank. They must be small and picklable."""
         values = [value] * self.size
         if self.mesh:
             dist.all_gather_object(values, value)
         return values
 
     def max(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place, the largest of each number over all processes."""
+        """Set each element of `tensor` to its maximum over all processes, and return `tensor`."""
         if self.mesh:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
 
     def max_int(self, value: int) -> int:
-        """The largest of a host's number over all processes."""
+        """Return the maximum of `value` over all processes."""
         return int(self.max(torch.tensor(value))) if self.mesh else value
 
     def from_main(self, tensor: Tensor) -> Tensor:
-        """`tensor`, in place, as the main process has it."""
+        """Copy the main process's `tensor` to all processes, in place, and return it."""
         if self.mesh:
             dist.broadcast(tensor, src=0)
         return tensor
 
     def equal_on_all_ranks(self, shared: Tensor, replicated: Tensor) -> bool:
-        """Whether these int64 (on the host) are the same in all processes, and in those that hold the same experts."""
+        """Return whether all processes have the same `shared`, and all with the same experts the same `replicated`.
+
+        Both are int64 tensors on the host.
+        """
         if self.host_mesh is None:
             return True
         differences = []
         for numbers, group in ((shared, None), (replicated, self.host_mesh.get_group("replica"))):
-            extremes = torch.stack([numbers, ~numbers])  # ~ turns the order round, and has no overflow
+            extremes = torch.stack([numbers, ~numbers])  # ~ reverses the order and cannot overflow
             dist.all_reduce(extremes, op=dist.ReduceOp.MAX, group=group)
             differences.append((extremes[0] != ~extremes[1]).any())
         return not self.max_int(int(torch.stack(differences).any()))
 
     def on_main(self, action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """Let the main process act while all wait (in `group`, if given). What it returns, a small picklable value, all
-        return; what it raises, all raise."""
+        """Call `action` in the main process while the others wait (in `group`, if given).
+
+        All processes return its result, which must be small and picklable. If it raises, all raise.
+        """
         told: list[tuple[T | None, int, str]] = [(None, 0, "")]
         error: Exception | None = None
         if self.is_main:
@@ -184,9 +192,10 @@ class World:
 
     @contextmanager
     def report_peer_failures(self, where: Callable[[], str]) -> Iterator[None]:
-        """What PyTorch raises when another process is gone, as a ProcessError that names this one and `where`.
+        """Context that raises ProcessError, with this rank and `where`, for PyTorch's errors about lost processes.
 
-        Any other error but a mistake of the user's is a bug: it is given both as a note, and raised again.
+        Any other error, unless it is a user's mistake (ValueError), is a bug. It gets rank and `where` as a note, and
+        is raised again.
         """
         try:
             yield
@@ -200,17 +209,17 @@ class World:
             raise
 
     def peer_failure(self, text: str, where: str) -> ProcessError | None:
-        """The error to raise if `text` is how PyTorch says that another process is gone or late, else None."""
+        """Return the error to raise if `text` is PyTorch's message for a process that is gone or late, else None."""
         return self.peer_lost(text, where) if self.size > 1 and _LOST.search(text) else None
 
     def peer_lost(self, cause: str, where: str) -> ProcessError:
-        """The error of this process when another is gone or late."""
+        """Return this process's error for another process that is gone or late."""
         return ProcessError(
-            f"rank {self.rank} of {self.size} lost another {where} ({' '.join(cause.split())[:200]}); the same command "
-            "goes on from the last checkpoint"
+            f"rank {self.rank} of {self.size} lost another {where} ({' '.join(cause.split())[:200]}): run the same "
+            "command again to resume from the last checkpoint"
         )
 
     def wait_for_all(self) -> None:
-        """Return when all processes are here."""
+        """Return when all processes have called this method."""
         if self.mesh:
             dist.barrier(device_ids=[self.device.index] if self.device.type == "cuda" else None)

@@ -1,10 +1,10 @@
-"""Saving and loading by all processes together: torch.distributed.checkpoint, in safetensors files.
+"""Save and load checkpoints with all processes together: torch.distributed.checkpoint, in safetensors files.
 
-Each process writes what it holds and nobody else does; a checkpoint knows the whole tensors, so any number of processes
-reads it back, each its own share. Several hosts need a file system that all of them see. Nothing is pickled: the only
-formats are safetensors and JSON. What a step folder holds, and how one is chosen, is `nmt.checkpoint`.
+Each process writes only its own shard. A checkpoint describes the unsharded tensors, so any number of processes can
+load it, each its own shard. Several hosts need a file system that all of them see. Nothing is pickled: the only formats
+are safetensors and JSON. `nmt.checkpoint` defines the contents of a step folder and chooses one to load.
 
-Saving costs training a copy of the tensors to host memory; the rest is done by a thread beside it.
+Training waits only while the tensors are copied to host memory. A thread does the rest in the background.
 """
 
 import json
@@ -37,33 +37,33 @@ from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 from nmt.parameters import OFFSETS, Tensors, check_finite, check_parameters, check_vocabulary, stored
 
-# The main process hashes what all have written while the others wait: minutes, where there are a hundred GB.
+# The main process hashes the files of all processes while the others wait. A hundred GB take minutes.
 _HASHING = timedelta(hours=2)
 
 Parts = Mapping[str, Mapping[str, Tensor]]
-"""The parts of a checkpoint by name: "model" (parameters) and "training" (moments)."""
+"""The parts of a checkpoint by name: "model" (parameters) and "training" (the optimiser's moments)."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, one at a time, while training goes on.
+    """Writer of a run's checkpoints, one at a time, in the background of training.
 
-    All processes must call the same methods. An error of an earlier save is raised by the next call.
+    All processes must call the same methods. The next call raises the error of an earlier save.
     """
 
     def __init__(self, folder: Path, vocabulary: str, keep: int, world: World) -> None:
         self.folder, self.vocabulary, self.keep, self.world = folder, vocabulary, keep, world
         self._thread: threading.Thread | None = None
         self._error: UserError | None = None
-        # Its own group: these messages must not mix with those of training, which go on meanwhile, and hashing takes
-        # longer than any process may keep the others waiting there.
+        # A separate group: its messages must not mix with those of training in the meantime, and hashing may take
+        # longer than training's timeout.
         self.group = dist.new_group(backend="gloo", timeout=_HASHING) if world.mesh else None
 
     def check_space(self, checkpoint_bytes: int, saves_left: int) -> None:
-        """StorageError, in all processes, if the disk cannot hold the checkpoints that a run will keep at once."""
+        """Raise StorageError, in all processes, if the disk cannot hold the checkpoints that the run still adds."""
 
         def check() -> None:
             there = len(list_checkpoints(self.folder))
-            # Those kept, the best, and the one being written before an old one goes.
+            # Those kept, the best, and the new one, which is written before an old one is removed.
             more = min(self.keep + 2 - there, saves_left)
             existing = next(path for path in (self.folder, *self.folder.parents) if path.exists())
             free = shutil.disk_usage(existing).free
@@ -76,14 +76,17 @@ class Saver:
         self.world.on_main(check)
 
     def save(self, step: int, parts: Parts, state: dict[str, Any], score: float | None) -> None:
-        """Copy the tensors and begin to write checkpoints/step-N."""
+        """Copy the tensors to the host, and start writing checkpoints/step-N in the background.
+
+        Waits for the previous save first, and raises its StorageError if it failed.
+        """
         self.wait()
         staged = {part: {name: _on_host(tensor) for name, tensor in parts[part].items()} for part in parts}
         self._thread = threading.Thread(target=self._run, args=(step, staged, state, score), name="Saver", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:
-        """Return when the last checkpoint is on disk. StorageError if it could not be written (earlier ones stay)."""
+        """Return when the last checkpoint is on disk. StorageError if it could not be written; earlier ones stay."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -94,7 +97,7 @@ class Saver:
     def _run(self, step: int, parts: dict[str, Tensors], state: dict[str, Any], score: float | None) -> None:
         final = step_folder(self.folder, step)
         temporary = unfinished(final)
-        folder = ExitStack()  # of the main process alone
+        folder = ExitStack()  # entered by the main process only
 
         def begin() -> None:
             folder.enter_context(folder_atomically(final))
@@ -104,13 +107,13 @@ class Saver:
         def finish() -> None:
             (temporary / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
             seal(temporary, {"step": step, "score": score, "vocabulary": self.vocabulary})
-            # Only a damaged or repeated save of the same step stands there: it gives way to the new one.
+            # A folder with this name can only be a damaged or repeated save of this step. The new one replaces it.
             remove(final)
             folder.close()
 
         try:
             if self.world.device.type == "cuda":
-                # A thread starts on the first GPU, where every process would take memory.
+                # By default, a thread uses the first GPU, where every process would then allocate memory.
                 torch.cuda.set_device(self.world.device)
             with folder:
                 self.world.on_main(begin, self.group)
@@ -124,10 +127,10 @@ class Saver:
                         )
                 self.world.on_main(finish, self.group)
             self.world.on_main(lambda: prune_checkpoints(self.folder, self.keep, step), self.group)
-        # The second is no Exception, though it tells of nothing worse.
+        # CheckpointException derives from BaseException.
         except (Exception, CheckpointException) as error:
             cause = _innermost(error)
-            # What a file system says may name a path with any words in it.
+            # An OSError's text can contain a path, and a path can match the words for a lost process.
             lost = (
                 None if isinstance(cause, OSError) else self.world.peer_failure(str(cause), f"while saving step {step}")
             )
@@ -139,7 +142,7 @@ class Saver:
 
 
 def _is_of_others(error: BaseException, rank: int) -> bool:
-    """Whether a save failed in other processes alone."""
+    """Return whether a save failed in other processes only."""
     if isinstance(error, CheckpointException):
         return rank not in error.failures
     return isinstance(error, UserError) and error.reported_elsewhere
@@ -150,14 +153,16 @@ def _on_host(tensor: Tensor) -> Tensor:
 
 
 class _Writer(HuggingFaceStorageWriter):
-    """The library's, but for the file: what it hands on as one object of bytes is written from where it lies, so that
-    saving takes no memory beside the tensors."""
+    """The library's writer, except that it writes files directly from the tensors' memory.
+
+    The library would first build each file as a bytes object. Saving thus needs no memory besides the tensors.
+    """
 
     def __init__(self, folder: Path) -> None:
         super().__init__(str(folder), save_distributed=True)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this process's file. OSError or SafetensorError if that fails."""
+        """Write this process's file. Raises OSError or SafetensorError if that fails."""
         done: Future[list[WriteResult]] = Future()
         tensors, offsets = {}, {}
         for item in plan.items:
@@ -171,32 +176,35 @@ class _Writer(HuggingFaceStorageWriter):
             path.touch()
             mode = path.stat().st_mode
             save_file(tensors, path, {OFFSETS: json.dumps(offsets), "DCP_VERSION": "1.0", "format": "pt"})
-            path.chmod(mode)  # safetensors makes files that nobody else may read
+            path.chmod(mode)  # safetensors makes files that only their owner can read
         done.set_result([])
         return done
 
 
 def _innermost(error: BaseException) -> BaseException:
-    """What the library's exception was raised for."""
+    """Return the exception that caused the library's exception, or `error` if there is none."""
     if isinstance(error, CheckpointException) and error.failures:
         return _innermost(next(iter(error.failures.values()))[0])
     return error
 
 
 def _cause(error: BaseException) -> str:
-    """The innermost reason, in one line."""
+    """Return the text of the innermost exception, as one line."""
     return " ".join(str(_innermost(error)).split())
 
 
 def share_of_whole(name: str, tensor: Tensor, world: World) -> Tensor:
-    """What torch.distributed.checkpoint must know: experts are this process's part of a larger tensor."""
+    """Return `tensor` as torch.distributed.checkpoint needs it: experts as this process's shard of a DTensor."""
     if world.group_size == 1 or not (is_expert(name) and tensor.dim()):
         return tensor
     return DTensor.from_local(tensor, world.host_mesh, [Replicate(), Shard(0)], run_check=False)
 
 
 def read_share(folder: Path, targets: Tensors, world: World) -> None:
-    """Fill `targets` (CPU tensors, experts as this process holds them) from one part of a checkpoint."""
+    """Fill `targets` from one part of a checkpoint. They are CPU tensors, with this process's share of the experts.
+
+    CheckpointError if the part does not hold these tensors.
+    """
     _read_into(folder, {name: share_of_whole(name, tensor, world) for name, tensor in targets.items()})
 
 
@@ -204,17 +212,17 @@ def _read_into(folder: Path, targets: Tensors) -> None:
     if not targets:
         return
     try:
-        stored(folder)  # what cannot be read at all the library would log at length
+        stored(folder)  # raises for unreadable files, for which the library would log many lines
         with _quiet():
             dcp.load(targets, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-    # The reader's own, which differ: a manifest can vouch for any bytes.
+    # The reader raises many types: a manifest's hashes can match any content.
     except (Exception, CheckpointException) as error:
-        raise CheckpointError(f"{folder} holds other tensors than this program writes ({_cause(error)})") from error
+        raise CheckpointError(f"{folder} has other tensors than this program writes ({_cause(error)})") from error
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the library's warning that there is one process, which is what we mean."""
+    """Context without the library's warning about a single process, which is intended here."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
@@ -223,7 +231,7 @@ def _quiet() -> Iterator[None]:
 def save_checkpoint(
     folder: Path, step: int, parts: Parts, state: dict[str, Any], score: float | None, vocabulary: str
 ) -> Path:
-    """Write one checkpoint of a single process, and return its folder. StorageError if it cannot be written."""
+    """Write one checkpoint from a single process, and return its folder. StorageError if it cannot be written."""
     saver = Saver(folder, vocabulary, keep=sys.maxsize, world=World(torch.device("cpu")))
     saver.save(step, parts, state, score)
     saver.wait()
@@ -231,9 +239,9 @@ def save_checkpoint(
 
 
 def load_parameters(model: nn.Module, checkpoint: Checkpoint, vocabulary: str, world: World) -> None:
-    """Set `model` to the parameters, or this process's share of them, of a checkpoint whose files were verified.
+    """Load the parameters, or this process's share of them, from a checkpoint whose files are verified.
 
-    CheckpointError if it does not fit or was made with another vocabulary.
+    CheckpointError if it does not fit `model` or was made with another vocabulary.
     """
     check_vocabulary(checkpoint, vocabulary)
     own = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -242,7 +250,7 @@ def load_parameters(model: nn.Module, checkpoint: Checkpoint, vocabulary: str, w
         if is_expert(name):
             shape[0] *= world.group_size
     check_parameters(checkpoint, stored(checkpoint.parameters), shapes)
-    # Those of a CPU are read to where they belong.
+    # Parameters on a CPU are read in place.
     read = {name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu") for name, tensor in own.items()}
     read_share(checkpoint.parameters, read, world)
     for name, tensor in own.items():

@@ -1,8 +1,8 @@
-"""A thread that sees when this process waits in vain for another one.
+"""A thread that detects when this process waits for another process that died or hangs.
 
-A collective operation waits inside PyTorch, and on a GPU so does whatever reads a result of one. Python runs no signal
-handler there, and NCCL raises no exception: a process whose partner died or hangs could be told nothing, and would be
-ended by NCCL's watchdog, or by SIGKILL, without a word of where it stood.
+A collective operation blocks inside PyTorch. On a GPU, so does any code that reads its result. Python runs no signal
+handlers meanwhile, and NCCL raises no exception. Without this thread, NCCL's watchdog or a SIGKILL would end the
+process, and nothing would report the step it was at.
 """
 
 import os
@@ -20,10 +20,10 @@ import torch.distributed as dist
 from nmt.errors import ProcessError
 from nmt.parallel.mesh import World
 
-# A main thread that was told to stop and ran no Python for so long waits for a process that will not come.
+# If the main thread runs no Python for this long after a signal to stop, it waits for a process that is lost.
 _STUCK_SECONDS = 20.0
 _LOOK_SECONDS = 0.5
-# Ignored where nobody handles it, and sent by nobody else.
+# This signal is ignored by default, and nothing else sends it.
 _POKE = signal.SIGURG
 
 
@@ -34,16 +34,18 @@ def watch_for_hangs(
     tell: Callable[[ProcessError], None],
     stuck_seconds: float = _STUCK_SECONDS,
 ) -> Iterator[None]:
-    """Within, `tell` that another process is lost, and end this one with status 7, when NCCL says so (an operation took
-    longer than parallel.timeout_seconds, or failed) or when SIGTERM, SIGINT or SIGHUP came and the main thread hangs.
+    """Context in which a lost peer ends this process: call `tell` with the error, then exit with status 7.
 
-    For the main thread, which must handle these signals itself. Nothing happens in a single process.
+    A peer is lost if NCCL reports an error: an operation failed or took longer than parallel.timeout_seconds. It is
+    also lost if SIGTERM, SIGINT or SIGHUP arrived and the main thread has run no Python for `stuck_seconds` since.
+
+    Call it in the main thread, which must handle these signals itself. With a single process, it does nothing.
     """
     if world.size == 1:
         yield
         return
     watchdog = _HangWatchdog(world, where, tell, stuck_seconds, threading.get_ident())
-    # What arrives for a handler in Python is noted here at once, even while no Python runs.
+    # Signals with a Python handler are written to this pipe at once, even while no Python runs.
     fd_before = signal.set_wakeup_fd(watchdog.writes, warn_on_full_buffer=False)
     handler_before = signal.signal(_POKE, watchdog.answer)
     watchdog.start()
@@ -73,11 +75,11 @@ class _HangWatchdog(threading.Thread):
         self._answers = 0
 
     def answer(self, _number: int, _frame: Any) -> None:
-        """The main thread runs Python."""
+        """Count an answer: the main thread runs Python. Handler of the signal _POKE."""
         self._answers += 1
 
     def stop(self) -> None:
-        """End the thread. The main thread has come out of whatever it waited for."""
+        """End the thread. Called by the main thread, which thus no longer hangs."""
         self._over = True
         os.write(self.writes, b"\0")
         self.join()
@@ -87,7 +89,7 @@ class _HangWatchdog(threading.Thread):
     def run(self) -> None:
         backends = _nccl_backends(self.world)
         told = False
-        asked, since = -1, 0.0  # how many answers there were when the main thread was last poked, and when that was
+        asked, since = -1, 0.0  # number of answers when the main thread was last poked, and the time of that
         while not self._over:
             arrived = b""
             if select.select([self.reads], [], [], _LOOK_SECONDS)[0]:
@@ -105,11 +107,11 @@ class _HangWatchdog(threading.Thread):
                     asked, since = self._answers, time.monotonic()
                     signal.pthread_kill(self.main_thread, _POKE)
             elif told and waited > self.stuck_seconds:
-                self._give_up(f"told to stop, it waited {self.stuck_seconds:.0f} s more")
+                self._give_up(f"received a signal to stop, but hung for {self.stuck_seconds:.0f} s")
 
     def _give_up(self, cause: str) -> None:
         error = self.world.peer_lost(cause, self.where())
-        with suppress(Exception):  # whatever it is, it must not keep this process alive
+        with suppress(Exception):  # no exception may keep this process alive
             self.tell(error)
         os._exit(error.status)
 
