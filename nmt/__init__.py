@@ -1,3 +1,81 @@
-"""Machine translation with stacked LSTMs, attention and sparsely-gated mixtures of experts."""
+"""Machine translation with stacked LSTMs, attention and sparsely-gated mixtures of experts.
+
+    import nmt
+
+    model = nmt.load("runs/demo-en-de")              # a run, or an exported model
+    model.translate("How much is it?").text          # a list gives a list
+    model.translate(["One.", "Two."], beam_size=8)   # options hold for one call
+    model.score("How much is it?", "Was kostet das?").log_prob
+    print(model.explain("How much is it?"))
+
+    config = nmt.Config.from_dict({"run": {"name": "mine"}})
+    nmt.load(nmt.train(config))
+
+A name is loaded when it is first used: `import nmt` itself imports neither PyTorch nor anything else.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nmt.api import Model, PairScore, load, prepare, train
+    from nmt.config import Config
+    from nmt.decoding.translation import TextHypothesis, Translation
+    from nmt.errors import (
+        CheckpointError,
+        DataError,
+        MemoryLimitError,
+        MissingExtraError,
+        NonFiniteError,
+        ProcessError,
+        StorageError,
+        UserError,
+    )
+    from nmt.experts.explain import Explanation
+    from nmt.experts.report import LayerReport
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Config",
+    "DataError",
+    "Explanation",
+    "LayerReport",
+    "MemoryLimitError",
+    "MissingExtraError",
+    "Model",
+    "NonFiniteError",
+    "PairScore",
+    "ProcessError",
+    "StorageError",
+    "TextHypothesis",
+    "Translation",
+    "UserError",
+    "__version__",
+    "load",
+    "prepare",
+    "train",
+]
+
+_HOMES = {
+    "nmt.api": ("Model", "PairScore", "load", "prepare", "train"),
+    "nmt.config": ("Config",),
+    "nmt.decoding.translation": ("TextHypothesis", "Translation"),
+    "nmt.errors": tuple(name for name in __all__ if name.endswith("Error")),
+    "nmt.experts.explain": ("Explanation",),
+    "nmt.experts.report": ("LayerReport",),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'nmt' has no attribute {name!r}")
+    value = getattr(import_module(_HOME_OF[name]), name)
+    globals()[name] = value  # found without this function from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -249,10 +249,12 @@ def _train(arguments: list[str]) -> None:
     processes = num_processes(wanted) if wanted is not None else 1
 
     def begin(config: "Config", words: list[str]) -> None:
-        if processes == 1:
-            train(config)
-        else:
+        if processes > 1:
             launch(config, words, processes)
+            return
+        run = train(config)
+        if launched_rank() == 0:
+            show(run.path)
 
     request = _asked("train", arguments, "--processes N|gpu, ")
     if _names_run(request):

@@ -15,7 +15,7 @@ EXTRAS = {
 
 @contextmanager
 def named_extras(task: str) -> Iterator[None]:
-    """Within, a module of an extra that is not installed is a MissingExtraError, which names `task` and the extra."""
+    """Raise a MissingExtraError, which names `task` and the extra, if a module that an extra installs is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

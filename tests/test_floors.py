@@ -38,6 +38,7 @@ FLOORS = {
     "experts": 7,
     "pages": 8,
     "commands": 9,
+    "api": 10,
     "compose": 10,
     "cli": 11,
     "__main__": 12,
@@ -76,6 +77,15 @@ def imports(source: str) -> Iterator[str]:
                 yield from (f"{prefix}.{alias.name}" for alias in names)
 
 
+def at_run_time(source: str) -> str:
+    """The source without what only type checkers read."""
+    tree = ast.parse(source)
+    tree.body = [
+        node for node in tree.body if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
+    ]
+    return ast.unparse(tree)
+
+
 def place(path: str) -> str:
     """corpus/sources.py -> corpus; cli.py -> cli."""
     return path.split("/")[0].removesuffix(".py")
@@ -88,7 +98,8 @@ def broken_floors(sources: Sources) -> list[str]:
         if path != "__init__.py" and here not in FLOORS:
             broken.append(f"{path} stands on no floor")
             continue
-        for name in imports(source):
+        # The public door names all floors, and loads none of them by itself.
+        for name in imports(at_run_time(source) if path == "__init__.py" else source):
             if name.startswith("."):
                 broken.append(f"{path} imports {name}: write it from nmt on")
             parts = name.split(".")
@@ -177,6 +188,7 @@ def test_files_and_functions_are_short(sources: Sources):
         ("training/loop.py", "from nmt.utils import helper"),
         ("utils.py", ""),
         ("__init__.py", "from nmt.config import Config"),
+        ("__init__.py", "def f():\n    from nmt.config import Config"),
     ],
 )
 def test_a_broken_floor_is_seen(path: str, source: str):
@@ -191,6 +203,7 @@ def test_a_broken_floor_is_seen(path: str, source: str):
         ("config/model.py", "from nmt.errors import UserError"),
         ("cli.py", "from nmt.training.loop import train"),
         ("cli.py", "from nmtools import x"),
+        ("__init__.py", "if TYPE_CHECKING:\n    from nmt.api import load"),
     ],
 )
 def test_a_kept_floor_passes(path: str, source: str):

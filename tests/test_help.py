@@ -59,7 +59,12 @@ def test_examples_on_settings(
         configs.append(config)
 
     monkeypatch.setattr(nmt.data.prepare, "prepare", prepare)
-    monkeypatch.setattr(nmt.commands.train, "train", configs.append)
+
+    def train(config: Config) -> RunDirectory:
+        configs.append(config)
+        return RunDirectory(folder)
+
+    monkeypatch.setattr(nmt.commands.train, "train", train)
     monkeypatch.setattr(nmt.commands.launch, "launch", launch)
     for arguments in commands(cli, command):
         configs.clear()

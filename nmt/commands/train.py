@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from nmt.checkpoint import list_checkpoints
-from nmt.commands import say, show
+from nmt.commands import say
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
 from nmt.data.prepared import FACTS
@@ -28,8 +28,8 @@ from nmt.training.trainer import Stopped, Trainer
 _SEEN_SECONDS = 30.0
 
 
-def train(config: Config) -> None:
-    """Prepare the corpus if need be, open or create the run, train, and leave word of how it ended."""
+def train(config: Config) -> RunDirectory:
+    """Prepare the corpus if need be, open or create the run, train, and leave word of how it ended; the run."""
     run = run_of(config)
     speaks = launched_rank() == 0
     # Every process asks for the corpus; one makes it while the others wait for its lock.
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
     world.stop()
     if world.is_main:
         say(f"run {run.path}: curves in {run.tensorboard} ({_curves(run)}), checkpoints in {run.checkpoints}")
-        show(run.path)
+    return run
 
 
 def run_of(config: Config) -> RunDirectory:

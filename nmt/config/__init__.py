@@ -14,6 +14,7 @@ from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
+from nmt.errors import UserError
 
 __all__ = [
     "NUM_ADDED_PIECES",
@@ -251,9 +252,14 @@ class Config:
     def from_dict(cls, settings: Any) -> "Config":
         """Build the settings from the dictionaries of `to_dict`. Values may be text; missing ones are the defaults.
 
-        Raises ValueError, with the full key, if a setting is unknown, has the wrong type or is out of range.
+        Raises UserError, with the full key, if a setting is unknown, has the wrong type or is out of range.
         """
-        return read_settings(cls, settings)
+        try:
+            return read_settings(cls, settings)
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain nested dictionaries, for YAML and JSON."""

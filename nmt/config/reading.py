@@ -13,13 +13,15 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
+from nmt.errors import UserError
+
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LONGEST_SHOWN = 80
 
 T = TypeVar("T")
 
 
-class UnknownSettingError(ValueError):
+class UnknownSettingError(UserError):
     """A setting that this version does not have."""
 
     def __init__(self, key: str, message: str) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 from nmt.batch import EOS, make_batch
 from nmt.config import LayerName
 from nmt.decoding.scoring import Scores, score_target
+from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model.attention import Memory
@@ -277,12 +278,13 @@ def _explain_layer(
     return LayerExplanation(layer, num_experts, rows, sorted(totals, key=lambda total: -total.contribution))
 
 
-def explain_sentence(translator: Translator, sentence: str) -> Explanation:
-    """Translate a sentence and explain the translation.
+def explain_sentence(translator: Translator, sentence: str, options: Options | None = None) -> Explanation:
+    """Translate a sentence and explain the translation. `options`: None for those of the translator.
 
     DataError for a sentence without pieces, or with more than are translated at once.
     """
-    subwords, limit = translator.subwords, translator.options.max_source_pieces
+    options = options or translator.options
+    subwords, limit = translator.subwords, options.max_source_pieces
     source = subwords.encode(sentence)
     if not len(source):
         raise DataError("the sentence is blank: there is nothing to explain")
@@ -291,12 +293,12 @@ def explain_sentence(translator: Translator, sentence: str) -> Explanation:
             f"the sentence has {len(source)} pieces, more than the decoding.max_source_pieces={limit} that are "
             "translated at once"
         )
-    target = translator.search([source])[0][0].tokens
+    target = translator.search([source], options)[0][0].tokens
     scorer = Scorer(
         translator.model,
         source,
         np.array(target, dtype=np.int64),
-        translator.options.experts_per_token,
+        options.experts_per_token,
     )
     return Explanation(
         sentence=sentence,

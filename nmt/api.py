@@ -1,0 +1,277 @@
+"""The Python interface: trained models that translate, score and explain, and training from Python.
+
+`import nmt` offers these names, and loads this file when one of them is first used. An argument that cannot be used is
+a `UserError` of one line (nmt/errors.py has the tree of errors).
+"""
+
+import difflib
+import math
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack, overload
+
+import torch
+
+from nmt.batch import EOS
+from nmt.config import Config
+from nmt.data.held_out import encode_pairs, eval_batches
+from nmt.decoding.scoring import score
+from nmt.decoding.translation import Options, Translation
+from nmt.decoding.translator import Translator
+from nmt.device import shortage_told
+from nmt.errors import Ended, UserError
+from nmt.experts.explain import Explanation, explain_sentence
+from nmt.experts.report import LayerReport, expert_report
+from nmt.extras import named_extras
+from nmt.run import RunDirectory
+
+Texts = list[str] | tuple[str, ...]
+_SCORED_TOKENS = 4096  # padded tokens scored at once
+
+
+class TranslateOptions(TypedDict, total=False):
+    """Options of a call; those left out are as in the model's own settings (`nmt settings decoding`)."""
+
+    beam_size: int
+    n_best: int
+    experts_per_token: int
+    alpha: float
+    beta: float
+    max_length_ratio: float
+    max_source_pieces: int
+    batch_sentences: int
+    attention: bool
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """How probable a model finds a translation that is given."""
+
+    log_prob: float
+    """log P(target | source) in nats: the sum of `log_probs`."""
+    pieces: tuple[str, ...]
+    """Subword pieces of the target; "</s>", the end of the sentence, is the last."""
+    log_probs: tuple[float, ...]
+    """log P of each piece, given the source and the pieces before it."""
+    complete: bool = True
+    """False if a side was so long that only its beginning was read."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability per piece."""
+        return math.exp(min(-self.log_prob / len(self.pieces), 700.0))
+
+
+class Model:
+    """A trained model. No call changes it, so several threads may use one model at the same time."""
+
+    def __init__(self, run: RunDirectory, config: Config) -> None:
+        """Load the model of a run or an export; `load` is the way to get one."""
+        self._translator = Translator.load(run, config)
+        self.path = run.path
+        """Folder of the run or the exported model."""
+        self.config = config
+        """The configuration of the run."""
+
+    def __repr__(self) -> str:
+        corpus = self.config.corpus
+        steps = ", ".join(map(str, self.steps))
+        return f"<nmt.Model {self.path}: {corpus.source_language} to {corpus.target_language}, step {steps}>"
+
+    @property
+    def steps(self) -> list[int]:
+        """The training steps whose parameters, or the mean of them, the model has."""
+        return list(self._translator.steps)
+
+    @overload
+    def translate(self, text: str, **options: Unpack[TranslateOptions]) -> Translation: ...
+    @overload
+    def translate(self, text: Texts, **options: Unpack[TranslateOptions]) -> list[Translation]: ...
+    def translate(self, text: str | Texts, **options: Unpack[TranslateOptions]) -> Translation | list[Translation]:
+        """Translate a line, or each line of a list: one result per line, in order.
+
+        `options` hold for this call alone. A line without a letter or digit comes back as it is; one that is too long
+        is translated in parts. CheckpointError if the model's outputs are not finite.
+        """
+        lines = _texts("text", text)
+        with _typed_errors("nmt.Model.translate"):
+            found = self._translator.translate(lines, self._options(options))
+        return found[0] if isinstance(text, str) else found
+
+    @overload
+    def score(self, sources: str, targets: str, *, experts_per_token: int | None = None) -> PairScore: ...
+    @overload
+    def score(self, sources: Texts, targets: Texts, *, experts_per_token: int | None = None) -> list[PairScore]: ...
+    def score(
+        self, sources: str | Texts, targets: str | Texts, *, experts_per_token: int | None = None
+    ) -> PairScore | list[PairScore]:
+        """Score a translation that is given, or each of a list: log P(target | source), piece by piece.
+
+        MemoryLimitError, which names the longest pair, if memory does not suffice.
+        """
+        pairs = _pairs(sources, targets)
+        with _typed_errors("nmt.Model.score"):
+            found = self._scores(*pairs, self._options(_given(experts_per_token)).experts_per_token)
+        return found[0] if isinstance(sources, str) else found
+
+    def explain(self, text: str, **options: Unpack[TranslateOptions]) -> Explanation:
+        """Translate a sentence, and report for each piece which experts were chosen and what each contributed.
+
+        DataError if the text is blank or too long; UserError if the model has no experts.
+        """
+        if not isinstance(text, str):
+            raise UserError(f"text is {_kind(text)}: give one sentence, as a str")
+        self._check_experts()
+        with _typed_errors("nmt.Model.explain"):
+            return explain_sentence(self._translator, text, self._options(options))
+
+    def experts(
+        self,
+        sources: Texts,
+        targets: Texts,
+        domains: Texts = (),
+        *,
+        experts_per_token: int | None = None,
+    ) -> list[LayerReport]:
+        """Report how the experts of each MoE layer share the tokens of sentence pairs.
+
+        `domains`, if any, labels the pairs: the report then has the domains that each expert prefers. UserError if the
+        model has no experts or there are no pairs.
+        """
+        pairs = _pairs(sources, targets)
+        labels = _texts("domains", domains)
+        if not pairs[0] or isinstance(sources, str):
+            raise UserError("sources is empty: give a list of sentences, and one of their translations")
+        if labels and len(labels) != len(pairs[0]):
+            raise UserError(f"{len(labels)} domains for {len(pairs[0])} sentence pairs: give one each, or none")
+        self._check_experts()
+        with _typed_errors("nmt.Model.experts"):
+            count = self._options(_given(experts_per_token)).experts_per_token
+            return expert_report(self._translator.model, self._translator.subwords, *pairs, labels, count)
+
+    def _options(self, given: TranslateOptions) -> Options:
+        known = [each.name for each in fields(Options)]
+        for name in given:
+            if name not in known:
+                begun = [each for each in known if each.startswith(name)]
+                close = begun or difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
+                raise UserError(f"unknown option {name}; {hint}")
+        options = replace(self._translator.options, **given)
+        self._translator.model.check_experts_per_token(options.experts_per_token)
+        return options
+
+    def _check_experts(self) -> None:
+        if not self._translator.model.moe_layers():
+            raise UserError(f"{self.path} has no experts: model.moe.num_experts is 0")
+
+    @torch.inference_mode()
+    def _scores(self, sources: list[str], targets: list[str], experts_per_token: int) -> list[PairScore]:
+        translator = self._translator
+        held_out = encode_pairs(translator.subwords, sources, targets)
+        found: dict[int, PairScore] = {}
+        for batch in eval_batches(held_out.sources, held_out.targets, _SCORED_TOKENS) if sources else ():
+            with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"):
+                log_prob_TB = score(translator.model, batch.to(translator.device), experts_per_token).log_prob_TR.cpu()
+            for column, pair in enumerate(batch.pairs_B.tolist()):
+                tokens = [*held_out.targets[pair].tolist(), EOS]
+                log_probs = log_prob_TB[: len(tokens), column].tolist()
+                pieces = tuple(translator.subwords.pieces(tokens))
+                found[pair] = PairScore(math.fsum(log_probs), pieces, tuple(log_probs), pair not in held_out.cut)
+        return [found[pair] for pair in range(len(sources))]
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    checkpoint: str | int | None = None,
+) -> Model:
+    """Load the model of a run, by its folder or its name in runs/, or an exported model.
+
+    `device` is cuda, cpu or auto; `precision` is fp32, bf16 or auto; `checkpoint` is best, last, average or a step.
+    What is left out is as in the run's own settings. CheckpointError if it is missing, damaged or does not fit.
+    """
+    with _typed_errors("nmt.load"):
+        run = RunDirectory.existing(os.fspath(path))
+        config = run.config()
+        given = {"device": device, "precision": precision, "checkpoint": checkpoint}
+        changes: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
+        return Model(run, replace(config, decoding=replace(config.decoding, **changes)))
+
+
+def prepare(config: Config) -> Path:
+    """Read, filter and encode the corpus of a configuration, and return the folder of the prepared corpus.
+
+    What is done already is not done again. Progress goes to standard error. DataError if the text cannot be used.
+    """
+    with _typed_errors("nmt.prepare"):
+        from nmt.commands import say
+        from nmt.data.prepare import prepare
+
+        return prepare(config.corpus, say).path
+
+
+def train(config: Config) -> Path:
+    """Train a run in this process, or resume it from its newest checkpoint, and return its folder.
+
+    Progress goes to standard error. A signal to stop, such as an interrupt, first saves a checkpoint and then raises
+    KeyboardInterrupt. UserError outside the main thread, which alone can take signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        raise UserError("nmt.train works in the main thread alone: start it there, or use nmt train in a process")
+    with _typed_errors("nmt.train"):
+        from nmt.commands.train import train
+
+        try:
+            return train(config).path
+        except SystemExit as stopped:
+            raise Ended(int(stopped.code or 0) - 128) from stopped
+
+
+@contextmanager
+def _typed_errors(task: str) -> Iterator[None]:
+    """Raise every ValueError within the context, and a missing library of an extra, as a UserError."""
+    with named_extras(task):
+        try:
+            yield
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from error
+
+
+def _given(experts_per_token: int | None) -> TranslateOptions:
+    return {} if experts_per_token is None else {"experts_per_token": experts_per_token}
+
+
+def _texts(name: str, given: str | Sequence[str]) -> list[str]:
+    """Return the given texts as a list, a single one as a list of one. UserError if they are no texts."""
+    if isinstance(given, str):
+        return [given]
+    if not isinstance(given, list | tuple):
+        raise UserError(f"{name} is {_kind(given)}: give a str, or a list of str")
+    for place, each in enumerate(given):
+        if not isinstance(each, str):
+            raise UserError(f"{name}[{place}] is {_kind(each)}: give a list of str")
+    return list(given)
+
+
+def _pairs(sources: str | Texts, targets: str | Texts) -> tuple[list[str], list[str]]:
+    pairs = _texts("sources", sources), _texts("targets", targets)
+    if isinstance(sources, str) != isinstance(targets, str):
+        raise UserError("sources and targets must both be a str, or both a list of str")
+    if len(pairs[0]) != len(pairs[1]):
+        raise UserError(f"{len(pairs[0])} sources but {len(pairs[1])} targets: give one target per source")
+    return pairs
+
+
+def _kind(value: object) -> str:
+    """Return what a value is, for a message: "a dict", "an int"."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
