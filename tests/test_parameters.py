@@ -18,7 +18,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 import nmt.parameters
 import nmt.training.trainer
 from nmt.checkpoint import Checkpoint, list_checkpoints, seal
-from nmt.config import ModelConfig
+from nmt.config import Config, ModelConfig
 from nmt.errors import CheckpointError
 from nmt.experts.surgery import read_network
 from nmt.model.seq2seq import Seq2Seq
@@ -140,7 +140,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, tiny_config: Co
         with pytest.raises(CheckpointError, match=says):
             read_model(checkpoints, tiny_config(), TINY_VOCAB, "words")
     with pytest.raises(CheckpointError, match=says):
-        load_parameters(Seq2Seq(tiny_config(), TINY_VOCAB), bad, "words", World(torch.device("cpu")))
+        load_parameters(bad, Config(model=tiny_config()), TINY_VOCAB, "words", World(torch.device("cpu")))
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float64, torch.bfloat16])
@@ -204,6 +204,20 @@ def test_checkpoints_of_earlier_versions_are_read(tmp_path: Path, tiny_config: C
     read = read_tensors(tmp_path)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], value) for name, value in tensors.items())
+
+
+def test_training_that_resumes_draws_no_parameters(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(corpus, "resumed", 2)
+
+    def drawn(tensor: Tensor, *_: float, **__: Any) -> Tensor:
+        assert tensor.is_meta, "parameters were drawn at random"
+        return tensor
+
+    monkeypatch.setattr(torch.nn.init, "normal_", drawn)
+    monkeypatch.setattr(torch.nn.init, "uniform_", drawn)
+    with pytest.raises(AssertionError, match="were drawn at random"):
+        train(corpus, "new", 2)
+    train(corpus, "resumed", 3)
 
 
 # ---------------------------------------------------------------------------------------------- frozen parameters

@@ -8,7 +8,7 @@ Letters: T tokens, K experts per token, R rows sent, G rows received, E experts,
 P parts of a batch that are sent separately, D width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -19,6 +19,7 @@ from torch.autograd import Function
 
 from nmt.config import Config
 from nmt.errors import UserError
+from nmt.model.assemble import assemble
 from nmt.model.experts import ExpertShard, LocalDispatcher, MoE, Route
 from nmt.model.gating import GateOutput
 from nmt.model.rows import inverse_permutation, take_rows
@@ -221,11 +222,10 @@ def independent_passes(model: Seq2Seq) -> Iterator[None]:
             each.turns = None
 
 
-def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
-    """Return a new network for the processes of `world` to train together, with this process's share of the experts.
+def shard_of(config: Config, world: World) -> ExpertShard:
+    """Return the part of the experts that this process holds.
 
-    All parameters are those of a single process with the same seed. UserError if the number of processes does not
-    divide the number of experts.
+    UserError if the number of processes does not divide the number of experts.
     """
     moe = config.model.moe
     for layer in config.model.moe_layer_names():
@@ -234,7 +234,22 @@ def make_model(config: Config, vocab_size: int, world: World) -> Seq2Seq:
                 f"the {moe.experts_at(layer)} experts of {layer} cannot be spread over {world.group_size} processes: "
                 "their number must be a multiple (or set parallel.expert_group_size)"
             )
-    model = Seq2Seq(config.model, vocab_size, ExpertShard(world.group_rank, world.group_size))
+    return ExpertShard(world.group_rank, world.group_size)
+
+
+def make_model(
+    config: Config, vocab_size: int, world: World, parameters: Mapping[str, Tensor] | None = None
+) -> Seq2Seq:
+    """Return a network for the processes of `world` to train together, with this process's share of the experts.
+
+    New parameters are those of a single process with the same seed. With `parameters` (see `load_parameters`) none is
+    drawn, and the network uses these in place. UserError as for `shard_of`.
+    """
+    shard = shard_of(config, world)
+    if parameters is None:
+        model = Seq2Seq(config.model, vocab_size, shard)
+    else:
+        model = assemble(config.model, vocab_size, parameters, shard)
     if world.group_size > 1:
         group = world.expert_group
         assert group is not None

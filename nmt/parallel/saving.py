@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -31,9 +31,12 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.futures import Future
 
 from nmt.checkpoint import Checkpoint, list_checkpoints, prune_checkpoints, seal, step_folder
+from nmt.config import Config
 from nmt.errors import CheckpointError, StorageError, UserError
 from nmt.files import folder_atomically, remove, unfinished
+from nmt.model.assemble import skeleton
 from nmt.model.names import is_expert
+from nmt.parallel.expert_parallel import shard_of
 from nmt.parallel.mesh import World
 from nmt.parameters import OFFSETS, Tensors, check_finite, check_parameters, check_vocabulary, stored
 
@@ -238,21 +241,20 @@ def save_checkpoint(
     return step_folder(folder, step)
 
 
-def load_parameters(model: nn.Module, checkpoint: Checkpoint, vocabulary: str, world: World) -> None:
-    """Load the parameters, or this process's share of them, from a checkpoint whose files are verified.
+def load_parameters(checkpoint: Checkpoint, config: Config, vocab_size: int, vocabulary: str, world: World) -> Tensors:
+    """Load the parameters, or this process's share of them, from a checkpoint whose files are verified, on the CPU.
 
-    CheckpointError if it does not fit `model` or was made with another vocabulary.
+    CheckpointError if they do not fit `config` or were made with another vocabulary.
     """
     check_vocabulary(checkpoint, vocabulary)
-    own = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    shapes = {name: list(parameter.shape) for name, parameter in own.items()}
+    network = skeleton(config.model, vocab_size, shard_of(config, world))
+    shapes = {name: list(parameter.shape) for name, parameter in network.named_parameters()}
+    own = {name: torch.empty(shape) for name, shape in shapes.items()}
     for name, shape in shapes.items():
         if is_expert(name):
             shape[0] *= world.group_size
     check_parameters(checkpoint, stored(checkpoint.parameters), shapes)
-    # Parameters on a CPU are read in place.
-    read = {name: tensor if tensor.is_cpu else torch.empty_like(tensor, device="cpu") for name, tensor in own.items()}
-    read_share(checkpoint.parameters, read, world)
-    for name, tensor in own.items():
-        check_finite(checkpoint, name, read[name])
-        tensor.copy_(read[name])
+    read_share(checkpoint.parameters, own, world)
+    for name, parameter in own.items():
+        check_finite(checkpoint, name, parameter)
+    return own

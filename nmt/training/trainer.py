@@ -37,7 +37,7 @@ from nmt.model.names import is_expert
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver, load_parameters, read_share
-from nmt.parameters import stored
+from nmt.parameters import Tensors, stored
 from nmt.run import RunDirectory
 from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
@@ -104,12 +104,17 @@ class Trainer:
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.doubts = doubts(config.training, self.tokenizer, self.dev_targets)
+        self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
+        self.resumed_from = world.on_main(self._newest, self.saver.group)
+        parameters: Tensors | None = None
+        if self.resumed_from:
+            vocabulary = self.subwords.size, self.subwords.fingerprint
+            parameters = load_parameters(self.resumed_from, config, *vocabulary, world)
         torch.manual_seed(config.training.seed)
-        self.model = make_model(config, self.subwords.size, world).to(self.device)
+        self.model = make_model(config, self.subwords.size, world, parameters).to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
         self.updater = Updater(self.model, self.optimizer, config, world)
-        self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
         self.progress = Progress()
         self.clock = Clock()
         self.rate = 0.0
@@ -126,13 +131,14 @@ class Trainer:
 
     def train(self) -> None:
         """Train to the end. Raises Stopped when a signal asked for it and all is saved."""
-        resumed_from = self._resume()
+        if self.resumed_from:
+            self._resume(self.resumed_from)
         metrics = (self.run.metrics_path, self.run.tensorboard) if self.world.is_main else None
         with (
             MetricsWriter(metrics, self.progress.step, self.config.training.max_steps) as out,
             self.stream,
         ):
-            self._introduce(out, resumed_from)
+            self._introduce(out, self.resumed_from)
             left = self.config.training.max_steps - self.progress.step
             every = min(self.config.training.checkpoint_every, self.config.training.validate_every)
             self.saver.check_space(checkpoint_bytes(self.config, self.cost), math.ceil(max(left, 0) / every))
@@ -384,11 +390,8 @@ class Trainer:
         state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
         self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 
-    def _resume(self) -> Checkpoint | None:
-        checkpoint = self.world.on_main(self._newest, self.saver.group)
-        if checkpoint is None:
-            return None
-        load_parameters(self.model, checkpoint, self.subwords.fingerprint, self.world)
+    def _resume(self, checkpoint: Checkpoint) -> None:
+        """Restore all but the parameters, with which the model was made."""
         self.progress = Progress.of(checkpoint)
         self.same_order = self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
@@ -399,7 +402,6 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name] if name in trained}
             self.optimizer.state[parameter] = own
-        return checkpoint
 
     def _newest(self) -> Checkpoint | None:
         checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
