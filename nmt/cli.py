@@ -233,31 +233,42 @@ def _help(text: str, arguments: list[str]) -> bool:
 def _prepare(arguments: list[str]) -> None:
     if _help(_PREPARE_HELP, arguments):
         return
-    from nmt.data.prepare import prepare
 
-    _do(_asked("prepare", arguments), lambda job: show(prepare(job.config.corpus, say).path))
+    def job(job: "Job") -> None:
+        from nmt.data.prepare import prepare
+
+        show(prepare(job.config.corpus, say).path)
+
+    _do(_asked("prepare", arguments), job)
 
 
 def _train(arguments: list[str]) -> None:
     if _help(_TRAIN_HELP, arguments):
         return
-    from nmt.commands.launch import launch, num_processes
-    from nmt.commands.train import train
-    from nmt.run import RunDirectory
-
     wanted, arguments = _take_option("--processes", arguments)
-    processes = num_processes(wanted) if wanted is not None else 1
+    processes = 1
+    if wanted is not None:
+        from nmt.commands.launch import num_processes
+
+        processes = num_processes(wanted)
 
     def begin(config: "Config", words: list[str]) -> None:
+        # Imported here because it takes seconds: mistakes in settings are reported first.
         if processes > 1:
+            from nmt.commands.launch import launch
+
             launch(config, words, processes)
             return
+        from nmt.commands.train import train
+
         run = train(config)
         if launched_rank() == 0:
             show(run.path)
 
     request = _asked("train", arguments, "--processes N|gpu, ")
     if _names_run(request):
+        from nmt.run import RunDirectory
+
         name, *changes = request.words
         begin(RunDirectory.existing(name).training_config(changes), request.words)
     else:

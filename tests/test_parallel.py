@@ -20,7 +20,7 @@ from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_mod
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 
 VOCABULARY = 13
 # Two for each of up to four processes.

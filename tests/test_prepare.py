@@ -3,11 +3,11 @@
 import errno
 import gzip
 import json
-import multiprocessing
 import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from multiprocessing import Queue
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from nmt.data.prepare import Prepared, prepare, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.errors import DataError
 from nmt.lock import locked
+from tests.processes import CONTEXT
 
 ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
 GERMAN = ["der", "kleine", "Hund", "läuft", "über", "eine", "grüne", "Wiese", "am", "Morgen", "und", "sucht"]
@@ -266,15 +267,14 @@ def test_dev_has_a_bound(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) 
                 prepare(corpus, Log())
 
 
-def _prepare_in_process(corpus: CorpusConfig, lines: "multiprocessing.Queue[str]") -> None:
+def _prepare_in_process(corpus: CorpusConfig, lines: "Queue[str]") -> None:
     prepare(corpus, lines.put)
 
 
 def test_two_at_once_build_once(corpus: CorpusConfig, tmp_path: Path) -> None:
     write_text(tmp_path, 3000)
-    context = multiprocessing.get_context("spawn")
-    lines: multiprocessing.Queue[str] = context.Queue()
-    processes = [context.Process(target=_prepare_in_process, args=(corpus, lines)) for _ in range(2)]
+    lines = CONTEXT.Queue()
+    processes = [CONTEXT.Process(target=_prepare_in_process, args=(corpus, lines)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

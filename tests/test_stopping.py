@@ -1,14 +1,9 @@
 """Signals that ask training to stop, from before its first update to after a lost connection."""
 
-import fcntl
 import json
 import os
 import pty
 import signal
-import subprocess
-import sys
-import termios
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
+from tests.processes import Command
 from tests.toy import settings
 
 
@@ -81,32 +77,20 @@ def test_a_signal_before_the_first_update_is_not_lost(corpus: Path, monkeypatch:
 def test_a_connection_that_drops_stops_training_in_good_order(corpus: Path) -> None:
     """The terminal is gone, so that every line written to it is an error: training saves all the same."""
     ours, theirs = pty.openpty()
-
-    def with_terminal() -> None:
-        os.setsid()
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
-
     arguments = settings(corpus, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "nmt.cli", "train", *arguments],
-        stdin=theirs,
-        stdout=theirs,
-        stderr=theirs,
-        preexec_fn=with_terminal,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "TERM": "xterm"},
-    )
-    os.close(theirs)
-    metrics = corpus / "a" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
+    command = Command(corpus, "train", *arguments, terminal=os.ttyname(theirs))
     os.set_blocking(ours, False)
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    metrics = corpus / "a" / "metrics.jsonl"
+
+    def has_trained() -> bool:
         with suppress(BlockingIOError):
             os.read(ours, 65536)
+        return metrics.exists() and metrics.read_text().count("\n") >= 2
+
+    command.wait_until(has_trained)
+    os.close(theirs)
     os.close(ours)
-    assert process.wait(timeout=120) == 129
+    assert command.status() == 129
     status = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (status["state"], status["code"]) == ("stopped", 129)
     assert list_checkpoints(corpus / "a" / "checkpoints")[-1].step == status["step"] > 0

@@ -2,11 +2,7 @@
 
 import json
 import math
-import os
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -31,6 +27,7 @@ from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.update import Updater, seed_device
+from tests.processes import Command
 from tests.toy import HARD, SHARED_TEXT, saved, settings, steps_logged, train
 
 Configs = Callable[..., ModelConfig]
@@ -82,24 +79,17 @@ def test_an_end_that_is_past_is_refused_and_not_written_down(corpus: Path, capfd
 
 def test_sigterm_saves_and_the_same_command_goes_on(corpus: Path) -> None:
     # So many steps that the signal comes long before the last one.
-    command = [sys.executable, "-m", "nmt.cli", "train"]
-    endless = settings(corpus, "run.name=a", "training.max_steps=100000", "training.validate_every=100000")
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, *endless], stderr=subprocess.PIPE, text=True, env=environment)
+    rest = ("training.validate_every=100000",)
+    command = Command(corpus, "train", *settings(corpus, "run.name=a", "training.max_steps=100000", *rest))
     metrics = corpus / "a" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.read_text().count("\n") >= 2):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 143
+    command.wait_until(lambda: metrics.exists() and metrics.read_text().count("\n") >= 2)
+    command.signal(signal.SIGTERM)
+    assert command.status() == 143
+    errors = command.errors.read_text()
     assert "Traceback" not in errors
     assert "stopped by SIGTERM" in errors.splitlines()[-1]
     step = list_checkpoints(corpus / "a" / "checkpoints")[-1].step
     assert step == steps_logged(corpus / "a", "train")[-1]
-    rest = ("training.validate_every=100000",)
     run = train(corpus, "a", step + 2, *rest)
     assert saved(run) == saved(train(corpus, "b", step + 2, *rest))
     assert steps_logged(run, "train") == list(range(1, step + 3))

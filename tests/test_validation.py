@@ -19,7 +19,7 @@ from nmt.evaluation.scores import Tokenizer, corpus_scores
 from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 from nmt.training.validation import doubts, validation_bleu
-from tests.ranks import run_ranks
+from tests.processes import run_ranks
 from tests.test_parallel import CASES, VOCABULARY, config_of, trained_model
 from tests.toy import Cli, settings, train, write_corpus
 
