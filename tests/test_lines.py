@@ -9,8 +9,9 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, BinaryIO
 
 import pytest
@@ -22,6 +23,7 @@ from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.streams.lines import Piece, open_input, text_reader, windows
+from nmt.streams.translating import JoinedLines, translate_stream
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
@@ -133,6 +135,43 @@ def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
             open_input(str(path))
 
 
+# ---------------------------------------------------------------------------------------------------- translating
+
+
+def test_windows_are_translated_one_by_one_and_pieces_are_lines_again() -> None:
+    """No window is read before the text of the one before it is taken."""
+    asked: list[int] = []
+    longs: list[Any] = []
+
+    def windows_of_pieces() -> Iterator[list[Piece]]:
+        for number, window in enumerate(
+            [
+                [Piece("a dog", True, True), Piece("One. ", True, False)],
+                [Piece("Two. ", False, False)],
+                [Piece("Three.", False, True), Piece("", True, True), Piece("東!", True, True)],
+            ]
+        ):
+            asked.append(number)
+            yield window
+
+    def upper(texts: list[str], options: Any, long: Any, progress: Any) -> list[Translation]:
+        longs.append(long)
+        return [
+            Translation(text.strip().upper(), finished=text != "Two. ", unlearned="東" * ("東" in text))
+            for text in texts
+        ]
+
+    translator: Any = SimpleNamespace(translate=upper)
+    lines = JoinedLines()
+    found = translate_stream(translator, windows_of_pieces(), lines)
+    assert (next(found), asked) == ("A DOG\nONE.", [0])
+    assert (next(found), asked) == (" TWO.", [0, 1])
+    assert list(found) == [" THREE.\n\n東!\n"]
+    assert longs == [{1}, {0}, {0}]
+    assert (lines.num_lines, lines.num_long, lines.num_cut_off, lines.num_unlearned) == (4, 1, 1, 1)
+    assert lines.unlearned == {"東": 1}
+
+
 # -------------------------------------------------------------------------------------------- the whole command
 
 
@@ -236,7 +275,7 @@ def in_second_window(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) ->
     """Translate to the same text, and do something after the first window."""
     calls = iter(range(99))
 
-    def translate(_self: Translator, lines: list[str], **_: Any) -> list[Translation]:
+    def translate(_self: Translator, lines: list[str], *_: Any, **__: Any) -> list[Translation]:
         if next(calls) == 1:
             do()
         return [Translation(line, 0.0) for line in lines]

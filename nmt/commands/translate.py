@@ -7,20 +7,18 @@ import shutil
 import stat
 import sys
 import time
-from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters
-from nmt.decoding.segment import seam
-from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.run import RunDirectory
 from nmt.streams.lines import Piece, open_input, text_reader, windows
 from nmt.streams.output import Output, open_output
+from nmt.streams.translating import JoinedLines, translate_stream
 
 
 def parser() -> Parser:
@@ -53,88 +51,40 @@ def parser() -> Parser:
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
-    written = Written()
+    lines = JoinedLines()
     with open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
         reader = text_reader(source, options.input)
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                for window in windows(reader, source, most_lines=32 * config.decoding.batch_sentences):
-                    progress.begin(written.num_lines, len(window))
-                    texts = [piece.text for piece in window]
-                    long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
-                    found = translator.translate(texts, long=long, progress=progress.tell)
-                    output.stream.write(written.add(window, found).encode())
+                read = windows(reader, source, most_lines=32 * config.decoding.batch_sentences)
+                for text in translate_stream(translator, progress.over(read, lines), lines, progress=progress.tell):
+                    output.stream.write(text.encode())
                     if output.live:
                         output.stream.flush()
         except KeyboardInterrupt:
             kept = "they are written" if output.live else f"{options.output} was not written"
-            say(f"{_lines(written.num_lines)} translated so far; {kept}")
+            say(f"{_lines(lines.num_lines)} translated so far; {kept}")
             raise
     seconds = time.perf_counter() - started
     say(f"{_lines(reader.num_lines)} in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
     if reader.num_invalid:
         say(f"{_lines(reader.num_invalid)} held bytes that are not UTF-8, which were replaced by U+FFFD")
-    if written.num_unlearned:
-        unknown = list_characters(written.unlearned)
-        say(f"{_lines(written.num_unlearned)} held characters that are unknown to the model, check: {unknown}")
-    if written.num_long:
+    if lines.num_unlearned:
+        unknown = list_characters(lines.unlearned)
+        say(f"{_lines(lines.num_unlearned)} held characters that are unknown to the model, check: {unknown}")
+    if lines.num_long:
         longest, asked = translator.max_pieces(), config.decoding.max_source_pieces
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
-        say(f"{_lines(written.num_long)} longer than {longest} pieces ({why}) translated in parts")
-    if written.num_cut_off:
+        say(f"{_lines(lines.num_long)} longer than {longest} pieces ({why}) translated in parts")
+    if lines.num_cut_off:
         ratio = f"decoding.max_length_ratio={config.decoding.max_length_ratio:g}"
-        say(f"{_lines(written.num_cut_off)} cut off at the greatest length ({ratio}), perhaps repeating: check them")
+        say(f"{_lines(lines.num_cut_off)} cut off at the greatest length ({ratio}), perhaps repeating: check them")
 
 
 def _lines(count: int) -> str:
     return f"{count:,} line{'' if count == 1 else 's'}"
-
-
-@dataclass
-class Written:
-    """Translations put together to lines, and what is to be told of them."""
-
-    num_lines: int = 0
-    num_long: int = 0
-    """Lines translated in parts."""
-    num_cut_off: int = 0
-    """Lines of which a part was cut off at its greatest length."""
-    num_unlearned: int = 0
-    """Lines with characters that the vocabulary learned no piece for."""
-    unlearned: Counter[str] = field(default_factory=Counter)
-    """Those characters."""
-    _before: str = field(default="", init=False)
-    """The piece of the same line that came before."""
-    _left: str = field(default="", init=False)
-    """The end of what that line has become so far."""
-    _long: bool = field(default=False, init=False)
-    _cut_off: bool = field(default=False, init=False)
-    _unlearned: bool = field(default=False, init=False)
-
-    def add(self, window: list[Piece], found: list[Translation]) -> str:
-        """The text of a window: what its lines, and pieces of lines, have become."""
-        text: list[str] = []
-        for piece, translation in zip(window, found, strict=True):
-            if not piece.begins:
-                text.append(seam(self._before, piece.text, self._left, translation.text))
-            text.append(translation.text)
-            self._long |= translation.num_parts > 1 or not piece.ends
-            self._cut_off |= not translation.finished
-            self._unlearned |= bool(translation.unlearned)
-            self.unlearned.update(translation.unlearned)
-            self._before = piece.text
-            self._left = (self._left + translation.text)[-1:]
-            if piece.ends:
-                text.append("\n")
-                self.num_lines += 1
-                self.num_long += self._long
-                self.num_cut_off += self._cut_off
-                self.num_unlearned += self._unlearned
-                self._before = self._left = ""
-                self._long = self._cut_off = self._unlearned = False
-        return "".join(text)
 
 
 class _Progress:
@@ -162,11 +112,13 @@ class _Progress:
         self._lines = self._window = 0
         self._read = (0, 0)
 
-    def begin(self, num_lines: int, window: int) -> None:
-        """A window of so many lines comes after `num_lines` that are done."""
-        self._lines, self._window = num_lines, window
-        if self._source:
-            self._read = (self._read[1], self._source.tell())
+    def over(self, source: Iterator[list[Piece]], done: JoinedLines) -> Iterator[list[Piece]]:
+        """The windows of `source`, each noted as it comes; `done`: the lines before it."""
+        for window in source:
+            self._lines, self._window = done.num_lines, len(window)
+            if self._source:
+                self._read = (self._read[1], self._source.tell())
+            yield window
 
     def tell(self, share: float) -> None:
         """So much of the window is done."""

@@ -1,0 +1,72 @@
+"""Windows of lines translated one after the other, in bounded memory; pieces of long lines become lines again."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+from nmt.decoding.segment import seam
+from nmt.decoding.translation import Options, Translation
+from nmt.decoding.translator import Translator
+from nmt.streams.lines import Piece
+
+
+@dataclass
+class JoinedLines:
+    """Lines put together from the translations of their pieces, and what is counted on the way."""
+
+    num_lines: int = 0
+    num_long: int = 0
+    """Lines translated in parts."""
+    num_cut_off: int = 0
+    """Lines of which a part was cut off at its greatest length."""
+    num_unlearned: int = 0
+    """Lines with characters that the vocabulary learned no piece for."""
+    unlearned: Counter[str] = field(default_factory=Counter)
+    """Those characters."""
+    _before: str = field(default="", init=False)
+    """The piece of the same line that came before."""
+    _left: str = field(default="", init=False)
+    """The end of what that line has become so far."""
+    _long: bool = field(default=False, init=False)
+    _cut_off: bool = field(default=False, init=False)
+    _unlearned: bool = field(default=False, init=False)
+
+    def add(self, window: list[Piece], found: list[Translation]) -> str:
+        """The text of a window: what its lines, and pieces of lines, have become, each line ended by a newline."""
+        text: list[str] = []
+        for piece, translation in zip(window, found, strict=True):
+            if not piece.begins:
+                text.append(seam(self._before, piece.text, self._left, translation.text))
+            text.append(translation.text)
+            self._long |= translation.num_parts > 1 or not piece.ends
+            self._cut_off |= not translation.finished
+            self._unlearned |= bool(translation.unlearned)
+            self.unlearned.update(translation.unlearned)
+            self._before = piece.text
+            self._left = (self._left + translation.text)[-1:]
+            if piece.ends:
+                text.append("\n")
+                self.num_lines += 1
+                self.num_long += self._long
+                self.num_cut_off += self._cut_off
+                self.num_unlearned += self._unlearned
+                self._before = self._left = ""
+                self._long = self._cut_off = self._unlearned = False
+        return "".join(text)
+
+
+def translate_stream(
+    translator: Translator,
+    source: Iterable[list[Piece]],
+    lines: JoinedLines,
+    options: Options | None = None,
+    progress: Callable[[float], None] | None = None,
+) -> Iterator[str]:
+    """The translated text of each window of `source`, as soon as it is there; `lines` counts what it held.
+
+    Arguments and errors as for `Translator.translate`; `progress` is called with the share of a window that is done.
+    """
+    for window in source:
+        texts = [piece.text for piece in window]
+        long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
+        yield lines.add(window, translator.translate(texts, options, long=long, progress=progress))
