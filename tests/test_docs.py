@@ -10,6 +10,7 @@ from types import ModuleType
 
 import pytest
 
+import nmt as package
 from nmt.cli import main as nmt
 from nmt.commands import is_setting
 from nmt.compose import asked, jobs
@@ -164,6 +165,17 @@ def test_settings_and_commands_within_text_exist(page: Path):
             assert re.search(rf"^  nmt {code.split()[1]}\b", help_text, flags=re.MULTILINE), code
         if code.startswith("make "):
             assert re.search(rf"^{code.split()[1]}:", targets, flags=re.MULTILINE), code
+
+
+def test_python_of_a_page_uses_names_that_exist():
+    """Its examples run in tests/test_tour.py, which is slow."""
+    for page in PAGES:
+        for block in re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE):
+            compile(block, page.name, "exec")
+    named = set(re.findall(r"\bnmt\.([A-Za-z]\w*)", (ROOT / "docs" / "python.md").read_text()))
+    errors = set(re.findall(r"^\| `(\w+Error)` ", (ROOT / "docs" / "python.md").read_text(), flags=re.MULTILINE))
+    assert named <= set(package.__all__)
+    assert errors == {name for name in package.__all__ if name.endswith("Error")}
 
 
 # --------------------------------------------------------------------------------------------------------- links
