@@ -139,8 +139,8 @@ class _Preparation:
         names = self.write_pairs(split, pairs)
         if not names and split == "dev" and not self.corpus.dev.from_train:
             raise DataError(
-                f"corpus.dev: there is no validation text in corpus.source={self.corpus.source}, which is needed to "
-                "score a model: name its files, or set corpus.dev.from_train to hold out a few thousand pairs"
+                f"corpus.dev: corpus.source={self.corpus.source} has no validation text, which is needed to score a "
+                "model: name its files, or set corpus.dev.from_train to hold out a few thousand pairs"
             )
         return names
 

@@ -1,4 +1,4 @@
-"""Models made of tensors that are there already: nothing is drawn at random, and nothing copied that need not be."""
+"""Build models from existing tensors, without random numbers and without needless copies."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +16,10 @@ from nmt.model.seq2seq import Seq2Seq
 
 
 class _NothingDrawn(TorchFunctionMode):
-    """Within, the functions of torch.nn.init do nothing.
+    """Context in which the functions of torch.nn.init do nothing.
 
-    Without memory there is nothing to set, and drawing on the meta device would load PyTorch's compiler: a second.
+    Parameters without memory need no values, and drawing on the meta device would load PyTorch's compiler, which takes
+    a second.
     """
 
     def __torch_function__(
@@ -31,7 +32,7 @@ class _NothingDrawn(TorchFunctionMode):
 
 
 def skeleton(config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> Seq2Seq:
-    """The network without any memory for its parameters, which are on the meta device."""
+    """Return the network with its parameters on the meta device, without memory."""
     with torch.device("meta"), _NothingDrawn():
         return Seq2Seq(config, vocab_size, share)
 
@@ -39,10 +40,10 @@ def skeleton(config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPE
 def assemble(
     config: ModelConfig, vocab_size: int, tensors: Mapping[str, Tensor], share: ExpertShard = ALL_EXPERTS
 ) -> Seq2Seq:
-    """The network with these tensors for parameters, in evaluation mode.
+    """Return the network with these tensors as parameters, in evaluation mode.
 
-    `tensors` has every name of `named_parameters`. A tied matrix stands under its first name; where it also stands
-    under another one, that place has its own.
+    `tensors` has every name of `named_parameters`. A tied matrix has its first name there. If `tensors` has its other
+    name too, that tensor is used at the other place.
     """
     model = skeleton(config, vocab_size, share)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -59,12 +60,13 @@ def assemble(
 
 
 def in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Seq2Seq:
-    """The model on `device` whose products are computed in `dtype` outside autocast, for passes without gradient.
+    """Return the model on `device`, with products in `dtype` outside autocast, for passes without gradient.
 
-    For float32 it is `model` itself, moved. For bf16 it is a copy in evaluation mode that computes what `model` does
-    under autocast and holds each weight as its products want it, so that none is cast in a pass. Float32 stay what is
-    read element by element (embeddings, the vectors of the attention), the gates, and on a CPU the softmax layer, whose
-    products there cannot have bf16 inputs and float32 results. A copy is not copied again.
+    For float32, this is `model` itself, moved. For bf16, it is a copy in evaluation mode that computes the same as
+    `model` under autocast. The copy has each weight in the type of its products, so that no pass casts any.
+    Three kinds of weights stay float32: those used element by element (embeddings, the attention's vectors), the gates,
+    and on a CPU the softmax layer. A CPU has no product of bf16 inputs with float32 results. A model in bf16 is not
+    copied again.
     """
     if dtype == torch.float32 or model.dtype == dtype:
         return model.to(device)

@@ -1,11 +1,11 @@
 """The mixture-of-experts layer: gate, dispatch, experts, combine (S17 section 2).
 
-No token is dropped and there is no capacity: rows are sorted by expert, each expert works on as many as it got (none
-included), and the results go back weighted by their gates. Experts never learn whether they are alone: the dispatcher
-hands them rows grouped by expert, and a parallel one can be put in its place.
+Experts have no capacity limit and drop no token. Rows are sorted by expert, each expert processes all of its rows, and
+the results are weighted by their gates and added up per token. Expert code does not depend on the number of processes:
+the dispatcher passes it rows grouped by expert, and a parallel dispatcher can replace the local one.
 
-Letters: T tokens, K places for experts a token has, S = T * K slots, R routed rows (slots that are not empty),
-E experts, D width, I and O inputs and outputs of one layer of an expert.
+Letters: T tokens, K slots per token, S = T * K slots, R routed rows (full slots), E experts, D width, I and O inputs
+and outputs of one layer of an expert.
 """
 
 from collections.abc import Callable
@@ -23,10 +23,11 @@ from nmt.model.rows import combine_rows, inverse_permutation, route_rows
 
 
 class _GroupedProduct(Function):
-    """Rows of expert e times w[e], in the type of the rows.
+    """Product of the rows of expert e and w[e], in the type of the rows.
 
-    Weights of another type are cast, and cast again in the backward pass: that takes less time than the product, and no
-    copy of all experts is kept in between. One matrix at a time, so that its gradient is added up before the next.
+    Weights of another type are cast, and cast again in the backward pass. This takes less time than the product, and
+    keeps no copy of all experts between the passes. There is one call per matrix, so that its gradient is accumulated
+    before the next matrix's gradient is allocated.
     """
 
     @staticmethod
@@ -43,7 +44,7 @@ class _GroupedProduct(Function):
 
 
 class ExpertShard(NamedTuple):
-    """The part of all experts that one process holds: part `rank` of `size` equal ones, in the order of experts."""
+    """The experts of one process: part `rank` of `size` equal consecutive parts of all experts."""
 
     rank: int = 0
     size: int = 1
@@ -55,8 +56,8 @@ ALL_EXPERTS = ExpertShard()
 class Experts(nn.Module):
     """E feed-forward networks D -> H1 -> ... -> D with ReLU and no biases (S17 sections 2, C.1; Tables 7-8 fix it).
 
-    `weights` holds one matrix per layer and expert, (E, inputs, outputs). Products are computed in the type of the
-    rows, whatever theirs is. With a share, which must divide E, only its experts are ever made.
+    `weights` has one tensor (E, inputs, outputs) per layer. Products are computed in the type of the rows, whatever the
+    type of the weights. With a share, whose size must divide E, only the experts of the share are created.
     """
 
     def __init__(
@@ -66,11 +67,11 @@ class Experts(nn.Module):
         sizes = [hidden_size, *hidden_sizes, hidden_size]
         held = num_experts // share.size
         self.first = share.rank * held
-        """The number of the first expert here."""
+        """Number of this share's first expert."""
         self.weights = nn.ParameterList(torch.empty(held, inputs, outputs) for inputs, outputs in pairwise(sizes))
 
     def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Rows sorted by expert, those of expert e ending before row ends_E[e] (int32)."""
+        """Return the outputs for rows sorted by expert; the rows of expert e end before row ends_E[e] (int32)."""
         *hidden_EIO, last_EIO = self.weights
         for w_EIO in hidden_EIO:
             rows_RD = _GroupedProduct.apply(rows_RD, w_EIO, ends_E).relu_()
@@ -78,41 +79,41 @@ class Experts(nn.Module):
 
 
 class Route(NamedTuple):
-    """How rows were sorted, for the way back. Slot s = t * K + j is token t's j-th place for an expert.
+    """Mapping from sorted rows back to tokens. Slot s = t * K + j is the j-th slot of token t.
 
-    Nothing here grows with slots that stay empty: tokens may have very different numbers of experts.
+    Its size does not depend on the number of empty slots, as tokens may have very different numbers of experts.
     """
 
     order_R: Tensor  # int64, the slot of each sorted row
-    row_R: Tensor  # int64, the sorted row of each slot that is not empty, in the order of slots
-    begin_T: Tensor  # int64, where the slots of each token begin in row_R
+    row_R: Tensor  # int64, the sorted row of each full slot, in the order of slots
+    begin_T: Tensor  # int64, index in row_R of the first slot of each token
 
 
 class Dispatcher(Protocol):
-    """Brings rows to their experts and back."""
+    """Sender of rows to their experts, and of the results back."""
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """y_t = sum_j gate_tj E_j(x_t) (S17 eq. 1); `experts` takes (rows_RD, ends_E) as `Experts` does."""
+        """Return y_t = sum_j gate_tj E_j(x_t) (S17 eq. 1); `experts` takes (rows_RD, ends_E) as `Experts` does."""
 
 
 class LocalDispatcher:
-    """Sorts rows by expert on one device."""
+    """Dispatcher for one device, which sorts rows by expert."""
 
     def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """Dispatch, experts, combine."""
+        """Sort the rows by expert, run the experts, and combine their results per token."""
         rows_RD, ends_E, route = self.dispatch(x_TD, gate)
         if gate.num_routed is not None:
             return self.combine(experts(rows_RD, ends_E), gate.gates_TK, route)
-        # The rows of empty slots come last and belong to no expert, which leaves them unspecified, their gradients
-        # too: as zeros they add nothing to any token.
+        # The rows of empty slots come last and belong to no expert, so their values and gradients are unspecified. Set
+        # to zero, they add nothing to any token.
         empty_R1 = (torch.arange(len(rows_RD), device=x_TD.device) >= ends_E[-1])[:, None]
         y_RD = experts(rows_RD.masked_fill(empty_R1, 0.0), ends_E).masked_fill(empty_R1, 0.0)
         return self.combine(y_RD, gate.gates_TK, route)
 
     def dispatch(self, x_TD: Tensor, gate: GateOutput) -> tuple[Tensor, Tensor, Route]:
-        """(rows_RD grouped by expert, ends_E int32 as `Experts` wants them, the way back)."""
+        """Return (rows_RD grouped by expert, ends_E int32 as `Experts` takes it, the route back)."""
         sorted_S, order_S = gate.expert_TK.reshape(-1).to(torch.int32).sort(stable=True)
-        # Empty slots, whose expert is E, come last. A copy, so that they are not kept for the backward pass.
+        # Empty slots, whose expert is E, come last. The copy keeps them from being saved for the backward pass.
         order_R = order_S[: gate.num_routed].clone()
         num_experts, num_slots = gate.sums.count_E.numel(), gate.expert_TK.shape[1]
         route = _way_back(gate.expert_TK, order_R, num_experts)
@@ -121,28 +122,28 @@ class LocalDispatcher:
         return route_rows(x_TD, order_R // num_slots, route.row_R, route.begin_T), ends_E, route
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
-        """y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
+        """Return y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
         return combine_rows(rows_RD, gates_TK, *route)
 
 
 def _way_back(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
-    """The route of rows that were sorted so; slots of expert `num_experts` are empty."""
+    """Return the route back of rows sorted by `order_R`; slots with expert `num_experts` are empty."""
     num_tokens, num_slots = expert_TK.shape
     if len(order_R) == expert_TK.numel():
-        # Each slot is its own place: none is empty, or the host does not know how many are.
+        # Every slot counts as full: none is empty, or the host does not know how many are.
         begin_T = torch.arange(num_tokens, device=order_R.device) * num_slots
         return Route(order_R, inverse_permutation(order_R), begin_T)
     filled_TK = expert_TK < num_experts
-    # Filled slots before each: its place among them, if it is one.
+    # Number of full slots before each slot. For a full slot, this is its index among the full ones.
     before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
     row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
     return Route(order_R, row_R, before_TK[:, 0].clone())
 
 
 class MoE(nn.Module):
-    """y = sum_i G(x)_i E_i(x) over the K chosen experts (S17 eq. 1); `output: sigmoid` as in appendix E.
+    """y = sum_i G(x)_i E_i(x) over the K selected experts (S17 eq. 1); `output: sigmoid` as in appendix E.
 
-    A token without experts (strictly balanced gates know them) gets y = 0, which a sigmoid makes 1/2.
+    For a token without experts (possible with strictly balanced gates), y = 0, which a sigmoid turns into 1/2.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: ExpertShard = ALL_EXPERTS) -> None:
@@ -160,9 +161,10 @@ class MoE(nn.Module):
         real_T: Tensor | None = None,
         change_gate: Callable[[GateOutput], GateOutput] | None = None,
     ) -> tuple[Tensor, GateOutput]:
-        """All tokens of the batch at once, padding already taken out (S17 section 3.1, 'convolutional').
+        """Return (y, decisions of the gate) for all tokens of a batch without padding (S17 3.1, 'convolutional').
 
-        Outside training each token wakes `experts_per_token` experts; 0: as many as in training. `real_T` as in `Gate`.
+        Outside training, each token has `experts_per_token` active experts; 0: as many as in training. `real_T` is as
+        in `Gate`. The experts run with the decisions that `change_gate` returns, if given.
         """
         gate = self.gate(x_TD, experts_per_token, real_T)
         if change_gate:

@@ -1,9 +1,9 @@
-"""How evenly a gate shares its tokens out: every figure of it that training, reports and pruning give.
+"""Statistics of how evenly a gate distributes tokens over experts, for training, reports and pruning.
 
-S17 Table 6 gives the scale, for 256 experts and k = 4: CV(load) 3.0 and max/mean load 17.8 without balance losses,
-0.05 to 0.3 and 1.1 to 1.5 with them.
+S17 Table 6 has typical values for 256 experts and k = 4. CV(load) is 3.0 and max/mean load 17.8 without balance losses;
+they are 0.05 to 0.3 and 1.1 to 1.5 with them.
 
-Letters: T tokens of a micro-batch, E experts, K places for experts a token has.
+Letters: T tokens of a micro-batch, E experts, K slots per token.
 """
 
 import math
@@ -15,51 +15,51 @@ from torch import Tensor
 from nmt.config import MoEConfig
 from nmt.model.gating import GateOutput, GateSums, cv_squared
 
-# What a mean or a sum of nothing is taken for.
+# Lower bound of divisors, for sums and means that are 0.
 _LEAST = 1e-20
 
 
 def shares(x_E: Tensor) -> Tensor:
-    """x_e over the sum of all; all 0 where there is nothing to share."""
+    """Return x_e divided by the sum of x; all 0 if that sum is 0."""
     return x_E / x_E.sum().clamp_min(_LEAST)
 
 
 def relative_load(count_E: Tensor) -> Tensor:
-    """Each expert's tokens over the mean of all experts: 1 is an equal share; all 0 without tokens."""
+    """Return each expert's tokens divided by the mean of all experts: 1 is an equal share. All 0 without tokens."""
     return count_E / count_E.mean().clamp_min(_LEAST)
 
 
 def num_idle(count_E: Tensor) -> int:
-    """Experts without a token."""
+    """Return the number of experts without a token."""
     return int((count_E == 0).sum())
 
 
 def entropy(gates_TK: Tensor) -> Tensor:
-    """Entropy of each token's gates, in nats, summed over the tokens; at most T log K.
+    """Return the entropy of each token's gates, in nats, summed over the tokens; at most T log K.
 
-    -0 log 0 = 0: empty slots, and tokens without experts, add nothing.
+    With -0 log 0 = 0, empty slots and tokens without experts add nothing.
     """
     return torch.special.entr(gates_TK).sum()
 
 
 class GateFigures(NamedTuple):
-    """One MoE layer at a line of metrics."""
+    """Statistics of one MoE layer in one line of metrics."""
 
-    cv_importance: float  # of the newest update
-    cv_load: float  # of the newest update, S17 eq. 10 and 13
-    max_over_mean_load: float  # tokens since the last line
-    gate_entropy: float  # in nats, mean over the newest micro-batch's tokens that have experts; at most log k
-    idle_experts: int  # those without a token since the last line
-    importance_loss: float  # w_importance CV(Importance)^2 as it entered the newest update's loss
-    load_loss: float  # w_load CV(Load)^2, likewise
-    noise_std: float  # mean over the newest micro-batch (of the primary gate, if there are two)
-    tokens_without_experts: float  # share of the newest micro-batch
-    batchwise_loss: float  # S17 eq. 20, of the newest micro-batch
-    count_E: Tensor  # float64 on the CPU: tokens of each expert since the last line
-    importance_E: Tensor  # float64 on the CPU: and the sums of their gates
+    cv_importance: float  # of the latest step
+    cv_load: float  # of the latest step, S17 eq. 10 and 13
+    max_over_mean_load: float  # tokens since the previous line
+    gate_entropy: float  # in nats, mean over tokens with experts of the latest micro-batch; at most log k
+    idle_experts: int  # experts without a token since the previous line
+    importance_loss: float  # w_importance CV(Importance)^2 in the loss of the latest step
+    load_loss: float  # w_load CV(Load)^2 in the loss of the latest step
+    noise_std: float  # mean over the latest micro-batch (of the primary gate, if there are two)
+    tokens_without_experts: float  # share of the latest micro-batch
+    batchwise_loss: float  # S17 eq. 20, of the latest micro-batch
+    count_E: Tensor  # float64 on the CPU: tokens per expert since the previous line
+    importance_E: Tensor  # float64 on the CPU: sum of gate values per expert since the previous line
 
     def to_dict(self, moe: MoEConfig) -> dict[str, float]:
-        """The figures that this kind of gate has."""
+        """Return the statistics that this kind of gate has, by name."""
         figures: dict[str, float] = {
             "cv_importance": self.cv_importance,
             "cv_load": self.cv_load,
@@ -78,21 +78,21 @@ class GateFigures(NamedTuple):
 
 
 class LayerTally:
-    """What one MoE layer did since the last line, on the device."""
+    """Sums of one MoE layer since the previous line of metrics, on the device."""
 
     def __init__(self, sums: GateSums, gate: GateOutput) -> None:
         self.sums, self.gate = sums, gate
         self.count_E, self.importance_E = sums.count_E, sums.importance_E
 
     def add(self, sums: GateSums, gate: GateOutput) -> None:
-        """One more update: the sums of all of it, and the gate of its last micro-batch."""
+        """Add a step: the sums of the whole step, and the gate's output for its last micro-batch."""
         self.sums, self.gate = sums, gate
         self.count_E = self.count_E + sums.count_E
         self.importance_E = self.importance_E + sums.importance_E
 
     @torch.no_grad()
     def measure(self) -> Tensor:
-        """What `read_tally` takes apart, float64 (6 + 2 E)."""
+        """Return the input of `read_tally`, float64 (6 + 2 E)."""
         gate = self.gate
         has_expert_T = (gate.expert_TK < self.count_E.numel()).any(1)
         num_with = has_expert_T.sum()
@@ -110,7 +110,10 @@ class LayerTally:
 
 
 def read_tally(values: Tensor, weights: tuple[float, float]) -> GateFigures:
-    """The figures of a layer from what `LayerTally.measure` gave, now on the CPU; `weights` as `balance_weights`."""
+    """Return the statistics of a layer from the result of `LayerTally.measure`, now on the CPU.
+
+    `weights` is (w_importance, w_load).
+    """
     cv2_importance, cv2_load, mean_entropy, noise_std, without, own_loss = values[:6].tolist()
     count_E, importance_E = values[6:].view(2, -1)
     return GateFigures(
@@ -130,8 +133,8 @@ def read_tally(values: Tensor, weights: tuple[float, float]) -> GateFigures:
 
 
 def first_not_finite(gates: dict[str, GateFigures]) -> str | None:
-    """The first layer, as a sentence passes them, whose gates were not finite since the last line; None if all were.
+    """Return the first layer, in the order of a pass, whose gates were not finite since the previous line, or None.
 
-    A logit that is NaN or +inf makes the gates of its token NaN, and these every layer after.
+    A logit that is NaN or +inf makes the gates of its token NaN, and these make all later layers NaN.
     """
     return next((layer for layer, gate in gates.items() if not gate.importance_E.isfinite().all()), None)

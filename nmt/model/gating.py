@@ -1,10 +1,10 @@
-"""Which experts each token wakes, and the losses that keep them equally busy (S17 = Shazeer et al. 2017).
+"""Gates, which select the experts of each token, and the losses that balance their load (S17 = Shazeer et al. 2017).
 
-Pure functions and one small module for each kind of gate; everything is computed in float32 whatever the precision
-around it. What a gate decided is a return value, never state.
+The file has pure functions, and one small module per kind of gate. Gates compute in float32 whatever the precision of
+other layers. The decisions of a gate are return values, never state.
 
 Letters: T tokens, D width, E experts, A groups of B experts (hierarchical), P groups per token, K experts per token
-(in a group, for the hierarchical gate).
+(per group, for the hierarchical gate).
 """
 
 import math
@@ -18,65 +18,65 @@ from nmt.config import MoEConfig
 from nmt.model.rows import put_rows, take_groups, take_rows
 
 # Added to the standard deviation of the gate noise, softplus(x . w_noise), which starts at ln 2 = 0.69. The paper has
-# no such floor, its authors' code (tensor2tensor) this one: without any, a gate that learns away its noise makes the
-# load estimate 0/0. It is added, since a bound from below would leave no gradient to come back by.
+# no such floor; its authors' code (tensor2tensor) has this one. Without a floor, a gate that learns to remove its noise
+# makes the load estimate 0/0. It is added because a clamp would stop the gradient that could raise the noise again.
 MIN_NOISE_STD = 1.0e-2
 
-# log T_i of the strictly balanced gate is this times its parameter. Adam moves every parameter by about the learning
-# rate, and thresholds must follow gates that sharpen by several nats within the first thousand updates.
+# log T_i of the strictly balanced gate is its parameter times this. Adam moves every parameter by about the learning
+# rate per step, and thresholds must follow gates that sharpen by several nats within the first thousand steps.
 THRESHOLD_SCALE = 10.0
 
 
 class GateSums(NamedTuple):
-    """What the balance losses see: sums over tokens, so those of several batches or devices may be added up.
+    """Input of the balance losses: sums over tokens, which can be added up over batches and devices.
 
-    All float32. `importance_E` is differentiable through the gates, `load_E` and `primary_load_A` through the noise
-    model in training; outside training, and for gates without noise, load is the hard count.
+    All are float32. `importance_E` is differentiable through the gates. In training, `load_E` and `primary_load_A` are
+    differentiable through the noise model. Outside training, and for gates without noise, the load is the count.
     """
 
     importance_E: Tensor  # sum of gate values (S17 eq. 6 and 12)
-    load_E: Tensor  # smooth number of tokens (S17 eq. 10); in a hierarchical gate, of those in the expert's group
-    count_E: Tensor  # hard number of tokens
-    primary_load_A: Tensor | None = None  # smooth number of tokens of each group; hierarchical gates in training
-    group_count_A: Tensor | None = None  # hard number of tokens of each group, |X^(i)|
+    load_E: Tensor  # smooth count of tokens (S17 eq. 10); for a hierarchical gate, of those in the expert's group
+    count_E: Tensor  # count of tokens
+    primary_load_A: Tensor | None = None  # smooth count of tokens per group; hierarchical gates in training
+    group_count_A: Tensor | None = None  # count of tokens per group, |X^(i)|
 
     def load(self) -> Tensor:
-        """Load(X) (S17 eq. 10), or Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (eq. 13); shape (E)."""
+        """Return Load(X) (S17 eq. 10), or Load_H(X)_ij = Load_primary(X)_i Load_i(X^(i))_j / |X^(i)| (eq. 13), (E)."""
         if self.primary_load_A is None or self.group_count_A is None:
             return self.load_E
         load_AB = self.load_E.view(self.group_count_A.numel(), -1)
         return (load_AB * (self.primary_load_A / self.group_count_A.clamp_min(1.0))[:, None]).flatten()
 
     def parts(self) -> list[Tensor]:
-        """The sums that are there, in order."""
+        """Return the sums that are not None, in order."""
         return [part for part in self if part is not None]
 
     def plus(self, other: "GateSums") -> "GateSums":
-        """The sums over the tokens of both."""
+        """Return the sums over the tokens of both."""
         return GateSums(*(a + b for a, b in zip(self.parts(), other.parts(), strict=True)))
 
     def detach(self) -> "GateSums":
-        """The same numbers without their graph."""
+        """Return the same numbers without their graph."""
         return GateSums(*(part.detach() for part in self.parts()))
 
     def with_gradient_of(self, own: "GateSums") -> "GateSums":
-        """The numbers of `self`, the sums over many batches, with the gradient of one of them."""
+        """Return the values of `self`, sums over many batches, with the gradient of `own`, those of one batch."""
         return GateSums(*(a + (b - b.detach()) for a, b in zip(self.parts(), own.parts(), strict=True)))
 
 
 class GateOutput(NamedTuple):
-    """What a gate decided for T tokens. A slot is one of the K places a token has for experts."""
+    """Decisions of a gate for T tokens. Each token has K slots; a slot holds one expert or is empty."""
 
-    expert_TK: Tensor  # int64, the experts of each token; E in a slot that stays empty
+    expert_TK: Tensor  # int64, the experts of each token; E in an empty slot
     gates_TK: Tensor  # float32, 0 in an empty slot; a row sums to 1, or to 0 for a token without experts
-    num_routed: int | None  # slots that are not empty; None: the host does not know, some tokens being padding
+    num_routed: int | None  # number of full slots; None: unknown on the host, because some tokens are padding
     sums: GateSums
     noise_std: Tensor  # float32 scalar, mean standard deviation of the noise (of the primary gate, if there are two)
-    own_loss: Tensor  # float32 scalar, what the gate needs to learn besides balance: L_batchwise, else 0
-    real_T: Tensor | None = None  # bool, False for padding, which has empty slots and counts nowhere; None: all real
+    own_loss: Tensor  # float32 scalar, the gate's loss besides the balance losses: L_batchwise, else 0
+    real_T: Tensor | None = None  # bool, False for padding: its slots are empty, no sum counts it; None: all are real
 
     def detach(self) -> "GateOutput":
-        """The same decision without its graph."""
+        """Return the same decisions without their graph."""
         return self._replace(
             gates_TK=self.gates_TK.detach(),
             sums=self.sums.detach(),
@@ -86,17 +86,17 @@ class GateOutput(NamedTuple):
 
 
 def keep_top_k(noisy_logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """G(x) = softmax(KeepTopK(H(x), k)) (S17 eq. 3 and 5): (gates_TK, expert_TK). The softmax comes after the top-k."""
+    """Return (gates_TK, expert_TK) of G(x) = softmax(KeepTopK(H(x), k)) (S17 eq. 3, 5): top-k first, then softmax."""
     top_TK, expert_TK = noisy_logits_TE.topk(k, dim=-1)
     return top_TK.softmax(dim=-1), expert_TK
 
 
 def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
-    """P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i) (S17 eq. 8-9), shape (..., T, E).
+    """Return P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i) (S17 eq. 8-9), shape (..., T, E).
 
-    The probability that expert i is among the top k if only its own noise is drawn again. kth_excluding, the k-th
-    largest of the others, is the (k+1)-th largest of all for an expert that is in, the k-th for one that is not. With
-    k = E every expert is in: 1, without a gradient.
+    This is the probability that expert i is among the top k if only its own noise is drawn again. kth_excluding is the
+    k-th largest value of the other experts. That is the (k+1)-th largest of all for an expert in the top k, and the
+    k-th largest of all for any other. With k = E, the result is 1 for every expert, without a gradient.
     """
     if k == clean_TE.shape[-1]:
         return torch.ones_like(clean_TE)
@@ -107,50 +107,51 @@ def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: i
 
 
 def batchwise_mask(x_TE: Tensor, m: int) -> Tensor:
-    """M_batchwise(X, m) (S17 eq. 18), bool: entry (j, i) is set iff X_ji is among the m largest of column i."""
+    """Return M_batchwise(X, m) (S17 eq. 18), bool: entry (j, i) is True iff X_ji is among the m largest of column i."""
     token_mE = x_TE.T.topk(m, dim=1, sorted=False).indices.T
     return torch.zeros_like(x_TE, dtype=torch.bool).scatter_(0, token_mE, True)
 
 
 def batchwise_loss(x_TE: Tensor, threshold_E: Tensor, mask_TE: Tensor) -> Tensor:
-    """L_batchwise (S17 eq. 20), sum of (M_threshold - M_batchwise)_ji (X_ji - T_i); 0 if the masks agree, else more."""
+    """Return L_batchwise = sum of (M_threshold - M_batchwise)_ji (X_ji - T_i) (S17 eq. 20); 0 if the masks agree."""
     difference_TE = x_TE - threshold_E
     return ((difference_TE > 0).to(x_TE.dtype) - mask_TE.to(x_TE.dtype)).mul(difference_TE).sum()
 
 
 def count_tokens(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Tokens routed to each expert, float32 (E). Integer sums, so the same in every run; no host synchronisation."""
+    """Return the number of tokens per expert, float32 (E). Integer sums are deterministic. The host does not wait."""
     count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_TK.device)
     flat = expert_TK.reshape(-1)
     return count_E.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts].float()
 
 
 def cv_squared(x_E: Tensor) -> Tensor:
-    """CV(x)^2, the squared coefficient of variation (population variance over squared mean; S17 eq. 7)."""
+    """Return CV(x)^2, the squared coefficient of variation (population variance over squared mean; S17 eq. 7)."""
     return x_E.var(correction=0) / (x_E.mean().square() + 1e-10)
 
 
 def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
-    """w_importance CV(Importance)^2 + w_load CV(Load)^2 (S17 eq. 7 and 11).
+    """Return w_importance CV(Importance)^2 + w_load CV(Load)^2 (S17 eq. 7 and 11).
 
-    The paper does not say what these stand beside: here the sums are those of all micro-batches and devices of an
-    update, the token loss is its mean over target tokens, and the losses of all MoE layers are added (nmt/training/).
+    The paper does not define the scale of the token loss to which this is added. Here, the token loss is the mean over
+    target tokens. `sums` are those of all micro-batches and devices of a step. The losses of all MoE layers are added
+    up (nmt/training/).
     """
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
 def _sum_over_tokens(values: Tensor, real_T: Tensor | None) -> Tensor:
-    """The sum of (T, ...) over the tokens that are real; None: all are."""
+    """Return the sum of values (T, ...) over the real tokens; None: all are real."""
     return (values if real_T is None else _where_real(values, real_T)).sum(0)
 
 
 def _where_real(values: Tensor, real_T: Tensor) -> Tensor:
-    """(T, ...) with 0 for tokens that are padding."""
+    """Return values (T, ...) with 0 for padding tokens."""
     return values.masked_fill(~real_T.view(-1, *[1] * (values.dim() - 1)), 0)
 
 
 def _sum_by_expert(values_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
-    # Spread out and summed, rather than added up in place, which a GPU does in another order every time.
+    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
     spread_TE = values_TK.new_zeros(values_TK.shape[0], num_experts, *values_TK.shape[2:])
     return spread_TE.scatter(1, index_TK, values_TK).sum(0)
 
@@ -167,7 +168,7 @@ def _full_slots(
     noise_std_TX: Tensor | None,
     real_T: Tensor | None,
 ) -> GateOutput:
-    """The decision of a gate that fills all K slots of every token, but leaves those of padding empty."""
+    """Return the decisions of a gate that fills all K slots of every real token and none of padding."""
     num_routed: int | None = expert_TK.numel()
     zero = noise_std = gates_TK.new_zeros(())
     if real_T is not None:
@@ -185,13 +186,13 @@ def _full_slots(
 
 
 class Gate(nn.Module):
-    """What all gates share: the matrix w_gate_DE, and the number k of experts that a token wakes.
+    """Base of all gates: the matrix w_gate_DE, and the number k of active experts per token.
 
-    Outside training a pass may ask for another number, `experts_per_token`; 0 means as many as in training.
+    Outside training, a pass may set another number, `experts_per_token`; 0 means as many as in training.
     """
 
     noisy: ClassVar[bool] = False
-    """Whether noise breaks ties in training, so that all experts may start equally likely."""
+    """True if noise breaks ties in training, so that all experts can start equally likely."""
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
         super().__init__()
@@ -200,29 +201,29 @@ class Gate(nn.Module):
         self.w_gate_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
 
     def check_experts_per_token(self, count: int) -> None:
-        """ValueError if no pass can wake `count` experts for each token; 0 is always possible."""
+        """Raise ValueError if a pass cannot activate `count` experts per token; 0 is always possible."""
         if not 0 <= count <= self.num_experts:
             raise ValueError(f"decoding.experts_per_token={count} must lie in 1..{self.num_experts}, or be 0")
 
     def forward(self, x_TD: Tensor, experts_per_token: int = 0, real_T: Tensor | None = None) -> GateOutput:
-        """Choose among E experts for each of T tokens. In training `experts_per_token` has no effect.
+        """Select experts for each of T tokens. In training, `experts_per_token` has no effect.
 
-        `real_T` (bool) says which tokens are no padding (None: all). The others get empty slots and count nowhere.
+        `real_T` (bool) is False for padding (None: all tokens are real). Padding gets empty slots; no sum counts it.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
             return self.choose(x_TD.to(self.w_gate_DE.dtype), 0 if self.training else experts_per_token, real_T)
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
-        """`forward` in the precision of the gate's weights."""
+        """Do `forward`'s work on an input in the type of the gate's weights."""
         raise NotImplementedError
 
 
 class NoisyTopKGate(Gate):
-    """H(x)_i = (x . w_gate)_i + N(0, 1) softplus((x . w_noise)_i), the top k of it through a softmax (S17 eq. 3-5).
+    """Softmax over the top k of H(x)_i = (x . w_gate)_i + N(0, 1) softplus((x . w_noise)_i) (S17 eq. 3-5).
 
-    Noise only in training, fresh for each token and expert. Both weights start at zero, so that all experts start
-    equally likely (S17 appendix A); `init_parameters` sets them. With k = E every token wakes every expert: then the
-    load is the hard count and carries no gradient. Deviation from the paper: the standard deviation of the noise is
+    There is noise only in training, drawn for each token and expert. Both weights start at zero, so that all experts
+    start equally likely (S17 appendix A); `init_parameters` sets them. With k = E, every token activates every expert.
+    The load is then the count and carries no gradient. Deviation from the paper: the standard deviation of the noise is
     larger by MIN_NOISE_STD, as in its authors' code.
     """
 
@@ -245,10 +246,10 @@ class NoisyTopKGate(Gate):
 
 
 class SoftmaxTopKGate(Gate):
-    """softmax over the top k of x . w_gate: S17 eq. 2 with the mask of eq. 16-17, which is eq. 3 without noise.
+    """Softmax over the top k of x . w_gate: S17 eq. 2 with the mask of eq. 16-17, which is eq. 3 without noise.
 
-    Load is the hard count, so only the importance loss can balance it. Nothing breaks ties between experts that start
-    alike: w_gate starts random instead of zero.
+    The load is the count, so only the importance loss can balance it. w_gate starts random instead of zero, because
+    nothing would break ties between equal experts.
     """
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
@@ -259,10 +260,12 @@ class SoftmaxTopKGate(Gate):
 class HierarchicalGate(Gate):
     """Two levels of noisy top-k gates (S17 appendix B, eq. 12-14): y = sum_ij G_primary(x)_i G_i(x)_j E_ij(x).
 
-    A primary gate wakes P of A groups; the gate of each of these wakes K of the group's B experts. Expert j of group i
-    has index i B + j. Importance_H and Load_H: `GateSums`. The logits of all groups are computed in one product and
-    those of the chosen groups taken from it: on today's devices that is quicker than sorting tokens by group, though
-    not fewer operations (`nmt cost` counts the chosen groups, as the paper does).
+    A primary gate selects P of A groups. The gate of each selected group selects K of its B experts. Expert j of group
+    i has index i B + j. `GateSums` defines Importance_H and Load_H.
+
+    One product computes the logits of all groups, and those of the selected groups are taken from it. On today's
+    devices this is faster than sorting tokens by group, although it needs more operations. `nmt cost` counts only the
+    selected groups, as the paper does.
     """
 
     noisy = True
@@ -275,17 +278,17 @@ class HierarchicalGate(Gate):
         self.primary_w_noise_DA = nn.Parameter(torch.zeros(hidden_size, branching))
 
     def check_experts_per_token(self, count: int) -> None:
-        """ValueError unless `count` can be shared out as `levels` does."""
+        """Raise ValueError if `levels` cannot divide `count` over the groups."""
         super().check_experts_per_token(count)
         groups, experts = self.levels(count)
         if count and (count % groups or experts > self.num_experts // self.branching):
             raise ValueError(
                 f"decoding.experts_per_token={count} must be at most {self.primary_k}, or {self.primary_k} times 1.."
-                f"{self.num_experts // self.branching}: each token wakes {self.primary_k} groups"
+                f"{self.num_experts // self.branching}: each token selects {self.primary_k} groups"
             )
 
     def levels(self, count: int) -> tuple[int, int]:
-        """(groups, experts in each) that a token wakes: as many groups as in training if `count` allows it."""
+        """Return (groups, experts per group) that a token selects; as many groups as in training if `count` allows."""
         groups = min(count, self.primary_k) if count else self.primary_k
         return groups, count // groups if count else self.k
 
@@ -326,19 +329,23 @@ class HierarchicalGate(Gate):
 
 
 class StrictlyBalancedGate(Gate):
-    """Every expert gets equally many tokens of each training batch (S17 appendix F, eq. 15-20). No noise.
+    """Gate that gives every expert equally many tokens of a training batch (S17 appendix F, eq. 15-20). No noise.
 
-    G(x)_i = softmax(x . w_gate)_i M_i / sum_j softmax(x . w_gate)_j M_j, with M = M_batchwise in training: each expert
-    takes the m = k T / E tokens (rounded, at least 1) that want it most, so a token has k experts on average, and
-    possibly none: then its gates are all 0 and the layer gives it nothing. Elsewhere M_i = 1 iff softmax_i > T_i, with
-    thresholds learned by L_batchwise; where `decoding.experts_per_token` is given, M = TopK (eq. 17).
+    G(x)_i = softmax(x . w_gate)_i M_i / sum_j softmax(x . w_gate)_j M_j. In training, M = M_batchwise: each expert
+    takes the m = k T / E tokens (rounded, at least 1) with its largest softmax values. A token has k experts on
+    average. If it has none, its gates are all 0 and the experts contribute nothing. Outside training, M_i = 1 iff
+    softmax_i > T_i, with thresholds learned by L_batchwise. With `decoding.experts_per_token`, M = TopK (eq. 17).
 
-    Choices where the paper is silent: m and M are taken over the tokens of one device's micro-batch; L_batchwise is
-    divided by their number, acts on logarithms of X and T (masks are the same, and steps of T are relative), and gives
-    its gradient to T alone; Load is the hard count, which is constant, so that of the two balance losses only that of
-    importance acts. There is one level: how the mask goes with two is not said. In the decoder the mask of training
-    looks at later target tokens, which decoding cannot; noisy top-k has no such leak. w_gate starts random, since equal
-    logits would give all experts the same tokens.
+    Choices that the paper leaves open:
+    - m and M are computed over the tokens of one device's micro-batch.
+    - L_batchwise is divided by the number of these tokens, and its gradient goes to T only. It uses logarithms of X and
+      T: masks are the same, and changes of T are relative.
+    - Load is the count, which is constant, so only the balance loss of importance has an effect.
+    - There is one level, since the paper does not define the mask for two.
+    - w_gate starts random, since equal logits would give all experts the same tokens.
+
+    In the decoder, the training mask depends on later target tokens, which decoding does not have. Noisy top-k gates
+    have no such leak.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, k: int) -> None:
@@ -347,7 +354,7 @@ class StrictlyBalancedGate(Gate):
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         if real_T is not None:
-            # m and the thresholds' loss hang on the number of real tokens, and the device is asked below in any case.
+            # m and L_batchwise depend on the number of real tokens, and this gate waits for the device in any case.
             index_N = real_T.nonzero().flatten()
             gate = self.choose(take_rows(x_TD, index_N), experts_per_token, None)
             empty_TK = gate.expert_TK.new_full((len(x_TD), gate.expert_TK.shape[1]), self.num_experts)
@@ -368,11 +375,11 @@ class StrictlyBalancedGate(Gate):
         else:
             mask_TE = log_TE > log_threshold_E
         count_T = mask_TE.sum(1)
-        # Eq. 16 is a softmax over the kept logarithms, which no underflow makes 0/0. A token without experts keeps all
-        # of them for it, and none of the result.
+        # Eq. 16 as a softmax over the selected logarithms, which cannot underflow to 0/0. For a token with no expert,
+        # mask nothing so that the softmax is defined, then zero its gates.
         kept_TE = mask_TE | (count_T == 0)[:, None]
         gates_TE = log_TE.masked_fill(~kept_TE, -math.inf).softmax(1) * mask_TE
-        # The one gate that must ask the device: how many slots a token needs.
+        # Only this gate must wait for the device, to learn how many slots tokens need.
         num_slots, num_routed = torch.stack([count_T.max(), count_T.sum()]).tolist() if len(count_T) else (0, 0)
         expert_TK = (mask_TE + gates_TE.detach()).topk(max(num_slots, 1), dim=1).indices
         empty_TK = ~mask_TE.gather(1, expert_TK)
@@ -384,7 +391,7 @@ class StrictlyBalancedGate(Gate):
 
 
 def make_gate(hidden_size: int, num_experts: int, config: MoEConfig) -> Gate:
-    """The gate that `config.gating` names."""
+    """Return a new gate of the kind `config.gating`."""
     match config.gating:
         case "noisy_top_k":
             return NoisyTopKGate(hidden_size, num_experts, config.k)

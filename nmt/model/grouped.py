@@ -1,10 +1,11 @@
-"""Matrix products over consecutive groups of rows, one weight matrix a group: the arithmetic of the experts.
+"""Matrix products over consecutive groups of rows, with one weight matrix per group: the arithmetic of the experts.
 
-`grouped_matmul` and `grouped_outer` are the only places that choose how it is done: torch's grouped product on a GPU
-in bf16 (no host synchronisation, any number of groups), a loop elsewhere. A faster kernel goes in here.
+Only `grouped_matmul` and `grouped_outer` choose the implementation. For bf16 on a GPU, it is torch's grouped product,
+which needs no wait of the host. Elsewhere, it is a loop. A faster kernel would be added here.
 
-Letters: R rows sorted by group, E groups, I and O input and output features. `ends_E` (int32) holds the row after the
-last one of each group; groups may be empty; rows past the last end belong to no group and come out unspecified.
+Letters: R rows sorted by group, E groups, I and O input and output features. `ends_E` (int32) has the row after the
+last one of each group. Groups may be empty. Rows past the last end belong to no group, and their results are
+unspecified.
 """
 
 import torch
@@ -14,21 +15,21 @@ from torch import Tensor
 from nmt.config import ModelConfig
 from nmt.errors import UserError
 
-# torch's grouped product takes fewer than 1024 groups in one call (CUDA, torch 2.11).
+# torch's grouped product allows fewer than 1024 groups per call (CUDA, torch 2.11).
 _MAX_GROUPS = 1023
 
 
-# What it wants of every width: rows of 16 bytes.
+# It needs rows of a multiple of 16 bytes, so every width must be a multiple of this.
 _MULTIPLE = 8
 
 
 def has_fast_path(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether torch's grouped product serves there; the loop costs a wait for the device in every call."""
+    """Return whether torch's grouped product is used. Otherwise, every call of the loop waits for the device."""
     return device.type == "cuda" and dtype == torch.bfloat16 and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype, key: str) -> None:
-    """UserError if the grouped product cannot take the model's experts; `key` is the setting that chose `dtype`."""
+    """Raise UserError if the grouped product cannot compute the model's experts; `key` is the setting of `dtype`."""
     if not (config.moe_layer_names() and has_fast_path(device, dtype)):
         return
     widths = {f"model.hidden_size={config.hidden_size}": [config.hidden_size]}
@@ -36,7 +37,7 @@ def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype, 
     wrong = [setting for setting, sizes in widths.items() if any(size % _MULTIPLE for size in sizes)]
     if wrong:
         raise UserError(
-            f"{' and '.join(wrong)}: on this GPU experts in bf16 want multiples of {_MULTIPLE}; choose others, or "
+            f"{' and '.join(wrong)}: on this GPU, experts in bf16 need multiples of {_MULTIPLE}; choose others, or set "
             f"{key}=fp32"
         )
 
@@ -47,9 +48,9 @@ def _bounds(ends_E: Tensor) -> list[tuple[int, int]]:
 
 
 def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
+    """Return the rows of group e times w[e]: (R, I) x (E, I, O) -> (R, O)."""
     if not len(a_RI):
-        # A process may get no rows at all from the others.
+        # A process may receive no rows at all.
         return a_RI.new_zeros(0, w_EIO.shape[2])
     if not has_fast_path(a_RI.device, a_RI.dtype):
         out_RO = a_RI.new_zeros(a_RI.shape[0], w_EIO.shape[2])
@@ -68,7 +69,7 @@ def grouped_matmul(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
-    """Sum over the rows of each group of a^T b: (R, I), (R, O) -> (E, I, O). Zero for an empty group."""
+    """Return the sum of a^T b over the rows of each group: (R, I), (R, O) -> (E, I, O). Zero for an empty group."""
     num_groups = ends_E.numel()
     if not has_fast_path(a_RI.device, a_RI.dtype):
         out_EIO = a_RI.new_zeros(num_groups, a_RI.shape[1], b_RO.shape[1])
@@ -85,13 +86,15 @@ def grouped_outer(a_RI: Tensor, b_RO: Tensor, ends_E: Tensor) -> Tensor:
 
 
 def _chunks(num_groups: int) -> list[slice]:
-    """All groups in as few runs of equal size as one call can take."""
+    """Return all groups as slices: as few chunks as calls need, of equal size except the last."""
     size = -(-num_groups // -(-num_groups // _MAX_GROUPS))
     return [slice(first, min(first + size, num_groups)) for first in range(0, num_groups, size)]
 
 
 def _rotate(x_RD: Tensor, start: Tensor) -> Tensor:
-    """Row r of the result is row (r + start) mod R: brings a later chunk's rows to the top without asking the GPU
-    where they are, since the groups of one call must begin at row 0."""
+    """Return rows of which row r is row (r + start) mod R of `x_RD`.
+
+    The groups of one call must begin at row 0. This moves a later chunk's rows there without waiting for the GPU.
+    """
     rows = x_RD.shape[0]
     return x_RD.index_select(0, (torch.arange(rows, device=x_RD.device) + start) % rows)

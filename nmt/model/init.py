@@ -1,23 +1,23 @@
-"""Every initial value of the network in one place.
+"""Set the initial values of all parameters of the network.
 
-The papers give none but the zero gates (S17 appendix A), and the start decides more of the early quality than any other
-choice measured on this model: see docs/results/studies.md.
+The papers only specify zero gates (S17 appendix A). Initial values affect early quality more than any other choice
+measured on this model: see docs/results/studies.md.
 
 | parameter                          | start                          | why                                            |
 |------------------------------------|--------------------------------|------------------------------------------------|
 | embeddings, softmax weight         | normal, std D^-1/2             | logits of unit scale; embeddings are read      |
 |                                    |                                | times D^1/2, or the LSTMs start nearly dead    |
 | LSTM matrices                      | uniform, +-1/sqrt(cells)       | PyTorch's and cuDNN's custom                   |
-| LSTM biases                        | 0; forget gate 1 in all        | memory from the first step                     |
+| LSTM biases                        | 0; forget gate 1 in total      | memory from the first step                     |
 | attention projections              | Xavier uniform                 | tanh starts in its linear part                 |
 | attention v                        | uniform, variance 1/N          | scores of unit scale: the softmax starts open  |
 | attention gain, bias (normalised)  | N^-1/2, 0                      | Bahdanau's normalised form as in GNMT v2       |
 | context projection (parallel)      | Xavier uniform                 | keeps the scale of the encoder                 |
-| expert, all layers but the last    | normal, variance 2/inputs      | He: variance kept through the ReLU             |
+| expert, all layers but the last    | normal, variance 2/inputs      | He: the ReLU keeps the variance                |
 | expert, last layer                 | normal, variance 1/inputs      | outputs of unit scale before the gate weights  |
 | noisy gates                        | 0                              | all experts equally likely (S17 appendix A)    |
 | gates without noise: w_gate        | normal, std D^-1/2             | logits of unit scale; nothing else breaks ties |
-| strictly balanced: thresholds      | log T = -log E                 | the value of every gate if all were equal      |
+| strictly balanced: thresholds      | log T = -log E                 | value of every gate if all are equal           |
 | output bias                        | 0                              | -                                              |
 """
 
@@ -36,7 +36,7 @@ from nmt.model.lstm import LSTM
 
 @torch.no_grad()
 def init_parameters(model: nn.Module, softmax: nn.Linear) -> None:
-    """Set every parameter of `model`, of which `softmax` is the output layer, as the table says."""
+    """Set every parameter of `model` to its initial value in the table; `softmax` is the output layer of `model`."""
     for module in model.modules():
         match module:
             case nn.Embedding():
@@ -57,9 +57,9 @@ def init_parameters(model: nn.Module, softmax: nn.Linear) -> None:
 
 
 def _init_experts(experts: Experts) -> None:
-    """Every expert from a seed of its own: it starts the same wherever it lives, and whoever else does."""
+    """Draw every expert from its own seed, so that it is the same in any process and with any share of experts."""
     for place, w_EIO in enumerate(experts.weights, start=1):
-        if w_EIO.is_meta:  # made to be counted only
+        if w_EIO.is_meta:  # created only to count parameters
             continue
         std = ((2.0 if place < len(experts.weights) else 1.0) / w_EIO.shape[1]) ** 0.5
         seed = int(torch.randint(2**62, (), device="cpu"))
@@ -67,7 +67,7 @@ def _init_experts(experts: Experts) -> None:
             (w_IO, torch.Generator(w_IO.device).manual_seed(seed + number))
             for number, w_IO in enumerate(w_EIO.detach(), start=experts.first)
         ]
-        # A thread draws from one generator at a time, and there may be billions of weights.
+        # Threads, since there may be billions of weights and each generator draws on a single thread.
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             list(pool.map(lambda each, std=std: nn.init.normal_(each[0], std=std, generator=each[1]), drawn))
 
@@ -79,7 +79,7 @@ def _init_lstm(lstm: nn.LSTM) -> None:
             nn.init.uniform_(parameter, -bound, bound)
         else:
             nn.init.zeros_(parameter)
-        # Gates stand in PyTorch's order: input, forget, cell, output. One of the two bias vectors carries the 1.
+        # PyTorch's order of gates: input, forget, cell, output. Only one of the two bias vectors has the 1.
         if name.startswith("bias_hh"):
             parameter[lstm.hidden_size : 2 * lstm.hidden_size] = 1.0
 

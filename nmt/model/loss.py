@@ -1,6 +1,6 @@
-"""Softmax and cross-entropy over the vocabulary in pieces, so that float32 logits of the whole batch never exist.
+"""Softmax and cross-entropy over the vocabulary in chunks of tokens, so that no batch needs all its logits at once.
 
-Letters: N target tokens, D width, V vocabulary, M tokens of a piece.
+Letters: N target tokens, D width, V vocabulary, M tokens per chunk.
 """
 
 from typing import Any
@@ -12,12 +12,12 @@ from torch.autograd import Function
 
 from nmt.model.kernels.cross_entropy import softmax_gradient
 
-# Elements of one piece's logits: large enough to fill a GPU, small enough to stay near its cache.
+# Logits per chunk: enough to fill a GPU, but not much larger than its cache.
 _PIECE_ELEMENTS = 2**26
 
 
 class _LinearCrossEntropy(Function):
-    """Losses and, at once, the gradients of their sum, while each piece's logits are at hand."""
+    """Losses. The forward pass also computes the gradients of their sum, while a chunk's logits are in memory."""
 
     @staticmethod
     def forward(
@@ -64,7 +64,7 @@ class _LinearCrossEntropy(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        # `grad_loss` stays on its device: asking for its value would wait for it.
+        # `grad_loss` stays on its device: reading its value would wait for the device.
         scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
         return *scaled, None, None, None
 
@@ -77,25 +77,25 @@ def linear_cross_entropy(
     label_smoothing: float,
     real_N: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, nll), float32 sums over the N tokens, or those of them that are real (bool).
+    """Return (loss, nll), float32 sums over the N tokens, without those where `real_N` (bool) is False.
 
-    nll = -sum log softmax(x W^T + b)[target]; loss = (1 - s) nll + s times the mean over the vocabulary of
-    -log softmax, s = label_smoothing. Only `loss` carries a gradient. Products run in x's precision, softmax and sums
-    in float32.
+    nll = -sum log softmax(x W^T + b)[target]. loss = (1 - s) nll + s times the mean over the vocabulary of
+    -log softmax, with s = label_smoothing. Only `loss` has a gradient. Products run in the precision of x, softmax and
+    sums in float32.
     """
     if not torch.is_grad_enabled():
-        # A Function is told which inputs are parameters, not that no gradient is wanted now.
+        # A Function sees which inputs are parameters, but not that gradients are off.
         x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
     return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing, real_N)
 
 
 def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
-    """Softmax input of decoder outputs (..., D) -> (..., V), never of less than float32; for passes without gradient.
+    """Return the logits of decoder outputs, (..., D) -> (..., V), in float32 or better; for passes without gradient.
 
-    In bf16 an eighth of all hypotheses would have an exact tie among their five best pieces (a small model, 300
-    sentences), which a search breaks arbitrarily. On a GPU bf16 products are summed and handed over in float32;
-    elsewhere the inputs are float32.
+    In bf16, an eighth of all hypotheses would have an exact tie among their five best subwords (measured for a small
+    model, 300 sentences), and a search breaks ties arbitrarily. On a GPU, products of bf16 are summed and returned in
+    float32. Elsewhere, the inputs are float32.
     """
     with torch.autocast(x.device.type, enabled=False):
         if not (x.is_cuda and x.dtype == torch.bfloat16):
@@ -106,9 +106,9 @@ def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor
 
 
 def token_log_probs(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
-    """log softmax(x W^T + b)[target] of each token, float32 or better, shape (N,); for passes without gradient.
+    """Return log softmax(x W^T + b)[target] of each token, float32 or better, (N,); for passes without gradient.
 
-    It has the logits that a search has (`output_logits`), and never those of more than some tokens at once.
+    The logits are the same as in a search (`output_logits`), and only a chunk of them is in memory at once.
     """
     piece = max(_PIECE_ELEMENTS // weight_VD.shape[0], 1)
     pieces = []

@@ -1,8 +1,8 @@
-"""LSTM layers as the encoder and the decoder stack them.
+"""LSTM layers of the encoder and the decoder.
 
-One call serves a whole sequence and a single position: forward(x, state) -> (y, state). On a GPU this is cuDNN's LSTM,
-time-major and unpacked: padding stands after each sentence, where a forward LSTM cannot see it, and the backward
-direction turns each sentence round by its own length.
+The same call works for a whole sequence and for a single position: forward(x, state) -> (y, state). On a GPU, it uses
+cuDNN's LSTM, time-major and unpacked. Padding follows each sentence, so it cannot affect the forward direction's real
+positions. The backward direction reverses each sentence within its own length.
 
 Letters: T positions, B sentences, D input width, P output width, C cells.
 """
@@ -15,9 +15,9 @@ from torch.backends.cudnn.rnn import get_cudnn_mode
 
 from nmt.model.rows import turn_round
 
-# Casting float32 weights makes new ones in any case; that cuDNN packs them together as well costs little.
+# Under autocast, weights are copied in any case; it costs little that cuDNN also packs them into one chunk.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
-# Said once of every model with projections on a CPU; it is why conf/model/small.yaml has none.
+# PyTorch warns of this for every model with projections on a CPU. For this reason, conf/model/small.yaml has none.
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 LSTMState = tuple[Tensor, Tensor]
@@ -25,8 +25,10 @@ LSTMState = tuple[Tensor, Tensor]
 
 
 class LSTM(nn.Module):
-    """A one-direction LSTM of C cells whose output, projected to P when C > P, is what recurs (S17 C.1, appendix E:
-    2048 cells projected to 512). Deviation: with the two bias vectors of PyTorch's LSTM; the paper shows none."""
+    """A one-direction LSTM of C cells, with its output projected to P if C > P (S17 C.1, appendix E: 2048 to 512).
+
+    The projected output is the recurrent input. Deviation: PyTorch's LSTM has two bias vectors; the paper shows none.
+    """
 
     def __init__(self, input_size: int, cell_size: int, output_size: int) -> None:
         super().__init__()
@@ -34,19 +36,19 @@ class LSTM(nn.Module):
         self.lstm = nn.LSTM(input_size, cell_size, proj_size=proj_size)
 
     def lay_out(self) -> None:
-        """Put the weights into one piece of a GPU's memory, as cuDNN wants them: else it does so in every call."""
+        """Move the weights into one contiguous chunk of GPU memory. Otherwise cuDNN would do so in every call."""
         weights: list[Tensor] = list(self.lstm.parameters())
         if weights[0].is_cuda:
             lstm = self.lstm
             sizes = lstm.hidden_size, lstm.proj_size
             with torch.no_grad():
-                # `flatten_parameters` does the same, but leaves bf16 alone.
+                # `flatten_parameters` does the same, but ignores bf16.
                 torch._cudnn_rnn_flatten_weight(
                     weights, len(weights), lstm.input_size, get_cudnn_mode("LSTM"), *sizes, 1, False, False
                 )
 
     def weights(self) -> list[Tensor]:
-        """The parameters in the type that products are computed in now: under autocast its own, else theirs."""
+        """Return the parameters in the type of products: autocast's type if it is on, else their own."""
         parameters: list[Tensor] = list(self.lstm.parameters())
         device = parameters[0].device.type
         if not torch.is_autocast_enabled(device):
@@ -56,12 +58,12 @@ class LSTM(nn.Module):
     def forward(
         self, x_TBD: Tensor, state: LSTMState | None = None, weights: list[Tensor] | None = None
     ) -> tuple[Tensor, LSTMState]:
-        """(y_TBP, state after the last position); `state=None` starts from zeros.
+        """Return (y_TBP, state after the last position); `state=None` means zeros.
 
-        Whoever calls it for one position after the other gives its `weights()`, or they would be cast every time.
+        A caller that goes position by position passes `weights()`, so that weights are cast only once.
         """
         weights = weights or self.weights()
-        # autocast would run cuDNN in float16 whatever its own type is, and every sum with its output in float32.
+        # Autocast would run cuDNN in float16 even if its type is bf16, and would add its output in float32.
         with torch.autocast(x_TBD.device.type, enabled=False):
             x_TBD = x_TBD.to(weights[0].dtype)
             if state is None:
@@ -73,7 +75,7 @@ class LSTM(nn.Module):
 
 
 class BidirectionalLSTM(nn.Module):
-    """Two LSTMs over each whole sentence, one in each direction, outputs side by side (GNMT section 3.2)."""
+    """Two LSTMs over the whole sentence, one per direction, with concatenated outputs (GNMT section 3.2)."""
 
     def __init__(self, input_size: int, cell_size: int, output_size: int) -> None:
         super().__init__()
@@ -81,7 +83,7 @@ class BidirectionalLSTM(nn.Module):
         self.backward_lstm = LSTM(input_size, cell_size, output_size)
 
     def forward(self, x_TBD: Tensor, length_B: Tensor) -> Tensor:
-        """y_TB2P; `length_B` real positions of each sentence. Padding positions come out unspecified."""
+        """Return y_TB2P; sentences have `length_B` real positions. Values at padding positions are unspecified."""
         turn_TB = reversed_positions(length_B, x_TBD.shape[0])
         ahead_TBP, _ = self.forward_lstm(x_TBD)
         back_TBP, _ = self.backward_lstm(turn_round(x_TBD, turn_TB))
@@ -89,6 +91,6 @@ class BidirectionalLSTM(nn.Module):
 
 
 def reversed_positions(length_B: Tensor, num_positions: int) -> Tensor:
-    """index_TB with index[t, b] = length[b] - 1 - t within the sentence and t beyond it; its own inverse."""
+    """Return index_TB with index[t, b] = length[b] - 1 - t within the sentence, else t. It is its own inverse."""
     position_T1 = torch.arange(num_positions, device=length_B.device)[:, None]
     return torch.where(position_T1 < length_B, length_B - 1 - position_T1, position_T1)

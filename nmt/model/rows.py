@@ -1,10 +1,10 @@
-"""Moving rows about without a scatter that adds: every backward pass here is another gather or a plain copy.
+"""Gather and scatter rows without accumulation: every backward pass here is a gather, a plain copy or an ordered sum.
 
-PyTorch's own backward of an index is an accumulating scatter, which a GPU does with atomics, slowly and in an order
-that changes from run to run. Where the index is known to be unique, or its inverse is known, none is needed.
+PyTorch's backward pass of an index is an accumulating scatter. A GPU computes it with atomics, slowly and in an order
+that changes from run to run. It is not needed if the index is known to be unique, or if its inverse is known.
 
-Letters: T tokens, K places for experts a token has, S = T * K slots, R <= S routed rows, N selected rows, M rows to
-select from, D width, P of A groups of B values; in `turn_round` T positions of B sentences.
+Letters: T tokens, K slots per token, S = T * K slots, R <= S routed rows, N selected rows, M rows to select from,
+D width, P of A groups of B values; in `turn_round`, T positions of B sentences.
 """
 
 from typing import Any
@@ -47,14 +47,14 @@ class _CombineRows(Function):
     def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, gates_TK, order_R)
         gates_R = gates_TK.flatten().index_select(0, order_R.index_select(0, row_R)).to(rows_RD.dtype)
-        # A sum for each token over as many rows as it has: no copy of the rows is made or kept.
+        # One sum per token over the rows it has, which makes and keeps no copy of the rows.
         return sum_rows(rows_RD, row_R, begin_T, gates_R)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         rows_RD, gates_TK, order_R = ctx.saved_tensors
         grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1])
-        # Element-wise rather than as one tiny matrix product per token, which a GPU runs ten times slower.
+        # Element-wise: on a GPU, one tiny matrix product per token would be ten times slower.
         gates_grad_R = (rows_RD * grad_RD).sum(1, dtype=gates_TK.dtype)
         gates_grad_S = gates_TK.new_zeros(gates_TK.numel()).index_copy_(0, order_R, gates_grad_R)
         gates_R = gates_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
@@ -89,44 +89,44 @@ class _TurnRound(Function):
 
 
 def take_groups(x_TAB: Tensor, group_TP: Tensor) -> Tensor:
-    """Of each token the values of its groups, (T, P, B); a token's P groups must differ."""
+    """Return the values of each token's groups, (T, P, B); the P groups of a token must be distinct."""
     return _TakeGroups.apply(x_TAB, group_TP)
 
 
 def turn_round(x_TBD: Tensor, turn_TB: Tensor) -> Tensor:
-    """y[t, b] = x[turn[t, b], b] for a `turn` that is its own inverse, such as that of sentences read backwards."""
+    """Return y[t, b] = x[turn[t, b], b] for a `turn` that is its own inverse, such as the reversal of sentences."""
     return _TurnRound.apply(x_TBD, turn_TB)
 
 
 def take_rows(x_MD: Tensor, index_N: Tensor) -> Tensor:
-    """x[index] for an index without repetitions."""
+    """Return x[index] for an index without repetitions."""
     return _TakeRows.apply(x_MD, index_N)
 
 
 def put_rows(x_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
-    """The inverse of `take_rows`: x at rows `index` of a zero tensor of `num_rows` rows."""
+    """Return a tensor of `num_rows` rows with x at rows `index`, zeros elsewhere: the inverse of `take_rows`."""
     return x_ND.new_zeros(num_rows, *x_ND.shape[1:]).index_copy(0, index_N, x_ND)
 
 
 def route_rows(x_TD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
-    """Row r of the result is token token_R[r]; a token may have any number of rows.
+    """Return rows of which row r is token token_R[r]; a token may have any number of rows.
 
-    `row_R` says which: those of token t are row_R[begin_T[t]] .. row_R[begin_T[t + 1] - 1].
+    Token t has the rows row_R[begin_T[t]] .. row_R[begin_T[t + 1] - 1].
     """
     return _RouteRows.apply(x_TD, token_R, row_R, begin_T)
 
 
 def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
-    """The way back from `route_rows`: y_t = sum over the rows r of token t of their gates times rows[r].
+    """Return y_t = sum of gate_r * rows[r] over the rows r that `route_rows` made of token t.
 
-    The gate of row r is that of slot order_R[r], where slot t * K + j is token t's j-th place for an expert. In
-    `row_R` the rows of a token are in the order of its slots.
+    gate_r is the gate of slot order_R[r], where slot t * K + j is the j-th slot of token t. In `row_R`, the rows of a
+    token are in the order of its slots.
     """
     return _CombineRows.apply(rows_RD, gates_TK, order_R, row_R, begin_T)
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:
-    """p^-1 with p^-1[p[i]] = i."""
+    """Return p^-1 with p^-1[p[i]] = i."""
     inverse_R = torch.empty_like(order_R)
     inverse_R[order_R] = torch.arange(order_R.numel(), dtype=order_R.dtype, device=order_R.device)
     return inverse_R

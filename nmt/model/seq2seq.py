@@ -1,8 +1,8 @@
 """The translator network: embeddings, encoder, decoder with attention, softmax (S17 appendix E, GNMT section 3).
 
-Encoder: embedding, LSTM 1, LSTM 2, MoE, LSTM 3. Decoder: embedding, LSTM 1 with attention, MoE, LSTM 2, softmax. Every
-number in that sentence is configuration. Each layer's output goes through dropout and, where there is a residual
-connection, is added to the layer's input.
+Encoder: embedding, LSTM 1, LSTM 2, MoE, LSTM 3. Decoder: embedding, LSTM 1 with attention, MoE, LSTM 2, softmax. The
+numbers of layers and the places of MoE layers are configurable. Each layer's output goes through dropout. If the layer
+has a residual connection, its input is added.
 
 Letters: S source positions, T target positions, B sentences, R = hypotheses x B decoder columns (training: R = B),
 D width, V vocabulary, N real (not padding) positions.
@@ -27,28 +27,28 @@ from nmt.model.walk import ChangeGate, Gates, Visit, Walk, real_of_all, walk_tog
 
 
 class DecoderState(NamedTuple):
-    """What the decoder carries from one position to the next."""
+    """State of the decoder between two positions."""
 
     lstm: tuple[LSTMState, ...]
     query_1RD: Tensor  # output of decoder layer 1, the next query of the feedback wirings
 
     def select(self, columns_R: Tensor) -> "DecoderState":
-        """The state of these columns: hypotheses that survive, sentences that are not finished."""
+        """Return the state of these columns, such as surviving hypotheses or unfinished sentences."""
         lstm = tuple((h.index_select(1, columns_R), c.index_select(1, columns_R)) for h, c in self.lstm)
         return DecoderState(lstm, self.query_1RD.index_select(1, columns_R))
 
 
 class DecoderOutput(NamedTuple):
-    """`x_TRD` is what the softmax layer reads; `weights_TRS` the attention."""
+    """Output of a pass: `x_TRD` is the input of the softmax layer, `weights_TRS` the attention."""
 
     x_TRD: Tensor
     weights_TRS: Tensor
     state: DecoderState
-    gates: Gates  # those of the pass; empty on the way
+    gates: Gates  # of the whole pass; `Decoder.walk` leaves it empty
 
 
 class LossOutput(NamedTuple):
-    """Sums over the batch's target tokens (float32), and the gates of the pass."""
+    """Losses, float32 sums over the batch's target tokens, and the gates of the pass."""
 
     loss: Tensor  # with label smoothing; carries the gradient
     nll: Tensor  # negative log-likelihood, in nats
@@ -69,10 +69,10 @@ class _MoELayers(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
-        """x after the MoE that stands behind LSTM `layer`, if one does.
+        """Return x after the MoE layer that follows LSTM `layer`, or x itself if none does.
 
-        Padding never reaches a gate: only rows `rows_N` do (None: all are real). Of these, `real_N` says which are
-        padding after all, see `fit` (None: none is).
+        Gates get only the rows `rows_N` (None: all), which leave out padding. In a batch that `fit` padded, some of
+        these rows are padding: `real_N` is False there (None: all are real).
         """
         if str(layer) not in self.moe:
             return x_TBD
@@ -86,7 +86,7 @@ class _MoELayers(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Stacked LSTMs over the source, the bottom one in both directions if so configured."""
+    """Stacked LSTMs over the source; the bottom one can be bidirectional."""
 
     def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class Encoder(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def walk(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
-        """top_SBD of embedded source; padding positions come out unspecified."""
+        """Return top_SBD for the embedded source; values at padding positions are unspecified."""
         if isinstance(self.bottom, BidirectionalLSTM):
             y_SBD = self.bottom(x_SBD, length_B)
         else:
@@ -116,12 +116,12 @@ class Encoder(nn.Module):
         return x_SBD
 
     def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
-        # A layer whose output is not as wide as its input (GNMT's full bidirectional one) has no residual.
+        # A layer with different input and output widths (after GNMT's full bidirectional one) has no residual.
         return x_SBD + y_SBD if layer >= self.residual_from and x_SBD.shape == y_SBD.shape else y_SBD
 
 
 class Decoder(nn.Module):
-    """Stacked LSTMs over the target; layer 1 asks the attention (wirings: `AttentionConfig.wiring`)."""
+    """Stacked LSTMs over the target. Layer 1 gives the attention's queries (wirings: `AttentionConfig.wiring`)."""
 
     def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ class Decoder(nn.Module):
         rows_N: Tensor | None,
         real_N: Tensor | None = None,
     ) -> Walk[DecoderOutput]:
-        """T positions of R columns at once; column r belongs to sentence r mod B of `memory`."""
+        """Decode T positions of R columns; column r belongs to sentence r mod B of `memory`."""
         lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
         if self.attention_config.feeds_back:
             x_TRD, context_TRD, weights_TRS, first = self._feedback_bottom(x_TRD, memory, state)
@@ -167,7 +167,7 @@ class Decoder(nn.Module):
         return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), {})
 
     def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
-        # Hypotheses of a sentence are further queries to the same memory, so it is never copied for a beam.
+        # Hypotheses of a sentence are more queries to the same memory, so a beam needs no copies of it.
         num_positions, columns, width = query_TRD.shape
         sentences = memory.values_SBD.shape[1]
         context, weights = self.attention(query_TRD.reshape(-1, sentences, width), memory)
@@ -176,7 +176,10 @@ class Decoder(nn.Module):
     def _feedback_bottom(
         self, x_TRD: Tensor, memory: Memory, state: DecoderState | None
     ) -> tuple[Tensor, Tensor, Tensor, LSTMState]:
-        """Layer 1 position by position: its previous output asks, the answer enters with the next token."""
+        """Run layer 1 position by position; its input is the next token and the context of its previous output.
+
+        Returns (outputs, contexts, attention weights, state of the LSTM).
+        """
         lstm_state = state.lstm[0] if state else None
         query_1RD = state.query_1RD if state else torch.zeros_like(x_TRD[:1])
         outputs, contexts, weights = [], [], []
@@ -197,11 +200,12 @@ class Decoder(nn.Module):
 
 
 class Seq2Seq(nn.Module):
-    """The whole network for a shared vocabulary of V pieces; of its experts, a share.
+    """The whole network for a shared vocabulary of V subwords, with all experts or a share of them.
 
-    A share of experts needs a dispatcher that reaches the others: `nmt.parallel.expert_parallel.make_model`.
-    `experts_per_token` of its methods: how many experts each token wakes in a pass outside training; 0 means as many
-    as in training.
+    With a share, the other experts need another dispatcher: see `nmt.parallel.expert_parallel.make_model`.
+
+    Arguments of several methods: `experts_per_token` is the number of active experts per token in a pass outside
+    training, 0 for as many as in training. `change_gate` can change the decisions of a gate, see `ChangeGate`.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> None:
@@ -226,7 +230,7 @@ class Seq2Seq(nn.Module):
         experts_per_token: int = 0,
         change_gate: ChangeGate | None = None,
     ) -> tuple[Memory, Gates]:
-        """The memory that the decoder reads. `rows_N`: flat positions of real tokens, see `Batch`."""
+        """Return the memory that the decoder reads, and the gates. `rows_N`: positions of real tokens as in `Batch`."""
         walk = self._encoding(source_SB, length_B, rows_N)
         (memory,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
         return memory, gates
@@ -240,14 +244,14 @@ class Seq2Seq(nn.Module):
         experts_per_token: int = 0,
         change_gate: ChangeGate | None = None,
     ) -> DecoderOutput:
-        """The decoder over T positions, from `state` on: the whole target in training, one position in a search."""
+        """Decode T positions, starting from `state`: the whole target in training, one position in a search."""
         x_TRD = self._embed(self.target_embedding, target_TR)
         walk = self.decoder.walk(x_TRD, memory, state, rows_N)
         (decoded,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
         return decoded._replace(gates=gates)
 
     def moe_layers(self) -> dict[str, MoE]:
-        """The MoE layers by name, in the order in which a token meets them."""
+        """Return the MoE layers by name, in the order in which a token passes them."""
         layers = {}
         for name in self.config.moe_layer_names():
             moe = self.get_submodule(layer_prefix(name)[:-1])
@@ -257,22 +261,22 @@ class Seq2Seq(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """Device of the parameters."""
         return self.output.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type of the weights of matrix products, gates and softmax layer left out."""
+        """Type of the weights of matrix products, except in gates and the softmax layer."""
         return self.decoder.attention.query.weight.dtype
 
     def logits(self, x: Tensor) -> Tensor:
-        """`output_logits` with the softmax layer of this model."""
+        """Return `output_logits` of this model's softmax layer."""
         return output_logits(x, self.output.weight, self.output.bias)
 
     def forward(self, *bands: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
-        """Summed loss of predicting every target token from the source and the tokens before it.
+        """Return the summed loss of predicting every target token from the source and the target tokens before it.
 
-        Several batches are one batch of sentences of several lengths, without the padding: see nmt/model/walk.py.
+        Several batches give the loss of one batch of all their sentences, with less padding: see nmt/model/walk.py.
         """
         decoded, gates = walk_together([self._reading(batch) for batch in bands], experts_per_token)
         x_ND = torch.cat(
@@ -287,14 +291,14 @@ class Seq2Seq(nn.Module):
         return LossOutput(loss, nll, gates)
 
     def gates(self, *bands: Batch, experts_per_token: int = 0) -> Gates:
-        """The gates that `forward` would return; nothing beyond the last of them is computed."""
+        """Return the gates that `forward` would return, without computing anything after the last gate."""
         layers = self.config.moe_layer_names()
         if not layers:
             return {}
         return walk_together([self._reading(batch) for batch in bands], experts_per_token, last=layers[-1])[1]
 
     def check_experts_per_token(self, count: int) -> None:
-        """ValueError if not every layer can wake `count` experts for each token; 0: as many as in training."""
+        """Raise ValueError if a layer cannot activate `count` experts per token; 0 (as in training) is always valid."""
         for moe in self.moe_layers().values():
             moe.gate.check_experts_per_token(count)
 
@@ -312,7 +316,7 @@ class Seq2Seq(nn.Module):
         return self.decoder.attention.memory(top_SBD, position_S1 >= length_B)
 
     def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
-        # Unit scale for what the LSTMs read, while the matrix itself keeps the scale that the softmax wants.
+        # LSTMs get inputs of unit scale, while the matrix keeps the scale that the softmax needs.
         x_LRD = F.embedding(ids_LR, embedding.weight) * self.config.hidden_size**0.5
         autocast = torch.is_autocast_enabled(x_LRD.device.type)
         return self.dropout(x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type) if autocast else self.dtype))

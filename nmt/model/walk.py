@@ -1,9 +1,9 @@
-"""Batches of several shapes on one way through the network.
+"""Run several batches of different shapes through the network in one pass.
 
-LSTMs and attention work on a padded batch of sentences of similar lengths. Gates, experts and the softmax know no
-sentences, only tokens. So the way of a batch is written as a generator that stops at every MoE layer, hands over its
-tokens, and goes on with what comes back. Several such walks, each over sentences of another length, are run side by
-side: at an MoE layer their tokens meet and are one batch.
+LSTMs and attention work on a padded batch of sentences of similar lengths. Gates, experts and the softmax work on
+tokens, whatever their sentence. So a batch's pass is a generator, a walk: it pauses at every MoE layer, yields its
+tokens, and continues with the layer's output. Several walks, each over sentences of another length, run in parallel:
+at an MoE layer, their tokens form one batch.
 
 Letters: N real (not padding) tokens, D width.
 """
@@ -24,30 +24,30 @@ Gates = dict[str, GateOutput]
 """The gates of one pass by the name of their layer: "encoder.2" is the MoE after encoder LSTM 2."""
 
 ChangeGate = Callable[[str, GateOutput], GateOutput]
-"""change_gate(layer, gate): the gate with which the experts of a layer run, where a pass is to differ from the model's
-own, such as one without some expert."""
+"""change_gate(layer, gate) returns the decisions with which the experts of a layer run, for a pass that differs from
+the model's own, such as one without some expert."""
 
 
 class Visit(NamedTuple):
-    """The tokens of one batch that stand before an MoE layer."""
+    """The tokens of one batch at the input of an MoE layer."""
 
     layer: str
     moe: MoE
     x_ND: Tensor
-    real_N: Tensor | None  # bool; None: all tokens are real, as in a batch that was not padded to a bucket
+    real_N: Tensor | None  # bool, False for padding; None: all are real, as in a batch that was not padded to a bucket
 
 
 Walk = Generator[Visit, Tensor, T]
-"""Yields its visits, is sent y_ND of each, and returns a result."""
+"""Generator that yields visits, receives y_ND of each, and returns a result."""
 
 
 def walk_together(
     walks: Sequence[Walk[T]], experts_per_token: int, last: str = "", change_gate: ChangeGate | None = None
 ) -> tuple[list[T], Gates]:
-    """(results of the walks, gates): each MoE layer is called once, on the tokens of all walks.
+    """Return (results of the walks, gates). Each MoE layer is called once, on the tokens of all walks.
 
-    All walks visit the same layers. With `last`, everything ends at the gate of that layer: its experts are not asked,
-    nothing beyond it is computed, and there are no results.
+    All walks must visit the same layers. With `last`, the pass ends after the gate of that layer: its experts and all
+    later layers are not computed, and there are no results.
     """
     gates: Gates = {}
     answers: Sequence[Tensor | None] = [None] * len(walks)
@@ -55,7 +55,7 @@ def walk_together(
         visits, results = [], []
         for walk, y_ND in zip(walks, answers, strict=True):
             try:
-                # To send None to a generator that has not begun is to begin it.
+                # The first send must be None: it starts the generator.
                 visits.append(walk.send(y_ND))  # type: ignore[arg-type]
             except StopIteration as end:
                 results.append(end.value)
@@ -76,7 +76,7 @@ def walk_together(
 
 
 def real_of_all(reals: Sequence[Tensor | None], rows: Sequence[Tensor]) -> Tensor | None:
-    """Which rows of several batches together are real (bool); None if all are. `reals` as `Visit.real_N`."""
+    """Return which rows of several batches together are real (bool); None if all are. `reals`: see `Visit.real_N`."""
     if all(real_N is None for real_N in reals):
         return None
     pairs = zip(reals, rows, strict=True)

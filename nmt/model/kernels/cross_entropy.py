@@ -1,7 +1,7 @@
-"""Losses and logit gradients of one piece of the vocabulary softmax, in one pass over the logits on a GPU.
+"""Losses and logit gradients of the vocabulary softmax for one chunk of tokens.
 
-`softmax_gradient` chooses between the plain form and its fused twin, which reads bf16 logits once and writes the
-gradient over them, where the plain one makes some ten passes over float32.
+`softmax_gradient` chooses between a plain and a fused implementation. The fused one runs on a GPU: it reads bf16 logits
+once from memory and overwrites them with the gradient. The plain one makes about ten passes over float32 logits.
 
 Letters: M tokens, V vocabulary.
 """
@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
-    """(nll_M, uniform_M, gradient_MV): -log softmax at the target, its mean over the vocabulary, and the gradient of
-    sum((1 - s) nll + s uniform) by the logits, in their type. Consumes `logits_MV`."""
+    """Return (nll_M, uniform_M, gradient_MV), and may overwrite `logits_MV`.
+
+    nll is -log softmax at the target, and uniform is its mean over the vocabulary. The gradient, in the type of the
+    logits, is that of sum((1 - s) nll + s uniform) with respect to the logits; s is `label_smoothing`.
+    """
     if logits_MV.is_cuda and logits_MV.dtype == torch.bfloat16:
         from nmt.model.kernels.cross_entropy_triton import fused_softmax_gradient
 
@@ -21,7 +24,7 @@ def softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float
 
 
 def plain_softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing: float) -> tuple[Tensor, ...]:
-    """`softmax_gradient` in PyTorch operations, float32 or better inside."""
+    """Return `softmax_gradient` computed with PyTorch operations, in float32 or better."""
     exact_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32))
     lse_M = exact_MV.logsumexp(dim=1)
     nll_M = lse_M - exact_MV.gather(1, target_M[:, None]).squeeze(1)

@@ -1,6 +1,7 @@
-"""The fused twin of `plain_softmax_gradient`: one program a token, logits read twice (once from cache), written once.
+"""Fused version of `plain_softmax_gradient`: one program per token, which reads logits twice and writes them once.
 
-Imported only where a GPU runs it: Triton comes with PyTorch's CUDA builds.
+The second read comes from the cache. The file is imported only to run on a GPU, since Triton comes with PyTorch's CUDA
+builds.
 """
 
 import torch
@@ -24,7 +25,7 @@ def _softmax_gradient(logits, target, nll, uniform, vocabulary, smoothing, BLOCK
         inside = start + columns < vocabulary
         x = tl.load(base + start + columns, mask=inside, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(peak, x)
-        # Lanes that have seen no column yet stay at -inf; exp of (-inf) - (-inf) must not make them NaN.
+        # Lanes that have read no column yet stay at -inf; exp of (-inf) - (-inf) would make them NaN.
         safe = tl.where(higher == float("-inf"), 0.0, higher)
         mass = mass * tl.exp(peak - safe) + tl.exp(x - safe)
         peak = higher
@@ -44,7 +45,7 @@ def _softmax_gradient(logits, target, nll, uniform, vocabulary, smoothing, BLOCK
 def fused_softmax_gradient(
     logits_MV: Tensor, target_M: Tensor, label_smoothing: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `plain_softmax_gradient`, for contiguous bf16 logits, which become the gradient."""
+    """Return the same as `plain_softmax_gradient`, for contiguous bf16 logits, which the gradient overwrites."""
     rows, vocabulary = logits_MV.shape
     nll_M, uniform_M = (torch.empty(rows, device=logits_MV.device) for _ in range(2))
     arguments = (logits_MV, target_M, nll_M, uniform_M, vocabulary, label_smoothing)

@@ -1,6 +1,6 @@
-"""The fused twin of `plain_sum_rows`: one program per token, which adds its rows up one after the other.
+"""Fused version of `plain_sum_rows`: one program per token, which adds up the token's rows in order.
 
-Imported only where a GPU runs it: Triton comes with PyTorch's CUDA builds.
+It is imported only to run on a GPU, since Triton comes with PyTorch's CUDA builds.
 """
 
 import torch
@@ -28,7 +28,7 @@ def _sum_rows(rows, row, begin, weight, out, num_tokens, num_rows, width, WEIGHT
 
 
 def fused_sum_rows(rows_RD: Tensor, row_R: Tensor, begin_T: Tensor, weight_R: Tensor | None) -> Tensor:
-    """As `plain_sum_rows`, for bf16 and float32, with at least one token."""
+    """Return the same as `plain_sum_rows`, for bf16 or float32 rows and at least one token."""
     rows_RD, num_tokens, width = rows_RD.contiguous(), len(begin_T), rows_RD.shape[1]
     out_TD = torch.empty(num_tokens, width, device=rows_RD.device, dtype=rows_RD.dtype)
     block = min(_BLOCK, triton.next_power_of_2(width))
