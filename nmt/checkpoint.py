@@ -4,7 +4,8 @@
         model/*.safetensors     parameters, a file for each process that wrote
         training/*.safetensors  optimiser moments
         state.json              step, position in the data, counters, score
-        manifest.json           sha256 and size of the others, fingerprint of the vocabulary, its own; written last
+        manifest.json           sha256 and size of the others, sha256 of each parameter and of the manifest itself,
+                                fingerprint of the vocabulary; written last
 
 A folder is written under another name, flushed to disk and renamed, so a crash leaves earlier ones untouched. Which
 one is the newest or the best is worked out from the folders, never stored. Nothing is ever unpickled.
@@ -17,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,6 +34,8 @@ EXPORTED_PARAMETERS = "model.safetensors"
 MODEL_CARD = "README.md"
 """Of an exported model. Whoever hands it on adds a licence or notes to it: no manifest vouches for it."""
 EXPORT_FORMAT = 1
+_HEADER = "__metadata__"  # no tensor of a safetensors file has this name
+_HASH_BLOCK = 1 << 20
 _FOLDER = re.compile(r"step-([0-9]{8,18})")
 _MANIFEST = {
     "step": int,
@@ -72,8 +75,11 @@ class Checkpoint(NamedTuple):
         """Validation score of this step, lower is better; None if it was not validated."""
         return self.manifest["score"]
 
-    def verify(self, part: str = "") -> str | None:
-        """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written."""
+    def verify(self, part: str = "", tensors: Collection[str] | None = None) -> str | None:
+        """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written.
+
+        `tensors` names parameters: of files whose manifest has a hash for each of theirs, only these are read.
+        """
         files = {name: written for name, written in self.manifest["files"].items() if name.startswith(part)}
         # Exports of older versions have it in their manifest.
         files.pop(MODEL_CARD, None)
@@ -83,14 +89,33 @@ class Checkpoint(NamedTuple):
                 return f"{name} is missing"
             if path.stat().st_size != written["size"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
-        hashes = _sha256_of_all([self.path / name for name in files])
-        for (name, written), sha256 in zip(files.items(), hashes, strict=True):
-            if sha256 != written["sha256"]:
-                return f"{name} is not what was written (sha256 differs)"
+        hashes = {name: written["tensors"] for name, written in files.items() if "tensors" in written}
+        whole = [_Span(name, 0, each["size"], each["sha256"]) for name, each in files.items() if name not in hashes]
+        # A header is verified before it is believed.
+        headers = [_Span(name, *_header(self.path / name), own.get(_HEADER)) for name, own in hashes.items()]
+        if problem := self._first_difference([*whole, *headers]):
+            return problem
+        spans = []
+        for name, own in hashes.items():
+            places = _tensor_places(self.path / name)
+            if places.keys() | {_HEADER} != own.keys():
+                return f"{name} is not what was written (it has other tensors)"
+            wanted = places.keys() if tensors is None else places.keys() & set(tensors)
+            spans += [_Span(name, *places[tensor], own[tensor]) for tensor in sorted(wanted)]
+        if problem := self._first_difference(spans):
+            return problem
         for path in self.path.rglob("*.safetensors"):
             # Every such file in a folder is read.
             if str(path.relative_to(self.path)) not in self.manifest["files"]:
                 return f"{path.relative_to(self.path)} does not belong to it"
+        return None
+
+    def _first_difference(self, spans: list["_Span"]) -> str | None:
+        """The first file of which some bytes have another hash."""
+        hashes = _sha256_of_all([(self.path / span.file, span.first, span.end) for span in spans])
+        for span, sha256 in zip(spans, hashes, strict=True):
+            if sha256 != span.sha256:
+                return f"{span.file} is not what was written (sha256 differs)"
         return None
 
     def state(self) -> dict[str, Any]:
@@ -101,15 +126,48 @@ class Checkpoint(NamedTuple):
             raise CheckpointError(f"{self.path / 'state.json'} is not what this program writes ({error})") from error
 
 
-def _sha256_of_all(paths: list[Path]) -> list[str]:
-    """The hashes of files, in hexadecimal digits; side by side, since a large model has a file for each process."""
+class _Span(NamedTuple):
+    """Some bytes of a file of a checkpoint, and the hash that they had when they were written."""
 
-    def sha256_of(path: Path) -> str:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    file: str
+    first: int
+    end: int
+    sha256: str | None
+
+
+def _sha256_of_all(spans: list[tuple[Path, int, int]]) -> list[str]:
+    """The hashes of bytes `first` to `end` - 1 of files, in hexadecimal digits; side by side, for they may be many."""
+
+    def sha256_of(span: tuple[Path, int, int]) -> str:
+        path, first, end = span
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as file:
+            file.seek(first)
+            while first < end and (block := file.read(min(_HASH_BLOCK, end - first))):
+                digest.update(block)
+                first += len(block)
+        return digest.hexdigest()
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(sha256_of, paths))
+        return list(pool.map(sha256_of, spans))
+
+
+def _header(path: Path) -> tuple[int, int]:
+    """Where the header of a safetensors file is, its own length included: first byte and the one after the last."""
+    with path.open("rb") as file:
+        return 0, min(8 + int.from_bytes(file.read(8), "little"), path.stat().st_size)
+
+
+def _tensor_places(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file is, likewise; empty if the header is not that of such a file."""
+    _, end = _header(path)
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(end)[8:])
+        offsets = {name: each["data_offsets"] for name, each in header.items() if name != _HEADER}
+        return {name: (end + first, end + after) for name, (first, after) in offsets.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -120,10 +178,16 @@ def step_folder(folder: Path, step: int) -> Path:
 def seal(folder: Path, facts: dict[str, Any]) -> None:
     """Write the manifest of all files in a folder but the model card, `facts` in it. OSError if it cannot be."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MODEL_CARD]
-    files = {
-        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256}
-        for path, sha256 in zip(found, _sha256_of_all(found), strict=True)
-    }
+    hashes = _sha256_of_all([(path, 0, path.stat().st_size) for path in found])
+    files: dict[str, dict[str, Any]] = {}
+    for path, sha256 in zip(found, hashes, strict=True):
+        name = str(path.relative_to(folder))
+        files[name] = {"size": path.stat().st_size, "sha256": sha256}
+        if name == EXPORTED_PARAMETERS or (name.startswith("model/") and path.suffix == ".safetensors"):
+            places = _tensor_places(path)
+            places |= {_HEADER: _header(path)} if places else {}
+            own = _sha256_of_all([(path, *place) for place in places.values()])
+            files[name] |= {"tensors": dict(zip(places, own, strict=True))} if places else {}
     manifest = facts | {"torch": torch.__version__, "files": files}
     content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
@@ -147,6 +211,7 @@ def _read_manifest(path: Path, step: int | None) -> dict[str, Any] | None:
     written = manifest.pop("sha256")
     # A name such as ../secret would have a file elsewhere read.
     good = written == _manifest_sha256(manifest) and all(map(is_plain_name, manifest["files"]))
+    good = good and not any(differs(each.get("tensors", {}), {str: str}) for each in manifest["files"].values())
     return manifest if good and step in (None, manifest["step"]) else None
 
 

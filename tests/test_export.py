@@ -154,12 +154,15 @@ def test_the_folder_holds_the_parameters_once_and_hashes_of_all(run: Path, expor
     assert manifest["files"].keys() == set(FILES) - {"manifest.json", "README.md"}
     for name, written in manifest["files"].items():
         content = (exported / name).read_bytes()
-        assert written == {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        assert (written["size"], written["sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+        assert ("tensors" in written) == (name == "model.safetensors")
     scores = {checkpoint.step: checkpoint.score for checkpoint in list_checkpoints(run / "checkpoints")}
     best = min(scores, key=lambda step: scores[step] or 0.0)
     assert (manifest["steps"], manifest["score"]) == ([best], scores[best])
     with safe_open(exported / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    hashes = {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+    assert hashes.items() <= manifest["files"]["model.safetensors"]["tensors"].items()
     config = RunDirectory(run).config()
     assert (
         sum(tensor.numel() for tensor in tensors.values())

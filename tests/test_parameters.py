@@ -220,6 +220,46 @@ def test_training_that_resumes_draws_no_parameters(corpus: Path, monkeypatch: py
     train(corpus, "resumed", 3)
 
 
+# ------------------------------------------------------------------------------------------------ hashes of tensors
+
+
+def flip_a_bit(path: Path, name: str) -> None:
+    """One bit of the last number of a tensor."""
+    data = bytearray(path.read_bytes())
+    begin = 8 + int.from_bytes(data[:8], "little")
+    data[begin + json.loads(data[8:begin])[name]["data_offsets"][1] - 1] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_part_is_verified_by_the_hashes_of_that_part(tmp_path: Path, tiny_config: Configs) -> None:
+    checkpoint = write(tmp_path, Seq2Seq(tiny_config(), TINY_VOCAB), 1)
+    (path,) = checkpoint.parameters.glob("*.safetensors")
+    hurt, other = "decoder.attention.query.weight", "decoder.attention.key.weight"
+    flip_a_bit(path, hurt)
+    assert checkpoint.verify("model", [other]) is None
+    for tensors in (None, [hurt], [other, hurt]):
+        assert "sha256 differs" in str(checkpoint.verify("model", tensors))
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b'"F32"', b'"I32"', 1))  # the header alone
+    assert "sha256 differs" in str(checkpoint.verify("model", [other]))
+
+
+def test_a_manifest_without_hashes_of_tensors_is_verified_by_files(tmp_path: Path, tiny_config: Configs) -> None:
+    checkpoint = write(tmp_path, Seq2Seq(tiny_config(), TINY_VOCAB), 1)
+    (name,) = (name for name, each in checkpoint.manifest["files"].items() if "tensors" in each)
+    del checkpoint.manifest["files"][name]["tensors"]
+    assert checkpoint.verify() is None
+    flip_a_bit(checkpoint.path / name, "decoder.attention.query.weight")
+    assert "sha256 differs" in str(checkpoint.verify("model", ["decoder.attention.key.weight"]))
+
+
+def test_hashes_of_other_tensors_vouch_for_nothing(tmp_path: Path, tiny_config: Configs) -> None:
+    checkpoint = write(tmp_path, Seq2Seq(tiny_config(), TINY_VOCAB), 1)
+    (name,) = (name for name, each in checkpoint.manifest["files"].items() if "tensors" in each)
+    del checkpoint.manifest["files"][name]["tensors"]["decoder.attention.query.weight"]
+    assert "it has other tensors" in str(checkpoint.verify())
+
+
 # ---------------------------------------------------------------------------------------------- frozen parameters
 
 

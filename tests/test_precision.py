@@ -24,9 +24,9 @@ from nmt.device import product_dtype, set_float32_products
 from nmt.errors import UserError
 from nmt.evaluation.perplexity import perplexity
 from nmt.model import grouped
-from nmt.model.assemble import in_precision
 from nmt.model.gating import Gate
 from nmt.model.seq2seq import Seq2Seq
+from nmt.model.working import WorkingWeights
 from nmt.run import RunDirectory
 from tests.conftest import TINY_VOCAB
 from tests.toy import settings
@@ -93,7 +93,7 @@ def test_the_copy_computes_what_autocast_does_to_the_bit(model: Seq2Seq, tiny_ba
     batch = tiny_batch((4, 2), (1, 6), (6, 3))
     with torch.autocast("cpu", dtype=BF16):
         expected = outputs(model, batch)
-    copy = in_precision(model, CPU, BF16)
+    copy = WorkingWeights(model, CPU, BF16).model
     found = outputs(copy, batch)
     assert found[0].dtype == BF16
     for one, other in zip(found, expected, strict=True):
@@ -104,7 +104,7 @@ def test_the_copy_computes_what_autocast_does_to_the_bit(model: Seq2Seq, tiny_ba
 
 
 def test_what_must_be_precise_stays_float32(model: Seq2Seq) -> None:
-    copy = in_precision(model, CPU, BF16)
+    copy = WorkingWeights(model, CPU, BF16).model
     kept = {name for name, parameter in copy.named_parameters() if parameter.dtype == torch.float32}
     gates = {name: module for name, module in copy.named_modules() if isinstance(module, Gate)}
     of_gates = {f"{name}.{own}" for name, gate in gates.items() for own, _ in gate.named_parameters()}
@@ -116,14 +116,32 @@ def test_what_must_be_precise_stays_float32(model: Seq2Seq) -> None:
 
 
 def test_float32_is_the_model_itself_and_a_copy_is_made_once(model: Seq2Seq) -> None:
-    assert in_precision(model, CPU, torch.float32) is model
-    copy = in_precision(model, CPU, BF16)
-    assert in_precision(copy, CPU, BF16) is copy
+    assert WorkingWeights(model, CPU, torch.float32).model is model
+    copy = WorkingWeights(model, CPU, BF16).model
+    assert WorkingWeights(copy, CPU, BF16).model is copy
+
+
+@torch.no_grad()
+def test_the_copy_is_written_in_place_after_a_step(model: Seq2Seq) -> None:
+    weights = WorkingWeights(model, CPU, BF16)
+    before = {name: parameter.data_ptr() for name, parameter in weights.model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter))
+    stale, fresh = (dict(each.named_parameters()) for each in (weights.model, WorkingWeights(model, CPU, BF16).model))
+    assert not torch.equal(stale["decoder.attention.query.weight"], fresh["decoder.attention.query.weight"])
+    weights.write(model)
+    written = dict(weights.model.named_parameters())
+    assert {name: parameter.data_ptr() for name, parameter in written.items()} == before
+    assert written.keys() == fresh.keys()
+    assert all(torch.equal(written[name], fresh[name]) for name in fresh)
+    whole = WorkingWeights(model, CPU, torch.float32)
+    whole.write(model)
+    assert whole.model is model
 
 
 @torch.no_grad()
 def test_a_decoded_position_casts_no_weight(model: Seq2Seq) -> None:
-    copy = in_precision(model, CPU, BF16)
+    copy = WorkingWeights(model, CPU, BF16).model
     source_SB = torch.tensor([[5, 6], [7, 3], [3, 0]])
     memory, _ = copy.encode(source_SB, torch.tensor([3, 2]), None)
     state = None
@@ -152,7 +170,7 @@ def test_no_weight_is_cast_for_each_position_in_training(model: Seq2Seq, tiny_ba
 
 @torch.no_grad()
 def test_logits_are_float32_whatever_is_around(model: Seq2Seq) -> None:
-    copy = in_precision(model, CPU, BF16)
+    copy = WorkingWeights(model, CPU, BF16).model
     x_RD = torch.randn(4, model.config.hidden_size).to(BF16)
     expected_RV = F.linear(x_RD.float(), model.output.weight, model.output.bias)
     assert torch.equal(copy.logits(x_RD), expected_RV)
@@ -164,7 +182,7 @@ def test_logits_are_float32_whatever_is_around(model: Seq2Seq) -> None:
 @torch.no_grad()
 def test_the_best_pieces_of_a_hypothesis_do_not_tie() -> None:
     config = ModelConfig(hidden_size=64, cell_size=64)
-    model = in_precision(Seq2Seq(config, 4000), CPU, BF16)
+    model = WorkingWeights(Seq2Seq(config, 4000), CPU, BF16).model
     x_RD = torch.randn(300, 64).to(BF16)
     best_R5 = model.logits(x_RD).topk(5).values
     ties = (best_R5.diff(dim=1) == 0).any(1)

@@ -25,10 +25,10 @@ from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, product_dtype, set_float32_products
 from nmt.errors import CheckpointError
-from nmt.model.assemble import in_precision
 from nmt.model.attention import Memory
 from nmt.model.grouped import check_widths
 from nmt.model.seq2seq import DecoderState, Seq2Seq
+from nmt.model.working import WorkingWeights
 from nmt.parameters import read_model
 from nmt.run import RunDirectory
 
@@ -62,7 +62,7 @@ class _Part(NamedTuple):
 class Translator:
     """A model, its vocabulary and how to search with them. Nothing of it changes: several threads may use it.
 
-    It is used in the precision that `decoding` names: in bf16 as a copy of its own, made once (`in_precision`).
+    It is used in the precision that `decoding` names: in bf16 as a copy of its own, made once (`WorkingWeights`).
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Translator:
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
         check_widths(model.config, device, dtype, "decoding.precision")
-        self.model = in_precision(model, device, dtype)
+        self.model = WorkingWeights(model, device, dtype).model
         self.subwords = subwords
         self.options = Options.of(decoding)
         """Those of a call that gives none."""

@@ -44,7 +44,7 @@ def perplexity(
 ) -> Perplexity:
     """Perplexity of `targets` given `sources`, shared out over all processes.
 
-    The model must be in evaluation mode, and is used in the precision that it has (`in_precision`).
+    The model must be in evaluation mode, and is used in the precision that it has (`WorkingWeights`).
     `experts_per_token`: how many experts each token wakes, 0 for as many as in training. Of very long pairs only a
     beginning is scored, so that memory is bounded (`encode_pairs`). MemoryLimitError that names the longest pair if it
     does not suffice all the same.

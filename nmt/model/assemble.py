@@ -8,9 +8,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nmt.config import ModelConfig
-from nmt.model.attention import Attention
 from nmt.model.experts import ALL_EXPERTS, ExpertShard
-from nmt.model.gating import Gate
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 
@@ -57,32 +55,3 @@ def assemble(
         if isinstance(module, LSTM):
             module.lay_out()
     return model.eval()
-
-
-def in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Seq2Seq:
-    """Return the model on `device`, with products in `dtype` outside autocast, for passes without gradient.
-
-    For float32, this is `model` itself, moved. For bf16, it is a copy in evaluation mode that computes the same as
-    `model` under autocast. The copy has each weight in the type of its products, so that no pass casts any.
-    Three kinds of weights stay float32: those used element by element (embeddings, the attention's vectors), the gates,
-    and on a CPU the softmax layer. A CPU has no product of bf16 inputs with float32 results. A model in bf16 is not
-    copied again.
-    """
-    if dtype == torch.float32 or model.dtype == dtype:
-        return model.to(device)
-    precise = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, Gate | Attention | nn.Embedding)
-        for parameter in module.parameters(recurse=False)
-    }
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        kept = id(parameter) in precise or name.startswith("output.")
-        tensors[name] = parameter.detach().to(device, parameter.dtype if kept else dtype)
-    if device.type == "cuda":
-        tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
-    copy = assemble(model.config, model.output.out_features, tensors, model.share)
-    for layer, moe in copy.moe_layers().items():
-        moe.dispatcher = model.moe_layers()[layer].dispatcher
-    return copy

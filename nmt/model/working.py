@@ -1,0 +1,61 @@
+"""Who owns low-precision weights: one copy of a model, which is made and written here alone.
+
+Translation makes the copy once, when it loads a model. Training keeps float32 masters, and autocast casts them again in
+every micro-batch. An optimiser that has bf16 working weights calls `write` after its step, or writes the parameters of
+`WorkingWeights.model` in the same pass as the masters. A forward pass on that model then casts nothing. Training does
+not use it yet: autocast adds up the gradients of several micro-batches in float32, and this model would do so in bf16.
+"""
+
+import torch
+from torch import nn
+
+from nmt.model.assemble import assemble
+from nmt.model.attention import Attention
+from nmt.model.gating import Gate
+from nmt.model.seq2seq import Seq2Seq
+
+
+class WorkingWeights:
+    """The weights of a model in the precision that its products are computed in."""
+
+    def __init__(self, masters: Seq2Seq, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy `masters`, which are not kept: who needs no others may let them go."""
+        self.model = _in_precision(masters, device, dtype)
+        """For passes without gradient, outside autocast."""
+
+    @torch.no_grad()
+    def write(self, masters: Seq2Seq) -> None:
+        """Bring the copy to the values of `masters`, in place; what shares their memory has them already."""
+        values = dict(masters.named_parameters(remove_duplicate=False))
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            if parameter.data_ptr() != values[name].data_ptr():
+                parameter.copy_(values[name])
+
+
+def _in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Seq2Seq:
+    """Return the model on `device`, with products in `dtype` outside autocast, for passes without gradient.
+
+    For float32, this is `model` itself, moved. For bf16, it is a copy in evaluation mode that computes the same as
+    `model` under autocast. The copy has each weight in the type of its products, so that no pass casts any.
+    Three kinds of weights stay float32: those used element by element (embeddings, the attention's vectors), the gates,
+    and on a CPU the softmax layer. A CPU has no product of bf16 inputs with float32 results. A model in bf16 is not
+    copied again.
+    """
+    if dtype == torch.float32 or model.dtype == dtype:
+        return model.to(device)
+    precise = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, Gate | Attention | nn.Embedding)
+        for parameter in module.parameters(recurse=False)
+    }
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        kept = id(parameter) in precise or name.startswith("output.")
+        tensors[name] = parameter.detach().to(device, parameter.dtype if kept else dtype)
+    if device.type == "cuda":
+        tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
+    copy = assemble(model.config, model.output.out_features, tensors, model.share)
+    for layer, moe in copy.moe_layers().items():
+        moe.dispatcher = model.moe_layers()[layer].dispatcher
+    return copy
