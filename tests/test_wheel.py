@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def test_bundled_files(wheel: Path) -> None:
         files = [path.relative_to(ROOT).as_posix() for path in (ROOT / folder).rglob(pattern)]
         assert files
         assert {f"nmt/_bundled/{name}" for name in files} <= set(names)
+    assert "nmt/py.typed" in names
     (metadata,) = {name.split("/")[0] for name in names} - {"nmt"}
     assert metadata.endswith(".dist-info")
 
@@ -95,4 +97,14 @@ def test_the_licence_is_said_and_goes_along(wheel: Path) -> None:
     (licence,) = [name for name in archive.namelist() if name.endswith("LICENSE")]
     assert archive.read(licence) == (ROOT / "LICENSE").read_bytes()
     (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
-    assert "License-Expression: Apache-2.0\n" in archive.read(metadata).decode()
+    text = archive.read(metadata).decode()
+    for line in ("License-Expression: Apache-2.0", "Author: the nmt-moe authors", "Provides-Extra: train"):
+        assert f"{line}\n" in text
+
+
+def test_the_source_distribution_is_whole(wheel: Path) -> None:
+    """What a reader of the source looks for, and what the tests and the build need."""
+    (found,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(found) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"nmt/py.typed", "README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "tests/toy.py"} <= names
