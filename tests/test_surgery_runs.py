@@ -212,7 +212,7 @@ def test_counts_of_layers_become_settings() -> None:
         assert len(changed.num_experts_at) == sum(count != usual for count in counts)
 
 
-def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
+def test_observing_counts_every_token_once_and_samples_evenly(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = RunDirectory(run)
     translator = Translator.load(directory, directory.config())
     sources, targets, _ = directory.text("test")
@@ -228,6 +228,12 @@ def test_looking_counts_every_token_once_and_samples_evenly(run: Path) -> None:
         assert len(whole.sample[layer]) == number
         assert 20 < len(part.sample[layer]) < 60
         assert torch.equal(part.use[layer].load_E, whole.use[layer].load_E)
+    monkeypatch.setattr("nmt.experts.observe._BATCH_TOKENS", 40)
+    by_few = observe(*arguments, sample_tokens=10**6)
+    for layer in numbers:
+        for few, all_at_once in zip(by_few.use[layer], whole.use[layer], strict=True):
+            torch.testing.assert_close(few, all_at_once, rtol=1e-4, atol=1e-4)
+        assert by_few.sample[layer].sum() == pytest.approx(float(whole.sample[layer].sum()), rel=1e-3)
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
