@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmt.decoding.segment import join, last_place, seam, split
+from nmt.text.segment import join, last_place, seam, split
 
 Fits = Callable[[Sequence[str]], list[bool]]
 MARKS = list(".!?…,;:–—\"')]») 。！？、，；：」”।؟\u200d\u0301\u3000\t\x85\u2028\r")

@@ -15,11 +15,11 @@ from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, DecodingConfig
 from nmt.decoding.search import length_penalty
-from nmt.decoding.segment import join, split
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator, longest_source
 from nmt.errors import CheckpointError
 from nmt.run import RunDirectory
+from nmt.text.segment import join, split
 
 Load = Callable[..., Translator]
 

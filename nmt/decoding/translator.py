@@ -1,7 +1,7 @@
 """Text to text: a trained model behind one method that answers every line at its place.
 
 A line without a letter or digit that the model knows comes back as it is, one that is too long is translated in parts
-(nmt/decoding/segment.py), and nothing a model outputs can break a line in two. Lines are sorted by length for the
+(nmt/text/segment.py), and nothing a model outputs can break a line in two. Lines are sorted by length for the
 search and put back in order.
 """
 
@@ -20,7 +20,6 @@ from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.search import BeamSettings, Limits, StepOutput, beam_search, length_penalty
-from nmt.decoding.segment import join, split
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, product_dtype, set_float32_products
@@ -31,6 +30,7 @@ from nmt.model.seq2seq import DecoderState, Seq2Seq
 from nmt.model.working import WorkingWeights
 from nmt.parameters import read_model
 from nmt.run import RunDirectory
+from nmt.text.segment import join, split
 
 # A translation may be this much longer than max_length_ratio allows: short sentences need the room.
 _EXTRA_LENGTH = 10

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from nmt.decoding.segment import last_place
 from nmt.errors import DataError
+from nmt.text.segment import last_place
 from nmt.textfile import TextReader
 
 # Of a line that comes as one piece.

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-from nmt.decoding.segment import seam
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.streams.lines import Piece
+from nmt.text.segment import seam
 
 
 @dataclass
