@@ -209,12 +209,13 @@ def test_damaged_later_steps_do_not_crowd_out_good_ones(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_nothing_but_damage_is_refused_instead_of_starting_again(
-    corpus: Path, capfd: pytest.CaptureFixture[str], name: str
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
-    run = train(corpus, "a", 1)
-    (run / "checkpoints" / "step-00000001" / name).write_text("nothing")
+    copy = Path(shutil.copytree(run, tmp_path / "a"))
+    for each in (copy / "checkpoints").iterdir():
+        (each / name).write_text("nothing")
     capfd.readouterr()
-    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 4
+    assert main(["train", str(copy), "training.max_steps=9"]) == 4
     assert "is damaged" in capfd.readouterr().err.splitlines()[-1]
 
 

@@ -227,6 +227,7 @@ def test_by_hand_one_token_one_layer() -> None:
 
 
 @pytest.mark.parametrize("side", ["encoder", "decoder"])
+@pytest.mark.parametrize("model", ["noisy", "hierarchical", "feedback"], indirect=True)
 def test_columns_do_not_leak(model: Seq2Seq, side: str) -> None:
     scorer = scorer_of(model)
     layers = [layer for layer in scorer.layers if layer.startswith(side)]
@@ -254,6 +255,7 @@ def test_the_scores_are_the_models(model: Seq2Seq) -> None:
 
 
 @pytest.mark.parametrize(("name", "value"), [("_MAX_COLUMNS", 3), ("_ELEMENTS", 1)])
+@pytest.mark.parametrize("model", ["strict", "hierarchical", "feedback"], indirect=True)
 def test_passes_of_any_size_give_the_same(
     model: Seq2Seq, monkeypatch: pytest.MonkeyPatch, name: str, value: int
 ) -> None:

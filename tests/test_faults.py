@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -142,16 +143,17 @@ def test_a_bug_is_told_with_rank_and_step(corpus: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize("pattern", ["model/*", "training/*", "state.json"])
 @pytest.mark.parametrize("content", [b"", b"\x80\x04no safetensors", b"{}"])
 def test_what_a_manifest_vouches_for_may_still_be_no_checkpoint(
-    corpus: Path, capfd: pytest.CaptureFixture[str], pattern: str, content: bytes
+    run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], pattern: str, content: bytes
 ) -> None:
-    run = train(corpus, "a", 1)
-    [checkpoint] = list_checkpoints(run / "checkpoints")
+    [*earlier, checkpoint] = list_checkpoints(Path(shutil.copytree(run, tmp_path / "a")) / "checkpoints")
+    for each in earlier:
+        shutil.rmtree(each.path)
     for path in checkpoint.path.glob(pattern):
         path.write_bytes(content)
     (checkpoint.path / "manifest.json").unlink()
     seal(checkpoint.path, {name: checkpoint.manifest[name] for name in ("step", "score", "vocabulary")})
     capfd.readouterr()
-    assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 4
+    assert main(["train", str(tmp_path / "a"), "training.max_steps=9"]) == 4
     errors = capfd.readouterr().err
     assert "Traceback" not in errors
     [line] = [line for line in errors.splitlines() if line.startswith("nmt:")]

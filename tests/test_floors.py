@@ -1,7 +1,7 @@
 """Who may import whom, and how long things may get: read off the source, so no rule needs remembering."""
 
 import ast
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -66,15 +66,18 @@ def read_sources() -> Sources:
     return {str(path.relative_to(ROOT)): path.read_text() for path in sorted(ROOT.rglob("*.py"))}
 
 
-def imports(source: str) -> Iterator[str]:
+@cache
+def imports(source: str) -> list[str]:
     """Full dotted names of all imports, also those inside functions."""
+    found: list[str] = []
     for node in ast.walk(ast.parse(source)):
         match node:
             case ast.Import(names):
-                yield from (alias.name for alias in names)
+                found += [alias.name for alias in names]
             case ast.ImportFrom(module, names, level):
                 prefix = "." * level + (module or "")
-                yield from (f"{prefix}.{alias.name}" for alias in names)
+                found += [f"{prefix}.{alias.name}" for alias in names]
+    return found
 
 
 def at_run_time(source: str) -> str:

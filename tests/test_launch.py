@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -20,6 +21,7 @@ from torch.distributed.launcher.api import LaunchConfig
 from nmt.cli import main
 from nmt.commands.launch import _agent, _end_like, _let_them_save, _written_at, num_processes
 from nmt.errors import UserError
+from nmt.process import LAUNCHER, RENDEZVOUS
 from nmt.run import RunDirectory
 from tests.toy import settings, write_corpus
 
@@ -74,6 +76,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """Meanwhile they listen to no network, and no other process trains the run."""
     run = corpus / "pair"
@@ -129,6 +132,32 @@ def test_two_processes_go_on_to_the_end(corpus: Path) -> None:
             "pid": process.pid,
             "host": socket.gethostname(),
         }
+
+
+def test_the_agent_starts_nmt_train_with_the_same_settings_and_uses_no_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torchrun's agent is given; the slow tests run it."""
+    begun: list[tuple[LaunchConfig, tuple[str, ...], dict[str, str]]] = []
+
+    def start(agent: LaunchConfig, program: str) -> Callable[..., None]:
+        assert program == sys.executable
+        assert Path(agent.rdzv_endpoint).parent.stat().st_mode & 0o777 == 0o700
+        return lambda *arguments: begun.append((agent, arguments, dict(os.environ)))
+
+    monkeypatch.setattr("nmt.commands.launch.elastic_launch", start)
+    monkeypatch.setattr(os, "environ", os.environ | {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "600"})
+    words = settings(tmp_path, "run.name=pair", *PAIR)
+    assert main(["train", "--processes", "2", *words]) == 0
+    ((agent, arguments, environment),) = begun
+    assert arguments == ("-P", "-m", "nmt.cli", "train", *words)
+    assert (agent.nproc_per_node, agent.max_nodes, agent.max_restarts) == (2, 1, 0)
+    assert agent.rdzv_configs["store_type"] == "file"
+    assert Path(environment[RENDEZVOUS]).parent == Path(agent.rdzv_endpoint).parent
+    assert environment[LAUNCHER] == str(os.getpid())
+    assert environment["GLOO_SOCKET_IFNAME"] == environment["NCCL_SOCKET_IFNAME"] == "lo"
+    assert environment["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] == "1"
+    assert not Path(agent.rdzv_endpoint).parent.exists()
 
 
 def test_the_status_of_another_training_is_not_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

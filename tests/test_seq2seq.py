@@ -397,7 +397,10 @@ def test_initial_values_are_those_of_the_table(gating: str):
                 assert_std(weight, cells**-0.5 / math.sqrt(3))
 
 
-@pytest.mark.parametrize("gating", GATING)
+@pytest.mark.parametrize(
+    "gating",
+    [each if each == "hierarchical" else pytest.param(each, marks=pytest.mark.slow) for each in GATING],
+)
 def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
     """Forty words in two micro-batches an update; every parameter takes part."""
     vocabulary, experts = 10, {"num_experts": 8, "hidden_sizes": [8, 6]}

@@ -46,7 +46,7 @@ def test_eight_updates_cross_the_end_of_an_epoch(uninterrupted: Path) -> None:
     assert list_checkpoints(uninterrupted / "checkpoints")[-1].state()["data"]["epoch"] >= 2
 
 
-@pytest.mark.parametrize("stops", [[1], [3], [4], [7], [2, 5, 6]], ids=str)
+@pytest.mark.parametrize("stops", [[4], [2, 5, 6]], ids=str)
 def test_going_on_changes_no_bit(uninterrupted: Path, stops: list[int]) -> None:
     folder, name = uninterrupted.parent, "stopped" + "_".join(map(str, stops))
     for steps in [*stops, 8]:

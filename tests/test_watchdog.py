@@ -35,10 +35,10 @@ def soon(seconds):
 
 with watch_for_hangs(world, lambda: "at step 7", tell, stuck_seconds=1.0):
     soon(0.1)
-    until = time.monotonic() + 3.0
+    until = time.monotonic() + 1.6
     while time.monotonic() < until:
         time.sleep(0.01)
-    thread = threading.Thread(target=time.sleep, args=(2.0,))
+    thread = threading.Thread(target=time.sleep, args=(1.3,))
     thread.start()
     thread.join()
 print(f"handled {len(came)}, went on", flush=True)

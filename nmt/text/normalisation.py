@@ -21,10 +21,14 @@ _NAME, _NORMALISER, _RULES_FILE = 1, 3, 6  # fields of SentencePiece's ModelProt
 
 def write_nfc_rules(path: Path) -> None:
     """Write the rules of `nfc` in SentencePiece's format: code points, TAB, code points; one rule per line."""
+    path.write_text(_nfc_rules(), encoding="ascii")
+
+
+@cache
+def _nfc_rules() -> str:
     # A rule cannot contain NUL: SentencePiece reads rules as C strings.
     rules = canonical_rules() | dict.fromkeys(CONTROLS - {"\0"}, " ")
-    lines = (f"{_code_points(text)}\t{_code_points(composed)}\n" for text, composed in sorted(rules.items()))
-    path.write_text("".join(lines), encoding="ascii")
+    return "".join(f"{_code_points(text)}\t{_code_points(composed)}\n" for text, composed in sorted(rules.items()))
 
 
 @cache
