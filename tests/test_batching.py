@@ -28,7 +28,7 @@ def lengths_of(num_pairs: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(seed)
     source = generator.lognormal(3.1, 0.6, num_pairs)
     target = source * generator.lognormal(0.1, 0.25, num_pairs)
-    return tuple(np.clip(side.astype(np.int32), 1, 200) for side in (source, target))  # type: ignore[return-value]
+    return tuple(np.clip(side.astype(np.int32), 1, 200) for side in (source, target))
 
 
 def sentences_of(lengths: np.ndarray, seed: int) -> list[np.ndarray]:

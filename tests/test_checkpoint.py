@@ -193,7 +193,7 @@ def test_training_goes_on_from_the_step_before_a_damaged_one(corpus: Path, capfd
     errors = capfd.readouterr().err
     assert "step-00000004 is damaged (manifest.json" in errors
     assert f"step-00000003 is damaged ({MODEL} is not what was written" in errors
-    assert newest_verified(list_checkpoints(run / "checkpoints"))[0].step == 3  # type: ignore[union-attr]
+    assert newest_verified(list_checkpoints(run / "checkpoints"))[0].step == 3
     assert saved(train(corpus, "hurt", 5, *changes)) == whole
 
 

@@ -75,7 +75,7 @@ def measure(
     rule: Rule, sources: list[str], targets: list[str], domains: Sequence[str] = (), **sizes: int
 ) -> list[LayerReport]:
     router, words = Router(rule, **sizes), Words(*sources, *targets)
-    return expert_report(router, words, sources, targets, domains)  # type: ignore[arg-type]
+    return expert_report(router, words, sources, targets, domains)
 
 
 def by_sentence(*choices: dict[int, float]) -> Rule:
@@ -244,10 +244,10 @@ def test_pairs_are_those_of_loops(text: Text, measured: list[LayerReport]) -> No
         expected_EE = expected_pairs(np.array([[together[i, j] for j in range(size)] for i in range(size)], float))
         for i, j in permutations(range(size - 1), 2):
             assert report.pair_lift[i][j] == pytest.approx(together[i, j] / expected_EE[i, j])
-        for pair in report.pairs:
-            assert pair.count == together[pair.first, pair.second]
-            assert pair.lift == pytest.approx(report.pair_lift[pair.first][pair.second])
-            assert pair.lift > 1
+        for listed in report.pairs:
+            assert listed.count == together[listed.first, listed.second]
+            assert listed.lift == pytest.approx(report.pair_lift[listed.first][listed.second])
+            assert listed.lift > 1
 
 
 def test_a_split_by_domain_is_pure_and_a_random_one_is_not() -> None:

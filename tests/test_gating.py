@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from nmt.config import MoEConfig
-from nmt.model.experts import MoE
+from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import (
     MIN_NOISE_STD,
     THRESHOLD_SCALE,
@@ -332,6 +332,7 @@ def test_every_expert_gets_exactly_m_tokens_and_only_thresholds_learn_of_it(
     assert out.sums.count_E.tolist() == [m] * num_experts
     assert out.num_routed == m * num_experts
     assert torch.equal(out.sums.load(), out.sums.count_E)
+    assert isinstance(moe.dispatcher, LocalDispatcher)
     _, ends_E, _ = moe.dispatcher.dispatch(x_TD, out)
     assert ends_E.tolist() == [m * (e + 1) for e in range(num_experts)]
     log_TE = (x_TD @ gate.w_gate_DE).log_softmax(1)

@@ -103,7 +103,7 @@ def test_two_processes_stop_together_and_refuse_other_settings(corpus: Path, cap
     assert process.returncode == 129, errors
     assert "Traceback" not in errors
     assert errors.splitlines()[-1].startswith("stopped by SIGHUP at step ")
-    step = int(status(run)["step"])  # type: ignore[call-overload]
+    step = int(status(run)["step"])
     assert status(run)["state"] == "stopped"
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == step
 

@@ -297,4 +297,4 @@ def test_training_and_translating_with_such_widths_end_with_one_line(
     config = run.config(["decoding.precision=bf16"])
     narrow = replace(config.model, moe=replace(config.model.moe, hidden_sizes=[20]))
     with pytest.raises(UserError, match=r"hidden_sizes=\[20\]: .* or decoding.precision=fp32"):
-        Translator(Seq2Seq(narrow, 9), None, config.decoding, CPU)  # type: ignore[arg-type]
+        Translator(Seq2Seq(narrow, 9), None, config.decoding, CPU)

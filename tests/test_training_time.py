@@ -167,7 +167,7 @@ def test_the_main_process_s_time_is_everyone_s() -> None:
             return torch.tensor([15, 12_345_678])
 
     trainer = SimpleNamespace(world=Other(), asked=StopRequest(), clock=None, progress=SimpleNamespace(seconds=0.0))
-    assert Trainer._meet(trainer) == 15  # type: ignore[arg-type]
+    assert Trainer._meet(trainer) == 15
     assert trainer.progress.seconds == 12.345678
 
 

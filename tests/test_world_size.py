@@ -62,17 +62,17 @@ def _disturbed(job: Job) -> Iterator[None]:
         if last and trainer.progress.step == job.stop:
             trainer.asked.signal = signal.SIGTERM
 
-    Trainer._update = update  # type: ignore[method-assign]
+    Trainer._update = update
     try:
         yield
     finally:
-        Trainer._update = before  # type: ignore[method-assign]
+        Trainer._update = before
 
 
 def work(folder: Path, jobs: list[Job]) -> None:
     """These trainings, one after the other, by the processes there are."""
     # They stay connected from one to the next.
-    World.stop = lambda self: None  # type: ignore[method-assign]
+    World.stop = lambda self: None
     for job in jobs:
         status = 0
         with _disturbed(job):

@@ -180,7 +180,7 @@ class BatchStream:
         self._shards, self._config, self._pin_memory = shards, config, pin_memory
         self._share = slice(rank, None, num_ranks)
         self._epoch = self._step = 0
-        self._stop: weakref.finalize | None = None
+        self._stop: weakref.finalize[[threading.Thread, threading.Event], BatchStream] | None = None
         self._queue: queue.Queue[_Ready] = queue.Queue()
 
     def state_dict(self) -> dict[str, int]:

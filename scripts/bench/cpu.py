@@ -245,9 +245,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
     for name, config in models.items():
         model = Seq2Seq(config.model, vocabulary).train()
         updater = Updater(model, make_optimizer(model, config.training), config, World(CPU))
-        works[name] = lambda updater=updater: [  # type: ignore[misc]
-            updater.update([[batch]], 1, 1e-3) for batch in batches
-        ]
+        works[name] = lambda updater=updater: [updater.update([[batch]], 1, 1e-3) for batch in batches]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9
     sides = [(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches]
@@ -342,7 +340,7 @@ def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     for name, beam_size in (("greedy", 1), ("beam 4", 4)):
         decoding = DecodingConfig(beam_size=beam_size, max_length_ratio=1.0)
         translator = Translator(model, subwords, decoding, CPU)
-        works[name] = lambda translator=translator: translator.search(sources)  # type: ignore[misc]
+        works[name] = lambda translator=translator: translator.search(sources)
     seconds = seconds_of(works, repeats=3)
     pieces = {name: sum(len(best.tokens) for (best,) in cast(list[Any], work())) for name, work in works.items()}
     return {

@@ -111,7 +111,7 @@ def median(values: list[float]) -> float:
 
 def figures(run: Path) -> dict[str, float]:
     """What a row of a table holds; gate figures are means over the last four lines of training."""
-    training, dev = (read_lines(run / "metrics.jsonl", record) for record in (TrainLine, DevLine))
+    training, dev = read_lines(run / "metrics.jsonl", TrainLine), read_lines(run / "metrics.jsonl", DevLine)
     test = json.loads((run / "report" / "test.json").read_text())
     row = {
         "dev perplexity": dev[-1].perplexity,

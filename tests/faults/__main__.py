@@ -37,7 +37,7 @@ def run_case(case: object, shared: Shared, quick: bool) -> tuple[str, Tally]:
     name = case.__name__  # type: ignore[attr-defined]
     box, started = Box(name, shared, quick), time.monotonic()
     try:
-        case(box)  # type: ignore[operator]
+        case(box)
     except TimeoutError as error:
         box.promise(False, f"hung: {error}")
     except Exception:

@@ -79,7 +79,7 @@ def in_step(fault: Fault) -> None:
             act(fault, f"step {step}")
         return output
 
-    Updater._forward = forward  # type: ignore[method-assign]
+    Updater._forward = forward
 
 
 def in_validation(fault: Fault) -> None:
@@ -219,8 +219,8 @@ def nan(fault: Fault) -> None:
         return output
 
     fault = {"value": math.nan} | fault
-    Trainer._update = update  # type: ignore[method-assign]
-    Updater._forward = poisoned  # type: ignore[method-assign]
+    Trainer._update = update
+    Updater._forward = poisoned
 
 
 def fingerprints(fault: Fault) -> None:
@@ -244,7 +244,7 @@ def fingerprints(fault: Fault) -> None:
         if step in fault["steps"]:
             note("fingerprint", step, old, fingerprint(trainer))
 
-    Trainer._update = update  # type: ignore[method-assign]
+    Trainer._update = update
 
 
 def lean(fault: Fault) -> None:
