@@ -3,8 +3,8 @@
 A part ends after a sentence if it can, else after a clause, else at a blank. It ends inside a word only where that word
 alone is too long. Parts hold all of the text, blanks included: "".join(parts) == text.
 
-The rules know marks and letters, not languages. Chinese, Japanese, Thai and their like put no blank between sentences:
-their full stops end a sentence wherever they stand.
+The rules depend on marks and letters, not on languages. Chinese, Japanese and Thai put no blank between sentences. Their
+full stops end a sentence in any position.
 """
 
 import re
@@ -30,9 +30,9 @@ _JOINER = "\u200d"
 
 
 def split(text: str, fits: Callable[[Sequence[str]], Sequence[bool]]) -> list[str]:
-    """The parts of a text: its sentences, those that do not fit halved until they do.
+    """Return the parts of a text: its sentences. A sentence that does not fit is halved until its parts do.
 
-    `fits` tells which of some texts are short enough. A single character is a part even if it is not.
+    `fits` returns for each text whether it is short enough. A single character is never cut.
     """
     return _halved(_cut(text, _sentence_ends(text)), fits)
 
@@ -48,7 +48,7 @@ def _halved(parts: list[str], fits: Callable[[Sequence[str]], Sequence[bool]]) -
 
 
 def _middle(text: str) -> int:
-    """The best place to cut a sentence in two: the clause end or blank nearest to its middle."""
+    """Return the best place to cut a sentence in two: the clause end or blank nearest to its middle."""
     for places in (_ends(_CLAUSE_END, text), _ends(_BLANKS, text)):
         if places:
             return min(places, key=lambda place: abs(2 * place - len(text)))
@@ -56,7 +56,7 @@ def _middle(text: str) -> int:
 
 
 def last_place(text: str) -> int:
-    """Where to cut the beginning of a text of which more is to come: as late as possible, and in its second half."""
+    """Return where to cut a text that is still being read: as late as possible, and in its second half."""
     for find in (_sentence_ends, lambda text: _ends(_CLAUSE_END, text), lambda text: _ends(_BLANKS, text)):
         places = find(text)
         if places and 2 * places[-1] >= len(text):
@@ -83,7 +83,7 @@ def _sentence_ends(text: str) -> list[int]:
 
 
 def _between_letters(text: str, place: int) -> int:
-    """The place, or one a little before it, that does not part a letter from its accents; at least 1."""
+    """Return `place`, or one shortly before it that separates no letter from its accents; at least 1."""
     for near in range(place, max(place - 16, 0), -1):
         joined = unicodedata.category(text[near]).startswith("M") or _JOINER in text[near - 1 : near + 1]
         if not joined:
@@ -92,7 +92,7 @@ def _between_letters(text: str, place: int) -> int:
 
 
 def join(parts: Sequence[str], translations: Sequence[str]) -> str:
-    """The translation of a text from those of its parts, with the blanks that stood between the parts."""
+    """Join the translations of parts, with the blanks that were between the parts."""
     text, before = "", ""
     for part, translation in zip(parts, translations, strict=True):
         text += seam(before, part, text, translation) + translation
@@ -101,10 +101,10 @@ def join(parts: Sequence[str], translations: Sequence[str]) -> str:
 
 
 def seam(before: str, after: str, left: str, right: str) -> str:
-    """What stands between `left` and `right`, the translations of two parts `before` and `after` of one text.
+    """Return the text between `left` and `right`, the translations of two parts `before` and `after` of one text.
 
-    It is the blanks between the parts. Plain ones are left out where translations are of a script without blanks; one
-    is put in where the source alone is of such a script.
+    It is the blanks between the parts. Spaces are left out if a translation is in a script without blanks. A space is
+    added if only the source is in such a script.
     """
     if not (left and right):
         return ""
