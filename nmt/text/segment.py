@@ -3,8 +3,8 @@
 A part ends after a sentence if it can, else after a clause, else at a blank. It ends inside a word only where that word
 alone is too long. Parts hold all of the text, blanks included: "".join(parts) == text.
 
-The rules depend on marks and letters, not on languages. Chinese, Japanese and Thai put no blank between sentences. Their
-full stops end a sentence in any position.
+The rules depend on marks and letters, not on languages. Chinese, Japanese and Thai put no blank between sentences.
+Their full stops end a sentence in any position.
 """
 
 import re
