@@ -64,7 +64,7 @@ def test_members() -> None:
 
 
 def test_type_checkers_see_the_same_names() -> None:
-    (block,) = [node for node in ast.parse(Path(nmt.__file__).read_text()).body if isinstance(node, ast.If)]
+    block, _ = (node for node in ast.parse(Path(nmt.__file__).read_text()).body if isinstance(node, ast.If))
     assert {
         (alias.name, node.module) for node in block.body if isinstance(node, ast.ImportFrom) for alias in node.names
     } == set(nmt._HOME_OF.items())
@@ -90,7 +90,7 @@ def loaded(code: str, cwd: Path) -> list[str]:
 def test_nothing_is_loaded_before_it_is_used(tmp_path: Path) -> None:
     modules = loaded("import nmt; dir(nmt); nmt.__version__", tmp_path)
     assert [name for name in modules if name.partition(".")[0] == "nmt"] == ["nmt"]
-    assert not {"torch", "numpy", "yaml", "dataclasses"} & set(modules)
+    assert not {"torch", "numpy", "yaml", "dataclasses", "typing"} & set(modules)
     modules = loaded("import nmt; nmt.Config.from_dict({}); nmt.UserError", tmp_path)
     assert "nmt.config" in modules
     assert not {"torch", "numpy", "nmt.api"} & set(modules)
