@@ -311,4 +311,4 @@ def test_a_gate_that_is_not_finite_is_named(
     monkeypatch.setattr(Trainer, "_update", update)
     train(corpus, "a", 3)
     told = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
-    assert told == [f"step 2: 1 updates skipped: gradient not finite (the first gate that is not: {layer})"]
+    assert told == [f"step 2: 1 step skipped: gradient not finite (first gate not finite: {layer})"]

@@ -59,7 +59,7 @@ def go_on(cli: Cli, new: Path, steps: int) -> None:
     (before,) = list_checkpoints(new / "checkpoints")
     assert before.score is None
     assert cli("train", *command, f"training.max_steps={before.step + steps}") == 0, cli.err
-    assert "going on from" in cli.err
+    assert "resuming from" in cli.err
     after = list_checkpoints(new / "checkpoints")[-1]
     assert after.step == before.step + steps
     assert after.state()["progress"]["target_tokens"] > before.state()["progress"]["target_tokens"]

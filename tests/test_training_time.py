@@ -203,7 +203,7 @@ def test_a_later_end_says_how_the_learning_rate_jumps(corpus: Path, capfd: pytes
     run = train(corpus, "a", 9, *LINEAR)
     [warning] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: the learning rate")]
     rate = lines(run)[4].learning_rate
-    assert f"of update 5 is {rate:.3g}, not 0 as it was to be" in warning
+    assert f"of step 5 is {rate:.3g}, not 0 as planned" in warning
     assert "training.schedule=linear now ends at training.max_steps=9" in warning
 
 
@@ -238,8 +238,8 @@ def test_after_ten_updates_the_whole_is_told(
 ) -> None:
     fake_time.passes(Trainer, "_introduce", 1e5, monkeypatch)
     train(corpus, "a", 15, "training.validate_every=4", "training.validation_sentences=0")
-    told = [line for line in capfd.readouterr().err.splitlines() if " to go: " in line]
-    assert told == ["step 11: 2 s an update, 4 to go: about 8.0 seconds, validations not counted"]
+    told = [line for line in capfd.readouterr().err.splitlines() if " steps left: " in line]
+    assert told == ["step 11: 2 s per step, 4 steps left: about 8.0 seconds, without validations"]
 
 
 def test_where_updates_are_slow_the_second_one_tells(
@@ -249,23 +249,23 @@ def test_where_updates_are_slow_the_second_one_tells(
     monkeypatch.setattr(clock, "time", fake)
     fake.passes(Trainer, "_update", 41.0, monkeypatch)
     train(corpus, "a", 4, "training.validate_every=100")
-    told = [line for line in capfd.readouterr().err.splitlines() if " to go: " in line]
-    assert told == ["step 2: 41 s an update, 2 to go: about 82.0 seconds, validations not counted"]
+    told = [line for line in capfd.readouterr().err.splitlines() if " steps left: " in line]
+    assert told == ["step 2: 41 s per step, 2 steps left: about 82.0 seconds, without validations"]
 
 
 def test_a_forecast_names_what_is_shorter_where_it_is_long() -> None:
     training = TrainingConfig(max_steps=20_011)
     long = first_forecast(training, 11, 400.0, 41.0, on_cpu=True)
-    assert long.startswith("41 s an update, 20,000 to go: about 9.5 days")
+    assert long.startswith("41 s per step, 20,000 steps left: about 9.5 days")
     assert "training.max_minutes=30" in long
     assert "experiment=own_small" in long
     compose_config(["experiment=own_small", "model=small"])  # what it names is there
-    assert "shorter" not in first_forecast(training, 11, 400.0, 41.0, on_cpu=False)
-    assert "shorter" not in first_forecast(training, 11, 400.0, 0.1, on_cpu=True)
+    assert "shorten" not in first_forecast(training, 11, 400.0, 41.0, on_cpu=False)
+    assert "shorten" not in first_forecast(training, 11, 400.0, 0.1, on_cpu=True)
     bounded = first_forecast(TrainingConfig(max_steps=20_011, max_minutes=30.0), 11, 400.0, 41.0, on_cpu=True)
     assert bounded == (
-        "41 s an update, training.max_minutes=30 leaves time for about 34 of the 20,000 updates that "
-        "training.max_steps=20011 asks for: that is not even training.warmup_steps=2000, so the model will hardly learn"
+        "41 s per step, training.max_minutes=30 leaves time for about 34 of the 20,000 steps left to "
+        "training.max_steps=20011: fewer than training.warmup_steps=2000, so the model will hardly learn"
     )
     enough = TrainingConfig(max_steps=20_011, max_minutes=30.0, warmup_steps=40)
     assert "hardly learn" not in first_forecast(enough, 11, 400.0, 41.0, on_cpu=True)
@@ -330,7 +330,7 @@ def test_an_update_without_memory_names_its_step_and_what_to_lower(
     monkeypatch.setattr(Trainer, "_update", fails)
     assert main(["train", *settings(corpus, "run.name=a", "training.checkpoint_every=2")]) == 6
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith("nmt: out of memory in update 3 (")
+    assert line.startswith("nmt: out of memory in step 3 (")
     assert "training.batch_tokens" in line
     assert list_checkpoints(corpus / "a" / "checkpoints")[-1].step == 2
     status = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())

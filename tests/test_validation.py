@@ -168,5 +168,5 @@ def test_too_low_a_bleu_chooses_nothing_and_costs_no_patience(
     scores = [each.score for each in list_checkpoints(run / "checkpoints")]
     assert scores == [None, None, None, -3.0, None, -2.0, -2.5]
     err = capfd.readouterr().err
-    assert err.count("below 1 it chooses no best checkpoint") == 4
+    assert err.count("below BLEU 1, no checkpoint is best") == 4
     assert "(best so far)" in err

@@ -179,7 +179,7 @@ def test_one_bit_that_differs_between_processes_stops_training(folder: Path, run
     assert losses(folder / run) == pytest.approx(losses(folder / "two")[:2], rel=1e-5)
     status = json.loads((folder / run / "RUN_STATUS.json").read_text())
     assert (status["state"], status["code"]) == ("failed", ProcessError.status)
-    assert "step 3: the 2 processes no longer hold the same parameters" in status["message"]
+    assert "step 3: the 2 processes no longer have the same parameters" in status["message"]
 
 
 @pytest.mark.slow

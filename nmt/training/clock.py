@@ -1,4 +1,4 @@
-"""The time that training takes: of updates alone, for speeds, and of everything, for training.max_minutes."""
+"""Training time: of the steps alone, for speeds, and in total, for training.max_minutes."""
 
 import time
 from collections.abc import Iterator
@@ -6,10 +6,11 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Runs from the first update of a sitting to its end; seconds.
+    """Clock of one process, from its first step on; all times are in seconds.
 
-    `seconds` is everything, the sittings before included: updates, validations and saves. A lap is what went by since
-    the last one, without the pauses; validations are pauses, the short stop of a save is not.
+    `seconds` is the total training time: steps, validations and saves, including those before the run was last resumed.
+    A lap is the time since the previous lap, without pauses. Validations are pauses. Saves are not: they stop training
+    only briefly.
     """
 
     def __init__(self, before: float = 0.0) -> None:
@@ -21,32 +22,32 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Of training so far, in all sittings."""
+        """Training time so far, including the time before the run was last resumed."""
         return self._before + time.perf_counter() - self._started
 
     @property
     def mean_pause(self) -> float:
-        """How long a pause of this sitting took; 0 before the first."""
+        """Mean length of the pauses of this process; 0 before the first."""
         return self._paused / max(self._pauses, 1)
 
     def lap(self) -> float:
-        """End a lap and begin the next."""
+        """End a lap and start the next. Return the time of the lap that ended."""
         now = time.perf_counter()
         taken = now - self._lap_started - (self._paused - self._paused_before_lap)
         self._lap_started, self._paused_before_lap = now, self._paused
         return taken
 
     def mark(self) -> None:
-        """Begin what `since_mark` measures."""
+        """Start the time that `since_mark` returns."""
         self._marked = time.perf_counter() - self._paused
 
     def since_mark(self) -> float:
-        """What went by since `mark`, without the pauses."""
+        """Return the time since `mark`, without pauses."""
         return time.perf_counter() - self._paused - self._marked
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens meanwhile is in no lap."""
+        """Count the time in this context as a pause."""
         begun = time.perf_counter()
         try:
             yield

@@ -1,4 +1,4 @@
-"""What a person should know before and soon after a run starts: whether it fits the machine, and how long it takes."""
+"""Forecasts for a run: whether it fits into memory, and how long it will take."""
 
 import math
 import os
@@ -13,14 +13,15 @@ from nmt.errors import MemoryLimitError
 from nmt.parallel.mesh import World
 from nmt.wording import duration
 
-# On a CPU, a run that takes longer is told what would be shorter.
+# For a longer run on a CPU, the forecast suggests how to shorten it.
 _LONG_HOURS = 2.0
 
 
 def seconds_left(training: TrainingConfig, step: int, seconds: float, per_update: float, validation: float) -> float:
-    """How long a run that is at `step` after `seconds` of training goes on, if nothing but its settings ends it.
+    """Return the seconds left for a run that is at `step` after `seconds` of training, if only its settings end it.
 
-    An update takes `per_update` seconds, a validation `validation`; that of this step is not counted.
+    A step takes `per_update` seconds and a validation takes `validation` seconds. The validation of this step does not
+    count.
     """
     if step >= training.max_steps:
         return 0.0
@@ -31,33 +32,33 @@ def seconds_left(training: TrainingConfig, step: int, seconds: float, per_update
 
 
 def first_forecast(training: TrainingConfig, step: int, seconds: float, per_update: float, on_cpu: bool) -> str:
-    """One line for the first updates of a sitting: how long the run will take and, if long, what would be shorter."""
+    """Return a line for soon after a start: how long the run will take and, if long, how to shorten it."""
     updates = training.max_steps - step
     left = seconds_left(training, step, seconds, per_update, 0.0)
-    line = f"{per_update:.2g} s an update, "
+    line = f"{per_update:.2g} s per step, "
     if left < updates * per_update:
         in_time = int(left / per_update)
         line += (
             f"training.max_minutes={training.max_minutes:g} leaves time for about {in_time:,} of the {updates:,} "
-            f"updates that training.max_steps={training.max_steps} asks for"
+            f"steps left to training.max_steps={training.max_steps}"
         )
         if step + in_time < training.warmup_steps:
-            line += f": that is not even training.warmup_steps={training.warmup_steps}, so the model will hardly learn"
+            line += f": fewer than training.warmup_steps={training.warmup_steps}, so the model will hardly learn"
         return line
-    line += f"{updates:,} to go: about {duration(left)}, validations not counted"
+    line += f"{updates:,} steps left: about {duration(left)}, without validations"
     if on_cpu and left > _LONG_HOURS * 3600:
         line += (
-            "; shorter: training.max_minutes=30 with the same run, model=small or experiment=own_small with a new "
-            "run.name"
+            "; to shorten this, set training.max_minutes=30 in the same run, or start a new run.name with model=small "
+            "or experiment=own_small"
         )
     return line
 
 
 def check_memory(config: Config, corpus: dict[str, Any], world: World) -> str | None:
-    """A warning, in one line, if training will hardly fit the memory there is; `corpus` are the counts of its text.
+    """Return a warning of one line if training may not fit into memory, else None.
 
-    MemoryLimitError if weights, gradients and the optimiser's memory alone do not fit: no batch is small enough then.
-    On a CPU the processes of this host share its memory.
+    `corpus` has the counts of the prepared text. On a CPU, the processes of a host share its memory.
+    MemoryLimitError if weights, gradients and optimiser state do not fit: then no batch is small enough.
     """
     on_gpu, vocab_size = world.device.type == "cuda", corpus["vocabulary_size"]
     numbers = numbers_of(config, on_gpu)
@@ -71,13 +72,13 @@ def check_memory(config: Config, corpus: dict[str, Any], world: World) -> str | 
     has = f"{place} has {there / 1e9:.3g} GB"
     if fixed > there:
         raise MemoryLimitError(
-            f"weights, gradients and optimiser of this model take {fixed / 1e9:.3g} GB, and {has}: take a smaller one, "
-            "such as model=small, or fewer experts (nmt cost with the same settings shows what takes how much)"
+            f"weights, gradients and optimiser state of this model take {fixed / 1e9:.3g} GB, and {has}: choose a "
+            "smaller model, such as model=small, or fewer experts (nmt cost with the same settings shows each part)"
         )
     if needed <= there:
         return None
     return (
-        f"warning: training takes about {needed / 1e9:.3g} GB at its highest, and {has}: it may run out of memory. "
-        f"Take a lower training.batch_tokens (now {config.training.batch_tokens:,}) or a smaller model; nmt cost with "
-        "the same settings shows what takes how much"
+        f"warning: training needs up to about {needed / 1e9:.3g} GB, and {has}: it may run out of memory. Lower "
+        f"training.batch_tokens (now {config.training.batch_tokens:,}) or choose a smaller model (nmt cost with the "
+        "same settings shows each part)"
     )

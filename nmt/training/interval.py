@@ -1,4 +1,4 @@
-"""Sums between two lines of metrics, and the figures that come of them."""
+"""Sums between two lines of metrics, and the figures computed from them."""
 
 import math
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from nmt.parallel.mesh import World
 
 
 class Means(NamedTuple):
-    """What `TrainLine` has of the losses, under the same names."""
+    """The first figures of a `TrainLine`, under the same names."""
 
     loss: float
     nll: float
@@ -36,18 +36,18 @@ class Interval:
         self.flops = 0.0
 
     def add(self, loss: Tensor, nll: Tensor, norm: Tensor, skipped: Tensor) -> None:
-        """One update's summed loss and negative log-likelihood, gradient norm and whether it was skipped."""
+        """Add one step: summed loss and negative log-likelihood, gradient norm, and 1 if it was skipped, else 0."""
         self.sums += torch.stack([loss, nll, torch.where(skipped > 0, 0.0, norm), skipped]).double()
         self.updates += 1
 
     def count(self, source_tokens: int, target_tokens: int, flops: float) -> None:
-        """One micro-batch's real tokens and training FLOPs."""
+        """Add one batch: tokens without padding, and training FLOPs."""
         self.source_tokens += source_tokens
         self.target_tokens += target_tokens
         self.flops += flops
 
     def watch(self, sums: dict[str, GateSums], gates: Gates) -> None:
-        """One update's gates: count the tokens of each expert, and keep the newest gates for their figures."""
+        """Add one step's gates: count the tokens of each expert, and keep the newest gates for their figures."""
         for layer, each in sums.items():
             if layer in self.layers:
                 self.layers[layer].add(each, gates[layer])
@@ -55,9 +55,9 @@ class Interval:
                 self.layers[layer] = LayerTally(each, gates[layer])
 
     def read(self, world: World) -> tuple[Means, dict[str, GateFigures]]:
-        """The means of a line, and the figures of each MoE layer; waits for the device once.
+        """Return the means of a line and the figures of each MoE layer. Waits for the device once.
 
-        Losses and counts become those of all processes.
+        Sums losses and counts over all processes, in place.
         """
         world.sum(self.sums[:2])
         counted = world.sum(torch.tensor([self.source_tokens, self.target_tokens, self.flops], dtype=torch.float64))

@@ -17,18 +17,18 @@ from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 
 ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_column"
-"""The factored second moment's two parts, as the optimiser's state and checkpoints name them."""
+"""Names of the two parts of the factored second moment in the optimiser's state and in checkpoints."""
 
-# Of the one temporary that a factored update needs, however large the experts are together.
+# Upper bound of the one temporary tensor of a factored step, unless a single expert is larger.
 _BUFFER_BYTES = 256 * 2**20
 
 
 def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> float:
-    """The rate of update `step`, counted from 1, which begins after `seconds` of training.
+    """Return the learning rate of step `step`, counted from 1, which starts after `seconds` of training.
 
     inverse_sqrt: linear over warmup_steps, constant over hold_steps, then proportional to step^-1/2 (S17 appendix E).
-    linear: linear over warmup_steps, then falling linearly so that the update after max_steps would have 0. With
-    max_minutes it is also never above learning_rate (1 - seconds / max_minutes), and so is 0 when they are over.
+    linear: linear over warmup_steps, then falling linearly to 0 at step max_steps + 1. With max_minutes, it is also at
+    most learning_rate (1 - seconds / (60 max_minutes)), which is 0 when the time is up.
     """
     if step <= training.warmup_steps:
         rate = training.learning_rate * step / training.warmup_steps
@@ -44,9 +44,9 @@ def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> 
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Adam over all parameters, each update one fused pass; with `expert_optimizer: factored`, experts have their own.
+    """Return fused Adam for all parameters, or `ExpertFactoredAdam` with `expert_optimizer: factored`.
 
-    `clipped_step` drives both; `state_shapes` says what they remember.
+    Both take their steps through `clipped_step`. `state_shapes` lists their state.
     """
     experts = [p for name, p in model.named_parameters() if is_expert(name)]
     factored = experts if training.expert_optimizer == "factored" else []
@@ -62,29 +62,30 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
 
 
 class ExpertFactoredAdam(torch.optim.Optimizer):
-    """Adam, in which experts have no first moment and a factored second one (S17 appendix D).
+    """Adam, but for experts without first moment and with a factored second moment (S17 appendix D).
 
-    Of every expert's matrix two vectors are kept: the running averages r (I) and c (O) of the row means and of the
-    column means of its squared gradient g^2, with Adam's beta2. The step is Adam's with beta1 = 0:
+    Each expert matrix has two vectors of state: running averages, with Adam's beta2, of the row means r (I) and column
+    means c (O) of its squared gradient g^2. A step is Adam's with beta1 = 0:
 
         V_ij = r_i c_j / mean(r) / (1 - beta2^t),    w -= rate * g / (sqrt(V) + epsilon)
 
-    so an expert's optimiser state takes I + O numbers instead of 2 I O. V is exact where g^2 has rank one. An expert
-    that never got a token has r = c = 0 and g = 0, and stays as it is. The paper does not say whether the averages are
-    corrected for starting at zero, nor what keeps the divisor from 0: both are taken from Adam, and t counts the
-    updates of all experts, those without tokens too, as Adam's does. Where an entry's square is far above the factors'
-    product its step exceeds any of Adam's; the paper does not bound it, nor is it bounded here. All other parameters
-    are Adam's own.
+    An expert matrix thus has I + O numbers of optimiser state instead of 2 I O. V is exact if g^2 has rank one. An
+    expert that never got a token has r = c = 0 and g = 0, and does not change.
 
-    Like the fused Adam it reads `grad_scale` (the gradient is divided by it first) and `found_inf` (1: nothing
-    changes, the count of updates neither) as tensors on the device, so that the host does not wait.
+    The paper specifies neither a bias correction of the averages nor the epsilon in the divisor: both are as in Adam.
+    As in Adam, t counts all steps, including those in which an expert had no token. If the square of one entry is far
+    above the product of the factors, its step is larger than any of Adam's. The paper does not bound such steps, and
+    neither does this class.
+
+    Like fused Adam, it reads `grad_scale` (the gradient is first divided by it) and `found_inf` (if 1, nothing changes,
+    not even the count of steps). Both are tensors on the device, so that the host does not wait.
     """
 
     def __init__(self, dense: torch.optim.Adam, experts: list[nn.Parameter]) -> None:
         (group,) = dense.param_groups
         super().__init__(experts, {"lr": group["lr"], "beta2": group["betas"][1], "eps": group["eps"]})
         self._dense = dense
-        # One list of groups and one state, as if it were one optimiser: the groups are the same dictionaries.
+        # The groups (the same dictionaries) and the state are shared with `dense`, so that this is one optimiser.
         self.param_groups = [*dense.param_groups, *self.param_groups]
         self.state = dense.state
         self.grad_scale: Tensor | None = None
@@ -92,9 +93,7 @@ class ExpertFactoredAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One update of all parameters that have a gradient. Gradients are spent: what they hold afterwards is no
-        longer the gradient.
-        """
+        """Take one step with all parameters that have a gradient. Gradients are overwritten."""
         assert closure is None
         vars(self._dense).update(grad_scale=self.grad_scale, found_inf=self.found_inf)
         self._dense.step()
@@ -126,22 +125,22 @@ def _factored_step(
     skipped: Tensor,
     buffer: Tensor,
 ) -> None:
-    """`ExpertFactoredAdam`'s step for one parameter, some experts at a time.
+    """Take the step of `ExpertFactoredAdam` for one parameter, a few experts at a time.
 
     With scale s and the raw gradient g, rate * (g/s) / (sqrt(V) + epsilon) = rate * g / (a_i b_j + s epsilon) for
-    a = s sqrt(r / mean(r)) and b = sqrt(c / (1 - beta2^t)): the only temporary as large as the gradient is the
-    divisor. Roots are taken before products, which could underflow in float32.
+    a = s sqrt(r / mean(r)) and b = sqrt(c / (1 - beta2^t)). The divisor is the only temporary as large as the gradient.
+    Roots are taken before products, because products of squares could underflow in float32.
     """
     beta2, dtype = group["beta2"], w_EIO.dtype
     inputs, outputs = w_EIO.shape[1:]
-    # In float64, since 1 - beta2 has lost digits in float32. The update that is skipped counts here as if it was not.
+    # In float64, as 1 - beta2^t loses digits in float32. A skipped step counts here, where it changes nothing.
     correction = (1.0 - beta2 ** (state["step"].double() + 1.0)).to(dtype)
     weight = (1.0 - beta2) * (1.0 - skipped)
     epsilon = group["eps"] * scale
     each = _experts_at_once(w_EIO)
     parts = (whole.split(each) for whole in (w_EIO, g_EIO, state[ROW], state[COLUMN]))
     for w, g, r_EI, c_EO in zip(*parts, strict=True):
-        # 0 instead of what is not finite: then nothing below changes a bit, as the averages' weight is 0 too.
+        # In a skipped step, the gradient and the weight of the averages are 0, so that nothing below changes a bit.
         g.masked_fill_(skipped.bool(), 0.0)
         r_EI.lerp_((torch.linalg.vector_norm(g, dim=2) / (scale * math.sqrt(outputs))).square(), weight)
         c_EO.lerp_((torch.linalg.vector_norm(g, dim=1) / (scale * math.sqrt(inputs))).square(), weight)
@@ -160,16 +159,17 @@ def _factored_shapes(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
 
 
 def state_shapes(name: str, shape: Sequence[int], expert_optimizer: str) -> dict[str, tuple[int, ...]]:
-    """What the optimiser remembers of the parameter `name`: tensors by name, float32, zeros before the first update."""
+    """Return the shapes of a parameter's optimiser state, by name: float32 tensors, zero before the first step."""
     if expert_optimizer == "factored" and is_expert(name):
         return _factored_shapes(shape)
     return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
 
 
 def has_moments(checkpoint: Checkpoint, found: Collection[str], shapes: Mapping[str, Collection[str]]) -> set[str]:
-    """The parameters of which a checkpoint holds what the optimiser remembers: all but those never trained (frozen).
+    """Return the parameters whose optimiser state is in a checkpoint: all except those never trained (frozen).
 
-    `found` names what it holds, `shapes` what each parameter has (`state_shapes`). CheckpointError for half of it.
+    `found` has the names in the checkpoint; `shapes` has the state of each parameter (`state_shapes`). CheckpointError
+    if only part of a parameter's state is there.
     """
     trained = set()
     for name, moments in shapes.items():
@@ -178,13 +178,14 @@ def has_moments(checkpoint: Checkpoint, found: Collection[str], shapes: Mapping[
         if not missing:
             trained.add(name)
         elif len(missing) < len(wanted):
-            raise CheckpointError(f"{checkpoint.path} lacks {missing[0]} of the optimiser: choose another")
+            raise CheckpointError(f"{checkpoint.path} lacks {missing[0]} of the optimiser: choose another checkpoint")
     return trained
 
 
 def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The parts of a checkpoint: parameters by name ("model"), and what the optimiser remembers of them as
-    "exp_avg.NAME" and the like ("training").
+    """Return the tensors of a checkpoint: "model" has parameters by name, "training" has optimiser state.
+
+    Names of optimiser state are such as "exp_avg.NAME".
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     moments = {
@@ -196,10 +197,10 @@ def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
 
 
 class ClippedStep(NamedTuple):
-    """The result of `clipped_step`, as tensors, so that nobody waits for the device."""
+    """Result of `clipped_step`, as tensors, so that the host does not wait for the device."""
 
     gradient_norm: Tensor
-    skipped: Tensor  # float32, 1 if the gradient was not finite and nothing was changed
+    skipped: Tensor  # float32: 1 if the gradient was not finite and nothing changed, else 0
 
 
 def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: World | None) -> Tensor:
@@ -210,7 +211,7 @@ def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: W
     if world is None or not own:
         return norm
     of_experts = world.sum_over_group(torch.nn.utils.get_total_norm(own, foreach=True).square())
-    # Groups may add in another order; one bit of the norm would be one bit of every parameter.
+    # Groups may add in different orders. A difference in the norm's last bit would change every parameter.
     return world.from_main((norm.square() + of_experts).sqrt())
 
 
@@ -221,12 +222,12 @@ def clipped_step(
     experts: Collection[Tensor] = (),
     world: World | None = None,
 ) -> ClippedStep:
-    """Scale the whole gradient to at most `clip_norm` (0: leave it) and take one step at `rate`.
+    """Scale the global gradient norm down to at most `clip_norm` (0: no clipping) and take one step at `rate`.
 
-    `experts` are the parameters of which this process of a `world` holds a share; all others are the same everywhere.
+    `experts` are the parameters that are split over the processes of `world`. All others are equal in all processes.
 
-    The fused kernel divides by the scale and skips a gradient that is not finite in the same pass over the
-    parameters, so clipping costs no pass of its own and a NaN never reaches a weight or a moment.
+    The fused kernel divides by the scale, and skips gradients that are not finite, in the same pass that changes the
+    parameters. Clipping thus needs no separate pass, and a NaN never reaches a weight or a moment.
     """
     parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norm = _global_norm(parameters, experts, world)

@@ -1,4 +1,4 @@
-"""Being told to stop: a signal is noted, and training ends where it can save."""
+"""Stopping by a signal: the signal is recorded, and training ends after the next save."""
 
 import os
 import signal
@@ -6,23 +6,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# To end, to interrupt, and that the terminal or the connection to it is gone.
+# Terminate, interrupt, and hang-up: the terminal or the connection to it is gone.
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class StopRequest:
-    """Whether a signal asked this process to stop, and which."""
+    """Record of the signal that asked this process to stop, if any."""
 
     def __init__(self) -> None:
         self.signal = 0
-        """The first one that came; 0 while there is none."""
+        """Number of the first signal; 0 if there was none."""
 
     @contextmanager
     def noted(self, in_vain: Callable[[], bool]) -> Iterator[None]:
-        """Within, the first SIGTERM, SIGINT or SIGHUP is noted, and a second one takes its ordinary effect.
+        """Context in which the first SIGTERM, SIGINT or SIGHUP is recorded, and a second one has its usual effect.
 
-        If `in_vain`, asked when a signal comes, there is nothing left to save: the process ends at once. A signal that
-        is ignored stays so (nohup). For the main thread.
+        If `in_vain()` is true when a signal arrives, nothing can be saved any more, and the process exits at once. A
+        signal that was ignored before (nohup) stays ignored. Only the main thread can use this.
         """
         terminals = [stream for stream in (1, 2) if os.isatty(stream)]
 
@@ -46,7 +46,7 @@ class StopRequest:
 
 
 def _forget(terminals: list[int]) -> None:
-    """Write no more to a terminal that is gone: every line would be an error, before anything is saved."""
+    """Discard all further output to a terminal that is gone: writing would fail, and training would end unsaved."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in terminals:
         os.dup2(nowhere, stream)

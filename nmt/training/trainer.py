@@ -1,9 +1,9 @@
 """The training loop.
 
-An update sums the gradients of its micro-batches, all divided by the update's number of target tokens, so that nothing
-depends on how the tokens were split. What a run will do next follows from its last checkpoint alone: parameters,
-moments, position in the data and counters (dropout and gate noise follow from the seed and the step); stopping and
-going on changes no bit on a CPU.
+A step sums the gradients of its micro-batches, all divided by the step's number of target tokens, so that the result
+does not depend on how the tokens are split. A checkpoint has the complete state of a run: parameters, moments, position
+in the data and counters. Dropout and gate noise depend on the seed and the step. On a CPU, a run that stops and resumes
+computes the same bits as one that does not stop.
 """
 
 import math
@@ -49,9 +49,9 @@ from nmt.training.update import Updater
 from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu
 from nmt.wording import counted, duration, millions
 
-# Whole intervals between two lines of metrics without a single finite gradient before training gives up.
+# Training fails after this many lines of metrics in a row without a single finite gradient.
 _MAX_BAD_INTERVALS = 3
-# After so many updates, or so many seconds of them, the time of the whole is told; a sitting's first is no measure.
+# The forecast is printed after this many steps, or this many seconds. The first step after a start is not timed.
 _FORECAST_AFTER = 10
 _FORECAST_SECONDS = 30.0
 _SMALLER_BATCH = (
@@ -62,7 +62,7 @@ _SMALLER_BATCH = (
 
 @dataclass
 class Progress:
-    """What training knows besides tensors; part of every checkpoint."""
+    """State of training besides tensors; part of every checkpoint."""
 
     step: int = 0
     best_score: float = math.inf
@@ -70,29 +70,33 @@ class Progress:
     bad_intervals: int = 0
     target_tokens: int = 0
     seconds: float = 0.0
-    """Of training, in all sittings, as `Clock.seconds` has them; the main process's, and so the same in all."""
+    """`Clock.seconds` of the main process, in all processes."""
     next_rate: float | None = None
-    """The learning rate that the next update was to have when this was saved; an older version did not say."""
+    """Learning rate of the next step, as planned when this was saved; None if an older version saved it."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Progress":
-        """That of a checkpoint. CheckpointError if it is not what this program writes."""
+        """Return the progress saved in a checkpoint. CheckpointError if it has fields that this version lacks."""
         try:
             return cls(**checkpoint.state()["progress"])
-        except TypeError as error:  # a counter that this version does not know
-            raise CheckpointError(f"{checkpoint.path / 'state.json'} is of another version of this program") from error
+        except TypeError as error:
+            raise CheckpointError(
+                f"{checkpoint.path / 'state.json'} was written by another version of this program: resume with that one"
+            ) from error
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """Training was asked to stop by a signal, and has saved."""
+    """Training was stopped by a signal, after a save."""
 
     def __init__(self, signal_number: int, step: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signal_number).name} at step {step}; the same command goes on")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name} at step {step}; run the same command again to resume"
+        )
         self.status = 128 + signal_number
 
 
 class Trainer:
-    """One run from its newest checkpoint (or from the start) to its end."""
+    """Training of one run, from its newest checkpoint or from the start, to its end."""
 
     def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World, asked: StopRequest) -> None:
         self.config, self.run, self.world, self.asked = config, run, world, asked
@@ -123,14 +127,14 @@ class Trainer:
         pairs = prepared.train()
         self.num_pairs = len(pairs)
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
-        # Experts as in training: a score must not depend on how the model will be asked to translate.
+        # Experts as in training: validation scores must not depend on settings for translation.
         self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
         self.longest = longest_source(prepared.manifest, config)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
     def train(self) -> None:
-        """Train to the end. Raises Stopped when a signal asked for it and all is saved."""
+        """Train to the end. Raises Stopped after a signal, once all is saved."""
         if self.resumed_from:
             self._resume(self.resumed_from)
         metrics = (self.run.metrics_path, self.run.tensorboard) if self.world.is_main else None
@@ -147,14 +151,14 @@ class Trainer:
                 with self.world.report_peer_failures(self.where):
                     self._loop(out)
             except ProcessError:
-                raise  # with the others lost, no checkpoint can be finished
+                raise  # without the other processes, no checkpoint can be completed
             except BaseException:
                 self.saver.wait()
                 raise
             self.saver.wait()
 
     def where(self) -> str:
-        """How far training is, for messages."""
+        """Return the current step, for messages."""
         return f"at step {self.progress.step}"
 
     def _loop(self, out: MetricsWriter) -> None:
@@ -162,7 +166,7 @@ class Trainer:
         self.clock = Clock(progress.seconds)
         first, interval = progress.step + 1, self._interval()
         while self._ended() is None:
-            with shortage_told(lambda: f"update {progress.step}", _SMALLER_BATCH):
+            with shortage_told(lambda: f"step {progress.step}", _SMALLER_BATCH):
                 self._update(next(self.stream), interval)
             stop = self._meet()
             out.advance(progress.step)
@@ -175,7 +179,7 @@ class Trainer:
             score = self._validate_safely(out) if validates else None
             improved = score is not None and progress.validations_since_best == 0
             if validates:
-                # A validation takes long: who was told to stop meanwhile does not begin another update.
+                # A signal during a validation, which takes long, must not wait for one more step.
                 stop = stop or self.world.max_int(self.asked.signal)
             if improved or last or stop or progress.step % training.checkpoint_every == 0 or self._ended():
                 self._save(score)
@@ -186,12 +190,12 @@ class Trainer:
             out.say(f"{self._ended()}: stopped at step {progress.step}")
 
     def _ended(self) -> str | None:
-        """Why there is no further update; None if there is one."""
+        """Return why training ends before the next step; None if it does not."""
         training, progress = self.config.training, self.progress
         if progress.step >= training.max_steps:
             return f"training.max_steps={training.max_steps} is reached"
         if 0 < training.patience <= progress.validations_since_best:
-            return f"no better validation for {training.patience} in a row"
+            return f"none of the last {training.patience} validations was better (training.patience)"
         if self._time_is_up():
             return f"training.max_minutes={training.max_minutes:g} is used up"
         return None
@@ -201,9 +205,9 @@ class Trainer:
         return 0.0 < minutes <= self.progress.seconds / 60.0
 
     def _meet(self) -> int:
-        """After an update: the signal that any process was told to stop by (0: none).
+        """After a step, return the signal that any process received (0: none), and share the main process's time.
 
-        All processes take the time from the main one. They stop after the same update, and their rates are the same.
+        All processes thus stop after the same step and have the same learning rates.
         """
         microseconds = int(self.clock.seconds * 1e6) if self.world.is_main else 0
         stop, agreed = self.world.max(torch.tensor([self.asked.signal, microseconds])).tolist()
@@ -237,37 +241,37 @@ class Trainer:
             if ended:
                 out.say(f"nothing is left to do after {resumed_from.path}: {ended}")
             else:
-                out.say(f"going on from {resumed_from.path} to step {training.max_steps:,}")
+                out.say(f"resuming from {resumed_from.path}, to step {training.max_steps:,}")
             if not self.same_order:
                 epoch = self.stream.state_dict()["epoch"]
                 out.say(
-                    f"{resumed_from.path} is of a version that put sentences in another order: this goes on with epoch "
-                    f"{epoch + 1}, and what was left of epoch {epoch} is not seen"
+                    f"{resumed_from.path} was saved by a version with another order of sentences: training resumes "
+                    f"with epoch {epoch + 1} and skips the rest of epoch {epoch}"
                 )
             self._tell_moved_rate(out)
         cost = self.cost
         out.say(
             f"{millions(cost.num_parameters)} parameters, {millions(cost.ops_per_timestep)} ops/timestep, "
-            f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens an update, "
+            f"{self.num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens per step, "
             f"on {_name(self.world)}"
         )
         for line in self.doubts:
             out.say(f"validation: {line}")
 
     def _tell_moved_rate(self, out: MetricsWriter) -> None:
-        """Another end of the linear schedule moves the learning rate: say from what to what."""
+        """Warn if a changed end of the linear schedule makes the learning rate jump."""
         training, progress = self.config.training, self.progress
         rate = self._rate(progress.step + 1)
         if self._ended() is None and progress.next_rate not in (None, rate):
             minutes = f" or after training.max_minutes={training.max_minutes:g}" if training.max_minutes else ""
             out.say(
-                f"warning: the learning rate of update {progress.step + 1} is {rate:.3g}, not {progress.next_rate:.3g} "
-                f"as it was to be: training.schedule={training.schedule} now ends at "
+                f"warning: the learning rate of step {progress.step + 1} is {rate:.3g}, not {progress.next_rate:.3g} "
+                f"as planned: training.schedule={training.schedule} now ends at "
                 f"training.max_steps={training.max_steps}{minutes}"
             )
 
     def _forecast(self, out: MetricsWriter, first: int) -> None:
-        """Once in a sitting, which began with update `first`, say how long the run will take."""
+        """Once per start, which was at step `first`, print how long the run will take."""
         measured = self.progress.step - first
         if measured == 0:
             self._wait_for_device()
@@ -288,7 +292,7 @@ class Trainer:
     def _log(self, out: MetricsWriter, interval: Interval, keep: bool) -> None:
         self._check_replicas()
         means, gates = interval.read(self.world)
-        # Only now has the device done all that was counted.
+        # `read` waited for the device, so the lap has the whole time of what was counted.
         seconds = self.clock.lap()
         training, moe, step = self.config.training, self.config.model.moe, self.progress.step
         on_gpu = self.device.type == "cuda"
@@ -314,25 +318,25 @@ class Trainer:
         self._judge(out, interval, line, gates)
 
     def _judge(self, out: MetricsWriter, interval: Interval, line: TrainLine, gates: dict[str, GateFigures]) -> None:
-        """Warn of what a line shows to go wrong; NonFiniteError if it is beyond help."""
+        """Print warnings for what is wrong in a line. NonFiniteError if training cannot recover."""
         for warning in self.gate_watch.judge(line.step, interval.updates, line.loss, gates):
             out.say(warning)
         if line.skipped_updates:
             gate = first_not_finite(gates)
-            cause = f" (the first gate that is not: {gate})" if gate else ""
-            count = f"{line.skipped_updates:.0f} updates skipped"
+            cause = f" (first gate not finite: {gate})" if gate else ""
+            count = f"{counted(round(line.skipped_updates), 'step')} skipped"
             out.say(f"step {line.step}: {count}: gradient not finite{cause}")
         all_bad = line.skipped_updates == interval.updates
         self.progress.bad_intervals = self.progress.bad_intervals + 1 if all_bad else 0
         at_end = self.progress.step == self.config.training.max_steps or self._time_is_up()
         if self.progress.bad_intervals >= _MAX_BAD_INTERVALS or (all_bad and at_end):
             raise NonFiniteError(
-                f"no finite gradient in the last {self.progress.bad_intervals * interval.updates} updates before step "
+                f"no finite gradient in the last {self.progress.bad_intervals * interval.updates} steps up to step "
                 f"{self.progress.step}: lower training.learning_rate; checkpoints in {self.run.checkpoints} are good"
             )
 
     def _validate_safely(self, out: MetricsWriter) -> float | None:
-        """`_validate`; if it fails, the updates before it are saved first."""
+        """Run `_validate`. If it fails, save before the error is raised."""
         with self.clock.paused():
             try:
                 with shortage_told(lambda: f"the validation {self.where()}", _SMALLER_BATCH):
@@ -340,15 +344,15 @@ class Trainer:
             except ProcessError:
                 raise
             except Exception:
-                # Several processes cannot save now: the others are in the midst of it.
+                # Several processes cannot save now: the others are still in the validation.
                 if self.world.size == 1:
                     self._save(None)
                 raise
 
     def _validate(self, out: MetricsWriter) -> float | None:
-        """Score the dev set, keep count of the best, and return the score (lower is better; None if not a number)."""
+        """Score the dev set and update the best score. Return the score: lower is better, None if there is none."""
         training = self.config.training
-        # In bf16 a copy of the parameters as they are now, which goes when this ends.
+        # In bf16, the translator has a copy of the parameters, which is freed when this function returns.
         translator = Translator(self.model.eval(), self.subwords, self.greedy, self.device, self.longest)
         measured = perplexity(
             translator.model,
@@ -361,7 +365,7 @@ class Trainer:
         bleu: float | None = None
         line = f"step {self.progress.step:,}: dev perplexity {measured.pieces:.2f}"
         if measured.cut:
-            line += f" (of pairs of more than {LONGEST_SIDE:,} pieces, {len(measured.cut)}, the beginning)"
+            line += f" ({counted(len(measured.cut), 'pair')} cut to {LONGEST_SIDE:,} subwords per side)"
         score, count = measured.pieces, training.validation_sentences
         if count:
             sentences = self.dev_sources[:count], self.dev_targets[:count]
@@ -371,7 +375,7 @@ class Trainer:
         self.model.train()
         if training.best_by == "bleu" and bleu is not None and bleu < LEAST_BLEU:
             out.write(DevLine(self.progress.step, measured.pieces, measured.words, bleu))
-            out.say(f"{line}: below {LEAST_BLEU:g} it chooses no best checkpoint, and training.patience does not count")
+            out.say(f"{line}: below BLEU {LEAST_BLEU:g}, no checkpoint is best and training.patience does not count")
             return None
         better = score < self.progress.best_score
         self.progress.validations_since_best = 0 if better else self.progress.validations_since_best + 1
@@ -381,17 +385,17 @@ class Trainer:
         out.say(line + (" (best so far)" if better else ""))
         return None if math.isnan(score) else score
 
-    # ------------------------------------------------------------------------------------- saving and going on
+    # ------------------------------------------------------------------------------------- saving and resuming
 
     def _save(self, score: float | None) -> None:
-        # One copy of what all hold is written: it must not hide that they differ.
+        # Only one copy of what all processes have is written: it must not hide that they differ.
         self._check_replicas()
         self.progress.next_rate = self._rate(self.progress.step + 1)
         state = {"progress": asdict(self.progress), "data": self.stream.state_dict()}
         self.saver.save(self.progress.step, tensors_to_save(self.model, self.optimizer), state, score)
 
     def _resume(self, checkpoint: Checkpoint) -> None:
-        """Restore all but the parameters, with which the model was made."""
+        """Restore all state except the parameters, with which the model was built."""
         self.progress = Progress.of(checkpoint)
         self.same_order = self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
@@ -415,18 +419,18 @@ class Trainer:
     # --------------------------------------------------------------------------------- other processes
 
     def _check_replicas(self) -> None:
-        """ProcessError if parameters that should be alike (dense ones, replicas of experts) have drifted apart."""
+        """Raise ProcessError if parameters that must be equal (dense ones, replicas of experts) differ."""
         if self.world.size == 1:
             return
         bits: dict[bool, list[Tensor]] = {False: [], True: []}
         for name, parameter in self.model.named_parameters():
-            # Sums of the bits: any one difference shows, and NaN does not hide it.
+            # Sums of the bits show any single difference, and NaN does not hide it.
             bits[is_expert(name)].append(parameter.detach().view(torch.int32).sum(dtype=torch.int64))
         shared, experts = (torch.stack([*each, torch.zeros_like(bits[False][0])]).cpu() for each in bits.values())
         if not self.world.equal_on_all_ranks(shared, experts):
             raise ProcessError(
-                f"step {self.progress.step}: the {self.world.size} processes no longer hold the same parameters; "
-                f"training stops, and goes on from the last checkpoint in {self.run.checkpoints} with the same command"
+                f"step {self.progress.step}: the {self.world.size} processes no longer have the same parameters; run "
+                f"the same command again to resume from the last checkpoint in {self.run.checkpoints}"
             )
 
 

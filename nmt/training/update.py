@@ -1,4 +1,4 @@
-"""One optimiser update: what the trainer repeats and the benchmarks time."""
+"""One optimiser step, as the trainer repeats it and the benchmarks time it."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -21,29 +21,30 @@ from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step
 
 LayerSums = dict[str, GateSums]
-"""The sums of each MoE layer over all tokens of an update, without graph."""
+"""Sums of each MoE layer over all tokens of a step, detached."""
 
 
 class UpdateOutput(NamedTuple):
-    """What an update did, as tensors, so that nobody waits for the device.
+    """Figures of one step, as tensors, so that the host does not wait for the device.
 
-    `loss` and `nll` are sums over the target tokens of this process; the rest is the same in all processes.
+    `loss` and `nll` are sums over the target tokens of this process. All others except `gates` are equal in all
+    processes.
     """
 
     loss: Tensor
     nll: Tensor
     gradient_norm: Tensor
     target_tokens: int
-    skipped: Tensor  # 1.0 if the gradient was not finite and nothing was changed
+    skipped: Tensor  # float32: 1 if the gradient was not finite and nothing changed, else 0
     sums: LayerSums
     gates: Gates  # of this process's last micro-batch, detached
 
 
 def seed_device(device: torch.device, seed: int, step: int, micro_batch: int) -> None:
-    """Seed the generator that a device draws from: dropout and gate noise follow from these three numbers alone.
+    """Seed the device's generator, so that dropout and gate noise depend on these three numbers only.
 
-    So they do not depend on what ran before, nor on which process a micro-batch falls to. The generators of other
-    devices are left alone: to seed them all takes a hundred times as long.
+    They do not depend on what ran before or on which process has the micro-batch. The generators of other devices are
+    not seeded: seeding all of them takes a hundred times as long.
     """
     state = np.random.SeedSequence([seed, step, micro_batch]).generate_state(2, np.uint32)
     own = torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
@@ -51,14 +52,15 @@ def seed_device(device: torch.device, seed: int, step: int, micro_batch: int) ->
 
 
 class Updater:
-    """Updates of a model by the processes of a world, of which this one has its share of every update's micro-batches.
+    """Optimiser steps by the processes of a world, each with its share of the micro-batches of a step.
 
-    A micro-batch is one or several batches, bands of sentences of similar lengths, that pass through the network
-    together. The gradient of an update is the sum over all micro-batches, each loss divided by the tokens of all of
-    them; no factor depends on how many processes there are. Balance losses are those of all micro-batches taken as one
-    batch (S17 section 4). Where a process has several, that needs the sums of all before the first backward pass: a
-    forward pass up to the last gate, with the same dropout and noise, finds them. Without weights of balance losses
-    there is no such pass.
+    A micro-batch is one or more batches (bands of sentences with similar lengths) that pass through the network
+    together. The gradient of a step is the sum over all micro-batches, with each loss divided by the target tokens of
+    the step. No factor depends on the number of processes.
+
+    Balance losses are computed over all micro-batches of a step as one batch (S17 section 4). If a process has several
+    micro-batches, this needs the sums of all of them before the first backward pass. An extra forward pass up to the
+    last gate, with the same dropout and noise, computes them. If all balance weights are 0, there is no extra pass.
     """
 
     def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
@@ -73,9 +75,9 @@ class Updater:
             self.forward, self.no_grad_sync = wrapped, wrapped.no_sync
 
     def update(self, micro_batches: Sequence[Sequence[Batch]], step: int, rate: float) -> UpdateOutput:
-        """Update number `step` at learning rate `rate`, from this process's micro-batches."""
+        """Take step number `step` at learning rate `rate`, with this process's micro-batches."""
         target_tokens = self.world.sum_int(sum(batch.num_target_tokens for bands in micro_batches for batch in bands))
-        # A tensor, so that nothing in a pass depends on the number itself, and filled without waiting for the device.
+        # A tensor, so that no operation depends on the value, and one that is filled without waiting for the device.
         exact = torch.promote_types(self.model.output.weight.dtype, torch.float32)
         divisor = torch.full((), target_tokens, dtype=exact, device=self.world.device)
         micro_batches = [[batch.to(self.world.device) for batch in bands] for bands in micro_batches]
@@ -101,7 +103,7 @@ class Updater:
                         total = total + balance_loss(sums, *self.config.model.moe.balance_weights(layer))
                 total.backward()
             loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
-            # Kept until the next line of metrics: they must not keep the graph alive.
+            # Detached, as they are kept until the next line of metrics and must not keep the graph alive.
             gates = {layer: gate.detach() for layer, gate in output.gates.items()}
         for parameter in self.experts:
             if parameter.grad is not None:
@@ -111,7 +113,7 @@ class Updater:
         return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, gates)
 
     def _forward(self, call: Callable[..., Any], bands: Sequence[Batch], step: int, index: int) -> Any:
-        # Micro-batch i of this process is number rank + i * size of the update.
+        # Micro-batch i of this process is micro-batch rank + i * size of the step.
         number = self.world.rank + index * self.world.size
         seed_device(self.world.device, self.config.training.seed, step, number)
         with autocast(self.world.device, self.config.training.precision):
@@ -119,14 +121,14 @@ class Updater:
 
     @torch.no_grad()
     def _sums_of_gates(self, micro_batches: Sequence[Sequence[Batch]], step: int) -> LayerSums:
-        """Over this process's micro-batches."""
+        """Return the sums of each layer over this process's micro-batches."""
         sums: LayerSums = {}
         for index, bands in enumerate(micro_batches):
             _add_sums(sums, self._forward(self.model.gates, bands, step, index))
         return sums
 
     def _summed(self, sums: LayerSums) -> LayerSums:
-        """Over all processes, in one exchange."""
+        """Return the sums over all processes, with one all-reduce."""
         if self.world.size == 1 or not sums:
             return sums
         parts = [part for each in sums.values() for part in each.parts()]
@@ -142,18 +144,18 @@ def _add_sums(sums: LayerSums, gates: Gates) -> None:
 
 
 def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDataParallel:
-    """Sums (not means) the gradients of dense parameters over all processes; experts are left alone."""
+    """Return the model wrapped so that gradients of dense parameters, not of experts, are summed over all processes."""
     names = [name for name, _ in model.named_parameters() if is_expert(name)]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     wrapped = DistributedDataParallel(
         model,
         device_ids=[world.device.index] if world.device.type == "cuda" else None,
-        # One bucket holds everything: nothing to send before the backward pass is over.
+        # Without overlap, one bucket has all gradients, so that none is sent before the backward pass is over.
         bucket_cap_mb=25 if overlap else size / 2**20 + 1,
         gradient_as_bucket_view=True,
-        # Otherwise buckets are laid out anew after the first update, and from three processes on the order in which
-        # an element's gradients are added changes with them: a run that goes on would differ in the last bit.
+        # Otherwise the layout of buckets changes after the first step. With three or more processes, this changes the
+        # order in which gradients are added, and a run that resumes would differ in the last bit.
         find_unused_parameters=True,
     )
     wrapped.register_comm_hook(None, _sum_bucket)

@@ -1,4 +1,4 @@
-"""How good the model in training is on held-out text, besides perplexity: BLEU of its own translations."""
+"""Validation by BLEU, beside perplexity: how good the model's translations of held-out text are during training."""
 
 from collections.abc import Sequence
 
@@ -10,14 +10,14 @@ from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 
 LEAST_BLEU = 1.0
-"""Models with less cannot be told apart by it: a few words in common decide."""
+"""BLEU below this does not rank models: it depends on a few words in common."""
 
 
 def validation_bleu(
     translator: Translator, sources: Sequence[str], targets: Sequence[str], tokenizer: str, world: World
 ) -> float:
-    """Greedy BLEU of these sentences, shared out over all processes: a cheap figure to watch, not the one to report."""
-    # Neighbours may be alike in length, and cost alike: each process gets every `size`th.
+    """Return greedy BLEU of these sentences, translated by all processes: cheap enough to watch, not one to publish."""
+    # Each process gets every `size`th sentence, as neighbours may have similar lengths and costs.
     with independent_passes(translator.model):
         own = [translation.text for translation in translator.translate(sources[world.rank :: world.size])]
     hypotheses = [""] * len(sources)
@@ -27,12 +27,12 @@ def validation_bleu(
 
 
 def doubts(training: TrainingConfig, tokenizer: Tokenizer, targets: Sequence[str]) -> list[str]:
-    """Lines for a person: why validation on these references may say nothing, or is not what is usual.
+    """Return lines to print: why validation on these references may be meaningless, or which unusual tokeniser it uses.
 
-    UserError if `training.best_by` is bleu and BLEU would mean nothing.
+    UserError if `training.best_by` is bleu and BLEU would be meaningless.
     """
     if not "".join(targets).strip():
-        return ["every target sentence of the dev set is blank: validation says nothing"]
+        return ["every target sentence of the dev set is blank: validation is meaningless"]
     if not training.validation_sentences:
         return []
     doubt = misfit(tokenizer.name, targets[: training.validation_sentences])

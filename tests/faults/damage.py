@@ -104,7 +104,7 @@ def damage_restart(box: Box) -> None:
         process = box.train(run, processes=2)
         told = process.errors()
         kept = f"step-{last:08d} is damaged ({name}" in told or (name in told and f"step-{last:08d} is damaged" in told)
-        kept = kept and f"going on from {path / 'checkpoints' / f'step-{first:08d}'}" in told and not stale.exists()
+        kept = kept and f"resuming from {path / 'checkpoints' / f'step-{first:08d}'}" in told and not stale.exists()
         kept = kept and "step-00000999 is damaged" in told and process.popen.returncode == 0
         if box.fault(kept, f"{run} {name}", process):
             box.compare(path, box.shared.whole(2))

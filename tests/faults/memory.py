@@ -6,7 +6,7 @@ from tests.faults.box import Box, differences, newest_step, one_line, status
 def no_memory(box: Box) -> None:
     """memory runs out in an update, in a validation, in one of two processes"""
     cases = [
-        ("update", {"kind": "in_step", "step": 13}, 1, "out of memory in update 13"),
+        ("update", {"kind": "in_step", "step": 13}, 1, "out of memory in step 13"),
         ("validation", {"kind": "in_validation"}, 1, "out of memory in the validation at step 10"),
         ("one-of-two", {"kind": "in_step", "step": 13, "rank": 1}, 2, "rank 1 of 2"),
     ]

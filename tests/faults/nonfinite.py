@@ -34,11 +34,11 @@ def nan_once(box: Box) -> None:
         run = f"nan-{name}"
         faults = [_fault(name, step, step), {"kind": "fingerprints", "steps": [step, step + 1]}]
         process = box.train(run, processes=2, faults=faults)
-        told = [line for line in process.errors().splitlines() if "updates skipped" in line]
-        named = f"(the first gate that is not: {name})" in "".join(told) if "." in name else "gate" not in "".join(told)
+        told = [line for line in process.errors().splitlines() if "skipped: gradient" in line]
+        named = f"(first gate not finite: {name})" in "".join(told) if "." in name else "gate" not in "".join(told)
         counted = [line["step"] for line in lines(box.run(run)) if line["skipped_updates"]] == [step]
         kept = process.popen.returncode == 0 and _skipped_by_all(process, step) and len(told) == 1 and named and counted
-        kept = kept and told[0].startswith(f"step {step}: 1 updates skipped") and bool(process.happened("nan"))
+        kept = kept and told[0].startswith(f"step {step}: 1 step skipped") and bool(process.happened("nan"))
         if not box.fault(kept, f"{run} at step {step}: {told}", process):
             continue
         if first is None:
