@@ -1,10 +1,9 @@
 """Write the parts of docs/ that come from the code: python scripts/make_docs.py
 
 docs/configuration.md contains the documentation of the settings in nmt/config. In docs/architecture.md, the numbers of
-lines are brought up to date. docs/python.ipynb is docs/python.md as a notebook.
+lines are brought up to date.
 """
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,6 @@ from nmt.pages.tables import markdown_table
 
 ROOT = Path(__file__).parents[1]
 CONFIGURATION, ARCHITECTURE = ROOT / "docs" / "configuration.md", ROOT / "docs" / "architecture.md"
-PYTHON, NOTEBOOK = ROOT / "docs" / "python.md", ROOT / "docs" / "python.ipynb"
 CORE = ("data", "decoding", "model", "parallel", "training")
 """Rooms of nmt that all others could be taken away from."""
 _INTRODUCTION = """\
@@ -102,25 +100,10 @@ def with_lines(text: str) -> str:
     return text
 
 
-def notebook(markdown: str) -> str:
-    """Return a page as a notebook, whose cells of code are its blocks of Python."""
-    cells = []
-    for place, text in enumerate(re.split(r"^```python\n(.*?)^```$", markdown, flags=re.DOTALL | re.MULTILINE)):
-        cell = {"id": str(place), "metadata": {}, "source": text.strip().splitlines(keepends=True)}
-        if place % 2:
-            cells.append(cell | {"cell_type": "code", "execution_count": None, "outputs": []})
-        elif text.strip():
-            cells.append(cell | {"cell_type": "markdown"})
-    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
-    whole = {"cells": cells, "metadata": {"kernelspec": kernel}, "nbformat": 4, "nbformat_minor": 5}
-    return json.dumps(whole, indent=1, ensure_ascii=False) + "\n"
-
-
 def main() -> None:
-    """Write all of them."""
+    """Write both."""
     CONFIGURATION.write_text(page(), encoding="utf-8")
     ARCHITECTURE.write_text(with_lines(ARCHITECTURE.read_text(encoding="utf-8")), encoding="utf-8")
-    NOTEBOOK.write_text(notebook(PYTHON.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

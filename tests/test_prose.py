@@ -5,6 +5,7 @@ Pages are read whole, except for code. Of nmt/, docstrings, comments and message
 
 import ast
 import io
+import json
 import re
 import tokenize
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "data").glob("*.md")])
+PAGES += sorted((ROOT / "docs").glob("*.ipynb"))
 NOT_YET = ("checkpoint.py", "cli.py", "commands", "compose.py", "decoding", "evaluation", "experts")
 NOT_YET += ("pages", "parameters.py", "run.py")
 """Files and folders of nmt/ whose words are not plain English yet. All others are read."""
@@ -104,7 +106,11 @@ def prose_of_code(source: str) -> Iterator[tuple[int, str]]:
 @pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
 def test_pages_are_plain(page: Path):
     found = []
-    for line, block in blocks(page.read_text()):
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = [cell for cell in json.loads(text)["cells"] if cell["cell_type"] == "markdown"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells)
+    for line, block in blocks(text):
         text = words_of(block)
         found += [f"line {line}: {each}" for each in banned(text)]
         for sentence in sentences(text):
