@@ -345,5 +345,5 @@ def test_no_memory_is_one_line_that_names_the_pair(error: Exception) -> None:
     subwords: Any = SimpleNamespace(encode_batch=encode)
     network: Any = SimpleNamespace(encode=model)
     sources, targets = ["a", "a b c", "a b"], ["a b", "a b c d", "a"]
-    with pytest.raises(MemoryLimitError, match=r"out of memory in scoring 3 .* line 2, has 3 and 4 pieces.*: shorten"):
+    with pytest.raises(MemoryLimitError, match=r"of memory in scoring 3 .* line 2, has 3 and 4 subwords.*: shorten"):
         perplexity(network, subwords, sources, targets, 100, World(torch.device("cpu")))

@@ -1,4 +1,4 @@
-"""The dial: what a trained model does with fewer or more experts per token, and what that costs."""
+"""The dial: quality and cost of a trained model with fewer or more experts per token."""
 
 import re
 from collections.abc import Callable
@@ -19,33 +19,33 @@ HEAD = (
     "experts/token  ops/timestep  sentences/s  BLEU (95 %)            chrF2  perplexity  BLEU against trained\n"
     "-------------  ------------  -----------  --------------------  ------  ----------  --------------------"
 )
-"""Of the table whose lines are `DialPosition.row`."""
+"""Heading of the table; its lines are `DialPosition.row`."""
 
 
 @dataclass(frozen=True)
 class DialPosition:
-    """One number of experts per token."""
+    """Results with one number of experts per token."""
 
     experts_per_token: int
     trained: bool
-    """As in training. A strictly balanced gate then uses its thresholds, and the number is an average."""
+    """True for the number used in training. A strictly balanced gate then uses its thresholds; the number is a mean."""
     ops_per_timestep: int
     measured: Measured
     comparisons: list[Comparison]
-    """With the translations as trained, for BLEU and chrF."""
+    """BLEU and chrF compared with those of the number used in training."""
 
     @property
     def label(self) -> str:
-        """How the table calls it."""
+        """Name in the table."""
         return f"{self.experts_per_token}{' trained' if self.trained else ''}"
 
     @property
     def sentences_per_second(self) -> float:
-        """Of the translation."""
+        """Speed of translation."""
         return len(self.measured.hypotheses) / self.measured.seconds
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the results as JSON has them."""
         return {
             "experts_per_token": self.experts_per_token,
             "trained": self.trained,
@@ -59,7 +59,7 @@ class DialPosition:
         }
 
     def row(self) -> str:
-        """A line of the table below `HEAD`."""
+        """Return a line of the table below `HEAD`."""
         bleu = self.comparisons[0]
         low, high = bleu.system_interval
         against = "" if self.trained else f"{bleu.difference:+.2f}, p = {bleu.p_value:.3f}"
@@ -76,9 +76,9 @@ class DialPosition:
 
 
 def dial_counts(text: str, config: Config) -> list[int]:
-    """The numbers of experts per token that --dial names. UserError for anything else."""
+    """Return the numbers of experts per token in the argument of --dial. UserError if it is not allowed."""
     if not config.model.moe.num_experts:
-        raise UserError("--dial wants a run with experts: model.moe.num_experts is 0")
+        raise UserError("--dial needs a run with experts: model.moe.num_experts is 0")
     if config.decoding.experts_per_token:
         raise UserError(f"--dial and decoding.experts_per_token={config.decoding.experts_per_token}: give one of them")
     if not re.fullmatch(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*", text.replace(" ", ""), re.ASCII):
@@ -87,9 +87,9 @@ def dial_counts(text: str, config: Config) -> list[int]:
 
 
 def dial_positions(counts: list[int], moe: MoEConfig) -> list[tuple[int, bool]]:
-    """(experts per token, whether as trained) in order; as trained is always among them, to compare with."""
+    """Return (experts per token, True if as in training), in order. The number in training is always included."""
     trained = moe.experts_per_token
-    # Where tokens have different numbers of experts, the same number for all is something else than as trained.
+    # If tokens have different numbers of experts in training, a fixed number equal to their mean is another position.
     positions = {(trained, True), *((count, False) for count in counts if moe.k_is_average or count != trained)}
     return sorted(positions, key=lambda position: (position[0], not position[1]))
 
@@ -102,9 +102,9 @@ def dial(
     config: Config,
     tell: Callable[[str], None],
 ) -> list[DialPosition]:
-    """What the model does with each of these numbers of experts per token, and as trained, in order.
+    """Return the results for each of `counts` and for the number used in training, in order.
 
-    `tell` gets a line as each is done. UserError for a number that the gates cannot wake.
+    `tell` is called with a line after each. UserError for a number of experts that the gates cannot activate.
     """
     wanted = dial_positions(counts, config.model.moe)
     for count, trained in wanted:
@@ -112,7 +112,7 @@ def dial(
             translator.model.check_experts_per_token(0 if trained else count)
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
-    # The first batch of a process pays for what is made once.
+    # Warm up: the first batch of a process takes longer.
     translator.translate(text.sources[: config.decoding.batch_sentences])
     measured = []
     for count, trained in wanted:

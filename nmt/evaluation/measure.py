@@ -1,4 +1,4 @@
-"""A set translated and scored once."""
+"""Translate a set of sentences and score the translations."""
 
 import math
 import time
@@ -19,23 +19,23 @@ _BATCH_TOKENS = 8192
 
 @dataclass(frozen=True)
 class Measured:
-    """Translations of a set, and how good they are."""
+    """Translations of a set and their scores."""
 
     hypotheses: list[str]
     seconds: float
-    """Of the translation."""
+    """Time of the translation."""
     scores: list[Score]
     """BLEU and chrF."""
     perplexity: Perplexity
-    """Of the first translator's references."""
+    """Perplexity of the references by the first translator."""
 
 
 def measure(
     translator: Translator, text: EvaluationSet, tokenizer: str, config: Config, options: Options | None = None
 ) -> Measured:
-    """Translate `text` and score it; `options`: None for the translator's own.
+    """Translate `text` with `options` (None: the translator's own) and score the translations.
 
-    CheckpointError if the model's outputs are not numbers.
+    CheckpointError if the model's outputs are not finite.
     """
     options = options or translator.options
     started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Perplexity of given translations."""
+"""Perplexity of reference translations."""
 
 import math
 from collections.abc import Sequence
@@ -22,14 +22,14 @@ from nmt.wording import counted
 class Perplexity:
     """exp of the mean negative log-likelihood, end of sentence included.
 
-    `pieces` counts the subword pieces of the references (the paper's "wordpiece perplexity"); `words` counts their
-    blank-separated words, so that vocabularies can be compared.
+    `pieces` is per subword of the references (the paper's "wordpiece perplexity"). `words` is per blank-separated word,
+    so that models with different vocabularies can be compared.
     """
 
     pieces: float
     words: float
     cut: tuple[int, ...] = ()
-    """Pairs, from 0, that were longer than `nmt.data.held_out.LONGEST_SIDE`: the rest of them was not read."""
+    """Numbers, from 0, of the pairs with a side that was cut to `nmt.data.held_out.LONGEST_SIDE` subwords."""
 
 
 @torch.inference_mode()
@@ -42,18 +42,17 @@ def perplexity(
     world: World,
     experts_per_token: int = 0,
 ) -> Perplexity:
-    """Perplexity of `targets` given `sources`, shared out over all processes.
+    """Return the perplexity of `targets` given `sources`, computed by all processes together.
 
-    The model must be in evaluation mode, and is used in the precision that it has (`WorkingWeights`).
-    `experts_per_token`: how many experts each token wakes, 0 for as many as in training. Of very long pairs only a
-    beginning is scored, so that memory is bounded (`encode_pairs`). MemoryLimitError that names the longest pair if it
-    does not suffice all the same.
+    The model must be in evaluation mode. It is used in its own precision (`WorkingWeights`). Each token has
+    `experts_per_token` active experts; 0: as many as in training. Very long pairs are cut, to bound memory
+    (`encode_pairs`). MemoryLimitError, which names the longest pair of the batch, if memory still runs out.
     """
     held_out = encode_pairs(subwords, sources, targets)
     batches = list(eval_batches(held_out.sources, held_out.targets, batch_tokens))
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
     for first in range(0, len(batches), world.size):
-        # Experts need all processes in every pass: in the last round some repeat a batch that does not count.
+        # Experts need all processes in every pass: in the last round, some repeat a batch, which does not count.
         mine = first + world.rank
         batch = batches[min(mine, len(batches) - 1)]
         longest = partial(_longest_pair, batch, held_out)
@@ -69,7 +68,7 @@ def perplexity(
 
 
 def _num_words(subwords: Subwords, targets: Sequence[str], held_out: HeldOut) -> int:
-    """Words and ends of sentence that were scored."""
+    """Return the number of words and ends of sentence that were scored."""
     words = sum(len(target.split()) + 1 for target in targets)
     for pair in held_out.cut:
         read = subwords.decode(held_out.targets[pair].tolist())
@@ -78,12 +77,12 @@ def _num_words(subwords: Subwords, targets: Sequence[str], held_out: HeldOut) ->
 
 
 def _longest_pair(batch: Batch, held_out: HeldOut) -> str:
-    """What is scored, for a message."""
+    """Describe a batch and its longest pair, for a message."""
     pairs_B = batch.pairs_B.numpy()
     lengths_2B = np.array([[len(side[pair]) for pair in pairs_B] for side in (held_out.sources, held_out.targets)])
     longest = int(lengths_2B.prod(0).argmax())
     source, target = lengths_2B[:, longest]
     return (
         f"scoring {counted(len(pairs_B), 'sentence pair')}, the longest of which, line "
-        f"{pairs_B[longest] + 1:,}, has {source:,} and {target:,} pieces"
+        f"{pairs_B[longest] + 1:,}, has {source:,} and {target:,} subwords"
     )

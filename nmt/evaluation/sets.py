@@ -1,7 +1,7 @@
-"""A set of sentence pairs to score: one of a run's own, or files that somebody names.
+"""Sets of sentence pairs to score: a run's own sets, or files given by the user.
 
-Reports of the two never meet: a run's own sets are called test and dev, and the name of any other set begins with
-"set-" and ends with a part of the hash of its text.
+Their reports never overwrite each other. A run's own sets are named test and dev; the name of any other set begins with
+"set-" and ends with part of the hash of its text.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ class PairedFile:
 
     path: str
     sha256: str
-    """Of its lines as UTF-8, each ended by a line feed; of a compressed file, of what it unpacks to."""
+    """Hash of its lines in UTF-8, each with a line feed at the end. Compressed files are unpacked first."""
 
 
 @dataclass(frozen=True)
@@ -33,37 +33,37 @@ class EvaluationSet:
     """Sentences and their translations, line by line."""
 
     name: str
-    """What its reports are called: test, dev, or set-NAME-HASH."""
+    """Name in file names of reports: test, dev, or set-NAME-HASH."""
     title: str
-    """What people call it: "test", or the name of a file."""
+    """Name for readers: "test", "dev", or the name of a file."""
     sources: list[str]
     references: list[list[str]]
-    """One list for each translator; there is at least one."""
+    """One list per translator; at least one."""
     domains: list[str]
-    """Empty if they are not known."""
+    """Empty if unknown."""
     files: tuple[PairedFile, ...] = ()
-    """Source and references; empty for a run's own set."""
+    """Files of source and references; empty for a run's own set."""
 
     @property
     def own(self) -> bool:
-        """Whether it is the run's own."""
+        """True for a set of the run itself."""
         return not self.files
 
     def report(self, kind: str, ending: str) -> str:
-        """The file name of a report of that kind: the kind alone for the run's test set, else the set after it."""
+        """Return the file name of a report: KIND.ENDING for the run's test set, else KIND-NAME.ENDING."""
         return f"{kind}.{ending}" if self.name == "test" else f"{kind}-{self.name}.{ending}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Which set it is, for JSON."""
+        """Return the identity of the set, as JSON has it."""
         source, *references = [asdict(file) for file in self.files] or [{}]
         return {"set": self.name, "title": self.title, "own": self.own, "source": source, "references": references}
 
 
 def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:
-    """The set of these files, or one of the run's own.
+    """Return the set made of these files, or without files, the run's own set `split`.
 
-    UserError for a source without references or the reverse, DataError for files that are empty or do not pair or for a
-    run without the set, CheckpointError for a damaged one.
+    UserError for a source without references or the reverse. DataError if files are empty or do not pair line by line,
+    or if the run has no such set. CheckpointError if the run's set is damaged.
     """
     if (source is None) != (not references):
         raise UserError("--source and --reference go together")
@@ -97,7 +97,7 @@ def _from_files(source: str, references: Sequence[str]) -> EvaluationSet:
 
 def _read(name: str) -> list[str]:
     try:
-        # A pipe will do: it is read once.
+        # The file may be a pipe, as it is read only once.
         with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as stream:
             return list(TextReader(stream, _title(name)))
     except (OSError, ValueError) as error:
