@@ -262,6 +262,16 @@ def test_without_a_finite_output_there_is_no_hypothesis(value: float):
     assert [bool(each) for each in found] == [True, False, True]
 
 
+def test_a_sentence_whose_every_continuation_is_forbidden_ends_early():
+    """Only EOS is possible, and it may not come yet."""
+
+    def row(_sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
+        assert len(prefix) == 1
+        return np.where(np.arange(VOCAB) == EOS, 0.0, -math.inf), np.array([1.0])
+
+    assert translate_all(row, [[True]], limits_of([9], [2]), BeamSettings(2, 0.2, 0.2)) == [[]]
+
+
 @pytest.mark.parametrize("beam", [1, 2, 3, 5, 8])
 @pytest.mark.parametrize("seed", range(5))
 def test_the_score_is_that_of_the_translation_returned(seed: int, beam: int):

@@ -242,6 +242,22 @@ def test_the_best_few(load: Load, lines: list[str]) -> None:
             assert each.score >= alone.score - 1e-5
 
 
+def test_a_part_with_fewer_hypotheses_gives_its_last(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = load(beam_size=3)
+    (first, second), (third, _) = translator.search(
+        translator.subwords.encode_batch(["the dog", "a cat"]), replace(translator.options, n_best=2)
+    )
+    monkeypatch.setattr(translator, "search", lambda *_: [[first, second], [third]])
+    line = "The dog. A cat!"
+    (found,) = translator.translate([line], long={0})
+    one, two, three = (translator.subwords.decode(each.tokens).strip() for each in (first, second, third))
+    parts = ["The dog. ", "A cat!"]
+    assert [each.text for each in found.hypotheses] == [join(parts, [one, three]), join(parts, [two, three])]
+    assert one != two
+    log_probs = [(*each.token_log_probs, *third.token_log_probs) for each in (first, second)]
+    assert [each.log_probs for each in found.hypotheses] == log_probs
+
+
 def test_pieces_with_log_probabilities_and_attention(load: Load) -> None:
     translator = load(beam_size=3, max_source_pieces=8)
     lines = ["The dog. A cat! ... The small dog runs over a green meadow.", "a", "..."]

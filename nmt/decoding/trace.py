@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import EOS, PAD
+from nmt.batch import PAD
 
 
 class Candidates(NamedTuple):
@@ -127,8 +127,7 @@ def _unfinished(seen: list[_Seen], sentence: int, position: int) -> list[_End]:
     here, column = seen[position], seen[position].column_of[sentence]
     if column < 0:
         return []
-    # Where too few candidates go on, one that ends fills a place of the beam.
-    picks = [pick for pick in here.pick_KB[:, column].tolist() if here.token_CB[pick, column] != EOS]
+    picks = here.pick_KB[:, column].tolist()
     ends = [_End(float(here.score_CB[pick, column]), position, pick, False) for pick in picks]
     return [end for end in ends if np.isfinite(end.score)]
 
