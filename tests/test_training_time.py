@@ -16,14 +16,15 @@ import torch
 import nmt.training.trainer
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
+from nmt.commands.memory import check_memory
 from nmt.compose import compose_config
 from nmt.config import TrainingConfig
 from nmt.device import memory_bytes, shortage_told
 from nmt.errors import MemoryLimitError
+from nmt.metrics.forecast import first_forecast, seconds_left
 from nmt.metrics.record import TrainLine, read_lines
 from nmt.parallel.mesh import World
 from nmt.training import clock
-from nmt.training.forecast import check_memory, first_forecast, seconds_left
 from nmt.training.interval import Interval
 from nmt.training.optim import learning_rate
 from nmt.training.stopping import StopRequest
@@ -376,7 +377,7 @@ def test_a_network_that_cannot_fit_is_refused_before_it_is_made() -> None:
 def test_processes_of_one_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     corpus_counts = {"vocabulary_size": 1000, "pairs_kept": 10, "source_pieces": 200, "target_pieces": 200}
     config = compose_config(["experiment=demo"])
-    monkeypatch.setattr("nmt.training.forecast.memory_bytes", lambda _: 300_000_000)
+    monkeypatch.setattr("nmt.commands.memory.memory_bytes", lambda _: 300_000_000)
     assert check_memory(config, corpus_counts, World(CPU)) is None
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert check_memory(config, corpus_counts, World(CPU)) is not None

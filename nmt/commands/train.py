@@ -10,6 +10,7 @@ from pathlib import Path
 
 from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
+from nmt.commands.memory import check_memory
 from nmt.config import Config
 from nmt.data.prepare import Prepared, prepare
 from nmt.data.prepared import FACTS
@@ -20,7 +21,6 @@ from nmt.parallel.mesh import World
 from nmt.parallel.watchdog import watch_for_hangs
 from nmt.process import launched_rank
 from nmt.run import SHARED_MARK, RunDirectory
-from nmt.training.forecast import check_memory
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Stopped, Trainer
 

@@ -28,6 +28,7 @@ from nmt.device import product_dtype, set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
+from nmt.metrics.forecast import first_forecast, seconds_left
 from nmt.metrics.gate_watch import GateWatch
 from nmt.metrics.record import DevLine, TrainLine
 from nmt.metrics.writer import MetricsWriter
@@ -41,7 +42,6 @@ from nmt.parameters import Tensors, stored
 from nmt.run import RunDirectory
 from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
-from nmt.training.forecast import first_forecast, seconds_left
 from nmt.training.interval import Interval
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.stopping import StopRequest
