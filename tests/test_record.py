@@ -53,6 +53,26 @@ def test_a_line_of_another_version_is_read(tmp_path: Path) -> None:
     assert (first.processes, second) == (1, TRAIN)
 
 
+FIRST_FORM = """\
+{"step": 50, "kind": "train", "loss": 7.25, "nll": 7.0, "gradient_norm": 1.5, "skipped_updates": 0.0, \
+"encoder.1.cv_importance": 0.25, "encoder.1.cv_load": 0.5, "encoder.1.max_over_mean_load": 1.125, \
+"encoder.1.gate_entropy": 0.625, "encoder.1.idle_experts": 0.0, "perplexity": 1096.5, "learning_rate": 0.001, \
+"tokens_per_second": 2000.0, "tflops": 0.0625}
+{"step": 50, "kind": "dev", "perplexity": 900.5, "word_perplexity": 4000.0}
+"""
+"""What the first version wrote: one process, no BLEU, no memory, fewer figures of gates, in another order."""
+
+
+def test_a_file_in_the_first_form_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "metrics.jsonl", FIRST_FORM, end="")
+    [line] = read_lines(path, TrainLine)
+    assert (line.step, line.loss, line.perplexity, line.tflops) == (50, 7.25, 1096.5, 0.0625)
+    assert (line.processes, line.gpu_memory_gb) == (1, None)
+    assert line.gates["encoder.1"]["max_over_mean_load"] == 1.125
+    assert len(line.gates["encoder.1"]) == 5
+    assert read_lines(path, DevLine) == [DevLine(50, 900.5, 4000.0)]
+
+
 @pytest.mark.parametrize("cut", ['{"step": 8, "kind": "tr', ""])
 def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path, cut: str) -> None:
     assert read_lines(write(tmp_path / "m", TRAIN.to_dict(), cut, end=""), TrainLine) == [TRAIN]
