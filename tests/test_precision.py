@@ -267,7 +267,10 @@ def test_float32_on_a_gpu_is_float32(precision: str, tf32: bool) -> None:
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({}, r"model.hidden_size=6 and model.moe.hidden_sizes=\[7\]: .* multiples of 8; choose others, or key=fp32"),
+        (
+            {},
+            r"model.hidden_size=6 and model.moe.hidden_sizes=\[7\]: .* multiples of 8; choose others, or set key=fp32",
+        ),
         ({"hidden_size": 8, "hidden_sizes": [8, 12]}, r"^model.moe.hidden_sizes=\[8, 12\]: "),
         ({"hidden_size": 12, "cell_size": 12, "hidden_sizes": [16]}, "^model.hidden_size=12: "),
     ],
@@ -296,5 +299,5 @@ def test_training_and_translating_with_such_widths_end_with_one_line(
     assert lines[-1].endswith("training.precision=fp32")
     config = run.config(["decoding.precision=bf16"])
     narrow = replace(config.model, moe=replace(config.model.moe, hidden_sizes=[20]))
-    with pytest.raises(UserError, match=r"hidden_sizes=\[20\]: .* or decoding.precision=fp32"):
+    with pytest.raises(UserError, match=r"hidden_sizes=\[20\]: .* or set decoding.precision=fp32"):
         Translator(Seq2Seq(narrow, 9), None, config.decoding, CPU)
