@@ -154,7 +154,7 @@ def test_a_run_that_does_not_know_its_longest_line_has_the_limit_of_its_filter(l
     config = run.config()
     assert longest_source({}, config) == config.corpus.filters.max_pieces
     for value in (None, [1], "x", float("nan"), -1):
-        with pytest.raises(CheckpointError, match="no number of pieces"):
+        with pytest.raises(CheckpointError, match="not a number of subwords"):
             longest_source({"longest_source_pieces": value}, config)
     assert longest_source(run.corpus_info(), config) == load().longest_seen
 

@@ -1,7 +1,7 @@
-"""Forced decoding: how probable a model finds translations that are given.
+"""Forced decoding: the log-probabilities of given translations.
 
-Perplexity, explanations and scores of sentence pairs all come from here. A hypothesis that a search found has the same
-log-probabilities, piece by piece, when it is forced.
+Perplexity, explanations and scores of sentence pairs all use this file. Forced decoding of a hypothesis found by a
+search returns the search's log-probabilities, subword by subword.
 
 Letters: S source positions, T target positions, B sentences, R = columns x B decoder columns (column r belongs to
 sentence r mod B), N real (not padding) target positions.
@@ -20,17 +20,17 @@ from nmt.model.walk import ChangeGate, Gates
 
 
 class Scores(NamedTuple):
-    """What a model gives to target sentences."""
+    """Results of forced decoding."""
 
-    log_prob_TR: Tensor  # float32 or better, log P of each piece, EOS included, in nats; 0 at padding
+    log_prob_TR: Tensor  # at least float32: log P of each subword and of EOS, in nats; 0 at padding
     attention_TRS: Tensor
-    gates: Gates  # those of the pass
+    gates: Gates  # decisions of the gates in this pass
 
 
 def score(model: Seq2Seq, batch: Batch, experts_per_token: int = 0) -> Scores:
-    """The log-probability of every target piece of a batch, given its source and the pieces before it.
+    """Return the log-probability of every target subword of a batch, given its source and the subwords before it.
 
-    The model must be in evaluation mode; it computes in the precision that it has. Call it without gradients.
+    The model must be in evaluation mode, and computes in its own precision. Call this without gradients.
     """
     memory, gates = model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N, experts_per_token)
     scores = score_target(
@@ -48,7 +48,10 @@ def score_target(
     experts_per_token: int = 0,
     change_gate: ChangeGate | None = None,
 ) -> Scores:
-    """`score` where the source is encoded; `rows_N`: flat positions of real target pieces, None if all are."""
+    """Return what `score` does, for an encoded source.
+
+    `rows_N` has the flat positions of real target subwords; None: no position is padding.
+    """
     decoded = model.decode(target_in_TR, memory, None, rows_N, experts_per_token, change_gate)
     x_MD, target_M = decoded.x_TRD.flatten(0, 1), target_out_TR.flatten()
     if rows_N is not None:

@@ -1,16 +1,16 @@
-"""Beam search as a pure loop over a record, with GNMT's length normalisation and coverage penalty (GNMT section 7).
+"""Beam search with GNMT's length normalisation and coverage penalty (GNMT section 7), as a loop over a record.
 
     score(Y, X) = log P(Y | X) / lp(Y) + cp(X; Y)        (GNMT eq. 14)
 
-Choices where the paper is silent: |Y| counts the end-of-sentence piece; a source position without any attention counts
-as one with 1e-6 of it (log 0 would forbid the hypothesis); the caller says which source positions want covering. GNMT's
-two pruning margins are not used: what the search returns is the best of all it saw.
+The paper leaves three choices open. Here, |Y| counts the end-of-sentence token. The attention of a source position
+counts as at least 1e-6, as log 0 would forbid the hypothesis. The caller selects the source positions to be covered.
+GNMT's two pruning margins are not used: the search returns the best of all finished hypotheses.
 
-The loop keeps the model's state, one piece per hypothesis and the best scores. What it saw at each position goes into a
-`Trace`, which it never reads or gathers. At the end, nmt/decoding/trace.py follows the traces back from the best ends.
+The loop keeps the model's state, the last subword of each hypothesis and the best scores. It writes a `Trace` at each
+position, and never reads it again. At the end, nmt/decoding/trace.py follows the traces back from the best ends.
 
-Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, F pieces that are never output,
-S source positions, N finished hypotheses that are wanted.
+Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, F subwords that are never output,
+S source positions, N finished hypotheses to return.
 """
 
 from collections.abc import Callable
@@ -24,90 +24,94 @@ from nmt.decoding.trace import Candidates, Hypothesis, Stretch, Trace, follow_ba
 
 _NEVER = float("-inf")
 _LEAST_COVERAGE = 1.0e-6
-# Positions between two looks at which sentences are done, on a GPU: a look waits for it.
+# On a GPU, the host checks which sentences are done at every 4th position only, as a check waits for the GPU.
 _LOOK_EVERY = 4
 
 
 class SearchState(Protocol):
-    """What the model carries from position to position for K x B columns (column k * B + b)."""
+    """State of the model between positions, for K x B columns (column k * B + b)."""
 
     def select(self, columns_R: Tensor) -> Self:
-        """Its columns gathered: the hypotheses that remain."""
+        """Return the state with these columns, those of the remaining hypotheses."""
 
     def shrink(self, sentences_B: Tensor) -> Self:
-        """Whatever it holds once per sentence, for these sentences only; called along with `select`."""
+        """Return the state with its tensors per sentence, such as the encoded source, reduced to these sentences.
+
+        The columns are reduced by a call of `select` before.
+        """
 
 
 class StepOutput(NamedTuple):
-    """One position of the model."""
+    """Output of the model at one position."""
 
-    logits_KBV: Tensor  # before the softmax; the search overwrites them
+    logits_KBV: Tensor  # the search overwrites them
     attention_KBS: Tensor  # over source positions
     state: Any  # a SearchState
 
 
 class Limits(NamedTuple):
-    """What may be output, and how long it may get. Lengths are int64 and count EOS."""
+    """Limits of the output. Lengths are int64 and count EOS."""
 
-    min_length_B: Tensor  # at least 1; EOS cannot come before
+    min_length_B: Tensor  # at least 1; EOS is not allowed at a smaller length
     max_length_B: Tensor  # at least 1
-    forbidden_F: Tensor  # int64, pieces that are never output
+    forbidden_F: Tensor  # int64, subwords that are never output
 
     def forbid_(self, logits_KBV: Tensor, length: Tensor) -> None:
-        """Set the logits of what may not be piece number `length` (from 1) to minus infinity, in place."""
+        """Set to minus infinity, in place, the logits of subwords not allowed as number `length` (from 1)."""
         logits_KBV.index_fill_(2, self.forbidden_F, _NEVER)
         logits_KBV[:, :, EOS].masked_fill_(length < self.min_length_B, _NEVER)
 
     def select(self, sentences_B: Tensor) -> "Limits":
-        """The limits of these sentences only."""
+        """Return the limits of these sentences."""
         return Limits(self.min_length_B[sentences_B], self.max_length_B[sentences_B], self.forbidden_F)
 
 
 class BeamSettings(NamedTuple):
-    """How wide the search is, how it scores, and what it returns."""
+    """Settings of the search: beam size, scores, and results."""
 
     beam_size: int
     alpha: float
     beta: float
     keep: int = 1
-    """Finished hypotheses per sentence that are wanted, at most `beam_size`."""
+    """Number of hypotheses to return per sentence; at most `beam_size`."""
     attention: bool = False
-    """Whether hypotheses come with their attention."""
+    """True to return the attention of hypotheses."""
 
 
 Choose = Callable[[Tensor, Tensor, Limits, Tensor], Candidates]
-"""choose(logits_KBV, log_prob_KB, limits, length): what may follow the hypotheses as piece number `length` (from 1, a
-scalar on the device). It may overwrite the logits. At least K candidates per sentence; the first K of them may end."""
+"""choose(logits_KBV, log_prob_KB, limits, length) returns candidates for subword number `length` (from 1, a scalar on
+the device) of the hypotheses. It may overwrite the logits. There are at least K candidates per sentence. Of these, only
+the first K can end a hypothesis."""
 
 
 class Beam(NamedTuple):
-    """The whole search between two positions; all on the device, so that no position waits for the host."""
+    """State of the search between two positions, all on the device, so that no position waits for the host."""
 
     state: Any
-    previous_KB: Tensor  # int64, the last piece of each hypothesis
+    previous_KB: Tensor  # int64, the last subword of each hypothesis
     log_prob_KB: Tensor  # float32, highest first; -inf where there is no hypothesis
     coverage_KBS: Tensor  # float32, summed attention
     best_NB: Tensor  # float32, the highest scores of finished hypotheses, highest first; -inf where there is none
-    count_B: Tensor  # int64, finished hypotheses so far
-    done_B: Tensor  # bool, nothing can change any more
-    length: Tensor  # int64 scalar, pieces output so far
+    count_B: Tensor  # int64, number of finished hypotheses so far
+    done_B: Tensor  # bool, True if the result of the sentence cannot change any more
+    length: Tensor  # int64 scalar, number of subwords output so far
 
 
 def length_penalty(length: Tensor | int, alpha: float) -> Any:
-    """lp(Y) = (5 + |Y|)^alpha / (5 + 1)^alpha (GNMT eq. 14)."""
+    """Return lp(Y) = (5 + |Y|)^alpha / (5 + 1)^alpha (GNMT eq. 14)."""
     return ((5.0 + length) / 6.0) ** alpha
 
 
 def coverage_penalty(coverage: Tensor, wanted: Tensor, beta: float) -> Tensor:
-    """cp(X; Y) = beta sum_i log min(sum_j p_ij, 1) (GNMT eq. 14), over the `wanted` source positions (last dim)."""
+    """Return cp(X; Y) = beta sum_i log min(sum_j p_ij, 1) (GNMT eq. 14), over `wanted` source positions (last dim)."""
     log_coverage = coverage.clamp(_LEAST_COVERAGE, 1.0).log()
     return beta * log_coverage.masked_fill(~wanted, 0.0).sum(-1)
 
 
 def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
-    """The most probable 2 K continuations of each sentence: a `Choose`. With EOS among them, K others remain."""
+    """Return the 2 K most probable continuations per sentence; a `Choose`. Even if K of them end, K others remain."""
     beam_size, _, vocabulary = logits_KBV.shape
-    # The best 2 K of each hypothesis hold the best 2 K of all; no log-softmax over the whole vocabulary is written.
+    # The best 2 K of each hypothesis include the best 2 K of all, so no log-softmax over the vocabulary is written.
     normaliser_KB1 = logits_KBV.float().logsumexp(dim=2, keepdim=True)
     limits.forbid_(logits_KBV, length)
     top_KBJ, token_KBJ = logits_KBV.topk(min(2 * beam_size, vocabulary), dim=2)
@@ -136,14 +140,17 @@ def beam_search(
     choose: Choose = top_k,
     look_every: int = 0,
 ) -> list[list[Hypothesis]]:
-    """The best-scored translations of each of B sentences, best first; a beam of 1 is greedy search.
+    """Return the translations with the best scores for each of B sentences, best first; a beam of 1 is greedy search.
 
-    step(previous_KB, state) runs the model by one position. `wanted_BS` is True at source positions to be covered. A
-    sentence is done when it has `beam_size` finished hypotheses, when no unfinished one can come among the best `keep`
-    (its log-probability only falls), or at its greatest length. There are at most `keep` finished hypotheses, and fewer
-    if fewer finished; only if none did, the best unfinished ones are returned. A sentence whose model outputs were
-    never finite has none at all. Which sentences are done is looked up at every `look_every`th position; 0: as often
-    as is best for the device. It changes no result.
+    step(previous_KB, state) runs the model for one position. `wanted_BS` is True at source positions to be covered.
+
+    A sentence is done in three cases: it has `beam_size` finished hypotheses; no unfinished one can be among the best
+    `keep` (its log-probability can only fall); or it is at its maximum length. The result has at most `keep` finished
+    hypotheses, or fewer if fewer finished. If none finished, it has the best unfinished ones. If the model's outputs
+    were never finite, it has none.
+
+    The host checks which sentences are done at every `look_every`th position; 0: as often as is best for the device.
+    This does not change results.
     """
     max_lengths: list[int] = limits.max_length_B.tolist()
     look_every = look_every or (1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY)
@@ -166,7 +173,7 @@ def beam_search(
 
 
 def _first_beam(state: SearchState, wanted_BS: Tensor, settings: BeamSettings) -> Beam:
-    """One empty hypothesis per sentence; the other places of the beam are open."""
+    """Return the beam at the start: one empty hypothesis per sentence, and log-probability -inf for all others."""
     device, (sentences, sources) = wanted_BS.device, wanted_BS.shape
     log_prob_KB = torch.full((settings.beam_size, sentences), _NEVER, device=device)
     log_prob_KB[0] = 0.0
@@ -185,23 +192,23 @@ def _first_beam(state: SearchState, wanted_BS: Tensor, settings: BeamSettings) -
 def _advance(
     beam: Beam, output: StepOutput, wanted_BS: Tensor, limits: Limits, settings: BeamSettings, choose: Choose
 ) -> tuple[Beam, Trace]:
-    """The search one position further, and what it saw there."""
+    """Return the beam after one more position, and the trace of that position."""
     beam_size, sentences = beam.log_prob_KB.shape
     length = beam.length + 1
     found = choose(output.logits_KBV, beam.log_prob_KB, limits, length)
-    # The coverage of a candidate is that of the hypothesis it continues: its own piece has attended to nothing yet.
+    # The coverage of a candidate is that of the hypothesis it continues, as its own subword has not attended yet.
     coverage_KBS = beam.coverage_KBS + output.attention_KBS.float()
     penalty_KB = coverage_penalty(coverage_KBS, wanted_BS, settings.beta)
     score_CB = found.log_prob_CB / length_penalty(length, settings.alpha) + penalty_KB.gather(0, found.hypothesis_CB)
     ends_CB = (found.token_CB == EOS) & (found.log_prob_CB > _NEVER)
 
-    # Those that end count only among the best K.
+    # Candidates that end count only if they are among the best K.
     finished_KB = ends_CB[:beam_size] & ~beam.done_B
     finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, _NEVER)
     best_NB = torch.cat([beam.best_NB, finished_score_KB]).topk(settings.keep, dim=0).values
     count_B = beam.count_B + finished_KB.sum(0)
 
-    # Those that do not end: the best K.
+    # The best K of those that do not end remain in the beam.
     log_prob_KB, pick_KB = found.log_prob_CB.masked_fill(ends_CB, _NEVER).topk(beam_size, dim=0)
     parent_KB = found.hypothesis_CB.gather(0, pick_KB)
     columns_KB = parent_KB * sentences + torch.arange(sentences, device=parent_KB.device)
@@ -222,7 +229,7 @@ def _advance(
 
 
 def _shrink(beam: Beam, going_B: Tensor) -> Beam:
-    """The beam of the sentences that are not done, so that long sentences do not drag short ones along."""
+    """Return the beam of the sentences that are not done, so that finished sentences take no more time."""
     beam_size, sentences = beam.log_prob_KB.shape
     offset_K1 = torch.arange(beam_size, device=going_B.device)[:, None] * sentences
     return Beam(

@@ -1,9 +1,9 @@
-"""What a search saw, position by position, and the hypotheses that are read from it by following parents back.
+"""Records of a search, one per position, and the hypotheses that are read from them by following parents back.
 
-All of this happens once, on the host, when the search is over: see nmt/decoding/search.py.
+Hypotheses are read once, on the host, at the end of the search: see nmt/decoding/search.py.
 
 Letters: B sentences of a stretch, K hypotheses (the beam), C candidates, S source positions, P positions of a stretch,
-L positions of the whole search, H hypotheses that are returned.
+L positions of the whole search, H returned hypotheses, G those of them that include a given position.
 """
 
 from typing import NamedTuple
@@ -16,48 +16,48 @@ from nmt.batch import PAD
 
 
 class Candidates(NamedTuple):
-    """What may continue the hypotheses of each sentence, best first."""
+    """Possible continuations of the hypotheses of each sentence, best first."""
 
-    log_prob_CB: Tensor  # float32, of all pieces; -inf where there is no candidate
-    token_log_prob_CB: Tensor  # float32, of its last piece
-    hypothesis_CB: Tensor  # int64, which of the K it continues
-    token_CB: Tensor  # int64, its last piece
+    log_prob_CB: Tensor  # float32, of the whole hypothesis; -inf where there is no candidate
+    token_log_prob_CB: Tensor  # float32, of its last subword
+    hypothesis_CB: Tensor  # int64, the hypothesis (of K) that it continues
+    token_CB: Tensor  # int64, its last subword
 
 
 class Trace(NamedTuple):
-    """One position of a search."""
+    """Record of one position of a search."""
 
     candidates: Candidates
-    score_CB: Tensor  # float32, GNMT eq. 14, as if each ended here
-    finished_KB: Tensor  # bool, which of the best K candidates are finished hypotheses
+    score_CB: Tensor  # float32, GNMT eq. 14, as if each candidate ended here
+    finished_KB: Tensor  # bool, True for those of the best K candidates that are finished hypotheses
     pick_KB: Tensor  # int64, the candidate that became hypothesis k of the next position
-    attention_KBS: Tensor | None  # of the hypotheses that were continued, where it was asked for
+    attention_KBS: Tensor | None  # of the hypotheses before this position, if requested
 
 
 class Stretch(NamedTuple):
-    """Positions between which no sentence left the search."""
+    """Consecutive positions with the same sentences in the search."""
 
-    sentences: list[int]  # of its columns
+    sentences: list[int]  # sentence of each column
     traces: list[Trace]
 
 
 class Hypothesis(NamedTuple):
-    """A translation that the search found."""
+    """A translation found by the search."""
 
     tokens: list[int]  # without EOS
     score: float  # GNMT eq. 14
-    token_log_probs: list[float]  # in nats; that of EOS too, if finished
-    attention_TS: np.ndarray | None  # float32, a row per log-probability, where it was asked for
-    finished: bool  # False: cut off at the greatest length
+    token_log_probs: list[float]  # in nats; if finished, includes EOS
+    attention_TS: np.ndarray | None  # float32, one row per log-probability, if requested
+    finished: bool  # False: cut off at the maximum length
 
     @property
     def log_prob(self) -> float:
-        """log P(Y | X) of what was output, in nats."""
+        """log P(Y | X) of the output, in nats."""
         return sum(self.token_log_probs)
 
 
 class _End(NamedTuple):
-    """Where a hypothesis ends."""
+    """End of a hypothesis."""
 
     score: float
     position: int
@@ -66,7 +66,7 @@ class _End(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """One position on the host, with the column of each sentence (-1: it had left)."""
+    """Record of one position on the host, with the column of each sentence (-1: it had left the search)."""
 
     column_of: np.ndarray
     log_prob_CB: np.ndarray
@@ -80,14 +80,14 @@ class _Seen(NamedTuple):
 
 
 def follow_back(stretches: list[Stretch], max_lengths: list[int], keep: int) -> list[list[Hypothesis]]:
-    """The `keep` best hypotheses of each sentence, best first: finished ones, or if there are none, unfinished ones.
+    """Return the `keep` best hypotheses of each sentence, best first: finished ones or, if there are none, unfinished.
 
-    Of equal scores the first that was found comes first. A sentence without any finite score has no hypothesis.
+    Hypotheses with equal scores are in the order in which they were found. A sentence without finite scores has none.
     """
     seen = [position for stretch in stretches for position in _on_host(stretch, len(max_lengths))]
     ends = _finished(seen, len(max_lengths))
     for sentence, found in enumerate(ends):
-        # What goes on beyond its greatest length, until somebody looks, does not count.
+        # Positions beyond a sentence's maximum length do not count: the search checks for the end only now and then.
         if not found and max_lengths[sentence] <= len(seen):
             found += _unfinished(seen, sentence, max_lengths[sentence] - 1)
     best = [sorted(found, key=lambda end: -end.score)[:keep] for found in ends]
@@ -96,7 +96,7 @@ def follow_back(stretches: list[Stretch], max_lengths: list[int], keep: int) -> 
 
 
 def _on_host(stretch: Stretch, num_sentences: int) -> list[_Seen]:
-    """The positions of a stretch, with one copy per tensor rather than one per position."""
+    """Return the positions of a stretch on the host, with one copy per kind of tensor instead of one per position."""
     if not stretch.traces:
         return []
     column_of = np.full(num_sentences, -1)
@@ -110,7 +110,7 @@ def _on_host(stretch: Stretch, num_sentences: int) -> list[_Seen]:
 
 
 def _finished(seen: list[_Seen], num_sentences: int) -> list[list[_End]]:
-    """The finished hypotheses of each sentence, in the order in which they were found."""
+    """Return the ends of each sentence's finished hypotheses, in the order in which they were found."""
     ends: list[list[_End]] = [[] for _ in range(num_sentences)]
     for position, here in enumerate(seen):
         if not here.finished_KB.any():
@@ -123,7 +123,7 @@ def _finished(seen: list[_Seen], num_sentences: int) -> list[list[_End]]:
 
 
 def _unfinished(seen: list[_Seen], sentence: int, position: int) -> list[_End]:
-    """What the beam held of a sentence after this position, as far as it held anything."""
+    """Return the ends of the unfinished hypotheses in the beam of a sentence after this position, if there are any."""
     here, column = seen[position], seen[position].column_of[sentence]
     if column < 0:
         return []
@@ -133,7 +133,7 @@ def _unfinished(seen: list[_Seen], sentence: int, position: int) -> list[_End]:
 
 
 def _follow(seen: list[_Seen], wanted: list[tuple[int, _End]]) -> list[Hypothesis]:
-    """The hypotheses with these ends, all of them followed back at once."""
+    """Return the hypotheses with these ends. All are followed back together."""
     num_positions, num_wanted = len(seen), len(wanted)
     sentence_H = np.array([sentence for sentence, _ in wanted], dtype=np.int64)
     last_H = np.array([end.position for _, end in wanted], dtype=np.int64)

@@ -1,4 +1,4 @@
-"""What a call of the translator is given besides text, and what it returns."""
+"""Options and results of the translator."""
 
 from dataclasses import dataclass, field
 
@@ -12,9 +12,9 @@ _COUNTS = ("beam_size", "max_source_pieces", "batch_sentences", "n_best")
 
 @dataclass(frozen=True)
 class Options:
-    """How one call translates. The settings of the same names, `decoding.*`, are documented in `DecodingConfig`.
+    """Options of one call. Settings `decoding.*` have the same names, and are documented in `DecodingConfig`.
 
-    ValueError, which names the option, for a value that is not allowed.
+    ValueError, which names the option, if a value is not allowed.
     """
 
     beam_size: int
@@ -27,7 +27,7 @@ class Options:
     n_best: int = 1
     """Hypotheses per line, best first; at most `beam_size`. A line has fewer if the search finished fewer."""
     attention: bool = False
-    """Whether hypotheses come with their attention to the source."""
+    """True to return the attention of hypotheses to the source."""
 
     def __post_init__(self) -> None:
         for name in (*_COUNTS, "experts_per_token"):
@@ -48,7 +48,7 @@ class Options:
 
     @classmethod
     def of(cls, decoding: DecodingConfig) -> "Options":
-        """The options that settings name."""
+        """Return the options in the settings."""
         return cls(
             beam_size=decoding.beam_size,
             experts_per_token=decoding.experts_per_token,
@@ -62,20 +62,20 @@ class Options:
 
 @dataclass(frozen=True)
 class TextHypothesis:
-    """One of the translations that a search found for a line."""
+    """One of the translations found for a line."""
 
     text: str
     score: float
     """As `Translation.score`."""
     finished: bool
-    """Whether the model ended all of it by itself."""
+    """As `Translation.finished`."""
     pieces: tuple[str, ...]
-    """What the model output, "</s>" included where it ended; those of all parts, one part after the other."""
+    """Output subwords, with "</s>" at each end that the model chose; those of all parts in order."""
     log_probs: tuple[float, ...]
-    """log P of each piece given the source and the pieces before it, in nats."""
+    """log P of each subword given the source and the subwords before it, in nats."""
     attention: np.ndarray | None = field(default=None, compare=False)
-    """float32, shape (pieces, source pieces), if asked for: where the model looked as it chose each piece. A row sums
-    to 1. In a line of several parts, each looks at its own part alone."""
+    """Attention to the source at each output subword, if requested: float32, shape (pieces, source pieces). Each row
+    sums to 1. In a line of several parts, each part attends to itself only."""
 
 
 @dataclass(frozen=True)
@@ -84,17 +84,18 @@ class Translation:
 
     text: str
     score: float = 0.0
-    """GNMT eq. 14; 0 for a line that was not translated. That of parts is log P / lp(|Y|) + cp of all together: the sum
-    of their log-probabilities over lp of the sum of their lengths, and the sum of their coverage penalties."""
+    """Score of GNMT eq. 14; 0 for a line that was not translated. For several parts, it is log P / lp(|Y|) + cp with
+    the sums of their log-probabilities, lengths and coverage penalties."""
     num_parts: int = 1
-    """More than 1: it was too long to be translated as a whole."""
+    """Number of parts that were translated one by one; more than 1 if the line was too long."""
     finished: bool = True
-    """Whether the model ended all of it by itself. Otherwise it was cut off at `max_length_ratio`."""
+    """True if the model ended every part itself. False if one was cut off at its maximum length
+    (`max_length_ratio`)."""
     unlearned: str = ""
-    """Characters of the source, in order, that the vocabulary learned no piece for: the model has never seen them.
-    Empty for what has no letters and digits and comes back as it is."""
+    """Characters of the source, in order, without a subword in the vocabulary: the model has never seen them. Empty for
+    a line without letters and digits, which is returned unchanged."""
     source_pieces: tuple[str, ...] = ()
-    """What the model read, "</s>" included: the columns of the attention of `hypotheses`."""
+    """Source subwords with "</s>", if attention was requested: the columns of the attention of `hypotheses`."""
     hypotheses: tuple[TextHypothesis, ...] = ()
-    """The `n_best` best, of which the first is this translation; none for a line that was not translated. Of a line in
-    several parts, number n joins number n of each part, or its last where it has fewer."""
+    """The `n_best` best; the first is this translation. Empty for a line that was not translated. For several parts,
+    hypothesis n joins hypothesis n of each part, or its last one if it has fewer."""

@@ -1,8 +1,8 @@
-"""Text to text: a trained model behind one method that answers every line at its place.
+"""Translation of lines of text by a trained model: one translation per line, in order.
 
-A line without a letter or digit that the model knows comes back as it is, one that is too long is translated in parts
-(nmt/text/segment.py), and nothing a model outputs can break a line in two. Lines are sorted by length for the
-search and put back in order.
+A line is returned unchanged if it has no letters or digits that are in the vocabulary. A line that is too long is
+translated in parts (nmt/text/segment.py). A translation never contains a line break. The search sorts lines by length,
+and results are put back in order.
 """
 
 import math
@@ -32,13 +32,13 @@ from nmt.parameters import read_model
 from nmt.run import RunDirectory
 from nmt.text.segment import join, split
 
-# A translation may be this much longer than max_length_ratio allows: short sentences need the room.
+# A translation may have this many more subwords than max_length_ratio allows, for the sake of short sentences.
 _EXTRA_LENGTH = 10
 _NOTHING = np.zeros(0, dtype=np.int32)
 
 
 class _State(NamedTuple):
-    """What a search over `Seq2Seq` carries: the memory once per sentence, the decoder once per hypothesis."""
+    """State of a search with `Seq2Seq`: the memory has a column per sentence, the decoder one per hypothesis."""
 
     memory: Memory
     decoder: DecoderState | None
@@ -51,18 +51,18 @@ class _State(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """A translated line, or part of one."""
+    """A translated line, or a translated part of a line."""
 
-    source: np.ndarray  # pieces, without EOS
-    texts: list[str]  # of the hypotheses; at least one
-    hypotheses: list[Hypothesis]  # none where there was nothing to translate
+    source: np.ndarray  # subword ids, without EOS
+    texts: list[str]  # of the hypotheses; if there are none, the source text
+    hypotheses: list[Hypothesis]  # empty if there was nothing to translate
     unlearned: str
 
 
 class Translator:
-    """A model, its vocabulary and how to search with them. Nothing of it changes: several threads may use it.
+    """A model, its vocabulary and the options of the search. Nothing here changes, so several threads may share it.
 
-    It is used in the precision that `decoding` names: in bf16 as a copy of its own, made once (`WorkingWeights`).
+    The model is used in the precision of `decoding.precision`; bf16 has its own copy, made once (`WorkingWeights`).
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class Translator:
         longest_seen: int = 0,
         steps: Sequence[int] = (),
     ) -> None:
-        """Take a trained model; `longest_seen` is `longest_source` of its run, 0 if that is not known.
+        """Prepare a trained model for translation.
 
-        `steps`: the steps of training whose parameters, or the mean of them, the model has, if they are known.
+        `longest_seen` is `longest_source` of its run; 0 if unknown. `steps` are the training steps whose parameters, or
+        mean of parameters, the model has; empty if unknown. ValueError if `decoding` is not possible with the model.
         """
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
@@ -84,7 +85,7 @@ class Translator:
         self.model = WorkingWeights(model, device, dtype).model
         self.subwords = subwords
         self.options = Options.of(decoding)
-        """Those of a call that gives none."""
+        """Default options of a call."""
         self.device = device
         self.longest_seen = longest_seen
         self.steps = list(steps)
@@ -92,7 +93,7 @@ class Translator:
 
     @classmethod
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
-        """The translator of a run at the checkpoint that `config.decoding` names, or of an exported model.
+        """Return the translator of a run, with the checkpoint of `config.decoding`, or of an exported model.
 
         CheckpointError as for `load_model`.
         """
@@ -103,7 +104,7 @@ class Translator:
         return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps)
 
     def max_pieces(self, options: Options | None = None) -> int:
-        """Pieces of the longest text that is translated as a whole: no longer than any line it was trained on."""
+        """Return the most subwords that are translated as a whole; no more than the longest training line has."""
         limit = (options or self.options).max_source_pieces
         return min(limit, self.longest_seen) if self.longest_seen else limit
 
@@ -115,11 +116,12 @@ class Translator:
         long: Collection[int] = (),
         progress: Callable[[float], None] | None = None,
     ) -> list[Translation]:
-        """The translation of each line, in order. Any text is a line. `options`: None for `self.options`.
+        """Return the translation of each line, in order; `options`: None for `self.options`.
 
-        Lines of more than `max_pieces` pieces are translated in parts, and so are those with their places in `long`:
-        pieces of a longer one. `progress` is called now and then with the share of the work that is done.
-        CheckpointError if the model's outputs are not finite; ValueError for options that the model does not allow.
+        Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts. So are the lines
+        whose indices are in `long`: each is a piece of a longer line. `progress` is called after each batch with the
+        fraction of the work that is done.
+        CheckpointError if the model's outputs are not finite. ValueError for options that the model does not allow.
         """
         options = options or self.options
         fits = partial(self._fit, self.max_pieces(options))
@@ -134,7 +136,7 @@ class Translator:
         ]
 
     def _parts(self, texts: list[str], options: Options, progress: Callable[[float], None] | None) -> Iterator[_Part]:
-        """The translations of texts that fit."""
+        """Translate texts that are short enough, and yield the translations in order."""
         unlearned = [self.subwords.unlearned(text) if has_words(text) else "" for text in texts]
         wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
         encoded = self.subwords.encode_batch([texts[place] for place in wordy])
@@ -146,13 +148,13 @@ class Translator:
             yield _Part(sources.get(place, _NOTHING), decoded or [one_line(text)], hypotheses, unlearned[place])
 
     def _joined(self, texts: list[str], parts: list[_Part], cut: bool, options: Options) -> Translation:
-        """The translation of a line from those of its parts; `cut`: the line is itself a piece of a longer one."""
+        """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line."""
         count = max(len(part.hypotheses) for part in parts)
         alone = len(parts) == 1 and not cut
         ranked = []
         for rank in range(max(count, 1)):
             shown = [part.texts[min(rank, len(part.texts) - 1)] for part in parts]
-            # Blanks around a part belong to the seam.
+            # Strip the parts, as `join` adds the blanks between them.
             ranked.append(shown[0] if alone else join(texts, [text.strip() for text in shown]))
         hypotheses = tuple(self._hypothesis(ranked[rank], rank, parts, options) for rank in range(count))
         best = hypotheses[0] if hypotheses else None
@@ -168,7 +170,7 @@ class Translator:
         )
 
     def _hypothesis(self, text: str, rank: int, parts: list[_Part], options: Options) -> TextHypothesis:
-        """Number `rank` of a line, `text`, from those of its parts."""
+        """Return hypothesis number `rank` of a line, whose text is `text`, from the hypotheses of its parts."""
         found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
         attention = [each.attention_TS for each in found if each.attention_TS is not None]
         return TextHypothesis(
@@ -183,7 +185,7 @@ class Translator:
         )
 
     def _fit(self, most: int, texts: Sequence[str]) -> list[bool]:
-        """Which texts have at most so many pieces."""
+        """Return which texts have at most `most` subwords."""
         return [len(pieces) <= most for pieces in self.subwords.encode_batch(texts)]
 
     @torch.no_grad()
@@ -193,9 +195,9 @@ class Translator:
         options: Options | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> list[list[Hypothesis]]:
-        """The best hypotheses for sources given as pieces (at least one each), in their order; each list best first.
+        """Return the best hypotheses for each source, in order; each list is best first.
 
-        Arguments and errors as for `translate`.
+        A source has at least one subword. Other arguments and errors are as for `translate`.
         """
         options = options or self.options
         self.model.check_experts_per_token(options.experts_per_token)
@@ -221,22 +223,22 @@ class Translator:
         found = beam_search(
             partial(self._step, options.experts_per_token),
             _State(memory, None),
-            # The end-of-sentence position need not be attended to: only the source's own pieces want covering.
+            # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
             wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
             limits=Limits(torch.ones_like(longest_B), longest_B, self._forbidden_F),
             settings=BeamSettings(
                 options.beam_size, options.alpha, options.beta, options.n_best, attention=options.attention
             ),
         )
-        # A sentence without a hypothesis, too, had no finite output.
+        # A sentence has no hypothesis if the outputs for it were never finite.
         if not all(hypotheses and math.isfinite(hypotheses[0].score) for hypotheses in found):
             raise CheckpointError(
-                "the model's outputs are not finite (NaN or infinite): its parameters are damaged, choose another "
+                "the model's outputs are not finite (NaN or infinite), so its parameters are damaged: choose another "
                 "decoding.checkpoint or model"
             )
         if not options.attention:
             return found
-        # Padding belongs to the batch, not to the sentence.
+        # Remove padding, which depends on the other sentences of the batch.
         return [
             [_without_padding(hypothesis, len(source) + 1) for hypothesis in hypotheses]
             for source, hypotheses in zip(sources, found, strict=True)
@@ -256,7 +258,7 @@ class Translator:
 
 
 def _score(found: list[Hypothesis], alpha: float) -> float:
-    """GNMT eq. 14 of several hypotheses, at least one, taken as one."""
+    """Return the score (GNMT eq. 14) of one or more hypotheses taken as one."""
     if len(found) == 1:
         return found[0].score
     lengths = [len(each.token_log_probs) for each in found]
@@ -273,7 +275,7 @@ def _without_padding(hypothesis: Hypothesis, num_positions: int) -> Hypothesis:
 
 
 def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    """The blocks from the upper left to the lower right, and 0 elsewhere."""
+    """Return a matrix with these blocks from the upper left to the lower right, and 0 elsewhere."""
     whole = np.zeros(np.sum([block.shape for block in blocks], axis=0), dtype=np.float32)
     row = column = 0
     for block in blocks:
@@ -283,39 +285,40 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
 
 
 def has_words(text: str, unlearned: str = "") -> bool:
-    """Whether there is anything to translate: a letter or a digit of any script, other than those in `unlearned`."""
+    """Return whether a text has something to translate: a letter or digit of any script that is not in `unlearned`."""
     return any(character.isalnum() and character not in unlearned for character in text)
 
 
 def longest_source(corpus: Mapping[str, Any], config: Config) -> int:
-    """Pieces of the longest source line of the training text, by the facts that a run or a preparation has; 0: unknown.
+    """Return the subwords of the longest source line in the training text, as recorded in `corpus`; 0: unknown.
 
-    Where it is older than this fact, the filter of long lines stands in. CheckpointError if it is no number of pieces.
+    If an older version wrote `corpus` without it, this is the limit of the filter for long lines. CheckpointError if
+    the record is not a number of subwords.
     """
     longest = corpus.get("longest_source_pieces", config.corpus.filters.max_pieces)
     if not isinstance(longest, int) or longest < 0:
-        raise CheckpointError(f"longest_source_pieces={longest!r} of corpus.json is no number of pieces: it is damaged")
+        raise CheckpointError(f"corpus.json is damaged: longest_source_pieces={longest!r} is not a number of subwords")
     return longest
 
 
 class Loaded(NamedTuple):
-    """A trained model, on the CPU and in evaluation mode."""
+    """A loaded model, on the CPU and in evaluation mode."""
 
     model: Seq2Seq
     subwords: Subwords
     checkpoints: list[Checkpoint]
-    """Those whose parameters, or the mean of them, it has."""
+    """The checkpoints whose parameters, or mean of parameters, the model has."""
 
     @property
     def steps(self) -> list[int]:
-        """Of all checkpoints."""
+        """Steps of all these checkpoints."""
         return [step for checkpoint in self.checkpoints for step in checkpoint.steps]
 
 
 def load_model(run: RunDirectory, config: Config) -> Loaded:
-    """The model of a run at the checkpoint that `config.decoding` names, or an exported one: the one way to get it.
+    """Return the model of a run, with the checkpoint of `config.decoding`, or an exported model.
 
-    CheckpointError if the run, its checkpoint or its vocabulary is missing, damaged or does not fit.
+    CheckpointError if the run, its checkpoint or its vocabulary is missing or damaged, or if they do not fit together.
     """
     subwords = load_vocabulary(run)
     chosen = run.chosen(config.decoding)
@@ -323,14 +326,14 @@ def load_model(run: RunDirectory, config: Config) -> Loaded:
         try:
             return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
         except CheckpointError:
-            # Where the run is being trained, newer checkpoints may have taken the place of those listed above.
+            # If the run is being trained, newer checkpoints may have replaced the selected ones: select again.
             listed, chosen = chosen, run.chosen(config.decoding)
             if chosen == listed:
                 raise
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:
-    """The vocabulary of a run. CheckpointError if it is missing or damaged."""
+    """Return the vocabulary of a run. CheckpointError if it is missing or damaged."""
     try:
         return Subwords.load(run.subwords_path)
     except ValueError as error:

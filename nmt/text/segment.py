@@ -1,10 +1,10 @@
-"""Cutting text that is too long into parts, and joining their translations.
+"""Split text that is too long into parts, and join their translations.
 
-A part ends after a sentence if it can, else after a clause, else at a blank. It ends inside a word only where that word
-alone is too long. Parts hold all of the text, blanks included: "".join(parts) == text.
+A part ends after a sentence if possible, else after a clause, else at a blank. It ends inside a word only if that word
+alone is too long. Parts contain the whole text with its blanks: "".join(parts) == text.
 
-The rules depend on marks and letters, not on languages. Chinese, Japanese and Thai put no blank between sentences.
-Their full stops end a sentence in any position.
+The rules depend on marks and letters, not on languages. Scripts such as Chinese and Japanese have no blanks between
+sentences, so their full stops end a sentence without a blank after them.
 """
 
 import re
@@ -14,14 +14,14 @@ from collections.abc import Callable, Sequence
 _CLOSING = "[\"'”’»)\\]」』）】》]*+"
 # Full stops of scripts with blanks: Latin, Armenian, Arabic, Ethiopic, Devanagari.
 _MARK = "[.!?…\u0589\u061f\u06d4\u1362\u0964\u0965]"
-# A mark of a script with blanks ends something only before a blank: 3.14 and 1,000 stay whole.
-# Looking behind keeps a long row of marks from being read again at each of them.
+# A mark of a script with blanks ends a sentence or clause only before a blank: 3.14 and 1,000 are not split.
+# The lookbehind keeps a long row of marks from being matched again at each of them, which would take quadratic time.
 _SENTENCE_END = re.compile(rf"(?<!{_MARK}){_MARK}++{_CLOSING}\s+|[。！？｡]+{_CLOSING}\s*")
 _CLAUSE_END = re.compile(rf"[,;:\u060c\u061b–—]{_CLOSING}\s+|[、，；：]+{_CLOSING}\s*")
 _BLANKS = re.compile(r"\s+")
-# Initials (J.) and short titles without a vowel (Dr. Mrs. St. Nr.), which end no sentence.
+# Initials (J.) and short titles without a vowel (Dr. Mrs. St. Nr.) do not end a sentence.
 _ABBREVIATION = re.compile(r"(?<!\w)([^\W\d_]|[B-DF-HJ-NP-TV-XZ][b-df-hj-np-tv-xz]{1,3})\.$")
-# Letters and marks that have no blanks between words: Thai to Tibetan, Burmese, Khmer, Chinese, Japanese, full width.
+# Scripts without blanks between words: Thai to Tibetan, Burmese, Khmer, Chinese, Japanese, full-width forms.
 _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff"
     "\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U00020000-\U0003ffff]"
@@ -69,12 +69,12 @@ def _cut(text: str, places: Sequence[int]) -> list[str]:
 
 
 def _ends(pattern: re.Pattern[str], text: str) -> list[int]:
-    """Where matches end, inside the text."""
+    """Return the ends of matches, except for matches at the beginning or the end of the text."""
     return [match.end() for match in pattern.finditer(text) if match.start() > 0 and match.end() < len(text)]
 
 
 def _sentence_ends(text: str) -> list[int]:
-    """Where sentences end, inside the text: not before a small letter, and not after an abbreviation."""
+    """Return the ends of sentences inside the text: not before a lower-case letter, not after an abbreviation."""
     return [
         place
         for place in _ends(_SENTENCE_END, text)
@@ -109,7 +109,7 @@ def seam(before: str, after: str, left: str, right: str) -> str:
     if not (left and right):
         return ""
     gap = before[len(before.rstrip()) :] + after[: len(after) - len(after.lstrip())]
-    # The line rule: what breaks a line is a blank here.
+    # Characters that break a line become spaces, as a translation must be one line.
     gap = "".join(" " if character.splitlines() == [""] else character for character in gap)
     if _WITHOUT_BLANKS.match(left[-1]) or _WITHOUT_BLANKS.match(right[0]):
         return gap.replace(" ", "")
