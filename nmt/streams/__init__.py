@@ -1,1 +1,1 @@
-"""Lines from files and pipes, and translations to them: one line for each."""
+"""Read lines from files and pipes, and write their translations: one line for each."""

@@ -1,7 +1,7 @@
-"""Lines to translate, in windows: as many as make the search quick, or as are there now.
+"""Read lines to translate, in windows: enough lines to make the search fast, or those that are available now.
 
-The rule for lines is that of nmt/textfile.py. A line that is too long to be held comes in pieces, cut where a sentence
-ends, so that memory does not grow with it.
+Lines are as in nmt/textfile.py. A very long line is read in pieces, cut at the end of a sentence if possible, so that
+memory does not grow with its length.
 """
 
 import io
@@ -15,24 +15,24 @@ from nmt.errors import DataError
 from nmt.text.segment import last_place
 from nmt.textfile import TextReader
 
-# Of a line that comes as one piece.
+# Longest line that is read as one piece.
 _MOST_BYTES = 1 << 16
-# Of the text of a window.
+# Most text in a window.
 _MOST_CHARACTERS = 1 << 20
-# Longer than a program that writes on needs to fill its pipe again, too short for anybody who waits to notice.
+# Long enough for a program that is still writing to refill its pipe, and too short for a waiting user to notice.
 _PATIENCE_MS = 10
 
 
 class Piece(NamedTuple):
-    """A line, or a piece of a very long one."""
+    """A line, or a piece of a very long line."""
 
     text: str
-    begins: bool  # whether the line begins here
-    ends: bool  # whether the line ends here
+    begins: bool  # True if the line begins with this piece
+    ends: bool  # True if the line ends with this piece
 
 
 def open_input(path: str) -> io.BufferedReader:
-    """The file at `path`, or standard input for "-". DataError if it cannot be read."""
+    """Open the file at `path`, or standard input for "-". DataError if it cannot be read."""
     if path == "-":
         return cast(io.BufferedReader, sys.stdin.buffer)
     try:
@@ -42,19 +42,20 @@ def open_input(path: str) -> io.BufferedReader:
 
 
 def text_reader(stream: io.BufferedReader, path: str) -> TextReader:
-    """The lines of a stream from `open_input`, for `windows`."""
+    """Return a reader of the lines of a stream from `open_input`, for `windows`."""
     return TextReader(stream, "standard input" if path == "-" else path, _MOST_BYTES)
 
 
 def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> Iterator[list[Piece]]:
-    """The lines that `reader` finds in `stream`, in windows of about `most_lines`.
+    """Yield the lines that `reader` reads from `stream`, in windows of at most `most_lines` lines.
 
-    A window is smaller where the stream has no more for now: whoever writes a line and waits gets its answer.
+    A window is smaller if the stream has no more lines for now, so that a program can write one line and wait for its
+    translation.
     """
     more_now = _looking_for_more(stream)
     window: list[Piece] = []
     size = 0
-    begun, rest = False, ""  # of a line that came in part
+    begun, rest = False, ""  # of a line that is read in part: True after its first piece; text not yielded yet
     blocks = reader.blocks()
     while True:
         full = len(window) >= most_lines or size >= _MOST_CHARACTERS
@@ -72,7 +73,7 @@ def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> I
         window += [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
         begun = not whole
         size += sum(map(len, lines))
-        # A block of a file may hold many more lines than a window.
+        # A block of a file may have many more lines than a window.
         while len(window) > most_lines:
             yield window[:most_lines]
             window = window[most_lines:]
@@ -82,7 +83,7 @@ def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> I
 
 
 def _looking_for_more(stream: io.BufferedReader) -> Callable[[], bool]:
-    """Return a function that is true if more can be read without waiting. A file never waits, nor does its end."""
+    """Return a function that returns whether more can be read without waiting. This is always so for a file."""
     try:
         descriptor = stream.fileno()
     except io.UnsupportedOperation:

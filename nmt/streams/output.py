@@ -1,4 +1,4 @@
-"""Where translations go: a file that appears when it is complete, or a stream that is written as they come."""
+"""Write translations to a file that appears when it is complete, or to a stream as soon as they are available."""
 
 import bz2
 import gzip
@@ -22,20 +22,20 @@ _NOT_WRITTEN = (".zst", ".zip", ".7z", ".lz4", ".z")
 
 
 class Output(NamedTuple):
-    """Where translations are written."""
+    """A stream for translations."""
 
     stream: BinaryIO
     live: bool
-    """Whether somebody may be reading while it is written, and wants each line as soon as it is there."""
+    """True if translations can be read while they are written: flush after each window."""
 
 
 @contextmanager
 def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
-    """Standard output for "-"; else a file that appears under its name only when complete.
+    """Open standard output for "-", else a file that appears under its name only when it is complete.
 
-    It has the mode of the file that it replaces, and is compressed if its name ends in .gz, .bz2 or .xz. A pipe, a
-    device and what lies in /dev/fd, such as /dev/stdout, are written to, never replaced. UserError if it is the file
-    being read, `source`; StorageError if it cannot be written.
+    A file keeps the mode of the file that it replaces. It is compressed if its name ends in .gz, .bz2 or .xz. Pipes,
+    devices and files in /dev/fd, such as /dev/stdout, are written to and never replaced. UserError if the output is
+    `source`, the file that is being read. StorageError if it cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix in _NOT_WRITTEN:
@@ -52,7 +52,7 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
                 _check_is_not_read(_status(stream), source, shown)
                 yield Output(stream, live=True)
             return
-        # A link stays one: the file behind it is replaced.
+        # If the path is a symbolic link, the file that it refers to is replaced, not the link.
         final = Path(path).resolve()
         if final.is_dir():
             raise UserError(f"output {path} is a folder: name a file")
@@ -64,16 +64,16 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
         raise
     except OSError as error:
         if path == "-":
-            # What is still to be written goes nowhere, instead of failing once more at the end of the program.
+            # Discard buffered output, which would otherwise fail again when the program ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise StorageError(f"cannot write {shown}: {error.strerror or error}") from error
 
 
 def _open_as_it_is(path: str) -> BinaryIO | None:
-    """Open `path` for writing if it is neither file nor folder; return None if it is one, or if nothing is there."""
+    """Open `path` for writing if it is neither a file nor a folder. Return None if it is one or does not exist."""
     place = Path(path)
     for _ in range(_MOST_LINKS):
-        # To follow the last link would lead to the file that a descriptor has open; replacing it writes elsewhere.
+        # Do not follow the link of a descriptor: it leads to the open file, which would be replaced, not written to.
         folder = _DESCRIPTORS.fullmatch(os.path.realpath(place.parent))
         if folder and place.name.isdecimal():
             ours = int(folder[1]) == os.getpid()
@@ -87,7 +87,7 @@ def _open_as_it_is(path: str) -> BinaryIO | None:
 
 
 def _status(stream: BinaryIO) -> os.stat_result | None:
-    """That of the file behind a stream, if there is one."""
+    """Return the status of a stream's file, or None if it has none."""
     try:
         return os.fstat(stream.fileno())
     except OSError:
@@ -95,7 +95,7 @@ def _status(stream: BinaryIO) -> os.stat_result | None:
 
 
 def _check_is_not_read(output: os.stat_result | None, source: BinaryIO, shown: str) -> None:
-    """Raise UserError if both are one file, which would be lost or grow without end."""
+    """Raise UserError if both are the same file, which would be lost or grow without end."""
     read = _status(source)
     if output and read and stat.S_ISREG(output.st_mode) and os.path.samestat(output, read):
         raise UserError(f"output {shown} is the input: name another file")
@@ -103,9 +103,9 @@ def _check_is_not_read(output: os.stat_result | None, source: BinaryIO, shown: s
 
 @contextmanager
 def _compressing(plain: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
-    """A stream to `plain` with the compression that the ending of a file's name asks for."""
+    """Return a stream that writes to `plain`, compressed as the suffix of the file name requires."""
     if suffix == ".gz":
-        # Without name and time, so that the same translations give the same bytes.
+        # Without name and time, so that equal translations result in equal bytes.
         with gzip.GzipFile(filename="", mode="wb", fileobj=plain, mtime=0) as stream:
             yield stream  # type: ignore[misc]
     elif suffix == ".bz2":

@@ -1,4 +1,4 @@
-"""Windows of lines translated one after the other, in bounded memory; pieces of long lines become lines again."""
+"""Translate windows of lines one after the other, in bounded memory, and join the pieces of long lines."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -12,27 +12,27 @@ from nmt.text.segment import seam
 
 @dataclass
 class JoinedLines:
-    """Lines put together from the translations of their pieces, and what is counted on the way."""
+    """Joins the translations of pieces into lines, and counts lines."""
 
     num_lines: int = 0
     num_long: int = 0
-    """Lines translated in parts."""
+    """Number of lines translated in parts."""
     num_cut_off: int = 0
-    """Lines of which a part was cut off at its greatest length."""
+    """Number of lines with a part that was cut off at its maximum length."""
     num_unlearned: int = 0
-    """Lines with characters that the vocabulary learned no piece for."""
+    """Number of lines with characters that are not in the vocabulary."""
     unlearned: Counter[str] = field(default_factory=Counter)
-    """Those characters."""
+    """Counts of those characters."""
     _before: str = field(default="", init=False)
-    """The piece of the same line that came before."""
+    """Previous piece of the current line."""
     _left: str = field(default="", init=False)
-    """The end of what that line has become so far."""
+    """Last character of the current line's translation so far."""
     _long: bool = field(default=False, init=False)
     _cut_off: bool = field(default=False, init=False)
     _unlearned: bool = field(default=False, init=False)
 
     def add(self, window: list[Piece], found: list[Translation]) -> str:
-        """The text of a window: what its lines, and pieces of lines, have become, each line ended by a newline."""
+        """Return the translated text of a window, with a newline after each line that ends in it."""
         text: list[str] = []
         for piece, translation in zip(window, found, strict=True):
             if not piece.begins:
@@ -62,9 +62,10 @@ def translate_stream(
     options: Options | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> Iterator[str]:
-    """The translated text of each window of `source`, as soon as it is there; `lines` counts what it held.
+    """Yield the translated text of each window of `source`, and count its lines in `lines`.
 
-    Arguments and errors as for `Translator.translate`; `progress` is called with the share of a window that is done.
+    Arguments and errors are as for `Translator.translate`. `progress` is called with the fraction of a window that is
+    done.
     """
     for window in source:
         texts = [piece.text for piece in window]
