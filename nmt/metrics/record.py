@@ -1,4 +1,4 @@
-"""metrics.jsonl: what a line contains, for the code that writes it and the code that reads it.
+"""Lines of metrics.jsonl, for the code that writes them and the code that reads them.
 
 A line is a flat JSON object. Its `kind` is "train" (means since the previous line) or "dev" (a validation). Figures of
 MoE layers have keys such as "encoder.1.cv_load".
@@ -14,20 +14,20 @@ from typing import Any, ClassVar, Self, TypeVar
 from nmt.errors import CheckpointError
 from nmt.files import read_regular
 
-# What a line may lack: older runs have lines without it, or there is nothing to measure.
+# Figures that a line may lack, with their defaults: older runs lack them, or there was nothing to measure.
 _WITHOUT: Mapping[str, Any] = {"processes": 1, "word_perplexity": math.nan, "gpu_memory_gb": None, "bleu": None}
 
 
 @dataclass(frozen=True)
 class Line:
-    """What both kinds share."""
+    """Base of both kinds of lines."""
 
     kind: ClassVar[str]
 
     step: int
 
     def to_dict(self) -> dict[str, Any]:
-        """The line as it is written."""
+        """Return the line as it is written."""
         line: dict[str, Any] = {"step": self.step, "kind": self.kind}
         for each in fields(self):
             value = getattr(self, each.name)
@@ -39,7 +39,7 @@ class Line:
 
     @classmethod
     def of(cls, line: Mapping[str, Any]) -> Self:
-        """The record of a line. ValueError if it lacks something; what a newer program adds is left out."""
+        """Return the record of a line, without unknown figures. ValueError if a figure is missing or not a number."""
         known: dict[str, Any] = {}
         for each in fields(cls):
             if each.name == "gates":
@@ -55,7 +55,7 @@ class Line:
 
 @dataclass(frozen=True)
 class TrainLine(Line):
-    """The updates since the line before, those of all processes together."""
+    """Figures of the steps since the previous line, of all processes together."""
 
     kind = "train"
 
@@ -66,19 +66,19 @@ class TrainLine(Line):
     perplexity: float
     """exp of `nll`."""
     gradient_norm: float
-    """Mean over updates, before clipping."""
+    """Mean over steps, before clipping."""
     skipped_updates: float
-    """Updates that changed nothing because their gradient was not finite."""
+    """Number of steps that changed nothing because their gradient was not finite."""
     learning_rate: float
-    """Of the newest update."""
+    """Learning rate of the newest step."""
     tokens_per_second: float
-    """Source and target tokens, without padding; the time of validations does not count."""
+    """Source and target tokens, without padding, per second; the time of validations does not count."""
     tflops: float
-    """10^12 operations a second, likewise."""
+    """10^12 operations per second, likewise."""
     processes: int
-    """How many trained together: the line is of all of them."""
+    """Number of processes that trained together."""
     gpu_memory_gb: float | None = None
-    """The most that the main process's GPU held so far, in 10^9 bytes; None on a CPU."""
+    """Peak memory of the main process's GPU so far, in 10^9 bytes; None on a CPU."""
     gates: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """Figures of each MoE layer (`GateFigures.to_dict`)."""
 
@@ -88,31 +88,31 @@ class TrainLine(Line):
 
     @property
     def tflops_per_process(self) -> float:
-        """10^12 operations a second of one process: of one GPU, where there are GPUs."""
+        """10^12 operations per second and process; on GPUs, this is per GPU."""
         return self.tflops / self.processes
 
 
 @dataclass(frozen=True)
 class DevLine(Line):
-    """A validation."""
+    """Figures of a validation."""
 
     kind = "dev"
 
     perplexity: float
-    """Of a subword piece."""
+    """Perplexity per subword."""
     word_perplexity: float
-    """Of a word."""
+    """Perplexity per word."""
     bleu: float | None = None
-    """Greedy BLEU; None where training.validation_sentences=0."""
+    """Greedy BLEU; None with training.validation_sentences=0."""
 
 
 L = TypeVar("L", bound=Line)
 
 
 def read_lines(path: Path, record: type[L]) -> list[L]:
-    """The lines of a kind in a metrics.jsonl; none if there is no file. CheckpointError names a line that is damaged.
+    """Return the lines of one kind in a metrics.jsonl; none if there is no file.
 
-    A last line that a crash cut short is left out.
+    A last line without its end, as after a crash, is ignored. CheckpointError, which names the line, if one is damaged.
     """
     if not path.is_file():
         return []

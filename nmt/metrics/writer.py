@@ -1,4 +1,4 @@
-"""Writing the figures of training to metrics.jsonl, TensorBoard and the terminal."""
+"""Write figures of training to metrics.jsonl, TensorBoard and the terminal."""
 
 import json
 import os
@@ -20,21 +20,21 @@ from nmt.files import read_regular, write_atomically
 from nmt.metrics.record import DevLine, TrainLine, step_of
 from nmt.terminal import printable
 
-# Bars of a histogram, from 0 to its largest value.
+# Number of bars of a histogram, from 0 to its largest value.
 _NUM_BARS = 60
-# A narrower terminal gets lines.
+# Smallest width of a terminal for a progress bar. In a narrower one, lines are printed instead.
 _BAR_COLUMNS = 60
 
 
 class MetricsWriter:
-    """metrics.jsonl, TensorBoard curves and a progress bar (plain lines where there is no terminal).
+    """Writer of metrics.jsonl, TensorBoard curves and a progress bar (without a terminal, plain lines).
 
-    A run that resumes from step n first drops the lines of later steps, so that every step is there once. All methods
+    A run that resumes from step n first removes the lines of later steps, so that every step has one line. All methods
     raise StorageError if a file cannot be written.
     """
 
     def __init__(self, places: tuple[Path, Path] | None, step: int, max_steps: int) -> None:
-        """`places` are metrics.jsonl and the folder for TensorBoard; None in a process that is to keep quiet."""
+        """Open the files at `places`: metrics.jsonl, and the folder for TensorBoard. With None, nothing is written."""
         self.quiet = places is None
         if places is None:
             return
@@ -58,7 +58,7 @@ class MetricsWriter:
         )
 
     def write(self, line: TrainLine | DevLine) -> None:
-        """One line and one point on each curve."""
+        """Write one line, and one point per curve."""
         if self.quiet:
             return
         figures = line.to_dict()
@@ -71,7 +71,7 @@ class MetricsWriter:
                     self.tensorboard.add_scalar(f"{line.kind}/{name}", value, line.step)
 
     def write_histograms(self, step: int, kind: str, values: Mapping[str, Tensor]) -> None:
-        """The distributions of these values, to TensorBoard alone."""
+        """Write the distributions of these values to TensorBoard."""
         if self.quiet:
             return
         with _writing(self.tensorboard_path):
@@ -80,22 +80,22 @@ class MetricsWriter:
                 self.tensorboard.add_histogram(f"{kind}/{name}", each, step, bins=bars)
 
     def advance(self, step: int) -> None:
-        """Move the bar."""
+        """Move the progress bar to `step`."""
         if self.quiet:
             return
         self.bar.update(step - self.bar.n)
 
     def say(self, line: str) -> None:
-        """A line for the person, on stderr, above the bar if there is one."""
+        """Print a line on stderr, above the progress bar if there is one."""
         if self.quiet:
             return
         self.bar.write(printable(line), file=sys.stderr)
         sys.stderr.flush()
 
     def show(self, text: str, lines: str, keep: bool) -> None:
-        """Newest figures: `text` beside the bar on a terminal, where `lines` stay above it if they are to be kept.
+        """Show the newest figures: `text` beside the progress bar and, if `keep`, `lines` above it.
 
-        Without a terminal, always the lines.
+        Without a bar, always print `lines`.
         """
         if self.quiet:
             return
@@ -110,7 +110,7 @@ class MetricsWriter:
         return self
 
     def _in_thread(self, failure: threading.ExceptHookArgs) -> None:
-        # What TensorBoard's thread cannot write, its next call raises again.
+        # An OSError in TensorBoard's thread is raised again by the next call of TensorBoard.
         if not isinstance(failure.exc_value, OSError):
             self.hook_before(failure)
 
@@ -131,10 +131,10 @@ class MetricsWriter:
 
 
 def _has_room() -> bool:
-    """Whether standard error is a terminal that a bar fits into; some have no rows and columns, and would show none."""
+    """Return whether standard error is a terminal with room for a bar. Some terminals have 0 rows and columns."""
     try:
         columns, rows = os.get_terminal_size(sys.stderr.fileno())
-    except (OSError, ValueError, AttributeError):  # no terminal; closed; not there at all
+    except (OSError, ValueError, AttributeError):  # no terminal; closed; no standard error
         return False
     return columns >= _BAR_COLUMNS and rows >= 2
 
@@ -145,5 +145,6 @@ def _writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise StorageError(
-            f"cannot write {path}: {error.strerror or error}; the same command resumes from the last checkpoint"
+            f"cannot write {path}: {error.strerror or error}; run the same command again to resume from the last "
+            "checkpoint"
         ) from error

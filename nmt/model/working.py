@@ -1,9 +1,9 @@
-"""Who owns low-precision weights: one copy of a model, which is made and written here alone.
+"""Low-precision copies of a model's weights; only this file creates and writes them.
 
-Translation makes the copy once, when it loads a model. Training keeps float32 masters, and autocast casts them again in
-every micro-batch. An optimiser that has bf16 working weights calls `write` after its step, or writes the parameters of
-`WorkingWeights.model` in the same pass as the masters. A forward pass on that model then casts nothing. Training does
-not use it yet: autocast adds up the gradients of several micro-batches in float32, and this model would do so in bf16.
+Translation creates the copy once, when it loads a model. Training keeps float32 masters, which autocast casts again in
+every micro-batch, and does not use copies yet: autocast accumulates the gradients of several micro-batches in float32,
+a copy in bf16. An optimiser with a copy would call `write` after its step, or write the parameters of
+`WorkingWeights.model` together with the masters. A forward pass on that model casts no weights.
 """
 
 import torch
@@ -19,13 +19,13 @@ class WorkingWeights:
     """The weights of a model in the precision that its products are computed in."""
 
     def __init__(self, masters: Seq2Seq, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy `masters`, which are not kept: who needs no others may let them go."""
+        """Copy `masters`, without a reference to them: the caller may free them."""
         self.model = _in_precision(masters, device, dtype)
-        """For passes without gradient, outside autocast."""
+        """Model for passes without gradient, outside autocast."""
 
     @torch.no_grad()
     def write(self, masters: Seq2Seq) -> None:
-        """Bring the copy to the values of `masters`, in place; what shares their memory has them already."""
+        """Copy the values of `masters`, in place; parameters that share their memory need no copy."""
         values = dict(masters.named_parameters(remove_duplicate=False))
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             if parameter.data_ptr() != values[name].data_ptr():
