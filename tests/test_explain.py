@@ -344,7 +344,7 @@ def test_the_table_in_the_terminal() -> None:
     at = lines.index("encoder.1: 6 experts")
     assert " 1/4 0.75 +0.500    0/2 0.25 -1.500" in lines[at + 1]
     assert lines[at + 2].endswith("none")
-    assert lines[at + 3] == "  taken away at all positions: 1/4 +0.500, 0/2 -1.500"
+    assert lines[at + 3] == "  removed at all positions: 1/4 +0.500, 0/2 -1.500"
 
 
 def test_nothing_is_no_loss() -> None:
@@ -413,7 +413,7 @@ def test_long_sentences_are_refused_and_those_at_the_limit_not(run: Path) -> Non
     translator.options = replace(translator.options, max_source_pieces=count)
     explain_sentence(translator, "the small dog")
     translator.options = replace(translator.options, max_source_pieces=count - 1)
-    with pytest.raises(DataError, match=f"has {count} pieces.*max_source_pieces={count - 1}"):
+    with pytest.raises(DataError, match=f"has {count} subwords.*max_source_pieces={count - 1}"):
         explain_sentence(translator, "the small dog")
 
 

@@ -267,7 +267,7 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
         (["--grow", "8", "-o", ".."], ("name the folder",)),
         (["--grow", "8", "-o", ""], ("name the folder",)),
         (["--grow", "0"], ("--grow 0", "at least 1")),
-        (["--grow", "6"], ("--grow 6", "4 experts can become 8, 12, 16")),
+        (["--grow", "6"], ("--grow 6", "4 experts can grow to 8, 12, 16")),
         (["--grow", "8", "decoding.checkpoint=average"], ("average", "no optimiser state")),
         (["--prune", "some"], ("--prune some", "or idle")),
         (["--prune", "3"], ("would leave 1 of 4", "k=2")),
@@ -295,9 +295,9 @@ def test_mistakes(
 @pytest.mark.parametrize(
     ("changes", "size", "says"),
     [
-        ({}, 6, "4 experts can become 8, 12, 16"),
-        ({}, 4, "4 experts can become 8"),
-        ({}, 2, "4 experts can become 8"),
+        ({}, 6, "4 experts can grow to 8, 12, 16"),
+        ({}, 4, "4 experts can grow to 8"),
+        ({}, 2, "4 experts can grow to 8"),
         ({"gating": "softmax_top_k"}, 8, "gating=softmax_top_k"),
         ({"gating": "strictly_balanced"}, 8, "gating=strictly_balanced"),
         (HIERARCHICAL | {"k": 2}, 12, "gating=hierarchical and k=2"),

@@ -1,1 +1,1 @@
-"""Experts seen, explained, added and taken away."""
+"""Report on the experts of a trained model, explain their effect, add and remove experts."""

@@ -1,6 +1,6 @@
-"""The text that the gates of one side see, token by token, and what stands around a token.
+"""The text that the gates of one side read, token by token, and the context of each token.
 
-Letters: N tokens of one side of the text, P sentence pairs, n pieces around a token.
+Letters: N tokens of one side of the text, P sentence pairs, n subwords around a token.
 """
 
 from collections.abc import Sequence
@@ -17,19 +17,21 @@ _SPECIAL = {BOS: "▁⟨start⟩", EOS: "▁⟨end⟩", UNK: UNKNOWN_SURFACE}
 
 @dataclass(frozen=True)
 class Context:
-    """One place where an expert was chosen: the token with what stands left and right of it, blanks included."""
+    """One position at which an expert was chosen: the token with its left and right context, including blanks."""
 
     before: str
     token: str
     after: str
     gate: float
     predicts: str | None
-    """The piece that has to follow; decoder only."""
+    """The subword that has to follow; decoder only."""
 
 
 class SideTokens:
-    """The tokens of one side of the text in a row, as the gates of that side see them: pieces and EOS in the
-    encoder, BOS and pieces in the decoder, which predicts the next one."""
+    """All tokens of one side of the text in a row, as the gates of that side read them.
+
+    A sentence is subwords and EOS in the encoder. It is BOS and subwords in the decoder, which predicts the next token.
+    """
 
     def __init__(
         self, sentences: Sequence[np.ndarray], decoder: bool, num_shuffles: int, generator: np.random.Generator
@@ -42,7 +44,7 @@ class SideTokens:
         self.end_P = self.length_P.cumsum()
 
     def context(self, gate: float, place: int, subwords: Subwords) -> Context:
-        """What stands around a token, some words to either side."""
+        """Return the context of the token at `place` (0 to N - 1): a few words on either side."""
         sentence = int(np.searchsorted(self.end_P, place, side="right"))
         end = int(self.end_P[sentence])
         first = max(place - _CONTEXT_PIECES, end - int(self.length_P[sentence]))

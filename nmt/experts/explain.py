@@ -1,21 +1,22 @@
-"""Why a sentence went where it did: the experts of every position, and what each gave to the translation.
+"""Explain a translation: the experts at each position, and what each contributes to the translation.
 
 The contribution of an expert at a position of a layer, in nats, is
 
-    log P(Y|X) - log P(Y|X, its term taken away)
+    log P(Y|X) - log P(Y|X, its term removed)
 
-with Y the translation that the search found, its end included, and no length normalisation. Taken away means: at that
-one position the term g_i E_i(x) is left out of the layer's sum y = sum_i g_i E_i(x) (S17 eq. 1; inside the sigmoid of
-`output: sigmoid`), while the layer's other gates stay as they were, not scaled up to sum to 1. All that follows is
-computed anew: higher layers and what their gates choose, later positions, and for an encoder layer the memory and the
-whole decoder. Positive means that Y would be less probable without it. Contributions of several experts do not add up.
+where Y is the translation that the search found, including its end, without length normalisation. To remove a term is
+to leave g_i E_i(x) out of the layer's sum y = sum_i g_i E_i(x) at that one position (S17 eq. 1; inside the sigmoid of
+`output: sigmoid`). The layer's other gates do not change: they are not rescaled to sum to 1. Everything that depends on
+the sum is computed again: higher layers and the choices of their gates, later positions and, for an encoder layer, the
+memory and the whole decoder. A positive contribution means that Y would be less probable without the expert.
+Contributions of several experts do not add up.
 
-They are computed, not estimated: the pair is scored once for each thing taken away, in columns of a batch whose column
-0 is left whole. They are as fine as the precision that the model runs in: on a model of the demo's size bf16 moved them
-by a few hundredths of a nat and at most by a tenth, fp32 by 1e-5.
+Contributions are computed, not estimated: the pair is scored once per removal. Each removal has a column of a batch,
+whose column 0 is unchanged. Their accuracy is that of the precision in which the model runs. On a model of the size of
+the demo, bf16 changed them by a few hundredths of a nat, at most by a tenth, and fp32 by 1e-5.
 
-Letters: S source positions, T target positions, C columns (one whole, the others each without one thing), N = T C rows
-of a layer in time-major order, K slots of a token, D width.
+Letters: S source positions, T target positions, C columns (one unchanged, the others with one removal each), N = T C
+rows of a layer in time-major order, K slots of a token, D width.
 """
 
 import math
@@ -40,13 +41,13 @@ from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.model.walk import ChangeGate
 
 _EVERYWHERE, _NOTHING = -1, -1
-# Numbers that the columns of one pass may hold in the larger layers.
+# Upper bound of the numbers that one pass may have in its larger tensors, over all columns.
 _ELEMENTS = 2**28
 _MAX_COLUMNS = 128
 
 
 class Removal(NamedTuple):
-    """One thing to take away: an expert of a layer at a position, or at all positions (None)."""
+    """An expert of a layer to remove at one position, or at all positions (None)."""
 
     layer: str
     expert: int
@@ -62,7 +63,7 @@ class Slot:
     """Its group, in a hierarchical layer."""
     gate: float
     contribution: float
-    """Nats; see the top of this file."""
+    """In nats; defined at the top of this file."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ class ExpertTotal:
     expert: int
     group: int | None
     positions: int
-    """How many chose it."""
+    """Number of positions that chose it."""
     contribution: float
-    """Nats, when it is taken away at all of them at once."""
+    """In nats, when it is removed at all of them at once."""
 
 
 @dataclass(frozen=True)
 class LayerExplanation:
-    """One MoE layer; `positions` are the source's or the target's, each with its experts by falling gate."""
+    """One MoE layer. `positions` has each source or target position with its experts, the largest gate first."""
 
     layer: str
     num_experts: int
@@ -89,35 +90,35 @@ class LayerExplanation:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What the experts gave to the translation of one sentence."""
+    """What the experts contribute to the translation of one sentence."""
 
     sentence: str
     translation: str
     source_pieces: list[str]
-    """End of sentence included. The encoder's position s reads piece s."""
+    """Subwords, including the end of the sentence. Encoder position s reads subword s."""
     target_pieces: list[str]
-    """End of sentence included. The decoder's position t predicts piece t, and reads the one before it."""
+    """Subwords, including the end of the sentence. Decoder position t reads subword t - 1 and predicts subword t."""
     log_probability: float
-    """Of the translation, in nats."""
+    """Log-probability of the translation, in nats."""
     piece_log_probabilities: list[float]
     precision: str
-    """fp32 or bf16, what all was computed in."""
+    """Precision of the computation: fp32 or bf16."""
     layers: list[LayerExplanation]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the explanation as dictionaries and lists, for JSON."""
         return asdict(self)
 
     def pieces_of(self, layer: LayerExplanation) -> list[str]:
-        """The pieces that the positions of a layer stand for."""
+        """Return the subword of each position of a layer: source subwords in the encoder, else target subwords."""
         return self.source_pieces if LayerName.of(layer.layer).side == "encoder" else self.target_pieces
 
     def __str__(self) -> str:
-        """Tables for a terminal."""
+        """Return tables for a terminal."""
         lines = [
             f"source       {self.sentence}",
             f"translation  {self.translation}",
-            f"log-probability {self.log_probability:z.3f} of {len(self.target_pieces)} pieces, in {self.precision}",
+            f"log-probability {self.log_probability:z.3f} of {len(self.target_pieces)} subwords, in {self.precision}",
             "Each expert with its gate, and by how many nats the translation would be less probable without it.",
         ]
         for layer in self.layers:
@@ -130,17 +131,20 @@ class Explanation:
                 )
                 lines.append(f"  {place:>3}  {piece:<{width}}  {shown or 'none'}")
             totals = ", ".join(f"{expert_name(each)} {each.contribution:+z.3f}" for each in layer.experts)
-            lines.append(f"  taken away at all positions: {totals or 'none was chosen'}")
+            lines.append(f"  removed at all positions: {totals or 'none was chosen'}")
         return "\n".join(lines)
 
 
 def expert_name(expert: Slot | ExpertTotal) -> str:
-    """The number of an expert, after that of its group if it has one."""
+    """Return the number of an expert, such as "3", or "1/3" in group 1."""
     return f"{expert.expert}" if expert.group is None else f"{expert.group}/{expert.expert}"
 
 
 def without(removals: Sequence[Removal | None], device: torch.device) -> ChangeGate:
-    """Gates of a pass whose column c does without removals[c], of batches of `len(removals)` equally long columns."""
+    """Return a change of gates that applies removals[c] to column c (None: no change).
+
+    The batch must have `len(removals)` columns of equal length.
+    """
     wanted: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in {each.layer for each in removals if each is not None}:
         mine = [each if each is not None and each.layer == layer else None for each in removals]
@@ -164,7 +168,7 @@ def without(removals: Sequence[Removal | None], device: torch.device) -> ChangeG
 
 
 class Scorer:
-    """log P(Y|X) of one pair of pieces, whole or with things taken away. The model must be in evaluation mode."""
+    """Scores one sentence pair with log P(Y|X), with or without removals. The model must be in evaluation mode."""
 
     def __init__(
         self,
@@ -186,7 +190,7 @@ class Scorer:
             self.log_probability_T = scores.log_prob_TR[:, 0]
 
     def contributions(self, removals: Sequence[Removal]) -> list[float]:
-        """What log P(Y|X) loses by each of them alone, in as many passes as memory wants."""
+        """Return what log P(Y|X) loses by each removal alone. Memory bounds the removals per pass."""
         found = [0.0] * len(removals)
         size = self._columns_at_once() - 1
         for side in ("encoder", "decoder"):
@@ -200,11 +204,11 @@ class Scorer:
 
     @torch.inference_mode()
     def scores(self, side: str, removals: Sequence[Removal | None]) -> list[float]:
-        """log P(Y|X) with each of them taken away in a column of its own; all are of one side's layers."""
+        """Return log P(Y|X) with each removal alone (None: without one); all must be in layers of the same side."""
         columns = len(removals)
         change_gate = without(removals, self.device)
         memory = self._encode(columns, change_gate)[0] if side == "encoder" else self.memory
-        # The decoder's columns are so many hypotheses of one sentence where the memory is the same for all.
+        # If the encoder is unchanged, the columns share its memory, as the hypotheses of one sentence do.
         log_prob_TC = self._score(columns, memory, change_gate).log_prob_TR
         scores: list[float] = log_prob_TC.double().sum(0).tolist()
         return scores
@@ -220,10 +224,10 @@ class Scorer:
         return score_target(self.model, memory, target_in_TC, target_out_TC, None, self.experts_per_token, change_gate)
 
     def _columns_at_once(self) -> int:
-        """Columns of one pass, the whole one included."""
+        """Return the number of columns per pass, including the unchanged one."""
         config = self.model.config
         num_source, num_target = len(self.batch.source_SB), len(self.batch.target_in_TB)
-        # Rows of experts for each position, on average: slots that stay empty have none.
+        # Mean expert rows per position: empty slots have none.
         rows = max((float(gate.sums.count_E.sum()) / len(gate.expert_TK) for gate in self.gates.values()), default=0.0)
         per_position = 8 * config.cell_size + math.ceil(rows * max(config.hidden_size, *config.moe.hidden_sizes))
         pairs = num_source * num_target * (1 if config.attention.function == "product" else config.attention.size)
@@ -231,7 +235,7 @@ class Scorer:
 
 
 def explain_pair(scorer: Scorer) -> list[LayerExplanation]:
-    """Every MoE layer of a scored pair: the contribution of each slot, and of each expert as a whole."""
+    """Return the MoE layers of a scored pair, with the contribution of each slot and of each expert over the pair."""
     chosen = {layer: _chosen(gate, scorer.layers[layer].num_experts) for layer, gate in scorer.gates.items()}
     removals = [
         Removal(layer, expert, position)
@@ -249,7 +253,7 @@ _Chosen = list[list[tuple[int, float]]]
 
 
 def _chosen(gate: GateOutput, num_experts: int) -> _Chosen:
-    """The slots of each position by falling gate; those that stay empty are left out."""
+    """Return the slots of each position without empty ones, the largest gate first."""
     positions = []
     for experts, values in zip(gate.expert_TK.tolist(), gate.gates_TK.tolist(), strict=True):
         slots = [(expert, value) for expert, value in zip(experts, values, strict=True) if expert < num_experts]
@@ -279,19 +283,19 @@ def _explain_layer(
 
 
 def explain_sentence(translator: Translator, sentence: str, options: Options | None = None) -> Explanation:
-    """Translate a sentence and explain the translation. `options`: None for those of the translator.
+    """Translate a sentence and return the explanation of the translation. `options`: None for the translator's own.
 
-    DataError for a sentence without pieces, or with more than are translated at once.
+    DataError for a blank sentence, or one with more than max_source_pieces subwords.
     """
     options = options or translator.options
     subwords, limit = translator.subwords, options.max_source_pieces
     source = subwords.encode(sentence)
     if not len(source):
-        raise DataError("the sentence is blank: there is nothing to explain")
+        raise DataError("the sentence is blank, so there is nothing to explain: give one with words")
     if len(source) > limit:
         raise DataError(
-            f"the sentence has {len(source)} pieces, more than the decoding.max_source_pieces={limit} that are "
-            "translated at once"
+            f"the sentence has {len(source)} subwords, more than decoding.max_source_pieces={limit}: give a shorter "
+            "one, or raise the setting"
         )
     target = translator.search([source], options)[0][0].tokens
     scorer = Scorer(

@@ -1,9 +1,9 @@
-"""More experts for a trained network, without changing what it computes.
+"""Add experts to a trained network without changing what it computes.
 
-At the moment of growth the network translates exactly as before (outside training, up to rounding); what makes the
-new experts differ is the training that follows.
+Right after growth, the network translates exactly as before (outside training, up to rounding). Only the training that
+follows makes the new experts differ.
 
-Letters: D width, A groups of B experts before the growth, C copies of each.
+Letters: D width, A groups of B experts before growth, C copies of each expert.
 """
 
 from dataclasses import replace
@@ -20,29 +20,30 @@ from nmt.model.seq2seq import Seq2Seq
 
 
 def grow(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights:
-    """`network` with `num_experts` experts in each MoE layer. UserError where that cannot be done exactly.
+    """Return `network` with `num_experts` experts in each MoE layer. UserError if that cannot be done exactly.
 
-    - From none: the experts and noisy top-k gates of a new network, but the last matrix of every expert is zero, so
-      the layer adds 0 to its input. Gates start at zero as always.
-    - From E experts under a noisy top-k gate to C E: a hierarchical gate. The old gate becomes the primary one and
-      wakes k of E groups; group i holds C copies of the old expert i, of which each token wakes one. With one expert
-      of a group its gate within the group is 1, whichever it is.
-    - From A groups of B under a hierarchical gate with k = 1, such as that of an earlier growth: C copies of each
-      expert in its group.
+    - From no experts: the network gets the experts and noisy top-k gates of a new network. The last matrix of every
+      expert is zero, so the layer adds 0 to its input. Gates start at zero, as in every new network.
+    - From E experts under a noisy top-k gate to C E: the gate becomes hierarchical. The old gate becomes the primary
+      gate, which selects k of E groups. Group i has C copies of the old expert i, and each token activates one of them.
+      As only one expert of a group is active, its gate within the group is 1, whichever copy it is.
+    - From A groups of B experts under a hierarchical gate with k = 1, for example after an earlier growth: each group
+      gets C copies of each of its experts.
 
-    Which copy a token wakes is drawn at the start: columns u_1 .. u_C, normal with std D^-1/2 (logits of unit scale,
-    a little above the noise), are added to the copies' columns of the gate, so that different tokens meet different
-    copies, also without noise, and these grow apart. Without them all would tie, and translation would always use
-    the first. The C columns are those of the group, the same for all its B old experts j: the logit of copy c is
-    x . w_j + x . u_c, so the largest belongs to a copy of the expert that won before, whatever u is.
+    Random columns u_1 .. u_C decide which copy a token activates. They are normal with std D^-1/2, which gives logits
+    of unit scale, a little above the noise. They are added to the gate's columns of the copies. Different tokens then
+    activate different copies, even without noise, so that training makes the copies differ. Without these columns, all
+    copies would tie, and translation would always use the first. Each group has C columns, the same for all its B old
+    experts j. The logit of copy c is x . w_j + x . u_c, so the largest logit belongs to a copy of the expert that was
+    chosen before, whatever u is.
 
-    Old parameters keep the optimiser's moments, copies those of their original; new parameters start without.
+    Old parameters keep their optimiser moments, and copies get those of the original. New parameters have none.
     """
     moe = network.config.moe
     if not moe.num_experts:
         return _first_experts(network, num_experts, seed)
     config = _grown_config(network.config, num_experts)
-    # Not the same columns again when grown again, or the sums of old and new ones would be alike.
+    # Mix in num_experts: a second growth with the same columns would add them to themselves.
     (mixed,) = np.random.SeedSequence([seed, num_experts]).generate_state(1).tolist()
     generator = torch.Generator().manual_seed(mixed)
     layers = {}
@@ -60,8 +61,8 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
     old = network.config.moe
     if old.output == "sigmoid":
         raise UserError(
-            "--grow: with model.moe.output=sigmoid new experts would add 1/2 to every number, not 0: "
-            "only model.moe.output=none can begin without experts"
+            "--grow: with model.moe.output=sigmoid, new experts would add 1/2 to every number, not 0: "
+            "only a network with model.moe.output=none can grow its first experts"
         )
     moe = replace(old, num_experts=num_experts, gating="noisy_top_k", branching=0)
     config = replace(network.config, moe=moe)
@@ -82,22 +83,22 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
 
 
 def _grown_config(config: ModelConfig, num_experts: int) -> ModelConfig:
-    """The settings after growing; UserError if these experts cannot grow to so many."""
+    """Return the settings after growth. UserError if these experts cannot grow to that number."""
     moe = config.moe
     if not (moe.is_noisy and (moe.k == 1 or not moe.is_hierarchical)):
         k = f" and k={moe.k}" if moe.is_hierarchical else ""
         raise UserError(
-            f"--grow: experts under gating={moe.gating}{k} cannot grow; what can are a network without experts, "
-            "gating=noisy_top_k, and gating=hierarchical with k=1"
+            f"--grow: experts under model.moe.gating={moe.gating}{k} cannot grow: the network must have no experts, "
+            "gating=noisy_top_k, or gating=hierarchical with k=1"
         )
     counts = {layer: moe.experts_at(layer) for layer in config.moe_layer_names()}
     if len(set(counts.values())) != 1:
         shown = ", ".join(f"{layer} {count}" for layer, count in counts.items())
-        raise UserError(f"--grow: the layers have different numbers of experts ({shown or 'there is none'})")
+        raise UserError(f"--grow: all MoE layers must have the same number of experts ({shown or 'there is none'})")
     (before,) = set(counts.values())
     if num_experts % before or num_experts <= before:
         multiples = ", ".join(str(before * factor) for factor in (2, 3, 4))
-        raise UserError(f"--grow {num_experts}: {before} experts can become {multiples} or another multiple")
+        raise UserError(f"--grow {num_experts}: {before} experts can grow to {multiples} or another multiple")
     branching, primary_k = (moe.branching, moe.primary_k) if moe.is_hierarchical else (before, moe.k)
     grown = replace(
         moe,
@@ -112,7 +113,7 @@ def _grown_config(config: ModelConfig, num_experts: int) -> ModelConfig:
 
 
 def _as_groups_of_one(weights: Weights) -> Weights:
-    """A layer under a flat gate as one whose groups have a single expert each: the gate becomes the primary one."""
+    """Return a layer under a flat gate as a layer of groups of one expert: the gate becomes the primary gate."""
     renamed = {
         "gate.w_gate_DE": "gate.primary_w_gate_DA",
         "gate.w_noise_DE": "gate.primary_w_noise_DA",
@@ -122,7 +123,7 @@ def _as_groups_of_one(weights: Weights) -> Weights:
 
 
 def _copied(weights: Weights, u_DAC: Tensor) -> Weights:
-    """C copies of every expert of a layer under a hierarchical gate, expert (i, j)'s at (i B + j) C + c."""
+    """Return a layer under a hierarchical gate with C copies of each expert. Copy c of (i, j) is (i B + j) C + c."""
     _, groups, copies = u_DAC.shape
     w_gate_DE = weights["gate.w_gate_DE"].value
     num_experts = w_gate_DE.shape[1]

@@ -1,6 +1,6 @@
-"""What the experts of a trained model do with some text: how much each adds, and how alike their outputs are.
+"""Measure the experts of a trained model on a text: how much each adds, and how similar their outputs are.
 
-Letters: T tokens, K places for experts a token has, R routed rows, D width, E experts.
+Letters: T tokens, K slots of a token, R routed rows, D width, E experts.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,34 +20,35 @@ from nmt.model.gating import Gate, GateOutput
 from nmt.model.seq2seq import Seq2Seq
 
 _BATCH_TOKENS = 4096
-# Rows that all experts of a layer work on at once when they are compared.
+# Rows per pass when the experts of a layer are compared, summed over experts.
 _COMPARED_ROWS = 65536
 
 
 class ExpertUse(NamedTuple):
-    """How much each expert of a layer does for some text; sums over its tokens, float64, on the CPU."""
+    """How much each expert of a layer is used on a text: sums over its tokens, float64, on the CPU."""
 
-    load_E: Tensor  # tokens
-    gate_E: Tensor  # gate values
-    output_E: Tensor  # m_i = sum_t g_ti |E_i(x_t)|: the size of all it adds
+    load_E: Tensor  # number of tokens
+    gate_E: Tensor  # sum of gate values
+    output_E: Tensor  # output mass m_i = sum_t g_ti |E_i(x_t)|
 
 
 @dataclass(frozen=True)
 class Observation:
-    """What the MoE layers did with some text, by layer."""
+    """Use of the experts and a sample of the inputs, by MoE layer."""
 
     use: dict[str, ExpertUse]
     sample: dict[str, Tensor]
-    """Some of a layer's input tokens (T, D), drawn evenly from all."""
+    """A uniform random sample of the layer's input tokens (T, D)."""
 
 
 @torch.inference_mode()
 def observe(
     model: Seq2Seq, subwords: Subwords, sources: Sequence[str], targets: Sequence[str], sample_tokens: int = 2000
 ) -> Observation:
-    """Run the text through `model`, which must be in evaluation mode, and watch its MoE layers.
+    """Run sentence pairs through `model`, which must be in evaluation mode, and return the use of its experts.
 
-    Every real token counts, end of sentence included; the target is read, not searched for.
+    Counts all tokens except padding, including the end of each sentence. The decoder reads the given targets; there is
+    no search.
     """
     encoded = encode_pairs(subwords, sources, targets)[:2]
     tokens = {
@@ -71,7 +72,7 @@ def observe(
 
 @contextmanager
 def _inputs(layers: dict[str, MoE]) -> Iterator[dict[str, Tensor]]:
-    """The tokens (T, D) that each layer's gate read last, by layer."""
+    """Yield a dictionary with the tokens (T, D) that the gate of each layer read last, by layer."""
     inputs: dict[str, Tensor] = {}
 
     def note(layer: str, _gate: Gate, arguments: tuple[Tensor], _output: GateOutput) -> None:
@@ -86,7 +87,7 @@ def _inputs(layers: dict[str, MoE]) -> Iterator[dict[str, Tensor]]:
 
 
 def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
-    """What each expert did for T tokens."""
+    """Return the use of each expert of a layer, given its input tokens and their gates."""
     rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
     norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
     expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
@@ -100,7 +101,10 @@ def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
 
 @torch.inference_mode()
 def output_similarity(moe: MoE, x_TD: Tensor) -> Tensor:
-    """Cosine between what every two experts make of the same tokens, all tokens taken as one vector; (E, E), CPU."""
+    """Return the cosine between the outputs of each pair of experts for the same tokens: (E, E), on the CPU.
+
+    An expert's outputs for all tokens are one vector.
+    """
     experts = moe.num_experts
     product_EE = torch.zeros(experts, experts, dtype=torch.float64)
     for part_TD in x_TD.float().split(max(1, _COMPARED_ROWS // experts)):

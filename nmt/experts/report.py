@@ -1,10 +1,10 @@
-"""What the experts of a trained model do: how they share the work, and what each is chosen for.
+"""Report on the experts of a trained model: how they share the load, and which tokens choose each.
 
-Counts over one pass, without gate noise; the pictures of them are in nmt/pages/experts.py. What is kept between batches
-is bounded by the number of (expert, piece) combinations that occur.
+All figures are counts over one pass, without gate noise. nmt/pages/experts.py draws them. The number of (expert,
+subword) combinations that occur bounds the memory that is kept between batches.
 
 Letters: T tokens of a batch, K slots of a token, R slots that are not empty, N tokens of one side of the text,
-P sentence pairs, E experts, M domains, S shuffles, C (expert, piece) combinations, each the number e * V + v.
+P sentence pairs, E experts, M domains, S shuffles, C (expert, subword) combinations, each the number e * V + v.
 """
 
 from collections.abc import Sequence
@@ -30,16 +30,16 @@ from nmt.model.gate_statistics import entropy, num_idle, relative_load, shares
 from nmt.model.gating import GateOutput, cv_squared
 from nmt.model.seq2seq import Seq2Seq
 
-# An expert "prefers" a domain that it sees this much more often than chance.
+# An expert "prefers" a domain with at least this lift.
 _LEAST_LIFT = 1.15
 _MAX_DOMAINS = 3
 MATRIX_EXPERTS = 64
-"""Layers of more experts get no whole matrix of pairs."""
+"""Reports have no matrix of pairs for layers with more experts than this."""
 DOMAIN_SHUFFLES, TOKEN_SHUFFLES = 20, 5
 MIN_COUNT = 5
-"""A token that an expert saw less often is not listed for it."""
+"""Tokens that an expert saw fewer times than this are not listed for it."""
 _MAX_TOKENS, _MAX_CONTEXTS, _MAX_PAIRS = 8, 4, 20
-# Spare contexts replace those with the same neighbours.
+# More than are shown, as contexts with the same neighbouring words are shown once.
 _KEPT_CONTEXTS = 4 * _MAX_CONTEXTS
 _MAX_WAITING, _MAX_EXAMPLES = 500_000, 4_000_000
 _SIDES = ("encoder", "decoder")
@@ -47,20 +47,20 @@ _SIDES = ("encoder", "decoder")
 
 @dataclass(frozen=True)
 class TokenRole:
-    """A token that an expert is chosen for above expectation."""
+    """A token that chooses an expert more often than tokens do on average."""
 
     piece: str
-    """As SentencePiece writes it, "▁" for a blank."""
+    """Subword as SentencePiece writes it, with "▁" for a blank."""
     count: int
-    """Times it went to the expert."""
+    """Number of occurrences that chose the expert."""
     rate: float
-    """Of its occurrences."""
+    """Share of its occurrences that chose the expert."""
     lift: float
-    """`rate` over the expert's rate for all tokens."""
+    """`rate` divided by the expert's rate over all tokens."""
     least_lift: float
-    """The same with the lower end of a 99% interval of `rate`."""
+    """`lift` with the lower end of a 99% interval of `rate`."""
     contexts: list[Context]
-    """By gate value, largest first."""
+    """Occurrences that chose the expert, the largest gate first."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +69,24 @@ class ExpertRow:
 
     expert: int
     share: float
-    """Of all (token, choice) pairs of its layer."""
+    """Share of all (token, choice) pairs of its layer."""
     mean_gate: float
     """Mean gate value when chosen."""
     domains: dict[str, float]
-    """Lift of every domain: share of the expert's tokens from it, over the domain's share of all tokens."""
+    """Lift of each domain: its share of the expert's tokens, divided by its share of all tokens."""
     importance: float = 0.0
-    """Of the sum of all gate values."""
+    """Share of the sum of all gate values of its layer."""
     position: float = 0.0
-    """Mean place in the sentence, 0 the first token, 1 the last."""
+    """Mean position in the sentence: 0 is the first token, 1 the last."""
     specialisation: float = 0.0
-    """Bits by which its tokens differ from all tokens (Kullback-Leibler), less those of shuffled tokens."""
+    """Kullback-Leibler divergence of its tokens from all tokens, in bits, minus that of shuffled tokens."""
     tokens: list[TokenRole] = field(default_factory=list)
-    """By `least_lift`, largest first."""
+    """Tokens that choose the expert most clearly, the largest `least_lift` first."""
 
 
 @dataclass(frozen=True)
 class ExpertPair:
-    """Two experts that are chosen together more often than their loads explain."""
+    """Two experts that are chosen together more often than expected from their loads."""
 
     first: int
     second: int
@@ -100,7 +100,7 @@ class LayerReport:
 
     layer: str
     k: float
-    """Mean number of experts per token; whole but for the strictly balanced gate."""
+    """Mean number of experts per token; a whole number, except under the strictly balanced gate."""
     num_tokens: int
     cv_importance: float
     cv_load: float
@@ -108,14 +108,14 @@ class LayerReport:
     idle_experts: int
     experts: list[ExpertRow]
     gate_entropy: float = 0.0
-    """Mean over tokens, in nats."""
+    """Mean entropy of the gates of a token, in nats."""
     token_purity: Purity | None = None
     domain_purity: Purity | None = None
-    """None where the domains of sentences are unknown, or all the same."""
+    """None if the domains of sentences are unknown or all the same."""
     pair_lift: list[list[float]] = field(default_factory=list)
-    """How often two experts are chosen together, over what their loads explain; empty above MATRIX_EXPERTS."""
+    """Count of each pair of experts divided by its expected count; empty for more than MATRIX_EXPERTS experts."""
     pairs: list[ExpertPair] = field(default_factory=list)
-    """Those of greatest lift, by the lower end of its interval."""
+    """Pairs of largest lift, ranked by the lower end of its interval."""
 
     def __str__(self) -> str:
         lines = [
@@ -131,7 +131,7 @@ class LayerReport:
 
 
 def preferred_domains(row: ExpertRow) -> list[tuple[str, float]]:
-    """The domains that an expert sees clearly more often than chance, with their lift, largest first."""
+    """Return the domains that an expert sees clearly more often than by chance, with lifts, the largest first."""
     ranked = sorted(row.domains.items(), key=lambda item: -item[1])
     return [(name, lift) for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_DOMAINS]
 
@@ -140,7 +140,7 @@ def preferred_domains(row: ExpertRow) -> list[tuple[str, float]]:
 
 
 class _Layer:
-    """All that is counted of one layer. Of labels, domain tables and cells the first are true, the others shuffled."""
+    """Counts of one layer. The first labels, domain tables and cells are the true ones, the others are shuffled."""
 
     def __init__(
         self, side: SideTokens, num_experts: int, label_LP: np.ndarray, num_domains: int, num_pieces: int
@@ -156,7 +156,7 @@ class _Layer:
         self.waiting: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []  # (expert_R, gate_R, place_R)
 
     def add(self, gate: GateOutput, sentence_T: np.ndarray, position_T: np.ndarray) -> None:
-        """Tokens by sentence and by position in it, with what the gate decided for them."""
+        """Add the tokens of a batch: the sentence and position of each, and their gates."""
         num_experts, length_T = len(self.position_E), self.side.length_P[sentence_T]
         chosen_TE = gate.gates_TK.new_zeros(len(sentence_T), num_experts + 1).scatter_(1, gate.expert_TK, 1.0)[:, :-1]
         self.together_EE += (chosen_TE.T @ chosen_TE).cpu().numpy()
@@ -174,7 +174,7 @@ class _Layer:
         self.waiting.append((expert_R, gate_R, (self.side.end_P[sentence_T] - length_T + position_T)[token_R]))
 
     def _settle(self) -> None:
-        """Count the pieces of what waits, and sort it into the examples."""
+        """Move the choices in `waiting` into the counts of subwords and into the examples."""
         expert_R, gate_R, place_R = (np.concatenate(column) for column in zip(*self.waiting, strict=True))
         self.waiting = []
         for shuffle, piece_N in enumerate(self.side.pieces):
@@ -190,7 +190,7 @@ class _Layer:
         self.examples = cell[order], gate[order], place[order]
 
     def report(self, layer: str, domains: list[str], subwords: Subwords) -> LayerReport:
-        """Everything that was counted, in figures; `domains` are the names of the labels."""
+        """Return the report; `domains` are the names of the labels."""
         self._settle()
         count_E, importance_E = torch.from_numpy(self.count_LEM[0].sum(1)), torch.from_numpy(self.importance_E)
         total = max(float(count_E.sum()), 1.0)
@@ -215,7 +215,7 @@ class _Layer:
         )
 
     def _rows(self, domains: list[str], subwords: Subwords, special_E: np.ndarray) -> list[ExpertRow]:
-        """Each expert; `special_E`: bits by which its tokens differ from all, summed over them."""
+        """Return the row of each expert; `special_E` is its specialisation in bits, summed over its tokens."""
         count_EM, importance_E = torch.from_numpy(self.count_LEM[0]), torch.from_numpy(self.importance_E)
         count_E, count_M = count_EM.sum(1), count_EM.sum(0)
         least_E = count_E.clamp_min(1)
@@ -253,7 +253,7 @@ class _Layer:
         return make_purity(bits_LE.sum(1) / total, entropy_bits(self.count_LEM[0].sum(0)))
 
     def _tokens(self, subwords: Subwords) -> list[list[TokenRole]]:
-        """For each expert, the tokens that it is chosen for above expectation."""
+        """Return, for each expert, the tokens that choose it more often than tokens do on average."""
         cell_C, count_C = self.cells[0]
         expert_C, piece_C = np.divmod(cell_C, self.num_pieces)
         trials_C = np.bincount(self.side.pieces[0], minlength=self.num_pieces)[piece_C]
@@ -275,7 +275,7 @@ class _Layer:
         return roles
 
     def _pairs(self) -> tuple[list[list[float]], list[ExpertPair]]:
-        """The matrix of lifts, and the pairs that stand out."""
+        """Return the matrix of lifts and the pairs of largest lift."""
         expected_EE = expected_pairs(self.together_EE)
         if not expected_EE.any():
             return [], []
@@ -301,9 +301,10 @@ def expert_report(
     domains: Sequence[str],
     experts_per_token: int = 0,
 ) -> list[LayerReport]:
-    """A report for each MoE layer from one pass over sentence pairs; `domains` labels them, or is empty.
+    """Return a report for each MoE layer from one pass over sentence pairs; empty if there are no MoE layers.
 
-    The model must be in evaluation mode. Every real token counts, end of sentence included. Empty without MoE layers.
+    `domains` has the domain of each pair, or is empty. The model must be in evaluation mode. Counts all tokens except
+    padding, including the end of each sentence.
     """
     generator = np.random.default_rng(0)
     names = sorted(set(domains))

@@ -1,4 +1,4 @@
-"""Fewer experts for a trained network: the least useful ones left out, or pairs of alike ones made one.
+"""Remove experts from a trained network: prune the least useful ones, or merge pairs of similar ones.
 
 Letters: D width, E experts, H hidden units, I and O inputs and outputs of one layer of an expert.
 """
@@ -19,30 +19,33 @@ from nmt.model.names import expert_dim, is_expert
 from nmt.training.optim import COLUMN, ROW
 
 IDLE_SHARE = 0.05
-"""An expert is idle if it gets less than this share of what it would get if all were equally busy."""
+"""An expert is idle if its load is less than this share of the mean load."""
 
 
 class MergePair(NamedTuple):
-    """Two experts that become one, which takes the place of `first`."""
+    """Two experts to merge; the merged expert replaces `first`."""
 
     first: int
     second: int
     similarity: float
-    share: float  # of `first` in the average
+    share: float  # weight of `first` in the average
 
 
 # ------------------------------------------------------------------------------------------------------ pruning
 
 
 def least_useful(moe: MoEConfig, layer: str, use: ExpertUse, count: int) -> list[int]:
-    """The `count` experts of a layer with the least output mass; in groups, equally many of each."""
+    """Return the `count` experts of a layer with the least output mass, the same number from each group."""
     groups = moe.groups_at(layer)
     each = per_group(f"--prune {count}", moe, layer, count)
     return sorted(expert for group in groups for expert in _least(use, group)[:each])
 
 
 def idle(moe: MoEConfig, layer: str, use: ExpertUse) -> list[int]:
-    """Experts with less than IDLE_SHARE of the mean load; in groups, as many of each as the group with fewest has."""
+    """Return the experts with less than IDLE_SHARE of the mean load.
+
+    Each group gives the same number of experts: as many as the group with the fewest idle ones.
+    """
     load_E = relative_load(use.load_E)
     idle_by_group = [
         [expert for expert in _least(use, group) if load_E[expert] < IDLE_SHARE] for group in moe.groups_at(layer)
@@ -53,11 +56,11 @@ def idle(moe: MoEConfig, layer: str, use: ExpertUse) -> list[int]:
 
 
 def prune(network: NetworkWeights, removed: dict[str, list[int]]) -> NetworkWeights:
-    """`network` without these experts. What the others compute, and the columns of their gates, do not change.
+    """Return `network` without these experts. The other experts and their columns of the gates do not change.
 
-    Translation changes only where a token chose one of them: the next best takes its place. Exactly so for gates that
-    choose the top k; a strictly balanced gate's softmax runs over fewer experts afterwards, so that more of the others
-    pass their thresholds, until training has moved these.
+    With gates that choose the top k, translation changes only where a token chose a removed expert: the next best
+    replaces it. The softmax of a strictly balanced gate has fewer experts afterwards, so more of the others pass their
+    thresholds until training has adapted these.
     """
     layers = {}
     counts = {}
@@ -68,34 +71,35 @@ def prune(network: NetworkWeights, removed: dict[str, list[int]]) -> NetworkWeig
 
 
 def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool = False) -> int:
-    """How many experts of each group of a layer `count` are.
+    """Return how many experts to take from each group of a layer, for `count` in total.
 
-    UserError unless it is the same for all groups, at least k stay and, when `merging`, all find a partner.
+    UserError if `count` is not a multiple of the groups, if fewer than k experts would be left per group or, when
+    `merging`, if there are too few experts for that many pairs.
     """
     groups = moe.groups_at(layer)
     size, grouped = len(groups[0]), len(groups) > 1
     each, rest = divmod(count, len(groups))
     if rest:
         raise UserError(
-            f"{option}: the groups of a hierarchical gate stay equally large, so N must be a multiple of "
+            f"{option}: the groups of a hierarchical gate must stay equally large, so N must be a multiple of "
             f"model.moe.branching={moe.branching}"
         )
     of_group = " of each group" if grouped else ""
     if size - each < moe.k:
         raise UserError(
             f"{option} would leave {max(size - each, 0)} of {size} experts{of_group} in {layer}, "
-            f"but each token wakes model.moe.k={moe.k}"
+            f"but each token needs model.moe.k={moe.k}"
         )
     if merging and 2 * each > size:
         raise UserError(
-            f"{option}: an expert is merged once at most, so the {size} experts{of_group} in {layer} make "
+            f"{option}: an expert is merged at most once, so the {size} experts{of_group} in {layer} make at most "
             f"{size // 2 * len(groups)} pairs"
         )
     return each
 
 
 def _least(use: ExpertUse, experts: Iterable[int]) -> list[int]:
-    """`experts` by output mass, the least first; of equals the one with fewer tokens, then the later one."""
+    """Sort `experts` by output mass, the least first. Among equals, fewer tokens, then the higher number come first."""
     return sorted(experts, key=lambda expert: (float(use.output_E[expert]), float(use.load_E[expert]), -expert))
 
 
@@ -103,12 +107,12 @@ def _least(use: ExpertUse, experts: Iterable[int]) -> list[int]:
 
 
 def redundant_pairs(moe: MoEConfig, layer: str, use: ExpertUse, similarity_EE: Tensor, count: int) -> list[MergePair]:
-    """The `count` pairs of a layer's experts with the least to lose; in groups, equally many within each.
+    """Return the `count` pairs of a layer's experts that lose least by merging, the same number in each group.
 
-    Merging loses m_i m_j / (m_i + m_j) (1 - cos_ij), with m the output mass (as Ward joins clusters): nothing for two
-    of a kind or for an expert that adds nothing, most for busy ones that differ. By the cosine alone, the pair that the
-    demo's decoder lost first was of all 28 the one whose merging costs most (perplexity 1.04 -> 1.63); by this measure
-    it is the one that costs least (1.09). No expert is in two pairs: what a merged expert would be like is not known
+    The loss of a pair is m_i m_j / (m_i + m_j) (1 - cos_ij), where m is the output mass (Ward's criterion for joining
+    clusters). It is 0 for two equal experts, or if one adds nothing, and largest for busy experts that differ. By the
+    cosine alone, the first pair to merge in the demo's decoder was the worst of all 28 (perplexity 1.04 -> 1.63). By
+    this loss, it is the best (1.09). No expert is in two pairs, because the similarity of a merged expert is unknown
     before it is merged.
     """
     mass_E = use.output_E
@@ -132,15 +136,15 @@ def redundant_pairs(moe: MoEConfig, layer: str, use: ExpertUse, similarity_EE: T
 
 
 def merge(network: NetworkWeights, pairs: dict[str, list[MergePair]]) -> NetworkWeights:
-    """`network` with each pair of experts made one: the average of both, weighted by their gate mass.
+    """Return `network` with each pair of experts merged into the average of both, weighted by their gate mass.
 
-    Hidden units of the second expert are put in the order of those of the first that they resemble. An expert's
-    function does not depend on that order, so an expert merged with a copy of itself, however ordered, stays the
-    same function exactly. The columns of the gate (and the thresholds) are averaged likewise, and so are the
-    optimiser's moments; the merged expert takes the first one's place.
+    First, the hidden units of the second expert are put into the order of the most similar units of the first. An
+    expert's function does not depend on that order. So an expert merged with a copy of itself, in whatever order, keeps
+    exactly its function. The columns of the gate, the thresholds and the optimiser moments are averaged in the same
+    way. The merged expert replaces the first.
 
-    Even a merged pair of exact copies changes the layer for tokens that would have woken both: their gates become
-    one expert's, and the next best is woken too.
+    Even merging exact copies changes the layer for tokens that chose both: they now choose the merged expert once, and
+    the next best expert as well.
     """
     layers = {}
     counts = {}
@@ -155,7 +159,7 @@ def merge(network: NetworkWeights, pairs: dict[str, list[MergePair]]) -> Network
 
 
 def _merge_in_place(weights: Weights, pair: MergePair) -> None:
-    """Put the average of both experts in the place of the first; the second stays."""
+    """Replace the first expert by the average of both. The second does not change."""
     names = list(filter(is_expert, weights))
     matrices = [[weights[name].value[expert] for name in names] for expert in pair[:2]]
     all_D = torch.arange(matrices[0][0].shape[0])
@@ -171,7 +175,7 @@ def _merge_in_place(weights: Weights, pair: MergePair) -> None:
 
 
 def _reordered(tensor: Tensor, kind: str, order_I: Tensor, order_O: Tensor) -> Tensor:
-    """An expert's matrix, or one of its moments, with its inputs and its outputs in another order."""
+    """Return an expert's matrix, or one of its moments, with inputs and outputs in another order."""
     if kind == ROW:
         return tensor[order_I]
     if kind == COLUMN:
@@ -180,11 +184,11 @@ def _reordered(tensor: Tensor, kind: str, order_I: Tensor, order_O: Tensor) -> T
 
 
 def aligned_units(first_IO: Sequence[Tensor], second_IO: Sequence[Tensor]) -> list[Tensor]:
-    """For each hidden layer of two experts (their matrices in order), the second's unit that each unit of the first
-    resembles: units are matched greedily by the cosine of their weights, every unit once.
+    """Return, for each hidden layer, the unit of the second expert that matches each unit of the first.
 
-    A unit's weights are those that come in and, in the last hidden layer, those that go out: where these lead to
-    another hidden layer, its units are not matched yet.
+    Arguments are the matrices of each expert, from its input to its output. Units are matched greedily by the cosine of
+    their weights, each unit once. The weights of a unit are its incoming ones and, in the last hidden layer, its
+    outgoing ones. In lower layers, outgoing weights lead to units that are not matched yet.
     """
     orders = [torch.arange(first_IO[0].shape[0])]
     for place in range(len(first_IO) - 1):
@@ -198,9 +202,10 @@ def aligned_units(first_IO: Sequence[Tensor], second_IO: Sequence[Tensor]) -> li
 
 
 def greedy_matching(similarity_HH: Tensor) -> Tensor:
-    """The column of each row, if the largest entry is taken first, then the largest of another row and column, ...
+    """Return the column of each row under greedy matching.
 
-    Rows and columns that are each other's best are taken at once: nothing larger can part them.
+    Greedy matching takes the largest entry first, then the largest in the remaining rows and columns, and so on. Here
+    all rows and columns that are each other's best are taken at once: no larger entry can separate them.
     """
     left_HH = similarity_HH.clone()
     row_H = torch.arange(len(left_HH))

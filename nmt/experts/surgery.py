@@ -1,8 +1,8 @@
-"""A trained network taken out of its checkpoint, and put into a new run after its experts were changed.
+"""Read a trained network from its checkpoint, and write it to a new run after its experts were changed.
 
-`growing` and `shrinking` make the changes. What follows training around goes along: the optimiser's moments are copied,
-left out or averaged like the weights they belong to; step and position in the data stay, so that learning rate and
-text go on where they were.
+nmt/experts/grow.py and shrink.py make the changes. Optimiser moments are copied, left out or averaged like the weights
+they belong to. The step and the position in the data stay the same, so that training resumes with the same learning
+rate and text.
 
 Letters: D width, E experts.
 """
@@ -33,44 +33,44 @@ from nmt.training.trainer import Progress
 
 
 class TrainedWeight(NamedTuple):
-    """A parameter and what the optimiser remembers of it (`nmt.training.optim.state_shapes`)."""
+    """A parameter and its optimiser state (`nmt.training.optim.state_shapes`)."""
 
     value: Tensor
     moments: dict[str, Tensor]
-    """By name; none of a parameter that has never been trained."""
+    """Moments by name; empty for a parameter that was never trained."""
     step: Tensor  # float32 scalar
 
     @classmethod
     def new(cls, value: Tensor) -> "TrainedWeight":
-        """A parameter that has never been trained."""
+        """Return a parameter that was never trained."""
         return cls(value, {}, torch.zeros(()))
 
     def changed(self, change: Callable[[Tensor], Tensor]) -> "TrainedWeight":
-        """`change` made to the value and to all moments."""
+        """Return this parameter with `change` applied to its value and all moments."""
         return TrainedWeight(
             change(self.value), {name: change(moment) for name, moment in self.moments.items()}, self.step
         )
 
 
 Weights = dict[str, TrainedWeight]
-"""By name: in the whole network, or (without the layer's prefix) in one MoE layer."""
+"""Weights by name: of the whole network, or of one MoE layer without the layer's prefix."""
 
 
 @dataclass(frozen=True)
 class NetworkWeights:
-    """A network as its checkpoint holds it, on the CPU."""
+    """A network as saved in its checkpoint, on the CPU."""
 
     config: ModelConfig
     vocab_size: int
     weights: Weights
 
     def layer(self, layer: str) -> Weights:
-        """The weights of one MoE layer, such as "encoder.2": gate.w_gate_DE, experts.weights.0, ..."""
+        """Return the weights of one MoE layer, such as "encoder.2": gate.w_gate_DE, experts.weights.0, ..."""
         prefix = layer_prefix(layer)
         return {name.removeprefix(prefix): weight for name, weight in self.weights.items() if name.startswith(prefix)}
 
     def with_layers(self, config: ModelConfig, layers: Mapping[str, Weights]) -> "NetworkWeights":
-        """This network with other MoE layers, which `config` describes."""
+        """Return this network with other MoE layers, which `config` describes."""
         prefixes = tuple(map(layer_prefix, layers))
         weights = {name: weight for name, weight in self.weights.items() if not name.startswith(prefixes)}
         for layer, own in layers.items():
@@ -78,12 +78,12 @@ class NetworkWeights:
         return NetworkWeights(config, self.vocab_size, weights)
 
     def build(self) -> Seq2Seq:
-        """The model with these weights, in evaluation mode."""
+        """Return the model with these weights, in evaluation mode."""
         return assemble(self.config, self.vocab_size, {name: each.value for name, each in self.weights.items()})
 
 
 def select_experts(weights: Weights, index_E: Tensor) -> Weights:
-    """One MoE layer whose expert e is a copy of the old expert index[e]: its matrices, its columns of the gate."""
+    """Return an MoE layer whose expert e has the matrices and gate columns of the old expert index[e]."""
     selected = {}
     for name, weight in weights.items():
         dim = expert_dim(name)
@@ -92,8 +92,9 @@ def select_experts(weights: Weights, index_E: Tensor) -> Weights:
 
 
 def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
-    """`config` with so many experts in each layer: num_experts is the most frequent count (the larger of equals),
-    num_experts_at names the layers that differ.
+    """Return `config` with `counts` experts by layer.
+
+    num_experts is the most frequent count (on a tie, the larger one), and num_experts_at has the layers that differ.
     """
     frequency = Counter(counts.values())
     usual = max(frequency, key=lambda count: (frequency[count], count))
@@ -107,9 +108,9 @@ def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
 def read_network(
     run: RunDirectory, config: Config, vocabulary: str, vocab_size: int
 ) -> tuple[NetworkWeights, Checkpoint]:
-    """The network of a run at the checkpoint that `config.decoding` names: one that was saved, not an average."""
+    """Return a run's network at the checkpoint that `config.decoding` names, which must not be an average."""
     if config.decoding.checkpoint == "average":
-        raise UserError("decoding.checkpoint=average has no optimiser state to go on with: use best, last or a step")
+        raise UserError("decoding.checkpoint=average has no optimiser state to resume from: use best, last or a step")
     (checkpoint,) = choose(run.checkpoints, config.decoding.checkpoint, 1)
     model = read_model([checkpoint], config.model, vocab_size, vocabulary)
     values = {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -127,10 +128,10 @@ def read_network(
 def write_run(
     path: Path, source: RunDirectory, config: Config, network: NetworkWeights, checkpoint: Checkpoint
 ) -> None:
-    """A run at `path` that goes on from `checkpoint` of the run `source` with another network; whole or not at all.
+    """Write a run to `path` that resumes from `checkpoint` of the run `source` with another network.
 
-    Counters go along but for those that compare validations: scores of the new run are its own, and patience starts
-    anew. The checkpoint has no score.
+    Writes the whole folder or nothing; StorageError if it cannot. Counters are copied, except those that compare
+    validations: the new run has its own scores and patience starts again. The checkpoint has no score.
     """
     state = checkpoint.state()
     progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
