@@ -380,6 +380,16 @@ def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> Non
     assert done.stderr == ""
 
 
+def test_of_several_processes_the_main_one_reports_the_mistake_of_all(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "of torchrun")
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert cli("train", "run.name=a", "training.max_steps=0") == 2
+        assert cli.err.count("\n") == lines
+
+
 @pytest.mark.parametrize(("ends", "expected"), [(7, 7), (4, 4), (RuntimeError("a bug"), 1), (KeyboardInterrupt(), 1)])
 def test_after_an_error_one_of_several_processes_leaves_without_pythons_way_out(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ends: int | BaseException, expected: int
