@@ -373,14 +373,31 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def shown(out: str, row: str) -> list[float]:
+    """The numbers in the rows of the tables that are called so."""
+    rows = re.findall(rf"^{row} {{2,}}(.+)$", out, re.M)
+    return [float(number) for each in rows for number in re.findall("[0-9.]+", each)]
+
+
+def in_gb(figures: dict[str, Any], kind: str = "") -> list[float]:
+    """Memory of dense parts, of experts and of both, as a row has it; without `kind`, all of it."""
+    memory = {name: row for name, row in figures["memory_bytes_per_gpu"].items() if name != "all"}
+    rows = [memory[kind]] if kind else list(memory.values())
+    dense, experts = (sum(row[part] for row in rows) / 1e9 for part in ("dense", "experts"))
+    return [dense, experts, dense + experts]
+
+
 def test_an_experiment_s_cost(cost: Callable[..., str]) -> None:
-    out = cost("experiment=europarl_en_fr_moe_32", "--tflops", "261")
-    assert re.search(r"^all +194\.909 M +100\.0% +77\.369 M +100\.0%$", out, re.M)
-    assert re.search(r"^all +7\.77 GB +3\.33 GB +11\.10 GB$", out, re.M)
-    assert "checkpoint on disk: 2.339 GB; up to 4 are kept, 9.356 GB" in out
+    """The tables show the figures that --json gives, which have tests of their own."""
+    arguments = ("experiment=europarl_en_fr_moe_32", "--tflops", "261")
+    out, figures = cost(*arguments), json.loads(cost(*arguments, "--json"))
+    millions = [figures[kind]["all"] / 1e6 for kind in ("parameters", "ops_per_timestep")]
+    assert shown(out, "all") == pytest.approx([millions[0], 100, millions[1], 100, *in_gb(figures)], abs=0.006)
+    [(disk, kept)] = re.findall(r"checkpoint on disk: (\S+) GB; up to 4 are kept, (\S+) GB", out)
+    assert float(disk) == pytest.approx(figures["checkpoint_bytes"] / 1e9, abs=0.001)
+    assert float(kept) == pytest.approx(4 * float(disk), abs=0.004)
     assert re.search(r"^training, for each target token: [\d.]+ MFLOP$", out, re.M)
-    # It took about a minute, validation included, at this speed (README).
-    assert "time: 52.5 seconds on one GPU, at 261 TFLOP/s\n" in out
+    assert f"time: {figures['seconds']:.1f} seconds on one GPU, at 261 TFLOP/s\n" in out
     assert max(map(len, out.splitlines())) <= 110
 
 
@@ -394,13 +411,15 @@ def test_a_small_model_s_memory_is_in_megabytes(cost: Callable[..., str]) -> Non
 
 
 def test_experts_with_a_factored_moment_need_no_room_for_it(cost: Callable[..., str]) -> None:
-    """2048 experts train on two GPUs of 80 GB."""
     arguments = ("experiment=wmt14_en_fr_moe_2048", "--gpus", "2")
-    out = cost(*arguments)
-    assert re.search(r"^Adam \(experts factored\), float32 +0\.59 GB +0\.04 GB +0\.63 GB$", out, re.M)
-    assert re.search(r"^all +4\.75 GB +41\.70 GB +46\.46 GB$", out, re.M)
-    out = cost(*arguments, "training.expert_optimizer=adam")
-    assert re.search(r"^Adam's two moments, float32 +0\.59 GB +34\.36 GB +34\.94 GB$", out, re.M)
+    out, figures = cost(*arguments), json.loads(cost(*arguments, "--json"))
+    assert shown(out, r"Adam \(experts factored\), float32") == pytest.approx(in_gb(figures, "optimiser"), abs=0.006)
+    adam = (*arguments, "training.expert_optimizer=adam")
+    out, whole = cost(*adam), json.loads(cost(*adam, "--json"))
+    assert shown(out, "Adam's two moments, float32") == pytest.approx(in_gb(whole, "optimiser"), abs=0.006)
+    assert in_gb(figures, "optimiser")[1] < 0.01 * in_gb(whole, "optimiser")[1]
+    # So 2048 experts train on two GPUs of 80 GB.
+    assert in_gb(figures)[2] < 80 < in_gb(whole)[2]
     dense = cost("experiment=demo", "model.moe.num_experts=0", "training.expert_optimizer=factored")
     assert "Adam's two moments, float32" in dense
 
