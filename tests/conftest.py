@@ -15,6 +15,12 @@ from nmt.data.prepare import prepare
 from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus
 
 TINY_VOCAB = 13
+# The files that take longest, so that no process waits for another's at the end.
+FIRST = ("test_world_size", "test_surgery_runs", "test_training_time", "test_training", "test_prepare")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.stem not in FIRST)
 
 
 @pytest.fixture(autouse=True, scope="session")
