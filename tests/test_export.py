@@ -377,7 +377,7 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
         assert "`nmt evaluate` had not been run on these parameters" in card(tmp_path / name)
         assert manifest_of(tmp_path / name)["scores"] == []
     validated = list_checkpoints(copy / "checkpoints")[-1].score
-    assert f"perplexity {validated:.3f} per piece at step 8." in card(tmp_path / "a")
+    assert f"perplexity {validated:.3f} per subword at step 8." in card(tmp_path / "a")
     assert "the mean of those after steps 4, 6, 8 of run `run`" in card(tmp_path / "b")
     assert "Their mean was not validated." in card(tmp_path / "b")
     assert manifest_of(tmp_path / "b")["score"] is None
@@ -396,7 +396,7 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
     assert f"- BLEU: sacreBLEU `{bleu['signature']}`" in found
     assert f"- chrF2: sacreBLEU `{chrf['signature']}`" in found
     assert "had not been run" not in found
-    assert "Not shown, since they are of other parameters: the scores of `dev` (step 2)." in found
+    assert "Not shown, because they belong to other parameters: the scores of `dev` (step 2)." in found
     (scores,) = manifest_of(tmp_path / "c")["scores"]
     assert (scores["name"], scores["steps"], scores["scores"]) == ("test", [8], report["scores"])
 
@@ -452,12 +452,12 @@ def test_the_card_says_what_the_model_is_and_was_trained_on(run: Path, exported:
         f"| pairs | {info['pairs_read']} read, {info['pairs_kept']} kept,",
         f"| fingerprint | `{info['fingerprint']}` |",
         f"| its sha256 | `{hashlib.sha256((run / 'subwords.model').read_bytes()).hexdigest()}` |",
-        "| vocabulary | 424 subword pieces for both languages (SentencePiece BPE, nfc) |",
+        "| vocabulary | 424 subwords for both languages (SentencePiece BPE, nfc) |",
         "| experts | 4 after encoder LSTM 1; 4 after decoder LSTM 1; each with 16 hidden units |",
         "| gating | noisy top-k, k = 2 (section 2.1 of the paper) |",
         f"| **all** | **{cost.num_parameters:,}** | **{cost.ops_per_timestep:,}** |",
         f"`model.safetensors` has {size:,} bytes.",
-        "It knows what `toy` taught it",
+        "The model learned from `toy`",
     ):
         assert part in found, part
     assert "phrasebook" not in found
@@ -530,7 +530,7 @@ def test_files_go_along_by_their_names_alone(cli: Cli, copy: Path, tmp_path: Pat
 def test_cards_of_other_models() -> None:
     phrasebook = model_card(facts_of("experiment=demo"))
     assert "The phrasebook is a teaching corpus" in phrasebook
-    assert "after step 70 of run `demo`, which was set to take 700 steps" in phrasebook
+    assert "after step 70 of run `demo`, which was configured for 700 steps" in phrasebook
     dense = model_card(facts_of("experiment=demo", "model.moe.num_experts=0", dropped=34))
     assert "| experts | none |" in dense
     assert "nmt experts" not in dense

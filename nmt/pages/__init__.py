@@ -1,1 +1,1 @@
-"""Pages and Markdown made of what was found."""
+"""Write reports, explanations and model cards as HTML and Markdown."""

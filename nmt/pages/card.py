@@ -1,4 +1,4 @@
-"""The model card of an exported model: what whoever is handed it must know, as Markdown, from what its run recorded."""
+"""The model card of an exported model: what its users must know, as Markdown, from the records of its run."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from nmt.wording import steps_of
 
 _BOTTOM = {
     "forward": "",
-    "bidirectional_half": ", the first in both directions, half as wide each",
+    "bidirectional_half": ", the first in both directions, each half as wide",
     "bidirectional_full": ", the first in both directions",
 }
 _FILTERS = {
@@ -28,38 +28,38 @@ _FILTERS = {
 
 @dataclass(frozen=True)
 class SetScores:
-    """What `nmt evaluate` wrote about one of the run's own sets, RUN/report/SET.json."""
+    """Scores of one of the run's own sets, as `nmt evaluate` wrote them to RUN/report/SET.json."""
 
     name: str
     sentences: int
     steps: list[int]
-    """Whose parameters, or the mean of them, were scored."""
+    """Training steps whose parameters, or the mean of them, were scored."""
     scores: dict[str, dict[str, Any]]
-    """Name, such as BLEU -> {"value": .., "signature": ..}."""
+    """Value and signature by name: {"BLEU": {"value": .., "signature": ..}}."""
     perplexity: float
-    """Per piece."""
+    """Perplexity per subword."""
     decoding: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What a card tells."""
+    """Contents of a card."""
 
     config: Config
     corpus: dict[str, Any]
-    """corpus.json."""
+    """Contents of corpus.json."""
     vocabulary: str
     """sha256 of subwords.model."""
     validations: dict[int, float | None]
-    """The steps whose parameters, or the mean of them, these are, with their validation scores (lower is better)."""
+    """Validation scores (lower is better) of the training steps whose parameters, or the mean of them, are exported."""
     sets: list[SetScores]
-    """The run's own sets, as scored with whichever parameters."""
+    """Scores of the run's own sets, also those of other parameters."""
     parameter_bytes: int
     """Size of model.safetensors."""
 
 
 def model_card(facts: CardFacts) -> str:
-    """The card as Markdown."""
+    """Return the card as Markdown."""
     cost = model_cost(facts.config.model, facts.corpus["vocabulary_size"])
     sections = {
         "Use": _use(facts.config),
@@ -76,7 +76,7 @@ def model_card(facts: CardFacts) -> str:
 
 
 def own_sets(facts: CardFacts) -> list[SetScores]:
-    """The scores of these parameters, not of other steps of the run."""
+    """Return the scores of the exported parameters, not of other steps of the run."""
     return [each for each in facts.sets if sorted(each.steps) == sorted(facts.validations)]
 
 
@@ -100,8 +100,8 @@ def _origin(facts: CardFacts) -> str:
     run, planned = code(facts.config.run.name), facts.config.training.max_steps
     if len(steps) > 1:
         listed = ", ".join(f"{step:,}" for step in steps)
-        return f"the mean of those after steps {listed} of run {run}, which was set to take {planned:,} steps"
-    return f"those after step {steps[0]:,} of run {run}, which was set to take {planned:,} steps"
+        return f"the mean of those after steps {listed} of run {run}, which was configured for {planned:,} steps"
+    return f"those after step {steps[0]:,} of run {run}, which was configured for {planned:,} steps"
 
 
 def _use(config: Config) -> Iterator[str]:
@@ -113,16 +113,16 @@ def _use(config: Config) -> Iterator[str]:
     yield "    nmt cost DIR"
     yield ""
     yield (
-        "DIR is this folder. Line n of the output translates line n of the input. Unless `decoding.*` says otherwise, "
+        "DIR is this folder. Line n of the output translates line n of the input. By default (settings `decoding.*`), "
         f"the search keeps {decoding.beam_size} hypotheses, with alpha {decoding.alpha} and beta {decoding.beta}"
-        + (f", and wakes {decoding.experts_per_token} experts per token" if decoding.experts_per_token else "")
+        + (f", and activates {decoding.experts_per_token} experts per token" if decoding.experts_per_token else "")
         + "."
     )
     yield ""
     yield (
-        "Nothing here is pickled or run as a program. `model.safetensors` holds every parameter once, in float32. "
-        "`manifest.json` has size and sha256 of all other files but this one; `nmt` refuses a file that differs. This "
-        "card may be changed: add a licence, or whatever else those who use the model must know."
+        "No file here is pickled or executed. `model.safetensors` has every parameter once, in float32. "
+        "`manifest.json` has the size and sha256 of all other files except this card; `nmt` rejects a file that "
+        "differs. You may change this card: add a licence, or anything else that users of the model must know."
     )
 
 
@@ -136,7 +136,9 @@ def _network(model: ModelConfig) -> Iterator[str]:
         "decoder": f"{model.num_decoder_layers} LSTMs",
         "LSTM cells, width": f"{model.cell_size:,}, {model.hidden_size:,}",
         "attention": f"{attention.function}, size {attention.size:,}, wiring {attention.wiring}",
-        "embeddings": "one matrix for both languages and the softmax" if model.tie_embeddings else "one a language",
+        "embeddings": "one matrix for both languages and the softmax"
+        if model.tie_embeddings
+        else "one matrix per language",
         "experts": "none",
     }
     if model.moe_layer_names():
@@ -163,22 +165,22 @@ def _data(facts: CardFacts) -> Iterator[str]:
         "source": _source(facts.config),
         "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, {sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else ""),
-        "text": f"{info['source_pieces']:,} pieces of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
+        "text": f"{info['source_pieces']:,} subwords of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
         f"{plain(corpus.target_language)}",
         "fingerprint": code(info["fingerprint"]),
-        "vocabulary": f"{info['vocabulary_size']:,} subword pieces for both languages (SentencePiece "
+        "vocabulary": f"{info['vocabulary_size']:,} subwords for both languages (SentencePiece "
         f"{'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
         "its sha256": code(facts.vocabulary),
     }
     yield from markdown_table(("", ""), rows.items())
     yield ""
-    yield "`corpus.json` and `config.yaml` have the same in full; none of the text itself is here."
+    yield "`corpus.json` and `config.yaml` have all details. This folder has none of the text."
 
 
 def _source(config: Config) -> str:
     corpus = config.corpus
     if corpus.source == "phrasebook":
-        return "the phrasebook of `nmt`: sentences made by rule from hand-written frames"
+        return "the phrasebook of `nmt`: sentences generated by rules from hand-written frames"
     if corpus.source != "files":
         subset = f", {code(corpus.subset)}" if corpus.subset else ""
         return f"{code(corpus.source)}{subset} (a data set of the Hugging Face hub, or a folder laid out like one)"
@@ -206,17 +208,17 @@ def _scores(facts: CardFacts) -> Iterator[str]:
         for name in names:
             signatures = sorted({each.scores[name]["signature"] for each in own})
             yield f"- {plain(name)}: sacreBLEU {', '.join(map(code, signatures))}"
-        yield "- perplexity: per subword piece of the references"
+        yield "- perplexity: per subword of the references"
     else:
         yield (
-            "There is no BLEU or chrF of a test set: `nmt evaluate` had not been run on these parameters when they "
-            "were exported."
+            "There are no BLEU or chrF scores: `nmt evaluate` had not been run on these parameters when they were "
+            "exported."
         )
     others = [each for each in facts.sets if each not in own]
     if others:
         listed = ", ".join(f"{code(each.name)} ({steps_of(sorted(each.steps))})" for each in others)
         yield ""
-        yield f"Not shown, since they are of other parameters: the scores of {listed}."
+        yield f"Not shown, because they belong to other parameters: the scores of {listed}."
 
 
 def _set_row(each: SetScores) -> tuple[str, ...]:
@@ -232,14 +234,14 @@ def _validation(facts: CardFacts) -> str:
     by_bleu = facts.config.training.best_by == "bleu"
 
     def figure(score: float) -> str:
-        return f"greedy BLEU {-score:.2f}" if by_bleu else f"perplexity {score:.3f} per piece"
+        return f"greedy BLEU {-score:.2f}" if by_bleu else f"perplexity {score:.3f} per subword"
 
     found = [f"{figure(score)} at step {step:,}" for step, score in facts.validations.items() if score is not None]
     if not found:
-        return "On the development set: not validated in training."
+        return "Development set: not validated during training."
     if len(facts.validations) > 1:
-        return f"On the development set, in training: {'; '.join(found)}. Their mean was not validated."
-    return f"On the development set, in training: {found[0]}."
+        return f"Development set, during training: {'; '.join(found)}. Their mean was not validated."
+    return f"Development set, during training: {found[0]}."
 
 
 def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
@@ -248,7 +250,7 @@ def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
     rows.append(("**all**", f"**{_count(cost.num_parameters)}**", f"**{_count(cost.ops_per_timestep)}**"))
     yield from markdown_table(("part", "parameters", "ops/timestep"), rows)
     yield ""
-    shared = " The softmax reads the matrix of the embeddings." if facts.config.model.tie_embeddings else ""
+    shared = " The softmax uses the matrix of the embeddings." if facts.config.model.tie_embeddings else ""
     yield (
         f"ops/timestep: multiply-adds for one source and one target position (section 5.1 of the paper).{shared} "
         f"`model.safetensors` has {facts.parameter_bytes:,} bytes."
@@ -260,26 +262,26 @@ def _limits(facts: CardFacts) -> Iterator[str]:
     source, target = plain(corpus.source_language), plain(corpus.target_language)
     if corpus.source == "phrasebook":
         yield (
-            "- The phrasebook is a teaching corpus: a few domains, sentences made by rule. Scores on it say that the "
-            "program works, and nothing about translation. Other text comes out wrong: use it for nothing else."
+            "- The phrasebook is a teaching corpus: a few domains, sentences generated by rules. Scores on it show "
+            "that the program works, not how well it translates. Translations of any other text are wrong."
         )
     else:
         yield (
-            f"- It knows what {code(facts.corpus['name'])} taught it, with its errors and its bias. Text of another "
-            "kind than that, and than the test sets above, is translated worse, by how much nobody has measured."
+            f"- The model learned from {code(facts.corpus['name'])}, including its errors and its bias. Text unlike "
+            "that corpus and the test sets above is translated worse; how much worse has not been measured."
         )
     yield (
-        f"- {source} to {target} alone, sentence by sentence: it sees no sentence before or after. Fluent output may "
-        "still be wrong; names, numbers and negations want checking where they matter."
+        f"- The model translates only {source} to {target}, sentence by sentence, without context from other "
+        "sentences. Fluent output may still be wrong: check names, numbers and negations where they matter."
     )
     if corpus.filters.max_pieces:
-        yield f"- Sentences of more than {corpus.filters.max_pieces} subword pieces were not trained on."
+        yield f"- Sentences of more than {corpus.filters.max_pieces} subwords were not in the training data."
     yield (
-        f"- Lines of more than {decoding.max_source_pieces} pieces, or longer than any that it was trained on, are "
-        "translated in parts. Characters without a piece of their own were never seen in training: `nmt translate` "
-        "names those that it meets."
+        f"- Lines of more than {decoding.max_source_pieces} subwords, or longer than any line of the training data, "
+        "are translated in parts. Characters that are not in the vocabulary were never seen in training: `nmt "
+        "translate` lists those that it finds."
     )
-    yield "- No licence is stated here; that of the training data may bind the model."
+    yield "- This card states no licence. The licence of the training data may apply to the model."
 
 
 def _count(count: int) -> str:

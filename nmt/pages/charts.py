@@ -1,4 +1,4 @@
-"""Charts as SVG in a page: shares of a whole, maps of how much more often than by chance, bars within a line."""
+"""Charts as SVG for a page: bars and curves of shares, heat maps of lifts, and bars within a line of text."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, log2
@@ -6,27 +6,27 @@ from math import ceil, log2
 from nmt.pages.document import text
 from nmt.wording import percent
 
-_WIDTH, _HEIGHT = 520, 200  # of a picture, in its own units
-_LEFT = 40  # room for the numbers beside it
-_MAX_NAME = 20  # characters of a name over a picture
-_STRONGEST = 4.0  # the lift whose colour is the fullest
+_WIDTH, _HEIGHT = 520, 200  # of a chart, in SVG units
+_LEFT = 40  # width of the numbers at the axis
+_MAX_NAME = 20  # most characters shown of a column's name
+_STRONGEST = 4.0  # lift with full colour
 
 
 class _Scale:
-    """The place of a share between the axis and the top of a picture, where the largest is."""
+    """The vertical scale of a chart, from 0 at the axis to a little above the largest share."""
 
     def __init__(self, series: Mapping[str, Sequence[float]]) -> None:
         self.top = max(max(values) for values in series.values()) * 1.08 or 1.0
 
     def y(self, share: float) -> float:
-        """Return how far below the top of the picture a share stands."""
+        """Return the distance of a share from the top of the chart."""
         return _HEIGHT - share / self.top * (_HEIGHT - 12)
 
 
 def bars(series: Mapping[str, Sequence[float]], noun: str, label: str) -> str:
-    """Return the shares of each member, a bar of each series beside the others; `noun` names a member.
+    """Return a bar chart of the shares of each member, with one bar per series; `noun` names a member.
 
-    The names of series are those of classes in CHARTS.
+    The names of the series must be classes in CHARTS.
     """
     scale, count = _Scale(series), len(next(iter(series.values())))
     step = (_WIDTH - _LEFT) / count
@@ -46,7 +46,7 @@ def bars(series: Mapping[str, Sequence[float]], noun: str, label: str) -> str:
 
 
 def profiles(series: Mapping[str, Sequence[float]], label: str) -> str:
-    """Return each series as a curve from its largest share down, where members are too many for bars."""
+    """Return each series as a curve of its shares, the largest first: for more members than bars can show."""
     scale, count = _Scale(series), len(next(iter(series.values())))
     step = (_WIDTH - _LEFT) / count
     parts = []
@@ -60,7 +60,7 @@ def profiles(series: Mapping[str, Sequence[float]], label: str) -> str:
 
 
 def _framed(parts: Sequence[str], scale: _Scale, series: Mapping[str, Sequence[float]], label: str) -> str:
-    """What is drawn with numbers beside it, the axis, the share that all would have if equally busy, and a key."""
+    """Return a chart of `parts` with numbers, the axis, a line for the equal share, and a key."""
     fair = 1 / len(next(iter(series.values())))
     levels = [0.0, scale.top / 1.08] + ([fair] if 0.1 < fair / scale.top < 0.8 else [])
     numbers = [f'<text x="0" y="{scale.y(level) + 4:.1f}">{percent(level)}</text>' for level in levels]
@@ -77,7 +77,10 @@ def _framed(parts: Sequence[str], scale: _Scale, series: Mapping[str, Sequence[f
 
 
 def heat_map(rows: Sequence[str], columns: Sequence[str], lift: Sequence[Sequence[float]], label: str) -> str:
-    """Return cells coloured by log lift: orange above chance, blue below. A map of the same names has no diagonal."""
+    """Return a heat map coloured by log lift: orange above chance, blue below.
+
+    If rows and columns have the same names, the diagonal is empty.
+    """
     left, longest = 8 + 7 * max(map(len, rows)), min(_MAX_NAME, max(map(len, columns)))
     slanted = rows != columns and 6.8 * longest > (_WIDTH - left) / len(columns)
     wide = min((_WIDTH - left - 4 * slanted * longest) / len(columns), 62)
@@ -110,7 +113,7 @@ def heat_map(rows: Sequence[str], columns: Sequence[str], lift: Sequence[Sequenc
 
 
 HEAT_KEY = '<p class="key"><i class="cold"></i>rarer than chance<i class="hot"></i>more often; full colour: 4 times</p>'
-"""What the colours of `heat_map` mean."""
+"""Key to the colours of `heat_map`."""
 
 
 def meter(width: str, kind: str = "") -> str:

@@ -1,16 +1,16 @@
-"""The frame of an HTML page that needs nothing else: no script, no network."""
+"""The frame of a self-contained HTML page: no script, no network."""
 
 import html
 import re
 
 from nmt.pages.style import style_sheet
 
-# What XML cannot hold, however it is written.
+# Characters that XML does not allow, even escaped.
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff\ufffe\uffff]")
 
 
 def document(title: str, body: str, *style: str) -> str:
-    """Return the page, from its doctype on. `title` is any text, `body` HTML; `style`: parts of nmt/pages/style.py."""
+    """Return the whole page. `title` is any text, `body` is HTML, `style` has parts of nmt/pages/style.py."""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"/>'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
@@ -20,5 +20,5 @@ def document(title: str, body: str, *style: str) -> str:
 
 
 def text(anything: str) -> str:
-    """Return any text as text of a page, whatever characters it has."""
+    """Return any text escaped for HTML, with characters that XML does not allow replaced by U+FFFD."""
     return html.escape(_UNPRINTABLE.sub("\ufffd", anything))

@@ -1,5 +1,4 @@
-"""The report on experts as a page: one HTML file that needs nothing else, light or dark as the reader's system is, and
-the same in Markdown."""
+"""The report on experts as a self-contained HTML page, light or dark like the reader's system, and as Markdown."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,22 +14,22 @@ from nmt.pages.tables import html_table, markdown_table
 from nmt.wording import percent
 
 MAX_CARDS = MATRIX_EXPERTS
-"""Experts of a layer that are shown one by one; of more, the most specialised, and the others as lines of a table."""
+"""Most experts of a layer that get a card, the most specialised ones first. Others are rows of a table."""
 OVERLOAD = 2.0
-"""An expert is overloaded with more than this times the mean load."""
+"""An expert is overloaded if its load is more than this times the mean load."""
 _MAX_NAMED = 40
-_MAX_COLUMNS = 20  # of domains, in Markdown
+_MAX_COLUMNS = 20  # for more domains, Markdown has no table of experts and domains
 
 # ------------------------------------------------------------------------------------------------- both forms
 
 
 def by_specialisation(layer: LayerReport) -> list[ExpertRow]:
-    """The experts of a layer, those whose tokens differ most from all tokens first, idle ones last."""
+    """Return the experts of a layer, the most specialised first and idle ones last."""
     return sorted(layer.experts, key=lambda row: (not row.share, -row.specialisation, row.expert))
 
 
 def idle_and_overloaded(layer: LayerReport) -> list[str]:
-    """One sentence each on the experts that no token chose and on those that too many did."""
+    """Return two sentences that list the idle and the overloaded experts."""
     idle = [str(row.expert) for row in layer.experts if not row.share]
     size = len(layer.experts)
     over = [f"{row.expert} (×{row.share * size:.1f})" for row in layer.experts if row.share * size > OVERLOAD]
@@ -46,7 +45,7 @@ def _some(names: list[str]) -> str:
 
 
 def _word(role: TokenRole) -> tuple[str, str, str]:
-    """A token with what of its word stands before and after it in its first context."""
+    """Return (start of the word, token, rest of the word) for a token in its first context."""
     if not role.contexts:
         return "", role.piece.replace("▁", "") or "␣", ""
     first = role.contexts[0]
@@ -69,27 +68,28 @@ def _figures(layer: LayerReport) -> list[tuple[str, str]]:
 
 
 HOW = {
-    "figures": "Load counts the tokens of an expert, importance sums its gate values; CV, the standard deviation over "
-    "experts divided by their mean, is 0 if all share alike. Gate entropy is 0 if one expert gets the whole weight of "
-    "a token, and ln k if its k experts get equal weight.",
-    "bars": "Each expert's share of all choices (load) and of the sum of all gate values (importance), against the "
-    "share that all would have if they shared alike.",
-    "profile": "Experts from the busiest down: share of all choices (load) and, sorted on its own, of the sum of all "
-    "gate values (importance), against the share that all would have if they shared alike.",
-    "purity": "How much one knows of a token, or of the domain of its sentence, by knowing one of its experts: 0% is "
-    "nothing, 100% everything (mutual information over entropy). The same with shuffled labels is what chance gives.",
-    "domains": "How often an expert sees a domain, over how often it would if it saw all domains as they come: 2.0 is "
-    "twice as often as by chance, 0.5 half as often.",
-    "pairs": "How often two experts are chosen for the same token, over what their loads alone would give.",
-    "ranked": "How often two experts are chosen for the same token, over what their loads alone would give; ranked by "
-    "the cautious end of a 99% interval of it.",
-    "roles": "Each expert's most telling tokens, with the places where its gate was largest (the number before each). "
-    "×2 is twice the expert's rate for all tokens; tokens are ranked by the cautious end of a 99% interval of it, so "
-    "that rare ones do not win by chance. Plain letters complete the word of a token. Experts come most specialised "
-    "first: by the bits in which their tokens differ from all tokens, less what shuffled tokens give. Mean place is 0% "
-    "for the first token of a sentence and 100% for the last.",
+    "figures": "Load is the number of tokens of an expert, importance is the sum of its gate values. CV is the "
+    "standard deviation over experts divided by their mean; it is 0 if all are equal. Gate entropy is 0 if one expert "
+    "gets all the weight of a token, and ln k if its k experts get equal weight.",
+    "bars": "Each expert's share of all choices (load) and of the sum of all gate values (importance). The dashed line "
+    "is the share of each if all were equal.",
+    "profile": "Share of all choices (load) and of the sum of all gate values (importance), each sorted from the "
+    "largest down. The dashed line is the share of each expert if all were equal.",
+    "purity": "How much knowing one of its experts reveals about a token, or about the domain of its sentence: 0% is "
+    "nothing, 100% is everything (mutual information divided by entropy). Shuffled labels show what chance gives.",
+    "domains": "How often an expert sees a domain, divided by how often it would see it by chance: 2.0 is twice as "
+    "often as by chance, 0.5 is half as often.",
+    "pairs": "How often two experts are chosen for the same token, divided by what their loads alone would give.",
+    "ranked": "How often two experts are chosen for the same token, divided by what their loads alone would give. "
+    "Pairs are ranked by the cautious end of its 99% interval.",
+    "roles": "The tokens that choose each expert most clearly, and the occurrences where its gate was largest (the "
+    "number before each). ×2 is twice the expert's rate for all tokens. Tokens are ranked by the cautious end of a 99% "
+    "interval of this figure, so that rare tokens do not rank high by chance. Plain letters complete the word of a "
+    "token. The most specialised experts come first: specialisation is by how many bits their tokens differ from all "
+    "tokens, minus the same for shuffled tokens. Mean position is 0% for the first token of a sentence and 100% for "
+    "the last.",
 }
-"""How to read each part."""
+"""Explanation of each part, for the reader."""
 
 
 def _facts(row: ExpertRow) -> list[tuple[str, str]]:
@@ -97,7 +97,7 @@ def _facts(row: ExpertRow) -> list[tuple[str, str]]:
         ("load", percent(row.share)),
         ("importance", percent(row.importance)),
         ("mean gate", f"{row.mean_gate:.2f}"),
-        ("mean place", f"{row.position:.0%}"),
+        ("mean position", f"{row.position:.0%}"),
         ("specialisation", f"{row.specialisation:.2f} bits"),
     ]
 
@@ -107,14 +107,14 @@ def _pairs(layer: LayerReport) -> list[list[str]]:
 
 
 def _domain_lifts(layer: LayerReport) -> tuple[list[str], list[str], list[list[float]]]:
-    """(experts, domains, lifts) of those with cards; no domains if these are unknown."""
+    """Return (experts, domains, lifts) of the experts with cards; no domains if these are unknown."""
     rows = sorted(by_specialisation(layer)[:MAX_CARDS], key=lambda row: row.expert)
     names = list(rows[0].domains) if layer.domain_purity is not None else []
     return [str(row.expert) for row in rows], names, [[row.domains[name] for name in names] for row in rows]
 
 
 def _summary(row: ExpertRow, harmless: Callable[[str], str]) -> list[str]:
-    """Domains and tokens of an expert in a few words; `harmless` makes text of the corpus so."""
+    """Return the domains and tokens of an expert as two short texts; `harmless` escapes text of the corpus."""
     domains = ", ".join(f"{harmless(name)} ×{lift:.1f}" for name, lift in preferred_domains(row))
     tokens = ", ".join(f"{_marked(role, harmless)} ×{role.lift:.1f}" for role in row.tokens[:4])
     return [domains or "-", tokens or "-"]
@@ -127,10 +127,10 @@ def _marked(role: TokenRole, harmless: Callable[[str], str]) -> str:
 
 def _side_note(layer: LayerReport) -> str:
     if LayerName.of(layer.layer).side == "encoder":
-        return "Tokens are the pieces of the source sentence and its end."
+        return "Tokens are the subwords of the source sentence and its end."
     return (
-        "Tokens are the pieces of the translation that the decoder has just read, beginning with ⟨start⟩; "
-        "the arrow shows the piece that has to come next."
+        "Tokens are the subwords of the translation that the decoder has just read, starting with ⟨start⟩. "
+        "The arrow points to the subword that has to come next."
     )
 
 
@@ -141,7 +141,7 @@ def _beside_chance(purity: Purity) -> str:
 
 
 def _purities(layer: LayerReport) -> list[tuple[str, str, Purity]]:
-    """(what, over what labels were shuffled, figures)."""
+    """Return (label, what its labels were shuffled over, figures) of each purity that is known."""
     rows = [("Token", "tokens", layer.token_purity), ("Domain", "sentences", layer.domain_purity)]
     return [(name, over, purity) for name, over, purity in rows if purity is not None]
 
@@ -152,12 +152,12 @@ def _purities(layer: LayerReport) -> list[tuple[str, str, Purity]]:
 def _purity_bars(layer: LayerReport) -> str:
     parts = []
     for name, over, purity in _purities(layer):
-        known = f"{percent(purity.share)} of what there is to know, {_beside_chance(purity)}"
+        known = f"{percent(purity.share)} of the information, {_beside_chance(purity)}"
         parts.append(
             f"<div class=purity><b>{name}: {known}</b><em>{purity.bits:.2f} of {purity.label_bits:.2f} bits</em>"
         )
         for kind, share, what in (("", purity.share, "measured"), ("chance", purity.chance_share, "shuffled")):
-            # Its whole track is 100%, all there is to know; what is little is to be seen still.
+            # The whole track is 100%. A small share is still visible.
             bar = meter(f"max({share:.2%}, 1px)", kind)
             parts.append(f"<div><span>{what}</span>{bar}<span>{percent(share)}</span></div>")
         most = percent(purity.chance_max_share)
@@ -166,7 +166,7 @@ def _purity_bars(layer: LayerReport) -> str:
 
 
 def to_html(layers: list[LayerReport], title: str, subject: str) -> str:
-    """Return the whole page; `subject` says what text was looked at."""
+    """Return the whole page; `subject` names the text that was read."""
     links = "".join(f'<a href="#{text(layer.layer)}">{text(layer.layer)}</a>' for layer in layers)
     body = f"<h1>Experts of {text(title)}</h1><p class=soft>{text(subject)}</p><nav>{links}</nav>\n"
     body += "\n".join(map(_section, layers)) + "\n"
@@ -204,7 +204,7 @@ def _panels(layer: LayerReport) -> Iterator[str]:
     else:
         yield _panel("Load", "profile", profiles(series, label), listed)
     if _purities(layer):
-        yield _panel("What an expert tells", "purity", _purity_bars(layer))
+        yield _panel("What an expert reveals", "purity", _purity_bars(layer))
     experts, names, lift = _domain_lifts(layer)
     if names:
         part = f" (the {len(experts)} most specialised experts)" if len(experts) < len(layer.experts) else ""
@@ -226,7 +226,7 @@ def _card(row: ExpertRow, num_experts: int, opened: bool) -> str:
     facts = [*_facts(row), *([("domains", domains)] if domains != "-" else [])]
     told = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in facts)
     columns = "".join(f'<col style="width:{width}">' for width in ("170px", "46px", "auto", "auto", "96px"))
-    bodies = "".join(map(_role, row.tokens)) or "<tbody><tr><td colspan=5>No token stands out.</td></tr></tbody>"
+    bodies = "".join(map(_role, row.tokens)) or "<tbody><tr><td colspan=5>No typical tokens.</td></tr></tbody>"
     return (
         f"<details{' open' if opened else ''}><summary><h3>Expert {row.expert}</h3><span class=chips>{chips or '-'}"
         f"</span><span class=share>{bar}{percent(row.share)}</span></summary>"
@@ -246,7 +246,7 @@ def _role(role: TokenRole) -> str:
     lines = lines or ["<td></td>" * 4]
     lines[0] = (
         f'<td class="word" rowspan="{len(lines)}">{_marked(role, text)}<br><small>×{role.lift:.1f}, '
-        f"{role.count:,} times,<br>{role.rate:.0%} of its places</small></td>{lines[0]}"
+        f"{role.count:,} times,<br>{role.rate:.0%} of all</small></td>{lines[0]}"
     )
     return f"<tbody class=role>{''.join(f'<tr>{line}</tr>' for line in lines)}</tbody>"
 
@@ -255,7 +255,7 @@ def _role(role: TokenRole) -> str:
 
 
 def to_markdown(layers: list[LayerReport], title: str, subject: str) -> str:
-    """The same as text."""
+    """Return the report as Markdown; `subject` names the text that was read."""
     return f"# Experts of {plain(title)}\n\n{plain(subject)}\n\n" + "\n".join(map(_markdown_section, layers))
 
 
@@ -266,7 +266,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _markdown_section(layer: LayerReport) -> str:
     figures = [[value for value, _ in _figures(layer)]]
     content = f"## {layer.layer}\n\n{_side_note(layer)}\n\n{_table([name for _, name in _figures(layer)], figures)}"
-    content += f"{HOW['figures']}\n\n{' '.join(idle_and_overloaded(layer))}\n\n### What an expert tells\n\n"
+    content += f"{HOW['figures']}\n\n{' '.join(idle_and_overloaded(layer))}\n\n### What an expert reveals\n\n"
     rows = []
     for name, _, p in _purities(layer):
         shares = map(percent, (p.share, p.chance_share, p.chance_max_share))
@@ -291,9 +291,9 @@ def _markdown_section(layer: LayerReport) -> str:
 def _bullets(row: ExpertRow) -> str:
     lines = []
     for role in row.tokens:
-        lines.append(f"- {_marked(role, plain)} ×{role.lift:.1f}, {role.count:,} times, {role.rate:.0%} of its places")
+        lines.append(f"- {_marked(role, plain)} ×{role.lift:.1f}, {role.count:,} times, {role.rate:.0%} of all")
         for context in role.contexts:
             predicts = "" if context.predicts is None else f" → {plain(context.predicts)}"
             shown = f"{plain(context.before)}<b>{plain(context.token)}</b>{plain(context.after)}"
             lines.append(f"  - {context.gate:.2f} {shown}{predicts}")
-    return "".join(f"{line}\n" for line in lines) or "No token stands out.\n"
+    return "".join(f"{line}\n" for line in lines) or "No typical tokens.\n"

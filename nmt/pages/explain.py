@@ -1,7 +1,7 @@
-"""An explanation as one HTML page that needs nothing else: no script, no network; light or dark as the reader likes.
+"""An explanation as a self-contained HTML page, light or dark like the reader's system.
 
-A chip is an expert: its width is the gate, its colour the contribution, blue for what the translation would be less
-probable without and orange for what it would be more probable without. The page is well-formed XML as well.
+A chip is an expert. Its width is the gate and its colour the contribution: blue if the translation would be less
+probable without it, orange if it would be more probable. The page is also well-formed XML.
 """
 
 from nmt.config import LayerName
@@ -11,30 +11,31 @@ from nmt.pages.style import EXPLANATION
 from nmt.wording import counted
 
 _MEANING = """
-The contribution of an expert at a position is the log-probability of the translation, less what it is when the term
-g<sub>i</sub> E<sub>i</sub>(x) is left out of that layer's sum (before its sigmoid, if it has one) at that one position.
-The layer's other gates stay as they were; all that follows is computed anew. Nothing is estimated; the unit is the nat.
-Positive (blue): the translation would be less probable without this expert there. Contributions do not add up. An
-encoder position reads its piece; a decoder position predicts its piece, having read the one before.
+The contribution of an expert at a position is the log-probability of the translation, minus its log-probability when
+the term g<sub>i</sub> E<sub>i</sub>(x) is left out of that layer's sum (before its sigmoid, if it has one) at that one
+position. The layer's other gates do not change; everything that depends on the sum is computed again. Contributions are
+exact, not estimated, and their unit is the nat. Positive (blue) means that the translation would be less probable
+without this expert there. Contributions do not add up. An encoder position reads its subword. A decoder position reads
+the subword before and predicts its own.
 """
 
-_ROUNDING = {"bf16": ", which rounds contributions by some hundredths of a nat (decoding.precision=fp32 is finer)"}
+_ROUNDING = {"bf16": ", which rounds contributions by a few hundredths of a nat (decoding.precision=fp32 is finer)"}
 
 
 def explanation_page(explanation: Explanation) -> str:
-    """The page, from its doctype on."""
+    """Return the whole page."""
     facts = {
         "source": f"<bdi>{text(explanation.sentence)}</bdi>",
         "translation": f"<bdi>{text(explanation.translation)}</bdi>",
-        "log-probability": f"{explanation.log_probability:z.3f} nats, {len(explanation.target_pieces)} pieces",
+        "log-probability": f"{explanation.log_probability:z.3f} nats, {len(explanation.target_pieces)} subwords",
         "computed in": explanation.precision + _ROUNDING.get(explanation.precision, ""),
     }
     listed = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in facts.items())
     layers = "".join(_layer(explanation, layer) for layer in explanation.layers)
     body = (
-        f"<h1>What each expert gave to this translation</h1><dl>{listed}</dl>\n<p>{_MEANING}</p>\n"
+        f"<h1>What each expert contributes to this translation</h1><dl>{listed}</dl>\n<p>{_MEANING}</p>\n"
         f'<p class="legend"><span>less probable with it <span class="ramp"></span> more probable with it</span>'
-        f"<span>width: gate value (its text at least)</span><span>in a chip: expert, contribution</span></p>\n"
+        f"<span>width: gate value (at least its text)</span><span>in a chip: expert, contribution</span></p>\n"
         f"{layers}"
     )
     return document(f"Experts: {explanation.sentence}", body, EXPLANATION)
@@ -59,7 +60,7 @@ def _layer(explanation: Explanation, layer: LayerExplanation) -> str:
     return (
         f'<section><h2>{text(layer.layer)}</h2><p class="soft">{facts}</p>\n'
         f"<table><thead><tr>{head}<th>experts</th></tr></thead><tbody>\n"
-        f'{"".join(rows)}</tbody></table>\n<p class="soft">Taken away at all positions at once:</p>'
+        f'{"".join(rows)}</tbody></table>\n<p class="soft">Removed at all positions at once:</p>'
         f'<div class="chips">{totals}</div></section>\n'
     )
 
@@ -76,7 +77,7 @@ def _total(total: ExpertTotal, strongest: float) -> str:
 
 
 def _coloured(expert: Slot | ExpertTotal, strongest: float, title: str, style: str) -> str:
-    # The root makes small contributions visible beside large ones.
+    # The square root keeps small contributions visible beside large ones.
     share = min(1.0, abs(expert.contribution) / strongest) ** 0.5 if strongest else 0.0
     kind = "gain" if expert.contribution >= 0 else "loss"
     return (

@@ -1,6 +1,6 @@
-"""The style sheet of all pages: one palette, light and dark as the reader's system is, and rules by what they are for.
+"""The style sheet of all pages: one palette, light or dark like the reader's system, and rules in parts by purpose.
 
-A page takes BASE and the parts that it names. Nothing here refers to anything outside of the page.
+A page uses BASE and the parts that it names. No rule refers to anything outside the page.
 """
 
 import re
@@ -22,7 +22,7 @@ COLOURS = {
     "gain": ("#4a90d9", "#2f6fb5"),
     "loss": ("#e8853a", "#b3591a"),
 }
-"""Every colour by its name, (light, dark). `hot` and `cold` are red, green and blue, so that rules can fade them."""
+"""Colours by name: (light, dark). `hot` and `cold` are red, green and blue values, so that rules can fade them."""
 
 BASE = """
 * { box-sizing:border-box }
@@ -69,7 +69,7 @@ polyline.importance { stroke:var(--importance) }
 .bar i { display:block; height:100%; border-radius:3px; background:var(--load) }
 .bar i.chance { background:var(--soft) }
 """
-"""What nmt/pages/charts.py draws."""
+"""Charts of nmt/pages/charts.py."""
 
 EXPERTS = """
 .purity { margin:14px 0 18px } .purity div { display:grid; grid-template-columns:76px 1fr 52px; gap:10px;
@@ -96,7 +96,7 @@ td.right { color:var(--soft); padding-left:0; text-overflow:ellipsis }
 mark { background:var(--mark); color:var(--ink); border-radius:3px; padding:1px 2px; font-weight:600 }
 @media (max-width:760px) { summary { grid-template-columns:84px 1fr } .share { display:none } }
 """
-"""The report on experts: what they tell, and a card for each."""
+"""The report on experts: bars of purity, and a card for each expert."""
 
 EXPLANATION = """
 h1 { font-size:1.35rem; margin:0 0 1rem; letter-spacing:0 }
@@ -120,7 +120,7 @@ td,th { padding:3px .75rem 3px 0; border-bottom:1px solid var(--line); vertical-
 
 
 def style_sheet(*parts: str) -> str:
-    """Return the style sheet of BASE and these parts, with the colours that they use."""
+    """Return the style sheet of BASE and `parts`, with the colours that they use."""
     rules = "".join((BASE, *parts))
     used = [name for name in COLOURS if re.search(rf"var\(--{name}\)", rules)]
     light, dark = ("; ".join(f"--{name}:{COLOURS[name][mode]}" for name in used) for mode in (0, 1))

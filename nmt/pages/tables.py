@@ -1,4 +1,4 @@
-"""Tables in HTML and in Markdown, of cells that are markup already."""
+"""Tables in HTML and Markdown. Cells are markup already."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -7,7 +7,7 @@ _NUMBER = re.compile(r"×?[\d.,-]+\S*( bits)?$")
 
 
 def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table whose columns of numbers, as the first row has them, stand to the right."""
+    """Return a table. Columns that have a number in the first row are aligned to the right."""
     right = [bool(_NUMBER.match(cell)) for cell in rows[0]]
     lines = []
     for tag, cells in [("th", head), *(("td", row) for row in rows)]:
@@ -17,7 +17,7 @@ def html_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table."""
+    """Yield the lines of a table, with "|" in cells escaped."""
     for number, row in enumerate((head, *rows)):
         cells = [re.sub(r"(?<!\\)[|]", r"\\|", cell) for cell in row]
         yield f"| {' | '.join(cells)} |"
