@@ -4,19 +4,19 @@
 
     model = nmt.load("runs/demo-en-de")              # a run, or an exported model
     model.translate("How much is it?").text          # a list gives a list
-    model.translate(["One.", "Two."], beam_size=8)   # options hold for one call
+    model.translate(["One.", "Two."], beam_size=8)   # options apply to one call
     model.score("How much is it?", "Was kostet das?").log_prob
     print(model.explain("How much is it?"))
 
     config = nmt.Config.from_dict({"run": {"name": "mine"}})
     nmt.load(nmt.train(config))
 
-A name is loaded when it is first used: `import nmt` itself imports neither PyTorch nor anything else.
+Names are loaded on first use: `import nmt` itself imports neither PyTorch nor any other library.
 """
 
 from importlib import import_module
 
-TYPE_CHECKING = False  # type checkers take it for true; importing it would take longer than all else here
+TYPE_CHECKING = False  # type checkers assume True; importing it would take longer than the rest of this file
 if TYPE_CHECKING:
     from nmt.api import Model, PairScore, load, prepare, train
     from nmt.config import Config
@@ -69,13 +69,13 @@ _HOMES = {
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
 
-if not TYPE_CHECKING:  # or they would let any name pass
+if not TYPE_CHECKING:  # type checkers would accept any name
 
     def __getattr__(name: str) -> object:
         if name not in _HOME_OF:
             raise AttributeError(f"module 'nmt' has no attribute {name!r}")
         value = getattr(import_module(_HOME_OF[name]), name)
-        globals()[name] = value  # found without this function from now on
+        globals()[name] = value  # later uses do not call this function
         return value
 
 

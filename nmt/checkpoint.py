@@ -1,17 +1,17 @@
-"""Checkpoints: one folder per saved step, complete and verified or not there at all.
+"""Checkpoints: one folder per saved step, which is either complete and verified or does not exist.
 
     checkpoints/step-00001000/
-        model/*.safetensors     parameters, a file for each process that wrote
+        model/*.safetensors     parameters, one file per process that wrote
         training/*.safetensors  optimiser moments
         state.json              step, position in the data, counters, score
-        manifest.json           sha256 and size of the others, sha256 of each parameter and of the manifest itself,
+        manifest.json           sha256 and size of the other files, sha256 of each parameter and of the manifest itself,
                                 fingerprint of the vocabulary; written last
 
-A folder is written under another name, flushed to disk and renamed, so a crash leaves earlier ones untouched. Which
-one is the newest or the best is worked out from the folders, never stored. Nothing is ever unpickled.
+A folder is written under another name, flushed to disk and renamed, so a crash leaves earlier ones untouched. The
+newest and the best checkpoint are found from the folders, not stored. Nothing is ever unpickled.
 
-What `nmt export` writes is a checkpoint too, without training state: model.safetensors, all that a reader needs beside
-it, and such a manifest over them. It is verified and read by the same functions.
+An exported model (`nmt export`) is also a checkpoint, without training state: model.safetensors, the other files that a
+reader needs, and a manifest of the same kind. The same functions verify and read it.
 """
 
 import hashlib
@@ -32,9 +32,9 @@ from nmt.files import differs, is_plain_name, read_json, remove, unfinished
 MANIFEST = "manifest.json"
 EXPORTED_PARAMETERS = "model.safetensors"
 MODEL_CARD = "README.md"
-"""Of an exported model. Whoever hands it on adds a licence or notes to it: no manifest vouches for it."""
+"""Model card of an exported model. It is not in the manifest, so that users can add a licence or notes."""
 EXPORT_FORMAT = 1
-_HEADER = "__metadata__"  # no tensor of a safetensors file has this name
+_HEADER = "__metadata__"  # a name that no tensor of a safetensors file can have
 _HASH_BLOCK = 1 << 20
 _FOLDER = re.compile(r"step-([0-9]{8,18})")
 _MANIFEST = {
@@ -57,31 +57,31 @@ class Checkpoint(NamedTuple):
 
     @property
     def exported(self) -> bool:
-        """Whether `nmt export` wrote it, not training."""
+        """True if this is an exported model, False if training wrote it."""
         return EXPORTED_PARAMETERS in self.manifest["files"]
 
     @property
     def parameters(self) -> Path:
-        """The folder whose safetensors files are the parameters."""
+        """The folder that has the safetensors files of the parameters."""
         return self.path if self.exported else self.path / "model"
 
     @property
     def steps(self) -> list[int]:
-        """The steps whose parameters these are the mean of: its own, but for an exported average."""
+        """The training steps whose mean these parameters are: one step, except for an exported average."""
         return self.manifest["steps"] if self.exported else [self.step]
 
     @property
     def score(self) -> float | None:
-        """Validation score of this step, lower is better; None if it was not validated."""
+        """Validation score of this step (lower is better); None if it was not validated."""
         return self.manifest["score"]
 
     def verify(self, part: str = "", tensors: Collection[str] | None = None) -> str | None:
-        """What is wrong with the files (of one part: "model", "training"), or None if they are as they were written.
+        """Return what is wrong with the files, or None if they are as written. `part` is "model", "training" or all.
 
-        `tensors` names parameters: of files whose manifest has a hash for each of theirs, only these are read.
+        `tensors` names parameters: in files whose manifest has a hash for each parameter, only these are read.
         """
         files = {name: written for name, written in self.manifest["files"].items() if name.startswith(part)}
-        # Exports of older versions have it in their manifest.
+        # Older versions exported the card in the manifest.
         files.pop(MODEL_CARD, None)
         for name, written in files.items():
             path = self.path / name
@@ -91,7 +91,7 @@ class Checkpoint(NamedTuple):
                 return f"{name} has {path.stat().st_size} bytes instead of {written['size']}"
         hashes = {name: written["tensors"] for name, written in files.items() if "tensors" in written}
         whole = [_Span(name, 0, each["size"], each["sha256"]) for name, each in files.items() if name not in hashes]
-        # A header is verified before it is believed.
+        # Verify the headers before using them.
         headers = [_Span(name, *_header(self.path / name), own.get(_HEADER)) for name, own in hashes.items()]
         if problem := self._first_difference([*whole, *headers]):
             return problem
@@ -105,13 +105,13 @@ class Checkpoint(NamedTuple):
         if problem := self._first_difference(spans):
             return problem
         for path in self.path.rglob("*.safetensors"):
-            # Every such file in a folder is read.
+            # Readers read every such file of a folder.
             if str(path.relative_to(self.path)) not in self.manifest["files"]:
                 return f"{path.relative_to(self.path)} does not belong to it"
         return None
 
     def _first_difference(self, spans: list["_Span"]) -> str | None:
-        """The first file of which some bytes have another hash."""
+        """Return what is wrong with the first span whose hash differs, or None."""
         hashes = _sha256_of_all([(self.path / span.file, span.first, span.end) for span in spans])
         for span, sha256 in zip(spans, hashes, strict=True):
             if sha256 != span.sha256:
@@ -119,15 +119,17 @@ class Checkpoint(NamedTuple):
         return None
 
     def state(self) -> dict[str, Any]:
-        """The JSON part of the training state. CheckpointError if it is not one."""
+        """Return the contents of state.json. CheckpointError if it is damaged."""
         try:
             return read_json(self.path / "state.json", _STATE)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{self.path / 'state.json'} is not what this program writes ({error})") from error
+            raise CheckpointError(
+                f"{self.path / 'state.json'} is not what this program writes ({error}): choose another checkpoint"
+            ) from error
 
 
 class _Span(NamedTuple):
-    """Some bytes of a file of a checkpoint, and the hash that they had when they were written."""
+    """Bytes `first` to `end` - 1 of a file of a checkpoint, and the hash that they had when written."""
 
     file: str
     first: int
@@ -136,7 +138,7 @@ class _Span(NamedTuple):
 
 
 def _sha256_of_all(spans: list[tuple[Path, int, int]]) -> list[str]:
-    """The hashes of bytes `first` to `end` - 1 of files, in hexadecimal digits; side by side, for they may be many."""
+    """Return the hashes of bytes `first` to `end` - 1 of each file, in hexadecimal, computed in parallel."""
 
     def sha256_of(span: tuple[Path, int, int]) -> str:
         path, first, end = span
@@ -153,13 +155,13 @@ def _sha256_of_all(spans: list[tuple[Path, int, int]]) -> list[str]:
 
 
 def _header(path: Path) -> tuple[int, int]:
-    """Where the header of a safetensors file is, its own length included: first byte and the one after the last."""
+    """Return the span of the header of a safetensors file, including its length: first byte, one after the last."""
     with path.open("rb") as file:
         return 0, min(8 + int.from_bytes(file.read(8), "little"), path.stat().st_size)
 
 
 def _tensor_places(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file is, likewise; empty if the header is not that of such a file."""
+    """Return the span of each tensor of a safetensors file by name; empty if its header is not valid."""
     _, end = _header(path)
     try:
         with path.open("rb") as file:
@@ -171,12 +173,12 @@ def _tensor_places(path: Path) -> dict[str, tuple[int, int]]:
 
 
 def step_folder(folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step stands."""
+    """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
 def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write the manifest of all files in a folder but the model card, `facts` in it. OSError if it cannot be."""
+    """Write a manifest with `facts` and the hashes of all files in a folder, except the model card; or OSError."""
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MODEL_CARD]
     hashes = _sha256_of_all([(path, 0, path.stat().st_size) for path in found])
     files: dict[str, dict[str, Any]] = {}
@@ -203,50 +205,50 @@ def _folders(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read_manifest(path: Path, step: int | None) -> dict[str, Any] | None:
-    """The manifest of a folder, of any step for None; None if it is missing or not as it was written."""
+    """Return the manifest of a folder, or None if it is missing, damaged or of another step (None: any step)."""
     try:
         manifest = read_json(path / MANIFEST, _MANIFEST)
     except (OSError, ValueError):
         return None
     written = manifest.pop("sha256")
-    # A name such as ../secret would have a file elsewhere read.
+    # A name such as ../secret would make readers read a file elsewhere.
     good = written == _manifest_sha256(manifest) and all(map(is_plain_name, manifest["files"]))
     good = good and not any(differs(each.get("tensors", {}), {str: str}) for each in manifest["files"].values())
     return manifest if good and step in (None, manifest["step"]) else None
 
 
 def exported_checkpoint(folder: Path) -> Checkpoint:
-    """What `nmt export` wrote to a folder. CheckpointError if its manifest is not intact, or of another format."""
+    """Return the exported model in a folder. CheckpointError if its manifest is damaged or of another format."""
     manifest = _read_manifest(folder, None)
     if manifest is None:
-        raise CheckpointError(
-            f"{folder} is a damaged export ({MANIFEST} is missing or not what was written): copy it again"
-        )
+        raise CheckpointError(f"{folder} is a damaged export ({MANIFEST} is missing or was changed): copy it again")
     if manifest.get("format") != EXPORT_FORMAT:
         raise CheckpointError(
-            f"{folder} has format {manifest.get('format')} of exported models, this program reads {EXPORT_FORMAT}: "
-            "use the version of nmt that wrote it, or export the run again"
+            f"{folder} has format {manifest.get('format')} of exported models, but this program reads format "
+            f"{EXPORT_FORMAT}: use the version of nmt that wrote it, or export the run again"
         )
     problem = differs(manifest, _EXPORT_MANIFEST)
     if problem or not manifest["steps"]:
-        raise CheckpointError(f"{folder / MANIFEST} is not what nmt export writes ({problem or 'steps is empty'})")
+        raise CheckpointError(
+            f"{folder / MANIFEST} is not what nmt export writes ({problem or 'steps is empty'}): export the run again"
+        )
     return Checkpoint(folder, manifest["step"], manifest)
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Checkpoints with an intact manifest, oldest first. Their files are not verified."""
+    """Return the checkpoints with an intact manifest, oldest first. Other files are not verified."""
     read = ((path, step, _read_manifest(path, step)) for step, path in _folders(folder))
     return [Checkpoint(path, step, manifest) for path, step, manifest in read if manifest is not None]
 
 
 def damaged_manifests(folder: Path) -> list[str]:
-    """A warning for each checkpoint that `list_checkpoints` leaves out, newest first."""
+    """Return a warning for each checkpoint that `list_checkpoints` leaves out, newest first."""
     damaged = [path for step, path in _folders(folder) if _read_manifest(path, step) is None]
-    return [f"{path} is damaged (manifest.json is missing or not what was written): skipped" for path in damaged[::-1]]
+    return [f"{path} is damaged (manifest.json is missing or was changed): skipped" for path in damaged[::-1]]
 
 
 def newest_verified(checkpoints: Iterable[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are intact, and a warning for each newer one that is not."""
+    """Return the newest checkpoint whose files are intact (None if there is none), and a warning for each newer one."""
     warnings: list[str] = []
     for checkpoint in sorted(checkpoints, key=lambda each: -each.step):
         problem = checkpoint.verify()
@@ -257,16 +259,16 @@ def newest_verified(checkpoints: Iterable[Checkpoint]) -> tuple[Checkpoint | Non
 
 
 def best_of(checkpoints: Iterable[Checkpoint]) -> Checkpoint | None:
-    """The one with the lowest validation score, the earlier one of equals."""
+    """Return the checkpoint with the lowest validation score, on a tie the earliest; None if none has a score."""
     scored = [checkpoint for checkpoint in checkpoints if checkpoint.score is not None]
     return min(scored, key=lambda each: (each.score, each.step), default=None)
 
 
 def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
-    """Delete all but the `keep` newest and the best, and what a crash left half-written.
+    """Delete all checkpoints except the `keep` newest and the best, and delete what crashes left half-written.
 
-    `newest` is the step that training has reached: those of later steps were found damaged when it went on from an
-    earlier one, and must not crowd out the good ones.
+    `newest` is the step that training has reached. Checkpoints of later steps were damaged, so that training resumed
+    from an earlier one. They are deleted too, and do not count among the newest.
     """
     checkpoints = []
     for checkpoint in list_checkpoints(folder):
@@ -285,7 +287,7 @@ def prune_checkpoints(folder: Path, keep: int, newest: int) -> None:
 
 
 def _discard(checkpoint: Checkpoint) -> None:
-    """Take a checkpoint away at once, for those who list them now, and have it removed with what crashes left."""
+    """Rename a checkpoint, so that it is no longer listed; then it is removed with what crashes left."""
     with suppress(OSError):
         leftover = unfinished(checkpoint.path)
         remove(leftover)
@@ -293,19 +295,22 @@ def _discard(checkpoint: Checkpoint) -> None:
 
 
 def choose(folder: Path, which: str, average: int) -> list[Checkpoint]:
-    """The checkpoints that `decoding.checkpoint` names: one, or for `average` the `average` newest."""
+    """Return the checkpoint that `which` (`decoding.checkpoint`) names; for "average", the `average` newest ones.
+
+    CheckpointError if there is none.
+    """
     checkpoints = list_checkpoints(folder)
     if not checkpoints:
-        raise CheckpointError(f"{folder} holds no checkpoint: train the run first")
+        raise CheckpointError(f"{folder} has no checkpoint: train the run first")
     if which == "average":
         return checkpoints[-average:]
     if which == "last":
         return checkpoints[-1:]
     if which == "best":
-        # Without any validation the last one is all that can be meant.
+        # Without any validation, only the last one can be meant.
         return [best_of(checkpoints) or checkpoints[-1]]
     wanted = [checkpoint for checkpoint in checkpoints if checkpoint.step == int(which)]
     if not wanted:
         steps = ", ".join(str(checkpoint.step) for checkpoint in checkpoints)
-        raise CheckpointError(f"{folder} holds no checkpoint of step {which}; it has {steps}")
+        raise CheckpointError(f"{folder} has no checkpoint of step {which}: choose one of {steps}")
     return wanted

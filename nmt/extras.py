@@ -1,4 +1,4 @@
-"""Libraries that only some commands need: the extras of the package, and what to say where one is not installed."""
+"""Libraries that only some commands need: the extras of the package, and the error if one is not installed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,12 +10,12 @@ EXTRAS = {
     "phrasebook": ("babel", "num2words"),
     "plots": ("matplotlib",),
 }
-"""The modules that each extra of pyproject.toml installs for us. Translating and scoring need none of them."""
+"""Modules that each extra of pyproject.toml installs. Translating and scoring need none of them."""
 
 
 @contextmanager
 def named_extras(task: str) -> Iterator[None]:
-    """Raise a MissingExtraError, which names `task` and the extra, if a module that an extra installs is missing."""
+    """Raise a MissingExtraError, which names `task` and the extra, if a module of an extra is missing."""
     try:
         yield
     except ModuleNotFoundError as error:

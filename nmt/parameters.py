@@ -1,8 +1,8 @@
-"""Parameters on disk: safetensors files, read without a copy and checked before anything is allocated.
+"""Parameters on disk: safetensors files, read without a copy and checked before memory is allocated.
 
-A folder holds one file, or one for each process that wrote: then a file has parts of the experts' tensors, divided by
-their first dimension, and says where they begin. What is whole in one file is used where it lies, mapped into memory
-(writing to it changes the process's own copy of a page, never the file).
+A folder has one file, or one per process that wrote it. In the second case, each file has parts of the experts'
+tensors, split along the first dimension, with the offset of each part. A tensor that is whole in one file is mapped
+into memory instead of copied. Writing to it changes the process's own copy of a page, never the file.
 """
 
 import json
@@ -26,11 +26,11 @@ Tensors = dict[str, Tensor]
 Shape = tuple[int, ...]
 
 OFFSETS = "DCP_SHARDING_INFO"
-"""Where a file's header says, as JSON, at which index of the whole each of its tensors begins."""
+"""Key in a file's header whose value has, as JSON, the offset of each of its tensors in the whole tensor."""
 
 
 class _Part(NamedTuple):
-    """A tensor, or some of it, in one file."""
+    """A tensor, or a part of it, in one file."""
 
     path: Path
     offset: Shape
@@ -38,15 +38,15 @@ class _Part(NamedTuple):
 
 
 class Stored(NamedTuple):
-    """What the headers of a folder say of one tensor."""
+    """A tensor that is stored in a folder, as described by the headers of its files."""
 
-    dtype: str  # as safetensors calls it: F32
-    shape: Shape  # of the whole
+    dtype: str  # in the notation of safetensors: F32
+    shape: Shape  # of the whole tensor
     parts: list[_Part]  # in order
 
 
 def stored(folder: Path) -> dict[str, Stored]:
-    """The tensors of all safetensors files of a folder, by name. CheckpointError if they are not whole."""
+    """Return the tensors of all safetensors files of a folder, by name. CheckpointError if they are incomplete."""
     parts: dict[str, list[_Part]] = {}
     dtypes: dict[str, set[str]] = {}
     try:
@@ -59,14 +59,14 @@ def stored(folder: Path) -> dict[str, Stored]:
                     parts.setdefault(name, []).append(_Part(path, offset, shape))
                     dtypes.setdefault(name, set()).add(file.get_slice(name).get_dtype())
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(f"{folder} holds no safetensors ({' '.join(str(error).split())})") from error
+        raise CheckpointError(f"{folder} has no valid safetensors ({' '.join(str(error).split())})") from error
     if not parts:
-        raise CheckpointError(f"{folder} holds no safetensors")
+        raise CheckpointError(f"{folder} has no safetensors")
     return {name: _whole(folder, name, parts[name], dtypes[name]) for name in parts}
 
 
 def _whole(folder: Path, name: str, parts: list[_Part], dtypes: set[str]) -> Stored:
-    """One tensor of parts that follow each other without a gap."""
+    """Return the tensor that consists of `parts`. CheckpointError unless they follow each other without a gap."""
     first, *others = parts = sorted(parts, key=lambda part: part.offset)
     whole = not any(first.offset) and len(dtypes) == 1
     end = first.shape[0] if first.shape else 0
@@ -75,12 +75,12 @@ def _whole(folder: Path, name: str, parts: list[_Part], dtypes: set[str]) -> Sto
         whole = whole and part.shape[1:] == first.shape[1:]
         end += part.shape[0] if part.shape else 0
     if not whole:
-        raise CheckpointError(f"{folder} holds other tensors than this program writes (the parts of {name} do not fit)")
+        raise CheckpointError(f"{folder} has tensors that this program did not write (the parts of {name} do not fit)")
     return Stored(dtypes.pop(), (end, *first.shape[1:]) if first.shape else (), parts)
 
 
 def read_tensors(folder: Path) -> Tensors:
-    """All tensors of a folder, whole, on the CPU; mapped where one file has them whole. CheckpointError if damaged."""
+    """Return all tensors of a folder on the CPU; those in one file are memory-mapped. CheckpointError if damaged."""
     return {name: _read(each, name) for name, each in stored(folder).items()}
 
 
@@ -93,7 +93,7 @@ def _read(each: Stored, name: str) -> Tensor:
 
 
 def check_parameters(checkpoint: Checkpoint, found: Mapping[str, Stored], shapes: Mapping[str, Sequence[int]]) -> None:
-    """CheckpointError unless what is stored are float32 tensors of just these names and shapes."""
+    """Raise CheckpointError unless the stored tensors are float32 and have exactly these names and shapes."""
     for name in sorted(shapes.keys() | found.keys()):
         there, here = found.get(name), shapes.get(name)
         if there is None or here is None or there.shape != tuple(here):
@@ -112,16 +112,16 @@ def _shape(there: Stored | None) -> str:
 
 
 def check_finite(checkpoint: Checkpoint, name: str, parameter: Tensor) -> None:
-    """CheckpointError if a number is NaN or infinite: whatever such a model does, it is not what was trained."""
-    # The extremes, in which NaN shows too: no tensor of truth values as large as the parameter.
+    """Raise CheckpointError if a number is NaN or infinite: such a model is not the one that was trained."""
+    # Minimum and maximum are NaN if any number is. Unlike isfinite, they need no second tensor of this size.
     if parameter.numel() and not all(math.isfinite(extreme) for extreme in parameter.aminmax()):
         raise CheckpointError(
-            f"{checkpoint.path} is damaged (parameter {name} holds NaN or infinite numbers): choose or copy another"
+            f"{checkpoint.path} is damaged (parameter {name} has NaN or infinite numbers): choose or copy another"
         )
 
 
 def check_vocabulary(checkpoint: Checkpoint, vocabulary: str) -> None:
-    """CheckpointError unless a checkpoint was made with this vocabulary."""
+    """Raise CheckpointError unless a checkpoint was trained with this vocabulary."""
     if checkpoint.manifest["vocabulary"] != vocabulary:
         raise CheckpointError(
             f"{checkpoint.path} was trained with another vocabulary than the run's subwords.model "
@@ -130,17 +130,17 @@ def check_vocabulary(checkpoint: Checkpoint, vocabulary: str) -> None:
 
 
 def _check_hashes(checkpoint: Checkpoint) -> None:
-    """CheckpointError unless the parameters are what was written."""
+    """Raise CheckpointError unless the parameter files are as they were written."""
     problem = checkpoint.verify("model")
     if problem:
-        again, other = "copy it again from where it came from", "choose another with decoding.checkpoint=STEP"
+        again, other = "copy it again from its source", "choose another with decoding.checkpoint=STEP"
         raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")
 
 
 def read_parameters(checkpoints: Sequence[Checkpoint], shapes: Mapping[str, Sequence[int]], vocabulary: str) -> Tensors:
-    """The (mean of the) parameters of checkpoints, verified, of these shapes and made with this vocabulary.
+    """Return the mean of the parameters of checkpoints, verified against their hashes, `shapes` and `vocabulary`.
 
-    CheckpointError if one is damaged or does not fit; shapes are compared before a number is read.
+    CheckpointError if one is damaged or does not fit. Shapes are compared before any number is read.
     """
     stores = []
     for checkpoint in checkpoints:
@@ -149,7 +149,7 @@ def read_parameters(checkpoints: Sequence[Checkpoint], shapes: Mapping[str, Sequ
             stores.append(stored(checkpoint.parameters))
             check_parameters(checkpoint, stores[-1], shapes)
         except CheckpointError:
-            _check_hashes(checkpoint)  # that it was damaged says more
+            _check_hashes(checkpoint)  # damage is the better explanation
             raise
     for checkpoint in checkpoints:
         _check_hashes(checkpoint)
@@ -168,9 +168,9 @@ def _mean(checkpoints: Sequence[Checkpoint], stores: Sequence[Stored], name: str
 
 
 def read_model(checkpoints: Sequence[Checkpoint], config: ModelConfig, vocab_size: int, vocabulary: str) -> Seq2Seq:
-    """The network with the (mean of the) parameters of checkpoints, on the CPU, in evaluation mode.
+    """Return the network with the mean of the parameters of checkpoints, on the CPU, in evaluation mode.
 
-    Nothing is drawn at random, and files are not copied. CheckpointError as for `read_parameters`.
+    Draws no random numbers and copies no files. CheckpointError as for `read_parameters`.
     """
     network = _skeleton_within(checkpoints[0], config, vocab_size)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
@@ -178,8 +178,11 @@ def read_model(checkpoints: Sequence[Checkpoint], config: ModelConfig, vocab_siz
 
 
 def _skeleton_within(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> Seq2Seq:
-    """The network without memory, if it has no more layers than the checkpoint has tensors: a configuration from
-    elsewhere may ask for so many that even these would not fit."""
+    """Return the network without memory for its parameters.
+
+    CheckpointError if it has more layers than the checkpoint has tensors: an untrusted configuration could have too
+    many layers even for a network without parameters.
+    """
     layers = config.num_encoder_layers + config.num_decoder_layers
     layers += len(config.moe_layer_names()) * len(config.moe.hidden_sizes)
     try:
@@ -189,14 +192,14 @@ def _skeleton_within(checkpoint: Checkpoint, config: ModelConfig, vocab_size: in
         _check_hashes(checkpoint)
         raise
     except (RuntimeError, OverflowError):
-        pass  # a parameter of more bytes than can be counted
+        pass  # the size of a parameter overflows
     raise CheckpointError(
         f"{checkpoint.path} does not fit the run's config.yaml, whose network is far larger: one of them was changed"
     )
 
 
 def write_parameters(model: nn.Module, path: Path) -> None:
-    """Write all parameters of a model on the CPU into one safetensors file, tied ones once. StorageError if not."""
+    """Write all parameters of a model on the CPU into one safetensors file, tied ones once; or StorageError."""
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
     try:
         save_file(tensors, path)

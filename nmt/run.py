@@ -1,21 +1,22 @@
-"""The folder of a run, which holds all that its commands need:
+"""The folder of a run, which has everything that commands need:
 
-config.yaml       the whole configuration it was started with
+config.yaml       all settings it was started with
 subwords.model    its vocabulary
 corpus.json       fingerprint and counts of the text it was trained on
-text/             dev and test text, so that it can be scored anywhere
+text/             dev and test text, so that the run can be scored anywhere
 checkpoints/      see nmt/checkpoint.py
-RUN_STATUS.json   running, finished, stopped (by a signal, saved) or failed; exit status, step, newest checkpoint, and
-                  the process that wrote it: a run that says "running" without that process has died
+RUN_STATUS.json   state (running, finished, stopped or failed), exit status, step, newest checkpoint, and the process
+                  that wrote it; a "running" run without that process has died. "Stopped" is by a signal, after saving
 metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
-report/           what nmt evaluate and nmt experts wrote
-.lock             who trains it now (nmt/lock.py)
+report/           output of nmt evaluate and nmt experts
+.lock             the process that is training the run (nmt/lock.py)
 
-A folder that `nmt export` wrote has the first three and, instead of text and checkpoints, one set of parameters under a
-manifest: model.safetensors, manifest.json, and README.md, the model card. Commands that only read take it like a run.
+A folder that `nmt export` wrote has the first three files. Instead of text and checkpoints, it has one set of
+parameters, model.safetensors, with manifest.json and the model card README.md. Commands that only read accept it as a
+run.
 
-Either may come from anybody. All of it must lie in the folder, so that no command writes elsewhere; small files are
-read up to a bound and have the stated shape; nothing in them is run.
+Neither kind of folder is trusted. All files must be inside it, so that no command writes elsewhere. Small files are
+read up to a maximum size and checked for their expected structure. Nothing in them is executed.
 """
 
 import difflib
@@ -37,11 +38,11 @@ from nmt.files import foreign_entry, read_json, read_regular, write_atomically
 from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
-# The sections of which settings may differ from those of the run whenever it is used.
+# Sections whose settings may be changed whenever a run is used.
 _CHANGEABLE = ("decoding", "evaluation")
-# What may differ when a run goes on: none of it changes what an update computes, but max_steps and max_minutes, which
-# are where schedule=linear ends.
-# Nor does evaluation.*, but BLEU by another tokeniser cannot be compared with that of earlier checkpoints.
+# Settings that may be changed when a run is resumed. None changes what a step computes, except that schedule=linear
+# ends at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different tokenisers
+# cannot be compared across checkpoints.
 _SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
 _SAFE_TRAINING = (
     "max_steps",
@@ -53,23 +54,23 @@ _SAFE_TRAINING = (
     "keep_checkpoints",
     "patience",
 )
-_RESTORE_TEXT = "restore it, for instance with the command that trained the run"
+_RESTORE_TEXT = "restore it, for example with the command that trained the run"
 
 _MOST_CONFIG_BYTES = 1 << 20
 _LOCK = ".lock"
 SHARED_MARK = ".shared"
-"""Written by the main process of several, so that each can see whether it has the same file system."""
+"""Written by the main process when several train, so that each can check that it sees the same file system."""
 _PLACES = (
     *("config.yaml", "subwords.model", "corpus.json", "text", "checkpoints", "RUN_STATUS.json", "metrics.jsonl"),
     *("tensorboard", "report", _LOCK, SHARED_MARK, MANIFEST, EXPORTED_PARAMETERS),
 )
-"""All that commands read and write in a run or an exported model."""
+"""All files and folders that commands read or write in a run or an exported model."""
 _CORPUS = {"name": str, "fingerprint": str, **FACTS}
 _STATUS = {"state": str, "code": (int, None), "message": str, "step": int, "checkpoint": (str, None)}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}."""
+    """Return nested dictionaries as one with dotted keys: {"a": {"b": 1}} -> {"a.b": 1}."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -95,10 +96,10 @@ class RunDirectory:
 
     @classmethod
     def existing(cls, name: str) -> "RunDirectory":
-        """The run or exported model at path `name`, or runs/`name`.
+        """Return the run or exported model at path `name`, or else at runs/`name`.
 
-        CheckpointError if there is none, if something of it lies elsewhere, or if a file of an exported model is not
-        what was written. Its parameters are verified when they are read.
+        CheckpointError if there is none, if part of it is outside its folder, or if a file of an exported model has
+        changed. Parameters are only verified when they are read.
         """
         for run in (cls(Path(name)), cls(Path("runs") / name)):
             if run.exported or run.config_path.exists():
@@ -114,22 +115,27 @@ class RunDirectory:
 
     @property
     def exported(self) -> bool:
-        """Whether this is no run, but what `nmt export` made of one, whatever became of it since."""
+        """True if this folder is an exported model rather than a run, even if damaged."""
         sealed = self.config_path.exists() and (self.path / MANIFEST).exists()
         return sealed or (self.path / EXPORTED_PARAMETERS).exists()
 
     def check_places(self) -> None:
-        """CheckpointError if something that commands read or write here is elsewhere, or no file.
+        """Check that everything that commands read or write is inside this folder; else CheckpointError.
 
-        A command that writes to a folder which somebody sent would else change files outside of it.
+        Otherwise, a command that writes to a folder from somebody else could change files outside it.
         """
         problem = foreign_entry(self.path, _PLACES)
         if problem:
-            raise CheckpointError(f"{problem}: nothing of a run may lie elsewhere; remove it, or put the file there")
+            raise CheckpointError(
+                f"{problem}: all files of a run must be inside its folder; remove it, or put the file there"
+            )
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Within, no other process trains this run. CheckpointError names the one that does; StorageError."""
+        """Lock the run for training within this context.
+
+        CheckpointError, which names the other process, if one is training it. StorageError if it cannot be written.
+        """
         with ExitStack() as held:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
@@ -147,10 +153,10 @@ class RunDirectory:
         for name in checkpoint.manifest["files"]:
             problem = checkpoint.verify(name) if name != EXPORTED_PARAMETERS else None
             if problem:
-                raise CheckpointError(f"{self.path} is damaged ({problem}): copy it again from where it came from")
+                raise CheckpointError(f"{self.path} is damaged ({problem}): copy it again from its source")
 
     def config(self, changes: Sequence[str] = ()) -> Config:
-        """The configuration that the run was started with, with changes such as "decoding.beam_size=8".
+        """Return the run's configuration with changes such as "decoding.beam_size=8".
 
         CheckpointError if config.yaml cannot be read; UserError or ValueError for a change that is not allowed.
         """
@@ -161,18 +167,18 @@ class RunDirectory:
         return self._changed(changes)
 
     def training_config(self, changes: Sequence[str] = ()) -> Config:
-        """The configuration to resume training with: the run's own, with changes such as "training.max_steps=2000".
+        """Return the configuration for resuming: the run's own, with changes such as "training.max_steps=2000".
 
         `run.name` and `run.directory` are those of this folder, which may have been moved. CheckpointError if
-        config.yaml cannot be read or this is an exported model; UserError or ValueError for a change that cannot be
-        read. `start_or_continue` refuses those that would change what a step computes.
+        config.yaml cannot be read or this is an exported model. UserError or ValueError for a change that cannot be
+        read. `start_or_continue` rejects changes that affect what a step computes.
         """
         if self.exported:
             raise CheckpointError(f"{self.path} is an exported model, which cannot be trained: give the run itself")
         for change in changes:
             key = change.partition("=")[0]
             if change.startswith(("+", "~")) or "." not in key or "=" not in change:
-                raise UserError(f"{change}: a run has its settings; change one of them by KEY=VALUE (nmt settings)")
+                raise UserError(f"{change}: a run has its own settings; change one with KEY=VALUE (see nmt settings)")
             if key.startswith("run."):
                 raise UserError(f"{change}: the run is {self.path}; leave {key} out")
         config = self._changed(changes)
@@ -188,7 +194,7 @@ class RunDirectory:
         return Config.from_dict(settings)
 
     def _stored(self) -> Config:
-        """What config.yaml says; settings that the run's version did not know have their defaults."""
+        """Return the configuration in config.yaml, with defaults for settings that are newer than the run."""
         try:
             stored = parse_yaml(read_regular(self.config_path, _MOST_CONFIG_BYTES).decode())
             if not stored:
@@ -196,8 +202,8 @@ class RunDirectory:
             return Config.from_dict(stored)
         except UnknownSettingError as error:
             raise CheckpointError(
-                f"{self.config_path} has {error.key}, a setting that this version of nmt does not know: use the newer "
-                "one that wrote it (nmt --version)"
+                f"{self.config_path} has {error.key}, a setting that this version of nmt does not have: use the newer "
+                "version that wrote it (nmt --version)"
             ) from error
         except (OSError, ValueError) as error:
             problem = error.strerror if isinstance(error, OSError) else error
@@ -206,9 +212,9 @@ class RunDirectory:
             ) from error
 
     def chosen(self, decoding: DecodingConfig) -> list[Checkpoint]:
-        """The checkpoints whose parameters, or the mean of them, `decoding.checkpoint` names.
+        """Return the checkpoints that `decoding.checkpoint` names; several if it names their mean.
 
-        An exported model has one, and takes no other name for it than the default. CheckpointError if there is none.
+        An exported model has a single one, and accepts only the default name. CheckpointError if there is none.
         """
         if not self.exported:
             return choose(self.checkpoints, decoding.checkpoint, decoding.average_checkpoints)
@@ -220,10 +226,10 @@ class RunDirectory:
         return [exported_checkpoint(self.path)]
 
     def start_or_continue(self, config: Config, subwords_model: Path, corpus: dict[str, Any]) -> list[str]:
-        """Create the run, or check that the one that stands here is being continued with the same settings and text.
+        """Create the run, or check that an existing one is resumed with the same settings, vocabulary and text.
 
-        Returns one line for each harmless setting that changed. CheckpointError (settings, vocabulary) or DataError
-        (text) names what differs.
+        Return a line for each changed setting that may differ. CheckpointError (settings, vocabulary) or DataError
+        (text), which name the difference.
         """
         continued = self.config_path.exists()
         changed = self._check_same(config, corpus) if continued else []
@@ -238,10 +244,10 @@ class RunDirectory:
         except OSError as error:
             raise StorageError(f"cannot write {self.path}: {error.strerror or error}") from error
         if not keeps_vocabulary:
-            # Without config.yaml, a file that stands here was left by a start that failed.
+            # Without config.yaml, an existing file is from a failed start.
             write_atomically(self.subwords_path, subwords_model.read_bytes())
         write_atomically(self.corpus_path, json.dumps(corpus, indent=2).encode())
-        # Last, since its presence is what makes the folder a run.
+        # Last, because a folder with this file is a run.
         text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
         write_atomically(self.config_path, text.encode())
         return changed
@@ -268,7 +274,7 @@ class RunDirectory:
         return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing]
 
     def corpus_info(self) -> dict[str, Any]:
-        """What the run recorded of its text."""
+        """Return the contents of corpus.json. CheckpointError if it is missing or damaged."""
         try:
             return read_json(self.corpus_path, _CORPUS)
         except (OSError, ValueError) as error:
@@ -278,29 +284,29 @@ class RunDirectory:
             ) from error
 
     def write_status(self, state: str, code: int | None, message: str, step: int, checkpoint: str | None) -> None:
-        """Leave word of how the run stands: running, finished, stopped (by a signal, saved) or failed."""
+        """Write RUN_STATUS.json; `state` is running, finished, stopped or failed, `code` the exit status."""
         content = {"state": state, "code": code, "message": message, "step": step, "checkpoint": checkpoint}
         content |= {"pid": pid_to_signal(), "host": host_name()}
         write_atomically(self.status_path, json.dumps(content, indent=2).encode())
 
     def status(self) -> dict[str, Any]:
-        """What `write_status` left; empty if there is nothing to read."""
+        """Return what `write_status` wrote last; empty if the file is missing or damaged."""
         try:
             return read_json(self.status_path, _STATUS)
         except (OSError, ValueError):
             return {}
 
     def write_text(self, split: str, sources: list[str], targets: list[str], domains: list[str]) -> None:
-        """Keep a held-out split in the run, one sentence a line."""
+        """Write a held-out split to the run, one sentence per line."""
         folder = self.path / "text"
         folder.mkdir(exist_ok=True)
         for side, lines in (("source", sources), ("target", targets), ("domain", domains)):
             write_atomically(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines).encode())
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
-        """(sources, targets, domains) of a split that `write_text` kept; three empty lists if it is not there.
+        """Return (sources, targets, domains) of a split that `write_text` wrote; three empty lists if there is none.
 
-        There are as many domains as pairs, or none. CheckpointError that names the file if one is damaged.
+        There are as many domains as pairs, or none. CheckpointError, which names the file, if one is damaged.
         """
         folder = self.path / "text"
         columns = []

@@ -1,9 +1,9 @@
-"""Numbers as a sentence or a table has them: one form of each for pages, cards, messages and the terminal."""
+"""Numbers in words and tables: one form of each for pages, cards, messages and the terminal."""
 
 from collections.abc import Iterable
 
 Units = tuple[tuple[float, str], ...]
-"""Sizes of units with their names, the largest first."""
+"""Sizes and names of units, the largest first."""
 
 
 def counted(count: int, noun: str) -> str:
@@ -18,12 +18,12 @@ def steps_of(steps: Iterable[int]) -> str:
 
 
 def percent(share: float) -> str:
-    """Return a share in percent, with three digits that count from 1% on and two below."""
+    """Return a share in percent, with three significant digits from 1% up and two below."""
     return f"{100 * share:.{3 if share >= 0.01 else 2}g}%"
 
 
 def brief(count: int) -> str:
-    """Return a count in full below a million, and in millions from there on."""
+    """Return a count in full below a million, and in millions from a million up."""
     return millions(count) if count >= 1e6 else f"{count:,}"
 
 
@@ -33,13 +33,13 @@ def millions(count: float, digits: int = 1) -> str:
 
 
 def scaled(count: float, units: Units) -> str:
-    """Return a count with four digits in the largest unit that it fills, or else in the smallest."""
+    """Return a count with four digits in the largest unit that is not above it, or else in the smallest unit."""
     scale, unit = next((each for each in units if count >= each[0]), units[-1])
     return f"{count / scale:,.4g} {unit}"
 
 
 def duration(seconds: float) -> str:
-    """Return a time in the largest unit of which there are two or more."""
+    """Return a time in the largest unit that gives a number of at least 2, or else in seconds."""
     for unit, length in (("days", 86400.0), ("hours", 3600.0), ("minutes", 60.0)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"

@@ -250,7 +250,7 @@ def test_each_name_chooses_its_checkpoint(tmp_path: Path) -> None:
     assert chosen("0012") == [12]
     assert chosen("average") == [2, 3, 12]
     assert chosen("average", 99) == [1, 2, 3, 12]
-    with pytest.raises(CheckpointError, match="no checkpoint of step 7; it has 1, 2, 3, 12"):
+    with pytest.raises(CheckpointError, match="no checkpoint of step 7: choose one of 1, 2, 3, 12"):
         chosen("7")
     with pytest.raises(CheckpointError, match="train the run first"):
         choose(tmp_path / "none", "best", 1)

@@ -227,7 +227,10 @@ def test_a_damaged_configuration(cli: Cli, copy: Path, content: str) -> None:
 
 def test_a_configuration_of_a_newer_version(cli: Cli, copy: Path) -> None:
     (copy / "config.yaml").write_text("training:\n  ema_decay: 0.9")
-    says = ("config.yaml has training.ema_decay, a setting that this version of nmt does not know", "use the newer one")
+    says = (
+        "config.yaml has training.ema_decay, a setting that this version of nmt does not have",
+        "use the newer version",
+    )
     cli.refuses(4, "evaluate", str(copy), says=says)
 
 

@@ -135,7 +135,7 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, tiny_config: Co
     with torch.no_grad():
         model.decoder.attention.query.weight[2, 1] = number
     bad = write(tmp_path, model, 2)
-    says = r"decoder.attention.query.weight holds NaN or infinite"
+    says = r"decoder.attention.query.weight has NaN or infinite"
     for checkpoints in ([bad], [good, bad]):
         with pytest.raises(CheckpointError, match=says):
             read_model(checkpoints, tiny_config(), TINY_VOCAB, "words")

@@ -79,9 +79,9 @@ def test_a_section_sets_what_it_names(key: str) -> None:
     [
         (["training.max_step=5"], 2, ("did you mean training.max_steps?",)),
         (["training.max_steps=no"], 2, ("training.max_steps=no is not a whole number",)),
-        (["training.max_steps"], 2, ("training.max_steps: a run has its settings; change one of them by KEY=VALUE",)),
-        (["model=small"], 2, ("model=small: a run has its settings",)),
-        (["+training.max_steps=5"], 2, ("+training.max_steps=5: a run has its settings",)),
+        (["training.max_steps"], 2, ("training.max_steps: a run has its own settings; change one with KEY=VALUE",)),
+        (["model=small"], 2, ("model=small: a run has its own settings",)),
+        (["+training.max_steps=5"], 2, ("+training.max_steps=5: a run has its own settings",)),
         (["run.name=other"], 2, ("run.name=other: the run is", "leave run.name out")),
         (["--cfg", "job"], 2, ("--cfg job are for settings",)),
         (["--multirun", "training.max_steps=5,6"], 2, ("are for settings",)),
