@@ -144,10 +144,10 @@ def beam_search(
 
     step(previous_KB, state) runs the model for one position. `wanted_BS` is True at source positions to be covered.
 
-    A sentence is done in three cases: it has `beam_size` finished hypotheses; no unfinished one can be among the best
-    `keep` (its log-probability can only fall); or it is at its maximum length. The result has at most `keep` finished
-    hypotheses, or fewer if fewer finished. If none finished, it has the best unfinished ones. If the model's outputs
-    were never finite, it has none.
+    A sentence is done when it has `beam_size` finished hypotheses or is at its maximum length. It is also done when no
+    unfinished hypothesis can be among the best `keep`, as log-probabilities can only fall. The result has at most
+    `keep` finished hypotheses, or fewer if fewer finished. If none finished, it has the best unfinished ones. If the
+    model's outputs were never finite, it has none.
 
     The host checks which sentences are done at every `look_every`th position; 0: as often as is best for the device.
     This does not change results.

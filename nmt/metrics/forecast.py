@@ -1,4 +1,4 @@
-"""How long a run will take, estimated from its first updates."""
+"""How long a run will take, estimated from its first steps."""
 
 import math
 

@@ -13,7 +13,7 @@ from nmt.config import MoEConfig
 from nmt.model.gate_statistics import GateFigures, num_idle
 from nmt.model.gating import cv_squared
 
-# A judgement needs this many updates, and this many tokens per expert on average. Chance alone then leaves no expert
+# A judgement needs this many steps, and this many tokens per expert on average. Chance alone then leaves no expert
 # idle, and adds less than 0.02 to CV(load)^2.
 LEAST_UPDATES = 10
 LEAST_EXPECTED = 50
@@ -110,7 +110,7 @@ class GateWatch:
         self.states: dict[str, _LayerState] = {}
 
     def judge(self, step: int, updates: int, token_loss: float, gates: Mapping[str, GateFigures]) -> list[str]:
-        """Return the warnings that start with the line of metrics at `step`, which covers `updates` updates."""
+        """Return the warnings that start with the line of metrics at `step`, which covers `updates` steps."""
         if step - updates < self.warmup_steps or not math.isfinite(token_loss):
             return []
         warnings: list[str] = []
