@@ -5,11 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import torch
 
 from nmt.compose import compose_config
 from nmt.cost.operations import model_cost
-from nmt.model.seq2seq import Seq2Seq
 from nmt.resources import resource_dir
 from tests.own_conf import OWN
 
@@ -36,12 +34,8 @@ def test_experiment(name: str) -> None:
     """Composes (which validates), is called after its file, and its model has the documented size."""
     config = compose_config([f"experiment={name}"])
     assert config.run.name == name
-    vocabulary = config.corpus.subwords.num_pieces
-    cost = model_cost(config.model, vocabulary)
-    # No memory is taken and no number drawn: the largest of them has 8.7 billion parameters.
-    with torch.device("meta"):
-        model = Seq2Seq(config.model, vocabulary)
-    assert sum(parameter.numel() for parameter in model.parameters()) == cost.num_parameters
+    # That the network has so many parameters, test_operations.py sees.
+    cost = model_cost(config.model, config.corpus.subwords.num_pieces)
     parameters, operations = documented_counts(CONF / "experiment" / f"{name}.yaml")
     assert round(cost.num_parameters / 1e6, 1) == parameters
     assert round(cost.ops_per_timestep / 1e6, 1) == operations
