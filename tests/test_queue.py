@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nmt.cli import main
 from nmt.compose import compose_config
 from nmt.errors import UserError
 
@@ -101,9 +102,14 @@ def test_runs_of_one_name_are_refused(tmp_path: Path):
 def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     few, _, _ = script.read_queue(write_queue(tmp_path))
     where = site(tmp_path)
-    command = [sys.executable, "-m", "nmt.cli", "train", *few.settings, *where.places, "training.max_steps=2"]
-    command += [f"run.name={few.name}", f"run.directory={where.runs}"]
-    subprocess.run(command, check=True, cwd=ROOT, capture_output=True)
+    words = [
+        *few.settings,
+        *where.places,
+        "training.max_steps=2",
+        f"run.name={few.name}",
+        f"run.directory={where.runs}",
+    ]
+    assert main(["train", *words]) == 0
     assert where.state(few) == "finished at step 2"
     assert script.run_queue([few], where, minutes=5.0, discard=True)
     assert f"{few.name}: dev perplexity" in capfd.readouterr().out
@@ -184,20 +190,23 @@ def test_a_run_that_fails_is_reported_with_its_last_line_and_the_next_begins(
     assert not site(tmp_path).records.exists()
 
 
-def test_the_command_line(tmp_path: Path):
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
+    def run(*arguments: str) -> int:
         places = ["--queue", str(write_queue(tmp_path)), "--runs", str(tmp_path), "--records", str(tmp_path)]
-        command = [sys.executable, str(SCRIPT), *arguments, *places, "--commit", "abc1234"]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        monkeypatch.setattr(sys, "argv", ["run_queue.py", *arguments, *places, "--commit", "abc1234"])
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        return end.value.code
 
-    listed = run("list")
-    assert listed.returncode == 0
-    assert [line.split()[:2] for line in listed.stdout.splitlines()] == [
+    assert run("list") == 0
+    assert [line.split()[:2] for line in capfd.readouterr().out.splitlines()] == [
         ["tiny.base.few", "waiting"],
         ["tiny.base.many", "waiting"],
         ["tiny.new", "needs"],
     ]
-    unknown = run("run", "tiny.other")
-    assert (unknown.returncode, len(unknown.stderr.splitlines())) == (2, 1)
-    assert "tiny.other is not in" in unknown.stderr
-    assert "tiny.base.few: not started" in run("run", "tiny.base.few", "--minutes", "0").stdout
+    assert run("run", "tiny.other") == 2
+    error = capfd.readouterr().err
+    assert "tiny.other is not in" in error
+    assert error.count("\n") == 1
+    run("run", "tiny.base.few", "--minutes", "0")
+    assert "tiny.base.few: not started" in capfd.readouterr().out
