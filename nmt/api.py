@@ -1,7 +1,7 @@
 """The Python interface: trained models that translate, score and explain, and training from Python.
 
-`import nmt` offers these names, and loads this file when one of them is first used. An argument that cannot be used is
-a `UserError` of one line (nmt/errors.py has the tree of errors).
+`import nmt` offers these names and loads this file on their first use. An invalid argument raises a `UserError` of one
+line (nmt/errors.py has the tree of errors).
 """
 
 import difflib
@@ -30,11 +30,11 @@ from nmt.extras import named_extras
 from nmt.run import RunDirectory
 
 Texts = list[str] | tuple[str, ...]
-_SCORED_TOKENS = 4096  # padded tokens scored at once
+_SCORED_TOKENS = 4096  # tokens per batch when scoring, including padding
 
 
 class TranslateOptions(TypedDict, total=False):
-    """Options of a call; those left out are as in the model's own settings (`nmt settings decoding`)."""
+    """Options of a call. Those left out are as in the model's own settings (`nmt settings decoding`)."""
 
     beam_size: int
     n_best: int
@@ -49,20 +49,20 @@ class TranslateOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class PairScore:
-    """How probable a model finds a translation that is given."""
+    """Probability of a given translation."""
 
     log_prob: float
     """log P(target | source) in nats: the sum of `log_probs`."""
     pieces: tuple[str, ...]
-    """Subword pieces of the target; "</s>", the end of the sentence, is the last."""
+    """Subwords of the target; the last is "</s>", the end of the sentence."""
     log_probs: tuple[float, ...]
-    """log P of each piece, given the source and the pieces before it."""
+    """log P of each subword, given the source and the subwords before it."""
     complete: bool = True
-    """False if a side was so long that only its beginning was read."""
+    """False if a side was too long, so that only its beginning was read."""
 
     @property
     def perplexity(self) -> float:
-        """exp of the mean negative log-probability per piece."""
+        """exp of the mean negative log-probability per subword."""
         return math.exp(min(-self.log_prob / len(self.pieces), 700.0))
 
 
@@ -70,10 +70,10 @@ class Model:
     """A trained model. No call changes it, so several threads may use one model at the same time."""
 
     def __init__(self, run: RunDirectory, config: Config) -> None:
-        """Load the model of a run or an export; `load` is the way to get one."""
+        """Load the model of a run or an exported model. Users call `nmt.load` instead."""
         self._translator = Translator.load(run, config)
         self.path = run.path
-        """Folder of the run or the exported model."""
+        """Folder of the run or exported model."""
         self.config = config
         """The configuration of the run."""
 
@@ -84,7 +84,7 @@ class Model:
 
     @property
     def steps(self) -> list[int]:
-        """The training steps whose parameters, or the mean of them, the model has."""
+        """The training steps whose parameters, or their mean, the model has."""
         return list(self._translator.steps)
 
     @overload
@@ -94,8 +94,8 @@ class Model:
     def translate(self, text: str | Texts, **options: Unpack[TranslateOptions]) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
 
-        `options` hold for this call alone. A line without a letter or digit comes back as it is; one that is too long
-        is translated in parts. CheckpointError if the model's outputs are not finite.
+        `options` apply only to this call. A line without a letter or digit is returned unchanged, and a line that is
+        too long is translated in parts. CheckpointError if the model's outputs are not finite.
         """
         lines = _texts("text", text)
         with _typed_errors("nmt.Model.translate"):
@@ -109,9 +109,9 @@ class Model:
     def score(
         self, sources: str | Texts, targets: str | Texts, *, experts_per_token: int | None = None
     ) -> PairScore | list[PairScore]:
-        """Score a translation that is given, or each of a list: log P(target | source), piece by piece.
+        """Score a given translation, or each of a list: log P(target | source), for each subword.
 
-        MemoryLimitError, which names the longest pair, if memory does not suffice.
+        MemoryLimitError, which names the longest pair, if there is not enough memory.
         """
         pairs = _pairs(sources, targets)
         with _typed_errors("nmt.Model.score"):
@@ -119,12 +119,12 @@ class Model:
         return found[0] if isinstance(sources, str) else found
 
     def explain(self, text: str, **options: Unpack[TranslateOptions]) -> Explanation:
-        """Translate a sentence, and report for each piece which experts were chosen and what each contributed.
+        """Translate a sentence, and report for each subword which experts were chosen and what each contributed.
 
         DataError if the text is blank or too long; UserError if the model has no experts.
         """
         if not isinstance(text, str):
-            raise UserError(f"text is {_kind(text)}: give one sentence, as a str")
+            raise UserError(f"text is {_kind(text)}: give one sentence as a str")
         self._check_experts()
         with _typed_errors("nmt.Model.explain"):
             return explain_sentence(self._translator, text, self._options(options))
@@ -139,13 +139,13 @@ class Model:
     ) -> list[LayerReport]:
         """Report how the experts of each MoE layer share the tokens of sentence pairs.
 
-        `domains`, if any, labels the pairs: the report then has the domains that each expert prefers. UserError if the
-        model has no experts or there are no pairs.
+        `domains` may have a label for each pair; the report then has the domains that each expert prefers. UserError
+        if the model has no experts or there are no pairs.
         """
         pairs = _pairs(sources, targets)
         labels = _texts("domains", domains)
         if not pairs[0] or isinstance(sources, str):
-            raise UserError("sources is empty: give a list of sentences, and one of their translations")
+            raise UserError("sources is empty: give a list of sentences, and a list of their translations")
         if labels and len(labels) != len(pairs[0]):
             raise UserError(f"{len(labels)} domains for {len(pairs[0])} sentence pairs: give one each, or none")
         self._check_experts()
@@ -192,10 +192,10 @@ def load(
     precision: str | None = None,
     checkpoint: str | int | None = None,
 ) -> Model:
-    """Load the model of a run, by its folder or its name in runs/, or an exported model.
+    """Load the model of a run, given its folder or its name in runs/, or an exported model.
 
     `device` is cuda, cpu or auto; `precision` is fp32, bf16 or auto; `checkpoint` is best, last, average or a step.
-    What is left out is as in the run's own settings. CheckpointError if it is missing, damaged or does not fit.
+    Those left out are as in the run's own settings. CheckpointError if the model is missing, damaged or does not fit.
     """
     with _typed_errors("nmt.load"):
         run = RunDirectory.existing(os.fspath(path))
@@ -208,7 +208,7 @@ def load(
 def prepare(config: Config) -> Path:
     """Read, filter and encode the corpus of a configuration, and return the folder of the prepared corpus.
 
-    What is done already is not done again. Progress goes to standard error. DataError if the text cannot be used.
+    Work that was done before is not repeated. Progress goes to standard error. DataError if the text cannot be used.
     """
     with _typed_errors("nmt.prepare"):
         from nmt.commands import say
@@ -220,11 +220,11 @@ def prepare(config: Config) -> Path:
 def train(config: Config) -> Path:
     """Train a run in this process, or resume it from its newest checkpoint, and return its folder.
 
-    Progress goes to standard error. A signal to stop, such as an interrupt, first saves a checkpoint and then raises
-    KeyboardInterrupt. UserError outside the main thread, which alone can take signals.
+    Progress goes to standard error. On a signal to stop, such as an interrupt, it saves a checkpoint and then raises
+    KeyboardInterrupt. UserError outside the main thread, because only that thread can handle signals.
     """
     if threading.current_thread() is not threading.main_thread():
-        raise UserError("nmt.train works in the main thread alone: start it there, or use nmt train in a process")
+        raise UserError("nmt.train only works in the main thread: call it there, or start nmt train as a process")
     with _typed_errors("nmt.train"):
         from nmt.commands.train import train
 
@@ -236,7 +236,7 @@ def train(config: Config) -> Path:
 
 @contextmanager
 def _typed_errors(task: str) -> Iterator[None]:
-    """Raise every ValueError within the context, and a missing library of an extra, as a UserError."""
+    """Turn every ValueError in this context, and a missing library of an extra, into a UserError."""
     with named_extras(task):
         try:
             yield
@@ -251,7 +251,7 @@ def _given(experts_per_token: int | None) -> TranslateOptions:
 
 
 def _texts(name: str, given: str | Sequence[str]) -> list[str]:
-    """Return the given texts as a list, a single one as a list of one. UserError if they are no texts."""
+    """Return the given texts as a list; a single text becomes a list of one. UserError if one is not a text."""
     if isinstance(given, str):
         return [given]
     if not isinstance(given, list | tuple):
@@ -272,6 +272,6 @@ def _pairs(sources: str | Texts, targets: str | Texts) -> tuple[list[str], list[
 
 
 def _kind(value: object) -> str:
-    """Return what a value is, for a message: "a dict", "an int"."""
+    """Return the type of a value for a message: "a dict", "an int"."""
     name = type(value).__name__
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

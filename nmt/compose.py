@@ -1,8 +1,8 @@
-"""From the words of a command line to configurations: the only file that knows Hydra and OmegaConf.
+"""Compose configurations from the words of a command line: the only file that uses Hydra and OmegaConf.
 
-Hydra puts the YAML files together that `experiment=demo` and the like choose. They come from --config-dir, from conf/
-of the working directory, and from the program's own conf/, the first that has the file. What is in them, and every
-KEY=VALUE, is read by nmt/config/reading.py. Mistakes are ValueErrors of one line.
+Hydra combines the YAML files that words such as `experiment=demo` choose. They are looked up in --config-dir, then in
+conf/ of the working directory, then in the program's own conf/. nmt/config/reading.py reads their contents and every
+KEY=VALUE. Mistakes are ValueErrors of one line.
 """
 
 import argparse
@@ -40,34 +40,34 @@ from nmt.errors import UserError
 from nmt.resources import resource_dir
 
 OPTIONS = "--config-dir DIR, --multirun, --cfg job"
-"""What `asked` takes out, for a person."""
+"""The options that `asked` reads, as messages name them."""
 _OWN = "nmt"
-"""What Hydra calls the program's own folder."""
+"""Hydra's name for the program's own folder."""
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
 class Asked(NamedTuple):
-    """What a command line asks to compose."""
+    """What to compose, from a command line."""
 
     words: list[str]
-    """group=NAME and KEY=VALUE, as they were typed."""
+    """Words group=NAME and KEY=VALUE, as they were typed."""
     folder: Path | None = None
-    """Of --config-dir."""
+    """Folder of --config-dir."""
     multirun: bool = False
-    """Whether every combination of values with commas in between is meant."""
+    """True to make all combinations of comma-separated values (--multirun)."""
     only_print: bool = False
-    """Whether the settings are to be printed, and no more (--cfg job)."""
+    """True to only print the settings (--cfg job)."""
 
 
 class Job(NamedTuple):
-    """One configuration, and the arguments that lead to it alone."""
+    """One configuration, and the arguments that compose just this one."""
 
     config: Config
     arguments: list[str]
 
 
 def asked(arguments: Sequence[str]) -> Asked:
-    """Take the options of composing out; what is left are words, and options of others."""
+    """Return what `arguments` ask to compose. Options of others are left among the words."""
     parser = _Options(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-dir", type=Path)
     parser.add_argument("--multirun", "-m", action="store_true")
@@ -84,7 +84,7 @@ class _Options(argparse.ArgumentParser):
 
 
 def jobs(request: Asked) -> list[Job]:
-    """All that is asked for, in the order of the words; more than one with --multirun alone."""
+    """Return all jobs of a request, in the order of the words; several only with --multirun."""
     places = _places(request.folder)
     alternatives = [_alternatives(word, places, request.multirun) for word in request.words]
     options = [] if request.folder is None else ["--config-dir", str(request.folder)]
@@ -92,18 +92,18 @@ def jobs(request: Asked) -> list[Job]:
 
 
 def compose_config(words: Sequence[str]) -> Config:
-    """The configuration that `nmt train WORDS` would use: for scripts and tests."""
+    """Return the configuration of `nmt train WORDS`: for scripts and tests."""
     [job] = jobs(Asked(list(words)))
     return job.config
 
 
 def settings_text(config: Config) -> str:
-    """All settings as YAML."""
+    """Return all settings as YAML."""
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
 def choices(group: str, folder: Path | None = None) -> str:
-    """What there is to choose from in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
+    """Return the choices in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
     return "; ".join(
         ", ".join(names) if place.own else f"{', '.join(names)} (in {place.path / group})"
         for place in reversed(_places(folder))
@@ -112,7 +112,7 @@ def choices(group: str, folder: Path | None = None) -> str:
 
 
 def meant(word: str) -> list[str]:
-    """What a word that is not KEY=VALUE may stand for: experiment=demo for demo."""
+    """Return what a word that is not KEY=VALUE may mean: experiment=demo for demo."""
     return _meant(word, _places(None))
 
 
@@ -120,7 +120,7 @@ def meant(word: str) -> list[str]:
 
 
 class _Place(NamedTuple):
-    """A folder of YAML files, and whether it is the program's own."""
+    """A folder of YAML files; `own` is True for the program's own."""
 
     path: Path
     own: bool = False
@@ -133,7 +133,7 @@ class _Place(NamedTuple):
 
 
 def _places(folder: Path | None) -> list[_Place]:
-    """Where files are looked for, one after the other."""
+    """Return the folders in which files are looked up, in order."""
     own = resource_dir("conf")
     given = [] if folder is None else [folder]
     here = [Path("conf")] if Path("conf").is_dir() and not own.samefile("conf") else []
@@ -141,7 +141,7 @@ def _places(folder: Path | None) -> list[_Place]:
 
 
 def _groups() -> list[str]:
-    """experiment, corpus, model ...: what a file is chosen for."""
+    """Return the groups: experiment, corpus, model, ..."""
     return sorted(path.name for path in resource_dir("conf").iterdir() if path.is_dir())
 
 
@@ -149,9 +149,9 @@ def _groups() -> list[str]:
 
 
 def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
-    """The word itself, or with --multirun one for each of its values. ValueError if it is no choice and no setting."""
+    """Return the word, or with --multirun one word per value. ValueError if it is neither a choice nor a setting."""
     if word.startswith("~"):
-        raise ValueError(f"{word}: a setting cannot be taken away; give it another value")
+        raise ValueError(f"{word}: a setting cannot be removed; give it another value")
     key, equals, text = word.partition("=")
     added, key = key.startswith("+"), key.lstrip("+")
     if not (equals and key):
@@ -180,7 +180,7 @@ def _meant(word: str, places: list[_Place]) -> list[str]:
 
 
 def _values(key: str, text: str, multirun: bool) -> list[str]:
-    """Those of a setting, each of the right type."""
+    """Return the values of a setting as texts. ValueError if one has the wrong type."""
     if not any(each == key or each.startswith(f"{key}.") for each in known_settings(Config)):
         raise ValueError(unknown_setting(key, [*known_settings(Config), *_groups()]))
     values = _split(text)
@@ -195,7 +195,7 @@ def _values(key: str, text: str, multirun: bool) -> list[str]:
 
 
 def _split(text: str) -> list[str]:
-    """Cut at the commas that stand in no quotes and no brackets."""
+    """Split a text at the commas outside quotes and brackets."""
     pieces, depth, at = [""], 0, 0
     while at < len(text):
         before = pieces[-1].rstrip()
@@ -233,7 +233,7 @@ def _no_choice(group: str, name: str, places: list[_Place]) -> str:
 def _composed(words: Sequence[str], places: list[_Place]) -> Config:
     groups = _groups()
     pairs = [(key, text) for key, _, text in (word.partition("=") for word in words)]
-    # What ${...} names may have its default.
+    # The values of ${...} may come from defaults.
     files = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
     tree = Config().to_dict()
     for key, value in files.items():
@@ -248,7 +248,7 @@ def _composed(words: Sequence[str], places: list[_Place]) -> Config:
 
 
 def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
-    """What the YAML files say together."""
+    """Return the settings of the chosen YAML files, combined by Hydra."""
     _Places.places = places
     for plugin in (_Source, _Places):
         Plugins.instance().register(plugin)
@@ -266,14 +266,14 @@ def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
 
 
 def _one_line(error: Exception) -> str:
-    """An error of Hydra's or OmegaConf's, and its cause, without their technical lines."""
+    """Return an error of Hydra or OmegaConf and its cause as one line, without technical details."""
     text = "\n".join(str(each) for each in (error, error.__cause__) if each is not None)
     dropped = r"\s*(full_key|object_type|reference_type|Config search path|Hydra search path|To append|provider=).*"
     return " ".join(line.strip() for line in text.splitlines() if not re.match(dropped, line))
 
 
 class _Source(ConfigSource):
-    """One folder, for Hydra. What a file says is typed when it is read, so that a mistake is told with its name."""
+    """A folder of files for Hydra. Settings are checked when a file is read, so that errors can name the file."""
 
     @staticmethod
     def scheme() -> str:
@@ -286,7 +286,7 @@ class _Source(ConfigSource):
         return (Path(self.path) / config_path).is_dir()
 
     def is_config(self, config_path: str) -> bool:
-        # A folder of the user's adds to the groups; conf/config.yaml is the program's, whatever project we stand in.
+        # A user's folder adds files to the groups. conf/config.yaml is always the program's own.
         return self._file(config_path).is_file() and ("/" in config_path or self.provider == _OWN)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
@@ -300,7 +300,7 @@ class _Source(ConfigSource):
             text = file.read_bytes().decode()
             header = self._get_header_dict(text)
             group = config_path.split("/")[0] if "/" in config_path else ""
-            # An experiment reaches all settings, another file those of its group.
+            # An experiment may change all settings, any other file only those of its group.
             package = header["package"] or ("_global_" if group in ("", "experiment") else group)
             content = _typed_file(parse_yaml(text), package.removeprefix("_global_"))
         except ValueError as error:
@@ -317,7 +317,7 @@ class _Source(ConfigSource):
 
 
 class _Places(SearchPathPlugin):
-    """Tells Hydra of the folders."""
+    """Gives the folders to Hydra."""
 
     places: ClassVar[list[_Place]] = []
 
@@ -327,10 +327,10 @@ class _Places(SearchPathPlugin):
 
 
 def _typed_file(content: Any, section: str) -> dict[str, Any]:
-    """A file whose settings lie in `section`, and its list of defaults as it is."""
+    """Return the content of a file with its settings checked as those of `section`, and its list of defaults."""
     content = {} if content is None else content
     if not isinstance(content, dict):
-        raise ValueError("it is no set of settings, which are written KEY: VALUE")
+        raise ValueError("it has no settings, which are written KEY: VALUE")
     defaults = {name: content.pop(name) for name in ("defaults",) if name in content}
     sections = section.split(".") if section else []
     for name in reversed(sections):
@@ -343,4 +343,4 @@ def _typed_file(content: Any, section: str) -> dict[str, Any]:
 
 def _tell_what_it_hides(file: Path, own: Path) -> None:
     if own.is_file() and file.read_bytes() != own.read_bytes():
-        say(f"{file} is used instead of the program's own file of that name")
+        say(f"{file} is used instead of the program's own file of this name")

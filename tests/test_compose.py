@@ -140,8 +140,8 @@ def test_the_text_of_all_settings_reads_back() -> None:
         ("+experiments=demo", "did you mean experiment?"),
         ("+experiment=demo", "write it without +, experiment=demo"),
         ("+corpus=files", "write it without +, corpus=files"),
-        ("~training", "~training: a setting cannot be taken away"),
-        ("~training.max_steps", "~training.max_steps: a setting cannot be taken away"),
+        ("~training", "~training: a setting cannot be removed"),
+        ("~training.max_steps", "~training.max_steps: a setting cannot be removed"),
         ("decoding.n_best=5", "unknown setting decoding.n_best (nmt settings"),
         ("trainin.max_step=5", "unknown setting trainin.max_step; did you mean training.max_steps?"),
         ("hydra.run.dir=x", "unknown setting hydra.run.dir"),
@@ -195,7 +195,7 @@ def test_a_mistake_is_told_in_our_words(word: str, says: str) -> None:
         ("corpus:\n  root:\n", "corpus.root has no value: write '' for empty text"),
         ("corpus:\n  train:\n    source: a.en\n", "corpus.train.source=a.en is not a list"),
         ("training: short\n", "training=short is not a set of settings"),
-        ("- 5\n", "it is no set of settings"),
+        ("- 5\n", "it has no settings"),
         ("a: [\n", "line 2: "),
         ("run: {name: a}\nrun: {name: b}\n", "line 2: run is set twice"),
         ("run: &x {name: a}\nparallel: *x\n", "line 2: an alias"),
@@ -253,7 +253,7 @@ def test_a_file_that_hides_one_of_the_program_is_told(here: Path, capsys: pytest
     write(here / "conf" / "config.yaml", "defaults: [nothing]\n")
     assert compose_config(["model=small"]).model.hidden_size == 64
     said = capsys.readouterr().err
-    assert said == "conf/model/small.yaml is used instead of the program's own file of that name\n"
+    assert said == "conf/model/small.yaml is used instead of the program's own file of this name\n"
     compose_config(["model=medium"])
     assert capsys.readouterr().err == ""
 
