@@ -50,5 +50,5 @@ def test_a_name_is_plain(section: str, name: str) -> None:
 
 @pytest.mark.parametrize("key", ["run.directory", "corpus.root", "corpus.source"])
 def test_no_text_has_a_nul(key: str) -> None:
-    with pytest.raises(ValueError, match=rf"^{key} has a NUL character"):
+    with pytest.raises(ValueError, match=rf"^{key} contains a NUL character"):
         Config.from_dict(nested(key, "a\x00b"))

@@ -276,7 +276,8 @@ def test_every_combination_once_in_order() -> None:
     assert [job.config.run.name for job in found[-1:]] == ["b_1"]
     assert [job.config.corpus.train.pairs for job in found[:4]] == [["a", "b"], ["a", "b"], ["c"], ["c"]]
     assert {job.config.model.hidden_size for job in found} == {128, 512}
-    for job in found:
+    # Every fifth: both values of each word.
+    for job in found[::5]:
         assert compose_config(job.arguments) == job.config
 
 
