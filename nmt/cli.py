@@ -1,7 +1,7 @@
 """The command line: nmt prepare | train | translate | evaluate | experts | export | cost.
 
-Results go to standard output, everything else to standard error. A mistake of the user's is told in one line: status 2
-for usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
+Results go to standard output, everything else to standard error. A user's mistake is reported in one line: status 2 for
+usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
 """
 
 import difflib
@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-# Before PyTorch is loaded: OpenMP threads that wait should soon sleep. Spinning on shared cores made training ten times
-# slower; never spinning costs a third on cores of one's own.
+# Set before PyTorch is loaded: waiting OpenMP threads should sleep soon. Spinning made training ten times slower on
+# shared cores; never spinning makes it slower by a third on unshared ones.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# PyTorch warns every process that we look for unused parameters without having any; nmt/training/update.py says why.
+# PyTorch warns in each process that it finds no unused parameters; nmt/training/update.py explains why it looks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
@@ -29,7 +29,7 @@ from nmt.errors import ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
 
-# What only some commands need is loaded by them: nobody should wait for PyTorch to read a help text.
+# Commands import what they need themselves, so that a help text does not wait for PyTorch.
 if TYPE_CHECKING:
     from nmt.compose import Asked, Job
     from nmt.config import Config
@@ -46,21 +46,21 @@ usage: nmt COMMAND ...
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
                                                  BLEU, chrF and perplexity of a test set
   nmt experts RUN                                how the experts share the work
-  nmt export RUN DIR [decoding.checkpoint=..]    one folder to hand on: parameters, vocabulary, model card
-  nmt cost experiment=NAME [key=value ...] | RUN what training takes: operations, memory, time
+  nmt export RUN DIR [decoding.checkpoint=..]    one folder to share: parameters, vocabulary, model card
+  nmt cost experiment=NAME [key=value ...] | RUN cost of training: operations, memory, time
   nmt runs [FOLDER]                              every run: state, step, best score, size
   nmt settings [PREFIX]                          every setting: key, type, default, meaning
   nmt completion bash|zsh|fish                   completion for your shell
   nmt --version
 
-nmt COMMAND --help shows examples. RUN is the folder of a run, or its name in runs/; an exported folder does as well.
+nmt COMMAND --help shows examples. RUN is the folder of a run or of an exported model, or a name in runs/.
 """
 
 _PREPARE_HELP = """\
 usage: nmt prepare corpus=NAME [key=value ...]
 
-Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/. What is done
-already is not done again. Corpora: {corpora}.
+Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/. Work that was
+done before is not repeated. Corpora: {corpora}.
 
   nmt prepare corpus=phrasebook
   nmt prepare corpus=phrasebook corpus.target_language=fr
@@ -75,8 +75,8 @@ _TRAIN_HELP = """\
 usage: nmt train [--processes N|gpu] experiment=NAME [key=value ...]
        nmt train [--processes N|gpu] RUN [key=value ...]
 
-Train a new run in runs/NAME, or resume it from its newest checkpoint if it is there already. With RUN, the run's own
-settings are used and need not be given again. The corpus is prepared first if necessary.
+Train a new run in runs/NAME, or resume it from its newest checkpoint if it exists. With RUN, the run's own settings
+are used and need not be given again. The corpus is prepared first if necessary.
 Experiments: {experiments}.
 
   nmt train experiment=demo
@@ -85,22 +85,22 @@ Experiments: {experiments}.
   nmt train experiment=demo run.name='demo-${{model.moe.num_experts}}' --multirun model.moe.num_experts=4,8,16
   nmt train --processes gpu experiment=wmt14_en_de_moe_32
 
---processes gpu trains on all GPUs of this host, one process on each; --processes 2 in two processes. Over several
-hosts, torchrun starts `-m nmt.cli train ...` (scripts/slurm.sh).
+--processes gpu trains on all GPUs of this host, with one process per GPU; --processes 2 trains in two processes. On
+several hosts, start `-m nmt.cli train ...` with torchrun (scripts/slurm.sh).
 """
 
 _SETTINGS_HELP = """
-`nmt settings` prints all settings, their defaults and what they mean. A file conf/corpus/mine.yaml in the working
-directory is corpus=mine; the same goes for conf/experiment, model, training and decoding.
+`nmt settings` prints all settings, their defaults and what they mean. corpus=mine reads conf/corpus/mine.yaml in the
+working directory; conf/experiment, model, training and decoding work in the same way.
 
-  --config-dir DIR   look in DIR too, before conf/ of the working directory
-  --multirun         take every combination of values that have commas in between, one after the other
+  --config-dir DIR   also look in DIR, before conf/ in the working directory
+  --multirun         run every combination of comma-separated values, one after the other
   --cfg job          print all settings and stop
 """
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; returns its exit status."""
+    """Run a command and return its exit status."""
     _secure_standard_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     commands: dict[str, Callable[[list[str]], None]] = {
@@ -121,18 +121,18 @@ def main(arguments: list[str] | None = None) -> int:
             close = difflib.get_close_matches(arguments[0], commands, 1)
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(commands)}")
-        # Training has its own way to end: it saves first.
+        # Training handles signals itself: it saves before it ends.
         ending = nullcontext() if arguments[0] == "train" else ended_by_signals()
         with ending, named_extras(f"nmt {arguments[0]}"):
             commands[arguments[0]](arguments[1:])
             sys.stdout.flush()
     except ValueError as error:
         if launched_rank() != 0 and not isinstance(error, ProcessError):
-            # Every process finds the same mistake; the main one tells it.
+            # All processes find the same mistake; only the main one reports it.
             return exit_status(error)
         return _complain(str(error), exit_status(error))
     except BrokenPipeError:
-        # The reader of our output went away (| head): nothing is wrong, and nobody is there to tell.
+        # The reader of the output has closed it (| head), which is not an error.
         _abandon_output()
         return 141
     except KeyboardInterrupt as error:
@@ -151,16 +151,17 @@ def _complain(message: str, status: int) -> int:
 
 
 def _secure_standard_streams() -> None:
-    """Keep files that are opened later off the numbers of streams that are closed, and print what a terminal cannot.
+    """Reserve the descriptors of closed standard streams, and print characters that an encoding lacks as escapes.
 
-    A closed input or output is opened the wrong way round, so that using it is an error and loses nothing unseen; what
-    goes to a closed standard error is nobody's. Characters that an encoding lacks are printed as escapes.
+    Otherwise, files opened later could get these descriptors. A closed input is opened for writing and a closed output
+    for reading, so that using it is an error and nothing is lost silently. Output to a closed standard error is
+    discarded.
     """
     for descriptor, flags in enumerate((os.O_WRONLY, os.O_RDONLY, os.O_WRONLY)):
         with suppress(OSError):
             os.fstat(descriptor)
             continue
-        # The lowest number that is free is taken: this one.
+        # open returns the lowest free descriptor: this one.
         os.set_inheritable(os.open(os.devnull, flags), True)
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
@@ -171,7 +172,7 @@ def _secure_standard_streams() -> None:
 
 
 def _abandon_output() -> None:
-    """What is still to be written goes nowhere, instead of failing once more at the end of the program."""
+    """Discard the output that is still buffered, which would fail again at the end of the program."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
@@ -179,7 +180,7 @@ def _abandon_output() -> None:
 
 
 def _asked(command: str, arguments: list[str], own_options: str = "") -> "Asked":
-    """What the arguments ask to compose. UserError for an option that the command does not have."""
+    """Return what the arguments ask to compose. UserError for an option that the command does not have."""
     from nmt.compose import OPTIONS, asked
 
     request = asked(arguments)
@@ -190,10 +191,10 @@ def _asked(command: str, arguments: list[str], own_options: str = "") -> "Asked"
 
 
 def _do(request: "Asked", job: Callable[["Job"], None]) -> None:
-    """Do `job` for each configuration that is asked for."""
+    """Call `job` for each configuration of a request, or print it with --cfg job."""
     from nmt.compose import jobs, settings_text
 
-    # Mistakes in the last of several are found before the first begins.
+    # All configurations are composed first, so that a mistake in the last one is found before the first job starts.
     for each in jobs(request):
         if request.only_print:
             print(settings_text(each.config), end="")
@@ -202,10 +203,10 @@ def _do(request: "Asked", job: Callable[["Job"], None]) -> None:
 
 
 def _names_run(request: "Asked") -> bool:
-    """Whether the first word is a run and no setting: a name, or a path, which may have = in it.
+    """Return True if the first word is a run: a name or a path, which may contain =.
 
-    What is no run but almost a setting, such as `demo` for `experiment=demo`, is left for composing to refuse.
-    UserError if options of composing come with a run.
+    A word that is not a run but almost a setting, such as `demo` for `experiment=demo`, is left to composing, which
+    rejects it. UserError for a run with options of composing.
     """
     from nmt.compose import OPTIONS, Asked, meant
 
@@ -221,7 +222,7 @@ def _names_run(request: "Asked") -> bool:
 
 
 def _help(text: str, arguments: list[str]) -> bool:
-    """Whether help is asked for; prints it then."""
+    """Print `text` as help if the arguments ask for help. Return True if they do."""
     if not {"-h", "--help"} & set(arguments):
         return False
     from nmt.compose import choices
@@ -253,7 +254,7 @@ def _train(arguments: list[str]) -> None:
         processes = num_processes(wanted)
 
     def begin(config: "Config", words: list[str]) -> None:
-        # Imported here because it takes seconds: mistakes in settings are reported first.
+        # Imported here because it takes seconds; mistakes in settings are reported first.
         if processes > 1:
             from nmt.commands.launch import launch
 
@@ -276,7 +277,7 @@ def _train(arguments: list[str]) -> None:
 
 
 def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:
-    """(value of an option of ours, what is left)."""
+    """Return (value of an option or None, the other arguments)."""
     for index, argument in enumerate(arguments):
         if argument.startswith(f"{name}="):
             return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
@@ -291,7 +292,7 @@ def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]
 
 
 def _run_command(command: str, arguments: list[str]) -> None:
-    """A command on a trained run: its options, the run, and the run's configuration with key=value changes applied."""
+    """Run a command on a trained run, with its options and the run's configuration with key=value changes."""
     module = import_module(f"nmt.commands.{command}")
     parser = module.parser()
     given, words = parser.sort(arguments)
@@ -305,13 +306,13 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
 
 def _plain_command(command: str, arguments: list[str]) -> None:
-    """A command that needs no run and no configuration."""
+    """Run a command that needs neither a run nor a configuration."""
     module = import_module(f"nmt.commands.{command}")
     module.run(module.parser().parse_args(arguments))
 
 
 def _cost(arguments: list[str]) -> None:
-    """Of a run, or of settings as `nmt train` takes them."""
+    """Run `nmt cost` on a run, or on settings as for `nmt train`."""
     from nmt.commands import cost
     from nmt.compose import asked
 
@@ -328,22 +329,22 @@ def _cost(arguments: list[str]) -> None:
 
 
 def program() -> NoReturn:
-    """`main` as a program of its own, which ends with its status."""
+    """Run `main` as a program, and exit with its status."""
     if launched():
         _main_of_several()
     sys.exit(main())
 
 
 def _main_of_several() -> NoReturn:
-    """`main` in a process that torchrun started: it ends with main's status whatever state the others left it in.
+    """Run `main` in a process that torchrun started, and exit with its status whatever happened to other processes.
 
-    After an error, threads of PyTorch's that nobody could stop are still there, and Python's way out would now and then
-    abort the process with a signal instead ("terminate called without an active exception").
+    After an error, threads of PyTorch may still be running. Python's normal exit then sometimes aborts the process with
+    a signal ("terminate called without an active exception").
     """
     try:
         status = main()
     except SystemExit:
-        raise  # from a run that was stopped, in good order
+        raise  # the run was stopped and has saved
     except BaseException:
         traceback.print_exc()
         status = 1

@@ -192,7 +192,7 @@ def test_mistakes_in_decoding_settings(cli: Cli, run: Path, override: str, says:
 
 
 def test_a_checkpoint_that_does_not_exist(cli: Cli, run: Path) -> None:
-    cli.refuses(4, "experts", str(run), "decoding.checkpoint=5", says=("step 5; it has 2, 4, 6, 8",))
+    cli.refuses(4, "experts", str(run), "decoding.checkpoint=5", says=("step 5: choose one of 2, 4, 6, 8",))
 
 
 @pytest.mark.parametrize("command", ["translate", "evaluate", "experts"])
@@ -428,7 +428,7 @@ def test_in_good_order_it_leaves_as_any_program(monkeypatch: pytest.MonkeyPatch,
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        (("translate", "in", "out"), "where the result goes is said by -o"),
+        (("translate", "in", "out"), "name the output with -o"),
         (("translate", "in", "--beam", "2"), "did you mean decoding.beam_size=..?"),
         (("evaluate", "--refrence", "x"), "did you mean --reference?"),
         (("experts", "--explian", "x"), "did you mean --explain?"),

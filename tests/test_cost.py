@@ -396,7 +396,7 @@ def test_an_experiment_s_cost(cost: Callable[..., str]) -> None:
     [(disk, kept)] = re.findall(r"checkpoint on disk: (\S+) GB; up to 4 are kept, (\S+) GB", out)
     assert float(disk) == pytest.approx(figures["checkpoint_bytes"] / 1e9, abs=0.001)
     assert float(kept) == pytest.approx(4 * float(disk), abs=0.004)
-    assert re.search(r"^training, for each target token: [\d.]+ MFLOP$", out, re.M)
+    assert re.search(r"^training, per target token: [\d.]+ MFLOP$", out, re.M)
     assert f"time: {figures['seconds']:.1f} seconds on one GPU, at 261 TFLOP/s\n" in out
     assert max(map(len, out.splitlines())) <= 110
 
@@ -430,8 +430,8 @@ def test_settings_options_and_their_order_are_free(cost: Callable[..., str]) -> 
     assert out == cost(*settings, "--gpus", "8", "--tflops", "200")
     assert "memory of each of 8 GPUs" in out
     assert "on 8 GPUs, at 200 TFLOP/s each" in out
-    assert "runs forward twice" not in out
-    assert "runs forward twice" in cost(*settings, "--gpus", "4")
+    assert "forward twice" not in out
+    assert "forward twice" in cost(*settings, "--gpus", "4")
 
 
 def test_without_a_speed_the_time_is_a_formula(cost: Callable[..., str]) -> None:
@@ -450,7 +450,7 @@ def test_a_cpu_s_speed_is_guessed_and_said_to_be_a_guess(cost: Callable[..., str
         figures = json.loads(cost(*arguments, "--json"))
         assert figures["seconds"] == pytest.approx(figures["training_flops"] / figures["tflops_per_gpu"] / 1e12)
         assert figures["tflops_from"].startswith("a guess")
-    assert "training.max_minutes=0.01 ends it before that" in cost(
+    assert "training.max_minutes=0.01 ends training earlier" in cost(
         "experiment=demo", "--tflops", "0.1", "training.max_minutes=0.01"
     )
     assert "max_minutes" not in cost("experiment=demo", "--tflops", "0.1", "training.max_minutes=100")
@@ -503,7 +503,7 @@ def test_a_run_on_gpus_tells_its_memory_and_the_speed_of_each(cost: Callable[...
     line = train_line(1, 400.0, processes=4, memory=12.5)
     (run / "metrics.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
     out = cost(str(run))
-    assert re.search(r"^the most that the run had +12\.50 GB$", out, re.M)
+    assert re.search(r"^maximum in this run +12\.50 GB$", out, re.M)
     assert "on one GPU, at 100 TFLOP/s (the median of 1 line" in out
 
 

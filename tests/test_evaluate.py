@@ -125,7 +125,7 @@ def test_evaluate_warns_of_scores_that_say_nothing(cli: Cli, copy: Path, tmp_pat
     assert cli("evaluate", str(copy), *files(tmp_path, "zh", CHINESE[0])) == 0
     assert cli.err.count("means nothing for references written without blanks: set evaluation.tokenize=zh") == 1
     assert cli("evaluate", str(copy), *files(tmp_path, "blank", " ")) == 0
-    assert "every reference of blank is blank: its scores say nothing" in cli.err
+    assert "every reference of blank is blank: its scores mean nothing" in cli.err
 
 
 # ------------------------------------------------------------------------------------------------------ the text
@@ -262,7 +262,7 @@ def test_a_folder_that_cannot_be_written_is_told_after_the_result(
     (copy / "report").write_text("in the way")
     assert cli(arguments[0], str(copy), *arguments[1:]) == 0, cli.err
     assert cli.out
-    assert cli.err.splitlines()[-1].startswith("the report was not kept: cannot write")
+    assert cli.err.splitlines()[-1].startswith("the report was not written: cannot write")
     assert (copy / "report").read_text() == "in the way"
 
 
@@ -271,7 +271,7 @@ def test_reports_that_are_kept_at_once_do_not_meet(tmp_path: Path, capfd: pytest
     texts = {str(number): str(number) * 100_000 for number in range(8)}
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda text: keep(run, {"a": text, "b": text}, "kept"), texts.values()))
-    assert "not kept" not in capfd.readouterr().err
+    assert "not written" not in capfd.readouterr().err
     assert sorted(path.name for path in run.report.iterdir()) == ["a", "b"]
     assert all((run.report / name).read_text() in texts.values() for name in ("a", "b"))
 

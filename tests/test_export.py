@@ -128,8 +128,10 @@ def test_what_it_cannot_do_is_told_in_one_line(cli: Cli, run: Path, exported: Pa
         arguments = ("translate", name, str(tmp_path / "in"), f"decoding.checkpoint={which}")
         cli.refuses(2, *arguments, says=(f"decoding.checkpoint={which}", "is an exported model", "leave it out"))
     assert cli("translate", name, str(tmp_path / "in"), "decoding.checkpoint=best") == 0
-    cli.refuses(2, "experts", name, "--grow", "8", "-o", "new", says=("is an exported model", "the run it was made of"))
-    cli.refuses(2, "export", name, str(tmp_path / "new"), says=("is an exported model already",))
+    cli.refuses(
+        2, "experts", name, "--grow", "8", "-o", "new", says=("is an exported model", "the run it was exported from")
+    )
+    cli.refuses(2, "export", name, str(tmp_path / "new"), says=("is already an exported model",))
     assert not (tmp_path / "new").exists()
 
 
@@ -278,7 +280,7 @@ def test_nothing_is_unpickled_whatever_the_manifest_says(cli: Cli, exported: Pat
     assert cli(*arguments) == 0
     (exported / "model.safetensors").write_bytes(pickled)
     vouch(exported)
-    cli.refuses(4, *arguments, says=(str(exported), "no safetensors"))
+    cli.refuses(4, *arguments, says=(str(exported), "no valid safetensors"))
     assert not canary.exists()
 
 
@@ -292,7 +294,7 @@ def test_a_folder_of_another_format(cli: Cli, exported: Path) -> None:
     manifest = manifest_of(exported)
     del manifest["files"], manifest["sha256"]
     seal(exported, manifest | {"format": 2})
-    cli.refuses(4, "cost", str(exported), says=("format 2", "reads 1"))
+    cli.refuses(4, "cost", str(exported), says=("format 2", "reads format 1"))
 
 
 # ------------------------------------------------------------------------------------------------------- writing
@@ -307,8 +309,8 @@ def test_where_it_may_be_written(cli: Cli, copy: Path, tmp_path: Path, monkeypat
         ("full", "full is not empty"),
         ("full/file", "is a file"),
         (str(copy), "is a run"),
-        (str(copy / "new"), f"lies in {copy}"),
-        ("copy/report/../a/b", f"lies in {copy}"),
+        (str(copy / "new"), f"is in {copy}"),
+        ("copy/report/../a/b", f"is in {copy}"),
     ):
         cli.refuses(2, "export", str(copy), folder, says=(says,))
     before = sorted(os.listdir(copy))
@@ -316,7 +318,7 @@ def test_where_it_may_be_written(cli: Cli, copy: Path, tmp_path: Path, monkeypat
     assert cli("export", "copy", "new/folder/") == 0, cli.err
     assert sorted(os.listdir("empty")) == sorted(os.listdir("new/folder")) == list(FILES)
     cli.refuses(2, "export", "copy", "empty", says=("is a run or an exported model",))
-    cli.refuses(2, "export", "copy", "empty/deeper", says=("lies in",))
+    cli.refuses(2, "export", "copy", "empty/deeper", says=("is in",))
     assert sorted(os.listdir(copy)) == before
     assert sorted(os.listdir(tmp_path)) == ["copy", "empty", "full", "new"]
 

@@ -178,8 +178,8 @@ def test_a_number_that_does_not_divide_is_refused(corpus: Path, capfd: pytest.Ca
     six = settings(corpus, "run.name=none", "training.micro_batches=6")
     assert main(["train", "--processes", "4", *six]) == 2
     assert capfd.readouterr().err == (
-        "nmt: training.micro_batches=6 does not divide among 4 processes: every one takes equally many "
-        "(--processes 3 would do)\n"
+        "nmt: training.micro_batches=6 cannot be split evenly over 4 processes: give --processes 3, or another "
+        "number of micro-batches\n"
     )
     assert not (corpus / "none").exists()
 

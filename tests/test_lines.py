@@ -206,12 +206,12 @@ def test_lines_without_a_letter_or_digit_come_back_as_they_are(run: Path, tmp_pa
 def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = "".join(f"{line}\n" for line in ["the dog", "🦆 the dog", "the 東京 dog 🦆", "🦆"]).encode()
     translate(run, tmp_path, content, "decoding.batch_sentences=1")
-    notes = [line for line in capsys.readouterr().err.splitlines() if "unknown" in line]
+    notes = [line for line in capsys.readouterr().err.splitlines() if "never saw" in line]
     assert notes == [
-        "2 lines held characters that are unknown to the model, check: 🦆 2, 東 1, 京 1",
+        "2 lines with characters that the model never saw in training, check: 🦆 2, 東 1, 京 1",
     ]
     translate(run, tmp_path, b"the dog\n")
-    assert "unknown" not in capsys.readouterr().err
+    assert "never saw" not in capsys.readouterr().err
 
 
 def test_more_lines_than_a_window(run: Path, tmp_path: Path) -> None:
@@ -237,8 +237,8 @@ def test_a_very_long_line_is_translated_in_parts_and_told(
     lines = translate(run, tmp_path, content, "decoding.max_length_ratio=0.2").decode().split("\n")
     longest = json.loads((run / "corpus.json").read_text())["longest_source_pieces"]
     told = capfd.readouterr().err
-    assert f"2 lines longer than {longest} pieces (the longest line of the training text) translated in parts" in told
-    assert "cut off at the greatest length (decoding.max_length_ratio=0.2)" in told
+    assert f"2 lines longer than {longest} subwords (the longest line of the training text) translated in parts" in told
+    assert "cut off at the maximum length (decoding.max_length_ratio=0.2)" in told
     assert len(lines) == 5
     assert all(lines[:4])
     assert len(lines[1]) > 20 * len(short[0])
@@ -254,7 +254,7 @@ def test_a_line_in_pieces_is_that_line(run: Path, tmp_path: Path, monkeypatch: p
 
 def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     translate(run, tmp_path, b"\xff dog\nthe dog\n")
-    assert "1 line held bytes that are not UTF-8" in capfd.readouterr().err
+    assert "1 line with bytes that are not UTF-8" in capfd.readouterr().err
 
 
 def test_output_appears_only_when_complete(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -263,7 +263,7 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--grow", "8", "-o", "{run}"], ("exists already",)),
+        (["--grow", "8", "-o", "{run}"], ("already exists",)),
         (["--grow", "8", "-o", ".."], ("name the folder",)),
         (["--grow", "8", "-o", ""], ("name the folder",)),
         (["--grow", "0"], ("--grow 0", "at least 1")),
@@ -335,7 +335,7 @@ def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, corpus: P
     run = train(corpus, "a", 9, *stops, "decoding.experts_per_token=1", "decoding.checkpoint=last")
     assert list_checkpoints(run / "checkpoints")[-1].state()["progress"]["validations_since_best"] == 1
     assert cli("experts", str(run), "--grow", "8", "-o", "b") == 0, cli.err
-    assert "decoding.experts_per_token=1 is 0 in the new run" in cli.err
+    assert "decoding.experts_per_token=1 becomes 0 in the new run" in cli.err
     assert printed_config(cli.out).decoding.checkpoint == "last"
     progress = list_checkpoints(corpus / "b" / "checkpoints")[-1].state()["progress"]
     assert (progress["validations_since_best"], progress["best_score"]) == (0, math.inf)

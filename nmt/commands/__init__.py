@@ -1,8 +1,8 @@
-"""The commands with options of their own, one file each.
+"""The commands with their own options, one file each.
 
-A command file has `parser()`, its options and help, and `run`, which does it: `run(options, run, config)` where a
-trained run is needed, `run(options)` elsewhere. `config` is the run's own, with `decoding.*` and `evaluation.*` as the
-user changed them. Results go to standard output, `say` to standard error.
+A command file has `parser()`, for its options and help, and `run`, which executes it: `run(options, run, config)` if it
+needs a trained run, else `run(options)`. `config` is the run's configuration with the user's changes to `decoding.*`
+and `evaluation.*`. `show` prints results to standard output, `say` prints other lines to standard error.
 """
 
 import argparse
@@ -24,11 +24,11 @@ ON_SETTINGS = ("prepare", "train", "cost")
 ON_RUNS = ("translate", "evaluate", "experts", "export")
 """Commands that take RUN."""
 PLAIN = ("runs", "settings", "completion")
-"""Commands that need neither."""
+"""Commands that need neither a run nor settings."""
 
 
 class _Once(argparse.Action):
-    """Store the value of an option. Given twice, it is refused: one of the two would be dropped without a word."""
+    """Store the value of an option. Reject an option that is given twice, as one of the values would be ignored."""
 
     def __call__(
         self,
@@ -43,7 +43,7 @@ class _Once(argparse.Action):
 
 
 class Parser(argparse.ArgumentParser):
-    """Options of a command, which begins with RUN unless `takes_run` is false. A mistake is a UserError."""
+    """Options of a command. Its first argument is RUN, unless `takes_run` is false. Mistakes are UserErrors."""
 
     def __init__(self, command: str, description: str, examples: str, takes_run: bool = True) -> None:
         super().__init__(
@@ -58,11 +58,11 @@ class Parser(argparse.ArgumentParser):
             self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
 
     def options(self) -> list[str]:
-        """All options, long and short."""
+        """Return all options, long and short."""
         return list(self._option_string_actions)
 
     def sort(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-        """(options with their values, the words that are neither), both in order. After -- all are words."""
+        """Return (options with their values, other words), both in order. After --, everything is a word."""
         options: list[str] = []
         words: list[str] = []
         values = 0
@@ -81,24 +81,24 @@ class Parser(argparse.ArgumentParser):
         return options, words
 
     def error(self, message: str) -> NoReturn:
-        """UserError instead of argparse's own exit, with what was probably meant."""
+        """Raise UserError, instead of argparse's own exit, with a suggestion of what was meant."""
         hint = ""
         if message.startswith("unrecognized arguments: "):
             word = message.split()[2].partition("=")[0]
             known = {option: option for option in self._option_string_actions}
             known |= {key.partition(".")[2]: f"{key}=.." for key in known_settings(Config) if is_setting(f"{key}=1")}
             close = difflib.get_close_matches(word, known, 1, cutoff=0.7)
-            # An option of another toolkit's may begin like a setting of ours: --beam.
+            # An option of another toolkit, such as --beam, may begin like a setting of nmt.
             begun = sorted(key for key in known if word.startswith("--") and key.startswith(word[2:].replace("-", "_")))
             if close or (begun and len(word) > len("--")):
                 hint = f"; did you mean {known[close[0] if close else begun[0]]}?"
             elif not word.startswith("-") and "-o" in known:
-                hint = "; where the result goes is said by -o"
+                hint = "; name the output with -o"
         raise UserError(f"{message}{hint} (try {self.prog} --help)")
 
 
 def is_setting(word: str) -> bool:
-    """Whether a word among files is a setting such as decoding.beam_size=8: files may have = in their names too."""
+    """Return True if a word is a setting such as decoding.beam_size=8. Names of files may have = too."""
     key, equals, _ = word.partition("=")
     section = key.split(".")[0]
     if not (equals and re.fullmatch(r"\w+(\.\w+)+", key) and section in {each.name for each in fields(Config)}):
@@ -107,10 +107,10 @@ def is_setting(word: str) -> bool:
 
 
 def show(result: object = "") -> None:
-    """A result, for standard output."""
+    """Print a result to standard output."""
     print(printable(str(result)), flush=True)
 
 
 def say(line: str) -> None:
-    """A line for the person, beside the results."""
+    """Print a line for the user to standard error."""
     print(printable(line), file=sys.stderr, flush=True)

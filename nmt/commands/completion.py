@@ -1,4 +1,4 @@
-"""nmt completion bash | zsh | fish: completion of commands, options, settings and runs, for a shell to read."""
+"""nmt completion bash | zsh | fish: print a script that completes commands, options, settings and runs."""
 
 import argparse
 from importlib import import_module
@@ -12,7 +12,7 @@ _COMPOSING = ["--config-dir", "--multirun", "--cfg", "--help"]
 _BASH = """\
 # nmt: completion for bash. Put this line into ~/.bashrc:  source <(nmt completion bash)
 _nmt() {{
-    # bash cuts words at "=", so the word is read off the line, and what is before "=" is not repeated.
+    # bash splits words at "=": take the word from the line, and do not repeat the part before "=".
     local line="${{COMP_LINE:0:COMP_POINT}}" each path
     local word="${{line##* }}"
     local -a found=()
@@ -83,13 +83,13 @@ def parser() -> Parser:
     """Options of `nmt completion`."""
     parser = Parser(
         "completion",
-        "Print the completion of commands, options, settings and run names for a shell, which reads it at its start.",
+        "Print a script that completes commands, options, settings and run names. The shell reads it when it starts.",
         "  source <(nmt completion bash)     # in ~/.bashrc\n"
         "  source <(nmt completion zsh)      # in ~/.zshrc, below compinit\n"
         "  nmt completion fish | source      # in ~/.config/fish/config.fish",
         takes_run=False,
     )
-    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads it")
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"), help="your shell")
     return parser
 
 
@@ -110,7 +110,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def words(command: str) -> list[str]:
-    """What may follow a command: its options, settings as KEY=, and choices of files as GROUP=NAME."""
+    """Return the words that may follow a command: options, settings as KEY=, and choices of files as GROUP=NAME."""
     keys = [each.key for each in settings()]
     match command:
         case "completion":
@@ -133,6 +133,6 @@ def _options(command: str) -> list[str]:
 
 
 def _choices(*groups: str) -> list[str]:
-    """GROUP=NAME for every file of the program's own conf/, of these groups or of all."""
+    """Return GROUP=NAME for each file of these groups (none given: all groups) in the program's own conf/."""
     found = sorted(resource_dir("conf").glob("*/*.yaml"))
     return [f"{path.parent.name}={path.stem}" for path in found if not groups or path.parent.name in groups]

@@ -1,4 +1,4 @@
-"""nmt cost: parameters, operations, memory and time of a configuration, before anything is spent on it."""
+"""nmt cost: estimate parameters, operations, memory and time of a configuration before training."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ _COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
 
 
 class CostBasis(NamedTuple):
-    """What the estimate rests on besides the configuration."""
+    """Inputs of the estimate besides the configuration."""
 
     name: str
     vocab_size: int
@@ -33,16 +33,17 @@ class CostBasis(NamedTuple):
     tflops: float | None
     tflops_from: str
     measured_gb: float | None = None
-    """The most GPU memory that a run reported."""
+    """Largest GPU memory that the run logged."""
 
 
 def parser() -> Parser:
     """Options of `nmt cost`."""
     parser = Parser(
         "cost",
-        "Parameters, operations, memory of each GPU, size on disk and time of training a configuration. Nothing is\n"
-        "built, read or downloaded; a RUN adds what it measured itself. Where there is no measurement, the speed of a\n"
-        "CPU is guessed, that of a GPU stays a formula. --config-dir, --multirun and --cfg job are as for nmt train.",
+        "Estimate parameters, operations, memory per GPU, size on disk and time of training a configuration. Nothing\n"
+        "is built, read or downloaded. For a RUN, the estimate uses its own measurements. Without any measurement,\n"
+        "the speed of a CPU is guessed, and the time on GPUs is a formula. --config-dir, --multirun and --cfg job are\n"
+        "as for nmt train.",
         "  nmt cost experiment=europarl_en_fr_moe_32\n"
         "  nmt cost experiment=wmt14_en_fr_moe_2048 --gpus 8 --tflops 150\n"
         "  nmt cost experiment=wmt14_en_de_moe_32 model.moe.num_experts=512 training.batch_tokens=16384\n"
@@ -54,8 +55,8 @@ def parser() -> Parser:
         "--tflops",
         type=float,
         metavar="X",
-        help="10^12 operations a second that each GPU (or CPU process) reaches in training (default: the median that a "
-        "RUN logged; on a CPU, a guess)",
+        help="10^12 operations per second that each GPU (or CPU process) reaches in training (default: the median that "
+        "a RUN logged; on a CPU, a guess)",
     )
     parser.add_argument(
         "--device", choices=("cpu", "cuda"), help="train on this (default: training.device; auto counts as cuda)"
@@ -65,7 +66,7 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """The cost of a run: its own vocabulary, sentence lengths and speed."""
+    """Print the cost of a run, with its own vocabulary, sentence lengths and speed."""
     info = run.corpus_info()
     lines = read_lines(run.metrics_path, TrainLine)
     on_gpu = _on_gpu(options, config, not lines or any(line.gpu_memory_gb is not None for line in lines))
@@ -90,7 +91,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
 
 
 def estimate(options: argparse.Namespace, config: Config) -> None:
-    """The cost of a configuration that need not have been trained."""
+    """Print the cost of a configuration that may never have been trained."""
     on_gpu = _on_gpu(options, config, True)
     tflops, tflops_from = _speed(options, on_gpu)
     basis = CostBasis(
@@ -106,7 +107,7 @@ def estimate(options: argparse.Namespace, config: Config) -> None:
 
 
 def _speed(options: argparse.Namespace, on_gpu: bool) -> tuple[float | None, str]:
-    """(10^12 operations a second of each process, where they are from) where no run measured them."""
+    """Return (10^12 operations per second of each process or None, their source), without measurements of a run."""
     if options.tflops is not None or on_gpu:
         return options.tflops, ""
     return guess_cpu_tflops(max(options.gpus, 1)), "a guess from matrix products, to a factor of 2; or give --tflops X"
@@ -119,7 +120,7 @@ def _on_gpu(options: argparse.Namespace, config: Config, otherwise: bool) -> boo
 
 def _report(options: argparse.Namespace, config: Config, basis: CostBasis) -> None:
     if options.tflops is not None and not 0 < options.tflops < math.inf:
-        raise UserError(f"--tflops {options.tflops} must be greater than 0: 10^12 operations a second of one GPU")
+        raise UserError(f"--tflops {options.tflops} must be greater than 0: 10^12 operations per second of one GPU")
     budget = training_budget(config, basis.vocab_size, basis.lengths, options.gpus, basis.on_gpu)
     if options.json:
         show(json.dumps(_as_dict(budget, basis), indent=2))
@@ -197,7 +198,7 @@ def _counts(budget: Budget) -> Iterator[str]:
     yield line("all", cost.num_parameters, cost.ops_per_timestep)
     rest = cost.num_parameters - cost.num_vocabulary_parameters
     yield line("all but embeddings and softmax", rest, cost.ops_per_timestep - ops["softmax"])
-    yield f"training, for each target token: {scaled(budget.flops_per_target_token, _FLOPS)}"
+    yield f"training, per target token: {scaled(budget.flops_per_target_token, _FLOPS)}"
 
 
 def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
@@ -210,7 +211,7 @@ def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
         "copies": f"copies of weights, {products}",
         "activations": f"activations, {products}",
         "working": "working space",
-        "shared": "of these never there at once",
+        "shared": "never used at the same time",
     }
     title = f"memory of each of {_devices(budget)}" if budget.gpus > 1 else f"memory of {_devices(budget)}"
     yield f"{title:<32}{'dense':>14}{'experts':>14}{'all':>14}"
@@ -226,7 +227,7 @@ def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     dense = sum(row.dense for row in budget.memory)
     yield line("all", dense, budget.memory_bytes - dense, budget.memory_bytes)
     if basis.measured_gb is not None:
-        yield f"{'the most that the run had':<60}{basis.measured_gb:>11,.2f} GB"
+        yield f"{'maximum in this run':<60}{basis.measured_gb:>11,.2f} GB"
     kept, size = config.training.keep_checkpoints + 1, budget.checkpoint_bytes
     yield f"checkpoint on disk: {scaled(size, _BYTES)}; up to {kept} are kept, {scaled(kept * size, _BYTES)}"
 
@@ -234,13 +235,13 @@ def _memory(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
 def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     training = config.training
     yield (
-        f"{training.max_steps:,} updates of {training.micro_batches:,} x {training.batch_tokens:,} positions a side: "
+        f"{training.max_steps:,} steps of {training.micro_batches:,} x {training.batch_tokens:,} positions per side: "
         f"{scaled(budget.target_tokens, _COUNTS)} target tokens, {scaled(budget.flops, _FLOPS)}"
     )
     if basis.tflops is None:
         hours = budget.seconds(1.0) / 3600
         yield f"time: {hours:,.4g} hours / X on {_devices(budget)}, at X TFLOP/s each; give --tflops X"
-        yield "(make bench-gpu measures it, nmt cost RUN takes it from a run)"
+        yield "(make bench-gpu measures X, nmt cost RUN reads it from a run)"
         return
     each = " each" if budget.gpus > 1 else ""
     source = f" ({basis.tflops_from})" if basis.tflops_from else ""
@@ -249,24 +250,26 @@ def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
         f"{each}{source}"
     )
     if training.max_minutes and budget.seconds(basis.tflops) > training.max_minutes * 60:
-        yield f"training.max_minutes={training.max_minutes:g} ends it before that"
+        yield f"training.max_minutes={training.max_minutes:g} ends training earlier"
 
 
 def _assumptions(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     lengths, shape = basis.lengths, budget.longest
     text = (
         f"Sentences have {lengths.source:.1f} source and {lengths.target:.1f} target tokens with EOS "
-        f"({basis.lengths_from}); {lengths.padding:.0%} of a micro-batch's longer side is padding, which is no work. "
-        "A multiply-add is two FLOPs, the backward pass twice the forward pass; validation and saving come on top. "
+        f"({basis.lengths_from}). {lengths.padding:.0%} of the longer side of a micro-batch is padding, which needs no "
+        "operations. A multiply-add is two FLOPs, and the backward pass takes twice the forward pass. Validation and "
+        "saving are not included. "
     )
     if config.model.moe_layer_names() and config.training.micro_batches > budget.gpus:
         text += (
-            "With several micro-batches a GPU, all below the last gate runs forward twice, which FLOPs do not count: "
-            "take X from such a run. "
+            "With several micro-batches per GPU, all layers below the last gate run forward twice, which FLOPs do not "
+            "include: take X from such a run. "
         )
     text += (
-        f"GB are 10^9 bytes, MB 10^6. Activations are those of {shape.sentences:,} sentences of {shape.source} tokens "
-        "a side, a full micro-batch without padding, with experts equally busy; what the driver takes comes on top."
+        f"A GB is 10^9 bytes, an MB 10^6. Activations are those of {shape.sentences:,} sentences of {shape.source} "
+        "tokens per side: a full micro-batch without padding, with equally busy experts. Memory of the driver is not "
+        "included."
     )
     yield from textwrap.wrap(text, 100)
 

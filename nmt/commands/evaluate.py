@@ -1,4 +1,4 @@
-"""nmt evaluate: BLEU, chrF and perplexity of a test set, for one or several numbers of experts per token."""
+"""nmt evaluate: BLEU, chrF and perplexity of a test set, with one or several numbers of experts per token."""
 
 import argparse
 import json
@@ -20,8 +20,8 @@ def parser() -> Parser:
     """Options of `nmt evaluate`."""
     parser = Parser(
         "evaluate",
-        "BLEU and chrF of a run's translations, and the perplexity of the references; with --dial, what they become "
-        "with fewer or more experts per token than in training, and what that costs.",
+        "Print BLEU and chrF of a run's translations and the perplexity of the references. With --dial, compare scores "
+        "and cost with fewer or more experts per token than in training.",
         "  nmt evaluate runs/demo --show 10\n"
         "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8\n"
         "  nmt evaluate demo --source my.en --reference first.de --reference second.de evaluation.tokenize=intl\n"
@@ -33,7 +33,7 @@ def parser() -> Parser:
         metavar="F",
         action="append",
         default=[],
-        help="their translations, line by line; once for each translator there is (perplexity is of the first)",
+        help="their translations, line by line; repeat it for several references (perplexity is of the first)",
     )
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which of the run's own sets")
     parser.add_argument(
@@ -46,13 +46,13 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Score a set, print the scores and keep them in the run's report folder."""
+    """Score a set, print the scores and write them to the run's report folder."""
     counts = [] if options.dial is None else dial_counts(options.dial, config)
     tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
     text = evaluation_set(options.source, options.reference, options.split, run)
     for references in text.references:
         if not "".join(references).strip():
-            say(f"every reference of {text.title} is blank: its scores say nothing")
+            say(f"every reference of {text.title} is blank: its scores mean nothing")
     doubt = misfit(tokenizer.name, text.references[0])
     if doubt:
         say(doubt)
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     _show(options.show, text, {"translation": found.hypotheses})
     for score in found.scores:
         show(score)
-    show(f"perplexity {found.perplexity.pieces:.3f} per piece, {found.perplexity.words:.2f} per word")
+    show(f"perplexity {found.perplexity.pieces:.3f} per subword, {found.perplexity.words:.2f} per word")
     speed = f"{len(text.sources) / found.seconds:,.1f} sentences/s"
     show(f"{len(text.sources):,} sentences of {text.title}, {speed}, {_decoding_line(translator)}")
     show(tokenizer)
@@ -91,10 +91,10 @@ def _say_what_was_cut(found: Measured) -> None:
 
 
 def _show(count: int, text: EvaluationSet, translations: dict[str, list[str]]) -> None:
-    """Print some sentences, each with its references and every translation under its label."""
+    """Print `count` sentences, each with its references and its translations with their labels."""
     size = len(text.sources)
     for index in range(min(count, size)):
-        # Spread over the set, so that more is seen than its first lines.
+        # Spread evenly over the set, instead of its first lines.
         place = index * size // min(count, size)
         show(f"source      {text.sources[place]}")
         for references in text.references:
@@ -118,7 +118,7 @@ def _dial(
     run: RunDirectory,
     config: Config,
 ) -> None:
-    """The table for some numbers of experts per token."""
+    """Print and write the table for these numbers of experts per token."""
     positions = dial(counts, translator, text, tokenizer.name, config, say)
     measured = positions[0].measured
     _show(examples, text, {each.label: each.measured.hypotheses for each in positions})

@@ -1,4 +1,4 @@
-"""nmt experts: what the experts of a run do, why a sentence went where it did, and more or fewer of them."""
+"""nmt experts: report on the experts of a run, explain a translation, or write a run with more or fewer experts."""
 
 import argparse
 
@@ -12,8 +12,8 @@ def parser() -> Parser:
     """Options of `nmt experts`."""
     parser = Parser(
         "experts",
-        "What the experts of each MoE layer do: a report on the run's test set (report/experts.html and .md), an "
-        "explanation of one sentence, or a new run with more or fewer experts.",
+        "Show what the experts of each MoE layer do: a report on the run's test set (report/experts.html and .md), or "
+        "an explanation of one sentence. Or write a new run with more or fewer experts.",
         "  nmt experts runs/demo\n"
         "  nmt experts demo --source my.en --reference my.de\n"
         "  nmt experts demo --explain 'The train leaves at 14:35.'\n"
@@ -22,36 +22,40 @@ def parser() -> Parser:
         "  nmt experts demo-32 --prune idle -o demo-pruned --max-loss 0.3\n"
         "  nmt experts demo-32 --merge 8 -o demo-merged",
     )
-    parser.add_argument("--source", metavar="F", help="sentences to look at (default: the run's own test set)")
+    parser.add_argument("--source", metavar="F", help="sentences for the report (default: the run's own test set)")
     parser.add_argument("--reference", metavar="F", help="their translations, line by line")
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--explain", metavar="SENTENCE", help="the experts of every token, and what each contributed")
-    task.add_argument("--grow", type=int, metavar="N", help="a new run with N experts a layer that translates the same")
+    task.add_argument("--explain", metavar="SENTENCE", help="the experts of each token, and what each contributes")
     task.add_argument(
-        "--prune", metavar="N|idle", help="a new run without the N least useful experts a layer, or without idle ones"
+        "--grow", type=int, metavar="N", help="a new run with N experts per layer that translates the same"
     )
-    task.add_argument("--merge", type=int, metavar="N", help="a new run with N pairs of alike experts a layer merged")
+    task.add_argument(
+        "--prune", metavar="N|idle", help="a new run without the N least useful experts per layer, or without idle ones"
+    )
+    task.add_argument(
+        "--merge", type=int, metavar="N", help="a new run with N pairs of similar experts per layer merged"
+    )
     parser.add_argument("-o", "--output", metavar="NEWRUN", help="folder or name of the new run")
     parser.add_argument(
         "--max-loss",
         type=float,
         default=0.5,
         metavar="BLEU",
-        help="write no run that loses more than this by --prune or --merge (default: 0.5)",
+        help="write no run if --prune or --merge loses more than this (default: 0.5)",
     )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Do the one thing that the options ask for; a report if they ask for nothing."""
+    """Do what the options ask for: a report by default."""
     resizing = options.grow is not None or options.prune is not None or options.merge is not None
     if resizing != (options.output is not None):
         raise UserError("-o NEWRUN goes with --grow, --prune or --merge" + (", which need it" if resizing else ""))
     if resizing and run.exported:
-        raise UserError(f"{run.path} is an exported model, which cannot be trained on: give the run it was made of")
+        raise UserError(f"{run.path} is an exported model, which cannot be trained: give the run it was exported from")
     if not config.model.moe.num_experts and options.grow is None:
-        raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0 (--grow gives it some)")
-    # Each loads what it needs itself: resizing writes optimiser state, and so needs what training needs.
+        raise UserError(f"{run.path} has no experts: model.moe.num_experts is 0 (add experts with --grow)")
+    # Imported when needed: resizing writes optimiser state and so needs the libraries of training.
     if resizing:
         from nmt.commands.resize import resize
 

@@ -1,4 +1,4 @@
-"""nmt export: one folder with all that a model needs to be used, to be handed to someone else."""
+"""nmt export: write one folder with everything that is needed to use a model."""
 
 import argparse
 import json
@@ -20,7 +20,7 @@ from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
 from nmt.wording import steps_of
 
-# The parts of report/SET.json that a card tells.
+# The parts of report/SET.json that a model card shows.
 _REPORT = {
     "own": bool,
     "sentences": int,
@@ -35,11 +35,11 @@ def parser() -> Parser:
     """Options of `nmt export`."""
     parser = Parser(
         "export",
-        "Write a folder that needs nothing else: the parameters of one checkpoint (the best one, unless\n"
-        "decoding.checkpoint says otherwise) in safetensors, configuration, vocabulary, what the run recorded of its\n"
-        "text, hashes of all these, and a model card, README.md, with the scores that nmt evaluate found before on\n"
-        "the run's own sets. No hash covers the card: add a licence to it, or notes. No text and no optimiser state.\n"
-        "Other commands take the folder like a run, but for training.",
+        "Write a self-contained folder: the parameters of one checkpoint in safetensors (the best one, or that of\n"
+        "decoding.checkpoint), configuration, vocabulary, counts of the training text, hashes of all these, and a\n"
+        "model card, README.md, with the scores that nmt evaluate found before on the run's own sets. No hash covers\n"
+        "the card: you may add a licence or notes to it. The folder has no text and no optimiser state. All commands\n"
+        "except training accept it as a run.",
         "  nmt export demo exports/demo\n"
         "  nmt export runs/demo /models/demo decoding.checkpoint=average\n"
         "  nmt translate exports/demo input.en -o output.de",
@@ -49,9 +49,9 @@ def parser() -> Parser:
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Write `options.folder`, whole or not at all."""
+    """Write the whole of `options.folder`, or nothing if that fails."""
     if run.exported:
-        raise UserError(f"{run.path} is an exported model already: copy it")
+        raise UserError(f"{run.path} is already an exported model: copy it")
     final = _new_folder(options.folder)
     loaded = load_model(run, config)
     facts = CardFacts(
@@ -73,19 +73,19 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     say(f"{steps_of(loaded.steps)} of {run.path}, {size / 1e6:,.1f} MB; README.md is the model card")
     if not own_sets(facts):
         say(
-            "it has no BLEU or chrF: run nmt evaluate before, on the run's own text (without --source) and with the "
-            "same decoding.checkpoint"
+            "the model card has no BLEU or chrF: to add them, run nmt evaluate before, on the run's own text (without "
+            "--source) and with the same decoding.checkpoint"
         )
     show(options.folder)
 
 
 def _new_folder(name: str) -> Path:
-    """The absolute path of DIR. UserError if something stands there, or in a run."""
+    """Return the absolute path of DIR. UserError if it exists and is not empty, or is inside a run."""
     path = Path(name).resolve()
     for folder in (path, *path.parents):
         found = RunDirectory(folder)
         if found.config_path.exists() and found.subwords_path.exists():
-            where = "is a run or an exported model" if folder == path else f"lies in {folder}, a run or exported model"
+            where = "is a run or an exported model" if folder == path else f"is in {folder}, a run or exported model"
             raise UserError(f"{name} {where}: name a folder elsewhere")
     if path.exists() and not path.is_dir():
         raise UserError(f"{name} is a file: name a new folder")
@@ -95,10 +95,10 @@ def _new_folder(name: str) -> Path:
 
 
 def _portable(config: Config, run: RunDirectory) -> Config:
-    """The configuration that goes along: one set of parameters; no folder of this machine, names of files alone."""
+    """Return the configuration to export, for one set of parameters and without folders of this machine."""
     corpus = config.corpus
     source = Path(corpus.source).expanduser()
-    # A data set of the hub is OWNER/NAME, which is no folder here.
+    # A data set of the hub, OWNER/NAME, is not a local folder.
     local = source.is_absolute() or corpus.source.startswith(".") or source.is_dir()
     return replace(
         config,
@@ -122,7 +122,7 @@ def _names_alone(files: FilesConfig) -> FilesConfig:
 
 
 def _reports(run: RunDirectory) -> list[SetScores]:
-    """What `nmt evaluate` found on the run's own sets; reports of other text never go into a card."""
+    """Return what `nmt evaluate` found on the run's own sets. Reports on other text are never part of a card."""
     found = []
     for split in ("dev", "test"):
         path = run.report / f"{split}.json"
@@ -131,7 +131,7 @@ def _reports(run: RunDirectory) -> list[SetScores]:
         try:
             report = read_json(path, _REPORT)
             if not report["own"]:
-                raise ValueError("it is of other text than the run's own")
+                raise ValueError("it is about other text than the run's own")
         except (OSError, ValueError) as error:
             say(f"{path} is left out of the card ({error}): run nmt evaluate again")
             continue
@@ -141,7 +141,7 @@ def _reports(run: RunDirectory) -> list[SetScores]:
 
 
 def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) -> int:
-    """Write everything, the manifest last; returns the size of the parameters in bytes."""
+    """Write all files, the manifest last, and return the size of the parameters in bytes."""
     parameters = folder / EXPORTED_PARAMETERS
     write_parameters(loaded.model, parameters)
     size = parameters.stat().st_size
@@ -150,7 +150,7 @@ def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) ->
     copy.config_path.write_text(text, encoding="utf-8")
     shutil.copyfile(run.subwords_path, copy.subwords_path)
     copy.corpus_path.write_text(json.dumps(facts.corpus, indent=2), encoding="utf-8")
-    # safetensors makes files that nobody else may read.
+    # safetensors writes files that other users may not read.
     shutil.copymode(copy.config_path, parameters)
     (folder / MODEL_CARD).write_text(model_card(replace(facts, parameter_bytes=size)), encoding="utf-8")
     scores = list(facts.validations.values())
@@ -158,7 +158,7 @@ def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) ->
         "format": EXPORT_FORMAT,
         "step": max(loaded.steps),
         "steps": loaded.steps,
-        # Lower is better: perplexity, or BLEU with a minus (training.best_by). A mean of several has none.
+        # Lower is better: perplexity, or negative BLEU (training.best_by). A mean of several steps has no score.
         "score": scores[0] if len(scores) == 1 else None,
         "best_by": facts.config.training.best_by,
         "vocabulary": facts.vocabulary,

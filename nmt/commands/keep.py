@@ -1,4 +1,4 @@
-"""Keeping what a command found in the run's report folder, after it was printed."""
+"""Write the results of a command to the run's report folder, after printing them."""
 
 from collections.abc import Mapping
 
@@ -9,10 +9,10 @@ from nmt.run import RunDirectory
 
 
 def keep(run: RunDirectory, contents: Mapping[str, str], done: str) -> None:
-    """Write files, of these names, to the report folder, and say `done`.
+    """Write files with these names to the report folder, then print `done`.
 
-    Where they cannot be written, as in a folder that is shared for reading only, one line says so: the result has been
-    printed and stands.
+    If they cannot be written, for example to a read-only folder, print a line instead of an error: the result itself
+    was printed before.
     """
     try:
         try:
@@ -22,6 +22,6 @@ def keep(run: RunDirectory, contents: Mapping[str, str], done: str) -> None:
         for name, content in contents.items():
             write_atomically(run.report / name, content.encode())
     except StorageError as error:
-        say(f"the report was not kept: {error}")
+        say(f"the report was not written: {error}")
     else:
         say(done)

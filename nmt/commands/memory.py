@@ -1,4 +1,4 @@
-"""Whether training will fit the memory of this machine, checked before it starts."""
+"""Check, before training starts, whether it will fit into the memory of this machine."""
 
 import os
 from typing import Any

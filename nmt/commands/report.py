@@ -1,4 +1,4 @@
-"""nmt experts RUN: what the experts do."""
+"""nmt experts RUN: report what the experts do."""
 
 import argparse
 import json
@@ -16,8 +16,8 @@ from nmt.run import RunDirectory
 
 
 def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Print the table of each layer, and keep all that was found, for people and for programs, in the report folder."""
-    # Without a test set, the dev set shows the experts as well.
+    """Print a table of each layer, and write the report to the report folder as HTML, Markdown and JSON."""
+    # Without a test set, use the dev set.
     split = "test" if run.text("test")[0] else "dev"
     references = [] if options.reference is None else [options.reference]
     text = evaluation_set(options.source, references, split, run)
@@ -38,7 +38,7 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     subject += f", {len(set(text.domains))} domains" if text.domains else ""
     title = run.path.resolve().name
     result = {"split": split, **text.to_dict(), "set": name, "layers": [asdict(layer) for layer in layers]}
-    # Only reports of other text have its name in theirs.
+    # Files of reports on other text have the name of that text.
     stem = "experts" if text.own else f"experts-{text.name}"
     contents = {
         f"{stem}.json": json.dumps(result, indent=2),

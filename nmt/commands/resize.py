@@ -1,4 +1,4 @@
-"""nmt experts RUN --grow | --prune | --merge ... -o NEWRUN."""
+"""nmt experts RUN --grow | --prune | --merge ... -o NEWRUN: write a run with more or fewer experts."""
 
 import argparse
 import math
@@ -25,8 +25,8 @@ from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.wording import counted, millions
 
-# Of the dev set, spread over it: pairs that experts are watched with, sentences that are translated before and after,
-# and pairs whose perplexity shows that growing changed nothing.
+# Numbers of pairs, spread over the dev set: to observe the experts, to translate before and after, and to compare
+# perplexity before and after growth.
 _WATCHED, _TRANSLATED, _COMPARED = 2000, 500, 200
 
 
@@ -46,7 +46,7 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     new = replace(config, run=RunConfig(path.name, str(path.parent)), model=changed.config, decoding=decoding)
     command = ["nmt", "train", str(path)]
     if checkpoint.step >= config.training.max_steps:
-        notes.append(f"{run.path} is at the last of its training.max_steps={config.training.max_steps}: give more")
+        notes.append(f"{run.path} has reached training.max_steps={config.training.max_steps}: give a larger number")
         command.append(f"training.max_steps={2 * checkpoint.step}")
     write_run(path, run, new, changed, checkpoint)
     show(_sizes(network, changed))
@@ -56,7 +56,7 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
 
 
 def _check_count(options: argparse.Namespace, config: Config) -> None:
-    """Refuse what can be seen to be impossible before anything is measured."""
+    """Raise UserError for an invalid or impossible number, before anything is measured."""
     (task,) = (name for name in ("grow", "prune", "merge") if getattr(options, name) is not None)
     count = str(getattr(options, task))
     if (task, count) == ("prune", "idle"):
@@ -68,28 +68,29 @@ def _check_count(options: argparse.Namespace, config: Config) -> None:
 
 
 def _new_path(output: str, run: RunDirectory) -> Path:
-    """NEWRUN is a path, or a plain name beside RUN. UserError if something stands there."""
+    """Return the path of NEWRUN, which is a path or a plain name beside RUN. UserError if it exists."""
     path = Path(output) if "/" in output else run.path.parent / output
     if Path(output).name in ("", ".."):
         raise UserError(f"-o {output}: name the folder of the new run, or give its name")
     if path.exists():
-        raise UserError(f"-o {output}: {path} exists already; choose another name")
+        raise UserError(f"-o {output}: {path} already exists; choose another name")
     return path
 
 
 def _own_decoding(run: RunDirectory) -> tuple[DecodingConfig, list[str]]:
-    """How the run translates by its own config.yaml, without what the user changed for this command.
+    """Return the decoding settings of the new run, and notes on those that differ from the run's config.yaml.
 
-    A step that `checkpoint` names is not there in the new run, and a dial may be impossible.
+    Changes for this command are left out. The new run does not have the checkpoint of a given step, and may have too
+    few experts for `experts_per_token`.
     """
     stored = run.config().decoding
     notes = []
     if stored.checkpoint.isdigit():
-        notes.append(f"decoding.checkpoint={stored.checkpoint} is best in the new run")
+        notes.append(f"decoding.checkpoint={stored.checkpoint} becomes best in the new run")
         stored = replace(stored, checkpoint="best")
     if stored.experts_per_token:
         notes.append(
-            f"decoding.experts_per_token={stored.experts_per_token} is 0 in the new run: as many as in training"
+            f"decoding.experts_per_token={stored.experts_per_token} becomes 0 in the new run: as many as in training"
         )
         stored = replace(stored, experts_per_token=0)
     return stored, notes
@@ -110,7 +111,7 @@ def _sizes(before: NetworkWeights, after: NetworkWeights) -> str:
 
 
 class _Bench:
-    """The dev set, and networks before and after an operation on it."""
+    """The dev set, and ways to compare networks on it."""
 
     def __init__(self, run: RunDirectory, config: Config, subwords: Subwords) -> None:
         self.config, self.subwords = config, subwords
@@ -120,21 +121,21 @@ class _Bench:
         set_float32_products(self.device, config.decoding.precision)
         self.sources, self.targets, _ = run.text("dev")
         if not self.sources:
-            raise DataError(f"{run.path} has no dev set to measure with")
+            raise DataError(f"{run.path} has no dev set, which resizing measures with: give a run that has one")
 
     def spread(self, count: int) -> tuple[list[str], list[str]]:
-        """At most `count` pairs of the dev set, from all over it."""
+        """Return at most `count` pairs, spread evenly over the dev set."""
         size = len(self.sources)
         places = [index * size // min(count, size) for index in range(min(count, size))]
         return [self.sources[place] for place in places], [self.targets[place] for place in places]
 
     def translator(self, network: NetworkWeights) -> Translator:
-        """A greedy translator with this network, which wakes as many experts as in training."""
+        """Return a greedy translator with this network and as many active experts per token as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
         return Translator(network.build(), self.subwords, greedy, self.device, self.longest)
 
     def perplexity(self, translator: Translator, count: int) -> float:
-        """Of the dev set, per piece."""
+        """Return the perplexity per subword of `count` pairs of the dev set."""
         sources, targets = self.spread(count)
         return perplexity(translator.model, self.subwords, sources, targets, 4096, World(self.device)).pieces
 
@@ -145,10 +146,10 @@ class _Bench:
         show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
 
     def shrink(self, options: argparse.Namespace, network: NetworkWeights) -> NetworkWeights:
-        """The network with fewer experts. UserError if it translates worse than the user allows."""
+        """Return the network with fewer experts. UserError if it loses more than --max-loss."""
         translator = self.translator(network)
         texts = self.spread(_WATCHED)
-        say(f"watching the experts work on {len(texts[0]):,} dev pairs")
+        say(f"observing the experts on {len(texts[0]):,} dev pairs")
         seen = observe(translator.model, self.subwords, *texts)
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
@@ -210,7 +211,7 @@ def _merged(network: NetworkWeights, translator: Translator, seen: Observation, 
 
 
 def _print_table(members: list[tuple[int, ...]], use: ExpertUse, similarities: list[float]) -> None:
-    """A line for each expert or pair: its part of the layer's load, gate mass and output mass."""
+    """Print a line for each expert or pair: its share of the layer's load, gate mass and output mass."""
     if not members:
         return
     width = 8 if max(map(len, members)) == 1 else 16

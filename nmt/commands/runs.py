@@ -1,4 +1,4 @@
-"""nmt runs: every run in a folder, with its state, best score and size."""
+"""nmt runs: list the runs in a folder with state, best score and size."""
 
 import argparse
 import os
@@ -15,7 +15,7 @@ from nmt.run import RunDirectory
 
 
 class _Row(NamedTuple):
-    """A run as text; "-" for what is not known."""
+    """A run as text; unknown cells are "-"."""
 
     name: str
     state: str
@@ -45,7 +45,7 @@ def run(options: argparse.Namespace) -> None:
     """Print a table of the runs in `options.folder`, sorted by name. CheckpointError if it is not a folder."""
     folder = Path(options.folder or RunConfig.directory)
     if options.folder and not folder.is_dir():
-        raise CheckpointError(f"{folder} is not a folder: give the folder that holds the runs")
+        raise CheckpointError(f"{folder} is not a folder: give the folder that has the runs")
     rows = [_row(path) for path in sorted(folder.iterdir()) if _is_run(path)] if folder.is_dir() else []
     if not rows:
         say(f"there are no runs in {folder}: start one with nmt train")
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _is_run(path: Path) -> bool:
-    """Whether a folder is a run or an exported model, or what is left of one. Hidden folders are being written."""
+    """Return True for a run or an exported model, even if damaged. Hidden folders are still being written."""
     run = RunDirectory(path)
     traces = (run.config_path, run.status_path, run.checkpoints)
     return not path.name.startswith(".") and (run.exported or any(map(os.path.lexists, traces)))
@@ -84,7 +84,7 @@ def _row(path: Path) -> _Row:
 
 
 def _state(status: dict[str, Any]) -> str:
-    """What RUN_STATUS.json says, unless its process is known to be gone."""
+    """Return the state in RUN_STATUS.json, or "died" if it is running but its process is gone."""
     state = status.get("state", "unknown")
     pid = status.get("pid")
     if state != "running" or status.get("host") != host_name() or not isinstance(pid, int):
@@ -94,23 +94,23 @@ def _state(status: dict[str, Any]) -> str:
     except (ProcessLookupError, OverflowError):
         return "died"
     except PermissionError:
-        pass  # it is there, and somebody else's
+        pass  # it exists, but belongs to another user
     return state
 
 
 def _best(saved: list[Checkpoint], best_by: str) -> tuple[str, str]:
-    """(best score, name of its checkpoint)."""
+    """Return (best score, name of its checkpoint), each "-" if no checkpoint has a score."""
     scored = [(each.score, each) for each in saved if each.score is not None]
     if not scored:
         return "-", "-"
     score, checkpoint = min(scored, key=lambda each: each[0])
-    # Lower is better: BLEU is kept with its sign changed.
+    # Lower is better: BLEU is stored as a negative number.
     shown = f"BLEU {-score:.2f}" if best_by == "bleu" else f"perplexity {score:.3f}"
     return shown, checkpoint.path.name
 
 
 def _size(folder: Path) -> int:
-    """Bytes of all files below a folder; links count as nothing, and so does what vanishes meanwhile."""
+    """Return the bytes of all files below a folder, without links and files that disappear meanwhile."""
     total = 0
     for place, _, names in os.walk(folder):
         for name in names:

@@ -1,4 +1,4 @@
-"""nmt settings: what can be set, with types, defaults and meanings."""
+"""nmt settings: print all settings with types, defaults and meanings."""
 
 import argparse
 import shutil
@@ -18,7 +18,7 @@ def parser() -> Parser:
         "  nmt settings\n  nmt settings decoding\n  nmt settings training.max_steps",
         takes_run=False,
     )
-    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only settings that begin so")
+    parser.add_argument("prefix", nargs="?", default="", metavar="PREFIX", help="only settings that begin with this")
     return parser
 
 

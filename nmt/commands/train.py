@@ -1,4 +1,4 @@
-"""nmt train: a run from its newest checkpoint, or from the start, to its end; by one process or all of torchrun's."""
+"""nmt train: start a run or resume it from its newest checkpoint, in one process or in those of torchrun."""
 
 import shlex
 import sys
@@ -24,15 +24,15 @@ from nmt.run import SHARED_MARK, RunDirectory
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Stopped, Trainer
 
-# What a network's file system may take to show other hosts a new file.
+# Longest time for a network file system to show a new file to other hosts.
 _SEEN_SECONDS = 30.0
 
 
 def train(config: Config) -> RunDirectory:
-    """Prepare the corpus if need be, open or create the run, train, and leave word of how it ended; the run."""
+    """Prepare the corpus if needed, create or open the run, train, record how it ended, and return the run."""
     run = run_of(config)
     speaks = launched_rank() == 0
-    # Every process asks for the corpus; one makes it while the others wait for its lock.
+    # All processes call this: one prepares the corpus while the others wait for its lock.
     prepared = prepare(config.corpus, say if speaks else _say_nothing)
     world = World.start(config.training.device, config.parallel)
     asked = StopRequest()
@@ -40,10 +40,10 @@ def train(config: Config) -> RunDirectory:
         with ExitStack() as until_the_end, world.report_peer_failures(lambda: "before the first step"):
             world.on_main(lambda: _open(run, config, prepared, until_the_end))
             _check_that_all_see(run, world)
-            # Before the run says that it is running: whatever ends it from here on is told.
+            # Handle signals before the status becomes "running", so that the end of the run is always recorded.
             with asked.noted(lambda: _is_lost(run, world)), _status(run, world):
                 _check_memory(config, prepared, world)
-                with shortage_told(lambda: "building the network", "take a smaller model or fewer experts"):
+                with shortage_told(lambda: "building the network", "choose a smaller model or fewer experts"):
                     trainer = Trainer(config, prepared, run, world, asked)
                 with watch_for_hangs(world, trainer.where, lambda error: _report_peer_failure(run, world, error)):
                     trainer.train()
@@ -63,17 +63,17 @@ def train(config: Config) -> RunDirectory:
 
 
 def run_of(config: Config) -> RunDirectory:
-    """The folder that `run.*` names. UserError if they name none, CheckpointError if an exported model is there."""
+    """Return the run of `run.directory` and `run.name`. UserError without a name, CheckpointError if it is exported."""
     if not config.run.name:
-        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run of your own settings")
+        raise UserError("run.name is empty: give experiment=NAME, or run.name=NAME for a run with your own settings")
     run = RunDirectory(Path(config.run.directory) / config.run.name)
     if run.exported:
-        raise CheckpointError(f"{run.path} is an exported model, which cannot be trained on: choose another run.name")
+        raise CheckpointError(f"{run.path} is an exported model, which cannot be trained: choose another run.name")
     return run
 
 
 def _curves(run: RunDirectory) -> str:
-    """The command that shows the curves: short where our Makefile is."""
+    """Return the command that shows the curves: a short one if the project's Makefile is in the working directory."""
     with suppress(OSError, ValueError):
         if "\ntensorboard:" in Path("Makefile").read_text(encoding="utf-8"):
             return "make tensorboard"
@@ -85,7 +85,7 @@ def _say_nothing(_line: str) -> None:
 
 
 def _check_that_all_see(run: RunDirectory, world: World) -> None:
-    """StorageError, in all processes, if the folder of the run is not the same one for all hosts."""
+    """Raise StorageError in all processes unless all hosts see the same folder of the run."""
     if world.size == 1:
         return
     mark = run.path / SHARED_MARK
@@ -114,17 +114,17 @@ def _check_memory(config: Config, prepared: Prepared, world: World) -> None:
 
 
 def _check_steps(run: RunDirectory, config: Config) -> None:
-    """UserError, before the run's config.yaml is written anew, if it is past the end that is asked for."""
+    """Raise UserError, before config.yaml is rewritten, if the run is already past `training.max_steps`."""
     saved, wanted = list_checkpoints(run.checkpoints), config.training.max_steps
     if saved and saved[-1].step > wanted:
         raise UserError(
-            f"training.max_steps={wanted} is below step {saved[-1].step} that {run.path} has reached: give at least "
+            f"training.max_steps={wanted} is below step {saved[-1].step}, which {run.path} has reached: give at least "
             f"{saved[-1].step}, or choose another run.name"
         )
 
 
 def _is_lost(run: RunDirectory, world: World) -> bool:
-    """Whether the others have given up, so that there is no update to finish with them."""
+    """Return True if other processes have failed, so that the step cannot be finished with them."""
     return world.size > 1 and run.status().get("state") == "failed"
 
 
@@ -144,7 +144,7 @@ def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: 
 
 @contextmanager
 def _status(run: RunDirectory, world: World) -> Iterator[None]:
-    """Keep RUN_STATUS.json: torchrun ends with status 1 however its processes ended, so this file says it."""
+    """Keep RUN_STATUS.json up to date: it has the real exit status, whereas torchrun always exits with 1."""
     if world.is_main:
         _write_status(run, "running", None, "")
     try:
@@ -161,11 +161,11 @@ def _status(run: RunDirectory, world: World) -> Iterator[None]:
 
 
 def _write_failure(run: RunDirectory, world: World, error: BaseException) -> None:
-    # Whoever lost the others says so, since those that still run are to end when they are told to.
+    # The first process that lost another one also writes it, because the main process may be the lost one.
     if world.is_main or (isinstance(error, ProcessError) and run.status().get("state") != "failed"):
         notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
         message = " ".join(f"{type(error).__name__}: {error}{notes}".split())
-        with suppress(StorageError):  # a full disk, or two at once: the error itself matters more
+        with suppress(StorageError):  # on a full disk, or if two write at once: the error itself matters more
             _write_status(run, "failed", exit_status(error), message)
 
 
@@ -176,6 +176,6 @@ def _write_status(run: RunDirectory, state: str, code: int | None, message: str)
 
 
 def _report_peer_failure(run: RunDirectory, world: World, error: ProcessError) -> None:
-    """What else would happen on the way out, for a process that can take it no more."""
+    """Report the failure of another process from a process that cannot unwind."""
     say(f"nmt: {error}")
     _write_failure(run, world, error)

@@ -1,4 +1,4 @@
-"""nmt translate: a file, line by line."""
+"""nmt translate: translate a file line by line."""
 
 import argparse
 import io
@@ -25,8 +25,8 @@ def parser() -> Parser:
     """Options of `nmt translate`."""
     parser = Parser(
         "translate",
-        "Translate text, one sentence a line; line n of the output translates line n of the input. A line that is "
-        "longer than the model can take is translated in parts.",
+        "Translate text, one sentence per line. Line n of the output translates line n of the input. A line that is "
+        "too long for the model is translated in parts.",
         "  nmt translate runs/demo input.en -o output.de\n"
         "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
         "  nmt translate demo input.en.gz -o output.de.gz decoding.beam_size=8 decoding.checkpoint=average",
@@ -36,15 +36,15 @@ def parser() -> Parser:
         nargs="?",
         default="-",
         metavar="INPUT",
-        help="a file, which may be compressed by gzip, xz, zstd or bzip2 (default: standard input, each line of which "
-        "is answered as soon as no more come)",
+        help="a file, which may be compressed with gzip, xz, zstd or bzip2 (default: standard input, whose lines are "
+        "translated as soon as no more arrive)",
     )
     parser.add_argument(
         "-o",
         "--output",
         default="-",
         metavar="OUTPUT",
-        help="a file, which appears when it is complete; .gz, .bz2 and .xz are compressed (default: standard output)",
+        help="a file, which appears when complete; .gz, .bz2 and .xz are compressed (default: standard output)",
     )
     return parser
 
@@ -64,23 +64,23 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
                     if output.live:
                         output.stream.flush()
         except KeyboardInterrupt:
-            kept = "they are written" if output.live else f"{options.output} was not written"
+            kept = "they were written" if output.live else f"{options.output} was not written"
             say(f"{_lines(lines.num_lines)} translated so far; {kept}")
             raise
     seconds = time.perf_counter() - started
     say(f"{_lines(reader.num_lines)} in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
     if reader.num_invalid:
-        say(f"{_lines(reader.num_invalid)} held bytes that are not UTF-8, which were replaced by U+FFFD")
+        say(f"{_lines(reader.num_invalid)} with bytes that are not UTF-8; they were replaced by U+FFFD")
     if lines.num_unlearned:
         unknown = list_characters(lines.unlearned)
-        say(f"{_lines(lines.num_unlearned)} held characters that are unknown to the model, check: {unknown}")
+        say(f"{_lines(lines.num_unlearned)} with characters that the model never saw in training, check: {unknown}")
     if lines.num_long:
         longest, asked = translator.max_pieces(), config.decoding.max_source_pieces
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
-        say(f"{_lines(lines.num_long)} longer than {longest} pieces ({why}) translated in parts")
+        say(f"{_lines(lines.num_long)} longer than {longest} subwords ({why}) translated in parts")
     if lines.num_cut_off:
         ratio = f"decoding.max_length_ratio={config.decoding.max_length_ratio:g}"
-        say(f"{_lines(lines.num_cut_off)} cut off at the greatest length ({ratio}), perhaps repeating: check them")
+        say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
 
 
 def _lines(count: int) -> str:
@@ -88,14 +88,14 @@ def _lines(count: int) -> str:
 
 
 class _Progress:
-    """On a terminal, a line that says how far the translation is; nothing anywhere else."""
+    """A progress line on a terminal; nothing elsewhere."""
 
     def __init__(self, source: io.BufferedReader, output: Output, to_standard_output: bool) -> None:
         size = _size(source)
-        # Nobody wants it between their own lines, or between the translations.
+        # Not shown between lines that the user types, or between the translations.
         seen = sys.stderr.isatty() and not source.isatty() and not (to_standard_output and output.stream.isatty())
         left = "{percentage:3.0f}% {desc}, {remaining} left" if size else "{desc}"
-        # Where a terminal says that it has 0 columns and rows, tqdm would show nothing.
+        # If a terminal reports 0 columns and rows, tqdm would show nothing.
         columns, rows = shutil.get_terminal_size()
         self._bar = tqdm(
             total=size,
@@ -113,7 +113,7 @@ class _Progress:
         self._read = (0, 0)
 
     def over(self, source: Iterator[list[Piece]], done: JoinedLines) -> Iterator[list[Piece]]:
-        """The windows of `source`, each noted as it comes; `done`: the lines before it."""
+        """Yield the windows of `source` and record the progress; `done` has the lines before each window."""
         for window in source:
             self._lines, self._window = done.num_lines, len(window)
             if self._source:
@@ -121,7 +121,7 @@ class _Progress:
             yield window
 
     def tell(self, share: float) -> None:
-        """So much of the window is done."""
+        """Show that `share` (0 to 1) of the window is translated."""
         lines = self._lines + round(share * self._window)
         speed = lines / max(time.perf_counter() - self._started, 1e-9)
         self._bar.set_description_str(f"{_lines(lines)}, {speed:,.1f} lines/s", refresh=False)
@@ -137,7 +137,7 @@ class _Progress:
 
 
 def _size(stream: io.BufferedReader) -> int | None:
-    """Bytes of a file; None for any other stream."""
+    """Return the size of a file in bytes; None for any other stream."""
     try:
         found = os.fstat(stream.fileno())
     except OSError:
