@@ -299,8 +299,8 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
     log = Log()
     prepared = prepare(corpus, log)
     assert (
-        "toy: 405 pairs read, 403 kept; dropped: 1 with a blank side (blank), 1 with more than 200 pieces (max_pieces)"
-        in log
+        "toy: 405 pairs read, 403 kept; "
+        "dropped: 1 with a blank side (blank), 1 with more than 200 subwords (max_pieces)" in log
     )
     assert "toy: lines that were not valid UTF-8, invalid bytes replaced: train 1" in log
     assert len(prepared.train()) == 403
@@ -353,11 +353,11 @@ def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pyt
         ),
         (
             {"filters": FilterConfig(max_words=1)},
-            "leave none of 400 training pairs: 400 with more than 1 words (max_words)",
+            "leave none of 400 training pairs: 400 with more than 1 word (max_words)",
         ),
         (
             {"filters": FilterConfig(max_pieces=1)},
-            "leave none of 400 training pairs: 400 with more than 1 pieces (max_pieces)",
+            "leave none of 400 training pairs: 400 with more than 1 subword (max_pieces)",
         ),
         ({"subwords": SubwordConfig(vocab_size=9999)}, "corpus.subwords.vocab_size=9999 is too large"),
         ({"test": FilesConfig(pairs=["no.tsv"])}, "corpus.test.pairs"),

@@ -13,7 +13,7 @@ from nmt.evaluation.measure import Measured, measure
 from nmt.evaluation.scores import Tokenizer, bleu_tokenizer, misfit
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
 from nmt.run import RunDirectory
-from nmt.wording import steps_of
+from nmt.wording import counted, steps_of
 
 
 def parser() -> Parser:
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         show(score)
     show(f"perplexity {found.perplexity.pieces:.3f} per subword, {found.perplexity.words:.2f} per word")
     speed = f"{len(text.sources) / found.seconds:,.1f} sentences/s"
-    show(f"{len(text.sources):,} sentences of {text.title}, {speed}, {_decoding_line(translator)}")
+    show(f"{counted(len(text.sources), 'sentence')} of {text.title}, {speed}, {_decoding_line(translator)}")
     show(tokenizer)
     _say_what_was_cut(found)
     result = {
@@ -123,7 +123,7 @@ def _dial(
     measured = positions[0].measured
     _show(examples, text, {each.label: each.measured.hypotheses for each in positions})
     show("\n".join([HEAD, *(position.row() for position in positions)]))
-    show(f"{len(text.sources):,} sentences of {text.title}, {_decoding_line(translator)}")
+    show(f"{counted(len(text.sources), 'sentence')} of {text.title}, {_decoding_line(translator)}")
     show("\n".join(f"{score.name}: {score.signature}" for score in measured.scores))
     show(tokenizer)
     show(f"p and 95 %: paired bootstrap, {BOOTSTRAP_SAMPLES} samples")

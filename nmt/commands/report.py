@@ -13,6 +13,7 @@ from nmt.evaluation.sets import evaluation_set
 from nmt.experts.report import expert_report
 from nmt.pages.experts import to_html, to_markdown
 from nmt.run import RunDirectory
+from nmt.wording import counted
 
 
 def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
@@ -34,8 +35,8 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     if told:
         say(told)
     name = f"{split} set" if text.own else text.title
-    subject = f"{name}, {len(text.sources):,} sentence pairs"
-    subject += f", {len(set(text.domains))} domains" if text.domains else ""
+    subject = f"{name}, {counted(len(text.sources), 'sentence pair')}"
+    subject += f", {counted(len(set(text.domains)), 'domain')}" if text.domains else ""
     title = run.path.resolve().name
     result = {"split": split, **text.to_dict(), "set": name, "layers": [asdict(layer) for layer in layers]}
     # Files of reports on other text have the name of that text.

@@ -19,6 +19,7 @@ from nmt.run import RunDirectory
 from nmt.streams.lines import Piece, open_input, text_reader, windows
 from nmt.streams.output import Output, open_output
 from nmt.streams.translating import JoinedLines, translate_stream
+from nmt.wording import counted
 
 
 def parser() -> Parser:
@@ -84,7 +85,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
 
 
 def _lines(count: int) -> str:
-    return f"{count:,} line{'' if count == 1 else 's'}"
+    return counted(count, "line")
 
 
 class _Progress:

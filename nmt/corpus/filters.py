@@ -5,6 +5,7 @@ import heapq
 
 from nmt.config import FilterConfig
 from nmt.corpus.pairs import SentencePair
+from nmt.wording import counted
 
 
 class Filters:
@@ -37,15 +38,15 @@ class Filters:
         return not reason
 
     def describe(self) -> str:
-        """List how many pairs each filter dropped and why: "5 with more than 200 pieces (max_pieces)"."""
+        """List how many pairs each filter dropped and why: "5 with more than 200 subwords (max_pieces)"."""
         config = self.config
         why = {
             "blank": "with a blank side",
             "identical": "the same on both sides",
             "duplicates": "seen before",
-            "max_words": f"with more than {config.max_words} words",
+            "max_words": f"with more than {counted(config.max_words, 'word')}",
             "max_length_ratio": f"with one side more than {config.max_length_ratio:g} times as long",
-            "max_pieces": f"with more than {config.max_pieces} pieces",
+            "max_pieces": f"with more than {counted(config.max_pieces, 'subword')}",
         }
         return ", ".join(f"{count:,} {why[name]} ({name})" for name, count in self.dropped.items() if count)
 

@@ -24,7 +24,7 @@ from nmt.data.subwords import Subwords, list_characters, train_subwords
 from nmt.errors import DataError, StorageError
 from nmt.files import folder_atomically, remove
 from nmt.lock import Held, locked
-from nmt.wording import brief
+from nmt.wording import brief, counted
 
 HELD_OUT = ("dev", "test")
 _MOST_PAIRS = 1_000_000  # of dev or test
@@ -186,7 +186,7 @@ class _Preparation:
         for split in HELD_OUT:
             if pairs := self.hold_out.pairs(split):
                 names += self.write_pairs(split, pairs)
-                self.log(f"{self.corpus.name}: {len(pairs):,} pairs held out of the training text for {split}")
+                self.log(f"{self.corpus.name}: {counted(len(pairs), 'pair')} held out of the training text for {split}")
         return names
 
     def warn_of_long_lines(self, subwords: Subwords) -> None:

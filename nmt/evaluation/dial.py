@@ -12,6 +12,7 @@ from nmt.errors import UserError
 from nmt.evaluation.measure import Measured, measure
 from nmt.evaluation.scores import Comparison, paired_bootstrap
 from nmt.evaluation.sets import EvaluationSet
+from nmt.wording import counted
 
 BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED = 1000, 12345
 
@@ -118,7 +119,8 @@ def dial(
     for count, trained in wanted:
         options = replace(translator.options, experts_per_token=0 if trained else count)
         measured.append(measure(translator, text, tokenizer, config, options))
-        tell(f"{count} experts per token: {len(text.sources):,} sentences in {measured[-1].seconds:.1f} s")
+        done = f"{counted(len(text.sources), 'sentence')} in {measured[-1].seconds:.1f} s"
+        tell(f"{counted(count, 'expert')} per token: {done}")
     baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses
     positions = []
     for (count, trained), found in zip(wanted, measured, strict=True):

@@ -39,6 +39,7 @@ from nmt.model.attention import Memory
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.model.walk import ChangeGate
+from nmt.wording import counted
 
 _EVERYWHERE, _NOTHING = -1, -1
 # Upper bound of the numbers that one pass may have in its larger tensors, over all columns.
@@ -118,7 +119,8 @@ class Explanation:
         lines = [
             f"source       {self.sentence}",
             f"translation  {self.translation}",
-            f"log-probability {self.log_probability:z.3f} of {len(self.target_pieces)} subwords, in {self.precision}",
+            f"log-probability {self.log_probability:z.3f} of {counted(len(self.target_pieces), 'subword')}, "
+            f"in {self.precision}",
             "Each expert with its gate, and by how many nats the translation would be less probable without it.",
         ]
         for layer in self.layers:
@@ -294,8 +296,8 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
         raise DataError("the sentence is blank, so there is nothing to explain: give one with words")
     if len(source) > limit:
         raise DataError(
-            f"the sentence has {len(source)} subwords, more than decoding.max_source_pieces={limit}: give a shorter "
-            "one, or raise the setting"
+            f"the sentence has {counted(len(source), 'subword')}, more than decoding.max_source_pieces={limit}: "
+            "give a shorter one, or raise the setting"
         )
     target = translator.search([source], options)[0][0].tokens
     scorer = Scorer(

@@ -17,6 +17,7 @@ from nmt.experts.surgery import NetworkWeights, Weights, select_experts, with_co
 from nmt.model.gate_statistics import relative_load
 from nmt.model.names import expert_dim, is_expert
 from nmt.training.optim import COLUMN, ROW
+from nmt.wording import counted
 
 IDLE_SHARE = 0.05
 """An expert is idle if its load is less than this share of the mean load."""
@@ -93,7 +94,7 @@ def per_group(option: str, moe: MoEConfig, layer: str, count: int, merging: bool
     if merging and 2 * each > size:
         raise UserError(
             f"{option}: an expert is merged at most once, so the {size} experts{of_group} in {layer} make at most "
-            f"{size // 2 * len(groups)} pairs"
+            f"{counted(size // 2 * len(groups), 'pair')}"
         )
     return each
 

@@ -9,7 +9,7 @@ from nmt.config import Config, LayerName, ModelConfig
 from nmt.cost.operations import Cost, model_cost
 from nmt.pages.markdown import code, plain, wrapped
 from nmt.pages.tables import markdown_table
-from nmt.wording import steps_of
+from nmt.wording import counted, steps_of
 
 _BOTTOM = {
     "forward": "",
@@ -106,6 +106,7 @@ def _origin(facts: CardFacts) -> str:
 
 def _use(config: Config) -> Iterator[str]:
     decoding = config.decoding
+    active = f", and activates {counted(decoding.experts_per_token, 'expert')} per token"
     yield "    nmt translate DIR input -o output"
     yield "    nmt evaluate DIR --source F --reference F"
     if config.model.moe_layer_names():
@@ -115,7 +116,7 @@ def _use(config: Config) -> Iterator[str]:
     yield (
         "DIR is this folder. Line n of the output translates line n of the input. By default (settings `decoding.*`), "
         f"the search keeps {decoding.beam_size} hypotheses, with alpha {decoding.alpha} and beta {decoding.beta}"
-        + (f", and activates {decoding.experts_per_token} experts per token" if decoding.experts_per_token else "")
+        + (active if decoding.experts_per_token else "")
         + "."
     )
     yield ""
@@ -225,7 +226,7 @@ def _set_row(each: SetScores) -> tuple[str, ...]:
     decoding = each.decoding
     search = f"beam {decoding['beam_size']}, alpha {decoding['alpha']}, beta {decoding['beta']}"
     if decoding["experts_per_token"]:
-        search += f", {decoding['experts_per_token']} experts per token"
+        search += f", {counted(decoding['experts_per_token'], 'expert')} per token"
     values = (f"{score['value']:.2f}" for score in each.scores.values())
     return code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
 

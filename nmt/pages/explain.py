@@ -27,7 +27,8 @@ def explanation_page(explanation: Explanation) -> str:
     facts = {
         "source": f"<bdi>{text(explanation.sentence)}</bdi>",
         "translation": f"<bdi>{text(explanation.translation)}</bdi>",
-        "log-probability": f"{explanation.log_probability:z.3f} nats, {len(explanation.target_pieces)} subwords",
+        "log-probability": f"{explanation.log_probability:z.3f} nats, "
+        f"{counted(len(explanation.target_pieces), 'subword')}",
         "computed in": explanation.precision + _ROUNDING.get(explanation.precision, ""),
     }
     listed = "".join(f"<dt>{label}</dt><dd>{value}</dd>" for label, value in facts.items())
