@@ -124,7 +124,8 @@ class Checkpoint(NamedTuple):
             return read_json(self.path / "state.json", _STATE)
         except (OSError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path / 'state.json'} is not what this program writes ({error}): choose another checkpoint"
+                f"{self.path / 'state.json'} is not what this program writes ({error}): remove this "
+                "checkpoint, or choose another"
             ) from error
 
 

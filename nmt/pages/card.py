@@ -22,7 +22,7 @@ _FILTERS = {
     "duplicates": "seen before",
     "max_words": "too many words",
     "max_length_ratio": "one side too long for the other",
-    "max_pieces": "too many pieces",
+    "max_pieces": "too many subwords",
 }
 
 
