@@ -23,7 +23,7 @@ from nmt.decoding.scoring import score
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.device import shortage_told
-from nmt.errors import Ended, UserError
+from nmt.errors import Ended, StorageError, UserError
 from nmt.experts.explain import Explanation, explain_sentence
 from nmt.experts.report import LayerReport, expert_report
 from nmt.extras import named_extras
@@ -31,6 +31,7 @@ from nmt.run import RunDirectory
 
 Texts = list[str] | tuple[str, ...]
 _SCORED_TOKENS = 4096  # tokens per batch when scoring, including padding
+_LESS_MEMORY = "lower batch_sentences or beam_size"
 
 
 class TranslateOptions(TypedDict, total=False):
@@ -99,7 +100,9 @@ class Model:
         """
         lines = _texts("text", text)
         with _typed_errors("nmt.Model.translate"):
-            found = self._translator.translate(lines, self._options(options))
+            chosen = self._options(options)
+            with shortage_told(lambda: "translating", _LESS_MEMORY):
+                found = self._translator.translate(lines, chosen)
         return found[0] if isinstance(text, str) else found
 
     @overload
@@ -127,7 +130,9 @@ class Model:
             raise UserError(f"text is {_kind(text)}: give one sentence as a str")
         self._check_experts()
         with _typed_errors("nmt.Model.explain"):
-            return explain_sentence(self._translator, text, self._options(options))
+            chosen = self._options(options)
+            with shortage_told(lambda: "explaining a sentence", _LESS_MEMORY):
+                return explain_sentence(self._translator, text, chosen)
 
     def experts(
         self,
@@ -198,7 +203,9 @@ def load(
     Those left out are as in the run's own settings. CheckpointError if the model is missing, damaged or does not fit.
     """
     with _typed_errors("nmt.load"):
-        run = RunDirectory.existing(os.fspath(path))
+        if not isinstance(path, str | os.PathLike):
+            raise UserError(f"path is {_kind(path)}: give the folder of a run or an exported model, as a str or a Path")
+        run = RunDirectory.existing(os.fsdecode(path))
         config = run.config()
         given = {"device": device, "precision": precision, "checkpoint": checkpoint}
         changes: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
@@ -210,6 +217,7 @@ def prepare(config: Config) -> Path:
 
     Work that was done before is not repeated. Progress goes to standard error. DataError if the text cannot be used.
     """
+    _check_config(config)
     with _typed_errors("nmt.prepare"):
         from nmt.commands import say
         from nmt.data.prepare import prepare
@@ -225,6 +233,7 @@ def train(config: Config) -> Path:
     """
     if threading.current_thread() is not threading.main_thread():
         raise UserError("nmt.train only works in the main thread: call it there, or start nmt train as a process")
+    _check_config(config)
     with _typed_errors("nmt.train"):
         from nmt.commands.train import train
 
@@ -236,7 +245,10 @@ def train(config: Config) -> Path:
 
 @contextmanager
 def _typed_errors(task: str) -> Iterator[None]:
-    """Turn every ValueError in this context, and a missing library of an extra, into a UserError."""
+    """Turn every ValueError in this context, and a missing library of an extra, into a UserError.
+
+    An error of the system, such as a file without permission to read it, becomes a StorageError.
+    """
     with named_extras(task):
         try:
             yield
@@ -244,6 +256,13 @@ def _typed_errors(task: str) -> Iterator[None]:
             raise
         except ValueError as error:
             raise UserError(str(error)) from error
+        except OSError as error:
+            raise StorageError(f"{error.filename or 'I/O'}: {error.strerror or error}") from error
+
+
+def _check_config(config: Config) -> None:
+    if not isinstance(config, Config):
+        raise UserError(f"config is {_kind(config)}: give a Config (nmt.Config.from_dict makes one of a dict)")
 
 
 def _given(experts_per_token: int | None) -> TranslateOptions:

@@ -48,7 +48,7 @@ class NonFiniteError(UserError):
 
 
 class StorageError(UserError):
-    """Files cannot be written: no space, no permission."""
+    """Files cannot be written or read: no space, no permission."""
 
     status = 6
 

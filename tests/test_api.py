@@ -250,11 +250,23 @@ def test_wrong_options(model: nmt.Model) -> None:
     assert "the options are beam_size" in refused("a", of=model.translate, qqqq=8)
     assert refused("a", of=model.translate, beam_size=0) == "beam_size=0 must be at least 1"
     assert refused("a", of=model.translate, beam_size="4") == "beam_size='4' is not a whole number"
+    assert refused("a", of=model.translate, attention="no") == "attention='no' is not True or False"
+    assert refused("a", of=model.translate, beam_size=10**9) == f"beam_size={10**9} must be at most 10000"
+    assert refused("a", of=model.translate, alpha=10**400) == f"alpha={10**400} must be at most 10"
     assert refused("a", of=model.translate, n_best=9) == "n_best=9 must be at most beam_size=4"
     for call in (model.translate, model.explain):
         assert "99" in refused("a", of=call, experts_per_token=99)
     assert "99" in refused("a", "b", of=model.score, experts_per_token=99)
     assert "99" in refused(["a"], ["b"], of=model.experts, experts_per_token=99)
+
+
+def test_too_little_memory_is_an_error_of_one_line(model: nmt.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(model._translator, "search", search)
+    for call in (model.translate, model.explain):
+        assert "lower batch_sentences or beam_size" in refused("the dog", of=call, kind=nmt.MemoryLimitError)
 
 
 def test_wrong_models(run: Path, tmp_path: Path, corpus: Path) -> None:
@@ -263,6 +275,9 @@ def test_wrong_models(run: Path, tmp_path: Path, corpus: Path) -> None:
     assert "decoding.precision=int8" in refused(run, of=nmt.load, precision="int8")
     assert "decoding.checkpoint=newest" in refused(run, of=nmt.load, checkpoint="newest")
     refused(run, of=nmt.load, checkpoint=77, kind=nmt.CheckpointError)
+    assert refused(None, of=nmt.load).startswith("path is a NoneType")
+    assert refused(b"run", of=nmt.load).startswith("path is a bytes")
+    assert "too long" in refused("x" * 5000, of=nmt.load, kind=nmt.StorageError)
     damaged = shutil.copytree(run, tmp_path / "damaged")
     (damaged / "config.yaml").write_text("model: [")
     refused(damaged, of=nmt.load, kind=nmt.CheckpointError)
@@ -301,6 +316,8 @@ def test_mistakes_in_training(corpus: Path) -> None:
     assert "did you mean training.max_steps?" in message
     assert "must be at least 1" in refused({"training": {"max_steps": 0}}, of=nmt.Config.from_dict)
     assert "run.name is empty" in refused(toy_config(corpus), of=nmt.train)
+    for call in (nmt.train, nmt.prepare):
+        assert refused({"run": {"name": "a"}}, of=call).startswith("config is a dict: give a Config")
     missing = toy_config(corpus, "corpus.train.source=[none.en]", "corpus.name=other")
     refused(missing, of=nmt.prepare, kind=nmt.DataError)
     with ThreadPoolExecutor(1) as pool, pytest.raises(nmt.UserError, match="main thread"):

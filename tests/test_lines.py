@@ -24,6 +24,7 @@ from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.streams.lines import Piece, open_input, text_reader, windows
 from nmt.streams.translating import JoinedLines, translate_stream
+from tests.toy import Cli
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
@@ -250,6 +251,15 @@ def test_a_line_in_pieces_is_that_line(run: Path, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr("nmt.streams.lines._MOST_BYTES", 90)
     assert translate(run, tmp_path, content) == whole
     assert whole.count(b"\n") == 3
+
+
+def test_too_little_memory_is_told_in_one_line(run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def search(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Translator, "search", search)
+    source = str(run / "text" / "test.source")
+    cli.refuses(6, "translate", str(run), source, says=("out of memory in translating", "lower decoding.batch_sen"))
 
 
 def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,9 @@ def above(key: str, value: float, bound: float) -> None:
 
 
 def _not_beyond_most(key: str, value: float) -> None:
-    most = next((most for name, most in MOST.items() if f"{key}.".startswith(f"{name}.")), math.inf)
+    # Options of a call have the names, and so the bounds, of settings decoding.*.
+    names = (f"{key}.", f"decoding.{key}.")
+    most = next((most for name, most in MOST.items() if any(each.startswith(f"{name}.") for each in names)), math.inf)
     if value > most:
         raise ValueError(f"{key}={value} must be at most {most}")
     if value == math.inf:

@@ -38,6 +38,8 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
+        if not isinstance(self.attention, bool):
+            raise ValueError(f"attention={self.attention!r} is not True or False")
         for name in _COUNTS:
             at_least(name, getattr(self, name), 1)
         for name in ("alpha", "beta", "experts_per_token"):
@@ -98,4 +100,5 @@ class Translation:
     """Source subwords with "</s>", if attention was requested: the columns of the attention of `hypotheses`."""
     hypotheses: tuple[TextHypothesis, ...] = ()
     """The `n_best` best; the first is this translation. Empty for a line that was not translated. For several parts,
-    hypothesis n joins hypothesis n of each part, or its last one if it has fewer."""
+    hypothesis n joins hypothesis n of each part, or its last one if it has fewer; a later one may then have a higher
+    score, as `score` is no sum over parts."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
+from nmt.device import shortage_told
 from nmt.streams.lines import Piece
 from nmt.text.segment import seam
 
@@ -64,10 +65,12 @@ def translate_stream(
 ) -> Iterator[str]:
     """Yield the translated text of each window of `source`, and count its lines in `lines`.
 
-    Arguments and errors are as for `Translator.translate`. `progress` is called with the fraction of a window that is
-    done.
+    Arguments and errors are as for `Translator.translate`; MemoryLimitError too. `progress` is called with the fraction
+    of a window that is done.
     """
     for window in source:
         texts = [piece.text for piece in window]
         long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
-        yield lines.add(window, translator.translate(texts, options, long=long, progress=progress))
+        with shortage_told(lambda: "translating", "lower decoding.batch_sentences or decoding.beam_size"):
+            found = translator.translate(texts, options, long=long, progress=progress)
+        yield lines.add(window, found)
