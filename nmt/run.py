@@ -54,6 +54,8 @@ _SAFE_TRAINING = (
     "keep_checkpoints",
     "patience",
 )
+_ALWAYS_WRITTEN = ("run", "corpus", "model", "training", "decoding")
+"""The sections that every version of the program has written to config.yaml, in this order."""
 _RESTORE_TEXT = "restore it, for example with the command that trained the run"
 
 _MOST_CONFIG_BYTES = 1 << 20
@@ -199,7 +201,12 @@ class RunDirectory:
             stored = parse_yaml(read_regular(self.config_path, _MOST_CONFIG_BYTES).decode())
             if not stored:
                 raise ValueError("it is empty")
-            return Config.from_dict(stored)
+            config = Config.from_dict(stored)
+            # Half of a file can be valid YAML, and the defaults of the other half are not the run's settings.
+            missing = [section for section in _ALWAYS_WRITTEN if section not in stored]
+            if missing:
+                raise ValueError(f"{missing[0]}.* is missing")
+            return config
         except UnknownSettingError as error:
             raise CheckpointError(
                 f"{self.config_path} has {error.key}, a setting that this version of nmt does not have: use the newer "
@@ -232,7 +239,9 @@ class RunDirectory:
         (text), which name the difference.
         """
         continued = self.config_path.exists()
-        changed = self._check_same(config, corpus) if continued else []
+        changed = self.check_settings(config) if continued else []
+        if continued:
+            self._check_text(config, corpus)
         keeps_vocabulary = continued and self.subwords_path.exists()
         if keeps_vocabulary and read_regular(self.subwords_path) != subwords_model.read_bytes():
             raise CheckpointError(
@@ -252,7 +261,8 @@ class RunDirectory:
         write_atomically(self.config_path, text.encode())
         return changed
 
-    def _check_same(self, config: Config, corpus: dict[str, Any]) -> list[str]:
+    def check_settings(self, config: Config) -> list[str]:
+        """Return a line for each setting that differs from the run's own. CheckpointError if one may not differ."""
         old = flatten(self._stored().to_dict())
         new = flatten(config.to_dict())
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
@@ -265,13 +275,15 @@ class RunDirectory:
             raise CheckpointError(
                 f"{self.path} was started with other settings ({shown}): choose another run.name, or give the old ones"
             )
+        return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing]
+
+    def _check_text(self, config: Config, corpus: dict[str, Any]) -> None:
         before = self.corpus_info()
         if before["fingerprint"] != corpus["fingerprint"]:
             raise DataError(
                 f"{self.path} was trained on other text or another vocabulary than {config.corpus.name} now has "
                 f"({before['fingerprint'][:12]} then, {corpus['fingerprint'][:12]} now): choose another run.name"
             )
-        return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing]
 
     def corpus_info(self) -> dict[str, Any]:
         """Return the contents of corpus.json. CheckpointError if it is missing or damaged."""

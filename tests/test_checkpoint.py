@@ -494,7 +494,7 @@ def test_a_start_that_failed_leaves_no_vocabulary_for_the_next_one(tmp_path: Pat
     assert run.subwords_path.read_bytes() == b"the run's own"
 
 
-@pytest.mark.parametrize("content", ["", "[", "- 1\n", "3", "\x00"])
+@pytest.mark.parametrize("content", ["", "[", "- 1\n", "3", "\x00", "run:\n  name: a\ntraining:\n  seed: 2\n"])
 def test_a_damaged_config_is_refused(tmp_path: Path, vocabulary: Path, content: str) -> None:
     run = RunDirectory(tmp_path / "a")
     run.start_or_continue(Config(), vocabulary, CORPUS)

@@ -10,6 +10,7 @@ import nmt.commands.train
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config
 from nmt.config.reading import known_settings, put_setting
+from nmt.errors import UserError
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
 from tests.toy import Cli, train
@@ -93,6 +94,18 @@ def test_a_section_sets_what_it_names(key: str) -> None:
 )
 def test_mistakes(cli: Cli, run: Path, words: list[str], status: int, says: tuple[str, ...]) -> None:
     cli.refuses(status, "train", str(run), *words, says=says, progress=True)
+
+
+@pytest.mark.parametrize("change", ["corpus.name=other", "model.hidden_size=6", "training.max_steps=3"])
+def test_no_corpus_is_prepared_for_settings_that_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    def prepare(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(nmt.commands.train, "prepare", prepare)
+    with pytest.raises(UserError, match=change.partition("=")[0]):
+        nmt.commands.train.train(RunDirectory(run).training_config([change]))
 
 
 def test_what_is_not_a_run(cli: Cli, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,6 +93,8 @@ def test_broken_folders_are_shown_and_do_no_harm(cli: Cli, folder: Path, run: Pa
     (folder / ".hidden" / "config.yaml").touch()
     (folder / "a file").touch()
     (folder / "a loop").symlink_to(folder / "a loop")
+    (folder / "two\nlines" / "checkpoints").mkdir(parents=True)
+    (folder / os.fsdecode(b"no \xff text") / "checkpoints").mkdir(parents=True)
     found = {name: [each.strip() for each in cells] for name, cells in rows(cli, str(folder)).items()}
     assert {name: cells[0] for name, cells in found.items()} == {
         "bad checkpoints": "finished",
@@ -103,8 +105,10 @@ def test_broken_folders_are_shown_and_do_no_harm(cli: Cli, folder: Path, run: Pa
         "good": "finished",
         "newer": "damaged",
         "no config": "damaged",
+        "no \N{REPLACEMENT CHARACTER} text": "damaged",
         "no status": "unknown",
         "only status": "damaged",
+        "two\N{REPLACEMENT CHARACTER}lines": "damaged",
     }
     assert found["bad config"][1] == found["exported"][1] == "8"
     assert found["bad checkpoints"][1:4] == ["0", "-", "-"]

@@ -50,10 +50,15 @@ def run(options: argparse.Namespace) -> None:
     if not rows:
         say(f"there are no runs in {folder}: start one with nmt train")
         return
-    rows.insert(0, _HEAD)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
+    table = [[_on_one_line(cell) for cell in row] for row in (_HEAD, *rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table:
         show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def _on_one_line(cell: str) -> str:
+    """Return a cell with U+FFFD for each character that cannot be printed: a folder's name may have line breaks."""
+    return "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in cell)
 
 
 def _is_run(path: Path) -> bool:

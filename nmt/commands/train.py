@@ -31,6 +31,7 @@ _SEEN_SECONDS = 30.0
 def train(config: Config) -> RunDirectory:
     """Prepare the corpus if needed, create or open the run, train, record how it ended, and return the run."""
     run = run_of(config)
+    _check_resumable(run, config)
     speaks = launched_rank() == 0
     # All processes call this: one prepares the corpus while the others wait for its lock.
     prepared = prepare(config.corpus, say if speaks else _say_nothing)
@@ -111,6 +112,14 @@ def _check_memory(config: Config, prepared: Prepared, world: World) -> None:
     warning = world.on_main(lambda: check_memory(config, prepared.manifest, world))
     if warning and world.is_main:
         say(warning)
+
+
+def _check_resumable(run: RunDirectory, config: Config) -> None:
+    """Refuse settings with which the run cannot be resumed, before a corpus is prepared for them. Errors as `_open`."""
+    run.check_places()
+    if run.config_path.exists():
+        run.check_settings(config)
+    _check_steps(run, config)
 
 
 def _check_steps(run: RunDirectory, config: Config) -> None:
