@@ -244,8 +244,13 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
 
 def damaged_manifests(folder: Path) -> list[str]:
     """Return a warning for each checkpoint that `list_checkpoints` leaves out, newest first."""
+    return [f"{path} is damaged ({MANIFEST} is missing or was changed): skipped" for path in _damaged(folder)]
+
+
+def _damaged(folder: Path) -> list[Path]:
+    """Return the folders that `list_checkpoints` leaves out, newest first, except any that training removed by now."""
     damaged = [path for step, path in _folders(folder) if _read_manifest(path, step) is None]
-    return [f"{path} is damaged (manifest.json is missing or was changed): skipped" for path in damaged[::-1]]
+    return [path for path in damaged[::-1] if path.exists()]
 
 
 def newest_verified(checkpoints: Iterable[Checkpoint]) -> tuple[Checkpoint | None, list[str]]:
@@ -298,9 +303,16 @@ def _discard(checkpoint: Checkpoint) -> None:
 def choose(folder: Path, which: str, average: int) -> list[Checkpoint]:
     """Return the checkpoint that `which` (`decoding.checkpoint`) names; for "average", the `average` newest ones.
 
-    CheckpointError if there is none.
+    CheckpointError if there is none, or if it is unknown because the manifest of a checkpoint is damaged.
     """
     checkpoints = list_checkpoints(folder)
+    damaged = [] if which.isdigit() else _damaged(folder)
+    if damaged:
+        # An older one in its place would translate worse, and nobody would know why.
+        raise CheckpointError(
+            f"{damaged[0]} is damaged ({MANIFEST} is missing or was changed): restore or remove it, or choose a step "
+            "with decoding.checkpoint=STEP"
+        )
     if not checkpoints:
         raise CheckpointError(f"{folder} has no checkpoint: train the run first")
     if which == "average":

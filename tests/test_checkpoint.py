@@ -256,6 +256,16 @@ def test_each_name_chooses_its_checkpoint(tmp_path: Path) -> None:
         choose(tmp_path / "none", "best", 1)
 
 
+def test_nothing_stands_in_for_a_checkpoint_that_is_damaged(tmp_path: Path) -> None:
+    for step, score in ((1, 9.0), (2, 4.0)):
+        save(tmp_path, step, score)
+    (tmp_path / "step-00000002" / "manifest.json").write_text("{}")
+    for which in ("best", "last", "average"):
+        with pytest.raises(CheckpointError, match=r"step-00000002 is damaged \(manifest\.json"):
+            choose(tmp_path, which, 3)
+    assert [each.step for each in choose(tmp_path, "1", 1)] == [1]
+
+
 def test_best_without_any_validation_is_the_last(tmp_path: Path) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)

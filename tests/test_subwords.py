@@ -220,7 +220,7 @@ def test_unsuitable_sizes_name_the_key_and_the_bound(tmp_path: Path) -> None:
     assert not (tmp_path / "m").exists()
 
 
-def test_broken_models_are_named(tmp_path: Path) -> None:
+def test_broken_models_are_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good = trained(tmp_path)
     no_utf8 = good.read_bytes().replace("ü".encode(), b"\xff\xff")
     no_byte = good.read_bytes().replace(b"<0x41>", b"<ox41>")
@@ -235,3 +235,4 @@ def test_broken_models_are_named(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=path.name) as caught:
             Subwords.load(path)
         assert "\n" not in str(caught.value)
+    assert capfd.readouterr().err == ""

@@ -134,8 +134,9 @@ class Subwords:
     def __init__(self, model: bytes, name: str = "vocabulary") -> None:
         """Load a trained model from its bytes. DataError, which calls it `name`, if they are not a vocabulary."""
         try:
+            if not model:  # SentencePiece loads it without an error
+                raise ValueError
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-            # Empty bytes load without an error.
             special = [self._processor.piece_to_id(piece) for piece in ("<pad>", "<unk>", "<s>", "</s>")]
             pieces = self.pieces(range(self.size))
             forbidden_ids = [number for number, piece in enumerate(pieces) if self._is_forbidden(number, piece)]
