@@ -95,8 +95,9 @@ class Model:
     def translate(self, text: str | Texts, **options: Unpack[TranslateOptions]) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
 
-        `options` apply only to this call. A line without a letter or digit is returned unchanged, and a line that is
-        too long is translated in parts. CheckpointError if the model's outputs are not finite.
+        `options` apply only to this call. A line without a letter or digit that the model knows is returned
+        unchanged, and a line that is too long is translated in parts. CheckpointError if the model's outputs are not
+        finite.
         """
         lines = _texts("text", text)
         with _typed_errors("nmt.Model.translate"):
@@ -124,7 +125,8 @@ class Model:
     def explain(self, text: str, **options: Unpack[TranslateOptions]) -> Explanation:
         """Translate a sentence, and report for each subword which experts were chosen and what each contributed.
 
-        DataError if the text is blank or too long; UserError if the model has no experts.
+        DataError if the text is too long, or has no letter or digit that the model knows. UserError if the model has
+        no experts.
         """
         if not isinstance(text, str):
             raise UserError(f"text is {_kind(text)}: give one sentence as a str")

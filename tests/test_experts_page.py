@@ -284,3 +284,13 @@ def test_a_bar_of_what_an_expert_tells_fills_its_track_at_100_percent() -> None:
     page = to_html([layer], "t", "s")
     shares = [float(width) for width in re.findall(r"width:max\(([\d.]+)%, 1px\)", page)]
     assert round(100 * layer.token_purity.share, 2) in shares
+
+
+def test_the_bar_beside_an_expert_has_a_scale() -> None:
+    """Twice the mean load fills the track, and the page names that share."""
+    layer = layer_of(4)
+    page = to_html([layer], "t", "s")
+    widths = [float(width) for width in re.findall(r"<span class=share [^>]*>.*?width:([\d.]+)%", page)]
+    assert widths == pytest.approx([min(100.0, 100 * row.share / 0.5) for row in by_specialisation(layer)], abs=0.1)
+    scale = "its full width is 50%, 2 times the mean load"
+    assert page.count(scale) == 1 + len(layer.experts)

@@ -337,13 +337,15 @@ def test_the_page_shows_gates_and_contributions() -> None:
     assert gain["title"] == "expert 1/4: gate 0.7500, contribution +0.5000 nats"
     assert all_gain["title"] == "expert 1/4: chosen at 1 position, contribution +0.5000 nats"
     assert all_loss["class"] == "chip loss"
+    pieces = ["".join(each.itertext()) for each in root.iter("td") if each.get("class") == "piece"]
+    assert pieces[1] == pieces[3] == "⟨end⟩"
 
 
 def test_the_table_in_the_terminal() -> None:
     lines = str(nasty()).splitlines()
     at = lines.index("encoder.1: 6 experts")
     assert " 1/4 0.75 +0.500    0/2 0.25 -1.500" in lines[at + 1]
-    assert lines[at + 2].endswith("none")
+    assert lines[at + 2].split() == ["1", "⟨end⟩", "none"]
     assert lines[at + 3] == "  removed at all positions: 1/4 +0.500, 0/2 -1.500"
 
 
@@ -406,6 +408,18 @@ def test_bf16_is_computed_in_and_said(run: Path) -> None:
     assert "decoding.precision=fp32" in explanation_page(found)
 
 
+@pytest.mark.parametrize("text", ["👍", "北京 привет", "... 北", "the 北", "dog", "7"])
+def test_what_is_not_translated_is_not_explained(run: Path, text: str) -> None:
+    directory = RunDirectory.existing(str(run))
+    translator = Translator.load(directory, directory.config())
+    (translated,) = translator.translate([text])
+    if translated.hypotheses:
+        assert explain_sentence(translator, text).translation == translated.text
+    else:
+        with pytest.raises(DataError, match="nothing to explain"):
+            explain_sentence(translator, text)
+
+
 def test_long_sentences_are_refused_and_those_at_the_limit_not(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
     translator = Translator.load(directory, directory.config())
@@ -422,6 +436,8 @@ def test_long_sentences_are_refused_and_those_at_the_limit_not(run: Path) -> Non
     [
         (["--explain", ""], 3, "blank"),
         (["--explain", " \t\u3000\n"], 3, "blank"),
+        (["--explain", "... - 👍"], 3, "nothing to explain"),
+        (["--explain", "北京, привет"], 3, "nothing to explain"),
         (["--explain", "the dog " * 200], 3, "max_source_pieces=250"),
         (["--explain", "the dog", "--source", "a", "--reference", "b"], 2, "--source"),
         (["--explain", "the dog", "-o", "new"], 2, "-o"),

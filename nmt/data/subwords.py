@@ -32,6 +32,8 @@ NUM_BYTES = 256
 assert NUM_SPECIAL + sum(RESERVED.values()) + NUM_BYTES == NUM_ADDED_PIECES
 
 UNKNOWN_SURFACE = "⁇"
+BLANK_SIGN, START_SIGN, END_SIGN = "␣", "⟨start⟩", "⟨end⟩"
+"""What a reader sees for a blank, and for the start and the end of a sentence."""
 _MOST_BYTES = 1 << 28  # of a vocabulary file
 _QUIET = 2  # SentencePiece's log level: errors only
 # The unigram model's sums depend on the number of threads. A fixed number gives the same vocabulary on any machine.
@@ -210,6 +212,11 @@ class Subwords:
             return int(piece[1:-1], 16) in _FORBIDDEN_BYTES
         special = self._processor.is_control(number) or self._processor.is_unknown(number)
         return special and number != EOS
+
+
+def readable(piece: str) -> str:
+    """Return a piece for a reader: "␣the" for "▁the", and "⟨end⟩" for "</s>"."""
+    return END_SIGN if piece == "</s>" else piece.replace(_BLANK_PIECE, BLANK_SIGN)
 
 
 def one_line(text: str) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from nmt.batch import BOS, EOS, UNK
-from nmt.data.subwords import UNKNOWN_SURFACE, Subwords
+from nmt.data.subwords import BLANK_SIGN, END_SIGN, START_SIGN, UNKNOWN_SURFACE, Subwords
 
 _CONTEXT_WORDS, _CONTEXT_PIECES = 6, 24
-_SPECIAL = {BOS: "▁⟨start⟩", EOS: "▁⟨end⟩", UNK: UNKNOWN_SURFACE}
+_SPECIAL = {BOS: f"▁{START_SIGN}", EOS: f"▁{END_SIGN}", UNK: UNKNOWN_SURFACE}
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class SideTokens:
         after = "".join(pieces[here + 1 : -1])
         return Context(
             " ".join(before.split(" ")[-_CONTEXT_WORDS - 1 :]).lstrip(),
-            token.strip() or "␣",
+            token.strip() or BLANK_SIGN,
             " ".join(after.split(" ")[: _CONTEXT_WORDS + 1]),
             gate,
-            (following.strip() or "␣") if self.decoder else None,
+            (following.strip() or BLANK_SIGN) if self.decoder else None,
         )

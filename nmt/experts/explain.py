@@ -31,9 +31,10 @@ from torch import Tensor
 
 from nmt.batch import EOS, make_batch
 from nmt.config import LayerName
+from nmt.data.subwords import readable
 from nmt.decoding.scoring import Scores, score_target
 from nmt.decoding.translation import Options
-from nmt.decoding.translator import Translator
+from nmt.decoding.translator import Translator, has_words
 from nmt.errors import DataError
 from nmt.model.attention import Memory
 from nmt.model.gating import GateOutput
@@ -124,7 +125,7 @@ class Explanation:
             "Each expert with its gate, and by how many nats the translation would be less probable without it.",
         ]
         for layer in self.layers:
-            pieces = self.pieces_of(layer)
+            pieces = [readable(piece) for piece in self.pieces_of(layer)]
             width = max(len(piece) for piece in pieces)
             lines += ["", f"{layer.layer}: {layer.num_experts} experts"]
             for place, (piece, slots) in enumerate(zip(pieces, layer.positions, strict=True)):
@@ -287,13 +288,18 @@ def _explain_layer(
 def explain_sentence(translator: Translator, sentence: str, options: Options | None = None) -> Explanation:
     """Translate a sentence and return the explanation of the translation. `options`: None for the translator's own.
 
-    DataError for a blank sentence, or one with more than max_source_pieces subwords.
+    DataError for a sentence that `translate` returns unchanged, or one with more than max_source_pieces subwords.
     """
     options = options or translator.options
     subwords, limit = translator.subwords, options.max_source_pieces
     source = subwords.encode(sentence)
     if not len(source):
         raise DataError("the sentence is blank, so there is nothing to explain: give one with words")
+    if not has_words(sentence, subwords.unlearned(sentence)):
+        raise DataError(
+            "the sentence has no letter or digit that the model knows, so it is not translated and there is nothing to "
+            "explain: give one with words"
+        )
     if len(source) > limit:
         raise DataError(
             f"the sentence has {counted(len(source), 'subword')}, more than decoding.max_source_pieces={limit}: "

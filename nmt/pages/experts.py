@@ -81,9 +81,9 @@ HOW = {
     "often as by chance, 0.5 is half as often.",
     "pairs": "How often two experts are chosen for the same token, divided by what their loads alone would give.",
     "ranked": "How often two experts are chosen for the same token, divided by what their loads alone would give. "
-    "Pairs are ranked by the cautious end of its 99% interval.",
+    "Pairs are ranked by the lower end of the 99% interval of this figure.",
     "roles": "The tokens that choose each expert most clearly, and the occurrences where its gate was largest (the "
-    "number before each). ×2 is twice the expert's rate for all tokens. Tokens are ranked by the cautious end of a 99% "
+    "number before each). ×2 is twice the expert's rate for all tokens. Tokens are ranked by the lower end of the 99% "
     "interval of this figure, so that rare tokens do not rank high by chance. Plain letters complete the word of a "
     "token. The most specialised experts come first: specialisation is by how many bits their tokens differ from all "
     "tokens, minus the same for shuffled tokens. Mean position is 0% for the first token of a sentence and 100% for "
@@ -191,7 +191,8 @@ def _section(layer: LayerReport) -> str:
     return (
         f'<section id="{name}"><h2>{name}</h2><p class=soft>{_side_note(layer)}</p><div class=tiles>{tiles}</div>'
         f"<p class=how>{text(HOW['figures'])}</p><div class=panels>{''.join(_panels(layer))}</div>"
-        f"<h2 class=sub>What each expert is chosen for</h2><p class=how>{text(HOW['roles'])}</p>{cards}</section>"
+        f"<h2 class=sub>What each expert is chosen for</h2><p class=how>{text(HOW['roles'])} {_scale(len(ranked))}</p>"
+        f"{cards}</section>"
     )
 
 
@@ -221,7 +222,8 @@ def _card(row: ExpertRow, num_experts: int, opened: bool) -> str:
     chips = "".join(
         f"<span class=chip>{_marked(role, text)} <small>×{role.lift:.1f}</small></span>" for role in row.tokens[:6]
     )
-    bar = meter(f"{min(1.0, row.share * num_experts / OVERLOAD):.1%}")
+    full = OVERLOAD / num_experts
+    bar = meter(f"{min(1.0, row.share / full):.1%}")
     domains, _ = _summary(row, text)
     facts = [*_facts(row), *([("domains", domains)] if domains != "-" else [])]
     told = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in facts)
@@ -229,10 +231,15 @@ def _card(row: ExpertRow, num_experts: int, opened: bool) -> str:
     bodies = "".join(map(_role, row.tokens)) or "<tbody><tr><td colspan=5>No typical tokens.</td></tr></tbody>"
     return (
         f"<details{' open' if opened else ''}><summary><h3>Expert {row.expert}</h3><span class=chips>{chips or '-'}"
-        f"</span><span class=share>{bar}{percent(row.share)}</span></summary>"
+        f'</span><span class=share title="{_scale(num_experts)}">{bar}{percent(row.share)}</span></summary>'
         f"<div class=body><div class=facts>{told}</div><table class=kwic><colgroup>{columns}</colgroup>{bodies}</table>"
         "</div></details>"
     )
+
+
+def _scale(num_experts: int) -> str:
+    """Return the scale of the bars beside the experts."""
+    return f"A bar shows load; its full width is {percent(OVERLOAD / num_experts)}, {OVERLOAD:g} times the mean load."
 
 
 def _role(role: TokenRole) -> str:

@@ -5,6 +5,7 @@ probable without it, orange if it would be more probable. The page is also well-
 """
 
 from nmt.config import LayerName
+from nmt.data.subwords import BLANK_SIGN, END_SIGN, readable
 from nmt.experts.explain import ExpertTotal, Explanation, LayerExplanation, Slot, expert_name
 from nmt.pages.document import document, text
 from nmt.pages.style import EXPLANATION
@@ -36,7 +37,9 @@ def explanation_page(explanation: Explanation) -> str:
     body = (
         f"<h1>What each expert contributes to this translation</h1><dl>{listed}</dl>\n<p>{_MEANING}</p>\n"
         f'<p class="legend"><span>less probable with it <span class="ramp"></span> more probable with it</span>'
-        f"<span>width: gate value (at least its text)</span><span>in a chip: expert, contribution</span></p>\n"
+        f"<span>width of a chip: its gate, and never less than its text</span>"
+        f"<span>in a chip: expert, contribution</span>"
+        f"<span>{BLANK_SIGN}: a blank; {END_SIGN}: the end of the sentence</span></p>\n"
         f"{layers}"
     )
     return document(f"Experts: {explanation.sentence}", body, EXPLANATION)
@@ -50,7 +53,7 @@ def _layer(explanation: Explanation, layer: LayerExplanation) -> str:
         chips = "".join(_chip(slot, strongest) for slot in slots) or '<span class="soft">no expert</span>'
         number = f'<td class="number">{explanation.piece_log_probabilities[place]:z.2f}</td>' if decoder else ""
         rows.append(
-            f'<tr><td class="place">{place}</td><td class="piece"><bdi>{text(piece)}</bdi></td>{number}'
+            f'<tr><td class="place">{place}</td><td class="piece"><bdi>{text(readable(piece))}</bdi></td>{number}'
             f'<td><div class="chips">{chips}</div></td></tr>\n'
         )
     totals = "".join(_total(each, strongest) for each in layer.experts) or '<span class="soft">none was chosen</span>'

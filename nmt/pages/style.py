@@ -42,10 +42,10 @@ td.n,th.n { text-align:right } .chips { display:flex; flex-wrap:wrap; gap:5px }
 """Headings, text and plain tables."""
 
 PANELS = """
-.tiles { display:grid; grid-template-columns:repeat(auto-fit,minmax(116px,1fr)); gap:1px; background:var(--line);
-  border:1px solid var(--line); border-radius:10px; overflow:hidden; margin-bottom:6px }
-.tiles div { background:var(--card); padding:12px 14px } .tiles b { display:block; font-size:20px; font-weight:600 }
-.tiles span { color:var(--soft); font-size:12px }
+.tiles { display:flex; flex-wrap:wrap; gap:1px; background:var(--line); border:1px solid var(--line);
+  border-radius:10px; overflow:hidden; margin-bottom:6px }
+.tiles div { flex:1 1 116px; background:var(--card); padding:12px 14px }
+.tiles b { display:block; font-size:20px; font-weight:600 } .tiles span { color:var(--soft); font-size:12px }
 .panels { display:grid; grid-template-columns:repeat(auto-fit,minmax(min(440px,100%),1fr)); gap:16px }
 .panel,details { background:var(--card); border:1px solid var(--line); border-radius:10px }
 .panel { padding:18px 20px; min-width:0 }
@@ -111,8 +111,9 @@ table { font-size:15px; margin-top:.5rem }
 td,th { padding:3px .75rem 3px 0; border-bottom:1px solid var(--line); vertical-align:middle } th { font-size:.8rem }
 .place,.number { color:var(--soft); text-align:right; width:1%; white-space:nowrap }
 .piece { width:1%; min-width:6rem; max-width:16rem; overflow-wrap:anywhere; font-family:ui-monospace,monospace }
-.chips { gap:3px } .chip { display:block; width:calc(var(--gate, 0) * min(36rem, 55vw)); min-width:max-content;
-  padding:1px 6px; border-radius:4px; font-size:.8rem; white-space:nowrap; overflow:hidden; background:var(--zero);
+.chips { gap:3px } td .chips { width:min(36rem, 55vw) }
+.chip { display:block; flex:var(--gate, 0) 1 0; min-width:max-content; padding:1px 6px;
+  border-radius:4px; font-size:.8rem; white-space:nowrap; overflow:hidden; background:var(--zero);
   background:color-mix(in oklab, var(--tint) var(--strength), var(--zero)) }
 .gain { --tint:var(--gain) } .loss { --tint:var(--loss) } .chip b { margin-right:.35rem }
 """
