@@ -22,6 +22,7 @@ _INTRODUCTION = """\
 # Configuration
 
 Every setting, made from `nmt/config/` by `python scripts/make_docs.py`. `nmt settings [PREFIX]` prints the same.
+In names of settings, a piece is a subword.
 
 A setting is `key=value` on the command line, or a line in a YAML file of `conf/`:
 
