@@ -201,7 +201,7 @@ def test_activations_are_what_autograd_kept_on_a_gpu(name: str) -> None:
 
 SIGMOID_PAPER = replace(PAPER, moe=MoEConfig(32, output="sigmoid"))
 
-# Model, vocabulary, tokens a side, length of the sentences, micro-batches, highest GB allocated in an update, bf16
+# Model, vocabulary, tokens per side, length of the sentences, micro-batches, highest GB allocated in an update, bf16
 # (without what cuBLAS takes for itself).
 PEAKS = {
     "moe": (ModelConfig(), 16000, 32768, 32, 1, 11.14),

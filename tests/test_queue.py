@@ -95,7 +95,7 @@ def test_what_is_wrong_in_the_queue_is_named(tmp_path: Path, change: dict[str, A
 
 
 def test_runs_of_one_name_are_refused(tmp_path: Path):
-    with pytest.raises(UserError, match=r"tiny\.base\.\w+ stands there twice"):
+    with pytest.raises(UserError, match=r"tiny\.base\.\w+ is there twice"):
         script.read_queue(write_queue(tmp_path, STUDY | {"changes": [STUDY["changes"][0]] * 2}))
 
 

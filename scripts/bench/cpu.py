@@ -1,9 +1,9 @@
-"""Speed on the CPU, part by part, each beside the plain PyTorch that it stands for. `make bench`, under two minutes.
+"""Speed on the CPU, part by part, each beside the plain PyTorch that it replaces. `make bench`, under two minutes.
 
 A ratio is ours over plain: below 1 we are faster. The two sides are timed in turns and the ratio is the median over the
 turns, because other work on the machine comes and goes. Our LSTM without autocast is PyTorch's own: how far its ratio
-lies from 1 tells how noisy the run was. Whole models stand beside the float32 matrix product measured in the same run,
-decoding beside nothing. Tokens are real (not padding) source and target tokens.
+lies from 1 shows how noisy the run was. Whole models are compared with the float32 matrix product measured in the same
+run, decoding with nothing. Tokens are real (not padding) source and target tokens.
 """
 
 import argparse
@@ -223,7 +223,7 @@ def peak_megabytes(name: str, side: str) -> float:
 
 
 def random_batches(tokens: int, vocabulary: int, count: int) -> list[Batch]:
-    """Batches of about `tokens` tokens a side, of random pieces, sentences of like lengths (6 to 20) together."""
+    """Batches of about `tokens` tokens per side, of random pieces, sentences of like lengths (6 to 20) together."""
     rng = np.random.default_rng(1)
     batches = []
     for length in rng.integers(6, 21, count):
@@ -262,7 +262,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
 
 
 def watching_cost(config: Config, intervals: int = 1) -> Figures:
-    """Milliseconds a step of updates and of watching their gates, timed apart in one loop, as training does both.
+    """Milliseconds per step of updates and of watching their gates, timed apart in one loop, as training does both.
 
     Watching is adding up the gates of every update, and a line of metrics every training.log_every: its figures,
     curves, histograms, text and judgement. What the line has of other things is in it, so this is an upper bound.
@@ -391,7 +391,7 @@ def report_models() -> dict[str, dict[str, Figures]]:
     training = training_speed(models)
     ceiling = training["matrix product"]["gflops"]
     print(f"\nfloat32 matrix product 1024 x 1024 x 1024: {ceiling:.0f} GFLOP/s")
-    print(f"{'training, 2,500 tokens a side':<34}{'tokens/s':>9}{'GFLOP/s':>9}{'share':>8}{'ms':>9}")
+    print(f"{'training, 2,500 tokens per side':<34}{'tokens/s':>9}{'GFLOP/s':>9}{'share':>8}{'ms':>9}")
     for name in models:
         row = training[name]
         speed = f"{row['tokens_per_second']:>9,.0f}{row['gflops']:>9.1f}{row['share_of_ceiling']:>8.1%}"

@@ -1,6 +1,6 @@
 """Speed on one GPU: training throughput of whole models, and the mixture-of-experts layer alone. `make bench-gpu`.
 
-Every figure stands beside the ceilings measured in the same run: a large bf16 matrix product, and a device copy.
+Every figure is beside the ceilings measured in the same run: a large bf16 matrix product, and a device copy.
 Batches are random pieces of random lengths, made ahead on the host and copied as in training; an update is the
 trainer's own. Tokens are real (not padding) source and target tokens.
 """
@@ -71,7 +71,7 @@ def fixed_sentences(sentences: int, vocabulary: int, count: int) -> list[Batch]:
 
 
 def token_budget(tokens: int, vocabulary: int, count: int) -> list[Batch]:
-    """Batches of about `tokens` tokens a side, sentences of like lengths (log-normal around 28) together."""
+    """Batches of about `tokens` tokens per side, sentences of like lengths (log-normal around 28) together."""
     rng = np.random.default_rng(1)
     batches = []
     for _ in range(count):
@@ -160,9 +160,9 @@ def main() -> None:
     runs = [(f"GNMT v2, batch {n}", gnmt, 32000, fixed_sentences(n, 32000, 12)) for n in (128, 512)]
     euro = token_budget(32768, 16000, 12)
     for name, overrides in {
-        "no MoE, 32k tokens a side": ["experiment=europarl_en_fr_dense"],
-        "MoE-32, 32k tokens a side": ["experiment=europarl_en_fr_moe_32"],
-        "MoE-512, 32k tokens a side": ["experiment=europarl_en_fr_moe_32", "model.moe.num_experts=512"],
+        "no MoE, 32k tokens per side": ["experiment=europarl_en_fr_dense"],
+        "MoE-32, 32k tokens per side": ["experiment=europarl_en_fr_moe_32"],
+        "MoE-512, 32k tokens per side": ["experiment=europarl_en_fr_moe_32", "model.moe.num_experts=512"],
     }.items():
         runs.append((name, compose_config(overrides), 16000, euro))
     for name, config, vocabulary, batches in runs:

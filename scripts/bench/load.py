@@ -35,7 +35,7 @@ _LINE = "Hello.\n"
 
 
 def config_of(millions: int, vocab_size: int) -> Config:
-    """The experiment's network with the fewest experts that give it so many million parameters."""
+    """The experiment's network with the fewest experts that give it this many million parameters."""
     config = compose_config(["experiment=europarl_en_fr_moe_32"])
     for num_experts in range(config.model.moe.k, 1 << 14):
         model = replace(config.model, moe=replace(config.model.moe, num_experts=num_experts))

@@ -8,9 +8,9 @@
 Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small). Batches are random pieces
 of random lengths; an update is the trainer's own, at learning rate 0, so the load is that of untrained gates.
 
-weak, strong        --tokens a side for every process; --global-tokens a side for all together (one micro-batch each)
+weak, strong        --tokens per side and process; --global-tokens per side for all together (one micro-batch each)
 tokens_per_second   source and target tokens, without padding, of all processes
-efficiency          tokens_per_second a process, over that of the fewest processes that ran (one, if the model fits)
+efficiency          tokens_per_second per process, over that of the fewest processes that ran (one, if the model fits)
 dense               share that summing the gradients of dense parameters adds: an update less the same update without
                     it, timed in turns. What the backward pass hides is not in it; noise may make it negative
 exchange            share spent waiting for the all-to-all exchanges of rows and of their numbers, forward and backward:
@@ -96,14 +96,14 @@ def _several(bound: int) -> Callable[[str], list[int]]:
 
 
 def read_options(arguments: list[str]) -> argparse.Namespace:
-    """The command line, checked. UserError says what is wrong with it."""
+    """The command line, checked. UserError names what is wrong with it."""
     parser = _Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings of the model and of training")
     parser.add_argument("--processes", type=_several(1), help="numbers of processes (default 1,2,4,.. GPUs)")
     parser.add_argument("--experts", type=_several(0), help="experts of each MoE layer (default 0,32,512,2048)")
     parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
-    parser.add_argument("--tokens", type=_whole(1), help="tokens a side and process, weak (default 16384)")
-    parser.add_argument("--global-tokens", type=_whole(1), help="tokens a side of an update, strong (default 65536)")
+    parser.add_argument("--tokens", type=_whole(1), help="tokens per side and process, weak (default 16384)")
+    parser.add_argument("--global-tokens", type=_whole(1), help="tokens per side of an update, strong (default 65536)")
     parser.add_argument("--vocabulary", type=_whole(NUM_SPECIAL + 1), help="pieces (default 32000)")
     parser.add_argument("--updates", type=_whole(1), default=6, help="updates in a turn (default 6)")
     parser.add_argument("--rounds", type=_whole(1), default=3, help="timed turns (default 3)")
@@ -112,7 +112,7 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gigabytes-per-second", type=float, help="link of a device, one way (default: as measured)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything here too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
-    options = parser.parse_intermixed_args(arguments)  # settings may stand anywhere
+    options = parser.parse_intermixed_args(arguments)  # settings may be anywhere
     for name, values in (DEFAULTS | {"experts": EXPERTS}).items():
         if getattr(options, name) is None:
             setattr(options, name, values[options.small])
@@ -162,7 +162,7 @@ def compose(options: argparse.Namespace, experts: int, overlap: bool = True, hal
 def micro_batch(options: argparse.Namespace, tokens: int, step: int, number: int) -> Batch:
     """Micro-batch `number` of update `step`, the same for whichever process it falls to.
 
-    About `tokens` tokens a side; the sentences of one update are of like lengths, as in training.
+    About `tokens` tokens per side; the sentences of one update are of like lengths, as in training.
     """
     middle, longest = (2.5, 20) if options.small else (3.33, 120)
     length = int(np.clip(np.random.default_rng([1, step]).lognormal(middle, 0.5), 6, longest))
@@ -310,7 +310,7 @@ def work(options: argparse.Namespace) -> list[Record]:
             print(json.dumps(records[-1]), flush=True)
 
     on_gpu = world.device.type == "cuda"
-    name = torch.cuda.get_device_name(world.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads a process"
+    name = torch.cuda.get_device_name(world.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads per process"
     keep("device", name=name, torch=torch.__version__)
     if options.steps_equal:
         # Before fast mathematics is turned on. Few experts: in float32 they work one after the other.
@@ -365,7 +365,7 @@ def report(records: list[Record], options: argparse.Namespace) -> None:
     """Print tables of speed, and how far losses lie from those of the fewest processes; add both to the records."""
     for device in _of(records, "device")[:1]:
         print(f"{device['name']}, torch {device['torch']}")
-    print(f"tokens a side: {options.tokens:,} a process (weak), {options.global_tokens:,} in all (strong)")
+    print(f"tokens per side: {options.tokens:,} per process (weak), {options.global_tokens:,} in all (strong)")
     for scaling in ("weak", "strong"):
         rows = [row for row in _of(records, "speed") if row["scaling"] == scaling]
         rows.sort(key=lambda row: (row["experts"], row["processes"]))

@@ -1,6 +1,6 @@
 """Write docs/results/*, and the table in README.md, from results/*.json: python scripts/results/pages.py
 
-A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found stands in
+A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found is in
 `hardware`, `commit`, `decoding`, `command` (a list) and `scores` (sacreBLEU signatures), of the file or of one table.
 
 A table has a `title`, sentences `about` it, `columns`, `rows`, sentences of `reading`, and perhaps a `picture`. A row
@@ -38,7 +38,7 @@ PAGES = {
 }
 """Pages by file name: the title, and the files of results that it shows."""
 IN_README = "europarl"
-"""The file of results whose first table stands in README.md."""
+"""The file of results whose first table is in README.md."""
 _MARKS = "<!-- table: {} -->\n", "<!-- end of table -->\n"
 
 Result = dict[str, Any]
@@ -101,7 +101,7 @@ def _gains(records: dict[str, Result], first: str) -> Result:
 
 
 def rows_of(of_table: Result) -> list[Result]:
-    """The rows of a table, which stand in it or are those of a study."""
+    """The rows of a table, which are in it or are those of a study."""
     return list(rows_of_study(of_table["study"])) if "study" in of_table else of_table["rows"]
 
 

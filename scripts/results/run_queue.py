@@ -65,7 +65,7 @@ def read_queue(path: Path = QUEUE) -> list[Entry]:
             entries += _entries(f"{path}: {study}", study, of_study, change)
     names = [entry.name for entry in entries]
     if twice := {name for name in names if names.count(name) > 1}:
-        raise UserError(f"{path}: {min(twice)} stands there twice: names of runs must differ")
+        raise UserError(f"{path}: {min(twice)} is there twice: names of runs must differ")
     return entries
 
 
@@ -190,7 +190,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -> bool:
-    """Train the entries in their order for so many minutes. Returns whether none failed."""
+    """Train the entries in their order for this many minutes. Returns whether none failed."""
     deadline = time.monotonic() + 60 * minutes
 
     def one(entry: Entry) -> bool:

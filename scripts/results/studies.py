@@ -1,13 +1,13 @@
 """What experts, gates and balance losses are worth: runs the studies of docs/results/studies.md by the nmt command.
 
-  python scripts/results/studies.py run                                # all, on one GPU: about a minute a run
+  python scripts/results/studies.py run                                # all, on one GPU: about a minute per run
   python scripts/results/studies.py run balance gates count optimizer growth     # the same by name
   python scripts/results/studies.py show                               # tables of what has been run
   python scripts/results/studies.py plot docs/results/experts.svg  # curves of the study `count` (needs .[plots])
 
-All runs are variations of one experiment (--experiment; europarl_en_fr_study_small is for CPUs, six minutes a run on a
-core); a run that stands already is not run again. Options that start with a key, such as corpus.root=/data/europarl,
-go to every `nmt train`.
+All runs are variations of one experiment (--experiment; europarl_en_fr_study_small is for CPUs, six minutes per run
+on a core); a run that exists already is not run again. Options that start with a key, such as
+corpus.root=/data/europarl, go to every `nmt train`.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def train(name: str, runs: Path, overrides: list[str], common: list[str]) -> Non
 
 
 def run_one(name: str, runs: Path, common: list[str]) -> None:
-    """Whatever run `name` needs, if it does not stand yet."""
+    """Whatever run `name` needs, if it does not exist yet."""
     if (runs / name / "report" / "test.json").exists():
         return
     if name == GROWN:
@@ -99,7 +99,7 @@ def run_one(name: str, runs: Path, common: list[str]) -> None:
 
 
 def wide(experiment: str) -> str:
-    """The setting that makes one expert as wide as the four that a token wakes (S17 MoE-1-Wide)."""
+    """The setting that makes one expert as wide as the four that a token uses (S17 MoE-1-Wide)."""
     moe = compose_config([f"experiment={experiment}"]).model.moe
     return f"model.moe.hidden_sizes=[{moe.k * moe.hidden_sizes[0]}]"
 
@@ -145,7 +145,7 @@ def collect(runs: Path, experiment: str) -> dict[str, Any]:
     config = compose_config([f"experiment={experiment}"])
     of_four = model_cost(config.model, config.corpus.subwords.num_pieces).ops_per_timestep
     title = f"Europarl en-fr, {config.corpus.max_pairs:,} pairs, {of_four / 1e6:.1f}M ops/timestep with 32 experts"
-    step = f"updates of {config.training.batch_tokens / 1024:.0f}k tokens a side"
+    step = f"updates of {config.training.batch_tokens / 1024:.0f}k tokens per side"
     collected = {
         run.name: {
             "figures": figures(run),
