@@ -1,5 +1,6 @@
 """What several test files share: a seed, one thread, a tiny configuration and batch, the toy text and a run on it."""
 
+import signal
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -27,6 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _one_thread() -> None:
     # Matrices this small are slower on two threads, and the processes of `make test` share the cores.
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _signals_end_programs() -> None:
+    # nohup and a shell's `&` start a program with signals ignored. The processes of tests would inherit that, and tests
+    # that wait for the end of one would wait for ever.
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)
