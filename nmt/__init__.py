@@ -8,7 +8,7 @@
     model.score("How much is it?", "Was kostet das?").log_prob
     print(model.explain("How much is it?"))
 
-    config = nmt.Config.from_dict({"run": {"name": "mine"}})
+    config = nmt.configure("experiment=own_small", "corpus=mine", "run.name=mine")
     nmt.load(nmt.train(config))
 
 Names are loaded on first use: `import nmt` itself imports neither PyTorch nor any other library.
@@ -18,7 +18,7 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers assume True; importing it would take longer than the rest of this file
 if TYPE_CHECKING:
-    from nmt.api import Model, PairScore, load, prepare, train
+    from nmt.api import Model, PairScore, configure, load, prepare, train
     from nmt.config import Config
     from nmt.decoding.translation import TextHypothesis, Translation
     from nmt.errors import (
@@ -53,13 +53,14 @@ __all__ = [
     "Translation",
     "UserError",
     "__version__",
+    "configure",
     "load",
     "prepare",
     "train",
 ]
 
 _HOMES = {
-    "nmt.api": ("Model", "PairScore", "load", "prepare", "train"),
+    "nmt.api": ("Model", "PairScore", "configure", "load", "prepare", "train"),
     "nmt.config": ("Config",),
     "nmt.decoding.translation": ("TextHypothesis", "Translation"),
     "nmt.errors": tuple(name for name in __all__ if name.endswith("Error")),

@@ -214,6 +214,19 @@ def load(
         return Model(run, replace(config, decoding=replace(config.decoding, **changes)))
 
 
+def configure(*settings: str) -> Config:
+    """Return the configuration of `nmt train SETTINGS`, such as "experiment=demo" and "training.max_steps=500".
+
+    corpus=mine reads conf/corpus/mine.yaml in the working directory. UserError for a file or setting that does not
+    exist.
+    """
+    words = _texts("settings", settings)
+    with _typed_errors("nmt.configure"):
+        from nmt.compose import compose_config
+
+        return compose_config(words)
+
+
 def prepare(config: Config) -> Path:
     """Read, filter and encode the corpus of a configuration, and return the folder of the prepared corpus.
 

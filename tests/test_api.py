@@ -302,6 +302,18 @@ def test_training_from_python(corpus: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().out == ""
 
 
+def test_configurations_from_the_words_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert nmt.configure().to_dict()["model"] == nmt.Config().to_dict()["model"]
+    assert "write conf/corpus/mine.yaml in this folder" in refused("corpus=mine", of=nmt.configure)
+    (tmp_path / "conf" / "corpus").mkdir(parents=True)
+    (tmp_path / "conf" / "corpus" / "mine.yaml").write_text("name: own\n")
+    config = nmt.configure("experiment=own_small", "corpus=mine", "training.max_steps=7")
+    assert (config.corpus.name, config.training.max_steps, config.training.max_minutes) == ("own", 7, 30)
+    assert "did you mean training.max_steps?" in refused("training.max_step=5", of=nmt.configure)
+    assert "settings[0] is a Config" in refused(config, of=nmt.configure)
+
+
 def test_an_interrupt_ends_training_as_one(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(_config: nmt.Config) -> None:
         sys.exit(130)

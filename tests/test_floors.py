@@ -38,8 +38,8 @@ FLOORS = {
     "experts": 7,
     "pages": 8,
     "commands": 9,
-    "api": 10,
     "compose": 10,
+    "api": 11,
     "cli": 11,
     "__main__": 12,
 }
