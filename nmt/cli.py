@@ -28,6 +28,7 @@ from nmt.commands import ON_RUNS, PLAIN, is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
+from nmt.wording import counted
 
 # Commands import what they need themselves, so that a help text does not wait for PyTorch.
 if TYPE_CHECKING:
@@ -211,14 +212,19 @@ def _names_run(request: "Asked") -> bool:
     from nmt.compose import OPTIONS, Asked, meant
 
     first = request.words[0] if request.words else "="
-    key, equals, _ = first.partition("=")
-    if first.startswith(("+", "~")) or (equals and "/" not in key):
+    if _is_change(first):
         return False
     if meant(first) and not any(path.exists() for path in (Path(first), Path("runs") / first)):
         return False
     if request != Asked(request.words):
         raise UserError(f"{OPTIONS} are for settings: {first} is a run")
     return True
+
+
+def _is_change(word: str) -> bool:
+    """Return True for a word such as KEY=VALUE or +KEY=VALUE, which cannot be a run."""
+    key, equals, _ = word.partition("=")
+    return word.startswith(("+", "~")) or (bool(equals) and "/" not in key)
 
 
 def _help(text: str, arguments: list[str]) -> bool:
@@ -302,7 +308,12 @@ def _run_command(command: str, arguments: list[str]) -> None:
     from nmt.run import RunDirectory
 
     run = RunDirectory.existing(options.run)
-    module.run(options, run, run.config(settings))
+    config = run.config(settings)
+    if command in ON_RUNS and config.decoding.checkpoint == "average":
+        there, wanted = len(run.chosen(config.decoding)), config.decoding.average_checkpoints
+        if there < wanted:
+            say(f"decoding.average_checkpoints={wanted}: {run.path} has only {counted(there, 'checkpoint')}")
+    module.run(options, run, config)
 
 
 def _plain_command(command: str, arguments: list[str]) -> None:
@@ -314,9 +325,17 @@ def _plain_command(command: str, arguments: list[str]) -> None:
 def _cost(arguments: list[str]) -> None:
     """Run `nmt cost` on a run, or on settings as for `nmt train`."""
     from nmt.commands import cost
-    from nmt.compose import asked
 
     parser = cost.parser()
+    given, words = parser.sort(arguments)
+    if words and not _is_change(words[0]) and {each for each in given if each.startswith("-")} <= {*parser.options()}:
+        places = (Path(words[0]), Path("runs") / words[0])
+        if any((place / "config.yaml").exists() for place in places):
+            # A run needs no composing, and so no Hydra, which may not be installed where models are only used.
+            _run_command("cost", arguments)
+            return
+    from nmt.compose import asked
+
     request = asked(arguments)
     given, words = parser.sort(request.words)
     if not words or _names_run(request._replace(words=words)):

@@ -43,6 +43,7 @@ OPTIONS = "--config-dir DIR, --multirun, --cfg job"
 """The options that `asked` reads, as messages name them."""
 _OWN = "nmt"
 """Hydra's name for the program's own folder."""
+_NAME = r"\w[\w.-]*"
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
 
 
@@ -92,7 +93,7 @@ def jobs(request: Asked) -> list[Job]:
 
 
 def compose_config(words: Sequence[str]) -> Config:
-    """Return the configuration of `nmt train WORDS`: for scripts and tests."""
+    """Return the configuration of `nmt train WORDS`."""
     [job] = jobs(Asked(list(words)))
     return job.config
 
@@ -224,7 +225,8 @@ def _no_choice(group: str, name: str, places: list[_Place]) -> str:
     there = "; ".join(
         f"{place.path / group} has {', '.join(found)}" for place in places if (found := place.names(group))
     )
-    return f"there is no {group}={name}{hint} {there}"
+    own = f"; for your own, write conf/{group}/{name}.yaml in this folder, or give --config-dir DIR"
+    return f"there is no {group}={name}{hint} {there}{own if re.fullmatch(_NAME, name) and name != 'null' else ''}"
 
 
 # ----------------------------------------------------------------------------------------------------------- files

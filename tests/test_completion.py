@@ -66,6 +66,10 @@ def test_bash(script: Path) -> None:
     assert offered(script, "nmt translate demo training.") == []
     assert offered(script, "nmt evaluate o") == ["other"]
     assert offered(script, "nmt evaluate other --d") == ["--dial"]
+    assert offered(script, "nmt evaluate other --split ") == ["test", "dev"]
+    assert offered(script, "nmt evaluate other --split d") == ["dev"]
+    assert offered(script, "nmt evaluate other --show ") != ["test", "dev"]
+    assert offered(script, "nmt cost other --device c") == ["cpu", "cuda"]
     assert offered(script, "nmt settings training.max_st") == ["training.max_steps"]
     assert offered(script, "nmt completion z") == ["zsh"]
     assert offered(script, "nmt nothing ") == []
@@ -85,6 +89,7 @@ def test_every_shell_is_given_every_word(shell: str, capsys: pytest.CaptureFixtu
     out = capsys.readouterr().out
     for command in COMMANDS:
         assert " ".join(words(command)) in out
+    assert all(each in out for each in ("split", "test dev", "device", "cpu cuda"))
     assert "{{" not in out
     assert "}}" not in out.replace("}}}", "")
 

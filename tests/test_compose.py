@@ -161,6 +161,7 @@ def test_the_text_of_all_settings_reads_back() -> None:
         ("=5", "=5 is not KEY=VALUE"),
         ("experiment=dema", "there is no experiment=dema; did you mean demo?"),
         ("model=smal", "there is no model=smal; did you mean small?"),
+        ("corpus=mine", "for your own, write conf/corpus/mine.yaml in this folder, or give --config-dir DIR"),
         ("model=", "there is no model=."),
         ("model=null", "there is no model=null."),
         ("corpus=../corpus/files.yaml", "there is no corpus=../corpus/files.yaml"),

@@ -450,9 +450,9 @@ def test_a_cpu_s_speed_is_guessed_and_said_to_be_a_guess(cost: Callable[..., str
         figures = json.loads(cost(*arguments, "--json"))
         assert figures["seconds"] == pytest.approx(figures["training_flops"] / figures["tflops_per_gpu"] / 1e12)
         assert figures["tflops_from"].startswith("a guess")
-    assert "training.max_minutes=0.01 ends training earlier" in cost(
-        "experiment=demo", "--tflops", "0.1", "training.max_minutes=0.01"
-    )
+    limited = ("experiment=demo", "training.max_minutes=0.01")
+    assert "\nstops after 0.6 seconds (training.max_minutes=0.01)\n" in cost(*limited, "--tflops", "0.1")
+    assert "\nstops after 0.6 seconds (training.max_minutes=0.01), if that is earlier\n" in cost(*limited)
     assert "max_minutes" not in cost("experiment=demo", "--tflops", "0.1", "training.max_minutes=100")
     given = json.loads(cost("experiment=demo", "--device", "cpu", "--tflops", "0.5", "--json"))
     assert (given["tflops_per_gpu"], given["tflops_from"]) == (0.5, "given")

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import nmt.evaluation.scores
+from nmt.checkpoint import list_checkpoints
 from nmt.commands.keep import keep
 from nmt.config import Config, EvaluationConfig
 from nmt.data import held_out
@@ -147,6 +148,16 @@ def test_several_references(cli: Cli, copy: Path, tmp_path: Path) -> None:
     (tmp_path / "short").write_text("eins\n")
     says = ("a has 2 lines", "short has 1")
     cli.refuses(3, "evaluate", str(copy), *both, "--reference", str(tmp_path / "short"), says=says)
+
+
+def test_fewer_checkpoints_than_the_average_asks_for_are_reported(cli: Cli, copy: Path) -> None:
+    text = str(copy / "text" / "test.source")
+    there = len(list_checkpoints(copy / "checkpoints"))
+    for wanted, told in ((there, False), (there + 1, True)):
+        average = ("decoding.checkpoint=average", f"decoding.average_checkpoints={wanted}")
+        assert cli("translate", str(copy), text, *average) == 0, cli.err
+        line = f"decoding.average_checkpoints={wanted}: {copy} has only {there} checkpoints\n"
+        assert (line in cli.err) == told
 
 
 @pytest.mark.parametrize("command", ["evaluate", "experts"])

@@ -122,7 +122,7 @@ def test_commands_take_it_like_the_run(cli: Cli, run: Path, exported: Path, text
 def test_what_it_cannot_do_is_told_in_one_line(cli: Cli, run: Path, exported: Path, tmp_path: Path) -> None:
     name = str(exported)
     cli.refuses(3, "evaluate", name, says=("has no test set", "give --source and --reference"))
-    cli.refuses(3, "experts", name, says=("has no dev set", "give --source and --reference"))
+    cli.refuses(3, "experts", name, says=("has no test set", "give --source and --reference"))
     (tmp_path / "in").write_text("the dog\n")
     for which in ("last", "average", "8"):
         arguments = ("translate", name, str(tmp_path / "in"), f"decoding.checkpoint={which}")
@@ -538,6 +538,9 @@ def test_cards_of_other_models() -> None:
     assert "nmt experts" not in dense
     assert "mixtures" not in dense
     assert "1,234 read, 1,200 kept, 34 dropped (one side blank 34)" in dense
+    facts = facts_of("experiment=demo", dropped=34)
+    held_out = model_card(replace(facts, corpus=facts.corpus | {"pairs_read": 5234}))
+    assert "5,234 read, 1,200 kept, 4,000 held out, 34 dropped" in held_out
     groups = ("model.moe.gating=hierarchical", "model.moe.branching=64", "model.moe.k=1")
     hub = model_card(facts_of("experiment=wmt14_en_fr_moe_2048", "training.best_by=bleu", *groups))
     assert "`wmt/wmt14`, `fr-en` (a data set of the Hugging Face hub" in hub

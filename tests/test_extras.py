@@ -58,6 +58,7 @@ def test_an_exported_model_translates_scores_and_explains_without_extras(run: Pa
         ["evaluate", "exported", "--source", text[0], "--reference", text[1]],
         ["experts", "exported", "--source", text[0], "--reference", text[1]],
         ["experts", "exported", "--explain", sentence],
+        ["cost", "exported", "--json"],
         ["settings", "decoding"],
         ["--version"],
         cwd=tmp_path,

@@ -86,6 +86,7 @@ def test_files(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     assert prepared.manifest["held_out"] == len(pairs) - len(train) > 50
     assert set(prepared.text("dev")[2]) == {"first", "second"}
     assert "toy: 30 pairs held out of the training text for dev" in log
+    assert f"toy: {len(pairs)} pairs read, {len(train)} kept, {len(pairs) - len(train)} held out" in log
     assert f"toy: {len(pairs) - len(train) - 50} copies of the held-out pairs removed from the training text" in log
     # Another order of the files holds out the same.
     other = corpus_of(tmp_path, source="files", train=FilesConfig(pairs=["b.tsv", "a.tsv"]))

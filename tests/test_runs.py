@@ -114,6 +114,13 @@ def test_broken_folders_are_shown_and_do_no_harm(cli: Cli, folder: Path, run: Pa
     assert found["bad checkpoints"][1:4] == ["0", "-", "-"]
 
 
+def test_a_run_that_was_grown_is_not_trained_yet(cli: Cli, folder: Path) -> None:
+    assert cli("experts", str(folder / "good"), "--grow", "8", "-o", str(folder / "grown")) == 0, cli.err
+    (checkpoint,) = list_checkpoints(folder / "grown" / "checkpoints")
+    found = [each.strip() for each in rows(cli, str(folder))["grown"]]
+    assert found[:4] == ["not trained yet", str(checkpoint.step), "-", checkpoint.path.name]
+
+
 def test_no_runs(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli("runs") == 0

@@ -6,6 +6,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from nmt.metrics.forecast import first_forecast, seconds_left
 from nmt.metrics.record import TrainLine, read_lines
 from nmt.parallel.mesh import World
 from nmt.training import clock
+from nmt.training.ending import ending
 from nmt.training.interval import Interval
 from nmt.training.optim import learning_rate
 from nmt.training.stopping import StopRequest
@@ -130,7 +132,38 @@ def test_max_minutes_end_training_with_a_rate_that_fell_to_nothing(
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["kind"] == "dev"
     before = saved(run)
     assert saved(train(corpus, "a", 1000, *HALF_A_MINUTE, "training.learning_rate=0.3")) == before
-    assert "nothing is left to do after" in capfd.readouterr().err
+    err = capfd.readouterr().err
+    assert "training.max_minutes=0.5 is used up, at " in err
+    assert f"; train longer: nmt train {run} training.max_minutes=1\n" in err
+    assert "stopped at" not in err
+    assert "curves in" not in err
+
+
+@pytest.mark.parametrize(
+    ("changes", "progress", "reason", "longer"),
+    [
+        ({}, (499, 1e6, 9), None, None),
+        ({}, (500, 0.0, 0), "training.max_steps=500 is reached", "training.max_steps=1000"),
+        ({"patience": 3}, (10, 0.0, 2), None, None),
+        ({"patience": 3}, (10, 0.0, 3), "none of the last 3 validations was better", "training.patience=6"),
+        ({"max_minutes": 30.0}, (10, 1799.0, 0), None, None),
+        ({"max_minutes": 10.0}, (10, 1790.0, 0), "training.max_minutes=10 is used up", "training.max_minutes=60"),
+        ({"max_minutes": 30.0}, (10, 1800.0, 0), "training.max_minutes=30 is used up", "training.max_minutes=60"),
+    ],
+)
+def test_an_end_names_the_setting_that_trains_longer(
+    changes: dict[str, Any], progress: tuple[int, float, int], reason: str | None, longer: str | None
+) -> None:
+    training = TrainingConfig(max_steps=500, **changes)
+    found = ending(training, *progress)
+    if found is None:
+        assert reason is None
+        return
+    assert reason is not None
+    assert found.reason.startswith(reason)
+    assert found.longer == longer
+    key, _, value = found.longer.removeprefix("training.").partition("=")
+    assert ending(replace(training, **{key: type(getattr(training, key))(value)}), *progress) is None
 
 
 def test_the_minutes_of_all_sittings_count(

@@ -61,6 +61,10 @@ class Parser(argparse.ArgumentParser):
         """Return all options, long and short."""
         return list(self._option_string_actions)
 
+    def choices(self) -> dict[str, list[str]]:
+        """Return the values of each option that only takes some."""
+        return {name: list(each.choices) for name, each in self._option_string_actions.items() if each.choices}
+
     def sort(self, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         """Return (options with their values, other words), both in order. After --, everything is a word."""
         options: list[str] = []

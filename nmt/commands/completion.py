@@ -18,6 +18,10 @@ _nmt() {{
     local -a found=()
     if ((COMP_CWORD == 1)); then
         found=({commands} --help --version)
+    elif case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+        *) false ;;
+    esac then :
     else
         case "${{COMP_WORDS[1]}}" in
 {cases}
@@ -52,6 +56,10 @@ _nmt() {{
         compadd -- {commands} --help --version
         return
     fi
+    case "$words[2] $words[CURRENT-1]" in
+{values}
+    esac
+    (($#found)) && {{ compadd -- $found; return; }}
     case $words[2] in
 {cases}
     esac
@@ -72,6 +80,7 @@ _FISH = """\
 # nmt: completion for fish. Put this line into ~/.config/fish/config.fish:  nmt completion fish | source
 complete -c nmt -f -n __fish_use_subcommand -a '{commands} --help --version'
 {cases}
+{values}
 complete -c nmt -n '__fish_seen_subcommand_from {with_runs}' \\
     -a '(for each in runs/*/config.yaml; string replace -r "^runs/(.*)/config.yaml" "\\$1" $each; end)'
 complete -c nmt -n '__fish_seen_subcommand_from {with_files}' \\
@@ -101,11 +110,18 @@ def run(options: argparse.Namespace) -> None:
         case "fish":
             text, join = _FISH, " ".join
             case = "complete -c nmt -n '__fish_seen_subcommand_from {}' -a '{}'"
+            value = "complete -c nmt -n '__fish_seen_subcommand_from {}' -l {} -x -a '{}'"
         case shell:
             text, join = {"bash": _BASH, "zsh": _ZSH}[shell], "|".join
             case = "            {}) found=({}) ;;"
+            value = '        "{} --{}") found=({}) ;;'
     cases = "\n".join(case.format(command, " ".join(words(command))) for command in commands)
-    names = {"with_runs": join(with_runs), "with_files": join(with_files)}
+    values = "\n".join(
+        value.format(command, option.removeprefix("--"), " ".join(allowed))
+        for command in ("cost", *ON_RUNS)
+        for option, allowed in _parser(command).choices().items()
+    )
+    names = {"values": values, "with_runs": join(with_runs), "with_files": join(with_files)}
     show(text.format(commands=" ".join(commands), cases=cases, **names).rstrip("\n"))
 
 
@@ -128,8 +144,12 @@ def words(command: str) -> list[str]:
 
 
 def _options(command: str) -> list[str]:
+    return _parser(command).options()
+
+
+def _parser(command: str) -> Parser:
     parser: Parser = import_module(f"nmt.commands.{command}").parser()
-    return parser.options()
+    return parser
 
 
 def _choices(*groups: str) -> list[str]:

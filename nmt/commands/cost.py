@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from nmt.commands import Parser, show
-from nmt.config import Config
+from nmt.config import Config, TrainingConfig
 from nmt.cost.budget import Budget, SentenceLengths, training_budget
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.errors import UserError
@@ -59,7 +59,9 @@ def parser() -> Parser:
         "a RUN logged; on a CPU, a guess)",
     )
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="train on this (default: training.device; auto counts as cuda)"
+        "--device",
+        choices=("cpu", "cuda"),
+        help="train on this (default: training.device; auto counts as cuda, also on a machine without a GPU)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON (bytes, seconds, FLOPs)")
     return parser
@@ -241,7 +243,8 @@ def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
     if basis.tflops is None:
         hours = budget.seconds(1.0) / 3600
         yield f"time: {hours:,.4g} hours / X on {_devices(budget)}, at X TFLOP/s each; give --tflops X"
-        yield "(make bench-gpu measures X, nmt cost RUN reads it from a run)"
+        yield "(make bench-gpu measures X, nmt cost RUN reads it from a run; --device cpu guesses it for a CPU)"
+        yield from _limit(training, None)
         return
     each = " each" if budget.gpus > 1 else ""
     source = f" ({basis.tflops_from})" if basis.tflops_from else ""
@@ -249,8 +252,16 @@ def _time(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:
         f"time: {duration(budget.seconds(basis.tflops))} on {_devices(budget)}, at {basis.tflops:,.4g} TFLOP/s"
         f"{each}{source}"
     )
-    if training.max_minutes and budget.seconds(basis.tflops) > training.max_minutes * 60:
-        yield f"training.max_minutes={training.max_minutes:g} ends training earlier"
+    yield from _limit(training, budget.seconds(basis.tflops))
+
+
+def _limit(training: TrainingConfig, seconds: float | None) -> Iterator[str]:
+    """Yield a line if `training.max_minutes` ends a training that would take `seconds` (None: unknown) earlier."""
+    limit = training.max_minutes * 60.0
+    if limit and (seconds is None or seconds > limit):
+        yield f"stops after {duration(limit)} (training.max_minutes={training.max_minutes:g})" + (
+            ", if that is earlier" if seconds is None else ""
+        )
 
 
 def _assumptions(budget: Budget, basis: CostBasis, config: Config) -> Iterator[str]:

@@ -64,7 +64,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     _show(options.show, text, {"translation": found.hypotheses})
     for score in found.scores:
         show(score)
-    show(f"perplexity {found.perplexity.pieces:.3f} per subword, {found.perplexity.words:.2f} per word")
+    show(f"perplexity {found.perplexity.pieces:,.3f} per subword, {found.perplexity.words:,.2f} per word")
     speed = f"{len(text.sources) / found.seconds:,.1f} sentences/s"
     show(f"{counted(len(text.sources), 'sentence')} of {text.title}, {speed}, {_decoding_line(translator)}")
     show(tokenizer)

@@ -18,8 +18,8 @@ from nmt.wording import counted
 
 def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Print a table of each layer, and write the report to the report folder as HTML, Markdown and JSON."""
-    # Without a test set, use the dev set.
-    split = "test" if run.text("test")[0] else "dev"
+    # Without a test set, use the dev set. If there is neither, the error names the test set.
+    split = "dev" if run.text("dev")[0] and not run.text("test")[0] else "test"
     references = [] if options.reference is None else [options.reference]
     text = evaluation_set(options.source, references, split, run)
     translator = Translator.load(run, config)

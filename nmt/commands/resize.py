@@ -169,7 +169,7 @@ class _Bench:
             show(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
         old, new = (self.perplexity(each, _TRANSLATED) for each in (before, after))
         show(_score_line("perplexity", old, new, digits=3))
-        show(f"{self.tokenizer}\n")
+        show(f"{counted(len(sources), 'dev sentence')}, greedy search; {self.tokenizer}\n")
         bleu = comparisons[0]
         if not -bleu.difference <= max_loss:
             enough = math.ceil(-10 * bleu.difference) / 10

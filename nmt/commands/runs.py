@@ -81,7 +81,9 @@ def _row(path: Path) -> _Row:
             best_by = run.config().training.best_by
         except UserError:
             return _Row(path.name, "damaged", step, size=size)
-        return _Row(path.name, _state(status), step, *_best(saved, best_by), size)
+        # A run that nmt experts --grow wrote has a checkpoint, but neither a status nor metrics.
+        new = saved and not any(map(os.path.lexists, (run.status_path, run.metrics_path)))
+        return _Row(path.name, "not trained yet" if new else _state(status), step, *_best(saved, best_by), size)
     except UserError:
         return _Row(path.name, "damaged", size=size)
     except OSError as error:
@@ -104,10 +106,10 @@ def _state(status: dict[str, Any]) -> str:
 
 
 def _best(saved: list[Checkpoint], best_by: str) -> tuple[str, str]:
-    """Return (best score, name of its checkpoint), each "-" if no checkpoint has a score."""
+    """Return (best score, name of its checkpoint), or without any score ("-", name of the newest checkpoint or "-")."""
     scored = [(each.score, each) for each in saved if each.score is not None]
     if not scored:
-        return "-", "-"
+        return "-", saved[-1].path.name if saved else "-"
     score, checkpoint = min(scored, key=lambda each: each[0])
     # Lower is better: BLEU is stored as a negative number.
     shown = f"BLEU {-score:.2f}" if best_by == "bleu" else f"perplexity {score:.3f}"

@@ -47,7 +47,7 @@ def train(config: Config) -> RunDirectory:
                 with shortage_told(lambda: "building the network", "choose a smaller model or fewer experts"):
                     trainer = Trainer(config, prepared, run, world, asked)
                 with watch_for_hangs(world, trainer.where, lambda error: _report_peer_failure(run, world, error)):
-                    trainer.train()
+                    trained = trainer.train()
     except Stopped as stopped:
         if world.is_main:
             say(str(stopped))
@@ -58,7 +58,7 @@ def train(config: Config) -> RunDirectory:
             say(f"nmt: rank {world.rank} of {world.size}: {error}")
         raise
     world.stop()
-    if world.is_main:
+    if world.is_main and trained:
         say(f"run {run.path}: curves in {run.tensorboard} ({_curves(run)}), checkpoints in {run.checkpoints}")
     return run
 

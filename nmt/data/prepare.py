@@ -280,6 +280,7 @@ class _Preparation:
         subwords, dropped = self.corpus.subwords, self.filters.describe()
         self.log(
             f"{self.corpus.name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
+            + (f", {manifest['held_out']:,} held out" if manifest["held_out"] else "")
             + (f"; dropped: {dropped}" if dropped else "")
         )
         if manifest["held_out"] > self.hold_out.wanted:

@@ -15,6 +15,7 @@ from typing import Any
 from nmt.errors import DataError, UserError
 from nmt.run import RunDirectory
 from nmt.textfile import TextReader
+from nmt.wording import counted
 
 _LONGEST_NAME = 60
 
@@ -85,8 +86,8 @@ def _from_files(source: str, references: Sequence[str]) -> EvaluationSet:
     for name, side in zip(names, sides, strict=True):
         if len(side) != len(sides[0]):
             raise DataError(
-                f"{_title(source)} has {len(sides[0])} lines but {_title(name)} has {len(side)}: they must pair line "
-                "by line"
+                f"{_title(source)} has {counted(len(sides[0]), 'line')} but {_title(name)} has {len(side):,}: "
+                "they must pair line by line"
             )
     files = tuple(PairedFile(_path(name), _sha256(side)) for name, side in zip(names, sides, strict=True))
     digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:8]

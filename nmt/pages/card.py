@@ -161,10 +161,14 @@ def _data(facts: CardFacts) -> Iterator[str]:
     subwords = corpus.subwords
     dropped = {name: count for name, count in info["dropped"].items() if count}
     reasons = ", ".join(f"{_FILTERS.get(name) or plain(name)} {count:,}" for name, count in dropped.items())
+    # The remaining pairs became the dev and test sets (corpus.dev.from_train).
+    held_out = info["pairs_read"] - info["pairs_kept"] - sum(dropped.values())
     rows = {
         "corpus": code(info["name"]),
         "source": _source(facts.config),
-        "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, {sum(dropped.values()):,} dropped"
+        "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, "
+        + (f"{held_out:,} held out, " if held_out > 0 else "")
+        + f"{sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else ""),
         "text": f"{info['source_pieces']:,} subwords of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
         f"{plain(corpus.target_language)}",

@@ -7,6 +7,7 @@ computes the same bits as one that does not stop.
 """
 
 import math
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +43,7 @@ from nmt.parameters import Tensors, stored
 from nmt.run import RunDirectory
 from nmt.terminal import layer_lines, printable, summary
 from nmt.training.clock import Clock
+from nmt.training.ending import Ending, ending
 from nmt.training.interval import Interval
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.stopping import StopRequest
@@ -133,8 +135,8 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------- the loop
 
-    def train(self) -> None:
-        """Train to the end. Raises Stopped after a signal, once all is saved."""
+    def train(self) -> bool:
+        """Train to the end, and return False if nothing was left. Raises Stopped after a signal, once all is saved."""
         if self.resumed_from:
             self._resume(self.resumed_from)
         metrics = (self.run.metrics_path, self.run.tensorboard) if self.world.is_main else None
@@ -156,6 +158,7 @@ class Trainer:
                 self.saver.wait()
                 raise
             self.saver.wait()
+        return self.resumed_from is None or self.progress.step > self.resumed_from.step
 
     def where(self) -> str:
         """Return the current step, for messages."""
@@ -186,19 +189,14 @@ class Trainer:
             if stop:
                 self.saver.wait()
                 raise Stopped(stop, progress.step)
-        if progress.step < training.max_steps:
-            out.say(f"{self._ended()}: stopped at step {progress.step}")
+        ended = self._ended()
+        if ended and first <= progress.step < training.max_steps:
+            out.say(f"{ended.reason}: stopped at step {progress.step}")
 
-    def _ended(self) -> str | None:
+    def _ended(self) -> Ending | None:
         """Return why training ends before the next step; None if it does not."""
-        training, progress = self.config.training, self.progress
-        if progress.step >= training.max_steps:
-            return f"training.max_steps={training.max_steps} is reached"
-        if 0 < training.patience <= progress.validations_since_best:
-            return f"none of the last {training.patience} validations was better (training.patience)"
-        if self._time_is_up():
-            return f"training.max_minutes={training.max_minutes:g} is used up"
-        return None
+        progress = self.progress
+        return ending(self.config.training, progress.step, progress.seconds, progress.validations_since_best)
 
     def _time_is_up(self) -> bool:
         minutes = self.config.training.max_minutes
@@ -239,9 +237,10 @@ class Trainer:
         if resumed_from:
             ended = self._ended()
             if ended:
-                out.say(f"nothing is left to do after {resumed_from.path}: {ended}")
-            else:
-                out.say(f"resuming from {resumed_from.path}, to step {training.max_steps:,}")
+                command = shlex.join(["nmt", "train", str(self.run.path), ended.longer])
+                out.say(f"{ended.reason}, at {resumed_from.path}; train longer: {command}")
+                return
+            out.say(f"resuming from {resumed_from.path}, to step {training.max_steps:,}")
             if not self.same_order:
                 epoch = self.stream.state_dict()["epoch"]
                 out.say(
