@@ -85,7 +85,7 @@ class MoEConfig:
     MoE-1-Deep [1024, 1024, 1024, 1024]."""
     gating: str = "noisy_top_k"
     """Kind of gate. noisy_top_k: S17 eq. 3-5. softmax_top_k: the same without noise. hierarchical: two levels of noisy
-    top-k gates (S17 appendix B). strictly_balanced: every expert gets equally many tokens in training (S17
+    top-k gates (S17 appendix B). strictly_balanced: every expert gets the same number of tokens in training (S17
     appendix F)."""
     branching: int = 0
     """a, the number of groups of experts, for gating=hierarchical. Each group has num_experts / branching experts."""

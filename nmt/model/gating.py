@@ -329,7 +329,7 @@ class HierarchicalGate(Gate):
 
 
 class StrictlyBalancedGate(Gate):
-    """Gate that gives every expert equally many tokens of a training batch (S17 appendix F, eq. 15-20). No noise.
+    """Gate that gives every expert the same number of tokens of a training batch (S17 appendix F, eq. 15-20). No noise.
 
     G(x)_i = softmax(x . w_gate)_i M_i / sum_j softmax(x . w_gate)_j M_j. In training, M = M_batchwise: each expert
     takes the m = k T / E tokens (rounded, at least 1) with its largest softmax values. A token has k experts on
