@@ -337,8 +337,9 @@ def test_the_activations_are_those_of_the_micro_batch_that_keeps_most() -> None:
 
 
 @pytest.fixture
-def cost(capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """`nmt cost ARGUMENTS`: what it prints; or, with `fails`, the line of its mistake."""
+def cost(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """`nmt cost ARGUMENTS` where there is a GPU: what it prints; or, with `fails`, the line of its mistake."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
 
     def call(*arguments: str, fails: bool = False) -> str:
         capfd.readouterr()
@@ -456,6 +457,19 @@ def test_a_cpu_s_speed_is_guessed_and_said_to_be_a_guess(cost: Callable[..., str
     assert "max_minutes" not in cost("experiment=demo", "--tflops", "0.1", "training.max_minutes=100")
     given = json.loads(cost("experiment=demo", "--device", "cpu", "--tflops", "0.5", "--json"))
     assert (given["tflops_per_gpu"], given["tflops_from"]) == (0.5, "given")
+
+
+def test_without_a_gpu_the_estimate_is_for_the_cpu_unless_gpus_are_meant(
+    cost: Callable[..., str], run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("nmt.commands.cost.guess_cpu_tflops", lambda processes: 0.5 / processes)
+    (run / "metrics.jsonl").unlink()
+    for first in ("experiment=demo", str(run)):
+        figures = json.loads(cost(first, "--json"))
+        assert (figures["device"], figures["gpus"], figures["tflops_per_gpu"]) == ("cpu", 1, 0.5)
+        for option in (["--gpus", "1"], ["--tflops", "100"], ["--device", "cuda"]):
+            assert json.loads(cost(first, *option, "--json"))["device"] == "cuda"
 
 
 def test_a_guess_is_shared_by_the_processes_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import torch
+
 from nmt.commands import Parser, show
 from nmt.config import Config, TrainingConfig
 from nmt.cost.budget import Budget, SentenceLengths, training_budget
@@ -50,7 +52,7 @@ def parser() -> Parser:
         "  nmt cost runs/demo --json",
     )
     parser.usage = "nmt cost (experiment=NAME [key=value ...] | RUN) [--gpus N] [--tflops X] [--device D] [--json]"
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="GPUs that train together (default: 1)")
+    parser.add_argument("--gpus", type=int, metavar="N", help="GPUs that train together (default: 1)")
     parser.add_argument(
         "--tflops",
         type=float,
@@ -61,7 +63,8 @@ def parser() -> Parser:
     parser.add_argument(
         "--device",
         choices=("cpu", "cuda"),
-        help="train on this (default: training.device; auto counts as cuda, also on a machine without a GPU)",
+        help="train on this (default: training.device; auto is cuda if this machine has a GPU, or with --gpus or "
+        "--tflops)",
     )
     parser.add_argument("--json", action="store_true", help="print everything as JSON (bytes, seconds, FLOPs)")
     return parser
@@ -71,7 +74,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Print the cost of a run, with its own vocabulary, sentence lengths and speed."""
     info = run.corpus_info()
     lines = read_lines(run.metrics_path, TrainLine)
-    on_gpu = _on_gpu(options, config, not lines or any(line.gpu_memory_gb is not None for line in lines))
+    on_gpu = _on_gpu(options, config, any(line.gpu_memory_gb is not None for line in lines) if lines else None)
     speeds = [line.tflops_per_process for line in lines if line.tflops > 0.0]
     memory = [line.gpu_memory_gb for line in lines if line.gpu_memory_gb is not None]
     if options.tflops or not speeds:
@@ -94,7 +97,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
 
 def estimate(options: argparse.Namespace, config: Config) -> None:
     """Print the cost of a configuration that may never have been trained."""
-    on_gpu = _on_gpu(options, config, True)
+    on_gpu = _on_gpu(options, config)
     tflops, tflops_from = _speed(options, on_gpu)
     basis = CostBasis(
         name=config.run.name or "this configuration",
@@ -112,18 +115,29 @@ def _speed(options: argparse.Namespace, on_gpu: bool) -> tuple[float | None, str
     """Return (10^12 operations per second of each process or None, their source), without measurements of a run."""
     if options.tflops is not None or on_gpu:
         return options.tflops, ""
-    return guess_cpu_tflops(max(options.gpus, 1)), "a guess from matrix products, to a factor of 2; or give --tflops X"
+    guess = guess_cpu_tflops(max(_processes(options), 1))
+    return guess, "a guess from matrix products, to a factor of 2; or give --tflops X"
 
 
-def _on_gpu(options: argparse.Namespace, config: Config, otherwise: bool) -> bool:
+def _processes(options: argparse.Namespace) -> int:
+    return 1 if options.gpus is None else options.gpus
+
+
+def _on_gpu(options: argparse.Namespace, config: Config, measured: bool | None = None) -> bool:
+    """Return True to estimate for GPUs; `measured`: a run was trained on GPUs (None: unknown)."""
     device = options.device or config.training.device
-    return otherwise if device == "auto" else device == "cuda"
+    if device != "auto":
+        return device == "cuda"
+    if measured is not None:
+        return measured
+    # As nmt train would choose here, unless the options are about other machines.
+    return options.gpus is not None or options.tflops is not None or torch.cuda.is_available()
 
 
 def _report(options: argparse.Namespace, config: Config, basis: CostBasis) -> None:
     if options.tflops is not None and not 0 < options.tflops < math.inf:
         raise UserError(f"--tflops {options.tflops} must be greater than 0: 10^12 operations per second of one GPU")
-    budget = training_budget(config, basis.vocab_size, basis.lengths, options.gpus, basis.on_gpu)
+    budget = training_budget(config, basis.vocab_size, basis.lengths, _processes(options), basis.on_gpu)
     if options.json:
         show(json.dumps(_as_dict(budget, basis), indent=2))
     else:
