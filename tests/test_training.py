@@ -73,7 +73,7 @@ def test_an_end_that_is_past_is_refused_and_not_written_down(corpus: Path, capfd
     capfd.readouterr()
     assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=2")]) == 2
     line = capfd.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"nmt: training.max_steps=2 is below step 3 that {run} has reached: give at least 3")
+    assert line.startswith(f"nmt: training.max_steps=2 is below step 3, which {run} has reached: give at least 3")
     assert (saved(run), (run / "config.yaml").read_bytes()) == (before, config)
 
 
