@@ -233,7 +233,7 @@ def test_a_new_run_is_never_made_by_text_that_does_not_pair(
 def test_reports_of_other_text_never_touch_those_of_the_runs_own(cli: Cli, copy: Path, tmp_path: Path) -> None:
     name = str(copy)
     own = (("evaluate", name), ("evaluate", name, "--split", "dev"), ("evaluate", name, "--dial", "1"))
-    for arguments in (*own, ("experts", name), ("experts", name, "--explain", "的")):
+    for arguments in (*own, ("experts", name), ("experts", name, "--explain", "the dog 的")):
         assert cli(*arguments) == 0, cli.err
     before = {path: path.read_bytes() for path in (copy / "report").iterdir()}
     assert {"test.json", "dev.json", "dial.json", "experts.json"} <= {path.name for path in before}
