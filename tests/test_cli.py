@@ -312,6 +312,7 @@ def test_a_closed_input_is_an_error_of_one_line(run: Path) -> None:
     assert done.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_with_standard_error_closed_nothing_of_it_comes_out_elsewhere(run: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("the dog\na meadow\n")
     translated = in_a_shell(f"{sys.executable} -m nmt translate {run} {tmp_path / 'in'} decoding.beam_size=1 2>&-")

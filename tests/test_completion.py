@@ -83,6 +83,7 @@ def test_bash_without_runs(script: Path) -> None:
     assert offered(script, "nmt train *") == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_every_shell_is_given_every_word(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion", shell]) == 0

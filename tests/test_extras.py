@@ -48,6 +48,7 @@ def blocked(*commands: list[str], cwd: Path) -> tuple[list[tuple[int, str, str]]
     return [(status, out, err) for status, out, err in results], added
 
 
+@pytest.mark.slow
 def test_an_exported_model_translates_scores_and_explains_without_extras(run: Path, tmp_path: Path) -> None:
     assert main(["export", str(run), str(tmp_path / "exported")]) == 0
     text = [str(run / "text" / f"test.{side}") for side in ("source", "target")]
@@ -69,6 +70,7 @@ def test_an_exported_model_translates_scores_and_explains_without_extras(run: Pa
     assert distributed == []
 
 
+@pytest.mark.slow
 def test_a_command_that_needs_an_extra_names_it(run: Path, tmp_path: Path) -> None:
     results, _ = blocked(
         ["train", "experiment=demo"],

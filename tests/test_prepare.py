@@ -271,6 +271,7 @@ def _prepare_in_process(corpus: CorpusConfig, lines: "Queue[str]") -> None:
     prepare(corpus, lines.put)
 
 
+@pytest.mark.slow
 def test_two_at_once_build_once(corpus: CorpusConfig, tmp_path: Path) -> None:
     write_text(tmp_path, 3000)
     lines = CONTEXT.Queue()

@@ -57,6 +57,7 @@ def site(folder: Path) -> Any:
     return script.Site(folder / "runs", folder / "records", "abc1234", "a machine", 1, [f"corpus.directory={folder}"])
 
 
+@pytest.mark.slow
 def test_every_run_of_the_queue_can_be_composed_and_no_record_is_of_other_settings():
     entries = script.read_queue()
     assert entries
@@ -99,6 +100,7 @@ def test_runs_of_one_name_are_refused(tmp_path: Path):
         script.read_queue(write_queue(tmp_path, STUDY | {"changes": [STUDY["changes"][0]] * 2}))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     few, _, _ = script.read_queue(write_queue(tmp_path))
     where = site(tmp_path)

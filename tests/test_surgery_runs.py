@@ -115,6 +115,7 @@ def test_a_run_without_experts_gets_some(cli: Cli, corpus: Path) -> None:
     assert set(steps) == {3.0, 6.0}
 
 
+@pytest.mark.slow
 def test_a_run_without_experts_gets_some_with_a_factored_moment_and_grows_again(
     cli: Cli,
     corpus: Path,
@@ -135,6 +136,7 @@ def test_a_run_without_experts_gets_some_with_a_factored_moment_and_grows_again(
     go_on(cli, corpus / "merged", 2)
 
 
+@pytest.mark.slow
 def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) -> None:
     tasks = [("--grow", 8, 8), ("--grow", 24, 24), ("--prune", 8, 16), ("--merge", 4, 12), ("--merge", 4, 8)]
     source = tiny
@@ -146,6 +148,7 @@ def test_a_run_grown_twice_then_pruned_and_merged_goes_on(cli: Cli, tiny: Path) 
     go_on(cli, source, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "gating"),
     [
@@ -182,6 +185,7 @@ def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
     write_run(new, run, config, network.with_layers(config.model, layers), checkpoint)
 
 
+@pytest.mark.slow
 def test_idle_experts_go_and_layers_may_differ_then(cli: Cli, corpus: Path) -> None:
     source, run = train(corpus, "source", 2, "model.moe.k=1"), corpus / "run"
     without_work(source, run, {"encoder.1": [2, 3], "decoder.1": [3]})
@@ -330,6 +334,7 @@ def test_a_failure_while_writing_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_patience_and_best_begin_anew_and_a_dial_is_not_kept(cli: Cli, corpus: Path) -> None:
     stops = ("training.validate_every=1", "training.patience=1", "training.learning_rate=1.0e-30")
     run = train(corpus, "a", 9, *stops, "decoding.experts_per_token=1", "decoding.checkpoint=last")

@@ -51,6 +51,7 @@ print("never here", flush=True)
 """
 
 
+@pytest.mark.slow
 def test_told_to_stop_a_process_that_runs_goes_on_and_one_that_hangs_ends() -> None:
     """Neither Python code nor waiting for a thread, such as one that writes a checkpoint, is taken for hanging."""
     done = subprocess.run(

@@ -22,6 +22,8 @@ from nmt.training.trainer import Trainer
 from tests.processes import run_ranks
 from tests.toy import saved, train, write_corpus
 
+# test_parallel.py compares outputs, gradients and a step of two processes with those of one, within seconds.
+pytestmark = pytest.mark.slow
 STEPS = 10
 # Four micro-batches an update, so that two processes accumulate; dropout and noise; more than an epoch; validations.
 HARD = (
@@ -182,7 +184,6 @@ def test_one_bit_that_differs_between_processes_stops_training(folder: Path, run
     assert "step 3: the 2 processes no longer have the same parameters" in status["message"]
 
 
-@pytest.mark.slow
 def test_four_processes_and_other_groups(corpus: Path) -> None:
     work(corpus, [Job("one")])
     pairs = ("parallel.expert_group_size=2",)
