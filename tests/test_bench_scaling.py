@@ -1,6 +1,5 @@
 """scripts/bench/scaling.py: what it refuses, counts and projects; and, slow, a whole run of two processes."""
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Iterator
@@ -22,19 +21,14 @@ from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.conftest import TINY_VOCAB
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench" / "scaling.py"
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_scaling", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/bench/scaling.py")
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -16,20 +15,12 @@ from nmt.commands import is_setting
 from nmt.compose import asked, jobs
 from nmt.config import Config
 from nmt.config.reading import read_value
+from tests.scripts import load_script
 from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 ON_A_RUN = ("translate", "evaluate", "experts", "export")
-
-
-def load_script(path: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 # ------------------------------------------------------------------------------------------------------ commands

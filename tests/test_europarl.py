@@ -1,7 +1,6 @@
 """Europarl as the experiments name it, cut from the public files: what is left out, held out, and twice the same."""
 
 import gzip
-import importlib.util
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
@@ -10,8 +9,8 @@ import pytest
 
 from nmt.compose import compose_config
 from nmt.corpus.sources import source_files
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_europarl.py"
 NAMES = ["train-0", "train-1", "train-2", "train-3", "dev", "test"]
 ORDINARY = [(f"sentence number {i} is here", f"la phrase numéro {i} est ici") for i in range(200)]
 ODD = [
@@ -28,12 +27,7 @@ REPEATED = [("I declare the session resumed .", f"je déclare {i} reprise la ses
 
 @pytest.fixture(scope="module")
 def europarl() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_europarl", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("scripts/make_europarl.py")
 
 
 def write(folder: Path, pairs: list[tuple[str, str]]) -> list[str]:

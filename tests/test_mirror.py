@@ -1,7 +1,6 @@
 """The mirror of wmt/wmt14 made from local text: its layout, and that `nmt prepare` reads it."""
 
 import gzip
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,18 +10,14 @@ import pytest
 from nmt.cli import main as nmt
 from nmt.compose import compose_config
 from nmt.corpus.sources import read_pairs
+from tests.scripts import load_script
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "make_wmt14_mirror.py"
 WORDS = {"en": "a small dog sees the old house and a car", "de": "ein kleiner Hund sieht das alte Haus und Auto"}
 
 
 @pytest.fixture(scope="module")
 def mirror_main() -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("make_wmt14_mirror", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("scripts/make_wmt14_mirror.py")
     main: Callable[[list[str]], int] = module.main
     return main
 

@@ -1,12 +1,10 @@
 """scripts/results/run_queue.py: what the queue has can run, and a run leaves a record, at once or in two pieces."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,21 +13,12 @@ import yaml
 from nmt.cli import main
 from nmt.compose import compose_config
 from nmt.errors import UserError
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
-SCRIPT = ROOT / "scripts" / "results" / "run_queue.py"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_queue", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("scripts/results/run_queue.py")
 
 TINY = """
 corpus.max_pairs=400 corpus.subwords.vocab_size=600 model.hidden_size=16 model.cell_size=16 model.attention.size=16

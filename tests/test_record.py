@@ -1,6 +1,5 @@
 """metrics.jsonl is a contract: what training writes is what nmt cost, the studies and the plots read."""
 
-import importlib.util
 import json
 import math
 import shutil
@@ -11,6 +10,7 @@ import pytest
 
 from nmt.errors import CheckpointError
 from nmt.metrics.record import DevLine, TrainLine, read_lines, step_of
+from tests.scripts import load_script
 
 TRAIN = TrainLine(7, 3.0, 2.5, 12.2, 1.5, 0.0, 1e-3, 5000.0, 8.0, 4, 12.5, {"encoder.1": {"cv_load": 0.5}})
 DEV = DevLine(7, 9.0, 30.0, 12.5)
@@ -112,13 +112,7 @@ def test_the_step_of_a_line(text: str, step: float) -> None:
 
 
 def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, run: Path) -> None:
-    spec = importlib.util.spec_from_file_location(
-        "studies", Path(__file__).parents[1] / "scripts" / "results" / "studies.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    studies = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(studies)
+    studies = load_script("scripts/results/studies.py")
     shutil.copy(run / "metrics.jsonl", tmp_path)
     (tmp_path / "report").mkdir()
     (tmp_path / "report" / "test.json").write_text('{"scores": {"BLEU": {"value": 12.5}}}')

@@ -1,27 +1,18 @@
 """results/*.json and the pages made from them: nothing is typed twice, and nothing is stale."""
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 from xml.etree import ElementTree
 
 import pytest
+
+from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "results"
 
 
-def load_script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("result_pages", ROOT / "scripts" / "results" / "pages.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-script = load_script()
+script = load_script("scripts/results/pages.py")
 
 
 @pytest.mark.parametrize("name", script.PAGES)

@@ -247,7 +247,7 @@ class Trainer:
                     f"{resumed_from.path} was saved by a version with another order of sentences: training resumes "
                     f"with epoch {epoch + 1} and skips the rest of epoch {epoch}"
                 )
-            self._tell_moved_rate(out)
+            self._report_moved_rate(out)
         cost = self.cost
         out.say(
             f"{millions(cost.num_parameters)} parameters, {millions(cost.ops_per_timestep)} ops/timestep, "
@@ -257,7 +257,7 @@ class Trainer:
         for line in self.doubts:
             out.say(f"validation: {line}")
 
-    def _tell_moved_rate(self, out: MetricsWriter) -> None:
+    def _report_moved_rate(self, out: MetricsWriter) -> None:
         """Warn if a changed end of the linear schedule makes the learning rate jump."""
         training, progress = self.config.training, self.progress
         rate = self._rate(progress.step + 1)
