@@ -13,7 +13,10 @@ import torch
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.data.prepare import prepare
+from tests.kernels import interpret_without_gpu
 from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus
+
+interpret_without_gpu()
 
 TINY_VOCAB = 13
 # The files that take longest, so that no process waits for another's at the end.

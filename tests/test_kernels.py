@@ -1,4 +1,4 @@
-"""Fused twins against their plain forms. They run on a GPU only; what they compute is tested through the plain ones."""
+"""Fused twins against their plain forms, on a GPU or in Triton's interpreter; see tests/kernels.py."""
 
 import copy
 
@@ -8,27 +8,30 @@ import torch
 from nmt.config import MoEConfig
 from nmt.device import set_float32_products
 from nmt.model.experts import MoE
-from nmt.model.kernels.cross_entropy import plain_softmax_gradient, softmax_gradient
+from nmt.model.kernels.cross_entropy import plain_softmax_gradient
 from nmt.model.kernels.row_sums import plain_sum_rows, sum_rows
+from tests.kernels import DEVICE, SHARED_BYTES, compile_launches, needs_triton
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="fused kernels run on a CUDA GPU")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="there is no CUDA GPU")
 
 
-@needs_gpu
+@needs_triton
 @pytest.mark.parametrize("vocabulary", [7, 1504, 2048, 32001])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_the_fused_softmax_gradient_is_the_plain_one(vocabulary: int, smoothing: float):
-    logits_MV = (3 * torch.randn(33, vocabulary, device="cuda")).bfloat16()
-    target_M = torch.randint(vocabulary, (33,), device="cuda")
+    from nmt.model.kernels.cross_entropy_triton import fused_softmax_gradient
+
+    logits_MV = (3 * torch.randn(5, vocabulary, device=DEVICE)).bfloat16()
+    target_M = torch.randint(vocabulary, (5,), device=DEVICE)
     expected = plain_softmax_gradient(logits_MV.clone(), target_M, smoothing)
-    found = softmax_gradient(logits_MV.clone(), target_M, smoothing)
+    found = fused_softmax_gradient(logits_MV.clone(), target_M, smoothing)
     for plain, fused in zip(expected, found, strict=True):
         difference = (plain.float() - fused.float()).norm() / plain.float().norm()
         assert difference < 1e-2 if plain.dtype == torch.bfloat16 else difference < 1e-5
 
 
 # Rows of each token: as many for all, very different numbers, none at all.
-SHARES = [[4] * 33, [0, 1, 40, 0, 3, 7, 0], [0, 0, 0], [5]]
+SHARES = [[4] * 9, [0, 1, 17, 0, 3, 7, 0], [0, 0, 0], [5]]
 
 
 def random_rows(counts: list[int], width: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -51,21 +54,55 @@ def test_a_sum_of_rows_is_that_of_a_loop(counts: list[int], weighted: bool):
         torch.testing.assert_close(found_TD[token], expected_D)
 
 
-@needs_gpu
-@pytest.mark.parametrize("width", [8, 100, 512, 1025])
+@needs_triton
+@pytest.mark.parametrize("width", [8, 100, 1025])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("counts", SHARES)
 @pytest.mark.parametrize("weighted", [False, True])
 def test_the_fused_sum_of_rows_is_the_plain_one(counts: list[int], dtype: torch.dtype, width: int, weighted: bool):
-    rows_RD, row_R, begin_T, weight_R = random_rows(counts, width, "cuda")
+    from nmt.model.kernels.row_sums_triton import fused_sum_rows
+
+    rows_RD, row_R, begin_T, weight_R = random_rows(counts, width, DEVICE)
     rows_RD, weight_R = rows_RD.to(dtype), weight_R.to(dtype) if weighted else None
-    found_TD = sum_rows(rows_RD, row_R, begin_T, weight_R)
+    found_TD = fused_sum_rows(rows_RD, row_R, begin_T, weight_R)
     exact_R = weight_R.double() if weighted else None
     exact_TD = plain_sum_rows(rows_RD.double(), row_R, begin_T, exact_R)
     assert found_TD.dtype == dtype
     tolerance = 1e-2 if dtype == torch.bfloat16 else 1e-5
     torch.testing.assert_close(found_TD.double(), exact_TD, rtol=tolerance, atol=tolerance)
-    assert torch.equal(found_TD, sum_rows(rows_RD, row_R, begin_T, weight_R))
+    assert torch.equal(found_TD, fused_sum_rows(rows_RD, row_R, begin_T, weight_R))
+
+
+def launch_all() -> None:
+    """Launch every fused function as training does."""
+    from nmt.model.kernels.cross_entropy_triton import fused_softmax_gradient
+    from nmt.model.kernels.row_sums_triton import fused_sum_rows
+
+    fused_softmax_gradient(torch.empty(64, 32000, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64), 0.1)
+    rows_RD, row_R, begin_T, weight_R = random_rows([4] * 8, 512, "cpu")
+    fused_sum_rows(rows_RD.bfloat16(), row_R, begin_T, weight_R.bfloat16())
+    fused_sum_rows(rows_RD, row_R, begin_T, None)
+
+
+@needs_triton
+def test_kernels_compile_for_every_supported_card():
+    compiled = compile_launches(launch_all)
+    assert {each.capability for each in compiled} == set(SHARED_BYTES)
+    assert {each.kernel for each in compiled} == {"_softmax_gradient", "_sum_rows"}
+    assert [each for each in compiled if each.spilled] == []
+
+
+def launch_a_broken_kernel() -> None:
+    from nmt.model.kernels import cross_entropy_triton
+
+    cross_entropy_triton._BLOCK = 100  # no power of two
+    cross_entropy_triton.fused_softmax_gradient(torch.empty(2, 9).bfloat16(), torch.zeros(2, dtype=torch.int64), 0.1)
+
+
+@needs_triton
+def test_a_kernel_that_does_not_compile_is_an_error():
+    with pytest.raises(AssertionError, match="power of 2"):
+        compile_launches(launch_a_broken_kernel)
 
 
 @needs_gpu
