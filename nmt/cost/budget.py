@@ -15,8 +15,8 @@ from nmt.cost.operations import Cost, model_cost
 from nmt.errors import UserError
 
 _FLOAT = 4
-# Tokens of the longest sentence if the configuration has no limit (corpus.filters.max_pieces=0).
-_LONGEST = 250
+LONGEST = 250
+"""Tokens of the longest sentence if the configuration has no limit (corpus.filters.max_pieces=0)."""
 
 
 class SentenceLengths(NamedTuple):
@@ -68,6 +68,8 @@ class Budget:
     micro_batches: int
     """Number of micro-batches, over all steps and GPUs."""
     gpus: int
+    group: int
+    """GPUs that share one copy of the experts."""
     numbers: Precision
     longest: BatchSize
     """The micro-batch for which activations are counted."""
@@ -106,7 +108,7 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
     The GPUs of a group (`parallel.expert_group_size`) share the experts; everything else is on every GPU (S17 section
     3.1). Weights, gradients and optimiser state are float32.
     """
-    share = _expert_share(config, gpus)
+    group = _group_size(config, gpus)
     training = config.training
     numbers = numbers_of(config, on_gpu)
     cost = model_cost(config.model, vocab_size)
@@ -116,9 +118,10 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
         tokens=_mean_tokens(training.batch_tokens, lengths),
         micro_batches=training.max_steps * training.micro_batches,
         gpus=gpus,
+        group=group,
         numbers=numbers,
         longest=shape,
-        memory=memory_of(config, vocab_size, shape, numbers, gpus, share),
+        memory=memory_of(config, vocab_size, shape, numbers, gpus, group),
         checkpoint_bytes=checkpoint_bytes(config, cost),
     )
 
@@ -179,7 +182,7 @@ def memory_of(
     return rows
 
 
-def _expert_share(config: Config, gpus: int) -> int:
+def _group_size(config: Config, gpus: int) -> int:
     """Return the number of GPUs that share the experts. Raises UserError for the same settings as training."""
     if gpus < 1:
         raise UserError(f"--gpus {gpus} must be at least 1")
@@ -211,7 +214,7 @@ def _mean_tokens(batch_tokens: int, lengths: SentenceLengths) -> TokenCounts:
 def largest_shape(config: Config, vocab_size: int, lengths: SentenceLengths, numbers: Precision) -> BatchSize:
     """Return the full micro-batch that saves most bytes: of sentences of maximum length, or of mean length."""
     tokens = config.training.batch_tokens
-    lengths_tried = {(config.corpus.filters.max_pieces or _LONGEST) + 1, round(max(lengths.source, lengths.target))}
+    lengths_tried = {(config.corpus.filters.max_pieces or LONGEST) + 1, round(max(lengths.source, lengths.target))}
     shapes = [BatchSize(max(tokens // length, 1), length, length) for length in lengths_tried]
 
     def size(shape: BatchSize) -> int:

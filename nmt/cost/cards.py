@@ -1,0 +1,67 @@
+"""What GPUs reach at best, and how much of that the training step reaches: the constants of the time model.
+
+`Card` has the ceilings of a GPU, `Rates` the shares of them. `step.py` computes times from both.
+"""
+
+from typing import NamedTuple
+
+
+class Card(NamedTuple):
+    """Ceilings of one GPU."""
+
+    name: str
+    tflops: float
+    """10^12 operations per second of a large bf16 matrix product."""
+    copy_tbs: float
+    """10^12 bytes per second of a device copy, read and write together."""
+    memory_gb: float
+    link_gbs: float
+    """10^9 bytes per second that a GPU sends to the others of its host, while it receives as many."""
+    source: str
+    """Where the figures come from."""
+
+
+_MEASURED = "make bench-gpu (results/speed.json)"
+CARDS = {
+    "h100": Card("H100", 770.0, 3.0, 80.0, 248.0, f"{_MEASURED}; link as on an H200"),
+    "h200": Card("H200", 768.0, 4.22, 141.0, 248.0, f"{_MEASURED}; link between two GPUs (results/two_gpus.json)"),
+    # Peaks of NVIDIA's data sheet (312 TFLOP/s, 2.04 TB/s, 600 GB/s both ways) times the share of an H100's peaks (989,
+    # 3.35, 900) that was measured.
+    "a100": Card("A100", 243.0, 1.83, 80.0, 165.0, "NVIDIA's data sheet, scaled by what an H100 reaches of its own"),
+}
+GPUS_PER_HOST = 8
+NETWORK_GBS = 50.0
+"""GB/s per GPU and direction between hosts: one 400 Gb/s adapter per GPU, by its data sheet."""
+
+
+class Rates(NamedTuple):
+    """What the training step reaches. Shares are of a card's ceilings, so that they carry over between cards.
+
+    `scripts/bench/fit_rates.py` fits them to measured steps.
+    """
+
+    products: float = 0.45
+    """Share of the product ceiling in large products: an LSTM's inputs and weight gradients, attention, softmax."""
+    recurrent: float = 1.04
+    """The same for the recurrent products of one position, weights and rows being few."""
+    experts: float = 0.54
+    """The same for the experts' products."""
+    memory: float = 0.88
+    """Share of the copy bandwidth that element-wise work and the optimiser reach."""
+    weights: float = 0.45
+    """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
+    passes: float = 1.6
+    """Times that each byte kept for the backward pass is read or written in a step."""
+    position_us: float = 19.4
+    """Microseconds per position, pass and kernel of an LSTM, besides its products."""
+    launch_ms: float = 0.94
+    """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
+    layer_ms: float = 1.34
+    """The same for one MoE layer alone, as the benchmark measures it."""
+    uneven: float = 0.05
+    """Spread of the time of a micro-batch between GPUs, as a share of it, unless their micro-batches are alike."""
+    message_us: float = 2.0
+    """Microseconds per message of an exchange. Not measured: 2 GPUs are too few to see it."""
+
+
+RATES = Rates()

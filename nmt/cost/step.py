@@ -1,0 +1,268 @@
+"""Predict the time of a training step, part by part, from the configuration and the constants of `cards.py`.
+
+The time of a part is the longer of its operations at a share of the card's product rate and its bytes at a share of the
+card's bandwidth. Positions of an LSTM, which follow one another, cost a fixed time more each. The parts add up.
+
+Letters: N real tokens of a side and micro-batch, T its positions, D width, C cells, P outputs and I inputs of an LSTM,
+E experts, K experts per token, H hidden sizes of an expert, G GPUs.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from nmt.config import Config, LayerName, ModelConfig, MoEConfig
+from nmt.cost.activations import BatchSize, Precision, saved_bytes
+from nmt.cost.budget import LONGEST, Budget, TokenCounts
+from nmt.cost.cards import RATES, Card, Rates
+from nmt.cost.operations import lstm_sizes, model_cost, moe_cost
+
+BOUNDS = ("products", "memory", "optimiser", "launch", "network")
+"""What the time of a part can be spent on. "launch" is waiting: for the host, and for one position after another."""
+
+# Bytes per parameter that a step of the optimiser reads and writes: weight, gradient and state, both casts between
+# float32 and bf16, and the norm of the gradient.
+_ADAM_BYTES = 34
+_EXPERT_BYTES = {"adam": 50, "factored": 80}
+# float32 matrix products run as TF32, at half the rate of bf16.
+_FLOAT_PRODUCTS = 0.5
+_TILE_ROWS = 64
+"""Rows that a tile of the experts' products computes at once. On average, half of an expert's last tile is empty."""
+
+
+class MicroBatch(NamedTuple):
+    """Real tokens and positions of one micro-batch. Positions are the tokens of its longest sentence."""
+
+    source: float
+    target: float
+    sentences: float
+    source_positions: float
+    target_positions: float
+
+
+class Part(NamedTuple):
+    """Milliseconds of one part of a step on every GPU, and which of `BOUNDS` they are spent on."""
+
+    name: str
+    ms: float
+    bound: str
+
+
+class Prediction(NamedTuple):
+    """A step as `predict_step` predicts it."""
+
+    card: Card
+    link_gbs: float
+    parts: list[Part]
+    tokens: float
+    """Source and target tokens of a step, on all GPUs."""
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of a step."""
+        return sum(part.ms for part in self.parts) / 1e3
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Source and target tokens per second, on all GPUs."""
+        return self.tokens / self.seconds
+
+
+class Machines(NamedTuple):
+    """What trains: `gpus` equal cards, each of which sends `link_gbs` 10^9 bytes per second while it receives as many.
+
+    `group` of them share one copy of the experts.
+    """
+
+    card: Card
+    rates: Rates = RATES
+    gpus: int = 1
+    group: int = 1
+    link_gbs: float = math.inf
+
+    def part(
+        self, name: str, *, flops: float = 0.0, share: float = 1.0, moved: float = 0.0, at: float = 0.0, us: float = 0.0
+    ) -> Part:
+        """Return a part of `flops` at `share` of the product rate, beside `moved` bytes at share `at`, after `us`."""
+        products = flops / (self.card.tflops * 1e12 * share)
+        memory = moved / (self.card.copy_tbs * 1e12 * (at or self.rates.memory))
+        longest = max(products, memory)
+        bound = "launch" if us * 1e-6 > longest else "products" if products > memory else "memory"
+        return Part(name, longest * 1e3 + us * 1e-3, bound)
+
+
+def step_parts(
+    config: Config, vocab_size: int, batch: MicroBatch, numbers: Precision, machines: Machines
+) -> list[Part]:
+    """Return the parts of a step in which every GPU has the same number of micro-batches like `batch`."""
+    micro_batches = max(config.training.micro_batches // machines.gpus, 1)
+    parts = list(_computed(config.model, vocab_size, batch, numbers, machines))
+    spread = 0.0 if config.training.alike % machines.gpus == 0 else machines.rates.uneven
+    waiting = sum(part.ms for part in parts) * spread * math.sqrt(2.0 * math.log(machines.gpus))
+    parts += [Part("waiting for other GPUs", waiting, "network")]
+    parts += [Part("launching", machines.rates.launch_ms, "launch"), *_exchanged(config.model, batch, machines)]
+    parts = [part._replace(ms=part.ms * micro_batches) for part in parts]
+    return _added([*parts, *_once(config, vocab_size, machines)])
+
+
+def predict_step(config: Config, vocab_size: int, budget: Budget, card: Card, link_gbs: float) -> Prediction:
+    """Return a mean step of the training that `budget` describes."""
+    machines = Machines(card, RATES, budget.gpus, budget.group, link_gbs)
+    parts = step_parts(config, vocab_size, mean_batch(config, budget.tokens), budget.numbers, machines)
+    tokens = config.training.micro_batches * (budget.tokens.source + budget.tokens.target)
+    return Prediction(card, link_gbs, parts, tokens)
+
+
+def mean_batch(config: Config, tokens: TokenCounts) -> MicroBatch:
+    """Return a mean micro-batch with the positions of its longest sentence.
+
+    A token is in a longer sentence than the mean sentence is, and the longest of several bands is longer still.
+    1.5 bands^0.35 fits `plan_epoch` for log-normal lengths whose logarithms have a spread of 0.5.
+    """
+    longest = (config.corpus.filters.max_pieces or LONGEST) + 1
+    ratio = 1.5 * config.training.bands**0.35
+    source, target = (min(side / tokens.sentences * ratio, longest) for side in tokens[:2])
+    return MicroBatch(*tokens, source, target)
+
+
+def bound_of(parts: Iterable[Part]) -> str:
+    """Return what most of the time is spent on."""
+    spent = dict.fromkeys(BOUNDS, 0.0)
+    for part in parts:
+        spent[part.bound] += part.ms
+    return max(BOUNDS, key=spent.__getitem__)
+
+
+def _added(parts: Iterable[Part]) -> list[Part]:
+    """Return one part for each name, bound by what most of it is spent on."""
+    named: dict[str, list[Part]] = {}
+    for part in parts:
+        named.setdefault(part.name, []).append(part)
+    sums = [Part(name, sum(part.ms for part in each), bound_of(each)) for name, each in named.items()]
+    return [part for part in sums if part.ms]
+
+
+def _computed(
+    model: ModelConfig, vocab_size: int, batch: MicroBatch, numbers: Precision, machines: Machines
+) -> Iterator[Part]:
+    """Yield forward and backward pass of one micro-batch."""
+    rates = machines.rates
+    tokens = {"encoder": batch.source, "decoder": batch.target}
+    positions = {"encoder": batch.source_positions, "decoder": batch.target_positions}
+    saved = _saved(model, vocab_size, batch, numbers)
+    for side, lstms in lstm_sizes(model).items():
+        for index, size in enumerate(lstms):
+            yield from _lstm(size, tokens[side], positions[side], numbers, machines)
+            if side == "decoder" and index == 0 and model.attention.feeds_back:
+                # Attention and context, between one position and the next.
+                yield machines.part("LSTMs, recurrent", us=8 * rates.position_us * positions[side])
+        yield machines.part("LSTMs, element-wise", moved=rates.passes * saved[f"{side} LSTMs"])
+    yield machines.part("embeddings", moved=rates.passes * saved["embeddings"])
+    for layer in model.moe_layer_names():
+        side = LayerName.of(layer).side
+        yield from moe_parts(model.hidden_size, model.moe, model.moe.experts_at(layer), tokens[side], machines)
+    cost = model_cost(model, vocab_size)
+    pairs = batch.source * batch.target / batch.sentences
+    ops = batch.source * cost.encoder_ops["attention keys"] + batch.target * cost.decoder_ops["attention query"]
+    ops += batch.target * cost.decoder_ops.get("context projection", 0) + pairs * cost.attention_ops_per_pair
+    yield machines.part(
+        "attention", flops=6 * ops, share=_products(machines, numbers), moved=rates.passes * saved["attention"]
+    )
+    # Logits are written, read for the softmax, overwritten by their gradient and read twice.
+    yield machines.part(
+        "softmax",
+        flops=6 * batch.target * cost.decoder_ops["softmax"],
+        share=_products(machines, numbers),
+        moved=5 * batch.target * vocab_size * numbers.size,
+    )
+
+
+def _products(machines: Machines, numbers: Precision) -> float:
+    """Return the share of the bf16 product rate that large products reach in the type of `numbers`."""
+    return machines.rates.products * (1.0 if numbers.size == 2 else _FLOAT_PRODUCTS)
+
+
+def _saved(model: ModelConfig, vocab_size: int, batch: MicroBatch, numbers: Precision) -> dict[str, float]:
+    """Return the bytes that a micro-batch keeps, by part."""
+    lengths = max(batch.source / batch.sentences, 1.0), max(batch.target / batch.sentences, 1.0)
+    shape = BatchSize(1000, *(round(length) for length in lengths))
+    scale = (batch.source + batch.target) / (shape.sentences * (shape.source + shape.target))
+    return {part: count * scale for part, count in saved_bytes(model, vocab_size, shape, numbers).items()}
+
+
+def _lstm(
+    size: tuple[int, int, int], tokens: float, positions: float, numbers: Precision, machines: Machines
+) -> Iterator[Part]:
+    """Yield the products of one direction of an LSTM.
+
+    The recurrent products, forward and backward, go through the positions in turn. Those of the inputs and of the
+    weights' gradients are done for all positions at once.
+    """
+    inputs, cells, outputs = size
+    projected = outputs < cells
+    of_projection = cells * outputs * projected
+    recurrent = 4 * cells * outputs + of_projection
+    whole = 3 * 4 * cells * inputs + recurrent
+    scale = 1.0 if numbers.size == 2 else _FLOAT_PRODUCTS
+    rates = machines.rates
+    yield machines.part(
+        "LSTMs, recurrent",
+        flops=4 * tokens * recurrent,
+        share=rates.recurrent * scale,
+        us=2 * positions * (1 + projected) * rates.position_us,
+    )
+    yield machines.part("LSTMs, other products", flops=2 * tokens * whole, share=rates.products * scale)
+
+
+def moe_parts(width: int, moe: MoEConfig, num_experts: int, tokens: float, machines: Machines) -> Iterator[Part]:
+    """Yield the parts of one MoE layer whose gate sees `tokens` on each GPU, without the exchange of rows."""
+    rates = machines.rates
+    rows = tokens * moe.experts_per_token
+    gate = moe_cost(width, moe, num_experts).gates
+    # Logits, noise, standard deviations and probabilities in float32, and their gradients.
+    columns = gate.ops / width
+    yield machines.part(
+        "gates",
+        flops=6 * tokens * gate.ops,
+        share=rates.products * _FLOAT_PRODUCTS,
+        moved=tokens * 4 * (rates.passes * 3 * columns + 4 * width),
+    )
+    yield machines.part("rows to experts and back", moved=rates.passes * 3 * rows * width * 2)
+    weights = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))
+    # A GPU has its share of the group's experts, and as many rows as it sends if all experts are equally busy.
+    used = touched(num_experts, rows * machines.group) / machines.group
+    padded = rows + used * _TILE_ROWS / 2
+    yield machines.part("experts, products", flops=6 * padded * weights, share=rates.experts)
+    yield machines.part("experts, element-wise", moved=rates.passes * rows * sum(moe.hidden_sizes) * 2)
+    # Read forward and backward, and a gradient written, each in bf16.
+    yield machines.part("experts, weights", moved=6 * used * weights, at=rates.weights)
+
+
+def touched(num_experts: int, rows: float) -> float:
+    """Return the expected number of experts that get any of `rows` rows, if each expert is as likely as any other."""
+    return -num_experts * math.expm1(rows * math.log1p(-1.0 / num_experts)) if num_experts > 1 else float(rows > 0)
+
+
+def _exchanged(model: ModelConfig, batch: MicroBatch, machines: Machines) -> Iterator[Part]:
+    """Yield the exchanges of rows: to the experts and back, and their gradients likewise."""
+    tokens, others = {"encoder": batch.source, "decoder": batch.target}, machines.group - 1
+    for layer in model.moe_layer_names():
+        rows = tokens[LayerName.of(layer).side] * model.moe.experts_per_token
+        sent = rows * model.hidden_size * 2 * others / machines.group
+        seconds = sent / (machines.link_gbs * 1e9) + others * machines.rates.message_us * 1e-6
+        yield Part("exchange of rows", 4e3 * seconds, "network")
+
+
+def _once(config: Config, vocab_size: int, machines: Machines) -> Iterator[Part]:
+    """Yield what a step does once: the optimiser, and the sums of gradients over GPUs."""
+    cost, gpus = model_cost(config.model, vocab_size), machines.gpus
+    dense = cost.num_parameters - cost.num_expert_parameters
+    experts = cost.num_expert_parameters / machines.group
+    moved = _ADAM_BYTES * dense + _EXPERT_BYTES[config.training.expert_optimizer] * experts
+    yield machines.part("optimiser", moved=moved)._replace(bound="optimiser")
+    # A ring sends every float32 gradient twice. Experts are summed over the groups that hold copies of them.
+    for numbers, copies in ((dense, gpus), (experts, gpus // machines.group)):
+        sent = 2 * 4 * numbers * (copies - 1) / copies
+        latency = 2 * math.ceil(math.log2(copies)) * machines.rates.message_us * 1e-6 if numbers else 0.0
+        yield Part("sum of gradients", 1e3 * (sent / (machines.link_gbs * 1e9) + latency), "network")

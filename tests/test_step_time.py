@@ -1,0 +1,201 @@
+"""The predicted time of a training step: what its parts must add up to, and how it must grow."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.cost.activations import Precision
+from nmt.cost.budget import TokenCounts
+from nmt.cost.cards import CARDS, RATES, Card, Rates
+from nmt.cost.operations import model_cost
+from nmt.cost.step import BOUNDS, Machines, MicroBatch, Part, bound_of, mean_batch, moe_parts, step_parts, touched
+from nmt.data.batching import plan_epoch
+
+BF16 = Precision(on_gpu=True, size=2)
+BATCH = MicroBatch(32000, 31000, 1100, 40, 38)
+DENSE, MOE = ModelConfig(moe=MoEConfig(0)), ModelConfig()
+H100 = CARDS["h100"]
+ENDLESS = Card("endless", 1.0, math.inf, math.inf, math.inf, "")
+"""10^12 operations per second, and bytes that cost nothing."""
+PERFECT = Rates(*(1.0 for _ in Rates._fields))._replace(position_us=0, launch_ms=0, uneven=0, message_us=0)
+
+
+def step(
+    model: ModelConfig, machines: Machines, batch: MicroBatch = BATCH, numbers: Precision = BF16, **training: object
+) -> list[Part]:
+    training = {"micro_batches": machines.gpus} | training
+    return step_parts(Config(model=model, training=TrainingConfig(**training)), 32000, batch, numbers, machines)
+
+
+def ms(*arguments: object, **changes: object) -> float:
+    return sum(part.ms for part in step(*arguments, **changes))
+
+
+def experts(count: int, **changes: object) -> ModelConfig:
+    """A flat gate up to 256 experts, else groups of 256."""
+    groups = {"gating": "hierarchical", "branching": count // 256, "k": 2} if count > 256 else {"k": min(4, count)}
+    return ModelConfig(moe=MoEConfig(count, **(groups | changes)))
+
+
+# ------------------------------------------------------------------------------------------------------- adding up
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DENSE,
+        ModelConfig(moe=MoEConfig(0), cell_size=512, bottom_layer="bidirectional_full"),
+        ModelConfig(moe=MoEConfig(0), attention=AttentionConfig("additive", wiring="gnmt")),
+    ],
+)
+def test_products_are_the_operations_of_training(model: ModelConfig) -> None:
+    """Where nothing else takes time, a step takes its FLOPs over the rate."""
+    flops = model_cost(model, 32000).training_flops(BATCH.source, BATCH.target, BATCH.sentences)
+    assert ms(model, Machines(ENDLESS, PERFECT)) == pytest.approx(flops / 1e9)
+    # float32 has half the rate.
+    assert ms(model, Machines(ENDLESS, PERFECT), numbers=Precision(True, 4)) == pytest.approx(2 * flops / 1e9)
+
+
+def test_products_of_experts_are_theirs_and_half_a_tile_each() -> None:
+    moe = MoEConfig(8, k=4)
+    parts = {part.name: part.ms for part in moe_parts(512, moe, 8, 8192, Machines(ENDLESS, PERFECT))}
+    assert parts["experts, products"] == pytest.approx(6 * (4 * 8192 + 8 * 32) * 2 * 512 * 2048 / 1e9)
+    assert parts["gates"] == pytest.approx(2 * 6 * 8192 * 512 * 2 * 8 / 1e9)
+
+
+def test_the_optimiser_moves_bytes_of_every_parameter() -> None:
+    slow = H100._replace(copy_tbs=H100.copy_tbs / 2)
+    for machine in (H100, slow):
+        [optimiser] = [part for part in step(DENSE, Machines(machine)) if part.name == "optimiser"]
+        gigabytes = optimiser.ms * machine.copy_tbs * RATES.memory
+        # Weight, gradient and two moments, some read and written: more than 16 bytes, less than 64.
+        assert 16 < gigabytes * 1e9 / model_cost(DENSE, 32000).num_parameters < 64
+
+
+def test_micro_batches_repeat_all_but_the_optimiser() -> None:
+    one, three = ({part.name: part.ms for part in step(MOE, Machines(H100), micro_batches=count)} for count in (1, 3))
+    assert three.pop("optimiser") == pytest.approx(one.pop("optimiser"))
+    assert three == pytest.approx({name: 3 * each for name, each in one.items()})
+
+
+def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
+    alone = step(MOE, Machines(H100))
+    assert "network" not in {part.bound for part in alone}
+    rates = RATES._replace(uneven=0.0, message_us=0.0)
+    two = Machines(H100, rates, gpus=2, group=1, link_gbs=math.inf)
+    assert sum(part.ms for part in step(MOE, two)) == pytest.approx(sum(part.ms for part in alone))
+
+
+def test_rows_travel_four_times_and_gradients_twice() -> None:
+    rates = RATES._replace(uneven=0.0, message_us=0.0)
+    parts = {part.name: part.ms for part in step(MOE, Machines(H100, rates, gpus=4, group=4, link_gbs=100.0))}
+    rows = 4 * (BATCH.source + BATCH.target)
+    assert parts["exchange of rows"] == pytest.approx(4 * rows * 512 * 2 * 3 / 4 / 100e6)
+    cost = model_cost(MOE, 32000)
+    dense = cost.num_parameters - cost.num_expert_parameters
+    assert parts["sum of gradients"] == pytest.approx(2 * 4 * dense * 3 / 4 / 100e6)
+    # Two groups of two hold two copies of every expert.
+    parts = {part.name: part.ms for part in step(MOE, Machines(H100, rates, gpus=4, group=2, link_gbs=100.0))}
+    copies = 2 * 4 * cost.num_expert_parameters / 2 / 2 / 100e6
+    assert parts["sum of gradients"] == pytest.approx(2 * 4 * dense * 3 / 4 / 100e6 + copies)
+
+
+@pytest.mark.parametrize(("count", "rows"), [(2, 1), (8, 8), (64, 200), (1000, 300)])
+def test_experts_with_rows_are_as_many_as_random_rows_reach(count: int, rows: int) -> None:
+    rng = np.random.default_rng(1)
+    reached = [len(set(rng.integers(0, count, rows).tolist())) for _ in range(300)]
+    assert touched(count, rows) == pytest.approx(np.mean(reached), rel=0.02)
+    assert touched(count, 1e9) == pytest.approx(count)
+
+
+# --------------------------------------------------------------------------------------------------------- growing
+
+COUNTS = [4, 32, 256, 2048, 16384, 131072]
+
+
+def test_more_experts_take_no_less_time() -> None:
+    for gpus in (1, 4):
+        times = [ms(experts(count), Machines(H100, gpus=gpus, group=gpus, link_gbs=50.0)) for count in COUNTS]
+        assert times == sorted(times)
+    flat = [ms(ModelConfig(moe=MoEConfig(count)), Machines(H100)) for count in COUNTS]
+    assert flat == sorted(flat)
+
+
+def test_more_gpus_take_longer_for_a_step_but_not_for_a_token() -> None:
+    """Experts grow with the GPUs, as in the paper, or there are none."""
+    sizes = [2**power for power in range(11)]
+    for models in ([DENSE] * len(sizes), [experts(32 * gpus) for gpus in sizes]):
+        times = [
+            ms(model, Machines(H100, gpus=gpus, group=gpus, link_gbs=50.0))
+            for gpus, model in zip(sizes, models, strict=True)
+        ]
+        assert times == sorted(times)
+        per_token = [time / gpus for time, gpus in zip(times, sizes, strict=True)]
+        assert per_token == sorted(per_token, reverse=True)
+
+
+def test_a_faster_link_or_card_takes_no_longer() -> None:
+    model = experts(2048)
+    times = [ms(model, Machines(H100, gpus=16, group=16, link_gbs=link)) for link in (1, 10, 50, 248, 1e6, math.inf)]
+    assert times == sorted(times, reverse=True)
+    for card in CARDS.values():
+        for faster in (card._replace(tflops=2 * card.tflops), card._replace(copy_tbs=2 * card.copy_tbs)):
+            assert ms(model, Machines(faster)) < ms(model, Machines(card))
+
+
+def test_longer_batches_and_micro_batches_alike() -> None:
+    longer = BATCH._replace(source_positions=100, target_positions=100)
+    assert ms(MOE, Machines(H100), longer) > ms(MOE, Machines(H100))
+    eight = Machines(H100, gpus=8, group=8, link_gbs=248.0)
+    assert ms(MOE, eight, alike=8) < ms(MOE, eight)
+
+
+@pytest.mark.parametrize("gpus", [1, 1024])
+@pytest.mark.parametrize("tokens", [1, 1e7])
+@pytest.mark.parametrize("link", [1e-6, 1e9])
+def test_extreme_sizes_give_finite_times(gpus: int, tokens: float, link: float) -> None:
+    batch = MicroBatch(tokens, tokens, 1, tokens, tokens)
+    for count in (0, 1, 1024, 131072):
+        model = ModelConfig(moe=MoEConfig(count, k=1)) if count < 2 else experts(count)
+        group = min(gpus, max(count, 1))
+        for part in step(model, Machines(H100, gpus=gpus, group=group, link_gbs=link), batch):
+            assert 0 < part.ms < math.inf
+
+
+# ------------------------------------------------------------------------------------------------------- the bound
+
+
+@pytest.mark.parametrize(
+    ("bound", "model", "machines", "batch"),
+    [
+        ("products", replace(DENSE, cell_size=8192), Machines(H100), BATCH._replace(source_positions=5)),
+        ("memory", replace(DENSE, dropout=0.5), Machines(H100._replace(copy_tbs=0.1)), BATCH),
+        ("optimiser", experts(2048), Machines(H100), MicroBatch(500, 500, 20, 25, 25)),
+        ("launch", DENSE, Machines(H100), MicroBatch(25, 25, 1, 25, 25)),
+        ("network", experts(2048), Machines(H100, gpus=64, group=64, link_gbs=2.0), BATCH),
+    ],
+)
+def test_what_bounds_a_step(bound: str, model: ModelConfig, machines: Machines, batch: MicroBatch) -> None:
+    parts = step(model, machines, batch)
+    spent = {each: sum(part.ms for part in parts if part.bound == each) for each in BOUNDS}
+    assert bound_of(parts) == max(spent, key=spent.__getitem__)
+    assert bound_of(parts) == bound
+
+
+# -------------------------------------------------------------------------------------------------- mean micro-batch
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4])
+def test_the_longest_sentence_of_a_micro_batch_is_about_that_of_real_ones(bands: int) -> None:
+    rng = np.random.default_rng(1)
+    common = rng.normal(0.0, 0.5, 60000)
+    lengths = [np.clip(np.exp(3.2 + common + rng.normal(0.0, 0.15, 60000)), 2, 199).astype(int) for _ in range(2)]
+    training = TrainingConfig(batch_tokens=8192, bands=bands)
+    steps = plan_epoch(*lengths, training, 0)
+    for length, position in zip(lengths, (3, 4), strict=True):
+        longest = np.mean([max(int(length[band].max()) for band in each[0]) + 1 for each in steps])
+        tokens = TokenCounts(100 * (length.mean() + 1), 100 * (length.mean() + 1), 100)
+        assert mean_batch(Config(training=training), tokens)[position] == pytest.approx(longest, rel=0.12)
