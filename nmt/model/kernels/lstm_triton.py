@@ -208,7 +208,7 @@ def _processors_and_memory(device: torch.device) -> tuple[int, int]:
 
 
 def tiles(sizes: _Sizes, memory: int) -> tuple[Tiles, Tiles]:
-    """Return the tiles of the forward and the backward pass for so many bytes of shared memory per processor.
+    """Return the tiles of the forward and the backward pass for that many bytes of shared memory per processor.
 
     Few sentences: the time of a step is what counts, so that all processors work on it. Many: large tiles reread the
     weights less often.
