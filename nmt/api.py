@@ -183,7 +183,7 @@ class Model:
         found: dict[int, PairScore] = {}
         for batch in eval_batches(held_out.sources, held_out.targets, _SCORED_TOKENS) if sources else ():
             with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"):
-                log_prob_TB = score(translator.model, batch.to(translator.device), experts_per_token).log_prob_TR.cpu()
+                log_prob_TB = score(translator.model, batch.to(translator.device), experts_per_token).log_prob_TB.cpu()
             for column, pair in enumerate(batch.pairs_B.tolist()):
                 tokens = [*held_out.targets[pair].tolist(), EOS]
                 log_probs = log_prob_TB[: len(tokens), column].tolist()

@@ -1,10 +1,13 @@
 """Special token ids, and the record that the data pass to the model.
 
-Letters: S source positions, T target positions, B sentences of the batch, N real (not padding) positions of one side.
-Tensors are time-major, cuDNN's own layout.
+A batch has no padding. Each side is packed: its real positions are rows, position by position, and at each position
+the sentences follow in the order of falling length. Every layer but LSTMs and attention sees rows only. A batch may mix
+sentences of any lengths.
+
+Letters: S source positions, T target positions, L positions of either side, B sentences of the batch, N rows of a side.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,13 +19,48 @@ PAD, UNK, BOS, EOS = 0, 1, 2, 3
 NUM_SPECIAL = 4
 
 
+class Rows(NamedTuple):
+    """Where the rows of one side of a batch are: row begin_L[t] + rank_B[b] is position t < length_B[b] of sentence b.
+
+    The host computes all of it when it makes the batch, so that no pass waits for the device. After `fit`, rows of
+    padding follow the real ones.
+    """
+
+    begin_L: Tensor  # int32 (L + 1): first row of each position; the last value is the number of real rows
+    rank_B: Tensor  # int32: place of each sentence in the order of falling length
+    length_B: Tensor  # int32: number of positions; 0 for a sentence of padding
+    previous_N: Tensor  # int32: row of the same sentence's previous position; N at its first position, and for padding
+    turn_N: Tensor  # int32: row of the position as far from the sentence's end as this one from its begin
+    cell_N: Tensor  # int64: t B + b, the place in a padded (L, B) layout; L B for padding
+    real_N: Tensor | None = None  # bool: False for rows of padding; None: all rows are real
+
+    @property
+    def num_sentences(self) -> int:
+        """Number of sentences, including those of padding."""
+        return self.rank_B.numel()
+
+    @property
+    def num_positions(self) -> int:
+        """Number of positions of the longest sentence, or more after `fit`."""
+        return self.begin_L.numel() - 1
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows, including those of padding."""
+        return self.cell_N.numel()
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
+        """Return this record with every tensor changed."""
+        return Rows._make(None if tensor is None else change(tensor) for tensor in self)
+
+
 class Shape(NamedTuple):
     """The sizes of a batch's tensors. A step recorded for one batch may depend on nothing else."""
 
     sentences: int
     source: int  # positions, EOS included
     target: int
-    source_rows: int  # tokens that gates, experts and softmax see
+    source_rows: int
     target_rows: int
 
     def holds(self, other: "Shape") -> bool:
@@ -31,117 +69,142 @@ class Shape(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One padded batch of sentence pairs.
+    """One batch of sentence pairs, packed. Sides number their rows independently of each other."""
 
-    `*_rows_N` are the flat positions (t * B + b) of the real tokens of a time-major side, in order. The host computes
-    them when it makes the batch. The model can then drop padding (before gates, experts and softmax) without waiting
-    for the GPU to count what is left. In a batch that was padded to a bucket (`fit`), rows of padding follow them, and
-    the counts say how many rows are real.
-    """
-
-    pairs_B: Tensor  # int64: the corpus pair in each column; -1 in a column of padding
-    source_SB: Tensor  # int64: pieces, then EOS, then PAD
-    source_length_B: Tensor  # int64: EOS included
-    source_rows_N: Tensor  # int64
-    target_in_TB: Tensor  # int64: BOS, then pieces
-    target_out_TB: Tensor  # int64: pieces, then EOS
-    target_rows_N: Tensor  # int64
-    source_count: Tensor | None = None  # int64 scalar: how many of source_rows_N are real, the first ones; None: all
-    target_count: Tensor | None = None  # the same of target_rows_N
+    pairs_B: Tensor  # int64: the corpus pair of each sentence; -1 for a sentence of padding
+    source_N: Tensor  # int64: pieces and EOS of each sentence, PAD in rows of padding
+    source: Rows
+    target_in_N: Tensor  # int64: BOS and pieces
+    target_out_N: Tensor  # int64: pieces and EOS
+    target: Rows
 
     @property
     def shape(self) -> Shape:
         """The sizes of the tensors."""
-        (source, sentences), target = self.source_SB.shape, len(self.target_in_TB)
-        return Shape(sentences, source, target, self.source_rows_N.numel(), self.target_rows_N.numel())
+        source, target = self.source, self.target
+        return Shape(len(self.pairs_B), source.num_positions, target.num_positions, source.num_rows, target.num_rows)
 
     @property
     def num_sentences(self) -> int:
         """Number of sentence pairs. For a fitted batch, this and the two counts below wait for its device."""
-        return len(self.pairs_B) if self.source_count is None else int((self.pairs_B >= 0).sum())
+        return len(self.pairs_B) if self.source.real_N is None else int((self.pairs_B >= 0).sum())
 
     @property
     def num_source_tokens(self) -> int:
-        """Number of source tokens, with EOS, without padding."""
-        return self.source_rows_N.numel() if self.source_count is None else int(self.source_count)
+        """Number of source tokens, with EOS."""
+        return self.source.num_rows if self.source.real_N is None else int(self.source.begin_L[-1])
 
     @property
     def num_target_tokens(self) -> int:
-        """Number of target tokens to predict, with EOS, without padding."""
-        return self.target_rows_N.numel() if self.target_count is None else int(self.target_count)
+        """Number of target tokens to predict, with EOS."""
+        return self.target.num_rows if self.target.real_N is None else int(self.target.begin_L[-1])
 
-    @property
-    def real_source_rows(self) -> Tensor | None:
-        """Bool (N): True for the real ones of `source_rows_N`; None if all are real."""
-        return _first(self.source_rows_N, self.source_count)
-
-    @property
-    def real_target_rows(self) -> Tensor | None:
-        """Bool (N): True for the real ones of `target_rows_N`; None if all are real."""
-        return _first(self.target_rows_N, self.target_count)
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """Return this record with every tensor changed."""
+        return Batch._make(value.map(change) if isinstance(value, Rows) else change(value) for value in self)
 
     def to(self, device: torch.device) -> "Batch":
         """Copy this batch to `device`, asynchronously if its memory is pinned."""
-        return Batch._make(None if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
+        return self.map(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> "Batch":
         """Copy this batch to page-locked memory, from which copies to a GPU do not block."""
-        return Batch._make(None if tensor is None else tensor.pin_memory() for tensor in self)
+        return self.map(Tensor.pin_memory)
 
+    def copy_(self, other: "Batch") -> None:
+        """Overwrite the tensors of this batch with those of a batch of the same shape."""
+        for own, new in zip(self.tensors(), other.tensors(), strict=True):
+            own.copy_(new, non_blocking=True)
 
-def _first(rows_N: Tensor, count: Tensor | None) -> Tensor | None:
-    return None if count is None else torch.arange(rows_N.numel(), device=rows_N.device) < count
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in order."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
 
 
 def fit(batch: Batch, shape: Shape) -> Batch:
-    """Return `batch` padded to exactly `shape`, so that all batches of a bucket have tensors of equal sizes.
+    """Return `batch` padded to exactly `shape`, so that different batches have tensors of equal sizes.
 
-    Real tokens keep their order. A column of padding is a sentence of one PAD, so that its attention has a position to
-    attend to. Rows of padding are positions that hold PAD, each used at most once. Gates give them no expert, and no
-    loss, sum or statistic counts them. A pass therefore computes the same as for `batch`, except that dropout and gate
-    noise draw other numbers for a token. ValueError if `shape` does not hold the batch.
+    Rows of padding hold PAD. Gates give them no expert, and no loss, sum or statistic counts them. A pass computes the
+    same as for `batch`, except that dropout and gate noise draw other numbers for a token. ValueError if `shape` does
+    not hold the batch.
     """
-    assert batch.source_count is None
-    cells = shape.sentences * shape.source, shape.sentences * shape.target
-    if not shape.holds(batch.shape) or shape.source_rows > cells[0] or shape.target_rows > cells[1]:
+    assert batch.source.real_N is None
+    if not shape.holds(batch.shape):
         raise ValueError(f"a batch of {batch.shape} cannot be padded to {shape}")
-    columns = shape.sentences - len(batch.pairs_B)
+    rows = {"source": shape.source_rows, "target": shape.target_rows}
 
-    def side(ids_LB: Tensor, positions: int) -> Tensor:
-        return F.pad(ids_LB, (0, columns, 0, positions - len(ids_LB)), value=PAD)
+    def ids(ids_N: Tensor, side: str) -> Tensor:
+        return F.pad(ids_N, (0, rows[side] - len(ids_N)), value=PAD)
 
     return Batch(
-        pairs_B=F.pad(batch.pairs_B, (0, columns), value=-1),
-        source_SB=side(batch.source_SB, shape.source),
-        source_length_B=F.pad(batch.source_length_B, (0, columns), value=1),
-        source_rows_N=_fit_rows(batch.source_rows_N, len(batch.pairs_B), shape.sentences, cells[0], shape.source_rows),
-        target_in_TB=side(batch.target_in_TB, shape.target),
-        target_out_TB=side(batch.target_out_TB, shape.target),
-        target_rows_N=_fit_rows(batch.target_rows_N, len(batch.pairs_B), shape.sentences, cells[1], shape.target_rows),
-        source_count=torch.tensor(batch.num_source_tokens, device=batch.pairs_B.device),
-        target_count=torch.tensor(batch.num_target_tokens, device=batch.pairs_B.device),
+        pairs_B=F.pad(batch.pairs_B, (0, shape.sentences - len(batch.pairs_B)), value=-1),
+        source_N=ids(batch.source_N, "source"),
+        source=_fit_rows(batch.source, shape.sentences, shape.source, shape.source_rows),
+        target_in_N=ids(batch.target_in_N, "target"),
+        target_out_N=ids(batch.target_out_N, "target"),
+        target=_fit_rows(batch.target, shape.sentences, shape.target, shape.target_rows),
     )
 
 
-def _fit_rows(rows_N: Tensor, sentences: int, columns: int, cells: int, num_rows: int) -> Tensor:
-    """Renumber rows of `sentences` columns for `columns` columns, and append unused cells up to `num_rows` rows."""
-    rows_N = rows_N // sentences * columns + rows_N % sentences
-    free_M = torch.ones(cells, dtype=torch.bool, device=rows_N.device).index_fill_(0, rows_N, False)
-    return torch.cat([rows_N, free_M.nonzero().flatten()[: num_rows - len(rows_N)]])
+def _fit_rows(rows: Rows, sentences: int, positions: int, num_rows: int) -> Rows:
+    added = num_rows - rows.num_rows
+    previous_N = rows.previous_N.masked_fill(rows.previous_N == rows.num_rows, num_rows)
+    cell_N = rows.cell_N // rows.num_sentences * sentences + rows.cell_N % rows.num_sentences
+    padding_N = torch.arange(rows.num_rows, num_rows, dtype=torch.int32, device=cell_N.device)
+    return Rows(
+        begin_L=F.pad(rows.begin_L, (0, positions - rows.num_positions), value=rows.num_rows),
+        rank_B=torch.cat([rows.rank_B, torch.arange(rows.num_sentences, sentences).to(rows.rank_B)]),
+        length_B=F.pad(rows.length_B, (0, sentences - rows.num_sentences)),
+        previous_N=F.pad(previous_N, (0, added), value=num_rows),
+        turn_N=torch.cat([rows.turn_N, padding_N]),
+        cell_N=F.pad(cell_N, (0, added), value=positions * sentences),
+        real_N=torch.arange(num_rows, device=cell_N.device) < rows.num_rows,
+    )
 
 
-def real_rows(lengths_B: np.ndarray, num_positions: int) -> np.ndarray:
-    """Return the flat time-major positions t * B + b with t < lengths_B[b], ascending (int64)."""
-    return np.flatnonzero(np.arange(num_positions)[:, None] < lengths_B[None, :])
+def make_rows(length_B: np.ndarray) -> tuple[Rows, np.ndarray]:
+    """Return (rows, order_N) for sentences of these lengths, at least 1 each.
+
+    order_N has the row of each token of the concatenated sentences: packed[order_N] = concatenated.
+    """
+    num_sentences, num_rows, num_positions = len(length_B), int(length_B.sum()), int(length_B.max())
+    rank_B = np.empty(num_sentences, dtype=np.int64)
+    rank_B[np.argsort(-length_B, kind="stable")] = np.arange(num_sentences)
+    # Sentences that are longer than t are at position t.
+    active_L = num_sentences - np.cumsum(np.bincount(length_B, minlength=num_positions + 1))[:num_positions]
+    begin_L = np.concatenate([[0], np.cumsum(active_L)])
+    sentence_N = np.repeat(np.arange(num_sentences), length_B)
+    position_N = np.arange(num_rows) - np.repeat(np.cumsum(length_B) - length_B, length_B)
+    rank_N = rank_B[sentence_N]
+    order_N = begin_L[position_N] + rank_N
+
+    def packed(values_N: np.ndarray, dtype: type = np.int32) -> Tensor:
+        packed_N: np.ndarray = np.empty(num_rows, dtype=dtype)
+        packed_N[order_N] = values_N
+        return torch.from_numpy(packed_N)
+
+    rows = Rows(
+        begin_L=torch.from_numpy(begin_L.astype(np.int32)),
+        rank_B=torch.from_numpy(rank_B.astype(np.int32)),
+        length_B=torch.from_numpy(length_B.astype(np.int32)),
+        previous_N=packed(np.where(position_N > 0, begin_L[position_N - 1] + rank_N, num_rows)),
+        turn_N=packed(begin_L[length_B[sentence_N] - 1 - position_N] + rank_N),
+        cell_N=packed(position_N * num_sentences + sentence_N, np.int64),
+    )
+    return rows, order_N
 
 
-def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the encoder's input (source_SB, source_length_B, source_rows_N) for source pieces without EOS."""
-    return _source_side(*_end_to_end(sources))
+def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Rows]:
+    """Return the encoder's input (source_N, rows) for source pieces without EOS."""
+    pieces_N, lengths_B = _end_to_end(sources)
+    rows, order_N = make_rows(lengths_B + 1)
+    return _packed(pieces_N, lengths_B, order_N, EOS), rows
 
 
 def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:
-    """Return a Batch of piece sequences without BOS and EOS, with pair `pairs[b]` in column b."""
+    """Return a Batch of piece sequences without BOS and EOS, with pair `pairs[b]` as sentence b."""
     return make_flat_batch(pairs, *_end_to_end(sources), *_end_to_end(targets))
 
 
@@ -153,18 +216,15 @@ def make_flat_batch(
     target_lengths_B: np.ndarray,
 ) -> Batch:
     """Return the Batch of `make_batch` from concatenated sequences, as in shards, without a loop over sentences."""
-    source_SB, source_length_B, source_rows_N = _source_side(source_pieces_N, source_lengths_B)
-    num_target = int(target_lengths_B.max()) + 1
-    target_in_TB = _scatter(target_pieces_N, target_lengths_B, num_target, first_position=1)
-    target_in_TB[0] = BOS
+    source, source_order_N = make_rows(source_lengths_B + 1)
+    target, target_order_N = make_rows(target_lengths_B + 1)
     return Batch(
         pairs_B=torch.from_numpy(np.asarray(pairs_B, dtype=np.int64)),
-        source_SB=source_SB,
-        source_length_B=source_length_B,
-        source_rows_N=source_rows_N,
-        target_in_TB=torch.from_numpy(target_in_TB),
-        target_out_TB=torch.from_numpy(_with_eos(target_pieces_N, target_lengths_B)),
-        target_rows_N=torch.from_numpy(real_rows(target_lengths_B + 1, num_target)),
+        source_N=_packed(source_pieces_N, source_lengths_B, source_order_N, EOS),
+        source=source,
+        target_in_N=_packed(target_pieces_N, target_lengths_B, target_order_N, BOS),
+        target_out_N=_packed(target_pieces_N, target_lengths_B, target_order_N, EOS),
+        target=target,
     )
 
 
@@ -173,25 +233,10 @@ def _end_to_end(sequences: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray
     return np.concatenate(sequences), np.array([len(sequence) for sequence in sequences], dtype=np.int64)
 
 
-def _source_side(pieces_N: np.ndarray, lengths_B: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-    source_SB, length_B = _with_eos(pieces_N, lengths_B), lengths_B + 1
-    rows_N = real_rows(length_B, len(source_SB))
-    return torch.from_numpy(source_SB), torch.from_numpy(length_B), torch.from_numpy(rows_N)
-
-
-def _with_eos(pieces_N: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
-    """Return ids_LB: each column has a sentence, then EOS, then PAD."""
-    ids_LB = _scatter(pieces_N, lengths_B, int(lengths_B.max()) + 1, first_position=0)
-    ids_LB[lengths_B, np.arange(len(lengths_B))] = EOS
-    return ids_LB
-
-
-def _scatter(pieces_N: np.ndarray, lengths_B: np.ndarray, num_positions: int, first_position: int) -> np.ndarray:
-    """Return a time-major side (ids_LB int64) of flat pieces: sentence b in column b, from row `first_position`."""
-    num_sentences = len(lengths_B)
-    column_N = np.repeat(np.arange(num_sentences), lengths_B)
-    start_N = np.repeat(np.cumsum(lengths_B) - lengths_B, lengths_B)
-    row_N = np.arange(len(pieces_N)) - start_N + first_position
-    ids_L = np.full(num_positions * num_sentences, PAD, dtype=np.int64)
-    ids_L[row_N * num_sentences + column_N] = pieces_N
-    return ids_L.reshape(num_positions, num_sentences)
+def _packed(pieces_N: np.ndarray, lengths_B: np.ndarray, order_N: np.ndarray, special: int) -> Tensor:
+    """Return the packed ids of concatenated sentences, each with BOS before it or EOS after it (`special`)."""
+    ends_B = np.cumsum(lengths_B)
+    whole_N = np.insert(pieces_N.astype(np.int64), ends_B if special == EOS else ends_B - lengths_B, special)
+    ids_N = np.empty_like(whole_N)
+    ids_N[order_N] = whole_N
+    return torch.from_numpy(ids_N)

@@ -2,13 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from nmt.batch import Rows, make_rows
 from nmt.config import AttentionConfig
 from nmt.config.model import ATTENTION_FUNCTIONS
 from nmt.model.attention import Attention
+from nmt.model.rows import pack, unpack
 
 WIDTH, SIZE = 4, 5
 LENGTHS = torch.tensor([6, 1, 3])
@@ -21,10 +24,9 @@ def build(function: str) -> Attention:
     return attention
 
 
-def encoded() -> tuple[Tensor, Tensor]:
-    """(values_SBD, padding_SB) of three sentences."""
-    values_SBD = torch.randn(6, len(LENGTHS), WIDTH, dtype=torch.float64)
-    return values_SBD, torch.arange(6)[:, None] >= LENGTHS
+def encoded() -> tuple[Tensor, Rows]:
+    """(values_ND, rows) of three sentences."""
+    return torch.randn(10, WIDTH, dtype=torch.float64), make_rows(LENGTHS.numpy())[0]
 
 
 def score(attention: Attention, x_D: Tensor, y_D: Tensor) -> float:
@@ -46,9 +48,11 @@ def score(attention: Attention, x_D: Tensor, y_D: Tensor) -> float:
 
 @pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
 def test_context_and_weights_are_the_formula(function: str):
-    attention, (values_SBD, padding_SB) = build(function), encoded()
+    attention, (values_ND, rows) = build(function), encoded()
     query_TBD = torch.randn(2, len(LENGTHS), WIDTH, dtype=torch.float64)
-    context_TBD, weights_TBS = attention(query_TBD, attention.memory(values_SBD, padding_SB))
+    memory = attention.memory(values_ND, rows)
+    context_TBD, weights_TBS = attention(query_TBD, memory)
+    values_SBD = memory.values_SBD
     for t in range(2):
         for b, length in enumerate(LENGTHS.tolist()):
             exps = [math.exp(score(attention, values_SBD[s, b], query_TBD[t, b])) for s in range(length)]
@@ -60,28 +64,29 @@ def test_context_and_weights_are_the_formula(function: str):
 
 @pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
 def test_weights_sum_to_one_and_vanish_at_padding(function: str):
-    attention, (values_SBD, padding_SB) = build(function), encoded()
+    attention, (values_ND, rows) = build(function), encoded()
     query_TBD = 10 * torch.randn(7, len(LENGTHS), WIDTH, dtype=torch.float64)
-    _, weights_TBS = attention(query_TBD, attention.memory(values_SBD, padding_SB))
+    _, weights_TBS = attention(query_TBD, attention.memory(values_ND, rows))
+    padding_SB = torch.arange(6)[:, None] >= LENGTHS
     torch.testing.assert_close(weights_TBS.sum(2), torch.ones(7, len(LENGTHS)).double())
     assert (weights_TBS[:, padding_SB.T] == 0).all()
     assert (weights_TBS[:, ~padding_SB.T] > 0).all()
 
 
 @pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
-def test_what_stands_in_the_padding_does_not_matter(function: str):
-    attention, (values_SBD, padding_SB) = build(function), encoded()
-    query_TBD = torch.randn(2, len(LENGTHS), WIDTH, dtype=torch.float64)
-    context_TBD, _ = attention(query_TBD, attention.memory(values_SBD, padding_SB))
-    other_SBD = values_SBD.masked_fill(padding_SB.unsqueeze(2), 1e3)
-    torch.testing.assert_close(attention(query_TBD, attention.memory(other_SBD, padding_SB))[0], context_TBD)
+def test_whole_sentences_attend_as_one_position_does(function: str):
+    attention, (values_ND, rows) = build(function), encoded()
+    target, _ = make_rows(np.array([2, 7, 1]))
+    query_MD = torch.randn(10, WIDTH, dtype=torch.float64)
+    context_TBD, _ = attention(unpack(query_MD, target), attention.memory(values_ND, rows))
+    torch.testing.assert_close(attention.attend(query_MD, values_ND, target, rows), pack(context_TBD, target))
 
 
 @pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
 def test_a_selected_memory_is_the_memory_of_those_sentences(function: str):
     """Sentences repeated in the memory answer as the same queries do to the memory held once."""
-    attention, (values_SBD, padding_SB) = build(function), encoded()
-    memory = attention.memory(values_SBD, padding_SB)
+    attention, (values_ND, rows) = build(function), encoded()
+    memory = attention.memory(values_ND, rows)
     query_KBD = torch.randn(4, len(LENGTHS), WIDTH, dtype=torch.float64)
     context_KBD, weights_KBS = attention(query_KBD, memory)
     copied = memory.select(torch.arange(len(LENGTHS)).repeat(4))

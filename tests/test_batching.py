@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nmt.data.batching
-from nmt.batch import BOS, EOS, PAD, Batch, make_batch, source_batch
+from nmt.batch import BOS, EOS, Batch, Rows, fit, make_batch, source_batch
 from nmt.config import TrainingConfig
 from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _even_out, plan_epoch
 from nmt.data.held_out import eval_batches
@@ -78,8 +78,8 @@ def check_plan(
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    """Whether two batches, neither padded to a bucket, hold the same."""
-    return a[7:] == b[7:] == (None, None) and all(map(torch.equal, a[:7], b[:7]))
+    """Whether two batches hold the same."""
+    return a.shape == b.shape and all(map(torch.equal, a.tensors(), b.tensors()))
 
 
 @pytest.mark.parametrize(
@@ -218,9 +218,16 @@ def test_too_few_pairs_name_the_key() -> None:
         plan_of(np.full(5, 9), np.full(5, 9), 3, 2)
 
 
-def columns(ids_LB: torch.Tensor) -> list[list[int]]:
-    """Each column without the PAD below it."""
-    return [[token for token in column if token != PAD] for column in ids_LB.T.tolist()]
+def sentences_in(ids_N: torch.Tensor, rows: Rows) -> list[list[int]]:
+    """The ids of each sentence, read as the documentation of `Rows` says."""
+    found = []
+    for b, length in enumerate(rows.length_B.tolist()):
+        row_T = [int(rows.begin_L[t] + rows.rank_B[b]) for t in range(length)]
+        assert rows.previous_N[row_T].tolist() == [rows.num_rows, *row_T[:-1]]
+        assert rows.turn_N[row_T].tolist() == row_T[::-1]
+        assert rows.cell_N[row_T].tolist() == [t * rows.num_sentences + b for t in range(length)]
+        found.append(ids_N[row_T].tolist())
+    return found
 
 
 @pytest.mark.parametrize("sizes", [[(3, 2)], [(0, 4), (5, 0)], [(7, 1), (2, 9), (4, 4)], [(0, 0)]])
@@ -228,15 +235,16 @@ def test_a_batch_holds_its_sentences(sizes: list[tuple[int, int]]) -> None:
     sources, targets = (sentences_of(np.array(lengths), seed) for seed, lengths in enumerate(zip(*sizes, strict=True)))
     batch = make_batch(np.arange(len(sizes)) + 5, sources, targets)
     assert batch.pairs_B.tolist() == list(range(5, 5 + len(sizes)))
-    assert columns(batch.source_SB) == [[*source, EOS] for source in sources]
-    assert columns(batch.target_in_TB) == [[BOS, *target] for target in targets]
-    assert columns(batch.target_out_TB) == [[*target, EOS] for target in targets]
-    assert batch.source_length_B.tolist() == [len(source) + 1 for source in sources]
-    sides = (batch.source_SB, batch.source_rows_N), (batch.target_in_TB, batch.target_rows_N)
-    for ids_LB, rows_N in sides:
-        assert rows_N.tolist() == ids_LB.flatten().nonzero().flatten().tolist()
-        assert ids_LB.shape[0] == max(map(len, columns(ids_LB)))
-    assert all(map(torch.equal, source_batch(sources), batch[1:4]))
+    assert sentences_in(batch.source_N, batch.source) == [[*source, EOS] for source in sources]
+    assert sentences_in(batch.target_in_N, batch.target) == [[BOS, *target] for target in targets]
+    assert sentences_in(batch.target_out_N, batch.target) == [[*target, EOS] for target in targets]
+    for rows, side in ((batch.source, sources), (batch.target, targets)):
+        assert rows.begin_L[-1] == rows.num_rows == sum(len(each) + 1 for each in side)
+        active_L = rows.begin_L.diff().tolist()
+        assert active_L == sorted(active_L, reverse=True)
+    source_N, rows = source_batch(sources)
+    assert torch.equal(source_N, batch.source_N)
+    assert all(map(torch.equal, rows[:6], batch.source[:6]))
 
 
 @pytest.mark.parametrize("bands", [1, 2])
@@ -247,14 +255,28 @@ def test_stream_yields_the_plan(shards: ParallelShards, bands: int) -> None:
     ]
     with BatchStream(shards, config) as stream:
         for step, micro_batches in zip(plan, stream, strict=False):
-            for pairs, batch in zip(flat(step), flat(micro_batches), strict=True):
+            for bands, batch in zip(step, micro_batches, strict=True):
+                pairs = np.concatenate(bands)
                 sources = [shards.source(pair) for pair in pairs]
                 targets = [shards.target(pair) for pair in pairs]
                 assert equal(batch, make_batch(pairs, sources, targets))
 
 
-def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[list[int]]]]:
-    return [[[batch.pairs_B.tolist() for batch in bands] for bands in next(stream)] for _ in range(num_steps)]
+@pytest.mark.parametrize("bands", [1, 2])
+def test_fitted_batches_have_one_shape_and_little_padding(shards: ParallelShards, bands: int) -> None:
+    config = config_of(bands=bands)
+    epoch = len(plan_epoch(shards.source_lengths, shards.target_lengths, config, 0))
+    with BatchStream(shards, config) as plain, BatchStream(shards, config, fitted=True) as fitted:
+        shapes = set()
+        for _ in range(epoch):
+            for one, other in zip(next(plain), next(fitted), strict=True):
+                assert equal(fit(one, other.shape), other)
+                shapes.add(other.shape)
+    assert len(shapes) == 1
+
+
+def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[int]]]:
+    return [[batch.pairs_B.tolist() for batch in next(stream)] for _ in range(num_steps)]
 
 
 def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
@@ -340,7 +362,7 @@ def test_eval_batches() -> None:
     pairs = np.concatenate([batch.pairs_B.numpy() for batch in batches])
     assert sorted(pairs) == list(range(300))
     for batch in batches:
-        assert max(batch.source_SB.numel(), batch.target_in_TB.numel()) <= 500 or len(batch.pairs_B) == 1
+        assert max(batch.source.num_rows, batch.target.num_rows) <= 500 or len(batch.pairs_B) == 1
         numbers = batch.pairs_B.tolist()
         assert equal(batch, make_batch(numbers, [sources[n] for n in numbers], [targets[n] for n in numbers]))
     assert list(eval_batches([], [], 500)) == []

@@ -68,10 +68,10 @@ def test_mistakes_are_told_in_one_line(
 def test_micro_batches_are_the_same_for_any_number_of_processes(bench: ModuleType) -> None:
     options = bench.read_options(["--small", "--processes", "1,2", "training.device=cpu"])
     first, again, other = (bench.micro_batch(options, 512, 3, number) for number in (1, 1, 0))
-    assert all(torch.equal(a, b) for a, b in zip(first[:7], again[:7], strict=True))
-    assert not torch.equal(first.source_rows_N, other.source_rows_N)
-    assert first.source_SB.numel() <= 512 < 1.5 * first.num_source_tokens
-    assert int(first.source_SB.max()) < options.vocabulary
+    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), again.tensors(), strict=True))
+    assert not torch.equal(first.source.length_B, other.source.length_B)
+    assert first.source.num_positions * first.num_sentences <= 512 < 1.5 * first.num_source_tokens
+    assert int(first.source_N.max()) < options.vocabulary
 
 
 def test_load_is_the_busiest_process_over_the_mean(bench: ModuleType) -> None:
@@ -126,7 +126,7 @@ def test_projection_counts_the_values_that_travel(
         return exchange(output, rows, *more, **named)
 
     monkeypatch.setattr(dist, "all_to_all_single", count)
-    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([[batch]], 1, 1e-3)
+    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([batch], 1, 1e-3)
 
     row = a_row(source_tokens=batch.num_source_tokens, target_tokens=batch.num_target_tokens, sentences=3, load=1.5)
     projected = bench.project(row, model_config, TINY_VOCAB, 1e6, devices=4)

@@ -55,8 +55,8 @@ class Router:
 
     def _gate(self, layer: str, batch: Batch, num_experts: int) -> GateOutput:
         encoder = layer.startswith("encoder")
-        rows = batch.source_rows_N if encoder else batch.target_rows_N
-        piece = (batch.source_SB if encoder else batch.target_in_TB).flatten()[rows]
+        rows = (batch.source if encoder else batch.target).cell_N
+        piece = batch.source_N if encoder else batch.target_in_N
         columns = len(batch.pairs_B)
         chosen = [
             self.rule(layer, int(v), int(batch.pairs_B[row % columns]), int(row // columns))

@@ -292,7 +292,7 @@ def test_two_passes_on_one_model_do_not_meet(model: Seq2Seq) -> None:
 
     with torch.inference_mode():
         scorer._encode(len(scorer.layers), change)
-        scorer._score(len(scorer.layers), scorer.memory, change)
+        scorer._score(len(scorer.layers), scorer.encoded, change)
     assert layers == list(scorer.layers)
     assert all(torch.equal(each, scorer.log_probability_T) for each in between)
 

@@ -1,18 +1,18 @@
-"""A batch that was padded to a bucket computes what the batch itself computes."""
+"""A batch that was padded to a larger shape computes what the batch itself computes."""
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import nmt.model.experts
-from nmt.batch import PAD, Batch, Shape, fit, make_batch
+from nmt.batch import PAD, Batch, Shape, fit
 from nmt.config import Config, TrainingConfig
 from nmt.model.gate_statistics import LayerTally
 from nmt.model.gating import balance_loss
+from nmt.model.rows import pack, unpack
 from nmt.model.seq2seq import LossOutput, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
@@ -23,11 +23,8 @@ LENGTHS = ((3, 2), (1, 6), (5, 5), (4, 1))
 
 
 def larger(batch: Batch) -> Shape:
-    """A bucket that pads everything: sentences, both lengths, and the rows of both sides."""
-    sentences, source, target, source_rows, target_rows = batch.shape
-    sentences, source, target = sentences + 2, source + 1, target + 3
-    rows = min(source_rows + 9, sentences * source), min(target_rows + 7, sentences * target)
-    return Shape(sentences, source, target, *rows)
+    """A shape that pads everything: sentences, both lengths, and the rows of both sides."""
+    return Shape(*(size + more for size, more in zip(batch.shape, (2, 1, 3, 9, 7), strict=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -59,9 +56,9 @@ def gradients(model: Seq2Seq, output: LossOutput) -> dict[str, Tensor]:
     return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
 
 
-def assert_same(model: Seq2Seq, plain: tuple[Batch, ...], fitted: tuple[Batch, ...]) -> None:
+def assert_same(model: Seq2Seq, plain: Batch, fitted: Batch) -> None:
     """Losses, gradients, sums and statistics."""
-    outputs = [model(*bands, label_smoothing=0.1) for bands in (plain, fitted)]
+    outputs = [model(batch, label_smoothing=0.1) for batch in (plain, fitted)]
     expected, actual = outputs
     torch.testing.assert_close(actual.loss, expected.loss)
     torch.testing.assert_close(actual.nll, expected.nll)
@@ -84,7 +81,7 @@ def test_a_fitted_batch_computes_the_same(
     tiny_config: Configs, tiny_batch: Batches, gating: str, training: bool
 ) -> None:
     model, batch = model_of(tiny_config, gating, training), tiny_batch(*LENGTHS)
-    assert_same(model, (batch,), (fit(batch, larger(batch)),))
+    assert_same(model, batch, fit(batch, larger(batch)))
 
 
 @pytest.mark.parametrize("gating", GATING)
@@ -94,23 +91,14 @@ def test_one_position_on_a_side(
 ) -> None:
     """Sixteen experts: most of them get no token."""
     model, batch = model_of(tiny_config, gating, True, num_experts=16, output="sigmoid"), tiny_batch(*lengths)
-    assert_same(model, (batch,), (fit(batch, larger(batch)),))
-
-
-@pytest.mark.parametrize("gating", GATING)
-def test_fitted_and_plain_bands_meet(tiny_config: Configs, tiny_batch: Batches, gating: str) -> None:
-    model = model_of(tiny_config, gating, True)
-    long, short = tiny_batch(*LENGTHS), tiny_batch((1, 1), (2, 1))
-    assert_same(model, (long, short), (fit(long, larger(long)), short))
-    assert_same(model, (long, short), (long, fit(short, larger(short))))
-    assert_same(model, (long, short), (fit(long, larger(long)), fit(short, larger(short))))
+    assert_same(model, batch, fit(batch, larger(batch)))
 
 
 @pytest.mark.parametrize("wiring", ["feedback", "gnmt_v2"])
 def test_other_networks(tiny_config: Configs, tiny_batch: Batches, wiring: str) -> None:
     settings = {"wiring": wiring, "function": "normalised", "bottom_layer": "bidirectional_half"}
     model, batch = model_of(tiny_config, "noisy_top_k", True, **settings), tiny_batch(*LENGTHS)
-    assert_same(model, (batch,), (fit(batch, larger(batch)),))
+    assert_same(model, batch, fit(batch, larger(batch)))
 
 
 @pytest.mark.parametrize("gating", GATING)
@@ -122,7 +110,7 @@ def test_an_update_is_the_same(tiny_config: Configs, tiny_batch: Batches, gating
         model = model_of(tiny_config, gating, True)
         config = Config(model=model.config, training=TrainingConfig(precision="fp32", adam_epsilon=1e-3))
         updater = Updater(model, make_optimizer(model, config.training), config, World(torch.device("cpu")))
-        done = updater.update([[change(batch)] for batch in batches], 1, 0.1)
+        done = updater.update([change(batch) for batch in batches], 1, 0.1)
         return done, {name: each.detach() for name, each in model.named_parameters()}
 
     (plain, expected), (fitted, actual) = updated(lambda batch: batch), updated(lambda batch: fit(batch, larger(batch)))
@@ -139,19 +127,27 @@ def test_what_a_fitted_batch_holds(tiny_batch: Batches) -> None:
     assert fitted.num_sentences == 4
     assert fitted.pairs_B.tolist() == [0, 1, 2, 3, -1, -1]
     assert (fitted.num_source_tokens, fitted.num_target_tokens) == (batch.num_source_tokens, batch.num_target_tokens)
-    for name, rows in (("source_SB", "source_rows_N"), ("target_out_TB", "target_rows_N")):
-        plain_ids, ids = (getattr(each, name).flatten() for each in (batch, fitted))
-        plain_rows, own_rows = getattr(batch, rows), getattr(fitted, rows)
-        assert ids[own_rows[: len(plain_rows)]].tolist() == plain_ids[plain_rows].tolist()
-        assert (ids[own_rows[len(plain_rows) :]] == PAD).all()
-        assert len(set(own_rows.tolist())) == len(own_rows)
-    assert fitted.real_source_rows is not None
-    assert fitted.real_source_rows.tolist() == [True] * batch.num_source_tokens + [False] * 9
+    for name, side in (("source_N", "source"), ("target_in_N", "target"), ("target_out_N", "target")):
+        plain_N, own_N = getattr(batch, name), getattr(fitted, name)
+        rows, own = getattr(batch, side), getattr(fitted, side)
+        assert own_N.tolist() == [*plain_N.tolist(), *[PAD] * (len(own_N) - len(plain_N))]
+        assert own.real_N.tolist() == [row < rows.num_rows for row in range(own.num_rows)]
+        added = own.num_positions - rows.num_positions
+        assert own.begin_L.tolist() == [*rows.begin_L.tolist(), *[rows.num_rows] * added]
+        assert own.length_B.tolist() == [*rows.length_B.tolist(), 0, 0]
+        padded_LBD = unpack(own_N[:, None].double(), own)
+        torch.testing.assert_close(padded_LBD[: rows.num_positions, :4], unpack(plain_N[:, None].double(), rows))
+        assert padded_LBD.sum() == plain_N.sum()
+        assert pack(padded_LBD, own).flatten().tolist() == own_N.tolist()
 
 
 def test_a_batch_fits_its_own_shape(tiny_batch: Batches) -> None:
     batch = tiny_batch(*LENGTHS)
-    assert all(torch.equal(*pair) for pair in zip(fit(batch, batch.shape)[:7], batch[:7], strict=True))
+    fitted = fit(batch, batch.shape)
+    assert fitted.source.real_N is not None
+    assert fitted.source.real_N.all()
+    for one, other in ((fitted.source, batch.source), (fitted.target, batch.target)):
+        assert all(map(torch.equal, one[:6], other[:6]))
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -161,12 +157,3 @@ def test_a_shape_that_is_too_small_is_refused(tiny_batch: Batches, place: int) -
     sizes[place] -= 1
     with pytest.raises(ValueError, match="cannot be padded to"):
         fit(batch, Shape(*sizes))
-    with pytest.raises(ValueError, match="cannot be padded to"):  # more rows than cells
-        fit(batch, batch.shape._replace(source_rows=batch.source_SB.numel() + 1))
-
-
-def test_a_full_batch_has_no_cell_to_pad_with() -> None:
-    side = [np.array([4, 5]), np.array([6, 7])]
-    batch = make_batch(np.arange(2), side, side)
-    with pytest.raises(ValueError, match="cannot be padded to"):
-        fit(batch, batch.shape._replace(target_rows=7))

@@ -1,13 +1,19 @@
 """LSTM layers: one call equals many, padding is invisible, sizes are the paper's."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from nmt.model.lstm import LSTM, BidirectionalLSTM, reversed_positions
-from nmt.model.rows import turn_round
+from nmt.batch import Rows, make_rows
+from nmt.model.lstm import LSTM, BidirectionalLSTM
+from nmt.model.rows import pack, turn_round, unpack
+
+
+def rows_of(*lengths: int) -> Rows:
+    return make_rows(np.array(lengths))[0]
 
 
 def randn(*size: int) -> Tensor:
@@ -16,16 +22,14 @@ def randn(*size: int) -> Tensor:
 
 @pytest.mark.parametrize(("cells", "width"), [(8, 5), (5, 5)])
 def test_one_call_equals_one_position_at_a_time(cells: int, width: int):
-    lstm, x_TBD = LSTM(3, cells, width).double(), randn(6, 4, 3)
-    y_TBP, (output_1BP, cell_1BC) = lstm(x_TBD)
+    lstm, x_TBD, rows = LSTM(3, cells, width).double(), randn(6, 4, 3), rows_of(6, 6, 6, 6)
+    y_TBP = unpack(lstm(pack(x_TBD, rows), rows), rows)
     assert y_TBP.shape == (6, 4, width)
     state = None
     for t in range(6):
-        y_1BP, state = lstm(x_TBD[t : t + 1], state)
-        torch.testing.assert_close(y_1BP[0], y_TBP[t])
-    torch.testing.assert_close(state[0], output_1BP)
-    torch.testing.assert_close(state[1], cell_1BC)
-    assert cell_1BC.shape == (1, 4, cells)
+        state = lstm.step(x_TBD[t], state)
+        torch.testing.assert_close(state[0], y_TBP[t])
+        assert state[1].shape == (4, cells)
 
 
 def test_the_cell_is_the_textbook_one_with_a_recurrent_projection():
@@ -40,7 +44,8 @@ def test_the_cell_is_the_textbook_one_with_a_recurrent_projection():
         c_BC = f.sigmoid() * c_BC + i.sigmoid() * g.tanh()
         y_BP = (o.sigmoid() * c_BC.tanh()) @ w.weight_hr_l0.T
         expected.append(y_BP)
-    torch.testing.assert_close(lstm(x_TBD)[0], torch.stack(expected))
+    rows = rows_of(4, 4)
+    torch.testing.assert_close(lstm(pack(x_TBD, rows), rows), pack(torch.stack(expected), rows))
 
 
 @pytest.mark.parametrize(("input_size", "weights"), [(512, 9_437_184), (1024, 13_631_488)])
@@ -57,14 +62,6 @@ def test_equal_sizes_mean_no_projection():
     assert LSTM(3, 8, 7).lstm.proj_size == 7
 
 
-def test_reversed_positions_turn_each_sentence_and_are_their_own_inverse():
-    length_B = torch.tensor([4, 1, 3])
-    index_TB = reversed_positions(length_B, 5)
-    assert index_TB.T.tolist() == [[3, 2, 1, 0, 4], [0, 1, 2, 3, 4], [2, 1, 0, 3, 4]]
-    identity_TB = torch.arange(5)[:, None].expand(5, 3)
-    assert torch.equal(index_TB.gather(0, index_TB), identity_TB)
-
-
 @pytest.mark.parametrize("each", [3, 6])
 def test_bidirectional_equals_the_library_s_packed_one(each: int):
     layer, length_B = BidirectionalLSTM(4, 6, each).double(), torch.tensor([5, 2, 4])
@@ -72,33 +69,30 @@ def test_bidirectional_equals_the_library_s_packed_one(each: int):
     for name, parameter in oracle.named_parameters():
         source = layer.backward_lstm if name.endswith("_reverse") else layer.forward_lstm
         parameter.data.copy_(source.lstm.get_parameter(name.removesuffix("_reverse")))
-    x_TBD = randn(5, 3, 4)
+    x_TBD, rows = randn(5, 3, 4), rows_of(*length_B.tolist())
     packed = pack_padded_sequence(x_TBD, length_B, enforce_sorted=False)
     expected_TB2P, _ = pad_packed_sequence(oracle(packed)[0])
-    y_TB2P = layer(x_TBD, length_B)
-    for b, length in enumerate(length_B.tolist()):
-        torch.testing.assert_close(y_TB2P[:length, b], expected_TB2P[:length, b])
+    y_TB2P = unpack(layer(pack(x_TBD, rows), rows), rows)
+    torch.testing.assert_close(y_TB2P, expected_TB2P)
 
 
-def test_padding_is_invisible_at_real_positions():
-    """Batched equals one by one, whatever stands in the padding: even NaN."""
-    layer, length_B = BidirectionalLSTM(4, 6, 3).double(), torch.tensor([5, 1, 3])
-    x_TBD = randn(5, 3, 4)
-    for b, length in enumerate(length_B.tolist()):
-        x_TBD[length:, b] = torch.nan
-    y_TB2P = layer(x_TBD, length_B)
-    for b, length in enumerate(length_B.tolist()):
-        alone_T12P = layer(x_TBD[:length, b : b + 1], length_B[b : b + 1])
-        torch.testing.assert_close(y_TB2P[:length, b], alone_T12P[:, 0])
+def test_sentences_do_not_see_each_other():
+    """Batched equals one by one."""
+    layer, lengths = BidirectionalLSTM(4, 6, 3).double(), (5, 1, 3)
+    rows = rows_of(*lengths)
+    x_ND = randn(9, 4)
+    x_TBD, y_TB2P = unpack(x_ND, rows), unpack(layer(x_ND, rows), rows)
+    for b, length in enumerate(lengths):
+        torch.testing.assert_close(y_TB2P[:length, b], layer(x_TBD[:length, b], rows_of(length)))
 
 
 def test_the_backward_direction_reads_the_reversed_sentence():
-    layer, x_TBD = BidirectionalLSTM(4, 6, 3).double(), randn(5, 2, 4)
-    y_TB2P = layer(x_TBD, torch.tensor([5, 5]))
-    torch.testing.assert_close(y_TB2P[:, :, :3], layer.forward_lstm(x_TBD)[0])
-    torch.testing.assert_close(y_TB2P[:, :, 3:], layer.backward_lstm(x_TBD.flip(0))[0].flip(0))
+    layer, x_TD, rows = BidirectionalLSTM(4, 6, 3).double(), randn(5, 4), rows_of(5)
+    y_T2P = layer(x_TD, rows)
+    torch.testing.assert_close(y_T2P[:, :3], layer.forward_lstm(x_TD, rows))
+    torch.testing.assert_close(y_T2P[:, 3:], layer.backward_lstm(x_TD.flip(0), rows).flip(0))
 
 
 def test_turning_round_is_differentiated_by_turning_round():
-    turn_TB = reversed_positions(torch.tensor([4, 1, 3]), 5)
-    assert gradcheck(lambda x_TBD: turn_round(x_TBD, turn_TB), (randn(5, 3, 2).requires_grad_(),))
+    turn_N = rows_of(4, 1, 3).turn_N
+    assert gradcheck(lambda x_ND: turn_round(x_ND, turn_N), (randn(8, 2).requires_grad_(),))

@@ -165,9 +165,7 @@ def test_figures_of_an_update_are_over_all_its_micro_batches(
     config.model.moe.w_importance, config.model.moe.w_load = 0.4, 0.9
     model = Seq2Seq(config.model, 13).train()
     batches = [tiny_batch((3, 4), (5, 2)), tiny_batch((2, 2))]
-    done = Updater(model, make_optimizer(model, config.training), config, ALONE).update(
-        [[batch] for batch in batches], 1, 0.01
-    )
+    done = Updater(model, make_optimizer(model, config.training), config, ALONE).update(batches, 1, 0.01)
     interval = Interval(CPU, config.model.moe)
     interval.watch(done.sums, done.gates)
     _, gates = interval.read(ALONE)

@@ -100,7 +100,7 @@ def run_updates(
     optimizer.register_step_pre_hook(keep)
     done = []
     for step in (1, 2):
-        out = updater.update([[batch] for batch in micro_batches_of(total)[world.rank :: world.size]], step, 0.01)
+        out = updater.update(micro_batches_of(total)[world.rank :: world.size], step, 0.01)
         losses = [balance_loss(sums, 0.3, 0.2) for sums in out.sums.values()]
         done.append((world.sum(out.nll.clone()), out.gradient_norm, *losses))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmt.training.trainer
-from nmt.batch import Batch
+from nmt.batch import BOS, Batch, source_batch
 from nmt.cli import main
 from nmt.config import ModelConfig
 from nmt.decoding.translator import Translator
@@ -79,10 +80,11 @@ def model(request: pytest.FixtureRequest, tiny_config: Configs) -> Seq2Seq:
 
 def outputs(model: Seq2Seq, batch: Batch) -> list[Tensor]:
     """All that a pass makes but the logits, and the summed loss of its pairs."""
-    memory, gates = model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
-    decoded = model.decode(batch.target_in_TB, memory, None, batch.target_rows_N)
-    chosen = [part for gate in (gates | decoded.gates).values() for part in gate[:2]]
-    return [*memory, decoded.x_TRD, decoded.weights_TRS, *chosen, model(batch).nll]
+    encoded, gates = model.encode(batch.source_N, batch.source)
+    x_ND, more = model.decode(batch.target_in_N, batch.target, encoded)
+    first = model.step(torch.full((batch.num_sentences,), BOS), model.memory(encoded))
+    chosen = [part for gate in (gates | more | first.gates).values() for part in gate[:2]]
+    return [*model.memory(encoded), x_ND, first.x_RD, first.weights_RS, *chosen, model(batch).nll]
 
 
 # ------------------------------------------------------------------------------------------------------ the copy
@@ -142,13 +144,12 @@ def test_the_copy_is_written_in_place_after_a_step(model: Seq2Seq) -> None:
 @torch.no_grad()
 def test_a_decoded_position_casts_no_weight(model: Seq2Seq) -> None:
     copy = WorkingWeights(model, CPU, BF16).model
-    source_SB = torch.tensor([[5, 6], [7, 3], [3, 0]])
-    memory, _ = copy.encode(source_SB, torch.tensor([3, 2]), None)
+    memory = copy.memory(copy.encode(*source_batch([np.array([5, 7]), np.array([6])]))[0])
     state = None
     with Casts(copy) as casts:
         for token in (4, 9):
-            decoded = copy.decode(torch.full((1, 2), token), memory, state)
-            copy.logits(decoded.x_TRD[0])
+            decoded = copy.step(torch.full((2,), token), memory, state)
+            copy.logits(decoded.x_RD)
             state = decoded.state
     assert casts.of_weights == Counter()
     # A row of each column at most, as embedding, gate or softmax reads it; two slots of a token have one each.

@@ -8,7 +8,7 @@ import torch
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import ModelConfig
-from nmt.decoding.scoring import score, score_target
+from nmt.decoding.scoring import score
 from nmt.model.seq2seq import Seq2Seq
 
 VOCAB = 11
@@ -42,35 +42,20 @@ def test_a_batch_is_scored_as_its_pairs_alone(tiny_config: Configs, wiring: str,
     with torch.no_grad():
         found = score(model, batch, experts_per_token)
         whole = model(batch, experts_per_token=experts_per_token)
-    assert float(found.log_prob_TR.sum()) == pytest.approx(-float(whole.nll), abs=1e-9)
+    assert float(found.log_prob_TB.sum()) == pytest.approx(-float(whole.nll), abs=1e-9)
     assert list(found.gates) == list(whole.gates)
     for layer, gate in whole.gates.items():
         assert torch.equal(found.gates[layer].expert_TK, gate.expert_TK)
     for column, pair in enumerate(pairs()):
         with torch.no_grad():
             alone = score(model, batch_of([pair]), experts_per_token)
-        num_source, num_target = len(pair[0]) + 1, len(pair[1]) + 1
-        torch.testing.assert_close(found.log_prob_TR[:num_target, column], alone.log_prob_TR[:, 0])
-        assert not found.log_prob_TR[num_target:, column].any()
-        attention_TS = found.attention_TRS[:num_target, column]
-        torch.testing.assert_close(attention_TS[:, :num_source], alone.attention_TRS[:, 0])
-        torch.testing.assert_close(attention_TS.sum(1), torch.ones(num_target, dtype=attention_TS.dtype))
+        num_target = len(pair[1]) + 1
+        torch.testing.assert_close(found.log_prob_TB[:num_target, column], alone.log_prob_TB[:, 0])
+        assert not found.log_prob_TB[num_target:, column].any()
 
 
 def test_the_number_of_experts_matters(tiny_config: Configs) -> None:
     model, batch = model_of(tiny_config()), batch_of(pairs())
     with torch.no_grad():
-        sums = {float(score(model, batch, count).log_prob_TR.sum()) for count in (0, 1, 3)}
+        sums = {float(score(model, batch, count).log_prob_TB.sum()) for count in (0, 1, 3)}
     assert len(sums) == 3
-
-
-def test_several_targets_of_one_encoded_source(tiny_config: Configs) -> None:
-    """They are further columns, as hypotheses are."""
-    model, (pair, *_) = model_of(tiny_config()), pairs()
-    batch = batch_of([pair])
-    targets = [pair[1], pair[1][::-1].copy()]
-    both = batch_of([(pair[0], target) for target in targets])
-    with torch.no_grad():
-        memory, _ = model.encode(batch.source_SB, batch.source_length_B, None)
-        found = score_target(model, memory, both.target_in_TB, both.target_out_TB, None)
-        torch.testing.assert_close(found.log_prob_TR, score(model, both).log_prob_TR)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, make_batch, source_batch
+from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, make_batch, make_rows, source_batch
 from nmt.config import ModelConfig
 from nmt.decoding.scoring import score
 from nmt.decoding.search import (
@@ -500,21 +500,30 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
     max_lengths, alpha, beta = [4, 1, 3], 0.6, 0.3
 
     def step(previous_KB: Tensor, state: NetworkState) -> StepOutput:
-        out = model.decode(previous_KB.flatten()[None], state.memory, state.decoder)
-        logits_RV = model.logits(out.x_TRD[0])
+        out = model.step(previous_KB.flatten(), state.memory, state.decoder)
+        logits_RV = model.logits(out.x_RD)
         shape = previous_KB.shape
         after = NetworkState(state.memory, out.state)
-        return StepOutput(logits_RV.unflatten(0, shape), out.weights_TRS[0].unflatten(0, shape), after)
+        return StepOutput(logits_RV.unflatten(0, shape), out.weights_RS.unflatten(0, shape), after)
 
     def row(sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
-        memory, _ = model.encode(*source_batch([sources[sentence]]))
-        out = model.decode(torch.tensor(prefix)[:, None], memory)
-        return model.logits(out.x_TRD[-1, 0]).numpy(), out.weights_TRS[-1, 0].numpy()
+        encoded, _ = model.encode(*source_batch([sources[sentence]]))
+        rows, _ = make_rows(np.array([len(prefix)]))
+        x_ND, _ = model.decode(torch.tensor(prefix), rows, encoded)
+        return model.logits(x_ND[-1]).numpy(), attention_to(sentence, prefix)[-1]
+
+    def attention_to(sentence: int, prefix: Prefix) -> np.ndarray:
+        memory, state, weights = model.memory(model.encode(*source_batch([sources[sentence]]))[0]), None, []
+        for token in prefix:
+            out = model.step(torch.tensor([token]), memory, state)
+            state = out.state
+            weights.append(out.weights_RS[0].numpy())
+        return np.stack(weights)
 
     with torch.no_grad():
-        source_SB, length_B, rows_N = source_batch(sources)
-        memory, _ = model.encode(source_SB, length_B, rows_N)
-        wanted_BS = torch.arange(len(source_SB)) < length_B[:, None]
+        source_N, rows = source_batch(sources)
+        memory, length_B = model.memory(model.encode(source_N, rows)[0]), rows.length_B
+        wanted_BS = torch.arange(rows.num_positions) < length_B[:, None]
         state = NetworkState(memory, None)
         settings = BeamSettings(110, alpha, beta, keep=3, attention=True)
         found = beam_search(step, state, wanted_BS, limits_of(max_lengths), settings)
@@ -526,9 +535,10 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
             assert [each.score for each in found[b]] == pytest.approx([scores[o] for o in best], abs=1e-4)
             for each in found[b]:
                 forced = score(model, make_batch(np.arange(1), [sources[b]], [np.array(each.tokens, dtype=np.int64)]))
-                assert each.token_log_probs == pytest.approx(forced.log_prob_TR[:, 0].tolist(), abs=1e-5)
-                assert each.log_prob == pytest.approx(float(forced.log_prob_TR.sum()), abs=1e-5)
+                assert each.token_log_probs == pytest.approx(forced.log_prob_TB[:, 0].tolist(), abs=1e-5)
+                assert each.log_prob == pytest.approx(float(forced.log_prob_TB.sum()), abs=1e-5)
                 assert each.attention_TS is not None
                 own_TS = each.attention_TS[:, : length_B[b]]
-                assert own_TS == pytest.approx(forced.attention_TRS[:, 0].numpy(), abs=1e-6)
+                given = (BOS, *each.tokens, EOS)[: len(own_TS)]
+                assert own_TS == pytest.approx(attention_to(b, given), abs=1e-6)
                 assert own_TS.sum(1) == pytest.approx(np.ones(len(own_TS)), abs=1e-6)

@@ -9,14 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch, make_rows
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
 from nmt.model.attention import Attention, Memory
 from nmt.model.gating import THRESHOLD_SCALE, balance_loss
 from nmt.model.init import init_parameters
-from nmt.model.lstm import LSTM, BidirectionalLSTM
-from nmt.model.seq2seq import Decoder, Encoder, Seq2Seq
+from nmt.model.lstm import LSTM
+from nmt.model.rows import pack, unpack
+from nmt.model.seq2seq import Decoder, DecoderOutput, Encoded, Encoder, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
@@ -38,8 +39,16 @@ def randomised(config: ModelConfig) -> Seq2Seq:
     return model
 
 
-def encode(model: Seq2Seq, batch: Batch) -> Memory:
-    return model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)[0]
+def encode(model: Seq2Seq, batch: Batch) -> Encoded:
+    return model.encode(batch.source_N, batch.source)[0]
+
+
+def stepwise(model: Seq2Seq, target_TR: Tensor, memory: Memory) -> list[DecoderOutput]:
+    """Outputs of decoding one position at a time."""
+    outputs: list[DecoderOutput] = []
+    for target_R in target_TR:
+        outputs.append(model.step(target_R, memory, outputs[-1].state if outputs else None))
+    return outputs
 
 
 def close(actual: Tensor, expected: Tensor) -> None:
@@ -51,20 +60,14 @@ def test_a_whole_sequence_equals_one_position_at_a_time(
     tiny_config: Configs, tiny_batch: Batches, wiring: str, bottom: str, function: str
 ):
     model = randomised(tiny_config(wiring=wiring, bottom_layer=bottom, function=function)).eval()
-    batch = tiny_batch((4, 5), (2, 5), (6, 5))
+    batch = tiny_batch((4, 5), (2, 3), (6, 5))
     with torch.no_grad():
-        memory = encode(model, batch)
-        whole = model.decode(batch.target_in_TB, memory)
-        state = None
-        for t, target_1B in enumerate(batch.target_in_TB.split(1)):
-            one = model.decode(target_1B, memory, state)
-            state = one.state
-            close(one.x_TRD[0], whole.x_TRD[t])
-            close(one.weights_TRS[0], whole.weights_TRS[t])
-    close(state.query_1RD, whole.state.query_1RD)
-    for pair, expected in zip(state.lstm, whole.state.lstm, strict=True):
-        close(pair[0], expected[0])
-        close(pair[1], expected[1])
+        encoded = encode(model, batch)
+        whole_TBD = unpack(model.decode(batch.target_in_N, batch.target, encoded)[0], batch.target)
+        target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
+        for t, one in enumerate(stepwise(model, target_TB, model.memory(encoded))):
+            here_B = batch.target.length_B > t
+            close(one.x_RD[here_B], whole_TBD[t, here_B])
 
 
 @pytest.mark.parametrize("gating", GATING)
@@ -75,47 +78,45 @@ def test_every_gating_decodes_one_position_as_the_whole_sequence(
     config = tiny_config(gating=gating, num_experts=8, hidden_sizes=[7, 3], encoder_moe_after=[1], **GATING[gating])
     model, batch = randomised(config).eval(), tiny_batch((4, 5), (2, 5), (6, 5))
     with torch.no_grad():
-        memory = encode(model, batch)
-        whole = model.decode(batch.target_in_TB, memory)
-        state = None
-        for t, target_1B in enumerate(batch.target_in_TB.split(1)):
-            one = model.decode(target_1B, memory, state)
-            state = one.state
-            close(one.x_TRD[0], whole.x_TRD[t])
-    chosen = whole.gates["decoder.1"]
+        encoded = encode(model, batch)
+        whole_ND, gates = model.decode(batch.target_in_N, batch.target, encoded)
+        target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
+        outputs = stepwise(model, target_TB, model.memory(encoded))
+    close(pack(torch.stack([one.x_RD for one in outputs]), batch.target), whole_ND)
+    chosen = gates["decoder.1"]
     assert chosen.num_routed == (chosen.expert_TK < 8).sum()
     if gating == "strictly_balanced":
         assert (chosen.expert_TK == 8).any()  # slots that stay empty are among what is tested
 
 
-def slow_decoder(decoder: Decoder, x_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+def slow_decoder(decoder: Decoder, x_TBD: Tensor, memory: Memory) -> Tensor:
     """The decoder as the documentation of `AttentionConfig.wiring` words it, position by position."""
     layers, wiring = [decoder.bottom, *decoder.upper], decoder.attention_config.wiring
     states: list = [None] * len(layers)
-    previous_1RD = torch.zeros_like(x_TRD[:1])
-    outputs, weights = [], []
-    for x_1RD in x_TRD.split(1):
-        stream = x_1RD
+    previous_BD = torch.zeros_like(x_TBD[0])
+    outputs = []
+    for x_BD in x_TBD:
+        stream = x_BD
         if wiring in ("feedback", "gnmt"):
-            context, weight = decoder.attention(previous_1RD, memory)
-            stream = torch.cat([stream, context], 2)
+            context = decoder.attention(previous_BD[None], memory)[0][0]
+            stream = torch.cat([stream, context], 1)
         for number, layer in enumerate(layers, start=1):
             if number > 1 and wiring in ("gnmt", "gnmt_v2"):
-                stream = torch.cat([stream, context], 2)
-            below = x_1RD if number == 1 else stream[:, :, : x_TRD.shape[2]]
-            y, states[number - 1] = layer(stream, states[number - 1])
+                stream = torch.cat([stream, context], 1)
+            below = x_BD if number == 1 else stream[:, : x_TBD.shape[2]]
+            states[number - 1] = layer.step(stream, states[number - 1])
+            y = states[number - 1][0]
             stream = y + below if number >= decoder.residual_from else y
             if number == 1:
-                previous_1RD = stream
+                previous_BD = stream
                 if wiring in ("parallel", "gnmt_v2"):
-                    context, weight = decoder.attention(stream, memory)
+                    context = decoder.attention(stream[None], memory)[0][0]
                 if wiring == "parallel":
                     stream = stream + context @ decoder.context.weight.T
             if str(number) in decoder.moe_layers.moe:
-                stream = stream + decoder.moe_layers.moe[str(number)](stream[0])[0].unsqueeze(0)
+                stream = stream + decoder.moe_layers.moe[str(number)](stream)[0]
         outputs.append(stream)
-        weights.append(weight)
-    return torch.cat(outputs), torch.cat(weights)
+    return torch.stack(outputs)
 
 
 @pytest.mark.parametrize("residual_from", [1, 3])
@@ -125,26 +126,26 @@ def test_each_wiring_is_what_its_documentation_says(
 ):
     config = tiny_config(wiring=wiring, residual_from=residual_from, num_decoder_layers=4, decoder_moe_after=[1, 3])
     model, batch = randomised(config).eval(), tiny_batch((4, 3), (2, 3))
-    memory = encode(model, batch)
-    decoded = model.decode(batch.target_in_TB, memory)
-    embedded_TBD = model.target_embedding.weight[batch.target_in_TB] * model.config.hidden_size**0.5
-    expected_TBD, weights_TBS = slow_decoder(model.decoder, embedded_TBD, memory)
-    close(decoded.x_TRD, expected_TBD)
-    close(decoded.weights_TRS, weights_TBS)
+    encoded = encode(model, batch)
+    x_ND, _ = model.decode(batch.target_in_N, batch.target, encoded)
+    embedded_ND = model.target_embedding.weight[batch.target_in_N] * model.config.hidden_size**0.5
+    expected_TBD = slow_decoder(model.decoder, unpack(embedded_ND, batch.target), model.memory(encoded))
+    close(x_ND, pack(expected_TBD, batch.target))
 
 
-def slow_encoder(encoder: Encoder, x_SBD: Tensor) -> Tensor:
+def rows_of(*lengths: int) -> Rows:
+    return make_rows(np.array(lengths))[0]
+
+
+def slow_encoder(encoder: Encoder, x_SD: Tensor) -> Tensor:
     """Layers over one whole sentence: LSTM, residual where widths agree, MoE with its residual."""
     for number, layer in enumerate([encoder.bottom, *encoder.upper], start=1):
-        if isinstance(layer, BidirectionalLSTM):
-            y_SBD = layer(x_SBD, torch.tensor([len(x_SBD)]))
-        else:
-            y_SBD, _ = layer(x_SBD)
-        both = number >= encoder.residual_from and y_SBD.shape == x_SBD.shape
-        x_SBD = x_SBD + y_SBD if both else y_SBD
+        y_SD = layer(x_SD, rows_of(len(x_SD)))
+        both = number >= encoder.residual_from and y_SD.shape == x_SD.shape
+        x_SD = x_SD + y_SD if both else y_SD
         if str(number) in encoder.moe_layers.moe:
-            x_SBD = x_SBD + encoder.moe_layers.moe[str(number)](x_SBD[:, 0])[0].unsqueeze(1)
-    return x_SBD
+            x_SD = x_SD + encoder.moe_layers.moe[str(number)](x_SD)[0]
+    return x_SD
 
 
 @pytest.mark.parametrize("residual_from", [1, 3])
@@ -152,10 +153,11 @@ def slow_encoder(encoder: Encoder, x_SBD: Tensor) -> Tensor:
 def test_the_encoder_is_its_stack_of_layers(tiny_config: Configs, tiny_batch: Batches, bottom: str, residual_from: int):
     config = tiny_config(bottom_layer=bottom, residual_from=residual_from, encoder_moe_after=[2, 3])
     model, batch = randomised(config).eval(), tiny_batch((4, 1), (2, 1))
-    memory = encode(model, batch)
-    for b, length in enumerate(batch.source_length_B.tolist()):
-        embedded_S1D = model.source_embedding.weight[batch.source_SB[:length, b : b + 1]] * config.hidden_size**0.5
-        close(memory.values_SBD[:length, b : b + 1], slow_encoder(model.encoder, embedded_S1D))
+    memory = model.memory(encode(model, batch))
+    source_SB = unpack(batch.source_N[:, None], batch.source).squeeze(2)
+    for b, length in enumerate(batch.source.length_B.tolist()):
+        embedded_SD = model.source_embedding.weight[source_SB[:length, b]] * config.hidden_size**0.5
+        close(memory.values_SBD[:length, b], slow_encoder(model.encoder, embedded_SD))
         assert memory.padding_SB[:, b].tolist() == [False] * length + [True] * (5 - length)
 
 
@@ -199,16 +201,12 @@ def test_a_batch_is_the_sum_of_its_sentences(tiny_config: Configs, tiny_batch: B
     model.zero_grad()
     loss = nll = torch.zeros((), dtype=torch.float64)
     for b, (source, target) in enumerate(lengths):
+        source_N = unpack(together.source_N[:, None], together.source)[: source + 1, b, 0]
+        ids = together.target_in_N, together.target_out_N
+        target_in_N, target_out_N = (unpack(each[:, None], together.target)[: target + 1, b, 0] for each in ids)
+        rows = rows_of(source + 1), rows_of(target + 1)
         alone = model(
-            Batch(
-                pairs_B=together.pairs_B[b : b + 1],
-                source_SB=together.source_SB[: source + 1, b : b + 1],
-                source_length_B=together.source_length_B[b : b + 1],
-                source_rows_N=torch.arange(source + 1),
-                target_in_TB=together.target_in_TB[: target + 1, b : b + 1],
-                target_out_TB=together.target_out_TB[: target + 1, b : b + 1],
-                target_rows_N=torch.arange(target + 1),
-            ),
+            Batch(together.pairs_B[b : b + 1], source_N, rows[0], target_in_N, target_out_N, rows[1]),
             label_smoothing=0.1,
         )
         alone.loss.backward()
@@ -222,9 +220,8 @@ def test_a_batch_is_the_sum_of_its_sentences(tiny_config: Configs, tiny_batch: B
 
 def test_nll_is_the_log_probability_of_the_target(tiny_config: Configs, tiny_batch: Batches):
     model, batch = randomised(tiny_config(output_bias=True)).eval(), tiny_batch((4, 2), (1, 6))
-    log_prob_TBV = model.logits(model.decode(batch.target_in_TB, encode(model, batch)).x_TRD).log_softmax(2)
-    real_TB = batch.target_out_TB != 0
-    expected = -log_prob_TBV.gather(2, batch.target_out_TB.unsqueeze(2)).squeeze(2)[real_TB].sum()
+    log_prob_NV = model.logits(model.decode(batch.target_in_N, batch.target, encode(model, batch))[0]).log_softmax(1)
+    expected = -log_prob_NV.gather(1, batch.target_out_N[:, None]).sum()
     close(model(batch).nll, expected)
 
 
@@ -268,36 +265,22 @@ def test_gates_alone_are_those_of_the_whole_pass_and_nothing_beyond_them_is_comp
     assert "output" not in ran
 
 
-def test_padding_takes_nothing_from_the_noise(tiny_config: Configs, tiny_batch: Batches):
-    """In training too a gate sees real tokens only: the values of padding rows change nothing."""
-    model, batch = randomised(tiny_config()), tiny_batch((4, 2), (1, 6))
-    torch.manual_seed(2)
-    expected = model(batch)
-    source_SB, target_in_TB = batch.source_SB.clone(), batch.target_in_TB.clone()
-    source_SB[source_SB == 0] = 7
-    target_in_TB[target_in_TB == 0] = 7
-    torch.manual_seed(2)
-    out = model(batch._replace(source_SB=source_SB, target_in_TB=target_in_TB))
-    close(out.loss, expected.loss)
-    for name, gate in expected.gates.items():
-        close(out.gates[name].sums.load_E, gate.sums.load_E)
-
-
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_hypotheses_are_further_columns(tiny_config: Configs, tiny_batch: Batches, wiring: str):
     """Column k * B + b reads sentence b; a selected state goes on as its columns would."""
     model, batch = randomised(tiny_config(wiring=wiring)).eval(), tiny_batch((4, 2), (1, 2), (2, 2))
-    memory = encode(model, batch)
+    memory = model.memory(encode(model, batch))
     target_TKB = torch.randint(4, TINY_VOCAB, (3, 4, 3))
-    together = model.decode(target_TKB.flatten(1), memory)
-    apart = [model.decode(target_TKB[:, k], memory) for k in range(4)]
-    close(together.x_TRD, torch.cat([one.x_TRD for one in apart], 1))
-    close(together.weights_TRS, torch.cat([one.weights_TRS for one in apart], 1))
-    next_1R = torch.randint(4, TINY_VOCAB, (1, 6))
+    together = stepwise(model, target_TKB.flatten(1), memory)
+    apart = [stepwise(model, target_TKB[:, k], memory) for k in range(4)]
+    for t, position in enumerate(together):
+        close(position.x_RD, torch.cat([one[t].x_RD for one in apart]))
+        close(position.weights_RS, torch.cat([one[t].weights_RS for one in apart]))
+    next_R = torch.randint(4, TINY_VOCAB, (6,))
     columns_R = torch.tensor([9, 1, 2, 3, 1, 8])  # two hypotheses each of sentences 0, 1, 2
-    after = model.decode(next_1R, memory, together.state.select(columns_R))
+    after = model.step(next_R, memory, together[-1].state.select(columns_R))
     prefix_TR = target_TKB.flatten(1)[:, columns_R]
-    close(after.x_TRD[0], model.decode(torch.cat([prefix_TR, next_1R]), memory).x_TRD[-1])
+    close(after.x_RD, stepwise(model, torch.cat([prefix_TR, next_R[None]]), memory)[-1].x_RD)
 
 
 def test_dropout_is_on_every_path_to_the_softmax(tiny_config: Configs, tiny_batch: Batches):
@@ -306,11 +289,11 @@ def test_dropout_is_on_every_path_to_the_softmax(tiny_config: Configs, tiny_batc
     for wiring in WIRINGS:
         model = randomised(tiny_config(wiring=wiring, dropout=1 - 1e-12))
         assert model(batch).nll.item() == pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
-        memory = encode(model, batch)
-        assert not memory.values_SBD.any()
+        encoded = encode(model, batch)
+        assert not encoded.values_ND.any()
         # With a source to see, so that the context has something to drop, too.
-        visible = memory._replace(values_SBD=torch.ones_like(memory.values_SBD))
-        assert not model.decode(batch.target_in_TB, visible).x_TRD.any()
+        visible = encoded._replace(values_ND=torch.ones_like(encoded.values_ND))
+        assert not model.decode(batch.target_in_N, batch.target, visible)[0].any()
         assert model.eval()(batch).nll.item() != pytest.approx(batch.num_target_tokens * math.log(TINY_VOCAB))
 
 
@@ -418,7 +401,7 @@ def test_every_gating_learns_to_reverse(tiny_config: Configs, gating: str):
     start = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     losses = []
     for step in range(1, 71):
-        done = updater.update([[batch] for batch in batches], step, rate=0.02 * min(1, step / 20))
+        done = updater.update(batches, step, rate=0.02 * min(1, step / 20))
         assert not done.skipped
         losses.append(float(done.nll) / tokens)
     assert losses[0] > 1.5
@@ -436,7 +419,8 @@ def test_product_attention_starts_open():
     attention = Seq2Seq(ModelConfig(hidden_size=64, cell_size=64), 100).decoder.attention
     assert isinstance(attention, Attention)
     values_SBD, query_TBD = torch.randn(20, 4, 64), torch.randn(10, 4, 64)
-    _, weights_TBS = attention(query_TBD, attention.memory(values_SBD, torch.zeros(20, 4, dtype=torch.bool)))
+    memory = attention.memory(values_SBD.flatten(0, 1), rows_of(20, 20, 20, 20))
+    _, weights_TBS = attention(query_TBD, memory)
     assert weights_TBS.max(2).values.mean() < 0.25
 
 

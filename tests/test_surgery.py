@@ -70,9 +70,8 @@ def in_precision(changed: NetworkWeights, dtype: torch.dtype) -> NetworkWeights:
 
 @torch.no_grad()
 def log_probs(model: Seq2Seq, batch: Batch) -> Tensor:
-    memory, _ = model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
-    decoded = model.decode(batch.target_in_TB, memory, rows_N=batch.target_rows_N)
-    return model.logits(decoded.x_TRD).log_softmax(-1).flatten(0, 1)[batch.target_rows_N]
+    encoded, _ = model.encode(batch.source_N, batch.source)
+    return model.logits(model.decode(batch.target_in_N, batch.target, encoded)[0]).log_softmax(-1)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import nmt.training.trainer
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.compose import compose_config
@@ -23,6 +23,7 @@ from nmt.config import Config, ModelConfig, TrainingConfig
 from nmt.metrics.record import DevLine
 from nmt.metrics.writer import MetricsWriter
 from nmt.model.gating import balance_loss
+from nmt.model.rows import unpack
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
@@ -136,20 +137,29 @@ class Keep(torch.optim.SGD):
         self.kept = [p.grad.clone() for group in self.param_groups for p in group["params"]]
 
 
-def gradient_of(
-    model: Seq2Seq, config: Config, batches: list[Batch], step: int = 1, together: bool = False
-) -> tuple[list[Tensor], Any]:
-    """The gradient of one update (zeros for parameters without one), and what the update returned.
-
-    Each batch is a micro-batch, or all `together` are the bands of one.
-    """
+def gradient_of(model: Seq2Seq, config: Config, batches: list[Batch], step: int = 1) -> tuple[list[Tensor], Any]:
+    """The gradient of one update (zeros for parameters without one), and what the update returned."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer = Keep(model.parameters(), lr=1.0)
-    micro_batches = [batches] if together else [[batch] for batch in batches]
-    done = Updater(model, optimizer, config, World(torch.device("cpu"))).update(micro_batches, step, 0.1)
+    done = Updater(model, optimizer, config, World(torch.device("cpu"))).update(batches, step, 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     return optimizer.kept, done
+
+
+def joined(batches: list[Batch]) -> Batch:
+    """One batch of all sentences."""
+    sides = [
+        [ids for batch in batches for ids in sentences_of(getattr(batch, name), getattr(batch, side))]
+        for name, side in (("source_N", "source"), ("target_out_N", "target"))
+    ]
+    return make_batch(np.arange(len(sides[0])), *sides)
+
+
+def sentences_of(ids_N: Tensor, rows: Rows) -> list[np.ndarray]:
+    """The pieces of each sentence, without EOS."""
+    ids_LB = unpack(ids_N[:, None], rows).squeeze(2).numpy()
+    return [ids_LB[: length - 1, b] for b, length in enumerate(rows.length_B.tolist())]
 
 
 def fp64_model(model_config: ModelConfig) -> tuple[Seq2Seq, Config]:
@@ -217,25 +227,21 @@ def test_both_passes_over_a_micro_batch_draw_the_same(tiny_config: Configs, moe:
 
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("moe", [NO_EXPERTS, FLAT, GROUPS, SOFTMAX, STRICT])
-def test_bands_are_one_batch(
+def test_the_order_of_sentences_in_a_batch_does_not_matter(
     tiny_config: Configs, moe: dict[str, Any], training: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Gates, experts and balance losses see the tokens of all bands together, a strictly balanced gate's cut too."""
+    """Gates, experts and balance losses see the tokens of a batch together, a strictly balanced gate's cut too."""
     monkeypatch.setattr(torch, "randn_like", torch.zeros_like)
     model, config = fp64_model(tiny_config(**moe))
     model.train(training)
-    whole, one = gradient_of(model, config, micro_batches())
-    for bounds in ((2,), (1, 3)):
-        parts, done = gradient_of(model, config, micro_batches(*bounds), together=True)
-        for expected, actual in zip(whole, parts, strict=True):
-            torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
-        torch.testing.assert_close(done.nll, one.nll)
-        for layer, sums in one.sums.items():
-            torch.testing.assert_close(done.sums[layer].count_E, sums.count_E)
-    joined = model.gates(*micro_batches(2))
-    assert {layer: len(gate.gates_TK) for layer, gate in joined.items()} == {
-        layer: len(gate.gates_TK) for layer, gate in model(*micro_batches(2)).gates.items()
-    }
+    (batch,) = micro_batches()
+    whole, one = gradient_of(model, config, [batch])
+    moved, done = gradient_of(model, config, [joined(micro_batches(2)[::-1])])
+    for expected, actual in zip(whole, moved, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(done.nll, one.nll)
+    for layer, sums in one.sums.items():
+        torch.testing.assert_close(done.sums[layer].count_E, sums.count_E)
 
 
 @pytest.mark.parametrize(("weights", "passes"), [((0.0, 0.0), 0), ((0.1, 0.0), 2), ((0.0, 0.1), 2)])
@@ -246,7 +252,7 @@ def test_the_pass_for_joint_sums_is_run_where_it_changes_something(
     model, config = fp64_model(tiny_config(num_experts=6, k=2, w_importance=importance, w_load=load))
     calls: list[int] = []
     gates = Seq2Seq.gates
-    monkeypatch.setattr(Seq2Seq, "gates", lambda self, *bands: calls.append(1) or gates(self, *bands))
+    monkeypatch.setattr(Seq2Seq, "gates", lambda self, batch: calls.append(1) or gates(self, batch))
     # As it is in either case: the sums of all micro-batches, which metrics read.
     _, done = gradient_of(model, config, micro_batches(2))
     assert len(calls) == passes

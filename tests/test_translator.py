@@ -301,9 +301,9 @@ def test_a_score_is_the_log_probability_of_the_greedy_translation(load: Load, li
             nll = float(translator.model(batch).nll)
             if len(target) >= longest:
                 # Cut at the limit: whether the end was scored is the search's affair.
-                memory, _ = translator.model.encode(batch.source_SB, batch.source_length_B, batch.source_rows_N)
-                decoded = translator.model.decode(batch.target_in_TB, memory, None)
-                log_probabilities = translator.model.logits(decoded.x_TRD[-1]).log_softmax(-1)
+                encoded, _ = translator.model.encode(batch.source_N, batch.source)
+                x_ND, _ = translator.model.decode(batch.target_in_N, batch.target, encoded)
+                log_probabilities = translator.model.logits(x_ND[-1]).log_softmax(-1)
                 without_end = nll + float(log_probabilities.view(-1)[EOS])
                 assert min(abs(-score - nll), abs(-score - without_end)) < 1e-3
             else:

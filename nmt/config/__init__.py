@@ -65,9 +65,8 @@ class TrainingConfig:
     """Micro-batches per step, over all GPUs together; a multiple of the number of GPUs. The data of a step do not
     depend on that number."""
     bands: int = 2
-    """Parts of a micro-batch that differ in sentence length; each has an equal share of `batch_tokens`. Gates, experts
-    and softmax process all parts together; LSTMs and attention process one part at a time. More bands mix the sentence
-    lengths of a step better; fewer are faster on a GPU."""
+    """Ranges of sentence lengths that a micro-batch mixes; each has an equal share of `batch_tokens`. More bands make
+    the steps more alike. A batch has no padding, so that bands cost a GPU little: a longest sentence takes longer."""
     alike: int = 1
     """Size of the groups of micro-batches with the same sentence lengths; a divisor of `micro_batches`. 1 mixes the
     sentence lengths of a step best. The number of GPUs lets all GPUs finish each micro-batch at the same time."""

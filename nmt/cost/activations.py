@@ -48,10 +48,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         rows = shape.sentences * length
-        # Token ids; positions of real tokens, for experts and softmax; indices of the backward direction.
-        sorted_out = side == "decoder" or any(LayerName.of(layer).side == side for layer in config.moe_layer_names())
-        turned = side == "encoder" and config.bottom_layer != "forward"
-        saved["embeddings"] += rows * ((1 + sorted_out + turned) * _INDEX + config.hidden_size * mask)
+        # Token ids; of the target, also the ones to predict.
+        saved["embeddings"] += rows * ((1 + (side == "decoder")) * _INDEX + config.hidden_size * mask)
         for index, size in enumerate(lstms):
             calls = _calls(config, side, index, length)
             saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
@@ -59,7 +57,9 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
         side = LayerName.of(layer).side
         rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
         saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
-        saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + config.hidden_size * _FLOAT)
+        # The gate's float32 copy of its input, if that has another type.
+        copy = config.hidden_size * _FLOAT if numbers.size < _FLOAT else 0
+        saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + copy)
     saved["attention"] = _attention(config, shape, numbers)
     # The loss computes its gradients in the forward pass: for its input, and in float32 for the softmax's parameters.
     weights = vocab_size * (config.hidden_size + config.output_bias)

@@ -10,13 +10,13 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise
 from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
 
-from nmt.batch import Batch, make_flat_batch
+from nmt.batch import Batch, Shape, fit, make_flat_batch
 from nmt.config import TrainingConfig
 from nmt.data.shards import ParallelShards
 
@@ -28,7 +28,10 @@ _POLL_SECONDS = 0.2
 _PLAN_AT = 0.75
 
 Step = list[list[np.ndarray]]
-"""One step: its micro-batches; each is a list of bands of similar lengths; each band is an array of pair numbers."""
+"""One step: its micro-batches; each is a list of bands of similar lengths; each band is an array of pair numbers.
+
+The sentences of all bands of a micro-batch form one `Batch`.
+"""
 
 
 def plan_epoch(
@@ -147,17 +150,36 @@ def _even_out(batches: list[np.ndarray], micro_batches: int) -> list[np.ndarray]
     return [batches[number][first:end] for _, number, first, end in sorted(parts, key=lambda part: part[1:])]
 
 
+def common_shape(steps: list[Step], source_lengths: np.ndarray, target_lengths: np.ndarray, batch_tokens: int) -> Shape:
+    """Return a shape that holds every micro-batch of a plan.
+
+    It is rounded up, so that most epochs of a run have the same one. `training.bands` makes micro-batches alike, which
+    keeps padding low.
+    """
+    most = np.zeros(5, dtype=np.int64)
+    for bands in chain.from_iterable(steps):
+        pairs_B = np.concatenate(bands)
+        source_B, target_B = source_lengths[pairs_B] + 1, target_lengths[pairs_B] + 1
+        sizes = len(pairs_B), source_B.max(), target_B.max(), source_B.sum(), target_B.sum()
+        most = np.maximum(most, sizes)
+    # Sentences and positions cost next to nothing; rows cost as much as real ones.
+    rows = max(8, batch_tokens >> 7)
+    return Shape(*(int(-(-size // unit) * unit) for size, unit in zip(most, (256, 32, 32, rows, rows), strict=True)))
+
+
 class _Ready(NamedTuple):
     """Item of the background thread's queue: a step and the position after it, or an error."""
 
-    micro_batches: list[list[Batch]]
+    micro_batches: list[Batch]
     epoch: int
     step: int
     error: BaseException | None = None
 
 
 class BatchStream:
-    """Endless iterator over the steps of all epochs; a step is a list of micro-batches, each a list of bands.
+    """Endless iterator over the steps of all epochs; a step is a list of micro-batches.
+
+    With `fitted`, all batches of an epoch have one shape.
 
     A thread prepares steps ahead. With `num_ranks` processes, process `rank` gets every num_ranks-th micro-batch of a
     step. Close the stream, or use it as a context manager. Otherwise its thread ends when the stream is
@@ -171,13 +193,14 @@ class BatchStream:
         rank: int = 0,
         num_ranks: int = 1,
         pin_memory: bool = False,
+        fitted: bool = False,
     ) -> None:
         if config.micro_batches % num_ranks:
             raise ValueError(
                 f"training.micro_batches={config.micro_batches} must be a multiple of {num_ranks}, "
                 "the number of processes"
             )
-        self._shards, self._config, self._pin_memory = shards, config, pin_memory
+        self._shards, self._config, self._pin_memory, self._fitted = shards, config, pin_memory, fitted
         self._share = slice(rank, None, num_ranks)
         self._epoch = self._step = 0
         self._stop: weakref.finalize[[threading.Thread, threading.Event], BatchStream] | None = None
@@ -199,10 +222,10 @@ class BatchStream:
         self._epoch, self._step = state["epoch"], state["step"]
         return True
 
-    def __iter__(self) -> Iterator[list[list[Batch]]]:
+    def __iter__(self) -> Iterator[list[Batch]]:
         return self
 
-    def __next__(self) -> list[list[Batch]]:
+    def __next__(self) -> list[Batch]:
         if self._stop is None:
             self._start()
         ready = self._queue.get()
@@ -216,7 +239,7 @@ class BatchStream:
         self._queue = queue.Queue(QUEUE_STEPS)
         stopped = threading.Event()
         # The thread must not reference the stream, or the stream would never be garbage-collected.
-        arguments = (self._shards, self._config, self._share, self._pin_memory, self._epoch, self._step)
+        arguments = (self._shards, self._config, self._share, self._pin_memory, self._fitted, self._epoch, self._step)
         thread = threading.Thread(
             target=_work, args=(*arguments, self._queue, stopped), name="BatchStream", daemon=True
         )
@@ -250,6 +273,7 @@ def _work(
     config: TrainingConfig,
     share: slice,
     pin_memory: bool,
+    fitted: bool,
     epoch: int,
     step: int,
     out: "queue.Queue[_Ready]",
@@ -257,9 +281,9 @@ def _work(
 ) -> None:
     """Prepare steps until `stopped` is set; runs in the background thread."""
     try:
-        for micro_batches, next_epoch, next_step in _steps(shards, config, share, epoch, step):
+        for micro_batches, next_epoch, next_step in _steps(shards, config, share, fitted, epoch, step):
             if pin_memory:
-                micro_batches = [[batch.pin_memory() for batch in bands] for bands in micro_batches]
+                micro_batches = [batch.pin_memory() for batch in micro_batches]
             if not _put(out, _Ready(micro_batches, next_epoch, next_step), stopped):
                 return
     except BaseException as error:
@@ -278,26 +302,32 @@ def _put(out: "queue.Queue[_Ready]", ready: _Ready, stopped: threading.Event) ->
 
 
 def _steps(
-    shards: ParallelShards, config: TrainingConfig, share: slice, epoch: int, step: int
-) -> Iterator[tuple[list[list[Batch]], int, int]]:
+    shards: ParallelShards, config: TrainingConfig, share: slice, fitted: bool, epoch: int, step: int
+) -> Iterator[tuple[list[Batch], int, int]]:
     """Yield (step, epoch and step number of the position after it), starting at the given position."""
     planner = ThreadPoolExecutor(1, thread_name_prefix="BatchStream-planner")
 
-    def planned(epoch: int) -> "Future[list[Step]]":
-        return planner.submit(plan_epoch, shards.source_lengths, shards.target_lengths, config, epoch)
+    def plan(epoch: int) -> tuple[list[Step], Shape | None]:
+        lengths = shards.source_lengths, shards.target_lengths
+        steps = plan_epoch(*lengths, config, epoch)
+        return steps, common_shape(steps, *lengths, config.batch_tokens) if fitted else None
+
+    def planned(epoch: int) -> "Future[tuple[list[Step], Shape | None]]":
+        return planner.submit(plan, epoch)
 
     try:
         coming = planned(epoch)
         while True:
-            plan = coming.result()
-            if step >= len(plan):
-                raise ValueError(f"no step {step} in epoch {epoch}, which has {len(plan)}: the data has changed")
-            for index in range(step, len(plan)):
-                if index == max(step, int(_PLAN_AT * len(plan))):
+            steps, shape = coming.result()
+            if step >= len(steps):
+                raise ValueError(f"no step {step} in epoch {epoch}, which has {len(steps)}: the data has changed")
+            for index in range(step, len(steps)):
+                if index == max(step, int(_PLAN_AT * len(steps))):
                     # Planning millions of pairs takes seconds, for which training would otherwise wait.
                     coming = planned(epoch + 1)
-                after = (epoch, index + 1) if index + 1 < len(plan) else (epoch + 1, 0)
-                yield [[_batch(shards, pairs) for pairs in bands] for bands in plan[index][share]], *after
+                after = (epoch, index + 1) if index + 1 < len(steps) else (epoch + 1, 0)
+                batches = [_batch(shards, np.concatenate(bands)) for bands in steps[index][share]]
+                yield [fit(batch, shape) for batch in batches] if shape else batches, *after
             epoch, step = epoch + 1, 0
     finally:
         planner.shutdown(wait=False, cancel_futures=True)

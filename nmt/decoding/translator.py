@@ -217,14 +217,17 @@ class Translator:
         return results
 
     def _search_batch(self, sources: list[np.ndarray], options: Options) -> list[list[Hypothesis]]:
-        source_SB, length_B, rows_N = (tensor.to(self.device) for tensor in source_batch(sources))
-        memory, _ = self.model.encode(source_SB, length_B, rows_N, options.experts_per_token)
-        longest_B = ((length_B - 1) * options.max_length_ratio).long() + _EXTRA_LENGTH
+        source_N, rows = source_batch(sources)
+        source_N, rows = source_N.to(self.device), rows.map(lambda tensor: tensor.to(self.device))
+        encoded, _ = self.model.encode(source_N, rows, options.experts_per_token)
+        memory = self.model.memory(encoded)
+        position_S1 = torch.arange(rows.num_positions, device=self.device)[:, None]
+        longest_B = ((rows.length_B - 1) * options.max_length_ratio).long() + _EXTRA_LENGTH
         found = beam_search(
             partial(self._step, options.experts_per_token),
             _State(memory, None),
             # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
-            wanted_BS=(~memory.padding_SB & (source_SB != EOS)).T,
+            wanted_BS=(position_S1 < rows.length_B - 1).T,
             limits=Limits(torch.ones_like(longest_B), longest_B, self._forbidden_F),
             settings=BeamSettings(
                 options.beam_size, options.alpha, options.beta, options.n_best, attention=options.attention
@@ -246,13 +249,11 @@ class Translator:
 
     def _step(self, experts_per_token: int, previous_KB: Tensor, state: _State) -> StepOutput:
         beam_size, sentences = previous_KB.shape
-        decoded = self.model.decode(
-            previous_KB.reshape(1, -1), state.memory, state.decoder, experts_per_token=experts_per_token
-        )
-        logits_RV = self.model.logits(decoded.x_TRD[0])
+        decoded = self.model.step(previous_KB.reshape(-1), state.memory, state.decoder, experts_per_token)
+        logits_RV = self.model.logits(decoded.x_RD)
         return StepOutput(
             logits_RV.view(beam_size, sentences, -1),
-            decoded.weights_TRS[0].view(beam_size, sentences, -1),
+            decoded.weights_RS.view(beam_size, sentences, -1),
             state._replace(decoder=decoded.state),
         )
 

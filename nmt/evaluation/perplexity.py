@@ -57,7 +57,7 @@ def perplexity(
         batch = batches[min(mine, len(batches) - 1)]
         longest = partial(_longest_pair, batch, held_out)
         with shortage_told(longest, "shorten or remove that line"):
-            log_prob_TB = score(model, batch.to(world.device), experts_per_token).log_prob_TR
+            log_prob_TB = score(model, batch.to(world.device), experts_per_token).log_prob_TB
         if mine < len(batches):
             nll -= log_prob_TB.sum(dtype=torch.float64)
     pieces = sum(batch.num_target_tokens for batch in batches)

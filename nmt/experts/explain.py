@@ -29,17 +29,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import EOS, make_batch
+from nmt.batch import EOS, Rows, make_batch, make_rows
 from nmt.config import LayerName
 from nmt.data.subwords import readable
 from nmt.decoding.scoring import Scores, score_target
 from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator, has_words
 from nmt.errors import DataError
-from nmt.model.attention import Memory
 from nmt.model.gating import GateOutput
-from nmt.model.seq2seq import Gates, Seq2Seq
-from nmt.model.walk import ChangeGate
+from nmt.model.one_pass import ChangeGate, Gates
+from nmt.model.seq2seq import Encoded, Seq2Seq
 from nmt.wording import counted
 
 _EVERYWHERE, _NOTHING = -1, -1
@@ -187,10 +186,10 @@ class Scorer:
         self.batch = make_batch(np.arange(1), [source], [target]).to(model.device)
         self.precision = "bf16" if model.dtype == torch.bfloat16 else "fp32"
         with torch.inference_mode():
-            self.memory, gates = self._encode(1)
-            scores = self._score(1, self.memory)
+            self.encoded, gates = self._encode(1)
+            scores = self._score(1, self.encoded)
             self.gates: Gates = gates | scores.gates
-            self.log_probability_T = scores.log_prob_TR[:, 0]
+            self.log_probability_T = scores.log_prob_TB[:, 0]
 
     def contributions(self, removals: Sequence[Removal]) -> list[float]:
         """Return what log P(Y|X) loses by each removal alone. Memory bounds the removals per pass."""
@@ -210,31 +209,43 @@ class Scorer:
         """Return log P(Y|X) with each removal alone (None: without one); all must be in layers of the same side."""
         columns = len(removals)
         change_gate = without(removals, self.device)
-        memory = self._encode(columns, change_gate)[0] if side == "encoder" else self.memory
-        # If the encoder is unchanged, the columns share its memory, as the hypotheses of one sentence do.
-        log_prob_TC = self._score(columns, memory, change_gate).log_prob_TR
+        encoded = self._encode(columns, change_gate)[0] if side == "encoder" else self.encoded
+        log_prob_TC = self._score(columns, encoded, change_gate).log_prob_TB
         scores: list[float] = log_prob_TC.double().sum(0).tolist()
         return scores
 
-    def _encode(self, columns: int, change_gate: ChangeGate | None = None) -> tuple[Memory, Gates]:
-        source_SC, length_C = self.batch.source_SB.repeat(1, columns), self.batch.source_length_B.repeat(columns)
-        return self.model.encode(source_SC, length_C, None, self.experts_per_token, change_gate)
+    def _encode(self, columns: int, change_gate: ChangeGate | None = None) -> tuple[Encoded, Gates]:
+        source_N, rows = _repeated(self.batch.source_N, columns), self._rows(self.batch.source, columns)
+        return self.model.encode(source_N, rows, self.experts_per_token, change_gate)
 
-    def _score(self, columns: int, memory: Memory, change_gate: ChangeGate | None = None) -> Scores:
-        target_in_TC, target_out_TC = (
-            side_TB.repeat(1, columns) for side_TB in (self.batch.target_in_TB, self.batch.target_out_TB)
-        )
-        return score_target(self.model, memory, target_in_TC, target_out_TC, None, self.experts_per_token, change_gate)
+    def _score(self, columns: int, encoded: Encoded, change_gate: ChangeGate | None = None) -> Scores:
+        batch = self.batch
+        if encoded.rows.num_sentences < columns:
+            values_ND = _repeated(encoded.values_ND, columns)
+            encoded = Encoded(values_ND, self._rows(batch.source, columns))
+        ids = _repeated(batch.target_in_N, columns), _repeated(batch.target_out_N, columns)
+        rows = self._rows(batch.target, columns)
+        return score_target(self.model, encoded, *ids, rows, self.experts_per_token, change_gate)
+
+    def _rows(self, rows: Rows, columns: int) -> Rows:
+        """Return the rows of a batch that has the sentence `columns` times."""
+        repeated, _ = make_rows(np.full(columns, rows.num_positions))
+        return repeated.map(lambda tensor: tensor.to(self.device))
 
     def _columns_at_once(self) -> int:
         """Return the number of columns per pass, including the unchanged one."""
         config = self.model.config
-        num_source, num_target = len(self.batch.source_SB), len(self.batch.target_in_TB)
+        num_source, num_target = len(self.batch.source_N), len(self.batch.target_in_N)
         # Mean expert rows per position: empty slots have none.
         rows = max((float(gate.sums.count_E.sum()) / len(gate.expert_TK) for gate in self.gates.values()), default=0.0)
         per_position = 8 * config.cell_size + math.ceil(rows * max(config.hidden_size, *config.moe.hidden_sizes))
         pairs = num_source * num_target * (1 if config.attention.function == "product" else config.attention.size)
         return min(_MAX_COLUMNS, max(2, _ELEMENTS // ((num_source + num_target) * per_position + pairs)))
+
+
+def _repeated(x_N: Tensor, columns: int) -> Tensor:
+    """Return the rows of a batch that has the one sentence of `x_N` (positions, ...) `columns` times."""
+    return x_N.repeat_interleave(columns, dim=0)
 
 
 def explain_pair(scorer: Scorer) -> list[LayerExplanation]:

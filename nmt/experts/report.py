@@ -323,7 +323,7 @@ def expert_report(
             if layer not in layers:
                 sizes = gate.sums.count_E.numel(), label_LP, max(len(names), 1), subwords.size
                 layers[layer] = _Layer(sides[name], *sizes)
-            rows_N = (batch.source_rows_N if name == "encoder" else batch.target_rows_N).numpy()
-            position_T, column_T = np.divmod(rows_N, len(batch.pairs_B))
+            rows = batch.source if name == "encoder" else batch.target
+            position_T, column_T = np.divmod(rows.cell_N.numpy(), len(batch.pairs_B))
             layers[layer].add(gate, batch.pairs_B.numpy()[column_T], position_T)
     return [tally.report(layer, names, subwords) for layer, tally in layers.items()]

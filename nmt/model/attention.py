@@ -1,7 +1,7 @@
 """Attention of the decoder over the source, with three score functions; keys are projected once per sentence.
 
-Letters: T queries per sentence (target positions in training; hypotheses in a beam), S source positions,
-B sentences, D width, N = attention size.
+Letters: T queries per sentence (target positions, or hypotheses in a beam), S source positions, B sentences, D width,
+A attention size (in the names of stored parameters: N); in packed batches, M target rows and N source rows.
 """
 
 from typing import NamedTuple
@@ -9,21 +9,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nmt.batch import Rows
 from nmt.config import AttentionConfig
+from nmt.model.kernels.attention import attend, padded_weights
+from nmt.model.rows import unpack
 
 
 class Memory(NamedTuple):
-    """The encoded source, in the form that scores need, and the vector V of the scores."""
+    """The encoded source of a batch, in the form that a search needs, and the vector V of the scores."""
 
     values_SBD: Tensor
-    keys_SBN: Tensor  # projected; plus bias in the normalised form; after tanh in the product form
+    keys_SBA: Tensor  # projected; plus bias in the normalised form; after tanh in the product form
     padding_SB: Tensor  # bool, True for padding
-    v_N: Tensor  # V, in the type of the keys
+    v_A: Tensor  # V, in the type of the keys
 
     def select(self, sentences_B: Tensor) -> "Memory":
         """Return the memory of these sentences."""
-        values_SBD, keys_SBN, padding_SB = (tensor.index_select(1, sentences_B) for tensor in self[:3])
-        return Memory(values_SBD, keys_SBN, padding_SB, self.v_N)
+        values_SBD, keys_SBA, padding_SB = (tensor.index_select(1, sentences_B) for tensor in self[:3])
+        return Memory(values_SBD, keys_SBA, padding_SB, self.v_A)
 
 
 class Attention(nn.Module):
@@ -47,29 +50,43 @@ class Attention(nn.Module):
             self.gain = nn.Parameter(torch.empty(()))
             self.bias_N = nn.Parameter(torch.empty(config.size))
 
-    def memory(self, values_SBD: Tensor, padding_SB: Tensor) -> Memory:
-        """Return the memory of an encoded source, with its keys projected."""
-        keys_SBN, v_N = self.key(values_SBD), self.v_N
-        if self.function == "product":
-            keys_SBN = keys_SBN.tanh()
-        elif self.function == "normalised":
-            keys_SBN = keys_SBN + self.bias_N.to(keys_SBN.dtype)
-            v_N = self.gain * v_N / v_N.norm()
-        return Memory(values_SBD, keys_SBN, padding_SB, v_N.to(keys_SBN.dtype))
+    def memory(self, values_ND: Tensor, source: Rows) -> Memory:
+        """Return the memory of a packed encoded source."""
+        keys_NA, v_A = self._keys(values_ND)
+        position_S1 = torch.arange(source.num_positions, device=values_ND.device)[:, None]
+        # A sentence of padding keeps one position, as a softmax over none would be NaN.
+        padding_SB = position_S1 >= source.length_B.clamp_min(1)
+        return Memory(unpack(values_ND, source), unpack(keys_NA, source), padding_SB, v_A)
+
+    def attend(self, query_MD: Tensor, values_ND: Tensor, target: Rows, source: Rows) -> Tensor:
+        """Return context_MD for the queries of whole target sentences, each over its own source sentence."""
+        keys_NA, v_A = self._keys(values_ND)
+        query_MA = self._query(query_MD, v_A)
+        return attend(query_MA, keys_NA, values_ND, v_A, _side(target), _side(source), self.function)
 
     def forward(self, query_TBD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Return (context_TBD, weights_TBS): weighted sums of the source; weights add up to 1 over real positions."""
-        score_BTS = self._scores(self.query(query_TBD), memory)
-        score_BTS = score_BTS.masked_fill(memory.padding_SB.T.unsqueeze(1), -torch.inf)
-        weights_BTS = score_BTS.softmax(dim=2, dtype=torch.promote_types(score_BTS.dtype, torch.float32))
+        query_TBA = self._query(query_TBD, memory.v_A)
+        weights_TBS = padded_weights(query_TBA, memory.keys_SBA, memory.padding_SB, memory.v_A, self.function)
         values_BSD = memory.values_SBD.transpose(0, 1)
-        context_BTD = torch.bmm(weights_BTS.to(values_BSD.dtype), values_BSD)
-        return context_BTD.transpose(0, 1), weights_BTS.transpose(0, 1)
+        context_BTD = torch.bmm(weights_TBS.transpose(0, 1).to(values_BSD.dtype), values_BSD)
+        return context_BTD.transpose(0, 1), weights_TBS
 
-    def _scores(self, query_TBN: Tensor, memory: Memory) -> Tensor:
+    def _keys(self, values_ND: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (keys, V) of `Memory`."""
+        keys_NA, v_A = self.key(values_ND), self.v_N
         if self.function == "product":
-            weighted_TBN = query_TBN.tanh() * memory.v_N
-            return torch.bmm(weighted_TBN.transpose(0, 1), memory.keys_SBN.permute(1, 2, 0))
-        # In the layout of the inputs, with tanh in place: this is the largest tensor of a model with this attention.
-        hidden_TSBN = (query_TBN.unsqueeze(1) + memory.keys_SBN.unsqueeze(0)).tanh_()
-        return torch.mv(hidden_TSBN.flatten(0, 2), memory.v_N).view(hidden_TSBN.shape[:3]).permute(2, 0, 1)
+            keys_NA = keys_NA.tanh()
+        elif self.function == "normalised":
+            keys_NA = keys_NA + self.bias_N.to(keys_NA.dtype)
+            v_A = self.gain * v_A / v_A.norm()
+        return keys_NA, v_A.to(keys_NA.dtype)
+
+    def _query(self, query: Tensor, v_A: Tensor) -> Tensor:
+        """Return projected queries; in the product form after tanh, and times V."""
+        query = self.query(query)
+        return query.tanh() * v_A if self.function == "product" else query
+
+
+def _side(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
+    return rows.begin_L, rows.rank_B, rows.length_B

@@ -1,10 +1,8 @@
 """LSTM layers of the encoder and the decoder.
 
-The same call works for a whole sequence and for a single position: forward(x, state) -> (y, state). On a GPU, it uses
-cuDNN's LSTM, time-major and unpacked. Padding follows each sentence, so it cannot affect the forward direction's real
-positions. The backward direction reverses each sentence within its own length.
+A layer runs over the whole sentences of a packed batch (`forward`), or over one position (`step`), as a search does.
 
-Letters: T positions, B sentences, D input width, P output width, C cells.
+Letters: N rows, B sentences, L positions, D input width, P output width, C cells.
 """
 
 import warnings
@@ -13,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
+from nmt.batch import Rows
+from nmt.model.kernels.lstm import lstms
 from nmt.model.rows import turn_round
 
 # Under autocast, weights are copied in any case; it costs little that cuDNN also packs them into one chunk.
@@ -21,7 +21,7 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 LSTMState = tuple[Tensor, Tensor]
-"""(output_1BP, cell_1BC) after the last position."""
+"""(output_BP, cell_BC) after a position."""
 
 
 class LSTM(nn.Module):
@@ -55,23 +55,25 @@ class LSTM(nn.Module):
             return parameters
         return [parameter.to(torch.get_autocast_dtype(device)) for parameter in parameters]
 
-    def forward(
-        self, x_TBD: Tensor, state: LSTMState | None = None, weights: list[Tensor] | None = None
-    ) -> tuple[Tensor, LSTMState]:
-        """Return (y_TBP, state after the last position); `state=None` means zeros.
+    def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
+        """Return y_NP for whole sentences, which start from a state of zeros."""
+        return lstms([x_ND], [self.weights()], rows.begin_L, rows.previous_N, rows.num_sentences)[0]
+
+    def step(self, x_BD: Tensor, state: LSTMState | None, weights: list[Tensor] | None = None) -> LSTMState:
+        """Return the state after one position, whose first part is the output; `state=None` means zeros.
 
         A caller that goes position by position passes `weights()`, so that weights are cast only once.
         """
         weights = weights or self.weights()
         # Autocast would run cuDNN in float16 even if its type is bf16, and would add its output in float32.
-        with torch.autocast(x_TBD.device.type, enabled=False):
-            x_TBD = x_TBD.to(weights[0].dtype)
+        with torch.autocast(x_BD.device.type, enabled=False):
+            x_1BD = x_BD[None].to(weights[0].dtype)
             if state is None:
                 outputs = self.lstm.proj_size or self.lstm.hidden_size
-                batch = x_TBD.shape[1]
-                state = x_TBD.new_zeros(1, batch, outputs), x_TBD.new_zeros(1, batch, self.lstm.hidden_size)
-            y_TBP, output_1BP, cell_1BC = torch.lstm(x_TBD, state, weights, True, 1, 0.0, self.training, False, False)
-        return y_TBP, (output_1BP, cell_1BC)
+                state = x_1BD.new_zeros(len(x_BD), outputs), x_1BD.new_zeros(len(x_BD), self.lstm.hidden_size)
+            before = state[0][None], state[1][None]
+            y_1BP, _, cell_1BC = torch.lstm(x_1BD, before, weights, True, 1, 0.0, self.training, False, False)
+        return y_1BP[0], cell_1BC[0]
 
 
 class BidirectionalLSTM(nn.Module):
@@ -82,15 +84,13 @@ class BidirectionalLSTM(nn.Module):
         self.forward_lstm = LSTM(input_size, cell_size, output_size)
         self.backward_lstm = LSTM(input_size, cell_size, output_size)
 
-    def forward(self, x_TBD: Tensor, length_B: Tensor) -> Tensor:
-        """Return y_TB2P; sentences have `length_B` real positions. Values at padding positions are unspecified."""
-        turn_TB = reversed_positions(length_B, x_TBD.shape[0])
-        ahead_TBP, _ = self.forward_lstm(x_TBD)
-        back_TBP, _ = self.backward_lstm(turn_round(x_TBD, turn_TB))
-        return torch.cat([ahead_TBP, turn_round(back_TBP, turn_TB)], dim=2)
-
-
-def reversed_positions(length_B: Tensor, num_positions: int) -> Tensor:
-    """Return index_TB with index[t, b] = length[b] - 1 - t within the sentence, else t. It is its own inverse."""
-    position_T1 = torch.arange(num_positions, device=length_B.device)[:, None]
-    return torch.where(position_T1 < length_B, length_B - 1 - position_T1, position_T1)
+    def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
+        """Return y_N2P. The backward direction reads each sentence from its own end."""
+        ahead_NP, back_NP = lstms(
+            [x_ND, turn_round(x_ND, rows.turn_N)],
+            [self.forward_lstm.weights(), self.backward_lstm.weights()],
+            rows.begin_L,
+            rows.previous_N,
+            rows.num_sentences,
+        )
+        return torch.cat([ahead_NP, turn_round(back_NP, rows.turn_N)], dim=1)

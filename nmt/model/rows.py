@@ -4,7 +4,7 @@ PyTorch's backward pass of an index is an accumulating scatter. A GPU computes i
 that changes from run to run. It is not needed if the index is known to be unique, or if its inverse is known.
 
 Letters: T tokens, K slots per token, S = T * K slots, R <= S routed rows, N selected rows, M rows to select from,
-D width, P of A groups of B values; in `turn_round`, T positions of B sentences.
+D width, P of A groups of B values; in `unpack` and `pack`, L positions of B sentences.
 """
 
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from nmt.batch import Rows
 from nmt.model.kernels.row_sums import sum_rows
 
 
@@ -78,14 +79,14 @@ class _TakeGroups(Function):
 
 class _TurnRound(Function):
     @staticmethod
-    def forward(ctx: Any, x_TBD: Tensor, turn_TB: Tensor) -> Tensor:
-        ctx.save_for_backward(turn_TB)
-        return x_TBD.gather(0, turn_TB[:, :, None].expand_as(x_TBD))
+    def forward(ctx: Any, x_ND: Tensor, turn_N: Tensor) -> Tensor:
+        ctx.save_for_backward(turn_N)
+        return x_ND.index_select(0, turn_N)
 
     @staticmethod
-    def backward(ctx: Any, grad_TBD: Tensor) -> tuple[Tensor, None]:
-        (turn_TB,) = ctx.saved_tensors
-        return grad_TBD.gather(0, turn_TB[:, :, None].expand_as(grad_TBD)), None
+    def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
+        (turn_N,) = ctx.saved_tensors
+        return grad_ND.index_select(0, turn_N), None
 
 
 def take_groups(x_TAB: Tensor, group_TP: Tensor) -> Tensor:
@@ -93,9 +94,9 @@ def take_groups(x_TAB: Tensor, group_TP: Tensor) -> Tensor:
     return _TakeGroups.apply(x_TAB, group_TP)
 
 
-def turn_round(x_TBD: Tensor, turn_TB: Tensor) -> Tensor:
-    """Return y[t, b] = x[turn[t, b], b] for a `turn` that is its own inverse, such as the reversal of sentences."""
-    return _TurnRound.apply(x_TBD, turn_TB)
+def turn_round(x_ND: Tensor, turn_N: Tensor) -> Tensor:
+    """Return x[turn] for a `turn` that is its own inverse, such as the reversal of sentences."""
+    return _TurnRound.apply(x_ND, turn_N)
 
 
 def take_rows(x_MD: Tensor, index_N: Tensor) -> Tensor:
@@ -106,6 +107,26 @@ def take_rows(x_MD: Tensor, index_N: Tensor) -> Tensor:
 def put_rows(x_ND: Tensor, index_N: Tensor, num_rows: int) -> Tensor:
     """Return a tensor of `num_rows` rows with x at rows `index`, zeros elsewhere: the inverse of `take_rows`."""
     return x_ND.new_zeros(num_rows, *x_ND.shape[1:]).index_copy(0, index_N, x_ND)
+
+
+def unpack(x_ND: Tensor, rows: Rows) -> Tensor:
+    """Return the padded layout of packed rows, x_LBD, with zeros at padding."""
+    cells = rows.num_positions * rows.num_sentences
+    if rows.real_N is None and rows.num_rows == cells:
+        return x_ND.view(rows.num_positions, rows.num_sentences, *x_ND.shape[1:])  # sentences of equal lengths
+    # The last cell takes the rows of padding.
+    x_MD = put_rows(x_ND, rows.cell_N, cells + (rows.real_N is not None))
+    return x_MD[:cells].view(rows.num_positions, rows.num_sentences, *x_ND.shape[1:])
+
+
+def pack(x_LBD: Tensor, rows: Rows) -> Tensor:
+    """Return the rows of a padded layout, x_ND, with zeros in rows of padding: the inverse of `unpack`."""
+    x_MD = x_LBD.flatten(0, 1)
+    if rows.real_N is None and rows.num_rows == len(x_MD):
+        return x_MD
+    if rows.real_N is not None:
+        x_MD = torch.cat([x_MD, x_MD.new_zeros(1, *x_MD.shape[1:])])
+    return take_rows(x_MD, rows.cell_N)
 
 
 def route_rows(x_TD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:

@@ -4,17 +4,21 @@ Encoder: embedding, LSTM 1, LSTM 2, MoE, LSTM 3. Decoder: embedding, LSTM 1 with
 numbers of layers and the places of MoE layers are configurable. Each layer's output goes through dropout. If the layer
 has a residual connection, its input is added.
 
-Letters: S source positions, T target positions, B sentences, R = hypotheses x B decoder columns (training: R = B),
-D width, V vocabulary, N real (not padding) positions.
+Training and scoring run over the whole sentences of a packed batch. A search decodes one position at a time.
+
+Letters: S source positions, B sentences, N rows of a packed side (in the decoder: M target rows, N source rows),
+R = hypotheses x B decoder columns of one position, D width, V vocabulary.
 """
 
+from collections.abc import Callable
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.batch import Batch
+from nmt.batch import Batch, Rows
 from nmt.config import LayerName, ModelConfig
 from nmt.model.attention import Attention, Memory
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
@@ -22,29 +26,36 @@ from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
-from nmt.model.rows import put_rows, take_rows
-from nmt.model.walk import ChangeGate, Gates, Visit, Walk, real_of_all, walk_together
+from nmt.model.one_pass import ChangeGate, Gates, LastGate, Pass
+from nmt.model.rows import pack, unpack
 
 
 class DecoderState(NamedTuple):
     """State of the decoder between two positions."""
 
     lstm: tuple[LSTMState, ...]
-    query_1RD: Tensor  # output of decoder layer 1, the next query of the feedback wirings
+    query_RD: Tensor  # output of decoder layer 1, the next query of the feedback wirings
 
     def select(self, columns_R: Tensor) -> "DecoderState":
         """Return the state of these columns, such as surviving hypotheses or unfinished sentences."""
-        lstm = tuple((h.index_select(1, columns_R), c.index_select(1, columns_R)) for h, c in self.lstm)
-        return DecoderState(lstm, self.query_1RD.index_select(1, columns_R))
+        lstm = tuple((h.index_select(0, columns_R), c.index_select(0, columns_R)) for h, c in self.lstm)
+        return DecoderState(lstm, self.query_RD.index_select(0, columns_R))
 
 
 class DecoderOutput(NamedTuple):
-    """Output of a pass: `x_TRD` is the input of the softmax layer, `weights_TRS` the attention."""
+    """Output for one position: `x_RD` is the input of the softmax layer, `weights_RS` the attention."""
 
-    x_TRD: Tensor
-    weights_TRS: Tensor
+    x_RD: Tensor
+    weights_RS: Tensor
     state: DecoderState
-    gates: Gates  # of the whole pass; `Decoder.walk` leaves it empty
+    gates: Gates
+
+
+class Encoded(NamedTuple):
+    """The encoder's output for a packed batch."""
+
+    values_ND: Tensor
+    rows: Rows
 
 
 class LossOutput(NamedTuple):
@@ -68,21 +79,13 @@ class _MoELayers(nn.Module):
         )
         self.dropout = nn.Dropout(config.dropout)
 
-    def after(self, layer: int, x_TBD: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
-        """Return x after the MoE layer that follows LSTM `layer`, or x itself if none does.
-
-        Gates get only the rows `rows_N` (None: all), which leave out padding. In a batch that `fit` padded, some of
-        these rows are padding: `real_N` is False there (None: all are real).
-        """
+    def after(self, layer: int, x_ND: Tensor, real_N: Tensor | None, through: Pass) -> Tensor:
+        """Return x after the MoE layer that follows LSTM `layer`, or x itself if none does."""
         if str(layer) not in self.moe:
-            return x_TBD
+            return x_ND
         moe = self.moe[str(layer)]
         assert isinstance(moe, MoE)
-        x_MD = x_TBD.flatten(0, 1)
-        x_ND = x_MD if rows_N is None else take_rows(x_MD, rows_N)
-        y_ND = yield Visit(str(LayerName(self.side, layer)), moe, x_ND, real_N)
-        y_MD = y_ND if rows_N is None else put_rows(y_ND, rows_N, x_MD.shape[0])
-        return x_TBD + self.dropout(y_MD).view_as(x_TBD)
+        return x_ND + self.dropout(through.through(str(LayerName(self.side, layer)), moe, x_ND, real_N))
 
 
 class Encoder(nn.Module):
@@ -101,23 +104,14 @@ class Encoder(nn.Module):
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def walk(self, x_SBD: Tensor, length_B: Tensor, rows_N: Tensor | None, real_N: Tensor | None) -> Walk[Tensor]:
-        """Return top_SBD for the embedded source; values at padding positions are unspecified."""
-        if isinstance(self.bottom, BidirectionalLSTM):
-            y_SBD = self.bottom(x_SBD, length_B)
-        else:
-            y_SBD, _ = self.bottom(x_SBD)
-        x_SBD = self._residual(1, x_SBD, self.dropout(y_SBD))
-        x_SBD = yield from self.moe_layers.after(1, x_SBD, rows_N, real_N)
-        for layer, lstm in enumerate(self.upper, start=2):
-            y_SBD, _ = lstm(x_SBD)
-            x_SBD = self._residual(layer, x_SBD, self.dropout(y_SBD))
-            x_SBD = yield from self.moe_layers.after(layer, x_SBD, rows_N, real_N)
-        return x_SBD
-
-    def _residual(self, layer: int, x_SBD: Tensor, y_SBD: Tensor) -> Tensor:
-        # A layer with different input and output widths (after GNMT's full bidirectional one) has no residual.
-        return x_SBD + y_SBD if layer >= self.residual_from and x_SBD.shape == y_SBD.shape else y_SBD
+    def forward(self, x_ND: Tensor, rows: Rows, through: Pass) -> Tensor:
+        """Return top_ND for the embedded source."""
+        for layer, lstm in enumerate([self.bottom, *self.upper], start=1):
+            y_ND = self.dropout(lstm(x_ND, rows))
+            # A layer with different input and output widths (after GNMT's full bidirectional one) has no residual.
+            x_ND = x_ND + y_ND if layer >= self.residual_from and x_ND.shape == y_ND.shape else y_ND
+            x_ND = self.moe_layers.after(layer, x_ND, rows.real_N, through)
+        return x_ND
 
 
 class Decoder(nn.Module):
@@ -137,66 +131,82 @@ class Decoder(nn.Module):
         self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def walk(
-        self,
-        x_TRD: Tensor,
-        memory: Memory,
-        state: DecoderState | None,
-        rows_N: Tensor | None,
-        real_N: Tensor | None = None,
-    ) -> Walk[DecoderOutput]:
-        """Decode T positions of R columns; column r belongs to sentence r mod B of `memory`."""
-        lstm_states = state.lstm if state else (None,) * (1 + len(self.upper))
+    def forward(self, x_MD: Tensor, target: Rows, encoded: Encoded, through: Pass) -> Tensor:
+        """Return the input of the softmax layer for whole target sentences, x_MD."""
         if self.attention_config.feeds_back:
-            x_TRD, context_TRD, weights_TRS, first = self._feedback_bottom(x_TRD, memory, state)
+            x_MD, context_MD = self._feedback(x_MD, target, self.attention.memory(*encoded))
         else:
-            y_TRD, first = self.bottom(x_TRD, lstm_states[0])
-            x_TRD = self._residual(1, x_TRD, self.dropout(y_TRD))
-            context_TRD, weights_TRS = self._attend(x_TRD, memory)
-        query_1RD = x_TRD[-1:]
-        if self.attention_config.projects_context:
-            x_TRD = x_TRD + self.dropout(self.context(context_TRD))
-        x_TRD = yield from self.moe_layers.after(1, x_TRD, rows_N, real_N)
+            x_MD = self._residual(1, x_MD, self.bottom(x_MD, target))
+            context_MD = self.attention.attend(x_MD, encoded.values_ND, target, encoded.rows)
+        return self._above(x_MD, context_MD, target.real_N, lambda _, lstm, x: lstm(x, target), through)
+
+    def step(self, x_RD: Tensor, memory: Memory, state: DecoderState | None, through: Pass) -> DecoderOutput:
+        """Decode one position of R columns; column r belongs to sentence r mod B of `memory`."""
+        before = state.lstm if state else (None,) * (1 + len(self.upper))
+        if self.attention_config.feeds_back:
+            query_RD = state.query_RD if state else torch.zeros_like(x_RD)
+            context_RD, weights_RS = self._look(query_RD, memory)
+            first = self.bottom.step(torch.cat([x_RD, context_RD.to(x_RD.dtype)], 1), before[0])
+            query_RD = x_RD = self._residual(1, x_RD, first[0])
+        else:
+            first = self.bottom.step(x_RD, before[0])
+            query_RD = x_RD = self._residual(1, x_RD, first[0])
+            context_RD, weights_RS = self._look(query_RD, memory)
         states = [first]
+
+        def run(layer: int, lstm: LSTM, x_RD: Tensor) -> Tensor:
+            states.append(lstm.step(x_RD, before[layer - 1]))
+            return states[-1][0]
+
+        x_RD = self._above(x_RD, context_RD, None, run, through)
+        return DecoderOutput(x_RD, weights_RS, DecoderState(tuple(states), query_RD), through.gates)
+
+    def _above(
+        self,
+        x_ND: Tensor,
+        context_ND: Tensor,
+        real_N: Tensor | None,
+        run: Callable[[int, LSTM, Tensor], Tensor],
+        through: Pass,
+    ) -> Tensor:
+        """Return what the layers above the attention make of the output of layer 1; `run` runs an LSTM layer."""
+        if self.attention_config.projects_context:
+            x_ND = x_ND + self.dropout(self.context(context_ND))
+        x_ND = self.moe_layers.after(1, x_ND, real_N, through)
         for layer, lstm in enumerate(self.upper, start=2):
-            input_TRD = torch.cat([x_TRD, context_TRD], dim=2) if self.attention_config.context_above else x_TRD
-            y_TRD, after = lstm(input_TRD, lstm_states[layer - 1])
-            states.append(after)
-            x_TRD = self._residual(layer, x_TRD, self.dropout(y_TRD))
-            x_TRD = yield from self.moe_layers.after(layer, x_TRD, rows_N, real_N)
-        return DecoderOutput(x_TRD, weights_TRS, DecoderState(tuple(states), query_1RD), {})
+            assert isinstance(lstm, LSTM)
+            given_ND = torch.cat([x_ND, context_ND], dim=1) if self.attention_config.context_above else x_ND
+            x_ND = self._residual(layer, x_ND, run(layer, lstm, given_ND))
+            x_ND = self.moe_layers.after(layer, x_ND, real_N, through)
+        return x_ND
 
-    def _attend(self, query_TRD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
+    def _look(self, query_RD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         # Hypotheses of a sentence are more queries to the same memory, so a beam needs no copies of it.
-        num_positions, columns, width = query_TRD.shape
-        sentences = memory.values_SBD.shape[1]
-        context, weights = self.attention(query_TRD.reshape(-1, sentences, width), memory)
-        return context.reshape(query_TRD.shape), weights.reshape(num_positions, columns, -1)
+        columns, width = query_RD.shape
+        context_KBD, weights_KBS = self.attention(query_RD.view(-1, memory.values_SBD.shape[1], width), memory)
+        return context_KBD.reshape(columns, width), weights_KBS.reshape(columns, -1)
 
-    def _feedback_bottom(
-        self, x_TRD: Tensor, memory: Memory, state: DecoderState | None
-    ) -> tuple[Tensor, Tensor, Tensor, LSTMState]:
+    def _feedback(self, x_MD: Tensor, target: Rows, memory: Memory) -> tuple[Tensor, Tensor]:
         """Run layer 1 position by position; its input is the next token and the context of its previous output.
 
-        Returns (outputs, contexts, attention weights, state of the LSTM).
+        Returns (outputs, contexts).
         """
-        lstm_state = state.lstm[0] if state else None
-        query_1RD = state.query_1RD if state else torch.zeros_like(x_TRD[:1])
-        outputs, contexts, weights = [], [], []
-        of_lstm = self.bottom.weights()
-        for x_RD in x_TRD:
-            context_1RD, weights_1RS = self._attend(query_1RD, memory)
-            x_1RD = x_RD.unsqueeze(0)
-            y_1RD, lstm_state = self.bottom(torch.cat([x_1RD, context_1RD.to(x_1RD.dtype)], 2), lstm_state, of_lstm)
-            query_1RD = self._residual(1, x_1RD, self.dropout(y_1RD))
-            outputs.append(query_1RD)
-            contexts.append(context_1RD)
-            weights.append(weights_1RS)
-        assert lstm_state is not None
-        return torch.cat(outputs), torch.cat(contexts), torch.cat(weights), lstm_state
+        x_TBD = unpack(x_MD, target)
+        state: LSTMState | None = None
+        query_BD = torch.zeros_like(x_TBD[0])
+        outputs, contexts = [], []
+        weights = self.bottom.weights()
+        for x_BD in x_TBD:
+            context_BD = self._look(query_BD, memory)[0]
+            state = self.bottom.step(torch.cat([x_BD, context_BD.to(x_BD.dtype)], 1), state, weights)
+            query_BD = self._residual(1, x_BD, state[0])
+            outputs.append(query_BD)
+            contexts.append(context_BD)
+        return pack(torch.stack(outputs), target), pack(torch.stack(contexts), target)
 
-    def _residual(self, layer: int, x_TRD: Tensor, y_TRD: Tensor) -> Tensor:
-        return x_TRD + y_TRD if layer >= self.residual_from else y_TRD
+    def _residual(self, layer: int, x_ND: Tensor, y_ND: Tensor) -> Tensor:
+        y_ND = self.dropout(y_ND)
+        return x_ND + y_ND if layer >= self.residual_from else y_ND
 
 
 class Seq2Seq(nn.Module):
@@ -223,32 +233,33 @@ class Seq2Seq(nn.Module):
         init_parameters(self, self.output)
 
     def encode(
-        self,
-        source_SB: Tensor,
-        length_B: Tensor,
-        rows_N: Tensor | None,
-        experts_per_token: int = 0,
-        change_gate: ChangeGate | None = None,
-    ) -> tuple[Memory, Gates]:
-        """Return the memory that the decoder reads, and the gates. `rows_N`: positions of real tokens as in `Batch`."""
-        walk = self._encoding(source_SB, length_B, rows_N)
-        (memory,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
-        return memory, gates
+        self, source_N: Tensor, rows: Rows, experts_per_token: int = 0, change_gate: ChangeGate | None = None
+    ) -> tuple[Encoded, Gates]:
+        """Return the encoded source of a packed batch, and the gates."""
+        through = Pass(experts_per_token, change_gate)
+        return self._encode(source_N, rows, through), through.gates
+
+    def memory(self, encoded: Encoded) -> Memory:
+        """Return what the decoder reads in a search."""
+        return self.decoder.attention.memory(*encoded)
 
     def decode(
         self,
-        target_TR: Tensor,
-        memory: Memory,
-        state: DecoderState | None = None,
-        rows_N: Tensor | None = None,
+        target_N: Tensor,
+        rows: Rows,
+        encoded: Encoded,
         experts_per_token: int = 0,
         change_gate: ChangeGate | None = None,
+    ) -> tuple[Tensor, Gates]:
+        """Return the softmax layer's input x_ND for whole target sentences that begin with BOS, and the gates."""
+        through = Pass(experts_per_token, change_gate)
+        return self.decoder(self._embed(self.target_embedding, target_N), rows, encoded, through), through.gates
+
+    def step(
+        self, target_R: Tensor, memory: Memory, state: DecoderState | None = None, experts_per_token: int = 0
     ) -> DecoderOutput:
-        """Decode T positions, starting from `state`: the whole target in training, one position in a search."""
-        x_TRD = self._embed(self.target_embedding, target_TR)
-        walk = self.decoder.walk(x_TRD, memory, state, rows_N)
-        (decoded,), gates = walk_together([walk], experts_per_token, change_gate=change_gate)
-        return decoded._replace(gates=gates)
+        """Decode one position of R columns from `state`; column r belongs to sentence r mod B of `memory`."""
+        return self.decoder.step(self._embed(self.target_embedding, target_R), memory, state, Pass(experts_per_token))
 
     def moe_layers(self) -> dict[str, MoE]:
         """Return the MoE layers by name, in the order in which a token passes them."""
@@ -273,50 +284,40 @@ class Seq2Seq(nn.Module):
         """Return `output_logits` of this model's softmax layer."""
         return output_logits(x, self.output.weight, self.output.bias)
 
-    def forward(self, *bands: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
-        """Return the summed loss of predicting every target token from the source and the target tokens before it.
-
-        Several batches give the loss of one batch of all their sentences, with less padding: see nmt/model/walk.py.
-        """
-        decoded, gates = walk_together([self._reading(batch) for batch in bands], experts_per_token)
-        x_ND = torch.cat(
-            [
-                take_rows(each.x_TRD.flatten(0, 1), batch.target_rows_N)
-                for each, batch in zip(decoded, bands, strict=True)
-            ]
+    def forward(self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
+        """Return the summed loss of predicting every target token from the source and the target tokens before it."""
+        through = Pass(experts_per_token)
+        x_ND = self._read(batch, through)
+        loss, nll = linear_cross_entropy(
+            x_ND, self.output.weight, self.output.bias, batch.target_out_N, label_smoothing, batch.target.real_N
         )
-        target_N = torch.cat([batch.target_out_TB.flatten().index_select(0, batch.target_rows_N) for batch in bands])
-        real_N = real_of_all([batch.real_target_rows for batch in bands], [batch.target_rows_N for batch in bands])
-        loss, nll = linear_cross_entropy(x_ND, self.output.weight, self.output.bias, target_N, label_smoothing, real_N)
-        return LossOutput(loss, nll, gates)
+        return LossOutput(loss, nll, through.gates)
 
-    def gates(self, *bands: Batch, experts_per_token: int = 0) -> Gates:
+    def gates(self, batch: Batch, experts_per_token: int = 0) -> Gates:
         """Return the gates that `forward` would return, without computing anything after the last gate."""
         layers = self.config.moe_layer_names()
-        if not layers:
-            return {}
-        return walk_together([self._reading(batch) for batch in bands], experts_per_token, last=layers[-1])[1]
+        through = Pass(experts_per_token, last=layers[-1] if layers else "")
+        if layers:
+            with suppress(LastGate):
+                self._read(batch, through)
+        return through.gates
 
     def check_experts_per_token(self, count: int) -> None:
         """Raise ValueError if a layer cannot activate `count` experts per token; 0 (as in training) is always valid."""
         for moe in self.moe_layers().values():
             moe.gate.check_experts_per_token(count)
 
-    def _reading(self, batch: Batch) -> Walk[DecoderOutput]:
-        source = batch.source_SB, batch.source_length_B, batch.source_rows_N
-        memory = yield from self._encoding(*source, batch.real_source_rows)
-        x_TBD = self._embed(self.target_embedding, batch.target_in_TB)
-        return (yield from self.decoder.walk(x_TBD, memory, None, batch.target_rows_N, batch.real_target_rows))
+    def _read(self, batch: Batch, through: Pass) -> Tensor:
+        """Return the softmax layer's input for a batch, x_ND."""
+        encoded = self._encode(batch.source_N, batch.source, through)
+        x_ND = self._embed(self.target_embedding, batch.target_in_N)
+        return self.decoder(x_ND, batch.target, encoded, through)
 
-    def _encoding(
-        self, source_SB: Tensor, length_B: Tensor, rows_N: Tensor | None, real_N: Tensor | None = None
-    ) -> Walk[Memory]:
-        top_SBD = yield from self.encoder.walk(self._embed(self.source_embedding, source_SB), length_B, rows_N, real_N)
-        position_S1 = torch.arange(source_SB.shape[0], device=source_SB.device)[:, None]
-        return self.decoder.attention.memory(top_SBD, position_S1 >= length_B)
+    def _encode(self, source_N: Tensor, rows: Rows, through: Pass) -> Encoded:
+        return Encoded(self.encoder(self._embed(self.source_embedding, source_N), rows, through), rows)
 
-    def _embed(self, embedding: nn.Embedding, ids_LR: Tensor) -> Tensor:
+    def _embed(self, embedding: nn.Embedding, ids_N: Tensor) -> Tensor:
         # LSTMs get inputs of unit scale, while the matrix keeps the scale that the softmax needs.
-        x_LRD = F.embedding(ids_LR, embedding.weight) * self.config.hidden_size**0.5
-        autocast = torch.is_autocast_enabled(x_LRD.device.type)
-        return self.dropout(x_LRD.to(torch.get_autocast_dtype(x_LRD.device.type) if autocast else self.dtype))
+        x_ND = F.embedding(ids_N, embedding.weight) * self.config.hidden_size**0.5
+        autocast = torch.is_autocast_enabled(x_ND.device.type)
+        return self.dropout(x_ND.to(torch.get_autocast_dtype(x_ND.device.type) if autocast else self.dtype))

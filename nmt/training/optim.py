@@ -215,14 +215,20 @@ def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: W
     return world.from_main((norm.square() + of_experts).sqrt())
 
 
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of the next step."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
 def clipped_step(
     optimizer: torch.optim.Optimizer,
     clip_norm: float,
-    rate: float,
+    rate: float | None,
     experts: Collection[Tensor] = (),
     world: World | None = None,
 ) -> ClippedStep:
-    """Scale the global gradient norm down to at most `clip_norm` (0: no clipping) and take one step at `rate`.
+    """Scale the global gradient norm down to at most `clip_norm` (0: no clipping) and take one step.
 
     `experts` are the parameters that are split over the processes of `world`. All others are equal in all processes.
 
@@ -235,7 +241,7 @@ def clipped_step(
     scale = (norm / clip_norm).clamp_min(1.0) if clip_norm else torch.ones_like(norm)
     # The interface through which torch.amp.GradScaler drives fused optimisers.
     vars(optimizer).update(grad_scale=torch.where(skipped.bool(), 1.0, scale).float(), found_inf=skipped)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
+    if rate is not None:
+        set_rate(optimizer, rate)
     optimizer.step()
     return ClippedStep(norm, skipped)

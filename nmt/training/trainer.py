@@ -11,7 +11,6 @@ import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -46,6 +45,7 @@ from nmt.training.clock import Clock
 from nmt.training.ending import Ending, ending
 from nmt.training.interval import Interval
 from nmt.training.optim import has_moments, learning_rate, make_optimizer, state_shapes, tensors_to_save
+from nmt.training.recording import can_record
 from nmt.training.stopping import StopRequest
 from nmt.training.update import Updater
 from nmt.training.validation import LEAST_BLEU, doubts, validation_bleu
@@ -128,7 +128,8 @@ class Trainer:
         self.gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
         pairs = prepared.train()
         self.num_pairs = len(pairs)
-        self.stream = BatchStream(pairs, config.training, world.rank, world.size, pin_memory=self.device.type == "cuda")
+        on_gpu = self.device.type == "cuda"
+        self.stream = BatchStream(pairs, config.training, world.rank, world.size, on_gpu, can_record(world))
         # Experts as in training: validation scores must not depend on settings for translation.
         self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
         self.longest = longest_source(prepared.manifest, config)
@@ -218,14 +219,14 @@ class Trainer:
     def _rate(self, step: int) -> float:
         return learning_rate(self.config.training, step, self.progress.seconds)
 
-    def _update(self, micro_batches: list[list[Batch]], interval: Interval) -> None:
+    def _update(self, micro_batches: list[Batch], interval: Interval) -> None:
         progress = self.progress
         progress.step += 1
         self.rate = self._rate(progress.step)
         done = self.updater.update(micro_batches, progress.step, self.rate)
         interval.add(done.loss, done.nll, done.gradient_norm, done.skipped)
         interval.watch(done.sums, done.gates)
-        for batch in chain.from_iterable(micro_batches):
+        for batch in micro_batches:
             sizes = batch.num_source_tokens, batch.num_target_tokens
             interval.count(*sizes, self.cost.training_flops(*sizes, batch.num_sentences))
         progress.target_tokens += done.target_tokens

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,12 +15,11 @@ from nmt.config import Config
 from nmt.device import autocast
 from nmt.model.gating import GateSums, balance_loss
 from nmt.model.names import is_expert
-from nmt.model.seq2seq import Gates, LossOutput, Seq2Seq
+from nmt.model.one_pass import Gates
+from nmt.model.seq2seq import LossOutput, Seq2Seq
 from nmt.parallel.mesh import World
-from nmt.training.optim import clipped_step
-
-LayerSums = dict[str, GateSums]
-"""Sums of each MoE layer over all tokens of a step, detached."""
+from nmt.training.optim import ClippedStep, clipped_step, set_rate
+from nmt.training.recording import LayerSums, Learned, Recording, Steps, can_record
 
 
 class UpdateOutput(NamedTuple):
@@ -37,7 +35,7 @@ class UpdateOutput(NamedTuple):
     target_tokens: int
     skipped: Tensor  # float32: 1 if the gradient was not finite and nothing changed, else 0
     sums: LayerSums
-    gates: Gates  # of this process's last micro-batch, detached
+    gates: Gates  # of this process's last micro-batch, detached; the next step may overwrite them
 
 
 def seed_device(device: torch.device, seed: int, step: int, micro_batch: int) -> None:
@@ -54,13 +52,15 @@ def seed_device(device: torch.device, seed: int, step: int, micro_batch: int) ->
 class Updater:
     """Optimiser steps by the processes of a world, each with its share of the micro-batches of a step.
 
-    A micro-batch is one or more batches (bands of sentences with similar lengths) that pass through the network
-    together. The gradient of a step is the sum over all micro-batches, with each loss divided by the target tokens of
-    the step. No factor depends on the number of processes.
+    The gradient of a step is the sum over all micro-batches, with each loss divided by the target tokens of the step.
+    No factor depends on the number of processes.
 
     Balance losses are computed over all micro-batches of a step as one batch (S17 section 4). If a process has several
     micro-batches, this needs the sums of all of them before the first backward pass. An extra forward pass up to the
     last gate, with the same dropout and noise, computes them. If all balance weights are 0, there is no extra pass.
+
+    Fitted batches (`nmt.batch.fit`) on a GPU run as a recording: the first step with a shape is captured in CUDA
+    graphs, and later steps replay them. They compute the same as a step that is not recorded.
     """
 
     def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
@@ -68,64 +68,97 @@ class Updater:
         layers = config.model.moe_layer_names()
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
+        exact = torch.promote_types(model.output.weight.dtype, torch.float32)
+        self.target_tokens = torch.ones((), dtype=exact, device=world.device)
+        self.number = 1
+        self.recording: Recording | None = None
         self.forward: Callable[..., LossOutput] = model
         self.no_grad_sync: Callable[[], Any] = nullcontext
         if world.size > 1:
             wrapped = _data_parallel(model, config.parallel.overlap, world)
             self.forward, self.no_grad_sync = wrapped, wrapped.no_sync
 
-    def update(self, micro_batches: Sequence[Sequence[Batch]], step: int, rate: float) -> UpdateOutput:
-        """Take step number `step` at learning rate `rate`, with this process's micro-batches."""
-        target_tokens = self.world.sum_int(sum(batch.num_target_tokens for bands in micro_batches for batch in bands))
+    def update(self, micro_batches: Sequence[Batch], step: int, rate: float) -> UpdateOutput:
+        """Take step number `step` at learning rate `rate`, with this process's micro-batches, which are on the host."""
+        target_tokens = self.world.sum_int(sum(batch.num_target_tokens for batch in micro_batches))
         # A tensor, so that no operation depends on the value, and one that is filled without waiting for the device.
-        exact = torch.promote_types(self.model.output.weight.dtype, torch.float32)
-        divisor = torch.full((), target_tokens, dtype=exact, device=self.world.device)
-        micro_batches = [[batch.to(self.world.device) for batch in bands] for bands in micro_batches]
-        number = len(micro_batches) * self.world.size
+        self.target_tokens.fill_(target_tokens)
+        self.number = len(micro_batches) * self.world.size
+        set_rate(self.optimizer, rate)
+        steps: Steps = self
+        if can_record(self.world) and all(batch.source.real_N is not None for batch in micro_batches):
+            if self.recording is None or not self.recording.serves(micro_batches):
+                self.recording = None  # frees its memory
+                self.recording = Recording(self, list(self.model.parameters()), micro_batches)
+            steps = self.recording
+        else:
+            micro_batches = [batch.to(self.world.device) for batch in micro_batches]
         first_pass = len(micro_batches) > 1 and self.balanced
-        joined = self._summed(self._sums_of_gates(micro_batches, step)) if first_pass else {}
-        own: LayerSums = {}
+        joined: LayerSums | None = None
+        if first_pass:
+            own: LayerSums = {}
+            for index, batch in enumerate(micro_batches):
+                self._seed(step, index)
+                own = _added(own, steps.gate_sums(batch))
+            joined = self._summed(own)
+        own = {}
         loss = nll = torch.zeros((), device=self.world.device)
-        gates: Gates = {}
-        forward = partial(self.forward, label_smoothing=self.config.training.label_smoothing)
-        for index, bands in enumerate(micro_batches):
+        for index, batch in enumerate(micro_batches):
+            self._seed(step, index)
             last = index == len(micro_batches) - 1
             with nullcontext() if last else self.no_grad_sync():
-                output = self._forward(forward, bands, step, index)
-                if not first_pass:
-                    _add_sums(own, output.gates)
-                    joined = self._summed(own) if last else own
-                total = output.loss / divisor
-                for layer, gate in output.gates.items():
-                    total = total + gate.own_loss / number
-                    if self.balanced:
-                        sums = joined[layer].with_gradient_of(gate.sums)
-                        total = total + balance_loss(sums, *self.config.model.moe.balance_weights(layer))
-                total.backward()
-            loss, nll = loss + output.loss.detach(), nll + output.nll.detach()
-            # Detached, as they are kept until the next line of metrics and must not keep the graph alive.
-            gates = {layer: gate.detach() for layer, gate in output.gates.items()}
+                learned = steps.learn(batch, joined, index > 0)
+            loss, nll = loss + learned.loss, nll + learned.nll
+            own = _added(own, learned.sums)
+        if joined is None:
+            # With one micro-batch and balance losses, these are sums over all processes already.
+            joined = own if len(micro_batches) == 1 and self.balanced else self._summed(own)
+        norm, skipped = steps.finish()
+        return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, learned.gates)
+
+    @torch.no_grad()
+    def gate_sums(self, batch: Batch) -> LayerSums:
+        """Return the sums of each layer over a micro-batch."""
+        with autocast(self.world.device, self.config.training.precision):
+            return _detached_sums(self.model.gates(batch))
+
+    def learn(self, batch: Batch, joined: LayerSums | None, _more: bool = False) -> Learned:
+        """Add the gradient of a micro-batch to the parameters' gradients.
+
+        `joined` has the sums of each layer over all micro-batches of the step; None: this is the only one.
+        """
+        output = self._forward(batch)
+        own = _detached_sums(output.gates)
+        if joined is None and self.balanced:
+            joined = own = self._summed(own)
+        total = output.loss / self.target_tokens
+        for layer, gate in output.gates.items():
+            total = total + gate.own_loss / self.number
+            if self.balanced and joined is not None:
+                sums = joined[layer].with_gradient_of(gate.sums)
+                total = total + balance_loss(sums, *self.config.model.moe.balance_weights(layer))
+        total.backward()
+        # Detached, as they are kept until the next line of metrics and must not keep the graph alive.
+        gates = {layer: gate.detach() for layer, gate in output.gates.items()}
+        return Learned(output.loss.detach(), output.nll.detach(), own, gates)
+
+    def finish(self) -> ClippedStep:
+        """Take the optimiser's step with the gradients of all micro-batches, and forget them."""
         for parameter in self.experts:
             if parameter.grad is not None:
                 self.world.sum_over_replicas(parameter.grad)
-        norm, skipped = clipped_step(self.optimizer, self.config.training.clip_norm, rate, self.experts, self.world)
+        done = clipped_step(self.optimizer, self.config.training.clip_norm, None, self.experts, self.world)
         self.optimizer.zero_grad(set_to_none=True)
-        return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, gates)
+        return done
 
-    def _forward(self, call: Callable[..., Any], bands: Sequence[Batch], step: int, index: int) -> Any:
+    def _forward(self, batch: Batch) -> LossOutput:
+        with autocast(self.world.device, self.config.training.precision):
+            return self.forward(batch, label_smoothing=self.config.training.label_smoothing)
+
+    def _seed(self, step: int, index: int) -> None:
         # Micro-batch i of this process is micro-batch rank + i * size of the step.
         number = self.world.rank + index * self.world.size
         seed_device(self.world.device, self.config.training.seed, step, number)
-        with autocast(self.world.device, self.config.training.precision):
-            return call(*bands)
-
-    @torch.no_grad()
-    def _sums_of_gates(self, micro_batches: Sequence[Sequence[Batch]], step: int) -> LayerSums:
-        """Return the sums of each layer over this process's micro-batches."""
-        sums: LayerSums = {}
-        for index, bands in enumerate(micro_batches):
-            _add_sums(sums, self._forward(self.model.gates, bands, step, index))
-        return sums
 
     def _summed(self, sums: LayerSums) -> LayerSums:
         """Return the sums over all processes, with one all-reduce."""
@@ -137,10 +170,12 @@ class Updater:
         return {layer: GateSums(*(next(place).to(part.dtype) for part in each.parts())) for layer, each in sums.items()}
 
 
-def _add_sums(sums: LayerSums, gates: Gates) -> None:
-    for layer, gate in gates.items():
-        own = gate.sums.detach()
-        sums[layer] = sums[layer].plus(own) if layer in sums else own
+def _detached_sums(gates: Gates) -> LayerSums:
+    return {layer: gate.sums.detach() for layer, gate in gates.items()}
+
+
+def _added(sums: LayerSums, more: LayerSums) -> LayerSums:
+    return {layer: sums[layer].plus(each) if layer in sums else each for layer, each in more.items()}
 
 
 def _data_parallel(model: Seq2Seq, overlap: bool, world: World) -> DistributedDataParallel:

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch, make_batch
+from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch, make_batch, make_rows
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.cost.operations import model_cost
@@ -44,6 +44,7 @@ from nmt.model.gate_statistics import relative_load
 from nmt.model.init import init_parameters
 from nmt.model.loss import linear_cross_entropy
 from nmt.model.lstm import LSTM
+from nmt.model.rows import unpack
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
@@ -100,10 +101,11 @@ def training_pass(module: nn.Module, forward: Callable[[], Tensor], grad: Tensor
 def lstm_part(cell_size: int) -> dict[str, Work]:
     """One LSTM of the demo's shape, or a projected one, beside torch.nn.LSTM with the same sizes."""
     x_TBD = torch.randn(20, 125, 128, requires_grad=True)
+    rows, _ = make_rows(np.full(125, 20))
     grad_TBD = torch.randn(20, 125, 128)
     ours, plain = LSTM(128, cell_size, 128), nn.LSTM(128, cell_size, proj_size=128 if cell_size > 128 else 0)
     return {
-        "ours": training_pass(ours, lambda: ours(x_TBD)[0], grad_TBD, x_TBD),
+        "ours": training_pass(ours, lambda: unpack(ours(x_TBD.flatten(0, 1), rows), rows), grad_TBD, x_TBD),
         "torch.nn.LSTM": training_pass(plain, lambda: plain(x_TBD)[0], grad_TBD, x_TBD),
     }
 
@@ -159,23 +161,26 @@ def attention_part(sentences: int = 125, positions: int = 20, width: int = 128) 
     """Product attention, keys included, beside S17 eq. 22 written as torch.einsum over the same weights."""
     attention = Attention(width, AttentionConfig(function="product", size=width))
     init_parameters(nn.ModuleList([attention]), nn.Linear(1, 1))
-    shape = (positions, sentences, width)
-    query_TBD, values_SBD = (torch.randn(shape, requires_grad=True) for _ in range(2))
-    padding_SB = torch.arange(positions)[:, None] >= torch.randint(positions // 2, positions + 1, (sentences,))
-    grad_TBD = torch.randn(shape)
+    source, _ = make_rows(np.random.default_rng(1).integers(positions // 2, positions + 1, sentences))
+    target, _ = make_rows(np.full(sentences, positions))
+    query_TBD = torch.randn(positions, sentences, width, requires_grad=True)
+    values_ND = torch.randn(source.num_rows, width, requires_grad=True)
+    padding_SB = torch.arange(source.num_positions)[:, None] >= source.length_B
+    grad_TBD = torch.randn(positions, sentences, width)
 
     def ours() -> Tensor:
-        return attention(query_TBD, attention.memory(values_SBD, padding_SB))[0]
+        return attention.attend(query_TBD.flatten(0, 1), values_ND, target, source).view_as(query_TBD)
 
     def plain() -> Tensor:
+        values_SBD = unpack(values_ND, source)
         keys_SBN, hidden_TBN = attention.key(values_SBD).tanh(), attention.query(query_TBD).tanh()
         score_TBS = torch.einsum("tbn,sbn,n->tbs", hidden_TBN, keys_SBN, attention.v_N)
         weights_TBS = score_TBS.masked_fill(padding_SB.T, -torch.inf).softmax(dim=2)
         return torch.einsum("tbs,sbd->tbd", weights_TBS, values_SBD)
 
     return {
-        "ours": training_pass(attention, ours, grad_TBD, query_TBD, values_SBD),
-        "torch.einsum": training_pass(attention, plain, grad_TBD, query_TBD, values_SBD),
+        "ours": training_pass(attention, ours, grad_TBD, query_TBD, values_ND),
+        "torch.einsum": training_pass(attention, plain, grad_TBD, query_TBD, values_ND),
     }
 
 
@@ -245,7 +250,7 @@ def training_speed(models: dict[str, Config], rounds: int = 3) -> dict[str, Figu
     for name, config in models.items():
         model = Seq2Seq(config.model, vocabulary).train()
         updater = Updater(model, make_optimizer(model, config.training), config, World(CPU))
-        works[name] = lambda updater=updater: [updater.update([[batch]], 1, 1e-3) for batch in batches]
+        works[name] = lambda updater=updater: [updater.update([batch], 1, 1e-3) for batch in batches]
     seconds = seconds_of(works, rounds)
     ceiling = 10 * 2 * 1024**3 / seconds["matrix product"] / 1e9
     sides = [(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches]
@@ -279,7 +284,7 @@ def watching_cost(config: Config, intervals: int = 1) -> Figures:
         with MetricsWriter(places, 0, every * intervals) as out:
             for step in range(1, every * intervals + 1):
                 begun = time.perf_counter()
-                done = updater.update([[batches[step % len(batches)]]], step, 1e-3)
+                done = updater.update([batches[step % len(batches)]], step, 1e-3)
                 updated = time.perf_counter()
                 interval.watch(done.sums, done.gates)
                 if step % every == 0:
@@ -308,7 +313,7 @@ def saving_cost(config: Config, updates: int = 25, rounds: int = 5) -> Figures:
 
         def train(saving: bool) -> None:
             for step in range(1, updates + 1):
-                updater.update([[batches[step % len(batches)]]], step, 1e-3)
+                updater.update([batches[step % len(batches)]], step, 1e-3)
                 if saving and step == 1:
                     begun = time.perf_counter()
                     saver.save(step, tensors_to_save(model, optimizer), {}, None)

@@ -95,7 +95,7 @@ def training_speed(config: Config, vocabulary: int, batches: list[Batch], device
 
     def round_trip() -> None:
         for batch in batches:
-            updater.update([[batch]], 1, 1e-4)
+            updater.update([batch], 1, 1e-4)
         torch.cuda.synchronize()
 
     round_trip()

@@ -251,7 +251,7 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
                 updater.forward.require_backward_grad_sync = reduced  # type: ignore[attr-defined]
             start = settle(world)
             with watching(world.device, {} if reduced or turn == 0 else spans):
-                sums += [updater.update([[batch]], step, rate=0.0).sums for step, batch in enumerate(batches)]
+                sums += [updater.update([batch], step, rate=0.0).sums for step, batch in enumerate(batches)]
             seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
     without, updates = median(seconds[False]), options.rounds * len(batches)
     update = median(seconds[True] or seconds[False])
@@ -292,7 +292,7 @@ def equality_losses(world: World, config: Config, options: argparse.Namespace) -
     sums = []
     for step in range(options.steps_equal):
         batches = [micro_batch(options, tokens, step, each) for each in range(world.rank, number, world.size)]
-        loss = updater.update([[batch] for batch in batches], step, EQUALITY_RATE).loss.double()
+        loss = updater.update(batches, step, EQUALITY_RATE).loss.double()
         sums.append(torch.stack([loss, loss.new_tensor(sum(batch.num_target_tokens for batch in batches))]))
     loss, count = world.sum(torch.stack(sums)).unbind(1)
     return (loss / count).tolist()

@@ -68,18 +68,23 @@ def in_step(fault: Fault) -> None:
     """Act in the middle of an update: after the forward pass, before the backward pass."""
     from nmt.training.update import Updater
 
-    original = Updater._forward
-    done = False
+    original, seed = Updater._forward, Updater._seed
+    at, done = 0, False
 
-    def forward(self: Updater, call: Any, host_batch: Any, step: int, index: int, *more: float) -> Any:
+    def seeded(self: Updater, step: int, index: int) -> None:
+        nonlocal at
+        at = step
+        seed(self, step, index)
+
+    def forward(self: Updater, batch: Any) -> Any:
         nonlocal done
-        output = original(self, call, host_batch, step, index, *more)
-        if step == fault["step"] and not done:
+        output = original(self, batch)
+        if at == fault["step"] and not done:
             done = True
-            act(fault, f"step {step}")
+            act(fault, f"step {at}")
         return output
 
-    Updater._forward = forward
+    Updater._seed, Updater._forward = seeded, forward
 
 
 def in_validation(fault: Fault) -> None:
@@ -187,11 +192,11 @@ def nan(fault: Fault) -> None:
     """NaN in the loss, in a gradient or in the gate of a layer, in the updates `first` to `last`."""
     import torch
 
-    from nmt.model.seq2seq import LossOutput
     from nmt.training.trainer import Trainer
     from nmt.training.update import Updater
 
-    original, forward = Trainer._update, Updater._forward
+    original, forward, seed = Trainer._update, Updater._forward, Updater._seed
+    at = 0
 
     def hit(step: int) -> bool:
         return fault["first"] <= step <= fault["last"]
@@ -211,16 +216,20 @@ def nan(fault: Fault) -> None:
         for handle in handles:
             handle.remove()
 
-    def poisoned(self: Updater, call: Any, bands: Any, step: int, index: int) -> Any:
-        output = forward(self, call, bands, step, index)
-        # The pass for joint balance sums has gates and no loss.
-        if fault["where"] == "loss" and hit(step) and isinstance(output, LossOutput):
+    def seeded(self: Updater, step: int, index: int) -> None:
+        nonlocal at
+        at = step
+        seed(self, step, index)
+
+    def poisoned(self: Updater, batch: Any) -> Any:
+        output = forward(self, batch)
+        if fault["where"] == "loss" and hit(at):
             return output._replace(loss=output.loss * math.nan)
         return output
 
     fault = {"value": math.nan} | fault
     Trainer._update = update
-    Updater._forward = poisoned
+    Updater._seed, Updater._forward = seeded, poisoned
 
 
 def fingerprints(fault: Fault) -> None:

@@ -1,0 +1,113 @@
+"""Recorded steps compute what steps launched one kernel at a time compute: to the bit, with dropout and noise."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import nmt.training.update
+from nmt.batch import NUM_SPECIAL, Batch, Shape, fit, make_batch
+from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.recording import can_record
+from nmt.training.update import UpdateOutput, Updater
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+
+VOCAB = 512
+MOE = MoEConfig(num_experts=8, k=2, hidden_sizes=[256])
+CONFIGS = {
+    "moe": ModelConfig(256, 512, attention=AttentionConfig(size=256), moe=MOE),
+    "dense": ModelConfig(256, 256, moe=MoEConfig(0)),
+    "gnmt_v2": ModelConfig(256, 256, moe=MoEConfig(0), attention=AttentionConfig("normalised", 256, "gnmt_v2")),
+    "feedback": ModelConfig(256, 256, moe=MOE, attention=AttentionConfig(wiring="feedback")),
+}
+
+
+def batches(count: int, seed: int) -> list[Batch]:
+    """Random batches of different sizes."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(count):
+        number = int(rng.integers(20, 30))
+        sides = [[rng.integers(NUM_SPECIAL, VOCAB, size=n) for n in rng.integers(1, 24, number)] for _ in range(2)]
+        found.append(make_batch(np.arange(number), *sides))
+    return found
+
+
+def trained(config: ModelConfig, steps: list[list[Batch]], shape: Shape, **training: Any) -> tuple[list[Any], Updater]:
+    """Figures of all steps and the parameters after them."""
+    torch.manual_seed(1)
+    settings = Config(model=config, training=TrainingConfig(**training))
+    model = Seq2Seq(config, VOCAB).cuda().train()
+    updater = Updater(model, make_optimizer(model, settings.training), settings, World(torch.device("cuda", 0)))
+    figures: list[Any] = []
+    for step, micro_batches in enumerate(steps, start=1):
+        done = updater.update([fit(batch, shape).pin_memory() for batch in micro_batches], step, 1e-3 * step)
+        figures.append(figures_of(done))
+    return [*figures, {name: each.detach() for name, each in model.named_parameters()}], updater
+
+
+def figures_of(done: UpdateOutput) -> dict[str, Tensor]:
+    sums = {f"{layer}.{place}": part for layer, each in done.sums.items() for place, part in enumerate(each.parts())}
+    return {"loss": done.loss, "nll": done.nll, "norm": done.gradient_norm, "skipped": done.skipped, **sums}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 3])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches(4 * micro_batches, 3)
+    shape = Shape(
+        *(
+            max(sizes) + more
+            for sizes, more in zip(zip(*(b.shape for b in data), strict=True), (2, 3, 1, 9, 7), strict=True)
+        )
+    )
+    steps = [data[first : first + micro_batches] for first in range(0, len(data), micro_batches)]
+    recorded, updater = trained(CONFIGS[name], steps, shape)
+    assert updater.recording is not None
+    monkeypatch.setattr(nmt.training.update, "can_record", lambda _: False)
+    plain, updater = trained(CONFIGS[name], steps, shape)
+    assert updater.recording is None
+    for one, other in zip(recorded, plain, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+
+
+def test_a_recorded_step_does_not_wait_for_the_device() -> None:
+    data = batches(3, 4)
+    shape = Shape(*map(max, zip(*(batch.shape for batch in data), strict=True)))
+    _, updater = trained(CONFIGS["moe"], [data[:1]], shape)
+    fitted = [fit(batch, shape).pin_memory() for batch in data[1:]]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step, batch in enumerate(fitted, start=2):
+            updater.update([batch], step, 1e-3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = batches(2, 5)
+    shape = Shape(*map(max, zip(*(batch.shape for batch in data), strict=True)))
+    (*_, before), updater = trained(CONFIGS["moe"], [data[:1]], shape)
+    kept = {name: value.clone() for name, value in before.items()}
+    parameter = updater.model.output.weight
+    with torch.no_grad():
+        saved = parameter[5].clone()
+        parameter[5] = torch.nan
+    done = updater.update([fit(data[1], shape)], 2, 1e-3)
+    assert done.skipped == 1
+    with torch.no_grad():
+        parameter[5] = saved
+    assert all(torch.equal(value, kept[name]) for name, value in updater.model.named_parameters())
+
+
+def test_only_one_gpu_records() -> None:
+    assert can_record(World(torch.device("cuda", 0)))
+    assert not can_record(World(torch.device("cpu")))
