@@ -14,10 +14,9 @@ from torch.autograd import gradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nmt.config import MoEConfig
-from nmt.model import grouped
 from nmt.model.experts import Experts, LocalDispatcher, MoE
 from nmt.model.gating import MIN_NOISE_STD, GateOutput, GateSums
-from nmt.model.grouped import grouped_matmul, grouped_outer
+from nmt.model.kernels.experts import group_rows, grouped_matmul, grouped_outer
 from nmt.model.rows import combine_rows, inverse_permutation, put_rows, route_rows, take_rows
 
 WIDTH, HIDDEN = 5, 6
@@ -99,7 +98,7 @@ def test_output_and_every_gradient_equal_a_loop(
 
 @pytest.mark.parametrize("hidden_sizes", [[6], [4, 3], [3, 7, 2], [2, 6, 3, 4]], ids=len)
 @pytest.mark.parametrize("ends", [[0, 0, 4], [4, 4, 4], [0, 3, 3], [1, 2, 4], [0, 0, 0]])
-def test_experts_of_any_depth_may_go_without_rows(path: str, ends: list[int], hidden_sizes: list[int]):
+def test_experts_of_any_depth_may_go_without_rows(ends: list[int], hidden_sizes: list[int]):
     experts = Experts(3, WIDTH, hidden_sizes).double()
     sizes = [WIDTH, *hidden_sizes, WIDTH]
     assert [tuple(w_EIO.shape) for w_EIO in experts.weights] == [(3, a, b) for a, b in pairwise(sizes)]
@@ -177,35 +176,6 @@ def outer_by_loops(a_RI: Tensor, b_RO: Tensor, ends: list[int]) -> Tensor:
     return out_EIO
 
 
-def slow_grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-    """torch's grouped product by its contract: groups begin at row 0, at most 3 here, and rows past the last
-    end belong to nobody. What is unspecified comes out NaN, so that any use of it shows."""
-    ends = offs.tolist()
-    assert offs.dtype == torch.int32
-    assert len(ends) <= 3
-    assert ends == sorted(ends)
-    assert ends[0] >= 0
-    assert ends[-1] <= a.shape[-2 if b.dim() == 3 else -1]
-    bounds = list(zip([0, *ends[:-1]], ends, strict=True))
-    if b.dim() == 3:
-        assert b.shape[0] == len(ends)
-        out_RO = a.new_full((a.shape[0], b.shape[2]), torch.nan)
-        for group, (start, end) in enumerate(bounds):
-            out_RO[start:end] = a[start:end] @ b[group]
-        return out_RO
-    return torch.stack([a[:, start:end] @ b[start:end] for start, end in bounds])
-
-
-@pytest.fixture(params=["loop", "grouped_mm"])
-def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways of grouped.py: its loop, and the calls it would make on a GPU, three groups at a time."""
-    if request.param == "grouped_mm":
-        monkeypatch.setattr(grouped, "has_fast_path", lambda device, dtype: True)
-        monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
-        monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
-    return request.param
-
-
 GROUPS = [
     [4],
     [0, 2, 5],
@@ -220,27 +190,24 @@ GROUPS = [
 
 @pytest.mark.parametrize("extra", [0, 3])
 @pytest.mark.parametrize("ends", GROUPS)
-def test_grouped_products_equal_loops(path: str, ends: list[int], extra: int):
-    a_RI, b_RO = (torch.randn(ends[-1] + extra, width, dtype=torch.float64) for width in (3, 4))
+def test_grouped_products_equal_loops(ends: list[int], extra: int):
+    """Rows past the last end belong to no expert: they get zeros, and add nothing to a sum."""
+    num_rows = ends[-1] + extra
+    a_RI, b_RO = (torch.randn(num_rows, width, dtype=torch.float64) for width in (3, 4))
     w_EIO, ends_E = torch.randn(len(ends), 3, 4, dtype=torch.float64), torch.tensor(ends, dtype=torch.int32)
-    out_RO = grouped_matmul(a_RI, w_EIO, ends_E)
+    groups = group_rows(ends_E, num_rows, torch.float64)
+    out_RO = grouped_matmul(a_RI, w_EIO, groups)
     assert out_RO.shape == b_RO.shape
     torch.testing.assert_close(out_RO[: ends[-1]], matmul_by_loops(a_RI, w_EIO, ends))
-    torch.testing.assert_close(grouped_outer(a_RI, b_RO, ends_E), outer_by_loops(a_RI, b_RO, ends))
-
-
-def test_both_paths_of_the_layer_give_the_same_gradients(monkeypatch: pytest.MonkeyPatch):
-    moe, x_TD = moe_layer(8, 2).eval(), randn(11, WIDTH)
-    leaves = (x_TD, moe.gate.w_gate_DE, *moe.experts.weights)
-    y_TD, _ = moe(x_TD)
-    expected = torch.autograd.grad(y_TD.square().sum(), leaves)
-    monkeypatch.setattr(grouped, "has_fast_path", lambda device, dtype: True)
-    monkeypatch.setattr(grouped, "_MAX_GROUPS", 3)
-    monkeypatch.setattr(F, "grouped_mm", slow_grouped_mm, raising=False)
-    fast_TD, _ = moe(x_TD)
-    torch.testing.assert_close(fast_TD, y_TD)
-    for gradient, oracle in zip(torch.autograd.grad(fast_TD.square().sum(), leaves), expected, strict=True):
-        torch.testing.assert_close(gradient, oracle)
+    assert not out_RO[ends[-1] :].any()
+    torch.testing.assert_close(grouped_outer(a_RI, b_RO, groups), outer_by_loops(a_RI, b_RO, ends))
+    # Rows of a longer tensor, and a ReLU.
+    x_MI, token_R = torch.randn(5, 3, dtype=torch.float64), torch.randint(5, (num_rows,))
+    torch.testing.assert_close(
+        grouped_matmul(x_MI, w_EIO, groups, token_R, relu=True),
+        grouped_matmul(x_MI[token_R], w_EIO, groups).relu(),
+    )
+    torch.testing.assert_close(grouped_outer(x_MI, b_RO, groups, token_R), grouped_outer(x_MI[token_R], b_RO, groups))
 
 
 def gate_output(expert_TK: Tensor, gates_TK: Tensor, num_experts: int) -> GateOutput:
@@ -265,7 +232,8 @@ def test_dispatch_groups_by_expert_and_combine_brings_back(
     x_TD = torch.arange(num_tokens, dtype=torch.float64)[:, None] + torch.tensor([[0.0, 0.5]])
     dispatcher = LocalDispatcher()
     gate = gate_output(expert_TK, gates_TK, num_experts)
-    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate)
+    ends_E, route = dispatcher.sort(gate)
+    rows_RD = route_rows(x_TD, route.token_R, route.row_R, route.begin_T)
     assert ends_E.dtype == torch.int32
     start = 0
     for expert, end in enumerate(ends_E.tolist()):
@@ -289,16 +257,17 @@ EMPTY_SLOTS = [  # 4 stands for a slot that stays empty
 ]
 
 
+@pytest.mark.parametrize("known", [True, False], ids=["counted", "uncounted"])
 @pytest.mark.parametrize("choices", EMPTY_SLOTS)
-def test_empty_slots_give_nothing_and_get_no_gradient(path: str, choices: list[list[int]]):
+def test_empty_slots_give_nothing_and_get_no_gradient(known: bool, choices: list[list[int]]):
     expert_TK = torch.tensor(choices)
     empty_TK, (tokens, slots) = expert_TK == 4, expert_TK.shape
     x_TD, experts = randn(tokens, WIDTH), moe_layer(4, 2, hidden_sizes=[3, 6]).experts
     gates_TK = torch.rand(tokens, slots, dtype=torch.float64).masked_fill(empty_TK, 0.0).requires_grad_()
-    dispatcher, gate = LocalDispatcher(), gate_output(expert_TK, gates_TK, 4)
-    rows_RD, ends_E, route = dispatcher.dispatch(x_TD, gate)
-    assert len(rows_RD) == ends_E[-1] == (~empty_TK).sum()
-    y_TD = dispatcher.combine(experts(rows_RD, ends_E), gates_TK, route)
+    gate = gate_output(expert_TK, gates_TK, 4)
+    ends_E, route = LocalDispatcher().sort(gate)
+    assert len(route.order_R) == ends_E[-1] == (~empty_TK).sum()
+    y_TD = LocalDispatcher().run(experts, x_TD, gate if known else gate._replace(num_routed=None))
     expected_TD = torch.zeros_like(y_TD)
     for t, of_token in enumerate(choices):
         for place, e in enumerate(of_token):
@@ -403,8 +372,9 @@ def test_what_is_kept_and_made_grows_with_rows_and_not_with_empty_slots(slots: i
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Largest() as largest:
         LocalDispatcher().run(experts, x_TD, gate).sum().backward()
     rows, of_leaves = 49 + slots, {leaf.data_ptr() for leaf in leaves}
-    # Inputs and outputs of the experts, where a row came from and went to; where tokens and experts begin or end.
-    expected = rows * ((WIDTH + HIDDEN + WIDTH) * 4 + 2 * 8) + 50 * 8 + 40 * 4
+    # Hidden units and outputs of the experts; the token and the slot of each row, and the row of each slot; where the
+    # slots of a token begin. The rows that the experts read are gathered again.
+    expected = rows * ((HIDDEN + WIDTH) * 4 + 3 * 8) + 50 * 8
     assert sum(storage.nbytes() for place, storage in kept.items() if place not in of_leaves) == expected
     # The gradients of gates and of weights are larger than rows, and there is nothing larger than they.
     assert largest.numbers <= max(50 * slots, 40 * WIDTH * HIDDEN)

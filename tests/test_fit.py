@@ -7,7 +7,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import nmt.model.experts
 from nmt.batch import PAD, Batch, Shape, fit
 from nmt.config import Config, TrainingConfig
 from nmt.model.gate_statistics import LayerTally
@@ -28,16 +27,8 @@ def larger(batch: Batch) -> Shape:
 
 
 @pytest.fixture(autouse=True)
-def _as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows that belong to no expert come out as NaN, and noise is a function of the token that it is drawn for."""
-    product = nmt.model.experts.grouped_matmul
-
-    def poisoned(a_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
-        out_RO: Tensor = product(a_RI, w_EIO, ends_E)
-        out_RO[int(ends_E[-1]) :] = torch.nan
-        return out_RO
-
-    monkeypatch.setattr(nmt.model.experts, "grouped_matmul", poisoned)
+def _noise_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise is a function of the token that it is drawn for."""
     monkeypatch.setattr(torch, "randn_like", lambda x: torch.sin(1e3 * x.detach()))
 
 

@@ -200,11 +200,11 @@ def test_one_half_travels_while_experts_work_on_the_other(monkeypatch: pytest.Mo
     for owner, name in ((_Transfer, "begin"), (_Transfer, "finish"), (experts, "grouped_matmul")):
         function = getattr(owner, name)
 
-        def noted(*arguments: Any, function: Any = function, name: str = name) -> Any:
+        def noted(*arguments: Any, function: Any = function, name: str = name, **options: Any) -> Any:
             # An expert of one hidden layer is two products.
             if events[-1:] != [name] or name != "grouped_matmul":
                 events.append(name)
-            return function(*arguments)
+            return function(*arguments, **options)
 
         monkeypatch.setattr(owner, name, noted)
     try:

@@ -22,9 +22,7 @@ from nmt.cli import main
 from nmt.config import ModelConfig
 from nmt.decoding.translator import Translator
 from nmt.device import product_dtype, set_float32_products
-from nmt.errors import UserError
 from nmt.evaluation.perplexity import perplexity
-from nmt.model import grouped
 from nmt.model.gating import Gate
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights
@@ -263,42 +261,3 @@ def test_float32_on_a_gpu_is_float32(precision: str, tf32: bool) -> None:
             assert torch.backends.cudnn.allow_tf32 == tf32
     assert (product_dtype(torch.device("cuda"), precision) == BF16) == tf32
     assert product_dtype(CPU, "auto") == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("changes", "says"),
-    [
-        (
-            {},
-            r"model.hidden_size=6 and model.moe.hidden_sizes=\[7\]: .* multiples of 8; choose others, or set key=fp32",
-        ),
-        ({"hidden_size": 8, "hidden_sizes": [8, 12]}, r"^model.moe.hidden_sizes=\[8, 12\]: "),
-        ({"hidden_size": 12, "cell_size": 12, "hidden_sizes": [16]}, "^model.hidden_size=12: "),
-    ],
-)
-def test_widths_that_a_gpu_cannot_take_are_refused_at_the_start(
-    tiny_config: Configs, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], says: str
-) -> None:
-    config = tiny_config(**changes)
-    grouped.check_widths(config, CPU, BF16, "key")
-    monkeypatch.setattr(grouped, "has_fast_path", lambda _device, dtype: dtype == BF16)
-    grouped.check_widths(config, CPU, torch.float32, "key")
-    grouped.check_widths(tiny_config(num_experts=0), CPU, BF16, "key")
-    grouped.check_widths(tiny_config(hidden_size=8, hidden_sizes=[16, 8]), CPU, BF16, "key")
-    with pytest.raises(UserError, match=says):
-        grouped.check_widths(config, CPU, BF16, "key")
-
-
-def test_training_and_translating_with_such_widths_end_with_one_line(
-    run: RunDirectory, corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(grouped, "has_fast_path", lambda _device, dtype: dtype == BF16)
-    changes = ("run.name=a", "training.precision=bf16", "training.max_steps=1", "model.moe.hidden_sizes=[20]")
-    assert main(["train", *settings(corpus, *changes)]) == 2
-    lines = capfd.readouterr().err.splitlines()
-    assert lines[-1].startswith("nmt: model.moe.hidden_sizes=[20]: ")
-    assert lines[-1].endswith("training.precision=fp32")
-    config = run.config(["decoding.precision=bf16"])
-    narrow = replace(config.model, moe=replace(config.model.moe, hidden_sizes=[20]))
-    with pytest.raises(UserError, match=r"hidden_sizes=\[20\]: .* or set decoding.precision=fp32"):
-        Translator(Seq2Seq(narrow, 9), None, config.decoding, CPU)

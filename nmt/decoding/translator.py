@@ -25,7 +25,6 @@ from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, product_dtype, set_float32_products
 from nmt.errors import CheckpointError
 from nmt.model.attention import Memory
-from nmt.model.grouped import check_widths
 from nmt.model.seq2seq import DecoderState, Seq2Seq
 from nmt.model.working import WorkingWeights
 from nmt.parameters import read_model
@@ -81,7 +80,6 @@ class Translator:
         """
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
-        check_widths(model.config, device, dtype, "decoding.precision")
         self.model = WorkingWeights(model, device, dtype).model
         self.subwords = subwords
         self.options = Options.of(decoding)

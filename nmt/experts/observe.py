@@ -88,8 +88,8 @@ def _inputs(layers: dict[str, MoE]) -> Iterator[dict[str, Tensor]]:
 
 def use_of(moe: MoE, x_TD: Tensor, gate: GateOutput) -> ExpertUse:
     """Return the use of each expert of a layer, given its input tokens and their gates."""
-    rows_RD, ends_E, route = LocalDispatcher().dispatch(x_TD, gate)
-    norm_R = moe.experts(rows_RD, ends_E).float().norm(dim=1)
+    ends_E, route = LocalDispatcher().sort(gate)
+    norm_R = moe.experts(x_TD, ends_E, route).float().norm(dim=1)
     expert_R = gate.expert_TK.flatten()[route.order_R].cpu()
     gate_R = gate.gates_TK.flatten()[route.order_R]
 

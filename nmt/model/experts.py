@@ -4,8 +4,8 @@ Experts have no capacity limit and drop no token. Rows are sorted by expert, eac
 the results are weighted by their gates and added up per token. Expert code does not depend on the number of processes:
 the dispatcher passes it rows grouped by expert, and a parallel dispatcher can replace the local one.
 
-Letters: T tokens, K slots per token, S = T * K slots, R routed rows (full slots), E experts, D width, I and O inputs
-and outputs of one layer of an expert.
+Letters: T tokens, K slots per token, S = T * K slots, R routed rows (full slots), M tokens or routed rows, E experts,
+D width, I and O inputs and outputs of one layer of an expert.
 """
 
 from collections.abc import Callable
@@ -18,12 +18,28 @@ from torch.autograd import Function
 
 from nmt.config import MoEConfig
 from nmt.model.gating import GateOutput, make_gate
-from nmt.model.grouped import grouped_matmul, grouped_outer
-from nmt.model.rows import combine_rows, inverse_permutation, route_rows
+from nmt.model.kernels.experts import Groups, group_rows, grouped_matmul, grouped_outer
+from nmt.model.kernels.row_sums import sum_rows
+from nmt.model.rows import combine_rows, inverse_permutation
 
 
-class _GroupedProduct(Function):
-    """Product of the rows of expert e and w[e], in the type of the rows.
+class Route(NamedTuple):
+    """Mapping between tokens and sorted rows. Slot s = t * K + j is the j-th slot of token t.
+
+    Its size does not depend on the number of empty slots, as tokens may have very different numbers of experts.
+    """
+
+    token_R: Tensor  # int64, the token of each sorted row
+    order_R: Tensor  # int64, the slot of each sorted row
+    row_R: Tensor  # int64, the sorted row of each full slot, in the order of slots
+    begin_T: Tensor  # int64, index in row_R of the first slot of each token
+
+
+class _Layer(Function):
+    """One layer of all experts: the product of the rows of expert e and w[e], in the type of the rows, and its ReLU.
+
+    With a route, row r is rows[token[r]]. A ReLU's backward pass is done by the next layer, in the product that makes
+    the gradient: the gradient that `backward` gets is 0 wherever its layer's ReLU gave 0.
 
     Weights of another type are cast, and cast again in the backward pass. This takes less time than the product, and
     keeps no copy of all experts between the passes. There is one call per matrix, so that its gradient is accumulated
@@ -31,16 +47,23 @@ class _GroupedProduct(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, rows_RI: Tensor, w_EIO: Tensor, ends_E: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RI, w_EIO, ends_E)
-        return grouped_matmul(rows_RI, w_EIO.to(rows_RI.dtype), ends_E)
+    def forward(
+        ctx: Any, rows_MI: Tensor, w_EIO: Tensor, groups: Groups, route: Route | None, relu: bool, follows_relu: bool
+    ) -> Tensor:
+        ctx.save_for_backward(rows_MI, w_EIO, *(route or ()))
+        ctx.groups, ctx.follows_relu = groups, follows_relu
+        return grouped_matmul(rows_MI, w_EIO.to(rows_MI.dtype), groups, route.token_R if route else None, relu)
 
     @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor, Tensor, None]:
-        rows_RI, w_EIO, ends_E = ctx.saved_tensors
-        grad_RO = grad_RO.contiguous()
-        grad_RI = grouped_matmul(grad_RO, w_EIO.to(grad_RO.dtype).transpose(1, 2), ends_E)
-        return grad_RI, grouped_outer(rows_RI, grad_RO, ends_E).to(w_EIO.dtype), None
+    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
+        rows_MI, w_EIO, *saved = ctx.saved_tensors
+        grad_RO, groups, route = grad_RO.contiguous(), ctx.groups, Route(*saved) if saved else None
+        w_EOI = w_EIO.to(grad_RO.dtype).transpose(1, 2)
+        grad_MI = grouped_matmul(grad_RO, w_EOI, groups, relu_output_RO=rows_MI if ctx.follows_relu else None)
+        if route:
+            grad_MI = sum_rows(grad_MI, route.row_R, route.begin_T)
+        grad_EIO = grouped_outer(rows_MI, grad_RO, groups, route.token_R if route else None, w_EIO.dtype)
+        return grad_MI, grad_EIO, None, None, None, None
 
 
 class ExpertShard(NamedTuple):
@@ -70,74 +93,66 @@ class Experts(nn.Module):
         """Number of this share's first expert."""
         self.weights = nn.ParameterList(torch.empty(held, inputs, outputs) for inputs, outputs in pairwise(sizes))
 
-    def forward(self, rows_RD: Tensor, ends_E: Tensor) -> Tensor:
-        """Return the outputs for rows sorted by expert; the rows of expert e end before row ends_E[e] (int32)."""
-        *hidden_EIO, last_EIO = self.weights
-        for w_EIO in hidden_EIO:
-            rows_RD = _GroupedProduct.apply(rows_RD, w_EIO, ends_E).relu_()
-        return _GroupedProduct.apply(rows_RD, last_EIO, ends_E)
+    def forward(self, rows_MD: Tensor, ends_E: Tensor, route: Route | None = None) -> Tensor:
+        """Return the outputs for rows sorted by expert, (R, D); the rows of expert e end before row ends_E[e] (int32).
 
-
-class Route(NamedTuple):
-    """Mapping from sorted rows back to tokens. Slot s = t * K + j is the j-th slot of token t.
-
-    Its size does not depend on the number of empty slots, as tokens may have very different numbers of experts.
-    """
-
-    order_R: Tensor  # int64, the slot of each sorted row
-    row_R: Tensor  # int64, the sorted row of each full slot, in the order of slots
-    begin_T: Tensor  # int64, index in row_R of the first slot of each token
+        With a route, `rows_MD` are tokens, and the sorted rows are copies of them. Rows past the last end belong to no
+        expert: their outputs and gradients are zeros.
+        """
+        num_rows, last = len(route.token_R if route else rows_MD), len(self.weights) - 1
+        groups = group_rows(ends_E, num_rows, rows_MD.dtype)
+        rows_RD: Tensor = rows_MD.contiguous()
+        for layer, w_EIO in enumerate(self.weights):
+            rows_RD = _Layer.apply(rows_RD, w_EIO, groups, None if layer else route, layer < last, layer > 0)
+        return rows_RD
 
 
 class Dispatcher(Protocol):
     """Sender of rows to their experts, and of the results back."""
 
-    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """Return y_t = sum_j gate_tj E_j(x_t) (S17 eq. 1); `experts` takes (rows_RD, ends_E) as `Experts` does."""
+    def run(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """Return y_t = sum_j gate_tj E_j(x_t) (S17 eq. 1)."""
 
 
 class LocalDispatcher:
     """Dispatcher for one device, which sorts rows by expert."""
 
-    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """Sort the rows by expert, run the experts, and combine their results per token."""
-        rows_RD, ends_E, route = self.dispatch(x_TD, gate)
-        if gate.num_routed is not None:
-            return self.combine(experts(rows_RD, ends_E), gate.gates_TK, route)
-        # The rows of empty slots come last and belong to no expert, so their values and gradients are unspecified. Set
-        # to zero, they add nothing to any token.
-        empty_R1 = (torch.arange(len(rows_RD), device=x_TD.device) >= ends_E[-1])[:, None]
-        y_RD = experts(rows_RD.masked_fill(empty_R1, 0.0), ends_E).masked_fill(empty_R1, 0.0)
-        return self.combine(y_RD, gate.gates_TK, route)
+    def run(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
+        """Sort the slots by expert, run the experts, and combine their results per token."""
+        ends_E, route = self.sort(gate)
+        return self.combine(experts(x_TD, ends_E, route), gate.gates_TK, route)
 
-    def dispatch(self, x_TD: Tensor, gate: GateOutput) -> tuple[Tensor, Tensor, Route]:
-        """Return (rows_RD grouped by expert, ends_E int32 as `Experts` takes it, the route back)."""
+    def sort(self, gate: GateOutput) -> tuple[Tensor, Route]:
+        """Return (ends_E int32 as `Experts` takes it, the route of the rows that the gate sends to experts).
+
+        If the number of full slots is not known, those of empty slots come last and belong to no expert.
+        """
         sorted_S, order_S = gate.expert_TK.reshape(-1).to(torch.int32).sort(stable=True)
         # Empty slots, whose expert is E, come last. The copy keeps them from being saved for the backward pass.
         order_R = order_S[: gate.num_routed].clone()
-        num_experts, num_slots = gate.sums.count_E.numel(), gate.expert_TK.shape[1]
-        route = _way_back(gate.expert_TK, order_R, num_experts)
-        expert_E = torch.arange(num_experts, dtype=torch.int32, device=x_TD.device)
+        num_experts = gate.sums.count_E.numel()
+        expert_E = torch.arange(num_experts, dtype=torch.int32, device=order_R.device)
         ends_E = torch.searchsorted(sorted_S, expert_E, right=True, out_int32=True)
-        return route_rows(x_TD, order_R // num_slots, route.row_R, route.begin_T), ends_E, route
+        return ends_E, _route(gate.expert_TK, order_R, num_experts)
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """Return y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
-        return combine_rows(rows_RD, gates_TK, *route)
+        return combine_rows(rows_RD, gates_TK, route.order_R, route.row_R, route.begin_T)
 
 
-def _way_back(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
-    """Return the route back of rows sorted by `order_R`; slots with expert `num_experts` are empty."""
+def _route(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
+    """Return the route of rows sorted by `order_R`; slots with expert `num_experts` are empty."""
     num_tokens, num_slots = expert_TK.shape
+    token_R = order_R // num_slots
     if len(order_R) == expert_TK.numel():
         # Every slot counts as full: none is empty, or the host does not know how many are.
         begin_T = torch.arange(num_tokens, device=order_R.device) * num_slots
-        return Route(order_R, inverse_permutation(order_R), begin_T)
+        return Route(token_R, order_R, inverse_permutation(order_R), begin_T)
     filled_TK = expert_TK < num_experts
     # Number of full slots before each slot. For a full slot, this is its index among the full ones.
     before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
     row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
-    return Route(order_R, row_R, before_TK[:, 0].clone())
+    return Route(token_R, order_R, row_R, before_TK[:, 0].clone())
 
 
 class MoE(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from nmt.batch import Rows
-from nmt.model.kernels.row_sums import sum_rows
+from nmt.model.kernels.row_sums import sum_rows, sum_rows_backward
 
 
 class _TakeRows(Function):
@@ -47,19 +47,15 @@ class _CombineRows(Function):
     @staticmethod
     def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
         ctx.save_for_backward(rows_RD, gates_TK, order_R)
-        gates_R = gates_TK.flatten().index_select(0, order_R.index_select(0, row_R)).to(rows_RD.dtype)
+        gates_R = gates_TK.flatten()
+        if len(order_R) < len(gates_R):
+            gates_R = gates_R.index_select(0, order_R.index_select(0, row_R))
         # One sum per token over the rows it has, which makes and keeps no copy of the rows.
         return sum_rows(rows_RD, row_R, begin_T, gates_R)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        rows_RD, gates_TK, order_R = ctx.saved_tensors
-        grad_RD = grad_TD.index_select(0, order_R // gates_TK.shape[1])
-        # Element-wise: on a GPU, one tiny matrix product per token would be ten times slower.
-        gates_grad_R = (rows_RD * grad_RD).sum(1, dtype=gates_TK.dtype)
-        gates_grad_S = gates_TK.new_zeros(gates_TK.numel()).index_copy_(0, order_R, gates_grad_R)
-        gates_R = gates_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
-        return grad_RD * gates_R.unsqueeze(1), gates_grad_S.view_as(gates_TK), None, None, None
+        return *sum_rows_backward(grad_TD, *ctx.saved_tensors), None, None, None
 
 
 class _TakeGroups(Function):

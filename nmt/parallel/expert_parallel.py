@@ -8,7 +8,7 @@ Letters: T tokens, K experts per token, R rows sent, G rows received, E experts,
 P parts of a batch that are sent separately, D width.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -20,9 +20,9 @@ from torch.autograd import Function
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.model.assemble import assemble
-from nmt.model.experts import ExpertShard, LocalDispatcher, MoE, Route
+from nmt.model.experts import Experts, ExpertShard, LocalDispatcher, MoE, Route
 from nmt.model.gating import GateOutput
-from nmt.model.rows import inverse_permutation, take_rows
+from nmt.model.rows import inverse_permutation, route_rows, take_rows
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 
@@ -103,13 +103,13 @@ class AllToAllDispatcher:
         self.turns: _Turns | None = None
         """Set while the processes make passes independently of each other (`independent_passes`)."""
 
-    def run(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+    def run(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
         """Return y_t = sum_j gate_tj E_j(x_t). Each x_t is sent to the processes of its experts."""
         if self.turns is not None:
             self.turns.wait(self)
         return self.exchange(experts, x_TD, gate)
 
-    def exchange(self, experts: Callable[[Tensor, Tensor], Tensor], x_TD: Tensor, gate: GateOutput) -> Tensor:
+    def exchange(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
         """Do `run`'s work when all processes of the group are at this layer. A process may have no tokens."""
         back = []
         for part in self._send(x_TD, gate):
@@ -135,8 +135,8 @@ class AllToAllDispatcher:
         pieces = [(x_TD, gate)]
         if self.halves:
             pieces = list(zip(x_TD.tensor_split(2), _halves(gate), strict=True))
-        sorted_pieces = [self.local.dispatch(*piece) for piece in pieces]
-        ends = [ends_E.diff(prepend=ends_E.new_zeros(1)) for _, ends_E, _ in sorted_pieces]
+        sorted_pieces = [self.local.sort(part_gate) for _, part_gate in pieces]
+        ends = [ends_E.diff(prepend=ends_E.new_zeros(1)) for ends_E, _ in sorted_pieces]
         # Rows to send, by destination process, part, and expert of that process.
         count_MPL = torch.stack(ends).long().view(len(pieces), self.group_size, -1).transpose(0, 1).contiguous()
         received_MPL = torch.empty_like(count_MPL)
@@ -144,8 +144,9 @@ class AllToAllDispatcher:
         # The only wait for the device: the exchanges need their sizes on the host.
         send_PM, receive_PM = torch.stack([count_MPL.sum(2).T, received_MPL.sum(2).T]).tolist()
         parts = []
-        for place, ((_, part_gate), (rows_RD, _, route)) in enumerate(zip(pieces, sorted_pieces, strict=True)):
+        for place, ((part_TD, part_gate), (_, route)) in enumerate(zip(pieces, sorted_pieces, strict=True)):
             transfer = _Transfer(self.group, send_PM[place], receive_PM[place])
+            rows_RD = route_rows(part_TD, route.token_R, route.row_R, route.begin_T)
             coming_GD = _Begin.apply(rows_RD, transfer)
             parts.append(_Part(part_gate.gates_TK, route, received_MPL[:, place], transfer, coming_GD))
         return parts

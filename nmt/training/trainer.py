@@ -24,7 +24,7 @@ from nmt.data.batching import BatchStream
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
 from nmt.decoding.translator import Translator, longest_source
-from nmt.device import product_dtype, set_float32_products, shortage_told
+from nmt.device import set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer
@@ -33,7 +33,6 @@ from nmt.metrics.gate_watch import GateWatch
 from nmt.metrics.record import DevLine, TrainLine
 from nmt.metrics.writer import MetricsWriter
 from nmt.model.gate_statistics import GateFigures, first_not_finite, relative_load
-from nmt.model.grouped import check_widths
 from nmt.model.names import is_expert
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
@@ -104,8 +103,6 @@ class Trainer:
         self.config, self.run, self.world, self.asked = config, run, world, asked
         self.device = world.device
         set_float32_products(self.device, config.training.precision)
-        dtype = product_dtype(self.device, config.training.precision)
-        check_widths(config.model, self.device, dtype, "training.precision")
         self.subwords = prepared.subwords()
         self.dev_sources, self.dev_targets, _ = prepared.text("dev")
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
