@@ -86,14 +86,21 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
 
 
 def working_bytes(
-    config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision, expert_share: int, accumulating: bool
+    config: ModelConfig,
+    vocab_size: int,
+    shape: BatchSize,
+    numbers: Precision,
+    expert_share: int,
+    expert_size: int,
+    accumulating: bool,
 ) -> tuple[int, int]:
     """Return (dense, experts): bytes of the largest temporary memory while activations are kept; one of the two is 0.
 
     - The backward pass of an LSTM needs about as much as its forward pass reserved.
     - The loss needs a piece of the logits, and the softmax weights and their gradient in the type of the products.
-    - A MoE layer needs the gradient of one matrix of its experts, of which a GPU has 1/expert_share, in that type. If
-      `accumulating`, it also needs a float32 copy to add to the gradient of an earlier micro-batch.
+    - A MoE layer needs the gradient of one matrix of its experts, of which a GPU has 1/expert_share, in that type, if
+      the parameter has another type, whose numbers have `expert_size` bytes. If `accumulating`, it also needs a copy in
+      the parameter's type, to add to the gradient of an earlier micro-batch.
 
     Fitted to peaks measured on a GPU.
     """
@@ -106,7 +113,7 @@ def working_bytes(
     sizes = [width, *config.moe.hidden_sizes, width]
     matrix = max(inputs * outputs for inputs, outputs in pairwise(sizes))
     held = max((config.moe.experts_at(layer) // expert_share for layer in config.moe_layer_names()), default=0)
-    times = (numbers.size if numbers.size < _FLOAT else 0) + _FLOAT * accumulating
+    times = (numbers.size if numbers.size != expert_size else 0) + expert_size * accumulating
     dense, of_experts = numbers.size * max(*reserved, logits), times * held * matrix
     return (dense, 0) if dense >= of_experts else (0, of_experts)
 
