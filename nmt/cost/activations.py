@@ -59,7 +59,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
         saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
         # The gate's float32 copy of its input, if that has another type.
         copy = config.hidden_size * _FLOAT if numbers.size < _FLOAT else 0
-        saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + copy)
+        gate = _gate(config.moe, config.moe.experts_at(layer), numbers.on_gpu)
+        saved[f"{side} gates"] += rows * (gate + copy) + _joint_weights(config, config.moe.experts_at(layer))
     saved["attention"] = _attention(config, shape, numbers)
     # The loss computes its gradients in the forward pass: for its input, and in float32 for the softmax's parameters.
     weights = vocab_size * (config.hidden_size + config.output_bias)
@@ -153,7 +154,7 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, n
     return sentences * kept * numbers.size
 
 
-def _gate(moe: MoEConfig, num_experts: int) -> int:
+def _gate(moe: MoEConfig, num_experts: int, on_gpu: bool) -> int:
     """Return bytes per token, without the gate's float32 input."""
     slots = moe.experts_per_token * (_INDEX + _FLOAT)
     if moe.k_is_average:
@@ -161,21 +162,31 @@ def _gate(moe: MoEConfig, num_experts: int) -> int:
         # The table of experts and gates is as wide as the busiest token needs, taken as twice the average.
         return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
     if moe.is_hierarchical:
+        # Of the selected groups alone: the noise and its logit.
         group = num_experts // moe.branching
-        primary = _noisy(moe.branching, moe.primary_k)
-        # Noise logits of all groups: the selected ones are taken only after the softplus.
-        secondary = _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
-        return primary + secondary + slots
-    return _noisy(num_experts, moe.k) if moe.is_noisy else slots
+        secondary = moe.primary_k * (2 * group * _FLOAT + _load(group, moe.k) + moe.k * (_INDEX + _FLOAT))
+        return _noisy(moe.branching, moe.primary_k, on_gpu) + secondary + moe.experts_per_token * _FLOAT
+    return _noisy(num_experts, moe.k, on_gpu) if moe.is_noisy else slots
 
 
-def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
-    """Return a noisy gate's bytes per token, without the noise logit if that is counted for `all_groups` at once."""
-    # The noise, and its logit unless counted elsewhere.
-    numbers = 1 if all_groups else 2
+def _joint_weights(config: ModelConfig, num_experts: int) -> int:
+    """Return the bytes of the matrix that makes both logits of a noisy gate, the primary one if there are two."""
+    experts = config.moe.branching if config.moe.is_hierarchical else num_experts
+    return 2 * config.hidden_size * experts * _FLOAT if config.moe.is_noisy else 0
+
+
+def _noisy(num_experts: int, k: int, on_gpu: bool) -> int:
+    """Return the bytes per token of a noisy top-k gate, which has two logits per expert."""
+    if on_gpu:
+        # Also the gates, and the values, noise and numbers of the largest k + 1.
+        return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
+    return 3 * num_experts * _FLOAT + _load(num_experts, k) + k * (_INDEX + _FLOAT)
+
+
+def _load(num_experts: int, k: int) -> int:
+    """Return the bytes per token of a load estimate made of PyTorch's operations."""
     # Distance to the threshold, standard deviation and their quotient, unless all experts are selected.
-    estimate = num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
-    return num_experts * numbers * _FLOAT + estimate + k * (_INDEX + _FLOAT)
+    return num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
 
 
 def _experts(config: ModelConfig, numbers: Precision) -> int:
