@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nmt.config import MoEConfig
 from nmt.model.experts import MoE
 from nmt.model.gating import (
+    MIN_NOISE_STD,
     THRESHOLD_SCALE,
     Gate,
     GateSums,
@@ -22,7 +23,6 @@ from nmt.model.gating import (
     StrictlyBalancedGate,
     balance_loss,
 )
-from nmt.model.kernels.gate import MIN_NOISE_STD
 from nmt.model.rows import take_groups
 from nmt.model.seq2seq import Seq2Seq
 from tests.test_experts import expert_by_loops

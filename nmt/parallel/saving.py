@@ -152,8 +152,7 @@ def _is_of_others(error: BaseException, rank: int) -> bool:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    """Return a copy in float32, the only type of checkpoints. A GPU needs no memory for it."""
-    return tensor.detach().to("cpu", copy=True).contiguous().float()
+    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 class _Writer(HuggingFaceStorageWriter):
