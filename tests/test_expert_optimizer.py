@@ -1,4 +1,4 @@
-"""training.expert_optimizer=factored: the formula, what it equals, what it leaves alone, and how it is kept."""
+"""The optimiser of experts: the factored formula, what it equals and leaves alone, bf16 weights, and checkpoints."""
 
 import math
 from collections.abc import Callable
@@ -8,13 +8,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nmt.training.optim
+import nmt.model.kernels.expert_step
 from nmt.checkpoint import list_checkpoints
 from nmt.config import ModelConfig, TrainingConfig
-from nmt.model.experts import Experts
+from nmt.model.experts import ALL_EXPERTS, Experts, ExpertShard
+from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parameters import read_tensors
-from nmt.training.optim import COLUMN, ROW, clipped_step, make_optimizer, state_shapes
+from nmt.training.optim import (
+    COLUMN,
+    MASTER,
+    ROW,
+    clipped_step,
+    make_optimizer,
+    set_rate,
+    state_shapes,
+    tensors_to_save,
+)
 from tests.test_training import clones
 from tests.toy import HARD, saved, steps_logged, train
 
@@ -25,10 +35,12 @@ IDLE = 2
 class Layer(nn.Module):
     """A dense matrix and experts, named as in the network."""
 
-    def __init__(self, num_experts: int = 5, hidden_sizes: tuple[int, ...] = (7, 4)) -> None:
+    def __init__(
+        self, num_experts: int = 5, hidden_sizes: tuple[int, ...] = (7, 4), share: ExpertShard = ALL_EXPERTS
+    ) -> None:
         super().__init__()
         self.dense = nn.Linear(6, 3)
-        self.moe = nn.ModuleDict({"experts": Experts(num_experts, 6, list(hidden_sizes))})
+        self.moe = nn.ModuleDict({"experts": Experts(num_experts, 6, list(hidden_sizes), share)})
         for parameter in self.parameters():
             nn.init.normal_(parameter)
 
@@ -46,7 +58,7 @@ def set_gradients(layer: Layer, step: int, size: float) -> None:
             gradient *= 10.0 ** torch.randint(-3, 2, parameter.shape[:2], generator=generator)[:, :, None]
             gradient *= 10.0 ** torch.randint(-3, 2, parameter.shape[::2], generator=generator)[:, None]
             gradient[IDLE] = 0.0
-        parameter.grad = gradient
+        parameter.grad = gradient.to(parameter.dtype)
 
 
 class Reference:
@@ -139,7 +151,7 @@ def test_a_gradient_that_is_not_finite_changes_no_bit(bad: float, where: str, go
 def test_how_many_experts_are_worked_on_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     layers = []
     for limit in (2**28, 0, 2 * 6 * 7 * 4):
-        monkeypatch.setattr(nmt.training.optim, "_BUFFER_BYTES", limit)
+        monkeypatch.setattr(nmt.model.kernels.expert_step, "_BUFFER_BYTES", limit)
         torch.manual_seed(1)
         layer = Layer(num_experts=7)
         optimizer = make_optimizer(layer, FACTORED)
@@ -182,13 +194,137 @@ def test_a_model_without_experts_is_adam_s(tiny_config: Callable[..., ModelConfi
     assert isinstance(make_optimizer(Seq2Seq(tiny_config(num_experts=0), 13), FACTORED), torch.optim.Adam)
 
 
-def test_going_on_changes_no_bit(corpus: Path) -> None:
+# ------------------------------------------------------------------------------------------- experts in bf16
+
+KINDS = ["adam", "factored"]
+
+
+def masters_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts get bf16 parameters with masters on a CPU too, as on a GPU."""
+    monkeypatch.setattr(TrainingConfig, "experts_in_bf16", lambda _self, on_gpu: True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masters_take_the_steps_of_float32_weights(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    exact, ours = Layer(), Layer()
+    ours.load_state_dict(exact.state_dict())
+    training = TrainingConfig(expert_optimizer=kind)
+    float32 = make_optimizer(exact, training)
+    masters_everywhere(monkeypatch)
+    optimizer = make_optimizer(ours, training)
+    assert [w_EIO.dtype for w_EIO in ours.experts()] == [torch.bfloat16] * 3
+    for step in range(3):
+        set_gradients(ours, step, 1.0)
+        for one, other in zip(ours.parameters(), exact.parameters(), strict=True):
+            other.grad = one.grad.clone().to(other.dtype)
+        done, expected = (clipped_step(each, 0.5, 0.01) for each in (optimizer, float32))
+        torch.testing.assert_close(done.gradient_norm, expected.gradient_norm)
+    saved = tensors_to_save(ours, optimizer)
+    for name, parameter in exact.named_parameters():
+        torch.testing.assert_close(saved["model"][name], parameter.detach(), rtol=1e-5, atol=1e-6)
+        for moment, value in float32.state[parameter].items():
+            torch.testing.assert_close(saved["training"][f"{moment}.{name}"], value, rtol=1e-5, atol=1e-7)
+    assert saved["training"].keys() == tensors_to_save(exact, float32)["training"].keys()
+    for w_EIO in ours.experts():
+        assert torch.equal(w_EIO, optimizer.state[w_EIO][MASTER].bfloat16())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_share_of_the_experts_is_rounded_as_in_the_whole(kind: str) -> None:
+    training = TrainingConfig(expert_optimizer=kind, expert_weights="bfloat16")
+    layers = [Layer(num_experts=6), *(Layer(num_experts=6, share=ExpertShard(rank, 2)) for rank in range(2))]
+    whole, *shares = layers
+    for rank, share in enumerate(shares):
+        for w_EIO, own_EIO in zip(whole.experts(), share.experts(), strict=True):
+            own_EIO.data.copy_(w_EIO[3 * rank : 3 * rank + 3])
+    optimizers = [make_optimizer(layer, training) for layer in layers]
+    for step in range(3):
+        set_gradients(whole, step, 1.0)
+        for rank, share in enumerate(shares):
+            for w_EIO, own_EIO in zip(whole.experts(), share.experts(), strict=True):
+                own_EIO.grad = w_EIO.grad[3 * rank : 3 * rank + 3].clone()
+        for optimizer in optimizers:
+            clipped_step(optimizer, 0.0, 0.01)
+    for w_EIO, *parts in zip(*(layer.experts() for layer in layers), strict=True):
+        assert torch.equal(torch.cat(parts), w_EIO)
+
+
+def test_small_changes_are_kept_on_average_without_masters() -> None:
+    """Each is a hundredth of what bf16 can tell apart."""
+    layer = Layer(num_experts=40)
+    for w_EIO in layer.experts():
+        w_EIO.data.fill_(1.0)
+    optimizer = make_optimizer(layer, TrainingConfig(expert_weights="bfloat16"))
+    for _ in range(100):
+        for parameter in layer.parameters():
+            parameter.grad = torch.full_like(parameter, -1.0)
+        clipped_step(optimizer, 0.0, 2**-7 / 100)
+    for w_EIO in layer.experts():
+        assert len(w_EIO.unique()) > 2
+        assert float(w_EIO.detach().double().mean()) == pytest.approx(
+            1 + 2**-7, abs=4 * 2**-7 / math.sqrt(w_EIO.numel())
+        )
+
+
+def test_a_rate_is_set_apart_from_the_step() -> None:
+    """As where the step is a captured graph, which has no number of the host."""
+    at_once, apart = Layer(), Layer()
+    apart.load_state_dict(at_once.state_dict())
+    optimizers = [make_optimizer(layer, FACTORED) for layer in (at_once, apart)]
+    for step, rate in enumerate((0.1, 0.02)):
+        for layer in (at_once, apart):
+            set_gradients(layer, step, 1.0)
+        clipped_step(optimizers[0], 1.0, rate)
+        set_rate(optimizers[1], rate)
+        clipped_step(optimizers[1], 1.0, None)
+    assert all(map(torch.equal, clones(at_once, optimizers[0]), clones(apart, optimizers[1])))
+
+
+# ----------------------------------------------------------------------------------------------------- whole runs
+
+IN_BF16 = "training.expert_weights=bfloat16"
+
+
+@pytest.mark.parametrize("weights", ["float32", "masters", "bfloat16"])
+def test_going_on_changes_no_bit(corpus: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = (*HARD, "training.expert_optimizer=factored")
+    if weights == "masters":
+        masters_everywhere(monkeypatch)
+    if weights == "bfloat16":
+        changes += (IN_BF16,)
     whole = train(corpus, "whole", 6, *changes)
     for steps in (1, 4, 6):
         stopped = train(corpus, "stopped", steps, *changes)
     assert saved(stopped) == saved(whole)
     assert steps_logged(stopped, "train") == list(range(1, 7))
-    written = read_tensors(list_checkpoints(whole / "checkpoints")[-1].path / "training")
+    newest = list_checkpoints(whole / "checkpoints")[-1].path
+    written = read_tensors(newest / "training")
     assert written[f"{ROW}.encoder.moe_layers.moe.1.experts.weights.0"].shape == (4, 16)
     assert all(".experts." not in name for name in written if name.startswith("exp_avg."))
+    values = read_tensors(newest / "model")
+    assert {value.dtype for value in (written | values).values()} == {torch.float32}
+    held = {name: torch.equal(value, value.bfloat16().float()) for name, value in values.items() if is_expert(name)}
+    assert set(held.values()) == {weights == "bfloat16"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_checkpoints_of_a_gpu_and_of_a_cpu_are_alike(corpus: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With masters and without, a run resumes from the other's checkpoint, with all its digits."""
+    changes = (f"training.expert_optimizer={kind}",)
+    for name in ("cpu", "gpu"):
+        train(corpus, name, 2, *changes)
+    before = saved(corpus / "cpu")
+    with monkeypatch.context() as on_gpu:
+        masters_everywhere(on_gpu)
+        train(corpus, "gpu", 4, *changes)
+    between = saved(corpus / "gpu")
+    assert {part: between[part].keys() for part in ("model", "training")} == {
+        part: before[part].keys() for part in ("model", "training")
+    }
+    train(corpus, "cpu", 4, *changes)
+    trained = (
+        read_tensors(list_checkpoints(corpus / name / "checkpoints")[-1].path / "model") for name in ("cpu", "gpu")
+    )
+    for one, other in zip(*(each.values() for each in trained), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.02, atol=0.002)
+    train(corpus, "gpu", 6, *changes)

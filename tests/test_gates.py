@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nmt.config import MoEConfig
 from nmt.model.experts import MoE
 from nmt.model.gating import (
-    MIN_NOISE_STD,
     THRESHOLD_SCALE,
     Gate,
     GateSums,
@@ -23,6 +22,7 @@ from nmt.model.gating import (
     StrictlyBalancedGate,
     balance_loss,
 )
+from nmt.model.kernels.gate import MIN_NOISE_STD
 from nmt.model.rows import take_groups
 from nmt.model.seq2seq import Seq2Seq
 from tests.test_experts import expert_by_loops

@@ -15,7 +15,6 @@ from torch.func import functional_call
 from nmt.config import MoEConfig
 from nmt.model.experts import LocalDispatcher, MoE
 from nmt.model.gating import (
-    MIN_NOISE_STD,
     THRESHOLD_SCALE,
     GateSums,
     NoisyTopKGate,
@@ -23,11 +22,9 @@ from nmt.model.gating import (
     balance_loss,
     batchwise_loss,
     batchwise_mask,
-    count_tokens,
     cv_squared,
-    keep_top_k,
-    prob_in_top_k,
 )
+from nmt.model.kernels.gate import MIN_NOISE_STD, count_tokens, keep_top_k, prob_in_top_k
 
 WIDTH = 5
 SIZES = [(2, 1), (3, 2), (5, 1), (8, 3), (16, 4), (16, 15)]

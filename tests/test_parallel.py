@@ -44,7 +44,7 @@ CASES: dict[str, dict[str, Any]] = {
 def config_of(
     case: str, micro_batches: int, group: int = 0, training: bool = True, parallel: dict[str, bool] | None = None
 ) -> Config:
-    moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2} | CASES[case]
+    moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2} | CASES.get(case, {})
     model = ModelConfig(
         hidden_size=6,
         cell_size=8,
@@ -56,6 +56,8 @@ def config_of(
     training_config = TrainingConfig(
         micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5, expert_optimizer=optimizer
     )
+    if case == BF16:
+        training_config.expert_weights = "bfloat16"
     return Config(model=model, training=training_config, parallel=ParallelConfig(group, **parallel or {}))
 
 
@@ -144,6 +146,7 @@ def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) 
             torch.testing.assert_close(joined[name], tensor, rtol=1e-10, atol=1e-10, msg=lambda text, n=name: n + text)
 
 
+BF16 = "experts in bf16"
 REPLICAS = ["noisy_top_k", "no experts", "factored"]
 HALVED = ["noisy_top_k", "hierarchical", "strictly_balanced", "deep experts", "sigmoid"]
 
@@ -159,7 +162,7 @@ def _two_ranks() -> dict[str, Any]:
     return {
         "micro-batches": run_cases(2, 0, True, list(CASES)),
         "more micro-batches": run_cases(4, 0, True, ["noisy_top_k", "hierarchical"]),
-        "replicas": run_cases(2, 1, True, REPLICAS),
+        "replicas": run_cases(2, 1, True, [*REPLICAS, BF16]),
         "joined": run_cases(2, 0, False, joined),
         "halves": run_cases(2, 0, True, HALVED, overlap_exchange=True),
         "in turn": run_cases(2, 0, True, ["noisy_top_k"], overlap=False),
@@ -170,6 +173,16 @@ def _two_ranks() -> dict[str, Any]:
 def test_two_processes_are_one_with_two_micro_batches(case: str, two_ranks: list[dict[str, Any]]) -> None:
     """With dropout and noise, which belong to the micro-batch and not to the process."""
     assert_same([result["micro-batches"][case] for result in two_ranks], run_updates(case, 2), 2)
+
+
+def test_replicas_of_bf16_experts_stay_equal(two_ranks: list[dict[str, Any]]) -> None:
+    """Their gradients are added in bf16, and their weights are rounded alike."""
+    several, one = [result["replicas"][BF16] for result in two_ranks], run_updates(BF16, 2)
+    for name, tensor in whole(several, "parameters", 1).items():
+        assert tensor.dtype == (torch.bfloat16 if is_expert(name) else torch.float64)
+        torch.testing.assert_close(tensor, one["parameters"][name], rtol=0.02, atol=0.03)
+    assert several[0]["figures"].tolist() == several[1]["figures"].tolist()
+    torch.testing.assert_close(several[0]["figures"], one["figures"], rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "strictly_balanced"])

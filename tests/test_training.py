@@ -141,7 +141,7 @@ def gradient_of(model: Seq2Seq, config: Config, batches: list[Batch], step: int 
     """The gradient of one update (zeros for parameters without one), and what the update returned."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer = Keep(model.parameters(), lr=1.0)
+    optimizer = Keep(model.parameters(), lr=torch.tensor(1.0))
     done = Updater(model, optimizer, config, World(torch.device("cpu"))).update(batches, step, 0.1)
     assert all(parameter.grad is None for parameter in model.parameters())
     return optimizer.kept, done

@@ -12,7 +12,7 @@ import torch
 
 from nmt.commands import Parser, show
 from nmt.config import Config
-from nmt.cost.budget import Budget, SentenceLengths, training_budget
+from nmt.cost.budget import Budget, SentenceLengths, expert_bytes, training_budget
 from nmt.cost.cards import CARDS, GPUS_PER_HOST, NETWORK_GBS
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.cost.step import Part, Prediction, bound_of, predict_step
@@ -313,10 +313,13 @@ def _counts(budget: Budget) -> Iterator[str]:
 def _memory(budget: Budget, basis: CostBasis, config: Config, predicted: Prediction | None) -> Iterator[str]:
     products = "bf16" if budget.numbers.size == 2 else "float32"
     factored = config.training.expert_optimizer == "factored" and config.model.moe_layer_names()
+    in_bf16 = config.model.moe_layer_names() and expert_bytes(config, budget.numbers)[0] == 2
+    types = "experts in bf16" if in_bf16 else "float32"
     names = {
-        "weights": "weights, float32",
+        "weights": f"weights, {types}",
+        "masters": "float32 weights of experts",
         "optimiser": "Adam (experts factored), float32" if factored else "Adam's two moments, float32",
-        "gradients": "gradients, float32",
+        "gradients": f"gradients, {types}",
         "copies": f"copies of weights, {products}",
         "activations": f"activations, {products}",
         "working": "working space",

@@ -40,6 +40,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
+EXPERT_WEIGHTS = ("float32", "bfloat16")
 TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 
 
@@ -89,13 +90,17 @@ class TrainingConfig:
     """Optimiser of the experts. adam: the same as for all other parameters. factored: Adam without a first moment,
     with the row and column means of each expert's matrix as second moment (S17 appendix D). factored needs next to no
     memory."""
+    expert_weights: str = "float32"
+    """Type in which the optimiser keeps the weights of experts. float32: as all other weights; where products are bf16
+    on a GPU, experts also have a bf16 copy for them, and bf16 gradients. bfloat16: only that copy, rounded
+    stochastically in every step, which saves two thirds of the memory. Checkpoints have float32 numbers in any case."""
     label_smoothing: float = 0.1
     """Share of the target probability that is spread evenly over the vocabulary."""
     clip_norm: float = 1.0
     """Maximum norm of the whole gradient; 0: no clipping."""
     precision: str = "auto"
     """bf16, fp32, or auto: bf16 on a GPU, else fp32. bf16 is for matrix products; weights, gates, losses and optimiser
-    stay in float32."""
+    stay in float32 (but see `expert_weights`)."""
     device: str = "auto"
     """cuda, cpu, or auto: cuda if there is a GPU."""
     log_every: int = 50
@@ -139,8 +144,13 @@ class TrainingConfig:
         one_of("training.device", self.device, DEVICES)
         one_of("training.best_by", self.best_by, BEST_BY)
         one_of("training.expert_optimizer", self.expert_optimizer, EXPERT_OPTIMIZERS)
+        one_of("training.expert_weights", self.expert_weights, EXPERT_WEIGHTS)
         if self.best_by == "bleu" and self.validation_sentences == 0:
             raise ValueError("training.best_by=bleu needs training.validation_sentences of at least 1")
+
+    def experts_in_bf16(self, on_gpu: bool) -> bool:
+        """Whether the experts' parameters and gradients are bf16, with or without float32 masters."""
+        return self.expert_weights == "bfloat16" or (on_gpu and uses_bf16(self.precision, on_gpu))
 
 
 @dataclass

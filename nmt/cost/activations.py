@@ -35,8 +35,8 @@ class Precision(NamedTuple):
     """Device and number format of the matrix products."""
 
     on_gpu: bool
-    """True: the LSTM's own kernel or cuDNN, and dropout masks of one byte. False: oneDNN's LSTM (PyTorch's own with a
-    projection), and masks in the number format of the products."""
+    """True: cuDNN's LSTM, and dropout masks of one byte. False: oneDNN's LSTM (PyTorch's own with a projection), and
+    masks in the number format of the products."""
     size: int
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are always float32."""
 
@@ -51,15 +51,16 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
         # Token ids; of the target, also the ones to predict.
         saved["embeddings"] += rows * ((1 + (side == "decoder")) * _INDEX + config.hidden_size * mask)
         for index, size in enumerate(lstms):
-            stepwise = _is_stepwise(config, side, index)
-            saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, stepwise, numbers) + rows * size[2] * mask
+            calls = _calls(config, side, index, length)
+            saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
     for layer in config.moe_layer_names():
         side = LayerName.of(layer).side
         rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
         saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
         # The gate's float32 copy of its input, if that has another type.
         copy = config.hidden_size * _FLOAT if numbers.size < _FLOAT else 0
-        saved[f"{side} gates"] += rows * (_gate(config.moe, config.moe.experts_at(layer)) + copy)
+        gate = _gate(config.moe, config.moe.experts_at(layer), numbers.on_gpu)
+        saved[f"{side} gates"] += rows * (gate + copy) + _joint_weights(config, config.moe.experts_at(layer))
     saved["attention"] = _attention(config, shape, numbers)
     # The loss computes its gradients in the forward pass: for its input, and in float32 for the softmax's parameters.
     weights = vocab_size * (config.hidden_size + config.output_bias)
@@ -70,8 +71,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
 def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int:
     """Return bytes of the bf16 copies of float32 weights that are kept for the backward pass; experts keep none.
 
-    cuDNN needs the weights in contiguous memory, and copies them again for every call. With feedback wirings, the
-    decoder's first LSTM has one call per position.
+    On a GPU, every call of an LSTM copies its weights again, since cuDNN needs them in contiguous memory. With feedback
+    wirings, the decoder's first LSTM has one call per position.
     """
     if numbers.size == _FLOAT:
         return 0
@@ -80,22 +81,27 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
-            stepwise = _is_stepwise(config, side, index)
-            calls = length if stepwise else 1
-            cudnn = numbers.on_gpu and not _has_kernel(size, stepwise, numbers)
-            count += (1 + cudnn * calls) * lstm_cost(*size).parameters
+            copies = 1 + numbers.on_gpu * _calls(config, side, index, length)
+            count += copies * lstm_cost(*size).parameters
     return count * numbers.size
 
 
 def working_bytes(
-    config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision, expert_share: int, accumulating: bool
+    config: ModelConfig,
+    vocab_size: int,
+    shape: BatchSize,
+    numbers: Precision,
+    expert_share: int,
+    expert_size: int,
+    accumulating: bool,
 ) -> tuple[int, int]:
     """Return (dense, experts): bytes of the largest temporary memory while activations are kept; one of the two is 0.
 
     - The backward pass of an LSTM needs about as much as its forward pass reserved.
     - The loss needs a piece of the logits, and the softmax weights and their gradient in the type of the products.
-    - A MoE layer needs the gradient of one matrix of its experts, of which a GPU has 1/expert_share, in that type. If
-      `accumulating`, it also needs a float32 copy to add to the gradient of an earlier micro-batch.
+    - A MoE layer needs the gradient of one matrix of its experts, of which a GPU has 1/expert_share, in that type, if
+      the parameter has another type, whose numbers have `expert_size` bytes. If `accumulating`, it also needs a copy in
+      the parameter's type, to add to the gradient of an earlier micro-batch.
 
     Fitted to peaks measured on a GPU.
     """
@@ -108,7 +114,7 @@ def working_bytes(
     sizes = [width, *config.moe.hidden_sizes, width]
     matrix = max(inputs * outputs for inputs, outputs in pairwise(sizes))
     held = max((config.moe.experts_at(layer) // expert_share for layer in config.moe_layer_names()), default=0)
-    times = (numbers.size if numbers.size < _FLOAT else 0) + _FLOAT * accumulating
+    times = (numbers.size if numbers.size != expert_size else 0) + expert_size * accumulating
     dense, of_experts = numbers.size * max(*reserved, logits), times * held * matrix
     return (dense, 0) if dense >= of_experts else (0, of_experts)
 
@@ -118,15 +124,10 @@ def _reserved(cells: int, outputs: int) -> int:
     return 5 * cells if outputs == cells else 6 * cells + outputs
 
 
-def _has_kernel(size: tuple[int, int, int], stepwise: bool, numbers: Precision) -> bool:
-    """Return whether an LSTM runs in the kernel of nmt/model/kernels/lstm_triton.py: all positions in one launch."""
-    _, cells, outputs = size
-    return numbers.on_gpu and numbers.size < _FLOAT and not stepwise and cells % 128 == 0 and outputs % 128 == 0
-
-
-def _is_stepwise(config: ModelConfig, side: str, index: int) -> bool:
-    """Return whether LSTM `index` of a side runs one position at a time."""
-    return side == "decoder" and index == 0 and config.attention.feeds_back
+def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
+    """Return the number of calls that LSTM `index` of a side needs for all positions."""
+    stepwise = side == "decoder" and index == 0 and config.attention.feeds_back
+    return length if stepwise else 1
 
 
 def _mask(config: ModelConfig, numbers: Precision) -> int:
@@ -136,14 +137,9 @@ def _mask(config: ModelConfig, numbers: Precision) -> int:
     return _BOOL if numbers.on_gpu else numbers.size
 
 
-def _lstm(size: tuple[int, int, int], sentences: int, length: int, stepwise: bool, numbers: Precision) -> int:
+def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, numbers: Precision) -> int:
     """Return bytes that one direction of an LSTM keeps."""
     inputs, cells, outputs = size
-    calls = length if stepwise else 1
-    if _has_kernel(size, stepwise, numbers):
-        # Inputs and outputs, gates and cells; the projection's inputs.
-        of_row = inputs + outputs + 5 * cells + (cells if outputs < cells else 0)
-        return sentences * length * of_row * numbers.size
     # Inputs and outputs of all positions; states between calls.
     kept = length * (inputs + outputs) + calls * (outputs + cells)
     if numbers.on_gpu:
@@ -158,7 +154,7 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, stepwise: boo
     return sentences * kept * numbers.size
 
 
-def _gate(moe: MoEConfig, num_experts: int) -> int:
+def _gate(moe: MoEConfig, num_experts: int, on_gpu: bool) -> int:
     """Return bytes per token, without the gate's float32 input."""
     slots = moe.experts_per_token * (_INDEX + _FLOAT)
     if moe.k_is_average:
@@ -166,28 +162,38 @@ def _gate(moe: MoEConfig, num_experts: int) -> int:
         # The table of experts and gates is as wide as the busiest token needs, taken as twice the average.
         return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
     if moe.is_hierarchical:
+        # Of the selected groups alone: the noise and its logit.
         group = num_experts // moe.branching
-        primary = _noisy(moe.branching, moe.primary_k)
-        # Noise logits of all groups: the selected ones are taken only after the softplus.
-        secondary = _FLOAT * num_experts + moe.primary_k * _noisy(group, moe.k, all_groups=True)
-        return primary + secondary + slots
-    return _noisy(num_experts, moe.k) if moe.is_noisy else slots
+        secondary = moe.primary_k * (2 * group * _FLOAT + _load(group, moe.k) + moe.k * (_INDEX + _FLOAT))
+        return _noisy(moe.branching, moe.primary_k, on_gpu) + secondary + moe.experts_per_token * _FLOAT
+    return _noisy(num_experts, moe.k, on_gpu) if moe.is_noisy else slots
 
 
-def _noisy(num_experts: int, k: int, all_groups: bool = False) -> int:
-    """Return a noisy gate's bytes per token, without the noise logit if that is counted for `all_groups` at once."""
-    # The noise, and its logit unless counted elsewhere.
-    numbers = 1 if all_groups else 2
+def _joint_weights(config: ModelConfig, num_experts: int) -> int:
+    """Return the bytes of the matrix that makes both logits of a noisy gate, the primary one if there are two."""
+    experts = config.moe.branching if config.moe.is_hierarchical else num_experts
+    return 2 * config.hidden_size * experts * _FLOAT if config.moe.is_noisy else 0
+
+
+def _noisy(num_experts: int, k: int, on_gpu: bool) -> int:
+    """Return the bytes per token of a noisy top-k gate, which has two logits per expert."""
+    if on_gpu:
+        # Also the gates, and the values, noise and numbers of the largest k + 1.
+        return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
+    return 3 * num_experts * _FLOAT + _load(num_experts, k) + k * (_INDEX + _FLOAT)
+
+
+def _load(num_experts: int, k: int) -> int:
+    """Return the bytes per token of a load estimate made of PyTorch's operations."""
     # Distance to the threshold, standard deviation and their quotient, unless all experts are selected.
-    estimate = num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
-    return num_experts * numbers * _FLOAT + estimate + k * (_INDEX + _FLOAT)
+    return num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
 
 
 def _experts(config: ModelConfig, numbers: Precision) -> int:
-    """Return bytes per token: the input of its experts, and their hidden values and outputs."""
+    """Return bytes per token: inputs and outputs of all layers of its experts, and the MoE layer's output."""
     moe, width = config.moe, config.hidden_size
-    # Three indices per row: its token, slot and place. For strictly balanced gates, rows are counted on average.
-    of_row = (sum(moe.hidden_sizes) + width) * numbers.size + 3 * _INDEX
+    # Two indices per row: its source and its destination. For strictly balanced gates, rows are counted on average.
+    of_row = (width + sum(moe.hidden_sizes) + width) * numbers.size + 2 * _INDEX
     # One index per token: the start of its rows.
     return moe.experts_per_token * of_row + _INDEX + width * numbers.size
 
@@ -197,19 +203,14 @@ def _attention(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int
     size, width = config.attention.size, config.hidden_size
     sources, targets = shape.sentences * shape.source, shape.sentences * shape.target
     pairs = sources * shape.target
-    # The kernel of nmt/model/kernels/attention_triton.py, which computes tanh again in the backward pass.
-    fused = numbers.on_gpu and not config.attention.feeds_back
     kept = sources * width + targets * width
     if config.attention.function == "product":
         # tanh of keys; tanh of queries, and their product with V.
         kept += sources * size + 2 * targets * size
     else:
-        kept += sources * size + targets * size if fused else pairs * size
-    # The softmax is float32.
-    weights = pairs * _FLOAT
-    if not fused:
-        # A cast copy for the second product if its type differs; a mask.
-        weights += pairs * (numbers.size if numbers.size < _FLOAT else 0) + sources * _BOOL
+        kept += pairs * size
+    # The softmax is float32, with a cast copy for the second product if its type differs.
+    weights = pairs * (_FLOAT + (numbers.size if numbers.size < _FLOAT else 0)) + sources * _BOOL
     if config.attention.projects_context:
         # The projection's input, and the mask of its dropout.
         weights += targets * width * (numbers.size + _mask(config, numbers))

@@ -14,7 +14,7 @@ from nmt.cost.activations import BatchSize, Precision, copied_bytes, saved_bytes
 from nmt.cost.operations import Cost, model_cost
 from nmt.errors import UserError
 
-_FLOAT = 4
+_FLOAT, _BF16 = 4, 2
 LONGEST = 250
 """Tokens of the longest sentence if the configuration has no limit (corpus.filters.max_pieces=0)."""
 
@@ -106,7 +106,7 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
     """Return the budget of `nmt train` on `gpus` GPUs (or CPU processes). UserError if the settings forbid that number.
 
     The GPUs of a group (`parallel.expert_group_size`) share the experts; everything else is on every GPU (S17 section
-    3.1). Weights, gradients and optimiser state are float32.
+    3.1). Weights, gradients and optimiser state are float32, except where experts are bf16 (`expert_bytes`).
     """
     group = _group_size(config, gpus)
     training = config.training
@@ -129,6 +129,13 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
 def numbers_of(config: Config, on_gpu: bool) -> Precision:
     """Return the number format of the matrix products in training."""
     return Precision(on_gpu, 2 if uses_bf16(config.training.precision, on_gpu) else _FLOAT)
+
+
+def expert_bytes(config: Config, numbers: Precision) -> tuple[int, int]:
+    """Return the bytes of an expert's parameter (as many as of its gradient) and of its master, as in training."""
+    if not config.training.experts_in_bf16(numbers.on_gpu):
+        return _FLOAT, 0
+    return _BF16, _FLOAT if config.training.expert_weights == "float32" else 0
 
 
 def checkpoint_bytes(config: Config, cost: Cost) -> int:
@@ -166,19 +173,22 @@ def memory_of(
     saved = saved_bytes(config.model, vocab_size, shape, numbers)
     of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
     remembered = _optimizer_numbers(config, cost)
+    size, master = expert_bytes(config, numbers)
     alone = config.training.micro_batches == gpus
     rows = [
-        MemoryRow("weights", dense * _FLOAT, experts * _FLOAT),
+        MemoryRow("weights", dense * _FLOAT, experts * size),
+        MemoryRow("masters", 0, experts * master),
         MemoryRow("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
-        MemoryRow("gradients", dense * _FLOAT, experts * _FLOAT),
+        MemoryRow("gradients", dense * _FLOAT, experts * size),
         MemoryRow("copies", copied_bytes(config.model, shape, numbers), 0),
         MemoryRow("activations", sum(saved.values()) - of_experts, of_experts),
-        MemoryRow("working", *working_bytes(config.model, vocab_size, shape, numbers, share, not alone)),
+        MemoryRow("working", *working_bytes(config.model, vocab_size, shape, numbers, share, size, not alone)),
     ]
     if alone:
-        freed = rows[3].total + rows[4].total
-        shared_dense = min(rows[2].dense, freed) if gpus == 1 else 0
-        rows.append(MemoryRow("shared", -shared_dense, -min(rows[2].experts, max(freed // 2 - shared_dense, 0))))
+        gradients, copies, activations = rows[3:6]
+        freed = copies.total + activations.total
+        shared_dense = min(gradients.dense, freed) if gpus == 1 else 0
+        rows.append(MemoryRow("shared", -shared_dense, -min(gradients.experts, max(freed // 2 - shared_dense, 0))))
     return rows
 
 

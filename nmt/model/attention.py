@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmt.batch import Rows
 from nmt.config import AttentionConfig
-from nmt.model.kernels.attention import attend, padded_weights
+from nmt.model.kernels.attention import attend, padded_attend, padding_of
 from nmt.model.rows import unpack
 
 
@@ -53,24 +53,19 @@ class Attention(nn.Module):
     def memory(self, values_ND: Tensor, source: Rows) -> Memory:
         """Return the memory of a packed encoded source."""
         keys_NA, v_A = self._keys(values_ND)
-        position_S1 = torch.arange(source.num_positions, device=values_ND.device)[:, None]
-        # A sentence of padding keeps one position, as a softmax over none would be NaN.
-        padding_SB = position_S1 >= source.length_B.clamp_min(1)
-        return Memory(unpack(values_ND, source), unpack(keys_NA, source), padding_SB, v_A)
+        return Memory(unpack(values_ND, source), unpack(keys_NA, source), padding_of(source), v_A)
 
     def attend(self, query_MD: Tensor, values_ND: Tensor, target: Rows, source: Rows) -> Tensor:
         """Return context_MD for the queries of whole target sentences, each over its own source sentence."""
         keys_NA, v_A = self._keys(values_ND)
         query_MA = self._query(query_MD, v_A)
-        return attend(query_MA, keys_NA, values_ND, v_A, _side(target), _side(source), self.function)
+        return attend(query_MA, keys_NA, values_ND, v_A, target, source, self.function)
 
     def forward(self, query_TBD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         """Return (context_TBD, weights_TBS): weighted sums of the source; weights add up to 1 over real positions."""
         query_TBA = self._query(query_TBD, memory.v_A)
-        weights_TBS = padded_weights(query_TBA, memory.keys_SBA, memory.padding_SB, memory.v_A, self.function)
-        values_BSD = memory.values_SBD.transpose(0, 1)
-        context_BTD = torch.bmm(weights_TBS.transpose(0, 1).to(values_BSD.dtype), values_BSD)
-        return context_BTD.transpose(0, 1), weights_TBS
+        keys_SBA, values_SBD = memory.keys_SBA, memory.values_SBD
+        return padded_attend(query_TBA, keys_SBA, values_SBD, memory.padding_SB, memory.v_A, self.function)
 
     def _keys(self, values_ND: Tensor) -> tuple[Tensor, Tensor]:
         """Return (keys, V) of `Memory`."""
@@ -86,7 +81,3 @@ class Attention(nn.Module):
         """Return projected queries; in the product form after tanh, and times V."""
         query = self.query(query)
         return query.tanh() * v_A if self.function == "product" else query
-
-
-def _side(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    return rows.begin_L, rows.rank_B, rows.length_B

@@ -18,6 +18,7 @@ from torch.autograd import Function
 
 from nmt.config import MoEConfig
 from nmt.model.gating import GateOutput, make_gate
+from nmt.model.kernels.dispatch import SortedSlots, sort_slots
 from nmt.model.kernels.experts import Groups, group_rows, grouped_matmul, grouped_outer
 from nmt.model.kernels.row_sums import sum_rows
 from nmt.model.rows import combine_rows, inverse_permutation
@@ -127,32 +128,29 @@ class LocalDispatcher:
 
         If the number of full slots is not known, those of empty slots come last and belong to no expert.
         """
-        sorted_S, order_S = gate.expert_TK.reshape(-1).to(torch.int32).sort(stable=True)
-        # Empty slots, whose expert is E, come last. The copy keeps them from being saved for the backward pass.
-        order_R = order_S[: gate.num_routed].clone()
         num_experts = gate.sums.count_E.numel()
-        expert_E = torch.arange(num_experts, dtype=torch.int32, device=order_R.device)
-        ends_E = torch.searchsorted(sorted_S, expert_E, right=True, out_int32=True)
-        return ends_E, _route(gate.expert_TK, order_R, num_experts)
+        slots = sort_slots(gate.expert_TK.flatten(), num_experts)
+        return slots.ends_E, _route(slots, gate.expert_TK, gate.num_routed, num_experts)
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """Return y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
         return combine_rows(rows_RD, gates_TK, route.order_R, route.row_R, route.begin_T)
 
 
-def _route(expert_TK: Tensor, order_R: Tensor, num_experts: int) -> Route:
-    """Return the route of rows sorted by `order_R`; slots with expert `num_experts` are empty."""
+def _route(slots: SortedSlots, expert_TK: Tensor, num_routed: int | None, num_experts: int) -> Route:
+    """Return the route of the first `num_routed` sorted rows; slots with expert `num_experts` are empty."""
     num_tokens, num_slots = expert_TK.shape
-    token_R = order_R // num_slots
-    if len(order_R) == expert_TK.numel():
+    if num_routed is None or num_routed == expert_TK.numel():
         # Every slot counts as full: none is empty, or the host does not know how many are.
-        begin_T = torch.arange(num_tokens, device=order_R.device) * num_slots
-        return Route(token_R, order_R, inverse_permutation(order_R), begin_T)
+        begin_T = torch.arange(num_tokens, device=expert_TK.device) * num_slots
+        return Route(slots.order_S // num_slots, slots.order_S, slots.row_S, begin_T)
+    # Empty slots come last. The copy keeps them from being saved for the backward pass.
+    order_R = slots.order_S[:num_routed].clone()
     filled_TK = expert_TK < num_experts
     # Number of full slots before each slot. For a full slot, this is its index among the full ones.
     before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
     row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
-    return Route(token_R, order_R, row_R, before_TK[:, 0].clone())
+    return Route(order_R // num_slots, order_R, row_R, before_TK[:, 0].clone())
 
 
 class MoE(nn.Module):

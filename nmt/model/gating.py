@@ -15,12 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
+from nmt.model.kernels.gate import (
+    MIN_NOISE_STD,
+    Choice,
+    count_tokens,
+    keep_top_k,
+    mark_padding,
+    noisy_top_k,
+    prob_in_top_k,
+    where_real,
+)
 from nmt.model.rows import put_rows, take_groups, take_rows
-
-# Added to the standard deviation of the gate noise, softplus(x . w_noise), which starts at ln 2 = 0.69. The paper has
-# no such floor; its authors' code (tensor2tensor) has this one. Without a floor, a gate that learns to remove its noise
-# makes the load estimate 0/0. It is added because a clamp would stop the gradient that could raise the noise again.
-MIN_NOISE_STD = 1.0e-2
 
 # log T_i of the strictly balanced gate is its parameter times this. Adam moves every parameter by about the learning
 # rate per step, and thresholds must follow gates that sharpen by several nats within the first thousand steps.
@@ -85,27 +90,6 @@ class GateOutput(NamedTuple):
         )
 
 
-def keep_top_k(noisy_logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return (gates_TK, expert_TK) of G(x) = softmax(KeepTopK(H(x), k)) (S17 eq. 3, 5): top-k first, then softmax."""
-    top_TK, expert_TK = noisy_logits_TE.topk(k, dim=-1)
-    return top_TK.softmax(dim=-1), expert_TK
-
-
-def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
-    """Return P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i) (S17 eq. 8-9), shape (..., T, E).
-
-    This is the probability that expert i is among the top k if only its own noise is drawn again. kth_excluding is the
-    k-th largest value of the other experts. That is the (k+1)-th largest of all for an expert in the top k, and the
-    k-th largest of all for any other. With k = E, the result is 1 for every expert, without a gradient.
-    """
-    if k == clean_TE.shape[-1]:
-        return torch.ones_like(clean_TE)
-    top_TK1 = noisy_TE.topk(k + 1, dim=-1).values
-    threshold_if_out_T1, threshold_if_in_T1 = top_TK1[..., k - 1 : k], top_TK1[..., k : k + 1]
-    threshold_TE = torch.where(noisy_TE > threshold_if_in_T1, threshold_if_in_T1, threshold_if_out_T1)
-    return torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
-
-
 def batchwise_mask(x_TE: Tensor, m: int) -> Tensor:
     """Return M_batchwise(X, m) (S17 eq. 18), bool: entry (j, i) is True iff X_ji is among the m largest of column i."""
     token_mE = x_TE.T.topk(m, dim=1, sorted=False).indices.T
@@ -116,13 +100,6 @@ def batchwise_loss(x_TE: Tensor, threshold_E: Tensor, mask_TE: Tensor) -> Tensor
     """Return L_batchwise = sum of (M_threshold - M_batchwise)_ji (X_ji - T_i) (S17 eq. 20); 0 if the masks agree."""
     difference_TE = x_TE - threshold_E
     return ((difference_TE > 0).to(x_TE.dtype) - mask_TE.to(x_TE.dtype)).mul(difference_TE).sum()
-
-
-def count_tokens(expert_TK: Tensor, num_experts: int) -> Tensor:
-    """Return the number of tokens per expert, float32 (E). Integer sums are deterministic. The host does not wait."""
-    count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_TK.device)
-    flat = expert_TK.reshape(-1)
-    return count_E.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts].float()
 
 
 def cv_squared(x_E: Tensor) -> Tensor:
@@ -140,49 +117,37 @@ def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
-def _sum_over_tokens(values: Tensor, real_T: Tensor | None) -> Tensor:
-    """Return the sum of values (T, ...) over the real tokens; None: all are real."""
-    return (values if real_T is None else _where_real(values, real_T)).sum(0)
-
-
-def _where_real(values: Tensor, real_T: Tensor) -> Tensor:
-    """Return values (T, ...) with 0 for padding tokens."""
-    return values.masked_fill(~real_T.view(-1, *[1] * (values.dim() - 1)), 0)
-
-
 def _sum_by_expert(values_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
     # Scatter, then sum. Adding in place would have a different order on a GPU every time.
     spread_TE = values_TK.new_zeros(values_TK.shape[0], num_experts, *values_TK.shape[2:])
     return spread_TE.scatter(1, index_TK, values_TK).sum(0)
 
 
-def _noise_std(x_TD: Tensor, w_noise_DE: Tensor) -> Tensor:
-    return F.softplus(x_TD @ w_noise_DE) + MIN_NOISE_STD
+def _with_noise(x_TD: Tensor, w_gate_DE: Tensor, w_noise_DE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+    """Return the decisions of softmax(KeepTopK(x . w_gate + noise, k)) with noise drawn for each token and expert."""
+    # One product, whose result is read once.
+    logits_T2E = x_TD @ torch.cat([w_gate_DE, w_noise_DE], 1)
+    noise_TE = torch.randn_like(logits_T2E[:, : w_gate_DE.shape[1]])
+    return noisy_top_k(logits_T2E, noise_TE, k, real_T)
 
 
-def _full_slots(
-    expert_TK: Tensor,
-    gates_TK: Tensor,
-    num_experts: int,
-    load_E: Tensor | None,
-    noise_std_TX: Tensor | None,
-    real_T: Tensor | None,
-) -> GateOutput:
-    """Return the decisions of a gate that fills all K slots of every real token and none of padding."""
-    num_routed: int | None = expert_TK.numel()
-    zero = noise_std = gates_TK.new_zeros(())
-    if real_T is not None:
-        num_routed, gates_TK = None, _where_real(gates_TK, real_T)
+def _without_noise(logits_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+    """Return the decisions of softmax(KeepTopK(logits, k)); the load is the count."""
+    num_experts = logits_TE.shape[1]
+    gates_TK, expert_TK = keep_top_k(logits_TE, k)
+    gates_TK = where_real(gates_TK, real_T)
     importance_E = _sum_by_expert(gates_TK, expert_TK, num_experts)
-    if real_T is not None:
-        expert_TK = expert_TK.masked_fill(~real_T[:, None], num_experts)
-    if noise_std_TX is not None and real_T is None:
-        noise_std = noise_std_TX.mean()
-    elif noise_std_TX is not None and real_T is not None:
-        noise_std = _where_real(noise_std_TX, real_T).sum() / (real_T.sum() * noise_std_TX.shape[1])
+    expert_TK = mark_padding(expert_TK, num_experts, real_T)
     count_E = count_tokens(expert_TK, num_experts)
-    sums = GateSums(importance_E, count_E if load_E is None else load_E, count_E)
-    return GateOutput(expert_TK, gates_TK, num_routed, sums, noise_std, zero, real_T)
+    return Choice(gates_TK, expert_TK, importance_E, count_E, count_E, logits_TE.new_zeros(()))
+
+
+def _full_slots(choice: Choice, real_T: Tensor | None) -> GateOutput:
+    """Return the decisions of a gate that fills all K slots of every real token and none of padding."""
+    gates_TK, expert_TK, importance_E, load_E, count_E, noise_std = choice
+    num_routed = expert_TK.numel() if real_T is None else None
+    sums = GateSums(importance_E, load_E, count_E)
+    return GateOutput(expert_TK, gates_TK, num_routed, sums, noise_std, gates_TK.new_zeros(()), real_T)
 
 
 class Gate(nn.Module):
@@ -234,15 +199,9 @@ class NoisyTopKGate(Gate):
         self.w_noise_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
-        clean_TE = x_TD @ self.w_gate_DE
         if not self.training:
-            gates_TK, expert_TK = keep_top_k(clean_TE, experts_per_token or self.k)
-            return _full_slots(expert_TK, gates_TK, self.num_experts, None, None, real_T)
-        noise_std_TE = _noise_std(x_TD, self.w_noise_DE)
-        noisy_TE = clean_TE + torch.randn_like(clean_TE) * noise_std_TE
-        gates_TK, expert_TK = keep_top_k(noisy_TE, self.k)
-        load_E = _sum_over_tokens(prob_in_top_k(clean_TE, noisy_TE, noise_std_TE, self.k), real_T)
-        return _full_slots(expert_TK, gates_TK, self.num_experts, load_E, noise_std_TE, real_T)
+            return _full_slots(_without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T), real_T)
+        return _full_slots(_with_noise(x_TD, self.w_gate_DE, self.w_noise_DE, self.k, real_T), real_T)
 
 
 class SoftmaxTopKGate(Gate):
@@ -253,8 +212,7 @@ class SoftmaxTopKGate(Gate):
     """
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
-        gates_TK, expert_TK = keep_top_k(x_TD @ self.w_gate_DE, experts_per_token or self.k)
-        return _full_slots(expert_TK, gates_TK, self.num_experts, None, None, real_T)
+        return _full_slots(_without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T), real_T)
 
 
 class HierarchicalGate(Gate):
@@ -294,31 +252,30 @@ class HierarchicalGate(Gate):
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         primary_k, k = self.levels(experts_per_token)
-        clean_TA = noisy_TA = x_TD @ self.primary_w_gate_DA
         if self.training:
-            std_TA = _noise_std(x_TD, self.primary_w_noise_DA)
-            noisy_TA = clean_TA + torch.randn_like(clean_TA) * std_TA
-        primary_TP, group_TP = keep_top_k(noisy_TA, primary_k)
+            primary = _with_noise(x_TD, self.primary_w_gate_DA, self.primary_w_noise_DA, primary_k, real_T)
+        else:
+            primary = _without_noise(x_TD @ self.primary_w_gate_DA, primary_k, real_T)
+        # Padding has logits too, of any group; nothing counts them.
+        group_TP = where_real(primary.expert_TK, real_T)
         clean_TPB = noisy_TPB = self._of_groups(x_TD @ self.w_gate_DE, group_TP)
         if self.training:
-            std_TPB = self._of_groups(_noise_std(x_TD, self.w_noise_DE), group_TP)
+            std_TPB = F.softplus(self._of_groups(x_TD @ self.w_noise_DE, group_TP)) + MIN_NOISE_STD
             noisy_TPB = clean_TPB + torch.randn_like(clean_TPB) * std_TPB
         secondary_TPK, local_TPK = keep_top_k(noisy_TPB, k)
-        gates_TPK = primary_TP[:, :, None] * secondary_TPK
-        expert_TPK = group_TP[:, :, None] * clean_TPB.shape[2] + local_TPK
-        load_E = std = None
+        gates_TPK = primary.gates_TK[:, :, None] * secondary_TPK
+        spread_TPB = torch.zeros_like(clean_TPB).scatter(2, local_TPK, gates_TPK)
+        importance_E = self._by_expert(spread_TPB, group_TP)
+        expert_TK = (group_TP[:, :, None] * clean_TPB.shape[2] + local_TPK).flatten(1)
+        expert_TK = mark_padding(expert_TK, self.num_experts, real_T)
+        count_E = load_E = count_tokens(expert_TK, self.num_experts)
         if self.training:
-            std = std_TA
-            prob_TPB = prob_in_top_k(clean_TPB, noisy_TPB, std_TPB, k)
-            load_E = self._by_expert(prob_TPB if real_T is None else _where_real(prob_TPB, real_T), group_TP)
-        gate = _full_slots(expert_TPK.flatten(1), gates_TPK.flatten(1), self.num_experts, load_E, std, real_T)
+            load_E = self._by_expert(where_real(prob_in_top_k(clean_TPB, noisy_TPB, std_TPB, k), real_T), group_TP)
+        choice = Choice(gates_TPK.flatten(1), expert_TK, importance_E, load_E, count_E, primary.noise_std)
+        gate = _full_slots(choice, real_T)
         if not self.training:
             return gate
-        primary_load_A = _sum_over_tokens(prob_in_top_k(clean_TA, noisy_TA, std_TA, primary_k), real_T)
-        if real_T is not None:
-            group_TP = group_TP.masked_fill(~real_T[:, None], self.branching)
-        sums = gate.sums._replace(primary_load_A=primary_load_A, group_count_A=count_tokens(group_TP, self.branching))
-        return gate._replace(sums=sums)
+        return gate._replace(sums=gate.sums._replace(primary_load_A=primary.load_E, group_count_A=primary.count_E))
 
     def _of_groups(self, values_TE: Tensor, group_TP: Tensor) -> Tensor:
         values_TAB = values_TE.view(len(values_TE), self.branching, self.num_experts // self.branching)

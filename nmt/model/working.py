@@ -1,9 +1,8 @@
 """Low-precision copies of a model's weights; only this file creates and writes them.
 
-Translation creates the copy once, when it loads a model. Training keeps float32 masters, which autocast casts again in
-every micro-batch, and does not use copies yet: autocast accumulates the gradients of several micro-batches in float32,
-a copy in bf16. An optimiser with a copy would call `write` after its step, or write the parameters of
-`WorkingWeights.model` together with the masters. A forward pass on that model casts no weights.
+Translation creates the copy once, when it loads a model. Training does not use copies: autocast casts the weights of
+dense layers in every micro-batch, and experts are bf16 parameters already, which the optimiser writes
+(`nmt/training/optim.py`).
 """
 
 import torch

@@ -174,8 +174,8 @@ class _Turns:
     do not depend on decisions of others, such as when a sentence ends.
     """
 
-    def __init__(self, layers: list[MoE], group: dist.ProcessGroup) -> None:
-        self.layers, self.group = layers, group
+    def __init__(self, layers: list[MoE], group: dist.ProcessGroup, dtype: torch.dtype) -> None:
+        self.layers, self.group, self.dtype = layers, group, dtype
 
     def wait(self, dispatcher: AllToAllDispatcher) -> None:
         """Return when the layer of `dispatcher` is next, after taking part in the exchanges before it."""
@@ -197,7 +197,7 @@ class _Turns:
             layer = self.layers[next_layer]
             assert isinstance(layer.dispatcher, AllToAllDispatcher)
             weight_EIO = layer.experts.weights[0]
-            nothing_0D = weight_EIO.new_empty(0, weight_EIO.shape[1])
+            nothing_0D = weight_EIO.new_empty(0, weight_EIO.shape[1], dtype=self.dtype)
             layer.dispatcher.exchange(layer.experts, nothing_0D, layer.gate(nothing_0D))
 
 
@@ -212,7 +212,7 @@ def independent_passes(model: Seq2Seq) -> Iterator[None]:
     if not dispatchers:
         yield
         return
-    turns = _Turns(layers, dispatchers[0].group)
+    turns = _Turns(layers, dispatchers[0].group, model.dtype)
     for each in dispatchers:
         each.turns = turns
     try:

@@ -123,7 +123,10 @@ class World:
         return tensor
 
     def sum_over_replicas(self, tensor: Tensor) -> Tensor:
-        """Sum `tensor` over the processes that hold the same experts, in place, and return it."""
+        """Sum `tensor` over the processes that hold the same experts, in place, and return it.
+
+        The gradients of bf16 experts are added in bf16: a float32 sum would need as much memory as the weights again.
+        """
         if self.mesh and self.num_replicas > 1:
             dist.all_reduce(tensor, group=self.mesh.get_group("replica"))
         return tensor

@@ -152,7 +152,8 @@ def _is_of_others(error: BaseException, rank: int) -> bool:
 
 
 def _on_host(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
+    """Return a copy in float32, the only type of checkpoints. A GPU needs no memory for it."""
+    return tensor.detach().to("cpu", copy=True).contiguous().float()
 
 
 class _Writer(HuggingFaceStorageWriter):

@@ -7,20 +7,23 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from nmt.checkpoint import Checkpoint
 from nmt.config import TrainingConfig
 from nmt.errors import CheckpointError
+from nmt.model.experts import Experts
+from nmt.model.kernels.expert_step import ExpertWeights, Step, adam_step, factored_step, sums_of_squares
 from nmt.model.names import is_expert
 from nmt.parallel.mesh import World
 
 ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_column"
 """Names of the two parts of the factored second moment in the optimiser's state and in checkpoints."""
 
-# Upper bound of the one temporary tensor of a factored step, unless a single expert is larger.
-_BUFFER_BYTES = 256 * 2**20
+MASTER = "master"
+"""Name of the float32 values of a bf16 parameter in the optimiser's state. Checkpoints have them as the parameter."""
 
 
 def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> float:
@@ -44,33 +47,54 @@ def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> 
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Return fused Adam for all parameters, or `ExpertFactoredAdam` with `expert_optimizer: factored`.
+    """Return the optimiser of a model that is on its device: fused Adam, or `ExpertAdam` if experts have steps apart.
 
-    Both take their steps through `clipped_step`. `state_shapes` lists their state.
+    Experts become bf16 parameters here, so that no pass casts them, if their products are bf16 on a GPU or with
+    `training.expert_weights=bfloat16`. `clipped_step` takes the steps. `state_shapes` lists the state.
     """
-    experts = [p for name, p in model.named_parameters() if is_expert(name)]
-    factored = experts if training.expert_optimizer == "factored" else []
-    others = set(map(id, factored))
+    device = next(model.parameters()).device
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    in_bf16 = training.experts_in_bf16(on_gpu=device.type == "cuda")
+    factored = training.expert_optimizer == "factored"
+    places = [(w_EIO, module.first) for module in experts for w_EIO in module.weights]
+    own = places if in_bf16 or factored else []
+    others = {id(w_EIO) for w_EIO, _ in own}
     adam = torch.optim.Adam(
         [parameter for parameter in model.parameters() if id(parameter) not in others],
-        lr=training.learning_rate,
+        # A tensor, so that a captured step takes the rate of each replay.
+        lr=torch.tensor(training.learning_rate, dtype=torch.float32, device=device),
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         fused=True,
+        capturable=device.type == "cuda",
     )
-    return ExpertFactoredAdam(adam, factored) if factored else adam
+    if not own:
+        return adam
+    weights = []
+    for number, (w_EIO, first) in enumerate(own):
+        (stream,) = np.random.SeedSequence([training.seed, number]).generate_state(1, np.uint32)
+        master_EIO = _to_bf16(w_EIO) if in_bf16 else None
+        kept_EIO = master_EIO if training.expert_weights == "float32" else None
+        weights.append(ExpertWeights(w_EIO, kept_EIO, first, int(stream) >> 1))
+    return ExpertAdam(adam, weights, factored)
 
 
-class ExpertFactoredAdam(torch.optim.Optimizer):
-    """Adam, but for experts without first moment and with a factored second moment (S17 appendix D).
+def _to_bf16(parameter: nn.Parameter) -> Tensor:
+    """Round a parameter to bf16 and return its former values."""
+    values = parameter.data
+    parameter.data = values.bfloat16()
+    return values
 
-    Each expert matrix has two vectors of state: running averages, with Adam's beta2, of the row means r (I) and column
-    means c (O) of its squared gradient g^2. A step is Adam's with beta1 = 0:
 
-        V_ij = r_i c_j / mean(r) / (1 - beta2^t),    w -= rate * g / (sqrt(V) + epsilon)
+class ExpertAdam(torch.optim.Optimizer):
+    """Adam, with a step of its own for experts: for bf16 parameters, and for a factored second moment.
 
-    An expert matrix thus has I + O numbers of optimiser state instead of 2 I O. V is exact if g^2 has rank one. An
-    expert that never got a token has r = c = 0 and g = 0, and does not change.
+    A bf16 parameter has its float32 values in the state ("master"), which a step changes, or it is rounded
+    stochastically (`ExpertWeights`). With `factored`, experts have no first moment and a factored second moment (S17
+    appendix D): for each expert matrix, running averages r (I) and c (O) of the row and column means of its squared
+    gradient. `factored_step` has the formulas. An expert matrix thus has I + O numbers of state instead of 2 I O. The
+    second moment is exact if g^2 has rank one. An expert that never got a token has r = c = 0 and g = 0, and does not
+    change.
 
     The paper specifies neither a bias correction of the averages nor the epsilon in the divisor: both are as in Adam.
     As in Adam, t counts all steps, including those in which an expert had no token. If the square of one entry is far
@@ -78,91 +102,81 @@ class ExpertFactoredAdam(torch.optim.Optimizer):
     neither does this class.
 
     Like fused Adam, it reads `grad_scale` (the gradient is first divided by it) and `found_inf` (if 1, nothing changes,
-    not even the count of steps). Both are tensors on the device, so that the host does not wait.
+    not even the count of steps). Both are tensors on the device, so that the host does not wait. The first step creates
+    the state. Each later one may be captured in a CUDA graph: the state stays where it is.
     """
 
-    def __init__(self, dense: torch.optim.Adam, experts: list[nn.Parameter]) -> None:
+    def __init__(self, dense: torch.optim.Adam, experts: list[ExpertWeights], factored: bool) -> None:
         (group,) = dense.param_groups
-        super().__init__(experts, {"lr": group["lr"], "beta2": group["betas"][1], "eps": group["eps"]})
-        self._dense = dense
+        own = {key: group[key] for key in ("lr", "betas", "eps")}
+        super().__init__([weights.w_EIO for weights in experts], own)
+        self._dense, self._experts, self._factored = dense, experts, factored
         # The groups (the same dictionaries) and the state are shared with `dense`, so that this is one optimiser.
         self.param_groups = [*dense.param_groups, *self.param_groups]
         self.state = dense.state
+        for weights in experts:
+            if weights.master_EIO is not None:
+                self.state[weights.w_EIO][MASTER] = weights.master_EIO
         self.grad_scale: Tensor | None = None
         self.found_inf: Tensor | None = None
+        self._sums: dict[Tensor, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        """Return the squared norm of the experts' gradients, in float32 or better; keep their sums for `step`."""
+        if self._factored:
+            self._sums = {weights.w_EIO: sums_of_squares(g_EIO) for weights, g_EIO in self._with_gradient()}
+            squares = [row_EI.sum() for row_EI, _ in self._sums.values()]
+        else:
+            # The experts are bf16, in which a norm would have three digits.
+            norms = [torch.linalg.vector_norm(g_EIO, dtype=torch.float32) for _, g_EIO in self._with_gradient()]
+            squares = [norm.square() for norm in norms]
+        return torch.stack(squares).sum() if squares else torch.zeros_like(self.param_groups[-1]["lr"])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """Take one step with all parameters that have a gradient. Gradients are overwritten."""
+        """Take one step with all parameters that have a gradient."""
         assert closure is None
         vars(self._dense).update(grad_scale=self.grad_scale, found_inf=self.found_inf)
         self._dense.step()
         group = self.param_groups[-1]
-        experts = [w_EIO for w_EIO in group["params"] if w_EIO.grad is not None]
-        if not experts:
-            return
-        buffer = experts[0].new_empty(max(_experts_at_once(w_EIO) * w_EIO[0].numel() for w_EIO in experts))
-        scale = buffer.new_ones(()) if self.grad_scale is None else self.grad_scale.to(buffer.dtype)
-        skipped = buffer.new_zeros(()) if self.found_inf is None else self.found_inf.to(buffer.dtype)
-        for w_EIO in experts:
+        rate = group["lr"]
+        scale = torch.ones_like(rate) if self.grad_scale is None else self.grad_scale
+        skipped = torch.zeros_like(rate) if self.found_inf is None else self.found_inf
+        beta1, beta2 = group["betas"]
+        step = Step(rate, scale, skipped, beta1, beta2, group["eps"])
+        for weights, g_EIO in self._with_gradient():
+            w_EIO = weights.w_EIO
             state = self.state[w_EIO]
-            if not state:
-                for moment, shape in _factored_shapes(w_EIO.shape).items():
-                    state[moment] = w_EIO.new_zeros(shape, dtype=torch.float32 if moment == "step" else w_EIO.dtype)
-            _factored_step(w_EIO, w_EIO.grad, state, group, scale, skipped, buffer)
+            if "step" not in state:
+                exact = torch.promote_types(w_EIO.dtype, torch.float32)
+                for moment, shape in _moments(w_EIO.shape, self._factored).items():
+                    state[moment] = w_EIO.new_zeros(shape, dtype=torch.float32 if moment == "step" else exact)
+            if self._factored:
+                sums = self._sums.pop(w_EIO, None) or sums_of_squares(g_EIO)
+                factored_step(weights, g_EIO, sums, state[ROW], state[COLUMN], state["step"], step)
+            else:
+                adam_step(weights, g_EIO, state["exp_avg"], state["exp_avg_sq"], state["step"], step)
+            state["step"].add_(1.0 - skipped)
+
+    def _with_gradient(self) -> list[tuple[ExpertWeights, Tensor]]:
+        gradients = ((weights, weights.w_EIO.grad) for weights in self._experts)
+        return [(weights, g_EIO) for weights, g_EIO in gradients if g_EIO is not None]
 
 
-def _experts_at_once(w_EIO: Tensor) -> int:
-    return min(len(w_EIO), max(1, _BUFFER_BYTES // w_EIO[0].nbytes))
-
-
-def _factored_step(
-    w_EIO: Tensor,
-    g_EIO: Tensor,
-    state: dict[str, Tensor],
-    group: dict[str, Any],
-    scale: Tensor,
-    skipped: Tensor,
-    buffer: Tensor,
-) -> None:
-    """Take the step of `ExpertFactoredAdam` for one parameter, a few experts at a time.
-
-    With scale s and the raw gradient g, rate * (g/s) / (sqrt(V) + epsilon) = rate * g / (a_i b_j + s epsilon) for
-    a = s sqrt(r / mean(r)) and b = sqrt(c / (1 - beta2^t)). The divisor is the only temporary as large as the gradient.
-    Roots are taken before products, because products of squares could underflow in float32.
-    """
-    beta2, dtype = group["beta2"], w_EIO.dtype
-    inputs, outputs = w_EIO.shape[1:]
-    # In float64, as 1 - beta2^t loses digits in float32. A skipped step counts here, where it changes nothing.
-    correction = (1.0 - beta2 ** (state["step"].double() + 1.0)).to(dtype)
-    weight = (1.0 - beta2) * (1.0 - skipped)
-    epsilon = group["eps"] * scale
-    each = _experts_at_once(w_EIO)
-    parts = (whole.split(each) for whole in (w_EIO, g_EIO, state[ROW], state[COLUMN]))
-    for w, g, r_EI, c_EO in zip(*parts, strict=True):
-        # In a skipped step, the gradient and the weight of the averages are 0, so that nothing below changes a bit.
-        g.masked_fill_(skipped.bool(), 0.0)
-        r_EI.lerp_((torch.linalg.vector_norm(g, dim=2) / (scale * math.sqrt(outputs))).square(), weight)
-        c_EO.lerp_((torch.linalg.vector_norm(g, dim=1) / (scale * math.sqrt(inputs))).square(), weight)
-        mean_E = r_EI.mean(1, keepdim=True).clamp_min(torch.finfo(dtype).tiny)
-        a_EI = (r_EI / mean_E).sqrt() * scale
-        b_EO = (c_EO / correction).sqrt()
-        divisor = buffer[: g.numel()].view(g.shape)
-        torch.addcmul(epsilon, a_EI[:, :, None], b_EO[:, None, :], out=divisor)
-        w.addcdiv_(g, divisor, value=-group["lr"])
-    state["step"].add_(1.0 - skipped)
-
-
-def _factored_shapes(shape: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    experts, inputs, outputs = shape
-    return {"step": (), ROW: (experts, inputs), COLUMN: (experts, outputs)}
+def _moments(shape: Sequence[int], factored: bool) -> dict[str, tuple[int, ...]]:
+    if factored:
+        experts, inputs, outputs = shape
+        return {"step": (), ROW: (experts, inputs), COLUMN: (experts, outputs)}
+    return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
 
 
 def state_shapes(name: str, shape: Sequence[int], expert_optimizer: str) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of a parameter's optimiser state, by name: float32 tensors, zero before the first step."""
-    if expert_optimizer == "factored" and is_expert(name):
-        return _factored_shapes(shape)
-    return {"step": (), "exp_avg": tuple(shape), "exp_avg_sq": tuple(shape)}
+    """Return the shapes of a parameter's moments, by name: float32 tensors, zero before the first step.
+
+    A master, which is in the optimiser's state too, is no moment: in checkpoints, it is the parameter.
+    """
+    return _moments(shape, expert_optimizer == "factored" and is_expert(name))
 
 
 def has_moments(checkpoint: Checkpoint, found: Collection[str], shapes: Mapping[str, Collection[str]]) -> set[str]:
@@ -185,15 +199,15 @@ def has_moments(checkpoint: Checkpoint, found: Collection[str], shapes: Mapping[
 def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
     """Return the tensors of a checkpoint: "model" has parameters by name, "training" has optimiser state.
 
-    Names of optimiser state are such as "exp_avg.NAME".
+    Names of optimiser state are such as "exp_avg.NAME". A parameter with a master is the master there.
     """
-    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    parameters = dict(model.named_parameters())
+    state = {name: optimizer.state[parameter] for name, parameter in parameters.items()}
     moments = {
-        f"{moment}.{name}": value
-        for name, parameter in parameters.items()
-        for moment, value in optimizer.state[parameter].items()
+        f"{moment}.{name}": value for name, own in state.items() for moment, value in own.items() if moment != MASTER
     }
-    return {"model": parameters, "training": moments}
+    values = {name: state[name].get(MASTER, parameter) for name, parameter in parameters.items()}
+    return {"model": values, "training": moments}
 
 
 class ClippedStep(NamedTuple):
@@ -203,22 +217,28 @@ class ClippedStep(NamedTuple):
     skipped: Tensor  # float32: 1 if the gradient was not finite and nothing changed, else 0
 
 
-def _global_norm(parameters: list[Tensor], experts: Collection[Tensor], world: World | None) -> Tensor:
+def _global_norm(optimizer: torch.optim.Optimizer, experts: Collection[Tensor], world: World | None) -> Tensor:
+    """Return the norm of the whole gradient. `ExpertAdam` measures its experts itself, with what its step needs."""
+    measured = optimizer.squared_norm() if isinstance(optimizer, ExpertAdam) else None
+    groups = optimizer.param_groups[: None if measured is None else -1]
+    parameters = [p for group in groups for p in group["params"] if p.grad is not None]
     shared = {id(parameter) for parameter in experts} if world else set()
-    dense = [p.grad for p in parameters if p.grad is not None and id(p) not in shared]
-    own = [p.grad for p in parameters if p.grad is not None and id(p) in shared]
-    norm = torch.nn.utils.get_total_norm(dense, foreach=True)
-    if world is None or not own:
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in shared], foreach=True)
+    own = [p.grad for p in parameters if id(p) in shared]
+    if own:
+        measured = torch.nn.utils.get_total_norm(own, foreach=True).square()
+    if measured is None:
         return norm
-    of_experts = world.sum_over_group(torch.nn.utils.get_total_norm(own, foreach=True).square())
+    if world is None:
+        return torch.hypot(norm, measured.sqrt().to(norm.dtype))
     # Groups may add in different orders. A difference in the norm's last bit would change every parameter.
-    return world.from_main((norm.square() + of_experts).sqrt())
+    return world.from_main(torch.hypot(norm, world.sum_over_group(measured).sqrt().to(norm.dtype)))
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next step."""
+    """Set the learning rate of the next steps, also of a captured one when it is replayed."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"].fill_(rate)
 
 
 def clipped_step(
@@ -231,17 +251,17 @@ def clipped_step(
     """Scale the global gradient norm down to at most `clip_norm` (0: no clipping) and take one step.
 
     `experts` are the parameters that are split over the processes of `world`. All others are equal in all processes.
+    If `rate` is None, `set_rate` has set it: a captured step must have no number of the host.
 
     The fused kernel divides by the scale, and skips gradients that are not finite, in the same pass that changes the
     parameters. Clipping thus needs no separate pass, and a NaN never reaches a weight or a moment.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norm = _global_norm(parameters, experts, world)
+    if rate is not None:
+        set_rate(optimizer, rate)
+    norm = _global_norm(optimizer, experts, world)
     skipped = (~norm.isfinite()).float()
     scale = (norm / clip_norm).clamp_min(1.0) if clip_norm else torch.ones_like(norm)
     # The interface through which torch.amp.GradScaler drives fused optimisers.
     vars(optimizer).update(grad_scale=torch.where(skipped.bool(), 1.0, scale).float(), found_inf=skipped)
-    if rate is not None:
-        set_rate(optimizer, rate)
     optimizer.step()
     return ClippedStep(norm, skipped)

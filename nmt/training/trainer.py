@@ -402,7 +402,7 @@ class Trainer:
         read_share(checkpoint.path / "training", moments, self.world)
         for name, parameter in self.model.named_parameters():
             own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name] if name in trained}
-            self.optimizer.state[parameter] = own
+            self.optimizer.state[parameter].update(own)
 
     def _newest(self) -> Checkpoint | None:
         checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
@@ -420,9 +420,10 @@ class Trainer:
         if self.world.size == 1:
             return
         bits: dict[bool, list[Tensor]] = {False: [], True: []}
-        for name, parameter in self.model.named_parameters():
+        for name, value in tensors_to_save(self.model, self.optimizer)["model"].items():
             # Sums of the bits show any single difference, and NaN does not hide it.
-            bits[is_expert(name)].append(parameter.detach().view(torch.int32).sum(dtype=torch.int64))
+            same_size = torch.int32 if value.element_size() == 4 else torch.int16
+            bits[is_expert(name)].append(value.detach().view(same_size).sum(dtype=torch.int64))
         shared, experts = (torch.stack([*each, torch.zeros_like(bits[False][0])]).cpu() for each in bits.values())
         if not self.world.equal_on_all_ranks(shared, experts):
             raise ProcessError(

@@ -27,14 +27,21 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd import Function
 
-from nmt.model.kernels.attention import Side
+from nmt.batch import Rows
 
-_POSITIONS, _COLUMN_BYTES = 32, 256  # of the tiles of matrix products
+Side = Sequence[Tensor]
+"""begin_L, rank_B and length_B of `Rows`."""
+
+_BLOCK = tl.constexpr(32)  # Source positions. A row of the matrix has whole blocks, and zeros after the softmax.
+# How each kernel is launched. A warp of a kernel with tanh has 32 columns: each thread has all positions of one column.
+_PRODUCTS = {"POSITIONS": 32, "num_warps": 4, "num_stages": 3}
+_SUMS = {"POSITIONS": 32, "num_warps": 4, "num_stages": 3}
+_PRODUCT_BYTES, _SUM_BYTES = 256, 256  # of a tile's row
+_SCORES = {"POSITIONS": 8, "COLUMNS": 128, "STAGES": 2, "num_warps": 4}
+_GRADIENT = {"POSITIONS": 8, "COLUMNS": 64, "STAGES": 1, "num_warps": 2}
+_SOFTMAX = {"VALUES": 2048, "num_warps": 4}
 # Arguments that differ from batch to batch: a kernel is compiled once for all their values.
-_SIZES = ["stride", "num_rows", "own_count"]
-# Of the tiles of tanh: positions per side, columns of scores and of gradients. A warp has 32 columns, so that each
-# thread has all positions of one column.
-_FEW, _SCORE_COLUMNS, _GRADIENT_COLUMNS = 8, 32, 128
+_SIZES = ["blocks", "num_rows", "own_count"]
 
 
 @triton.jit
@@ -55,7 +62,7 @@ def _tanh(x, APPROXIMATE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _products(  # type: ignore[no-untyped-def]
-    x, y, out, x_begin, x_rank, x_length, y_begin, y_rank, y_length, width, stride,
+    x, y, out, x_begin, x_rank, x_length, y_begin, y_rank, y_length, width, blocks,
     POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     sentence, start = tl.program_id(1), tl.program_id(0) * POSITIONS
@@ -76,14 +83,14 @@ def _products(  # type: ignore[no-untyped-def]
                 y + y_rows[:, None] * width + columns[None, :], mask=y_inside[:, None] & inside[None, :], other=0.0
             )
             total = tl.dot(x_tile, tl.trans(y_tile), total, input_precision="ieee")
-        place = x_rows[:, None] * stride + positions[None, :]
+        place = x_rows[:, None] * (blocks * _BLOCK) + positions[None, :]
         tl.store(out + place, total, mask=x_inside[:, None] & y_inside[None, :])
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _additive_scores(  # type: ignore[no-untyped-def]
-    query, keys, v, out, q_begin, q_rank, q_length, k_begin, k_rank, k_length, width, stride,
-    POSITIONS: tl.constexpr, COLUMNS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    query, keys, v, out, q_begin, q_rank, q_length, k_begin, k_rank, k_length, width, blocks,
+    POSITIONS: tl.constexpr, COLUMNS: tl.constexpr, APPROXIMATE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     sentence, start = tl.program_id(1), tl.program_id(0) * POSITIONS
     if start >= tl.load(q_length + sentence):
@@ -93,7 +100,7 @@ def _additive_scores(  # type: ignore[no-untyped-def]
         positions = first + tl.arange(0, POSITIONS)
         k_rows, k_inside = _rows(k_begin, k_rank, k_length, sentence, positions)
         total = tl.zeros([POSITIONS, POSITIONS, COLUMNS], tl.float32)
-        for column in range(0, width, COLUMNS):
+        for column in tl.range(0, width, COLUMNS, num_stages=STAGES):
             columns = column + tl.arange(0, COLUMNS)
             inside = columns < width
             q = tl.load(
@@ -105,39 +112,46 @@ def _additive_scores(  # type: ignore[no-untyped-def]
             scale = tl.load(v + columns, mask=inside, other=0.0).to(tl.float32)
             hidden = _tanh(q.to(tl.float32)[:, None, :] + k.to(tl.float32)[None, :, :], APPROXIMATE)
             total += scale[None, None, :] * hidden
-        place = q_rows[:, None] * stride + positions[None, :]
+        place = q_rows[:, None] * (blocks * _BLOCK) + positions[None, :]
         tl.store(out + place, tl.sum(total, 2), mask=q_inside[:, None] & k_inside[None, :])
 
 
+@triton.jit
+def _matrix_tile(inside, positions, length, blocks):  # type: ignore[no-untyped-def]
+    """(which places of a tile exist in the matrix, and which of them belong to source positions that exist)."""
+    exists = inside[:, None] & (positions < blocks * _BLOCK)[None, :]
+    return exists, exists & (positions < tl.load(length))[None, :]
+
+
 @triton.jit(do_not_specialize=_SIZES)
-def _softmax(score, t_begin, t_rank, t_length, s_length, stride, ROWS: tl.constexpr, POSITIONS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _softmax(score, t_begin, t_rank, t_length, s_length, blocks, ROWS: tl.constexpr, POSITIONS: tl.constexpr):  # type: ignore[no-untyped-def]
     sentence, start = tl.program_id(1), tl.program_id(0) * ROWS
     if start >= tl.load(t_length + sentence):
         return
     rows, inside = _rows(t_begin, t_rank, t_length, sentence, start + tl.arange(0, ROWS))
     positions = tl.arange(0, POSITIONS)
-    real = (positions < tl.load(s_length + sentence))[None, :] & inside[:, None]
-    place = score + rows[:, None] * stride + positions[None, :]
+    exists, real = _matrix_tile(inside, positions, s_length + sentence, blocks)
+    place = score + rows[:, None] * (blocks * _BLOCK) + positions[None, :]
     x = tl.load(place, mask=real, other=float("-inf"))
     # Rows that do not exist have no score: no peak and no sum. Nothing is stored for them.
     mass = tl.exp(x - tl.where(inside, tl.max(x, 1), 0.0)[:, None])
-    tl.store(place, mass / tl.where(inside, tl.sum(mass, 1), 1.0)[:, None], mask=real)
+    tl.store(place, mass / tl.where(inside, tl.sum(mass, 1), 1.0)[:, None], mask=exists)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _softmax_gradient(  # type: ignore[no-untyped-def]
-    weights, grad, t_begin, t_rank, t_length, s_length, stride, ROWS: tl.constexpr, POSITIONS: tl.constexpr
+    weights, grad, t_begin, t_rank, t_length, s_length, blocks, ROWS: tl.constexpr, POSITIONS: tl.constexpr
 ):
     sentence, start = tl.program_id(1), tl.program_id(0) * ROWS
     if start >= tl.load(t_length + sentence):
         return
     rows, inside = _rows(t_begin, t_rank, t_length, sentence, start + tl.arange(0, ROWS))
     positions = tl.arange(0, POSITIONS)
-    real = (positions < tl.load(s_length + sentence))[None, :] & inside[:, None]
-    place = rows[:, None] * stride + positions[None, :]
+    exists, real = _matrix_tile(inside, positions, s_length + sentence, blocks)
+    place = rows[:, None] * (blocks * _BLOCK) + positions[None, :]
     w = tl.load(weights + place, mask=real, other=0.0)
     g = tl.load(grad + place, mask=real, other=0.0)
-    tl.store(grad + place, w * (g - tl.sum(w * g, 1)[:, None]), mask=real)
+    tl.store(grad + place, w * (g - tl.sum(w * g, 1)[:, None]), mask=exists)
 
 
 @triton.jit
@@ -149,16 +163,14 @@ def _clear_padding(out, end, num_rows, width, columns):  # type: ignore[no-untyp
 
 
 @triton.jit
-def _weights_tile(w, own_rows, own_positions, rows, positions, stride, BACK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Addresses of the weights of own positions (down) and others (across); BACK: own is the source side."""
-    if BACK:
-        return w + rows[None, :] * stride + own_positions[:, None]
-    return w + own_rows[:, None] * stride + positions[None, :]
+def _load_weights(w, rows, inside, positions, blocks):  # type: ignore[no-untyped-def]
+    """Tile of the matrix: target rows down, source positions across, zero for what does not exist."""
+    return tl.load(w + rows[:, None] * (blocks * _BLOCK) + positions[None, :], mask=inside[:, None], other=0.0)
 
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weighted_sums(  # type: ignore[no-untyped-def]
-    w, x, out, own_begin, own_rank, own_length, begin, rank, length, own_count, num_rows, width, stride,
+    w, x, out, own_begin, own_rank, own_length, begin, rank, length, own_count, num_rows, width, blocks,
     BACK: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(width, COLUMNS)
@@ -175,8 +187,10 @@ def _weighted_sums(  # type: ignore[no-untyped-def]
     for first in range(0, tl.load(length + sentence), POSITIONS):
         positions = first + tl.arange(0, POSITIONS)
         rows, real = _rows(begin, rank, length, sentence, positions)
-        place = _weights_tile(w, own_rows, own_positions, rows, positions, stride, BACK)
-        w_tile = tl.load(place, mask=own_inside[:, None] & real[None, :], other=0.0)
+        if BACK:
+            w_tile = tl.trans(_load_weights(w, rows, real, own_positions, blocks))
+        else:
+            w_tile = _load_weights(w, own_rows, own_inside, positions, blocks)
         x_tile = tl.load(x + rows[:, None] * width + columns[None, :], mask=real[:, None] & inside[None, :], other=0.0)
         total = tl.dot(w_tile.to(x.dtype.element_ty), x_tile, total, input_precision="ieee")
     place = out + own_rows[:, None] * width + columns[None, :]
@@ -186,7 +200,8 @@ def _weighted_sums(  # type: ignore[no-untyped-def]
 @triton.jit(do_not_specialize=_SIZES)
 def _additive_gradient(  # type: ignore[no-untyped-def]
     w, own, other, v, out, v_parts, own_begin, own_rank, own_length, begin, rank, length, own_count, num_rows, width,
-    stride, BACK: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr, APPROXIMATE: tl.constexpr,
+    blocks, BACK: tl.constexpr, APPROXIMATE: tl.constexpr,
+    POSITIONS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(width, COLUMNS)
     sentence, block = tl.program_id(1), tl.program_id(0) // parts
@@ -202,24 +217,32 @@ def _additive_gradient(  # type: ignore[no-untyped-def]
     own_tile = tl.load(own + place, mask=own_inside[:, None] & inside[None, :], other=0.0).to(tl.float32)
     total = tl.zeros([POSITIONS, COLUMNS], tl.float32)
     v_total = tl.zeros([POSITIONS, COLUMNS], tl.float32)
-    for first in range(0, tl.load(length + sentence), POSITIONS):
+    OTHER: tl.constexpr = 0 if BACK else 1
+    for first in tl.range(0, tl.load(length + sentence), POSITIONS, num_stages=STAGES):
         positions = first + tl.arange(0, POSITIONS)
         rows, real = _rows(begin, rank, length, sentence, positions)
-        w_place = _weights_tile(w, own_rows, own_positions, rows, positions, stride, BACK)
-        w_tile = tl.load(w_place, mask=own_inside[:, None] & real[None, :], other=0.0)[:, :, None]
+        if BACK:
+            w_tile = _load_weights(w, rows, real, own_positions, blocks)[:, :, None]
+        else:
+            w_tile = _load_weights(w, own_rows, own_inside, positions, blocks)[:, :, None]
         x_tile = tl.load(
             other + rows[:, None] * width + columns[None, :], mask=real[:, None] & inside[None, :], other=0.0
         )
-        hidden = _tanh(own_tile[:, None, :] + x_tile.to(tl.float32)[None, :, :], APPROXIMATE)
+        # Target positions are axis 0, source positions axis 1.
+        hidden = _tanh(tl.expand_dims(own_tile, OTHER) + tl.expand_dims(x_tile.to(tl.float32), 1 - OTHER), APPROXIMATE)
         weighted = w_tile * hidden
-        total += tl.sum(w_tile - weighted * hidden, 1)
+        total += tl.sum(w_tile - weighted * hidden, OTHER)
         if not BACK:
-            v_total += tl.sum(weighted, 1)
+            v_total += tl.sum(weighted, OTHER)
     scale = tl.load(v + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + place, (total * scale[None, :]).to(out.dtype.element_ty), mask=own_inside[:, None] & inside[None, :])
     if not BACK:
         part = sentence * (tl.num_programs(0) // parts) + block
-        tl.store(v_parts + part.to(tl.int64) * width + columns, tl.sum(v_total, 0), mask=inside)
+        tl.store(
+            v_parts + part.to(tl.int64) * width + columns,
+            tl.sum(tl.where(own_inside[:, None], v_total, 0.0), 0),
+            mask=inside,
+        )
 
 
 class _FusedAttention(Function):
@@ -227,7 +250,7 @@ class _FusedAttention(Function):
     def forward(
         ctx: Any, query_MA: Tensor, keys_NA: Tensor, values_ND: Tensor, v_A: Tensor, function: str, *sides: Tensor
     ) -> Tensor:
-        target, source = _two_sides(sides)
+        target, source = sides[:3], sides[3:]
         query_MA, keys_NA, values_ND = query_MA.contiguous(), keys_NA.contiguous(), values_ND.contiguous()
         if function == "product":
             weights_MS = _product_matrix(query_MA, keys_NA, target, source)
@@ -241,7 +264,7 @@ class _FusedAttention(Function):
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         query_MA, keys_NA, values_ND, v_A, weights_MS, *sides = ctx.saved_tensors
-        target, source = _two_sides(sides)
+        target, source = sides[:3], sides[3:]
         num_targets, num_sources = len(query_MA), len(keys_NA)
         grad_MD = grad_MD.contiguous()
         values_grad_ND = _sums(weights_MS, grad_MD, source, target, num_sources, back=True)
@@ -258,14 +281,11 @@ class _FusedAttention(Function):
 
 
 def fused_attend(
-    query_MA: Tensor, keys_NA: Tensor, values_ND: Tensor, v_A: Tensor, target: Side, source: Side, function: str
+    query_MA: Tensor, keys_NA: Tensor, values_ND: Tensor, v_A: Tensor, target: Rows, source: Rows, function: str
 ) -> Tensor:
     """Return the same as `plain_attend`, for inputs in bf16, float16 or float32."""
-    return _FusedAttention.apply(query_MA, keys_NA, values_ND, v_A, function, *target, *source)
-
-
-def _two_sides(sides: Sequence[Tensor]) -> tuple[Side, Side]:
-    return (sides[0], sides[1], sides[2]), (sides[3], sides[4], sides[5])
+    sides = [tensor for side in (target, source) for tensor in (side.begin_L, side.rank_B, side.length_B)]
+    return _FusedAttention.apply(query_MA, keys_NA, values_ND, v_A, function, *sides)
 
 
 def _num_positions(side: Side) -> int:
@@ -278,26 +298,27 @@ def _approximate(x: Tensor) -> bool:
 
 
 def _matrix(x_MA: Tensor, source: Side) -> Tensor:
-    return torch.empty(len(x_MA), _num_positions(source), device=x_MA.device, dtype=torch.float32)
+    blocks = triton.cdiv(_num_positions(source), _BLOCK.value)
+    return torch.empty(len(x_MA), blocks * _BLOCK.value, device=x_MA.device, dtype=torch.float32)
 
 
 def _product_matrix(x_MA: Tensor, y_NA: Tensor, target: Side, source: Side) -> Tensor:
     out_MS = _matrix(x_MA, source)
-    grid = triton.cdiv(_num_positions(target), _POSITIONS), len(target[1])
-    columns = _COLUMN_BYTES // x_MA.element_size()
+    grid = triton.cdiv(_num_positions(target), _PRODUCTS["POSITIONS"]), len(target[1])
+    columns = _PRODUCT_BYTES // x_MA.element_size()
     _products[grid](
-        x_MA, y_NA, out_MS, *target, *source, x_MA.shape[1], out_MS.shape[1],
-        POSITIONS=_POSITIONS, COLUMNS=columns, num_warps=4,
+        x_MA, y_NA, out_MS, *target, *source, x_MA.shape[1], out_MS.shape[1] // _BLOCK.value,
+        COLUMNS=columns, **_PRODUCTS,
     )  # fmt: skip
     return out_MS
 
 
 def _additive_matrix(query_MA: Tensor, keys_NA: Tensor, v_A: Tensor, target: Side, source: Side) -> Tensor:
     out_MS = _matrix(query_MA, source)
-    grid = triton.cdiv(_num_positions(target), _FEW), len(target[1])
+    grid = triton.cdiv(_num_positions(target), _SCORES["POSITIONS"]), len(target[1])
     _additive_scores[grid](
-        query_MA, keys_NA, v_A, out_MS, *target, *source, query_MA.shape[1], out_MS.shape[1],
-        POSITIONS=_FEW, COLUMNS=_SCORE_COLUMNS, APPROXIMATE=_approximate(query_MA), num_warps=_SCORE_COLUMNS // 32,
+        query_MA, keys_NA, v_A, out_MS, *target, *source, query_MA.shape[1], out_MS.shape[1] // _BLOCK.value,
+        APPROXIMATE=_approximate(query_MA), **_SCORES,
     )  # fmt: skip
     return out_MS
 
@@ -306,19 +327,22 @@ def _over_rows(kernel: Any, matrices: tuple[Tensor, ...], target: Side, source: 
     """Run a softmax kernel over all target rows, whose source positions one program holds at once."""
     columns = matrices[0].shape[1]
     positions = triton.next_power_of_2(columns)
-    rows = max(1, 2048 // positions)
+    rows = max(1, _SOFTMAX["VALUES"] // positions)
     grid = triton.cdiv(_num_positions(target), rows), len(target[1])
-    kernel[grid](*matrices, *target, source[2], columns, ROWS=rows, POSITIONS=positions)
+    kernel[grid](
+        *matrices, *target, source[2], columns // _BLOCK.value,
+        ROWS=rows, POSITIONS=positions, num_warps=_SOFTMAX["num_warps"],
+    )  # fmt: skip
 
 
 def _sums(w_MS: Tensor, x_ND: Tensor, own: Side, other: Side, num_rows: int, back: bool) -> Tensor:
     """Return the weighted sums of the rows x of the `other` side for each row of the `own` one; back: the source."""
-    width, columns = x_ND.shape[1], _COLUMN_BYTES // x_ND.element_size()
+    width, columns = x_ND.shape[1], _SUM_BYTES // x_ND.element_size()
     out = torch.empty(num_rows, width, device=x_ND.device, dtype=x_ND.dtype)
-    grid = triton.cdiv(_num_positions(own), _POSITIONS) * triton.cdiv(width, columns), len(own[1])
+    grid = triton.cdiv(_num_positions(own), _SUMS["POSITIONS"]) * triton.cdiv(width, columns), len(own[1])
     _weighted_sums[grid](
-        w_MS, x_ND, out, *own, *other, _num_positions(own), num_rows, width, w_MS.shape[1],
-        BACK=back, POSITIONS=_POSITIONS, COLUMNS=columns, num_warps=4,
+        w_MS, x_ND, out, *own, *other, _num_positions(own), num_rows, width, w_MS.shape[1] // _BLOCK.value,
+        BACK=back, COLUMNS=columns, **_SUMS,
     )  # fmt: skip
     return out
 
@@ -334,12 +358,12 @@ def _additive_sums(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the rows of `own` and, unless it is the source side (`back`), of V."""
     num_rows, width = own_MA.shape
-    out, columns = torch.empty_like(own_MA), _GRADIENT_COLUMNS
-    blocks, sentences = triton.cdiv(_num_positions(own), _FEW), len(own[1])
+    out, source_blocks = torch.empty_like(own_MA), w_MS.shape[1] // _BLOCK.value
+    blocks, sentences = triton.cdiv(_num_positions(own), _GRADIENT["POSITIONS"]), len(own[1])
     # Programs without positions store nothing.
     v_parts = torch.zeros(0 if back else sentences * blocks, width, device=own_MA.device)
-    _additive_gradient[(blocks * triton.cdiv(width, columns), sentences)](
-        w_MS, own_MA, other_NA, v_A, out, v_parts, *own, *other, _num_positions(own), num_rows, width, w_MS.shape[1],
-        BACK=back, POSITIONS=_FEW, COLUMNS=columns, APPROXIMATE=_approximate(own_MA), num_warps=columns // 32,
+    _additive_gradient[(blocks * triton.cdiv(width, _GRADIENT["COLUMNS"]), sentences)](
+        w_MS, own_MA, other_NA, v_A, out, v_parts, *own, *other, _num_positions(own), num_rows, width, source_blocks,
+        BACK=back, APPROXIMATE=_approximate(own_MA), **_GRADIENT,
     )  # fmt: skip
     return out, None if back else v_parts.sum(0).to(v_A.dtype)

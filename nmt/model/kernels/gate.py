@@ -1,0 +1,108 @@
+"""The noisy top-k gate from its logits to its decisions (S17 = Shazeer et al. 2017, section 2.1 and appendix A).
+
+`noisy_top_k` chooses between a plain and a fused implementation. On a GPU, the plain one makes about 40 passes over
+numbers per token and expert, forward and backward. The fused one makes seven.
+
+Letters: T tokens, E experts, K experts per token.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Added to the standard deviation of the gate noise, softplus(x . w_noise), which starts at ln 2 = 0.69. The paper has
+# no such floor; its authors' code (tensor2tensor) has this one. Without a floor, a gate that learns to remove its noise
+# makes the load estimate 0/0. It is added because a clamp would stop the gradient that could raise the noise again.
+MIN_NOISE_STD = 1.0e-2
+
+# The fused form holds a row of all experts in registers, and finds the largest one by one.
+_MAX_FUSED_EXPERTS, _MAX_FUSED_K = 4096, 15
+
+
+class Choice(NamedTuple):
+    """Decisions of a noisy top-k gate, and their sums over the tokens; padding has no part in any of them."""
+
+    gates_TK: Tensor  # float32, in falling order; 0 for padding
+    expert_TK: Tensor  # int64; E for padding
+    importance_E: Tensor  # float32, sum of gates (S17 eq. 6)
+    load_E: Tensor  # float32, sum of P(x, i) (S17 eq. 10); with k = E, the count, without a gradient
+    count_E: Tensor  # float32, number of tokens
+    noise_std: Tensor  # float32 scalar, mean standard deviation of the noise, without a gradient
+
+
+def noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+    """Return the decisions of G(x) = softmax(KeepTopK(H(x), k)), H(x) = clean + noise * std (S17 eq. 3-5).
+
+    Row t of the logits has x . w_gate, then x . w_noise. The noise is N(0, 1); std = softplus(x . w_noise) plus
+    MIN_NOISE_STD. `real_T` is False for padding (None: all tokens are real).
+    """
+    num_experts = noise_TE.shape[1]
+    fits = num_experts <= _MAX_FUSED_EXPERTS and k <= _MAX_FUSED_K
+    if logits_T2E.is_cuda and logits_T2E.dtype == torch.float32 and len(logits_T2E) and fits:
+        from nmt.model.kernels.gate_triton import fused_noisy_top_k
+
+        return fused_noisy_top_k(logits_T2E, noise_TE, k, real_T)
+    return plain_noisy_top_k(logits_T2E, noise_TE, k, real_T)
+
+
+def plain_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+    """Return `noisy_top_k` computed with PyTorch operations."""
+    num_experts = noise_TE.shape[1]
+    clean_TE, noise_logit_TE = logits_T2E.split(num_experts, dim=1)
+    std_TE = F.softplus(noise_logit_TE) + MIN_NOISE_STD
+    noisy_TE = clean_TE + noise_TE * std_TE
+    gates_TK, expert_TK = keep_top_k(noisy_TE, k)
+    gates_TK = where_real(gates_TK, real_T)
+    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
+    importance_E = torch.zeros_like(noisy_TE).scatter(1, expert_TK, gates_TK).sum(0)
+    expert_TK = mark_padding(expert_TK, num_experts, real_T)
+    count_E = load_E = count_tokens(expert_TK, num_experts)
+    if k < num_experts:
+        load_E = where_real(prob_in_top_k(clean_TE, noisy_TE, std_TE, k), real_T).sum(0)
+    std_E = where_real(std_TE.detach(), real_T).sum(0)
+    return Choice(gates_TK, expert_TK, importance_E, load_E, count_E, mean_std(std_E, noise_TE, real_T))
+
+
+def keep_top_k(noisy_logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (gates_TK, expert_TK) of G(x) = softmax(KeepTopK(H(x), k)) (S17 eq. 3, 5): top-k first, then softmax."""
+    top_TK, expert_TK = noisy_logits_TE.topk(k, dim=-1)
+    return top_TK.softmax(dim=-1), expert_TK
+
+
+def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
+    """Return P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i) (S17 eq. 8-9), shape (..., T, E).
+
+    This is the probability that expert i is among the top k if only its own noise is drawn again. kth_excluding is the
+    k-th largest value of the other experts. That is the (k+1)-th largest of all for an expert in the top k, and the
+    k-th largest of all for any other. With k = E, the result is 1 for every expert, without a gradient.
+    """
+    if k == clean_TE.shape[-1]:
+        return torch.ones_like(clean_TE)
+    top_TK1 = noisy_TE.topk(k + 1, dim=-1).values
+    threshold_if_out_T1, threshold_if_in_T1 = top_TK1[..., k - 1 : k], top_TK1[..., k : k + 1]
+    threshold_TE = torch.where(noisy_TE > threshold_if_in_T1, threshold_if_in_T1, threshold_if_out_T1)
+    return torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
+
+
+def count_tokens(expert_TK: Tensor, num_experts: int) -> Tensor:
+    """Return the number of tokens per expert, float32 (E). Integer sums are deterministic. The host does not wait."""
+    count_E = torch.zeros(num_experts + 1, dtype=torch.int64, device=expert_TK.device)
+    flat = expert_TK.reshape(-1)
+    return count_E.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts].float()
+
+
+def where_real(values: Tensor, real_T: Tensor | None) -> Tensor:
+    """Return values (T, ...) with 0 for padding; None: all tokens are real."""
+    return values if real_T is None else values.masked_fill(~real_T.view(-1, *[1] * (values.dim() - 1)), 0)
+
+
+def mark_padding(expert_TK: Tensor, num_experts: int, real_T: Tensor | None) -> Tensor:
+    """Return the experts with `num_experts`, an empty slot, for padding; None: all tokens are real."""
+    return expert_TK if real_T is None else expert_TK.masked_fill(~real_T[:, None], num_experts)
+
+
+def mean_std(std_E: Tensor, noise_TE: Tensor, real_T: Tensor | None) -> Tensor:
+    """Return the mean standard deviation of the noise from its sums over the real tokens."""
+    return std_E.sum() / (noise_TE.numel() if real_T is None else real_T.sum() * noise_TE.shape[1])
