@@ -2,7 +2,8 @@
 
 `group_rows` chooses between a plain and a fused implementation, and the products follow it. The fused one runs on a GPU
 of compute capability 8.0 or higher: it takes any number of experts, and the host never waits. The plain one is a loop
-over the experts that have rows.
+over the experts that have rows. It does all that it does with the rows of one expert while they are in the cache. The
+threads of a CPU share the experts, see `share_groups`.
 
 Letters: R rows sorted by expert, M rows to gather them from, E experts, I and O inputs and outputs of the matrices.
 """
@@ -12,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmt.model.kernels.threads import Part, share_groups
+
 _FUSED_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -20,7 +23,7 @@ class Groups(NamedTuple):
 
     ends_E: Tensor  # int32, the row after the last one of each expert
     num_rows: int
-    parts: list[tuple[int, int, int]]  # plain: (expert, first row, row after the last) of each expert that has rows
+    parts: list[Part]  # plain: the experts that have rows
     tiles_N2: Tensor | None  # fused: int32, (expert, first row) of each tile of rows
 
 
@@ -68,13 +71,23 @@ def plain_matmul(
     relu_output_RO: Tensor | None = None,
 ) -> Tensor:
     """Return `grouped_matmul` computed with one product per expert."""
-    a_RI = a_MI if token_R is None else a_MI.index_select(0, token_R)
-    out_RO = a_RI.new_zeros(groups.num_rows, w_EIO.shape[2])
-    for expert, first, last in groups.parts:
-        torch.mm(a_RI[first:last], w_EIO[expert], out=out_RO[first:last])
-    if relu:
-        out_RO.relu_()
-    return out_RO if relu_output_RO is None else out_RO.masked_fill_(relu_output_RO <= 0, 0)
+    out_RO = a_MI.new_empty(groups.num_rows, w_EIO.shape[2])
+    out_RO[groups.parts[-1][2] if groups.parts else 0 :] = 0.0
+
+    def multiply(parts: list[Part]) -> None:
+        for expert, first, last in parts:
+            out_NO = torch.mm(_rows(a_MI, token_R, first, last), w_EIO[expert], out=out_RO[first:last])
+            if relu:
+                out_NO.relu_()
+            if relu_output_RO is not None:
+                torch.ops.aten.threshold_backward(out_NO, relu_output_RO[first:last], 0, grad_input=out_NO)
+
+    share_groups(multiply, groups.parts, groups.num_rows * w_EIO[0].numel(), a_MI.device)
+    return out_RO
+
+
+def _rows(a_MI: Tensor, token_R: Tensor | None, first: int, last: int) -> Tensor:
+    return a_MI[first:last] if token_R is None else a_MI.index_select(0, token_R[first:last])
 
 
 def grouped_outer(
@@ -95,11 +108,17 @@ def plain_outer(
     a_MI: Tensor, b_RO: Tensor, groups: Groups, token_R: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return `grouped_outer` computed with one product per expert."""
-    a_RI = a_MI if token_R is None else a_MI.index_select(0, token_R)
-    out_EIO = a_RI.new_zeros(len(groups.ends_E), a_RI.shape[1], b_RO.shape[1], dtype=dtype or a_MI.dtype)
-    for expert, first, last in groups.parts:
-        if out_EIO.dtype == a_RI.dtype:
-            torch.mm(a_RI[first:last].T, b_RO[first:last], out=out_EIO[expert])
-        else:
-            out_EIO[expert] = a_RI[first:last].T @ b_RO[first:last]
+    out_EIO = a_MI.new_empty(len(groups.ends_E), a_MI.shape[1], b_RO.shape[1], dtype=dtype or a_MI.dtype)
+    for expert in set(range(len(out_EIO))).difference(part[0] for part in groups.parts):
+        out_EIO[expert] = 0.0
+
+    def multiply(parts: list[Part]) -> None:
+        for expert, first, last in parts:
+            a_IN = _rows(a_MI, token_R, first, last).T
+            if out_EIO.dtype == a_MI.dtype:
+                torch.mm(a_IN, b_RO[first:last], out=out_EIO[expert])
+            else:
+                out_EIO[expert] = a_IN @ b_RO[first:last]
+
+    share_groups(multiply, groups.parts, groups.num_rows * out_EIO[0].numel(), a_MI.device)
     return out_EIO
