@@ -48,7 +48,7 @@ def experts(count: int, **changes: object) -> ModelConfig:
     [
         DENSE,
         ModelConfig(moe=MoEConfig(0), cell_size=512, bottom_layer="bidirectional_full"),
-        ModelConfig(moe=MoEConfig(0), attention=AttentionConfig("additive", wiring="gnmt")),
+        ModelConfig(moe=MoEConfig(0), attention=AttentionConfig(wiring="gnmt")),
     ],
 )
 def test_products_are_the_operations_of_training(model: ModelConfig) -> None:
@@ -63,7 +63,7 @@ def test_products_of_experts_are_theirs_and_half_a_tile_each() -> None:
     moe = MoEConfig(8, k=4)
     parts = {part.name: part.ms for part in moe_parts(512, moe, 8, 8192, Machines(ENDLESS, PERFECT))}
     assert parts["experts, products"] == pytest.approx(6 * (4 * 8192 + 8 * 32) * 2 * 512 * 2048 / 1e9)
-    assert parts["gates"] == pytest.approx(2 * 6 * 8192 * 512 * 2 * 8 / 1e9)
+    assert parts["gates, choosing"] == pytest.approx(2 * 6 * 8192 * 512 * 2 * 8 / 1e9)
 
 
 def test_the_optimiser_moves_bytes_of_every_parameter() -> None:
@@ -75,16 +75,41 @@ def test_the_optimiser_moves_bytes_of_every_parameter() -> None:
         assert 16 < gigabytes * 1e9 / model_cost(DENSE, 32000).num_parameters < 64
 
 
+def test_additive_attention_takes_longer_for_its_tanh() -> None:
+    product, additive = (replace(DENSE, attention=AttentionConfig(name)) for name in ("product", "additive"))
+    pairs = BATCH.source * BATCH.target / BATCH.sentences
+    longer = ms(additive, Machines(ENDLESS, PERFECT)) - ms(product, Machines(ENDLESS, PERFECT))
+    # At least a hundred operations each, of which the card does 10^9 per millisecond.
+    assert longer > 100 * 512 * pairs / 1e9
+
+
 def test_micro_batches_repeat_all_but_the_optimiser() -> None:
-    one, three = ({part.name: part.ms for part in step(MOE, Machines(H100), micro_batches=count)} for count in (1, 3))
-    assert three.pop("optimiser") == pytest.approx(one.pop("optimiser"))
-    assert three == pytest.approx({name: 3 * each for name, each in one.items()})
+    first = "first pass to the gates"
+    for model in (DENSE, MOE):
+        one, three = (
+            {part.name: part.ms for part in step(model, Machines(H100), micro_batches=count)} for count in (1, 3)
+        )
+        assert three.pop("optimiser") == pytest.approx(one.pop("optimiser"))
+        assert first not in one
+        assert (first in three) == (model is MOE)
+        again = three.pop(first, 0.0)
+        assert three == pytest.approx({name: 3 * each for name, each in one.items()})
+        # At most a forward pass of everything below the softmax.
+        assert again < sum(three.values()) / 3
+    balanced = replace(MOE, moe=MoEConfig(32, w_importance=0, w_load=0))
+    assert first not in {part.name for part in step(balanced, Machines(H100), micro_batches=3)}
+    only_encoder = replace(MOE, decoder_moe_after=[])
+    [short], [both] = (
+        [part.ms for part in step(model, Machines(H100), micro_batches=3) if part.name == first]
+        for model in (only_encoder, MOE)
+    )
+    assert 0 < short < both
 
 
 def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
     alone = step(MOE, Machines(H100))
     assert "network" not in {part.bound for part in alone}
-    rates = RATES._replace(uneven=0.0, message_us=0.0)
+    rates = RATES._replace(uneven=0.0, message_us=0.0, host_ms=0.0)
     two = Machines(H100, rates, gpus=2, group=1, link_gbs=math.inf)
     assert sum(part.ms for part in step(MOE, two)) == pytest.approx(sum(part.ms for part in alone))
 

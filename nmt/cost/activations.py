@@ -18,6 +18,8 @@ from nmt.cost.operations import lstm_cost, lstm_sizes
 _FLOAT, _INDEX, _BOOL = 4, 8, 1
 # Logits in memory at once, as in nmt/model/loss.py.
 PIECE_ELEMENTS = 2**26
+# The attention kernel's weights have source positions in whole blocks.
+_BLOCK = 32
 # oneDNN's workspace, by the size of a number: (bytes per cell, bytes per input or cell, whichever are more). It has one
 # position more than the sequence. Fitted to measurements: within 5 % from 64 cells up.
 _ONEDNN = {4: (32, 28), 2: (21, 21)}
@@ -35,8 +37,8 @@ class Precision(NamedTuple):
     """Device and number format of the matrix products."""
 
     on_gpu: bool
-    """True: cuDNN's LSTM, and dropout masks of one byte. False: oneDNN's LSTM (PyTorch's own with a projection), and
-    masks in the number format of the products."""
+    """True: the LSTM's own kernel or cuDNN, and dropout masks of one byte. False: oneDNN's LSTM (PyTorch's own with a
+    projection), and masks in the number format of the products."""
     size: int
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are always float32."""
 
@@ -51,8 +53,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
         # Token ids; of the target, also the ones to predict.
         saved["embeddings"] += rows * ((1 + (side == "decoder")) * _INDEX + config.hidden_size * mask)
         for index, size in enumerate(lstms):
-            calls = _calls(config, side, index, length)
-            saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, calls, numbers) + rows * size[2] * mask
+            stepwise = _is_stepwise(config, side, index)
+            saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, stepwise, numbers) + rows * size[2] * mask
     for layer in config.moe_layer_names():
         side = LayerName.of(layer).side
         rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
@@ -71,8 +73,8 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
 def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int:
     """Return bytes of the bf16 copies of float32 weights that are kept for the backward pass; experts keep none.
 
-    On a GPU, every call of an LSTM copies its weights again, since cuDNN needs them in contiguous memory. With feedback
-    wirings, the decoder's first LSTM has one call per position.
+    cuDNN needs the weights in contiguous memory, and copies them again for every call. With feedback wirings, the
+    decoder's first LSTM has one call per position.
     """
     if numbers.size == _FLOAT:
         return 0
@@ -81,8 +83,10 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
-            copies = 1 + numbers.on_gpu * _calls(config, side, index, length)
-            count += copies * lstm_cost(*size).parameters
+            stepwise = _is_stepwise(config, side, index)
+            calls = length if stepwise else 1
+            cudnn = numbers.on_gpu and not _has_kernel(size, stepwise, numbers)
+            count += (1 + cudnn * calls) * lstm_cost(*size).parameters
     return count * numbers.size
 
 
@@ -124,10 +128,15 @@ def _reserved(cells: int, outputs: int) -> int:
     return 5 * cells if outputs == cells else 6 * cells + outputs
 
 
-def _calls(config: ModelConfig, side: str, index: int, length: int) -> int:
-    """Return the number of calls that LSTM `index` of a side needs for all positions."""
-    stepwise = side == "decoder" and index == 0 and config.attention.feeds_back
-    return length if stepwise else 1
+def _has_kernel(size: tuple[int, int, int], stepwise: bool, numbers: Precision) -> bool:
+    """Return whether an LSTM runs in the kernel of nmt/model/kernels/lstm_triton.py: all positions in one launch."""
+    _, cells, outputs = size
+    return numbers.on_gpu and numbers.size < _FLOAT and not stepwise and cells % 128 == 0 and outputs % 128 == 0
+
+
+def _is_stepwise(config: ModelConfig, side: str, index: int) -> bool:
+    """Return whether LSTM `index` of a side runs one position at a time."""
+    return side == "decoder" and index == 0 and config.attention.feeds_back
 
 
 def _mask(config: ModelConfig, numbers: Precision) -> int:
@@ -137,9 +146,14 @@ def _mask(config: ModelConfig, numbers: Precision) -> int:
     return _BOOL if numbers.on_gpu else numbers.size
 
 
-def _lstm(size: tuple[int, int, int], sentences: int, length: int, calls: int, numbers: Precision) -> int:
+def _lstm(size: tuple[int, int, int], sentences: int, length: int, stepwise: bool, numbers: Precision) -> int:
     """Return bytes that one direction of an LSTM keeps."""
     inputs, cells, outputs = size
+    calls = length if stepwise else 1
+    if _has_kernel(size, stepwise, numbers):
+        # Inputs and outputs, gates and cells; the projection's inputs.
+        of_row = inputs + outputs + 5 * cells + (cells if outputs < cells else 0)
+        return sentences * length * of_row * numbers.size
     # Inputs and outputs of all positions; states between calls.
     kept = length * (inputs + outputs) + calls * (outputs + cells)
     if numbers.on_gpu:
@@ -190,10 +204,10 @@ def _load(num_experts: int, k: int) -> int:
 
 
 def _experts(config: ModelConfig, numbers: Precision) -> int:
-    """Return bytes per token: inputs and outputs of all layers of its experts, and the MoE layer's output."""
+    """Return bytes per token: the input of its experts, and their hidden values and outputs."""
     moe, width = config.moe, config.hidden_size
-    # Two indices per row: its source and its destination. For strictly balanced gates, rows are counted on average.
-    of_row = (width + sum(moe.hidden_sizes) + width) * numbers.size + 2 * _INDEX
+    # Three indices per row: its token, slot and place. For strictly balanced gates, rows are counted on average.
+    of_row = (sum(moe.hidden_sizes) + width) * numbers.size + 3 * _INDEX
     # One index per token: the start of its rows.
     return moe.experts_per_token * of_row + _INDEX + width * numbers.size
 
@@ -203,14 +217,19 @@ def _attention(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int
     size, width = config.attention.size, config.hidden_size
     sources, targets = shape.sentences * shape.source, shape.sentences * shape.target
     pairs = sources * shape.target
+    # The kernel of nmt/model/kernels/attention_triton.py, which computes tanh again in the backward pass.
+    fused = numbers.on_gpu and not config.attention.feeds_back
     kept = sources * width + targets * width
     if config.attention.function == "product":
         # tanh of keys; tanh of queries, and their product with V.
         kept += sources * size + 2 * targets * size
     else:
-        kept += pairs * size
-    # The softmax is float32, with a cast copy for the second product if its type differs.
-    weights = pairs * (_FLOAT + (numbers.size if numbers.size < _FLOAT else 0)) + sources * _BOOL
+        kept += sources * size + targets * size if fused else pairs * size
+    # The softmax is float32.
+    weights = targets * -(-shape.source // _BLOCK) * _BLOCK * _FLOAT if fused else pairs * _FLOAT
+    if not fused:
+        # A cast copy for the second product if its type differs; a mask.
+        weights += pairs * (numbers.size if numbers.size < _FLOAT else 0) + sources * _BOOL
     if config.attention.projects_context:
         # The projection's input, and the mask of its dropout.
         weights += targets * width * (numbers.size + _mask(config, numbers))

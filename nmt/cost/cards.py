@@ -37,31 +37,33 @@ NETWORK_GBS = 50.0
 class Rates(NamedTuple):
     """What the training step reaches. Shares are of a card's ceilings, so that they carry over between cards.
 
-    `scripts/bench/fit_rates.py` fits them to measured steps.
+    They follow from single kernels measured on an H100, and are still to be fitted to whole steps.
     """
 
-    products: float = 0.45
-    """Share of the product ceiling in large products: an LSTM's inputs and weight gradients, attention, softmax."""
-    recurrent: float = 1.04
-    """The same for the recurrent products of one position, weights and rows being few."""
-    experts: float = 0.54
+    products: float = 0.7
+    """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
+    recurrent: float = 0.26
+    """The same for the recurrent products, of few rows per position."""
+    softmax: float = 0.5
+    """The same for the softmax and its loss."""
+    experts: float = 0.72
     """The same for the experts' products."""
-    memory: float = 0.88
-    """Share of the copy bandwidth that element-wise work and the optimiser reach."""
-    weights: float = 0.45
+    weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    passes: float = 1.6
+    memory: float = 0.88
+    """Share of the copy bandwidth that the optimiser and element-wise work reach."""
+    passes: float = 1.5
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 19.4
-    """Microseconds per position, pass and kernel of an LSTM, besides its products."""
-    launch_ms: float = 0.94
+    position_us: float = 9.0
+    """Microseconds per position, pass and product of an LSTM, besides its operations."""
+    launch_ms: float = 0.5
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
-    layer_ms: float = 1.34
-    """The same for one MoE layer alone, as the benchmark measures it."""
-    uneven: float = 0.05
+    host_ms: float = 15.0
+    """Milliseconds in which the host launches the work of a micro-batch: on several GPUs, steps are not recorded."""
+    uneven: float = 0.04
     """Spread of the time of a micro-batch between GPUs, as a share of it, unless their micro-batches are alike."""
     message_us: float = 2.0
-    """Microseconds per message of an exchange. Not measured: 2 GPUs are too few to see it."""
+    """Microseconds per message of an exchange. Assumed: two GPUs are too few to measure it."""
 
 
 RATES = Rates()

@@ -9,6 +9,7 @@ E experts, K experts per token, H hidden sizes of an expert, G GPUs.
 
 import math
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -21,12 +22,21 @@ from nmt.cost.operations import lstm_sizes, model_cost, moe_cost
 BOUNDS = ("products", "memory", "optimiser", "launch", "network")
 """What the time of a part can be spent on. "launch" is waiting: for the host, and for one position after another."""
 
-# Bytes per parameter that a step of the optimiser reads and writes: weight, gradient and state, both casts between
-# float32 and bf16, and the norm of the gradient.
-_ADAM_BYTES = 34
-_EXPERT_BYTES = {"adam": 50, "factored": 80}
+# Bytes per parameter that a step of Adam reads and writes: weight, gradient and two moments, a cast to bf16, and the
+# norm of the gradient.
+_ADAM_BYTES = 36
+# The same for an expert's, by `expert_optimizer` and `expert_weights` (nmt/model/kernels/expert_step_triton.py).
+_EXPERT_BYTES = {
+    ("adam", "float32"): 28,
+    ("adam", "bfloat16"): 22,
+    ("factored", "float32"): 14,
+    ("factored", "bfloat16"): 8,
+}
 # float32 matrix products run as TF32, at half the rate of bf16.
 _FLOAT_PRODUCTS = 0.5
+# Operations of a product in the time of one tanh of additive attention, forward and backward: an H100 takes 0.45 10^12
+# per second.
+_TANH = 1700
 _TILE_ROWS = 64
 """Rows that a tile of the experts' products computes at once. On average, half of an expert's last tile is empty."""
 
@@ -96,19 +106,49 @@ def step_parts(
     config: Config, vocab_size: int, batch: MicroBatch, numbers: Precision, machines: Machines
 ) -> list[Part]:
     """Return the parts of a step in which every GPU has the same number of micro-batches like `batch`."""
+    model, rates = config.model, machines.rates
     micro_batches = max(config.training.micro_batches // machines.gpus, 1)
-    parts = list(_computed(config.model, vocab_size, batch, numbers, machines))
-    spread = 0.0 if config.training.alike % machines.gpus == 0 else machines.rates.uneven
-    waiting = sum(part.ms for part in parts) * spread * math.sqrt(2.0 * math.log(machines.gpus))
-    parts += [Part("waiting for other GPUs", waiting, "network")]
-    parts += [Part("launching", machines.rates.launch_ms, "launch"), *_exchanged(config.model, batch, machines)]
+    parts = list(_computed(model, vocab_size, batch, numbers, machines))
+    if micro_batches > 1:
+        parts += _first_pass(model, batch, numbers, machines)
+    computing = sum(part.ms for part in parts)
+    spread = 0.0 if config.training.alike % machines.gpus == 0 else rates.uneven
+    waiting = computing * spread * math.sqrt(2.0 * math.log(machines.gpus))
+    launching = rates.launch_ms if machines.gpus == 1 else max(rates.launch_ms, rates.host_ms - computing)
+    parts += [Part("waiting for other GPUs", waiting, "network"), Part("launching", launching, "launch")]
+    parts += _exchanged(model, batch, machines)
     parts = [part._replace(ms=part.ms * micro_batches) for part in parts]
     return _added([*parts, *_once(config, vocab_size, machines)])
 
 
-def predict_step(config: Config, vocab_size: int, budget: Budget, card: Card, link_gbs: float) -> Prediction:
+def _first_pass(model: ModelConfig, batch: MicroBatch, numbers: Precision, machines: Machines) -> Iterator[Part]:
+    """Yield the extra forward pass to the last gate, for the balance losses of several micro-batches together.
+
+    A forward pass takes about a third of forward and backward pass.
+    """
+    layers = model.moe_layer_names()
+    if not any(weight for layer in layers for weight in model.moe.balance_weights(layer)):
+        return
+    last = LayerName.of(layers[-1])
+    if last.side == "decoder":
+        below = replace(model, num_decoder_layers=last.place)
+    else:
+        # Neither the layers above nor the decoder.
+        below = replace(model, num_encoder_layers=last.place, decoder_moe_after=[], num_decoder_layers=1)
+        batch = batch._replace(target=0.0, target_positions=0.0)
+    for part in _computed(below, 0, batch, numbers, machines):
+        yield Part("first pass to the gates", part.ms / 3, part.bound)
+    tokens = batch.target if last.side == "decoder" else batch.source
+    for part in moe_parts(model.hidden_size, model.moe, model.moe.experts_at(layers[-1]), tokens, machines):
+        if not part.name.startswith("gates"):
+            yield Part("first pass to the gates", -part.ms / 3, part.bound)
+
+
+def predict_step(
+    config: Config, vocab_size: int, budget: Budget, card: Card, link_gbs: float, rates: Rates = RATES
+) -> Prediction:
     """Return a mean step of the training that `budget` describes."""
-    machines = Machines(card, RATES, budget.gpus, budget.group, link_gbs)
+    machines = Machines(card, rates, budget.gpus, budget.group, link_gbs)
     parts = step_parts(config, vocab_size, mean_batch(config, budget.tokens), budget.numbers, machines)
     tokens = config.training.micro_batches * (budget.tokens.source + budget.tokens.target)
     return Prediction(card, link_gbs, parts, tokens)
@@ -153,7 +193,9 @@ def _computed(
     saved = _saved(model, vocab_size, batch, numbers)
     for side, lstms in lstm_sizes(model).items():
         for index, size in enumerate(lstms):
-            yield from _lstm(size, tokens[side], positions[side], numbers, machines)
+            # The two directions of the bottom layer go through their positions at the same time.
+            together = 2 if side == "encoder" and index < 2 and model.bottom_layer != "forward" else 1
+            yield from _lstm(size, tokens[side], positions[side] / together, numbers, machines)
             if side == "decoder" and index == 0 and model.attention.feeds_back:
                 # Attention and context, between one position and the next.
                 yield machines.part("LSTMs, recurrent", us=8 * rates.position_us * positions[side])
@@ -166,14 +208,15 @@ def _computed(
     pairs = batch.source * batch.target / batch.sentences
     ops = batch.source * cost.encoder_ops["attention keys"] + batch.target * cost.decoder_ops["attention query"]
     ops += batch.target * cost.decoder_ops.get("context projection", 0) + pairs * cost.attention_ops_per_pair
-    yield machines.part(
-        "attention", flops=6 * ops, share=_products(machines, numbers), moved=rates.passes * saved["attention"]
-    )
+    tanhs = pairs * model.attention.size if model.attention.function != "product" else 0
+    yield machines.part("attention", flops=6 * ops, share=_products(machines, numbers))
+    yield machines.part("attention", flops=_TANH * tanhs)
+    yield machines.part("attention", moved=rates.passes * saved["attention"])
     # Logits are written, read for the softmax, overwritten by their gradient and read twice.
     yield machines.part(
         "softmax",
         flops=6 * batch.target * cost.decoder_ops["softmax"],
-        share=_products(machines, numbers),
+        share=rates.softmax * (1.0 if numbers.size == 2 else _FLOAT_PRODUCTS),
         moved=5 * batch.target * vocab_size * numbers.size,
     )
 
@@ -223,12 +266,12 @@ def moe_parts(width: int, moe: MoEConfig, num_experts: int, tokens: float, machi
     # Logits, noise, standard deviations and probabilities in float32, and their gradients.
     columns = gate.ops / width
     yield machines.part(
-        "gates",
+        "gates, choosing",
         flops=6 * tokens * gate.ops,
         share=rates.products * _FLOAT_PRODUCTS,
         moved=tokens * 4 * (rates.passes * 3 * columns + 4 * width),
     )
-    yield machines.part("rows to experts and back", moved=rates.passes * 3 * rows * width * 2)
+    yield machines.part("gates, moving rows", moved=rates.passes * 3 * rows * width * 2)
     weights = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))
     # A GPU has its share of the group's experts, and as many rows as it sends if all experts are equally busy.
     used = touched(num_experts, rows * machines.group) / machines.group
@@ -259,7 +302,8 @@ def _once(config: Config, vocab_size: int, machines: Machines) -> Iterator[Part]
     cost, gpus = model_cost(config.model, vocab_size), machines.gpus
     dense = cost.num_parameters - cost.num_expert_parameters
     experts = cost.num_expert_parameters / machines.group
-    moved = _ADAM_BYTES * dense + _EXPERT_BYTES[config.training.expert_optimizer] * experts
+    of_expert = _EXPERT_BYTES[config.training.expert_optimizer, config.training.expert_weights]
+    moved = _ADAM_BYTES * dense + of_expert * experts
     yield machines.part("optimiser", moved=moved)._replace(bound="optimiser")
     # A ring sends every float32 gradient twice. Experts are summed over the groups that hold copies of them.
     for numbers, copies in ((dense, gpus), (experts, gpus // machines.group)):
