@@ -92,8 +92,9 @@ class TrainingConfig:
     memory."""
     expert_weights: str = "float32"
     """Type in which the optimiser keeps the weights of experts. float32: as all other weights; where products are bf16
-    on a GPU, experts also have a bf16 copy for them, and bf16 gradients. bfloat16: only that copy, rounded
-    stochastically in every step, which saves two thirds of the memory. Checkpoints have float32 numbers in any case."""
+    on a GPU, experts also have a bf16 copy for them, and bf16 gradients, in which micro-batches are added up. bfloat16:
+    only that copy, rounded stochastically in every step, which saves two thirds of the memory. Checkpoints have float32
+    numbers in either case."""
     label_smoothing: float = 0.1
     """Share of the target probability that is spread evenly over the vocabulary."""
     clip_norm: float = 1.0

@@ -141,9 +141,8 @@ def plain_factored_step(
     a_EI = (r_EI / mean_E1).sqrt() * scale
     b_EO = (c_EO / (1.0 - step.beta2**t)).sqrt()
     for part in _parts(g_EIO):
-        divisor = a_EI[part, :, None] * b_EO[part, None]
-        change = torch.div(g_EIO[part], divisor.add_(step.epsilon * scale), out=divisor)
-        _subtract(weights, part, change.mul_(step.rate), t)
+        divisor = torch.addcmul(step.epsilon * scale, a_EI[part, :, None], b_EO[part, None])
+        _subtract(weights, part, float(step.rate), g_EIO[part].to(divisor.dtype), divisor, t)
 
 
 def plain_adam_step(
@@ -157,8 +156,7 @@ def plain_adam_step(
         g = g_EIO[part].to(m_EIO.dtype) / step.scale
         m, v = m_EIO[part].lerp_(g, 1.0 - step.beta1), v_EIO[part].lerp_(g * g, 1.0 - step.beta2)
         divisor = (v / (1.0 - step.beta2**t)).sqrt_().add_(step.epsilon)
-        change = torch.div(m, divisor, out=divisor).mul_(step.rate / (1.0 - step.beta1**t))
-        _subtract(weights, part, change, t)
+        _subtract(weights, part, float(step.rate) / (1.0 - step.beta1**t), m, divisor, t)
 
 
 def _parts(g_EIO: Tensor) -> Iterator[slice]:
@@ -166,15 +164,15 @@ def _parts(g_EIO: Tensor) -> Iterator[slice]:
     return (slice(first, min(first + each, len(g_EIO))) for first in range(0, len(g_EIO), each))
 
 
-def _subtract(weights: ExpertWeights, part: slice, change: Tensor, t: int) -> None:
-    """Subtract `change` from the weights of some experts, in step t."""
+def _subtract(weights: ExpertWeights, part: slice, rate: float, numerator: Tensor, divisor: Tensor, t: int) -> None:
+    """Subtract rate * numerator / divisor from the weights of some experts, in step t."""
     w = weights.w_EIO[part]
-    if weights.master_EIO is not None:
-        w.copy_(weights.master_EIO[part].sub_(change))
-    elif w.dtype == torch.bfloat16:
-        w.copy_(round_stochastically(w.float().sub_(change), _random_bits(weights, part, t)))
-    else:
-        w.sub_(change)
+    exact = w.to(divisor.dtype) if weights.master_EIO is None else weights.master_EIO[part]
+    exact.addcdiv_(numerator, divisor, value=-rate)
+    if weights.master_EIO is None and w.dtype == torch.bfloat16:
+        w.copy_(round_stochastically(exact, _random_bits(weights, part, t)))
+    elif exact is not w:
+        w.copy_(exact)
 
 
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
