@@ -3,7 +3,7 @@
 `noisy_top_k` chooses between a plain and a fused implementation. On a GPU, the plain one makes about 40 passes over
 numbers per token and expert, forward and backward. The fused one makes seven.
 
-Letters: T tokens, E experts, K experts per token.
+Letters: T tokens, E experts, K experts per token, X = K + 1 experts, or E if there are no more.
 """
 
 from typing import NamedTuple
@@ -53,14 +53,15 @@ def plain_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tens
     clean_TE, noise_logit_TE = logits_T2E.split(num_experts, dim=1)
     std_TE = F.softplus(noise_logit_TE) + MIN_NOISE_STD
     noisy_TE = clean_TE + noise_TE * std_TE
-    gates_TK, expert_TK = keep_top_k(noisy_TE, k)
-    gates_TK = where_real(gates_TK, real_T)
+    top_TX, expert_TX = noisy_TE.topk(min(k + 1, num_experts), dim=1)
+    expert_TK = expert_TX[:, :k]
+    gates_TK = where_real(top_TX[:, :k].softmax(dim=1), real_T)
     # Scatter, then sum. Adding in place would have a different order on a GPU every time.
     importance_E = torch.zeros_like(noisy_TE).scatter(1, expert_TK, gates_TK).sum(0)
     expert_TK = mark_padding(expert_TK, num_experts, real_T)
     count_E = load_E = count_tokens(expert_TK, num_experts)
     if k < num_experts:
-        load_E = where_real(prob_in_top_k(clean_TE, noisy_TE, std_TE, k), real_T).sum(0)
+        load_E = where_real(_prob_by_top(clean_TE, std_TE, top_TX, expert_TX), real_T).sum(0)
     std_E = where_real(std_TE.detach(), real_T).sum(0)
     return Choice(gates_TK, expert_TK, importance_E, load_E, count_E, mean_std(std_E, noise_TE, real_T))
 
@@ -80,9 +81,14 @@ def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: i
     """
     if k == clean_TE.shape[-1]:
         return torch.ones_like(clean_TE)
-    top_TK1 = noisy_TE.topk(k + 1, dim=-1).values
-    threshold_if_out_T1, threshold_if_in_T1 = top_TK1[..., k - 1 : k], top_TK1[..., k : k + 1]
-    threshold_TE = torch.where(noisy_TE > threshold_if_in_T1, threshold_if_in_T1, threshold_if_out_T1)
+    return _prob_by_top(clean_TE, noise_std_TE, *noisy_TE.topk(k + 1, dim=-1))
+
+
+def _prob_by_top(clean_TE: Tensor, noise_std_TE: Tensor, top_TX: Tensor, expert_TX: Tensor) -> Tensor:
+    """Return `prob_in_top_k` from the k + 1 largest noisy logits of each token, in falling order, and their experts."""
+    threshold_if_out_T1, threshold_if_in_TK = top_TX[..., -2:-1], top_TX[..., -1:].expand_as(top_TX[..., :-1])
+    # A CPU takes several times as long for a choice between two columns.
+    threshold_TE = threshold_if_out_T1.expand_as(clean_TE).scatter(-1, expert_TX[..., :-1], threshold_if_in_TK)
     return torch.special.ndtr((clean_TE - threshold_TE) / noise_std_TE)
 
 

@@ -56,4 +56,4 @@ def plain_sum_rows_backward(
     weight_grad_R = (rows_RD * grad_RD).sum(1, dtype=weight_TK.dtype)
     weight_grad_S = weight_TK.new_zeros(weight_TK.numel()).index_copy_(0, order_R, weight_grad_R)
     weight_R = weight_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
-    return grad_RD * weight_R.unsqueeze(1), weight_grad_S.view_as(weight_TK)
+    return grad_RD.mul_(weight_R.unsqueeze(1)), weight_grad_S.view_as(weight_TK)
