@@ -43,7 +43,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     # Of different sizes, so that no side can stand for another.
     tiles = experts_triton._Tiles(Tile(16, 32, 16, 4, 2), Tile(32, 16, 16, 4, 2))
     monkeypatch.setattr(experts_triton, "_tiles_of", lambda *_: tiles)
-    monkeypatch.setattr(experts_triton, "_BAND", 2)
 
 
 @pytest.fixture
