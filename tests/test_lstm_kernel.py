@@ -127,12 +127,12 @@ def test_a_cpu_has_no_kernel():
     assert not has_kernel(torch.device("cpu"), torch.bfloat16, 1024, 1024)
 
 
-@pytest.fixture
-def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+@pytest.fixture(params=[False, True], ids=["late", "early"])
+def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The module of the fused form, with tiles for small sizes; memory that nothing has written to holds NaN."""
     from nmt.model.kernels import lstm_triton
 
-    tiles = lstm_triton.Tiles(16, 16, 16, 16, 16, 4, 2, 1)
+    tiles = lstm_triton.Tiles(16, 16, 16, 16, 16, 4, 2, 1, early=request.param)
     monkeypatch.setattr(lstm_triton, "tiles", lambda sizes, memory: (tiles, tiles))
     torch.use_deterministic_algorithms(True)
     yield lstm_triton
@@ -142,7 +142,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 def check_fused(fused_lstms: Callable[..., list[Tensor]], case: Case, groups: int = 1) -> None:
     """Compare outputs and gradients of each of `groups` LSTMs side by side with the oracle's."""
     # numpy, in which Triton interprets, has no bf16.
-    dtype, tolerance = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-6)
+    dtype, tolerance = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-5)
     index = [index.to(DEVICE) for index in case.packed()]
     rows, most = len(index[1]), len(case.lengths) + case.spare
     x, grads = (

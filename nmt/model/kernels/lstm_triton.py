@@ -30,6 +30,7 @@ from nmt.model.kernels.lstm_tiles_triton import (
     cells_gradient_tile,
     cells_tile,
     clear,
+    count_parts,
     count_positions,
     product_tiles,
 )
@@ -50,6 +51,8 @@ class Tiles(NamedTuple):
     stages: int
     programs: int
     """Programs per processor of the GPU."""
+    early: bool = False
+    """Whether what the epilogue of a product needs is loaded before the product: it is faster if registers suffice."""
 
 
 class _Sizes(NamedTuple):
@@ -65,20 +68,20 @@ class _Sizes(NamedTuple):
     outputs: int
 
 
-_MAX_PARTS = 16
-# Tiles of a group in which a sum may be split, per member.
-_PARTS = 2
+_MAX_PARTS = 8
+# Parts of sums per member of a group. More than 1 lets a test split sums with one program.
+_PARTS = 1
 # Counters apart from each other, in int32: no two share a sector of the cache.
 _APART = 8
 
 
-@triton.jit(do_not_specialize=["N", "L", "most", "width"])
+@triton.jit(do_not_specialize=["N", "L", "most", "width", "SPREAD"])
 def _forward(  # type: ignore[no-untyped-def]
     gates, recurrent, projection, y, hidden, cells, running, parts, counters, barriers, begin,
     N, L, most, width, SPREAD,
     G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PN: tl.constexpr, PK: tl.constexpr, L2: tl.constexpr, MAX_PARTS: tl.constexpr, APART: tl.constexpr,
-    KEEP: tl.constexpr,
+    EARLY: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """Positions 0, 1, .. of all groups. Blocks are numbered so that the groups of the same sentences are neighbours."""
     pid = tl.program_id(0)
@@ -112,7 +115,7 @@ def _forward(  # type: ignore[no-untyped-def]
                     t, alive, block // G * BM, tile, most, gates + row * (4 * C), recurrent + group * (4 * C * P),
                     outputs + tl.cast(earlier, tl.int64) * P,
                     outputs + tl.cast(first, tl.int64) * P if C == P else hidden + row * C,
-                    cells + row * C, running + group * most * C, C, P, BM, BN, BK, KEEP,
+                    cells + row * C, running + group * most * C, C, P, BM, BN, BK, EARLY, KEEP,
                 )  # fmt: skip
         if C != P:
             if slot < blocks:
@@ -136,12 +139,13 @@ def _forward(  # type: ignore[no-untyped-def]
         after = following
 
 
-@triton.jit(do_not_specialize=["N", "L", "most", "width"])
+@triton.jit(do_not_specialize=["N", "L", "most", "width", "SPREAD"])
 def _backward(  # type: ignore[no-untyped-def]
     grad_y, recurrent, projection, gates, cells, grad_gates, grad_h, running, parts, counters, barriers, begin,
     N, L, most, width, SPREAD,
     G: tl.constexpr, C: tl.constexpr, P: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
     PN: tl.constexpr, PK: tl.constexpr, L2: tl.constexpr, MAX_PARTS: tl.constexpr, APART: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Positions from the last to 0. `grad_h` are the gradients of the projected outputs with those from t + 1."""
     pid = tl.program_id(0)
@@ -176,16 +180,22 @@ def _backward(  # type: ignore[no-untyped-def]
                 )  # fmt: skip
             if slot < blocks:
                 barrier(step + slot * APART, members)
+        split = 1
+        if C == P:
+            split = count_parts(members, SPREAD, C // BN, 4 * C // BK, MAX_PARTS)
         for block in range(slot, blocks, slots):
             group = tl.cast(block % G, tl.int64)
             row = group * N + first
-            for tile in range(member, C // BN, members):
+            for unit in range(member, C // BN * split, members):
+                tile = unit // split
                 cells_gradient_tile(
-                    t, alive, alive_after, block // G * BM, tile, grad_y + row * P,
+                    t, alive, alive_after, block // G * BM, tile, unit % split, split, grad_y + row * P,
                     grad_gates + (group * N + after) * (4 * C) if C == P else grad_h + row * P,
                     recurrent + group * (4 * C * P) if C == P else projection + group * (P * C),
                     gates + row * (4 * C), cells + row * C, cells + (group * N + earlier) * C,
-                    running + group * most * C, grad_gates + row * (4 * C), C, P, BM, BN, BK,
+                    running + group * most * C, grad_gates + row * (4 * C),
+                    parts + (slot * members * SPREAD + tile * split) * (BM * BN), counters + slot * (C // BN) + tile,
+                    C, P, BM, BN, BK, EARLY,
                 )  # fmt: skip
         if t > 0:
             same = tl.maximum(programs // (tl.cdiv(first - earlier, BM) * G), 1) == members
@@ -210,17 +220,16 @@ def _processors_and_memory(device: torch.device) -> tuple[int, int]:
 def tiles(sizes: _Sizes, memory: int) -> tuple[Tiles, Tiles]:
     """Return the tiles of the forward and the backward pass for that many bytes of shared memory per processor.
 
-    Few sentences: the time of a step is what counts, so that all processors work on it. Many: large tiles reread the
-    weights less often.
+    They were chosen by time on an H100. With few sentences, the latency of a step counts, and all processors should
+    have a tile. With many, large tiles reread the weights less often.
     """
-    small = sizes.most * sizes.groups <= 320
     if memory < 150_000:  # compute capability 8.6 and 8.9
         return Tiles(64, 16, 32, 32, 64, 4, 3, 1), Tiles(64, 32, 32, 32, 64, 4, 3, 1)
     if sizes.outputs < sizes.cells:
-        return Tiles(64, 32, 64, 64, 64, 4, 3, 2), Tiles(64, 64, 64, 64, 64, 4, 4, 2)
-    if small:
-        return Tiles(64, 16, 64, 64, 64, 4, 4, 1), Tiles(64, 16, 128, 16, 128, 4, 4, 1)
-    return Tiles(128, 32, 64, 64, 64, 8, 3, 1), Tiles(64, 64, 64, 64, 64, 8, 4, 1)
+        return Tiles(64, 32, 64, 64, 64, 4, 3, 2), Tiles(64, 32, 64, 64, 64, 4, 4, 2)
+    if sizes.most * sizes.groups <= 320:
+        return Tiles(64, 16, 64, 64, 64, 8, 4, 1, early=True), Tiles(64, 32, 128, 32, 64, 8, 4, 1, early=True)
+    return Tiles(128, 32, 64, 64, 64, 8, 3, 1, early=True), Tiles(64, 64, 64, 64, 64, 8, 4, 1, early=True)
 
 
 def _launch(kernel: Any, tensors: Sequence[Tensor], begin_L: Tensor, sizes: _Sizes, tile: Tiles, **flags: bool) -> None:
@@ -228,16 +237,18 @@ def _launch(kernel: Any, tensors: Sequence[Tensor], begin_L: Tensor, sizes: _Siz
     device = begin_L.device
     # All programs of a launch must be on the GPU at once: they wait for each other.
     programs = _processors_and_memory(device)[0] * tile.programs
+    registers = 65536 // (32 * tile.warps * tile.programs)
     running = torch.empty(sizes.groups * sizes.most * sizes.cells, device=device)
-    parts = torch.empty(_PARTS * programs * tile.rows * tile.outputs, device=device)
-    counters = programs * (sizes.outputs // tile.outputs)
+    parts = torch.empty(_PARTS * programs * tile.rows * max(tile.outputs, tile.cells), device=device)
+    counters = programs * max(sizes.outputs // tile.outputs, sizes.cells // tile.cells)
     width = min(programs, triton.cdiv(sizes.most, tile.rows) * sizes.groups) * _APART
     zeros = torch.zeros(counters * 4 + 2 * sizes.positions * width, dtype=torch.int32, device=device)
     kernel[(programs,)](
         *tensors, running, parts, zeros, zeros[counters * 4 :], begin_L, sizes.rows, sizes.positions, sizes.most, width,
         _PARTS, G=sizes.groups, C=sizes.cells, P=sizes.outputs, BM=tile.rows, BN=tile.cells, BK=tile.depth,
-        PN=tile.outputs, PK=tile.output_depth, L2=triton.next_power_of_2(sizes.positions), MAX_PARTS=_MAX_PARTS,
-        APART=_APART, **flags, num_warps=tile.warps, num_stages=tile.stages, launch_cooperative_grid=True,
+        PN=tile.outputs, PK=tile.output_depth, L2=max(128, triton.next_power_of_2(sizes.positions)),
+        MAX_PARTS=_MAX_PARTS, APART=_APART, EARLY=tile.early, **flags, num_warps=tile.warps,
+        num_stages=tile.stages, launch_cooperative_grid=True, maxnreg=registers if registers < 256 else None,
     )  # fmt: skip
 
 
