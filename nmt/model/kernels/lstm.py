@@ -138,4 +138,8 @@ def _take_or_zero(x_ND: Tensor, index_M: Tensor) -> Tensor:
     """Return x[index], with zeros where the index is the number of rows."""
     rows = len(x_ND)
     taken_MD = x_ND.index_select(0, index_M.clamp(max=rows - 1))
-    return taken_MD.masked_fill_((index_M == rows)[:, None], 0.0)
+    empty_M = index_M == rows
+    if taken_MD.is_cuda:
+        return taken_MD.masked_fill_(empty_M[:, None], 0.0)
+    # A CPU fills few rows faster than it passes over all. A GPU would wait for their number.
+    return taken_MD.index_fill_(0, empty_M.nonzero().flatten(), 0.0)
