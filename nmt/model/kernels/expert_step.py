@@ -9,8 +9,8 @@ A step is bound by memory traffic. The fused form aims at these bytes per parame
                  gradient    weights                 moments    all
     factored     2 + 2       float32 master 4+4+2    0          14
     factored     2 + 2       bf16 alone 2+2          0          8
-    Adam         2           float32 master 4+4+2    8 + 8      28
-    Adam         2           bf16 alone 2+2          8 + 8      22
+    Adam         2 + 2       float32 master 4+4+2    8 + 8      30
+    Adam         2 + 2       bf16 alone 2+2          8 + 8      24
 
 In a factored step, an expert without tokens costs 2 bytes: its weights are neither read nor written.
 

@@ -17,7 +17,7 @@ from nmt.model.kernels.expert_step import ExpertWeights, Step
 _SUM_TILE = (128, 64)
 _STEP_TILE = (16, 128)
 _ADAM_BLOCK = 1024
-_WARPS = 4
+_SUM_WARPS, _WARPS = 2, 4
 
 
 @triton.jit
@@ -161,7 +161,7 @@ def fused_sums_of_squares(g_EIO: Tensor) -> tuple[Tensor, Tensor]:
     blocks = triton.cdiv(inputs, tile)
     row_EI = torch.empty(experts, inputs, device=g_EIO.device)
     column_EPO = torch.empty(experts, blocks, outputs, device=g_EIO.device)
-    _squares[(experts * blocks,)](g_EIO, row_EI, column_EPO, inputs, outputs, BI=tile, BO=across, num_warps=_WARPS)
+    _squares[(experts * blocks,)](g_EIO, row_EI, column_EPO, inputs, outputs, BI=tile, BO=across, num_warps=_SUM_WARPS)
     return row_EI, column_EPO
 
 
