@@ -1,7 +1,7 @@
 """What several test files share: a seed, one thread, a tiny configuration and batch, the toy text and a run on it."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
@@ -100,3 +101,11 @@ def run(shared_text: Path) -> Path:
 @pytest.fixture
 def cli(capfd: pytest.CaptureFixture[str]) -> Cli:
     return Cli(capfd)
+
+
+@pytest.fixture
+def group() -> Iterator[Any]:
+    """A group of this process alone, whose collectives are those of several."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()

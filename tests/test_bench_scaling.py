@@ -1,8 +1,7 @@
-"""scripts/bench/scaling.py: what it refuses, counts and projects; and, slow, a whole run of two processes."""
+"""scripts/bench/scaling.py: what it refuses and counts; and, slow, a whole run of two processes."""
 
 import json
 import math
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -11,16 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmt.batch import Batch
-from nmt.config import Config, ModelConfig, TrainingConfig
-from nmt.model.experts import MoE
 from nmt.model.gating import GateSums
-from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import AllToAllDispatcher
-from nmt.parallel.mesh import World
-from nmt.training.optim import make_optimizer
-from nmt.training.update import Updater
-from tests.conftest import TINY_VOCAB
 from tests.scripts import load_script
 
 CPU = torch.device("cpu")
@@ -29,14 +19,6 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def bench() -> ModuleType:
     return load_script("scripts/bench/scaling.py")
-
-
-@pytest.fixture
-def group() -> Iterator[Any]:
-    """A group of this process alone, whose collectives are those of several."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -49,8 +31,6 @@ def group() -> Iterator[Any]:
         ("--processes 2 --small training.device=cpu parallel.expert_group_size=4", "an expert group's 4 processes"),
         ("--processes 2 --small model.nope=1", "unknown setting model.nope"),
         ("--processes 2 --small --experts 8 model.moe.k=9", "model.moe.k=9 must lie in 1..num_experts=8"),
-        ("--processes 1 --small --project", "needs --gigabytes-per-second"),
-        ("--processes 2 --small --gigabytes-per-second nan", "must be above 0"),
         ("--processes 2 --small --output /no/such/folder/x.json", "there is no such folder"),
         ("--nope", "unrecognized arguments: --nope"),
     ],
@@ -99,65 +79,9 @@ def test_only_blocking_collectives_are_watched(bench: ModuleType, group: Any) ->
     assert bench.seconds_in({}, "exchange") == 0
 
 
-def a_row(**changes: Any) -> dict[str, Any]:
-    """A measurement of 4 experts on one process."""
-    row = {"experts": 4, "processes": 1, "group_size": 1, "value_bytes": 4, "load": 1.0}
-    row |= {"source_tokens": 1000.0, "target_tokens": 1200.0, "sentences": 50.0, "tokens_per_second": 22000.0}
-    return row | {"ms": 100.0, "compute_ms": 100.0, "exchange": 0.0, "dense": 0.0, "other": 0.0} | changes
-
-
-def test_projection_counts_the_values_that_travel(
-    bench: ModuleType,
-    group: Any,
-    monkeypatch: pytest.MonkeyPatch,
-    tiny_config: Callable[..., ModelConfig],
-    tiny_batch: Callable[..., Batch],
-) -> None:
-    model_config = tiny_config()
-    config = Config(model=model_config, training=TrainingConfig(precision="fp32", device="cpu"))
-    model, batch = Seq2Seq(model_config, TINY_VOCAB).train(), tiny_batch((3, 4), (6, 2), (1, 5))
-    for module in model.modules():
-        if isinstance(module, MoE):
-            module.dispatcher = AllToAllDispatcher(group, 1, halves=False)
-    values, exchange = [], dist.all_to_all_single
-
-    def count(output: torch.Tensor, rows: torch.Tensor, *more: Any, **named: Any) -> Any:
-        values.append(rows.numel() if rows.is_floating_point() else 0)
-        return exchange(output, rows, *more, **named)
-
-    monkeypatch.setattr(dist, "all_to_all_single", count)
-    Updater(model, make_optimizer(model, config.training), config, World(CPU)).update([batch], 1, 1e-3)
-
-    row = a_row(source_tokens=batch.num_source_tokens, target_tokens=batch.num_target_tokens, sentences=3, load=1.5)
-    projected = bench.project(row, model_config, TINY_VOCAB, 1e6, devices=4)
-    seconds = projected["exchange"] * projected["ms"] / 1e3
-    # A quarter stays at home, and the busiest process has half as much again.
-    assert seconds == pytest.approx(sum(values) * 0.75 / 1e6 * 1.5)
-
-
-def test_projection_keeps_the_experts_of_a_device(bench: ModuleType, tiny_config: Callable[..., ModelConfig]) -> None:
-    row = a_row(processes=2, group_size=2)
-    fast, slow = (bench.project(row, tiny_config(), TINY_VOCAB, link, devices=8) for link in (1e15, 1e5))
-    assert (fast["experts"], fast["experts_per_device"]) == (16, 2)
-    assert fast["exchange"] == pytest.approx(0, abs=1e-6)
-    assert fast["dense"] == 0
-    # Only the gate has grown.
-    assert 0.8 < fast["efficiency"] < 1
-    assert slow["efficiency"] < fast["efficiency"]
-    assert slow["exchange"] + slow["dense"] < 1
-    assert fast["tokens_per_second"] == pytest.approx(8 * 2200 / fast["ms"] * 1e3)
-
-
-def test_compute_to_transfer_ratio_is_the_hidden_size(
-    bench: ModuleType, tiny_config: Callable[..., ModelConfig]
-) -> None:
-    assert bench.io_ratio(tiny_config(hidden_sizes=[7])) == 7
-    assert bench.io_ratio(tiny_config(hidden_size=6, hidden_sizes=[6, 6, 6])) == 12
-
-
 @pytest.mark.slow
 def test_one_and_two_processes(bench: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    what = "--small training.device=cpu --processes 1,2 --experts 0,8 --project"
+    what = "--small training.device=cpu --processes 1,2 --experts 0,8"
     brief = "--updates 2 --rounds 1 --steps-equal 5"
     assert bench.main([*what.split(), *brief.split(), "--output", str(tmp_path / "out.json")]) == 0
     records = json.loads((tmp_path / "out.json").read_text())
@@ -175,4 +99,3 @@ def test_one_and_two_processes(bench: ModuleType, tmp_path: Path, capsys: pytest
     assert len({loss for loss in equality["losses"] if math.isfinite(loss)}) == 5
     assert "weak scaling" in out
     assert "strong scaling" in out
-    assert "multiply-adds for each value on the link: an expert 256" in out

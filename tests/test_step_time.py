@@ -1,18 +1,32 @@
 """The predicted time of a training step: what its parts must add up to, and how it must grow."""
 
+import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed as dist
 
+from nmt.batch import Batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.cost.activations import Precision
 from nmt.cost.budget import TokenCounts
 from nmt.cost.cards import CARDS, RATES, Card, Rates
 from nmt.cost.operations import model_cost
-from nmt.cost.step import BOUNDS, Machines, MicroBatch, Part, bound_of, mean_batch, moe_parts, step_parts, touched
+from nmt.cost.step import SPENT_ON, Machines, MicroBatch, Part, bound_of, mean_batch, moe_parts, step_parts, touched
 from nmt.data.batching import plan_epoch
+from nmt.model.experts import MoE
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.expert_parallel import AllToAllDispatcher
+from nmt.parallel.mesh import World
+from nmt.training.optim import make_optimizer
+from nmt.training.update import Updater
+from tests.conftest import TINY_VOCAB
+from tests.scripts import load_script
 
 BF16 = Precision(on_gpu=True, size=2)
 BATCH = MicroBatch(32000, 31000, 1100, 40, 38)
@@ -38,6 +52,43 @@ def experts(count: int, **changes: object) -> ModelConfig:
     """A flat gate up to 256 experts, else groups of 256."""
     groups = {"gating": "hierarchical", "branching": count // 256, "k": 2} if count > 256 else {"k": min(4, count)}
     return ModelConfig(moe=MoEConfig(count, **(groups | changes)))
+
+
+# --------------------------------------------------------------------------------------------------------- measured
+
+
+fit = load_script("scripts/results/step_time.py")
+RESULT = json.loads(fit.RESULTS.read_text(encoding="utf-8"))
+MEASURED, GROWTH = (table["rows"] for table in RESULT["tables"])
+
+
+@pytest.mark.parametrize("row", MEASURED, ids=lambda row: f"{row['step']}, {row['card']}")
+def test_predictions_are_within_a_fifth_of_what_was_measured(row: dict[str, Any]) -> None:
+    predicted = fit.predicted_ms(row, RATES)
+    assert predicted == pytest.approx(row["ms"], rel=0.2)
+    assert row["predicted_ms"] == pytest.approx(predicted, abs=0.001), "run python -m scripts.results.step_time"
+
+
+def test_the_table_of_growing_experts_is_what_the_code_gives() -> None:
+    assert fit.growing(RATES) == GROWTH, "run python -m scripts.results.step_time"
+
+
+def test_constants_are_found_again_from_the_times_that_they_give() -> None:
+    """Within what the start is allowed to weigh. A constant that no step depends on stays as it was."""
+    rows = [row | {"ms": fit.predicted_ms(row, RATES)} for row in MEASURED if "part" not in row]
+    for row in rows:
+        row.pop("parts", None)
+    start = RATES._replace(experts=RATES.experts / 2, position_us=2 * RATES.position_us)
+    found = fit.fitted(rows, start)
+    for row in rows:
+        assert fit.predicted_ms(row, found) == pytest.approx(row["ms"], rel=0.05)
+    assert found.message_us == pytest.approx(RATES.message_us)
+
+
+def test_constants_are_written_where_they_stand() -> None:
+    text = fit.CONSTANTS.read_text(encoding="utf-8")
+    assert fit.with_rates(text, RATES) == text
+    assert "    passes: float = 0.125\n" in fit.with_rates(text, RATES._replace(passes=0.125))
 
 
 # ------------------------------------------------------------------------------------------------------- adding up
@@ -128,6 +179,33 @@ def test_rows_travel_four_times_and_gradients_twice() -> None:
     assert parts["sum of gradients"] == pytest.approx(2 * 4 * dense * 3 / 4 / 100e6 + copies)
 
 
+def test_as_many_numbers_travel_as_training_exchanges(
+    group: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tiny_config: Callable[..., ModelConfig],
+    tiny_batch: Callable[..., Batch],
+) -> None:
+    config = Config(model=tiny_config(), training=TrainingConfig(precision="fp32", device="cpu"))
+    model, batch = Seq2Seq(config.model, TINY_VOCAB).train(), tiny_batch((3, 4), (6, 2), (1, 5))
+    for module in model.modules():
+        if isinstance(module, MoE):
+            module.dispatcher = AllToAllDispatcher(group, 1, halves=False)
+    numbers, exchange = [], dist.all_to_all_single
+
+    def count(output: torch.Tensor, rows: torch.Tensor, *more: Any, **named: Any) -> Any:
+        numbers.append(rows.numel() if rows.is_floating_point() else 0)
+        return exchange(output, rows, *more, **named)
+
+    monkeypatch.setattr(dist, "all_to_all_single", count)
+    updater = Updater(model, make_optimizer(model, config.training), config, World(torch.device("cpu")))
+    updater.update([batch], 1, 1e-3)
+    rates = RATES._replace(message_us=0.0)
+    own = MicroBatch(batch.num_source_tokens, batch.num_target_tokens, 3, 6, 6)
+    parts = {part.name: part.ms for part in step(config.model, Machines(H100, rates, 4, 4, link_gbs=1e-3), own)}
+    # Three quarters of them leave a GPU, in bf16.
+    assert parts["exchange of rows"] == pytest.approx(sum(numbers) * 2 * 0.75 / 1e6 * 1e3)
+
+
 @pytest.mark.parametrize(("count", "rows"), [(2, 1), (8, 8), (64, 200), (1000, 300)])
 def test_experts_with_rows_are_as_many_as_random_rows_reach(count: int, rows: int) -> None:
     rng = np.random.default_rng(1)
@@ -205,7 +283,7 @@ def test_extreme_sizes_give_finite_times(gpus: int, tokens: float, link: float) 
 )
 def test_what_bounds_a_step(bound: str, model: ModelConfig, machines: Machines, batch: MicroBatch) -> None:
     parts = step(model, machines, batch)
-    spent = {each: sum(part.ms for part in parts if part.bound == each) for each in BOUNDS}
+    spent = {each: sum(part.ms for part in parts if part.bound == each) for each in SPENT_ON}
     assert bound_of(parts) == max(spent, key=spent.__getitem__)
     assert bound_of(parts) == bound
 

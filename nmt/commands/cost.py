@@ -15,7 +15,7 @@ from nmt.config import Config
 from nmt.cost.budget import Budget, SentenceLengths, expert_bytes, training_budget
 from nmt.cost.cards import CARDS, GPUS_PER_HOST, NETWORK_GBS
 from nmt.cost.speed import guess_cpu_tflops
-from nmt.cost.step import Part, Prediction, bound_of, predict_step
+from nmt.cost.step import SPENT_ON, Part, Prediction, bound_of, predict_step
 from nmt.errors import UserError
 from nmt.metrics.record import TrainLine, read_lines
 from nmt.run import RunDirectory
@@ -24,15 +24,6 @@ from nmt.wording import counted, duration, scaled
 _FLOPS = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"))
 _BYTES = ((1e9, "GB"), (1e6, "MB"))
 _COUNTS = ((1e9, "billion"), (1e6, "million"), (1e3, "thousand"))
-
-
-_SPENT_ON = {
-    "products": "matrix products",
-    "memory": "memory traffic",
-    "optimiser": "the optimiser",
-    "launch": "launching and latency",
-    "network": "the network",
-}
 
 
 class CostBasis(NamedTuple):
@@ -352,7 +343,7 @@ def _step(budget: Budget, predicted: Prediction) -> Iterator[str]:
     whole = predicted.seconds * 1e3
     for part in [*predicted.parts, Part("all", whole, bound_of(predicted.parts))]:
         most = "mostly " if part.name == "all" else ""
-        yield f"{part.name:<32}{part.ms:>14,.2f}{part.ms / whole:>8.1%}  {most}{_SPENT_ON[part.bound]}"
+        yield f"{part.name:<32}{part.ms:>14,.2f}{part.ms / whole:>8.1%}  {most}{SPENT_ON[part.bound]}"
     speed = predicted.tokens_per_second
     per_gpu = f", {speed / budget.gpus:,.0f} per GPU" if budget.gpus > 1 else ""
     yield f"{speed:,.0f} source and target tokens per second{per_gpu}"

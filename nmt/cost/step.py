@@ -19,8 +19,15 @@ from nmt.cost.budget import LONGEST, Budget, TokenCounts
 from nmt.cost.cards import RATES, Card, Rates
 from nmt.cost.operations import lstm_sizes, model_cost, moe_cost
 
-BOUNDS = ("products", "memory", "optimiser", "launch", "network")
-"""What the time of a part can be spent on. "launch" is waiting: for the host, and for one position after another."""
+SPENT_ON = {
+    "products": "matrix products",
+    "memory": "memory traffic",
+    "optimiser": "the optimiser",
+    "launch": "launching and latency",
+    "network": "the network",
+}
+"""What the time of a part can be spent on, and its words. "launch" is waiting: for the host, and for one position after
+another."""
 
 # Bytes per parameter that a step of Adam reads and writes: weight, gradient and two moments, a cast to bf16, and the
 # norm of the gradient.
@@ -52,7 +59,7 @@ class MicroBatch(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Milliseconds of one part of a step on every GPU, and which of `BOUNDS` they are spent on."""
+    """Milliseconds of one part of a step on every GPU, and which of `SPENT_ON` they are spent on."""
 
     name: str
     ms: float
@@ -168,10 +175,10 @@ def mean_batch(config: Config, tokens: TokenCounts) -> MicroBatch:
 
 def bound_of(parts: Iterable[Part]) -> str:
     """Return what most of the time is spent on."""
-    spent = dict.fromkeys(BOUNDS, 0.0)
+    spent = dict.fromkeys(SPENT_ON, 0.0)
     for part in parts:
         spent[part.bound] += part.ms
-    return max(BOUNDS, key=spent.__getitem__)
+    return max(SPENT_ON, key=spent.__getitem__)
 
 
 def _added(parts: Iterable[Part]) -> list[Part]:

@@ -2,7 +2,6 @@
 
   python scripts/bench/scaling.py                              1, 2, 4, .. processes, up to the GPUs of this host
   python scripts/bench/scaling.py --processes 1,2 --small      on the CPU, tiny sizes
-  python scripts/bench/scaling.py --project                    and what more devices would give
   torchrun ... scripts/bench/scaling.py                        the processes that torchrun started, on any hosts
 
 Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small). Batches are random pieces
@@ -34,7 +33,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
@@ -46,8 +44,8 @@ import torch.distributed as dist
 
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.compose import compose_config
-from nmt.config import Config, ModelConfig, uses_bf16
-from nmt.cost.operations import model_cost
+from nmt.config import Config
+from nmt.cost.step import MicroBatch
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import UserError
 from nmt.parallel.expert_parallel import make_model
@@ -57,24 +55,14 @@ from nmt.training.update import LayerSums, Updater
 
 Record = dict[str, Any]
 Spans = dict[str, list[tuple[Any, Any]]]
-SIZES = ("source_tokens", "target_tokens", "sentences")
 
 # Full sizes, and those of --small.
 DEFAULTS = {"tokens": (16384, 512), "global_tokens": (65536, 1024), "vocabulary": (32000, 512)}
 EXPERTS = ([0, 32, 512, 2048], [0, 8])
 EQUALITY_TOKENS, EQUALITY_RATE = 2048, 1e-3
-DEVICES = (8, 16, 64, 256)
-BACKWARD = 2 / 3  # of the compute time, which can hide the reduction of dense gradients
-ASSUMED = """\
-Assumed: tokens and experts of a device stay as measured, and with them the compute of experts; the gate's grows with
-all experts. Every device has the full speed of its link, whoever it talks to. Nothing hides the exchange, which waits
-for the busiest process; the backward pass, 2/3 of the compute, hides the sum of dense gradients (a ring). All else as
-measured. Efficiency: measured compute over the projected update. As many devices as were measured: to see the error."""
 # Columns of the tables, with their formats.
 SPEED = {"experts": "", "processes": "", "overlap": "", "halves": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
 SPEED |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
-PROJECTION = {"devices": "", "experts": "", "experts_per_device": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
-PROJECTION |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -108,8 +96,6 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--updates", type=_whole(1), default=6, help="updates in a turn (default 6)")
     parser.add_argument("--rounds", type=_whole(1), default=3, help="timed turns (default 3)")
     parser.add_argument("--steps-equal", type=_whole(0), default=50, help="updates of the equality check (default 50)")
-    parser.add_argument("--project", action="store_true", help=f"project to {', '.join(map(str, DEVICES))} devices")
-    parser.add_argument("--gigabytes-per-second", type=float, help="link of a device, one way (default: as measured)")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write everything here too")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_intermixed_args(arguments)  # settings may be anywhere
@@ -126,13 +112,9 @@ def read_options(arguments: list[str]) -> argparse.Namespace:
 def _check(options: argparse.Namespace) -> None:
     if not options.processes:
         raise UserError("there is no GPU: give --processes, such as 1,2, and --small")
-    link, most, gpus = options.gigabytes_per_second, max(options.processes), torch.cuda.device_count()
-    if link is not None and not 0 < link < math.inf:
-        raise UserError(f"--gigabytes-per-second {link} must be above 0")
+    most, gpus = max(options.processes), torch.cuda.device_count()
     if options.output and not options.output.parent.is_dir():
         raise UserError(f"--output {options.output}: there is no such folder")
-    if options.project and most == 1 and link is None:
-        raise UserError("--project from one process needs --gigabytes-per-second: there is no link to measure")
     configs = [compose(options, experts) for experts in options.experts]
     if pick_device(configs[0].training.device, "training.device").type == "cuda":
         if int(os.environ.get("LOCAL_WORLD_SIZE", most)) > gpus:
@@ -255,19 +237,17 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
             seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
     without, updates = median(seconds[False]), options.rounds * len(batches)
     update = median(seconds[True] or seconds[False])
-    sizes = [(batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences) for batch in batches]
-    own = dict(zip(SIZES, map(mean, zip(*sizes, strict=True)), strict=True))
+    sizes = [
+        MicroBatch(b.num_source_tokens, b.num_target_tokens, b.num_sentences, b.shape.source, b.shape.target)
+        for b in batches
+    ]
+    own = dict(zip(MicroBatch._fields, map(mean, zip(*sizes, strict=True)), strict=True))
     own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
     means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size
-    # What travels is what autocast computes in.
-    bf16 = uses_bf16(config.training.precision, on_gpu)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return dict(zip(own, means.tolist(), strict=True)) | {
-        "group_size": world.group_size,
-        "value_bytes": 2 if bf16 else 4,
         "tokens_per_second": float(means[:2].sum()) * world.size / update,
         "ms": update * 1e3,
-        "compute_ms": (without - update * float(means[3:].sum())) * 1e3,
         "dense": 1 - without / update,
         "load": mean(load_of(each, world.group_size) for each in sums),
         "memory_gb": world.max_int(torch.cuda.max_memory_allocated(world.device) if on_gpu else resident) / 1e9,
@@ -387,52 +367,6 @@ def report(records: list[Record], options: argparse.Namespace) -> None:
         print(f"          largest relative difference of a loss {row['difference']:.1e}")
 
 
-def io_ratio(model: ModelConfig) -> float:
-    """Multiply-adds of an expert per value that travels to it or back: its hidden size, if it has one (S17 3.2)."""
-    sizes = [model.hidden_size, *model.moe.hidden_sizes, model.hidden_size]
-    return sum(inputs * outputs for inputs, outputs in pairwise(sizes)) / (2 * model.hidden_size)
-
-
-def project(row: Record, model: ModelConfig, vocabulary: int, values_per_second: float, devices: int) -> Record:
-    """A row of weak scaling carried over to `devices`, each with the row's tokens and experts per process."""
-    per_device = row["experts"] // row["group_size"]
-    grown = replace(model, moe=replace(model.moe, num_experts=per_device * devices))
-    now, then = (model_cost(each, vocabulary) for each in (model, grown))
-    source, target, _ = sizes = [row[name] for name in SIZES]
-    growth = then.training_flops(*sizes) / now.training_flops(*sizes)
-    compute, away = row["compute_ms"] / 1e3 * growth, (devices - 1) / devices
-    expert_ops = source * then.encoder_ops.get("encoder experts", 0)
-    expert_ops += target * then.decoder_ops.get("decoder experts", 0)
-    # Each value that goes forward has a gradient that comes back.
-    exchange = 2 * expert_ops / io_ratio(model) * away / values_per_second * row["load"]
-    # A ring sends every gradient twice, and gradients are float32.
-    gradients = (then.num_parameters - then.num_expert_parameters) * 4 / row["value_bytes"]
-    dense = max(2 * gradients * away / values_per_second - BACKWARD * compute, 0.0)
-    update = compute + exchange + dense + row["other"] * row["ms"] / 1e3
-    speed = (source + target) * devices / update, row["compute_ms"] / 1e3 / update, update * 1e3
-    figures = devices, per_device * devices, per_device, *speed, exchange / update, dense / update
-    return {"kind": "projection"} | dict(zip(PROJECTION, figures, strict=True))
-
-
-def report_projection(records: list[Record], options: argparse.Namespace) -> None:
-    """Print projections from the most processes of weak scaling, and add them to the records."""
-    link = options.gigabytes_per_second or _of(records, "link")[-1]["gigabytes_per_second"]
-    print(f"\nprojection, with a link of {link:.3g} GB/s a device one way\n{ASSUMED}")
-    rows = [row for row in _of(records, "speed") if row["scaling"] == "weak" and row["overlap"] != "False"]
-    # The plain exchange, whose time nothing hides.
-    rows = [row for row in rows if row["halves"] != "True"]
-    for experts, row in {row["experts"]: row for row in rows}.items():
-        model, per_second = compose(options, experts).model, link * 1e9 / row["value_bytes"]
-        flops = model_cost(model, options.vocabulary).training_flops(*(row[name] for name in SIZES))
-        own = flops / 2 / (row["compute_ms"] / 1e3) / per_second
-        print(f"\nfrom {experts} experts on {row['processes']} processes, {row['compute_ms']:.1f} ms of compute")
-        print(f"multiply-adds for each value on the link: an expert {io_ratio(model):,.0f}, the device {own:,.0f}")
-        many = sorted({row["processes"], *DEVICES})
-        projected = [project(row, model, options.vocabulary, per_second, devices) for devices in many]
-        print_table(PROJECTION, projected)
-        records += projected
-
-
 def main(arguments: list[str] | None = None) -> int:
     """The command line above; its exit status: 0, 1 if processes failed, 2 for a wrong argument."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -445,8 +379,6 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if is_main and not options.worker:
         report(records, options)
-        if options.project and _of(records, "speed"):
-            report_projection(records, options)
         if options.output:
             options.output.write_text(json.dumps(records, indent=1), encoding="utf-8")
     return 1 if _of(records, "failed") else 0

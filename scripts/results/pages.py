@@ -34,7 +34,7 @@ PAGES = {
     "quality": ("Quality", ["europarl", "experts_gain", "multi30k", "demo"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
     "speed": ("Speed", ["speed", "factored", "loading"]),
-    "scaling": ("Several GPUs", ["two_gpus", "same_training", "processes"]),
+    "scaling": ("Several GPUs", ["two_gpus", "step_time", "same_training", "processes"]),
 }
 """Pages by file name: the title, and the files of results that it shows."""
 IN_README = "europarl"
