@@ -194,13 +194,14 @@ def _noisy(num_experts: int, k: int, on_gpu: bool) -> int:
     if on_gpu:
         # Also the gates, and the values, noise and numbers of the largest k + 1.
         return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
-    return 3 * num_experts * _FLOAT + _load(num_experts, k) + k * (_INDEX + _FLOAT)
+    # The load estimate shares the numbers of the largest.
+    return 3 * num_experts * _FLOAT + (_load(num_experts, k) or k * _INDEX) + k * _FLOAT
 
 
 def _load(num_experts: int, k: int) -> int:
     """Return the bytes per token of a load estimate made of PyTorch's operations."""
     # Distance to the threshold, standard deviation and their quotient, unless all experts are selected.
-    return num_experts * (3 * _FLOAT + _BOOL) + (k + 1) * _INDEX if k < num_experts else 0
+    return num_experts * 3 * _FLOAT + (k + 1) * _INDEX if k < num_experts else 0
 
 
 def _experts(config: ModelConfig, numbers: Precision) -> int:
