@@ -40,21 +40,21 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.797
+    products: float = 0.798
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.198
+    recurrent: float = 0.199
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.658
+    softmax: float = 0.657
     """The same for the softmax and its loss."""
     experts: float = 0.743
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.908
+    memory: float = 0.909
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
     passes: float = 1.61
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 10.4
+    position_us: float = 10.5
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
     launch_ms: float = 0.499
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""

@@ -32,7 +32,7 @@ another."""
 # Bytes per parameter that a step of Adam reads and writes: weight, gradient and two moments, a cast to bf16, and the
 # norm of the gradient.
 _ADAM_BYTES = 36
-# The same for an expert's, by `expert_optimizer` and `expert_weights` (nmt/model/kernels/expert_step_triton.py).
+# The same for an expert's, by `expert_optimizer` and `expert_weights` (nmt/model/kernels/expert_step.py).
 _EXPERT_BYTES = {
     ("adam", "float32"): 30,
     ("adam", "bfloat16"): 24,
