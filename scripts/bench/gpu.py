@@ -16,6 +16,7 @@ gradient twice, and writes that of the input. What the gate needs is left out.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import time
@@ -169,6 +170,12 @@ def make_updater(config: Config, vocabulary: int, device: torch.device) -> Updat
     return Updater(model, make_optimizer(model, config.training), config, World(device))
 
 
+def free_memory() -> None:
+    """Give back the memory of a network that is out of use; a recording and what it records refer to each other."""
+    gc.collect()
+    torch.cuda.empty_cache()
+
+
 def run_updates(updater: Updater, steps: list[Step]) -> float:
     """Seconds for all updates."""
     start = time.perf_counter()
@@ -297,7 +304,7 @@ def main() -> None:
     for name, case in CASES.items():
         if options.only not in name:
             continue
-        torch.cuda.empty_cache()
+        free_memory()
         try:
             figures = results[name] = training_speed(case, device)
         except torch.OutOfMemoryError:
@@ -317,7 +324,7 @@ def main() -> None:
             name = f"MoE layer, E = {num_experts}, {tokens} tokens"
             if options.only not in name:
                 continue
-            torch.cuda.empty_cache()
+            free_memory()
             figures = results[name] = moe_layer(num_experts, tokens, top, device)
             print(
                 f"{f'E = {num_experts}, {tokens} tokens':<34}{figures['ms']:>8.2f}{figures['bound_ms']:>8.2f}"

@@ -19,7 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nmt.device import set_float32_products
-from scripts.bench.gpu import CASES, Case, busy_milliseconds, fitted, make_updater, prepare, run_updates
+from scripts.bench.gpu import CASES, Case, busy_milliseconds, fitted, free_memory, make_updater, prepare, run_updates
 
 Event = dict[str, Any]
 """An event of a trace: `cat`egory, `name`, `ts` and `dur` in microseconds, `tid`, `args`."""
@@ -129,7 +129,7 @@ def main() -> None:
     found: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
     found |= {"commit": options.commit, "steps": {}}
     for name in ("GNMT v2, batch 128", "GNMT v2, batch 512", "no MoE", "MoE-32", "MoE-512"):
-        torch.cuda.empty_cache()
+        free_memory()
         figures = found["steps"][name] = measure(CASES[name], device)
         shown = ", ".join(f"{part} {value:.2f}" for part, value in figures["parts"].items())
         print(f"{name}: {figures['ms']:.1f} ms; {shown}; idle {figures['idle']:.2f}; x {figures['scale']}", flush=True)
