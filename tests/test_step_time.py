@@ -106,11 +106,12 @@ def test_constants_are_written_where_they_stand() -> None:
     ],
 )
 def test_products_are_the_operations_of_training(model: ModelConfig) -> None:
-    """Where nothing else takes time, a step takes its FLOPs over the rate."""
-    flops = model_cost(model, 32000).training_flops(BATCH.source, BATCH.target, BATCH.sentences)
-    assert ms(model, Machines(ENDLESS, PERFECT)) == pytest.approx(flops / 1e9)
+    """Where nothing else takes time, a step takes its FLOPs over the rate. Without padding, as some wirings have it."""
+    even = MicroBatch(32000, 30000, 1000, 32, 30)
+    flops = model_cost(model, 32000).training_flops(*even[:3])
+    assert ms(model, Machines(ENDLESS, PERFECT), even) == pytest.approx(flops / 1e9)
     # float32 has half the rate.
-    assert ms(model, Machines(ENDLESS, PERFECT), numbers=Precision(True, 4)) == pytest.approx(2 * flops / 1e9)
+    assert ms(model, Machines(ENDLESS, PERFECT), even, Precision(True, 4)) == pytest.approx(2 * flops / 1e9)
 
 
 def test_products_of_experts_are_theirs_and_half_a_tile_each() -> None:
@@ -127,6 +128,15 @@ def test_the_optimiser_moves_bytes_of_every_parameter() -> None:
         gigabytes = optimiser.ms * machine.copy_tbs * RATES.memory
         # Weight, gradient and two moments, some read and written: more than 16 bytes, less than 64.
         assert 16 < gigabytes * 1e9 / model_cost(DENSE, 32000).num_parameters < 64
+
+
+def test_feedback_pays_for_padding_and_for_keys_and_values_at_each_position() -> None:
+    fed = replace(DENSE, attention=AttentionConfig(wiring="feedback"))
+    long = BATCH._replace(target_positions=2 * BATCH.target_positions)
+    longer = [ms(model, Machines(H100), long) - ms(model, Machines(H100)) for model in (DENSE, fed)]
+    # Keys and values are read at least once more at each of them.
+    read = BATCH.sentences * BATCH.source_positions * 2 * 512 * 2 / (H100.copy_tbs * 1e9)
+    assert longer[1] > longer[0] + BATCH.target_positions * read
 
 
 def test_additive_attention_takes_longer_for_its_tanh() -> None:

@@ -40,19 +40,19 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.798
+    products: float = 0.795
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.199
+    recurrent: float = 0.2
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.657
+    softmax: float = 0.64
     """The same for the softmax and its loss."""
     experts: float = 0.743
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.909
+    memory: float = 0.902
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
-    passes: float = 1.61
+    passes: float = 1.6
     """Times that each byte kept for the backward pass is read or written in a step."""
     position_us: float = 10.5
     """Microseconds per position, pass and product of an LSTM, besides its operations."""

@@ -41,9 +41,12 @@ _EXPERT_BYTES = {
 }
 # float32 matrix products run as TF32, at half the rate of bf16.
 _FLOAT_PRODUCTS = 0.5
-# Operations of a product in the time of one tanh of additive attention, forward and backward: an H100 takes 0.45 10^12
+# Operations of a product in the time of one tanh of additive attention, forward and backward: an H100 does 0.7 10^12
 # per second.
-_TANH = 1700
+_TANH = 1100
+# Kernels per position of an attention that feeds back, forward and backward, and passes over keys and values: they are
+# read, and their gradients are read and written.
+_STEP_KERNELS, _STEP_PASSES = 40, 10
 _TILE_ROWS = 64
 """Rows that a tile of the experts' products computes at once. On average, half of an expert's last tile is empty."""
 
@@ -200,12 +203,12 @@ def _computed(
     saved = _saved(model, vocab_size, batch, numbers)
     for side, lstms in lstm_sizes(model).items():
         for index, size in enumerate(lstms):
+            if side == "decoder" and index == 0 and model.attention.feeds_back:
+                yield from _stepwise(model, size, batch, numbers, machines)
+                continue
             # The two directions of the bottom layer go through their positions at the same time.
             together = 2 if side == "encoder" and index < 2 and model.bottom_layer != "forward" else 1
             yield from _lstm(size, tokens[side], positions[side] / together, numbers, machines)
-            if side == "decoder" and index == 0 and model.attention.feeds_back:
-                # Attention and context, between one position and the next.
-                yield machines.part("LSTMs, recurrent", us=8 * rates.position_us * positions[side])
         yield machines.part("LSTMs, element-wise", moved=rates.passes * saved[f"{side} LSTMs"])
     yield machines.part("embeddings", moved=rates.passes * saved["embeddings"])
     for layer in model.moe_layer_names():
@@ -263,6 +266,20 @@ def _lstm(
         us=2 * positions * (1 + projected) * rates.position_us,
     )
     yield machines.part("LSTMs, other products", flops=2 * tokens * whole, share=rates.products * scale)
+
+
+def _stepwise(
+    model: ModelConfig, size: tuple[int, int, int], batch: MicroBatch, numbers: Precision, machines: Machines
+) -> Iterator[Part]:
+    """Yield the decoder's first LSTM with the attention before each of its positions; padding counts as real."""
+    inputs, cells, outputs = size
+    weights = 4 * cells * (inputs + outputs) + (cells * outputs if outputs < cells else 0)
+    rate = machines.rates.recurrent * (1.0 if numbers.size == 2 else _FLOAT_PRODUCTS)
+    us = _STEP_KERNELS * machines.rates.position_us * batch.target_positions
+    rows = batch.sentences * batch.target_positions
+    yield machines.part("LSTMs, recurrent", flops=6 * rows * weights, share=rate, us=us)
+    memory = batch.sentences * batch.source_positions * (model.attention.size + model.hidden_size) * numbers.size
+    yield machines.part("attention", moved=_STEP_PASSES * batch.target_positions * memory)
 
 
 def moe_parts(width: int, moe: MoEConfig, num_experts: int, tokens: float, machines: Machines) -> Iterator[Part]:
