@@ -165,11 +165,10 @@ def _tiles_of(num_rows: int, num_experts: int, dtype: torch.dtype, device: torch
     if dtype == torch.float32:
         return _FLOAT32
     mean = num_rows / num_experts
-    few = mean < 48 or num_rows < 8192
     # Without a GPU, kernels are interpreted, or compiled for all.
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return _HOPPER_FEW_ROWS if few else _HOPPER_SOME_ROWS if mean < 1024 else _HOPPER_MANY_ROWS
-    return _AMPERE_FEW_ROWS if few else _AMPERE_MANY_ROWS
+        return _HOPPER_FEW_ROWS if mean < 48 else _HOPPER_SOME_ROWS if mean < 1024 else _HOPPER_MANY_ROWS
+    return _AMPERE_FEW_ROWS if mean < 48 else _AMPERE_MANY_ROWS
 
 
 def list_tiles(ends_E: Tensor, num_rows: int, dtype: torch.dtype) -> Tensor:
