@@ -267,7 +267,8 @@ SIGMOID_PAPER = replace(PAPER, moe=MoEConfig(32, output="sigmoid"))
 PEAKS = {
     "moe": (ModelConfig(), 16000, 32768, 32, 1, 11.14),
     "dense": (DENSE, 16000, 32768, 32, 1, 7.63),
-    "512 experts": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 1, 40.40),
+    "512 experts": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 1, 39.95),
+    "512 experts, two micro-batches": (ModelConfig(moe=MoEConfig(512)), 16000, 32768, 32, 2, 44.13),
     "moe, two micro-batches": (ModelConfig(), 32000, 8192, 32, 2, 5.77),
     "moe, long sentences": (ModelConfig(), 32000, 8192, 200, 1, 4.91),
     "gnmt_v2": (GNMT, 32000, 4096, 32, 1, 4.10),
@@ -276,8 +277,10 @@ PEAKS = {
 }
 
 
-@pytest.mark.skip(reason="recorded before batches were packed; to be measured again with the LSTM's own kernel")
-@pytest.mark.parametrize("name", PEAKS)
+OLD = pytest.mark.skip(reason="recorded before batches were packed; to be measured again with the LSTM's own kernel")
+
+
+@pytest.mark.parametrize("name", [name if "512" in name else pytest.param(name, marks=OLD) for name in PEAKS])
 def test_memory_is_the_peak_measured_on_a_gpu(name: str) -> None:
     model, vocabulary, tokens, length, micro_batches, gigabytes = PEAKS[name]
     config = Config(model=model, training=TrainingConfig(micro_batches=micro_batches))
