@@ -23,9 +23,9 @@ from nmt.model.gating import (
     balance_loss,
 )
 from nmt.model.kernels.gate import MIN_NOISE_STD
-from nmt.model.rows import take_groups
+from nmt.model.rows import sum_by_group, take_groups
 from nmt.model.seq2seq import Seq2Seq
-from tests.test_experts import expert_by_loops
+from tests.test_experts import Largest, expert_by_loops
 
 WIDTH = 5
 HIERARCHIES = [  # tokens, experts, groups, groups per token, experts per group
@@ -448,6 +448,24 @@ def test_groups_are_taken_and_given_back_exactly():
     taken_TPB = take_groups(x_TAB, group_TP)
     assert all(torch.equal(taken_TPB[t, p], x_TAB[t, group_TP[t, p]]) for t in range(4) for p in range(2))
     assert torch.autograd.gradcheck(lambda x_TAB: take_groups(x_TAB, group_TP), (x_TAB,))
+
+
+def test_values_are_summed_by_group():
+    group_S, values_SB = torch.tensor([3, 0, 3, 1, 0, 3]), randn(6, 2)
+    found_AB = sum_by_group(values_SB, group_S, 4)
+    assert torch.equal(found_AB[1:3], torch.stack([values_SB[3], torch.zeros(2)]))
+    torch.testing.assert_close(found_AB[0], values_SB[1] + values_SB[4])
+    torch.testing.assert_close(found_AB[3], values_SB[0] + values_SB[2] + values_SB[5])
+    assert torch.autograd.gradcheck(lambda values_SB: sum_by_group(values_SB, group_S, 4), (values_SB,))
+
+
+def test_a_hierarchical_gate_makes_nothing_of_all_tokens_and_all_experts():
+    gate, x_TD = normal_gate(moe_config("hierarchical", 400, 1, 20, 1)), randn(60, WIDTH)
+    with Largest() as largest:
+        out = gate(x_TD)
+        (out.gates_TK.sum() + out.sums.importance_E.sum() + out.sums.load().sum()).backward()
+    # The largest are the joint weights, and both logits of a token's group.
+    assert largest.numbers == max(2 * WIDTH * 400, 2 * 60 * 20) < 60 * 400
 
 
 @pytest.mark.parametrize("gating", SMALL)

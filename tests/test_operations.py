@@ -295,10 +295,9 @@ def uncounted_flops(config: ModelConfig, batch: Batch, gates: Gates) -> int:
         difference -= 2 * sentences * width * config.attention.size
     for name, gate in gates.items():
         if config.moe.gating == "hierarchical":
-            # The logits of all groups are computed in one product; the paper's count has those of the chosen ones.
-            num_experts = config.moe.experts_at(name)
-            chosen = config.moe.primary_k * num_experts // config.moe.branching
-            difference += 6 * len(gate.gates_TK) * 2 * width * (num_experts - chosen)
+            # Importance and load are summed by group, in a product with a matrix of zeros and ones.
+            slots = len(gate.gates_TK) * config.moe.primary_k
+            difference += 2 * 2 * slots * config.moe.experts_at(name)
     return difference
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.errors import UserError
-from nmt.model import experts
+from nmt.model import routes
 from nmt.model.experts import ExpertShard, MoE
 from nmt.model.gating import balance_loss
 from nmt.model.names import is_expert
@@ -210,7 +210,7 @@ def test_one_half_travels_while_experts_work_on_the_other(monkeypatch: pytest.Mo
     """Forward and backward: before the experts see the first half, the second is on its way."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     events: list[str] = []
-    for owner, name in ((_Transfer, "begin"), (_Transfer, "finish"), (experts, "grouped_matmul")):
+    for owner, name in ((_Transfer, "begin"), (_Transfer, "finish"), (routes, "grouped_matmul")):
         function = getattr(owner, name)
 
         def noted(*arguments: Any, function: Any = function, name: str = name, **options: Any) -> Any:

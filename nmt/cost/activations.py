@@ -176,32 +176,26 @@ def _gate(moe: MoEConfig, num_experts: int, on_gpu: bool) -> int:
         # The table of experts and gates is as wide as the busiest token needs, taken as twice the average.
         return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
     if moe.is_hierarchical:
-        # Of the selected groups alone: the noise and its logit.
-        group = num_experts // moe.branching
-        secondary = moe.primary_k * (2 * group * _FLOAT + _load(group, moe.k) + moe.k * (_INDEX + _FLOAT))
+        # A secondary gate is plain everywhere. Its rows have three indices and a group each, and tokens an index.
+        secondary = moe.primary_k * (_noisy(num_experts // moe.branching, moe.k, False) + 4 * _INDEX) + _INDEX
         return _noisy(moe.branching, moe.primary_k, on_gpu) + secondary + moe.experts_per_token * _FLOAT
     return _noisy(num_experts, moe.k, on_gpu) if moe.is_noisy else slots
 
 
 def _joint_weights(config: ModelConfig, num_experts: int) -> int:
-    """Return the bytes of the matrix that makes both logits of a noisy gate, the primary one if there are two."""
-    experts = config.moe.branching if config.moe.is_hierarchical else num_experts
-    return 2 * config.hidden_size * experts * _FLOAT if config.moe.is_noisy else 0
+    """Return the bytes of the matrices that make both logits of each expert, and of each group."""
+    columns = num_experts + config.moe.branching * config.moe.is_hierarchical
+    return 2 * config.hidden_size * columns * _FLOAT if config.moe.is_noisy else 0
 
 
-def _noisy(num_experts: int, k: int, on_gpu: bool) -> int:
+def _noisy(num_experts: int, k: int, fused: bool) -> int:
     """Return the bytes per token of a noisy top-k gate, which has two logits per expert."""
-    if on_gpu:
+    if fused:
         # Also the gates, and the values, noise and numbers of the largest k + 1.
         return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
-    # The load estimate shares the numbers of the largest.
-    return 3 * num_experts * _FLOAT + (_load(num_experts, k) or k * _INDEX) + k * _FLOAT
-
-
-def _load(num_experts: int, k: int) -> int:
-    """Return the bytes per token of a load estimate made of PyTorch's operations."""
-    # Distance to the threshold, standard deviation and their quotient, unless all experts are selected.
-    return num_experts * 3 * _FLOAT + (k + 1) * _INDEX if k < num_experts else 0
+    # Noise; distance to the threshold, standard deviation and their quotient, unless all experts are selected.
+    numbers = 6 if k < num_experts else 3
+    return (numbers * num_experts + k) * _FLOAT + min(k + 1, num_experts) * _INDEX
 
 
 def _experts(config: ModelConfig, numbers: Precision) -> int:

@@ -10,61 +10,16 @@ D width, I and O inputs and outputs of one layer of an expert.
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Function
 
 from nmt.config import MoEConfig
 from nmt.model.gating import GateOutput, make_gate
-from nmt.model.kernels.dispatch import SortedSlots, sort_slots
-from nmt.model.kernels.experts import Groups, group_rows, grouped_matmul, grouped_outer
-from nmt.model.kernels.row_sums import sum_rows
-from nmt.model.rows import combine_rows, inverse_permutation
-
-
-class Route(NamedTuple):
-    """Mapping between tokens and sorted rows. Slot s = t * K + j is the j-th slot of token t.
-
-    Its size does not depend on the number of empty slots, as tokens may have very different numbers of experts.
-    """
-
-    token_R: Tensor  # int64, the token of each sorted row
-    order_R: Tensor  # int64, the slot of each sorted row
-    row_R: Tensor  # int64, the sorted row of each full slot, in the order of slots
-    begin_T: Tensor  # int64, index in row_R of the first slot of each token
-
-
-class _Layer(Function):
-    """One layer of all experts: the product of the rows of expert e and w[e], in the type of the rows, and its ReLU.
-
-    With a route, row r is rows[token[r]]. A ReLU's backward pass is done by the next layer, in the product that makes
-    the gradient: the gradient that `backward` gets is 0 wherever its layer's ReLU gave 0.
-
-    Weights of another type are cast, and cast again in the backward pass. This takes less time than the product, and
-    keeps no copy of all experts between the passes. There is one call per matrix, so that its gradient is accumulated
-    before the next matrix's gradient is allocated.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows_MI: Tensor, w_EIO: Tensor, groups: Groups, route: Route | None, relu: bool, follows_relu: bool
-    ) -> Tensor:
-        ctx.save_for_backward(rows_MI, w_EIO, *(route or ()))
-        ctx.groups, ctx.follows_relu = groups, follows_relu
-        return grouped_matmul(rows_MI, w_EIO.to(rows_MI.dtype), groups, route.token_R if route else None, relu)
-
-    @staticmethod
-    def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
-        rows_MI, w_EIO, *saved = ctx.saved_tensors
-        grad_RO, groups, route = grad_RO.contiguous(), ctx.groups, Route(*saved) if saved else None
-        w_EOI = w_EIO.to(grad_RO.dtype).transpose(1, 2)
-        grad_MI = grouped_matmul(grad_RO, w_EOI, groups, relu_output_RO=rows_MI if ctx.follows_relu else None)
-        if route:
-            grad_MI = sum_rows(grad_MI, route.row_R, route.begin_T)
-        grad_EIO = grouped_outer(rows_MI, grad_RO, groups, route.token_R if route else None, w_EIO.dtype)
-        return grad_MI, grad_EIO, None, None, None, None
+from nmt.model.kernels.experts import group_rows
+from nmt.model.routes import Route, grouped_product, sort_rows
+from nmt.model.rows import combine_rows
 
 
 class ExpertShard(NamedTuple):
@@ -104,7 +59,7 @@ class Experts(nn.Module):
         groups = group_rows(ends_E, num_rows, rows_MD.dtype)
         rows_RD: Tensor = rows_MD.contiguous()
         for layer, w_EIO in enumerate(self.weights):
-            rows_RD = _Layer.apply(rows_RD, w_EIO, groups, None if layer else route, layer < last, layer > 0)
+            rows_RD = grouped_product(rows_RD, w_EIO, groups, None if layer else route, layer < last, layer > 0)
         return rows_RD
 
 
@@ -128,29 +83,11 @@ class LocalDispatcher:
 
         If the number of full slots is not known, those of empty slots come last and belong to no expert.
         """
-        num_experts = gate.sums.count_E.numel()
-        slots = sort_slots(gate.expert_TK.flatten(), num_experts)
-        return slots.ends_E, _route(slots, gate.expert_TK, gate.num_routed, num_experts)
+        return sort_rows(gate.expert_TK, gate.sums.count_E.numel(), gate.num_routed)
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """Return y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
         return combine_rows(rows_RD, gates_TK, route.order_R, route.row_R, route.begin_T)
-
-
-def _route(slots: SortedSlots, expert_TK: Tensor, num_routed: int | None, num_experts: int) -> Route:
-    """Return the route of the first `num_routed` sorted rows; slots with expert `num_experts` are empty."""
-    num_tokens, num_slots = expert_TK.shape
-    if num_routed is None or num_routed == expert_TK.numel():
-        # Every slot counts as full: none is empty, or the host does not know how many are.
-        begin_T = torch.arange(num_tokens, device=expert_TK.device) * num_slots
-        return Route(slots.order_S // num_slots, slots.order_S, slots.row_S, begin_T)
-    # Empty slots come last. The copy keeps them from being saved for the backward pass.
-    order_R = slots.order_S[:num_routed].clone()
-    filled_TK = expert_TK < num_experts
-    # Number of full slots before each slot. For a full slot, this is its index among the full ones.
-    before_TK = filled_TK.flatten().cumsum(0).view_as(filled_TK) - filled_TK.long()
-    row_R = inverse_permutation(before_TK.flatten().index_select(0, order_R))
-    return Route(order_R // num_slots, order_R, row_R, before_TK[:, 0].clone())
 
 
 class MoE(nn.Module):

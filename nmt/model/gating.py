@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
+from nmt.model.kernels.experts import group_rows
 from nmt.model.kernels.gate import (
     MIN_NOISE_STD,
     Choice,
@@ -22,10 +23,11 @@ from nmt.model.kernels.gate import (
     keep_top_k,
     mark_padding,
     noisy_top_k,
-    prob_in_top_k,
+    prob_by_top,
     where_real,
 )
-from nmt.model.rows import put_rows, take_groups, take_rows
+from nmt.model.routes import grouped_product, sort_rows
+from nmt.model.rows import put_rows, sum_by_group, take_groups, take_rows
 
 # log T_i of the strictly balanced gate is its parameter times this. Adam moves every parameter by about the learning
 # rate per step, and thresholds must follow gates that sharpen by several nats within the first thousand steps.
@@ -117,12 +119,6 @@ def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
-def _sum_by_expert(values_TK: Tensor, index_TK: Tensor, num_experts: int) -> Tensor:
-    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
-    spread_TE = values_TK.new_zeros(values_TK.shape[0], num_experts, *values_TK.shape[2:])
-    return spread_TE.scatter(1, index_TK, values_TK).sum(0)
-
-
 def _with_noise(x_TD: Tensor, w_gate_DE: Tensor, w_noise_DE: Tensor, k: int, real_T: Tensor | None) -> Choice:
     """Return the decisions of softmax(KeepTopK(x . w_gate + noise, k)) with noise drawn for each token and expert."""
     # One product, whose result is read once.
@@ -136,7 +132,8 @@ def _without_noise(logits_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
     num_experts = logits_TE.shape[1]
     gates_TK, expert_TK = keep_top_k(logits_TE, k)
     gates_TK = where_real(gates_TK, real_T)
-    importance_E = _sum_by_expert(gates_TK, expert_TK, num_experts)
+    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
+    importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, gates_TK).sum(0)
     expert_TK = mark_padding(expert_TK, num_experts, real_T)
     count_E = count_tokens(expert_TK, num_experts)
     return Choice(gates_TK, expert_TK, importance_E, count_E, count_E, logits_TE.new_zeros(()))
@@ -221,9 +218,8 @@ class HierarchicalGate(Gate):
     A primary gate selects P of A groups. The gate of each selected group selects K of its B experts. Expert j of group
     i has index i B + j. `GateSums` defines Importance_H and Load_H.
 
-    One product computes the logits of all groups, and those of the selected groups are taken from it. On today's
-    devices this is faster than sorting tokens by group, although it needs more operations. `nmt cost` counts only the
-    selected groups, as the paper does.
+    Logits are computed for the selected groups alone: tokens are sorted by group, as they are by expert later. Memory
+    and operations per token therefore grow with A + P B and not with the number of experts.
     """
 
     noisy = True
@@ -256,33 +252,43 @@ class HierarchicalGate(Gate):
             primary = _with_noise(x_TD, self.primary_w_gate_DA, self.primary_w_noise_DA, primary_k, real_T)
         else:
             primary = _without_noise(x_TD @ self.primary_w_gate_DA, primary_k, real_T)
-        # Padding has logits too, of any group; nothing counts them.
+        # Padding has logits too, of the first group; nothing counts them.
         group_TP = where_real(primary.expert_TK, real_T)
-        clean_TPB = noisy_TPB = self._of_groups(x_TD @ self.w_gate_DE, group_TP)
+        group_S = group_TP.flatten()
+        size = self.num_experts // self.branching
+        weights: list[Tensor] = [self.w_gate_DE, self.w_noise_DE] if self.training else [self.w_gate_DE]
+        clean_TPB, *noise_logit_TPB = self._of_groups(x_TD, weights, group_TP).split(size, dim=2)
+        noisy_TPB = clean_TPB
         if self.training:
-            std_TPB = F.softplus(self._of_groups(x_TD @ self.w_noise_DE, group_TP)) + MIN_NOISE_STD
+            std_TPB = F.softplus(noise_logit_TPB[0]) + MIN_NOISE_STD
             noisy_TPB = clean_TPB + torch.randn_like(clean_TPB) * std_TPB
-        secondary_TPK, local_TPK = keep_top_k(noisy_TPB, k)
-        gates_TPK = primary.gates_TK[:, :, None] * secondary_TPK
-        spread_TPB = torch.zeros_like(clean_TPB).scatter(2, local_TPK, gates_TPK)
-        importance_E = self._by_expert(spread_TPB, group_TP)
-        expert_TK = (group_TP[:, :, None] * clean_TPB.shape[2] + local_TPK).flatten(1)
+        # The first K, and one more for the load. X is their number.
+        top_TPX, local_TPX = noisy_TPB.topk(min(k + 1, size), dim=2)
+        local_TPK = local_TPX[:, :, :k]
+        gates_TPK = primary.gates_TK[:, :, None] * top_TPX[:, :, :k].softmax(dim=2)
+        importance_E = self._by_expert(torch.zeros_like(noisy_TPB).scatter(2, local_TPK, gates_TPK), group_S)
+        expert_TK = (group_TP[:, :, None] * size + local_TPK).flatten(1)
         expert_TK = mark_padding(expert_TK, self.num_experts, real_T)
         count_E = load_E = count_tokens(expert_TK, self.num_experts)
         if self.training:
-            load_E = self._by_expert(where_real(prob_in_top_k(clean_TPB, noisy_TPB, std_TPB, k), real_T), group_TP)
+            prob_TPB = prob_by_top(clean_TPB, std_TPB, top_TPX, local_TPX) if k < size else torch.ones_like(std_TPB)
+            load_E = self._by_expert(where_real(prob_TPB, real_T), group_S)
         choice = Choice(gates_TPK.flatten(1), expert_TK, importance_E, load_E, count_E, primary.noise_std)
         gate = _full_slots(choice, real_T)
         if not self.training:
             return gate
         return gate._replace(sums=gate.sums._replace(primary_load_A=primary.load_E, group_count_A=primary.count_E))
 
-    def _of_groups(self, values_TE: Tensor, group_TP: Tensor) -> Tensor:
-        values_TAB = values_TE.view(len(values_TE), self.branching, self.num_experts // self.branching)
-        return take_groups(values_TAB, group_TP)
+    def _of_groups(self, x_TD: Tensor, weights: list[Tensor], group_TP: Tensor) -> Tensor:
+        """Return the logits of each token's groups, (T, P, ...): B for each of the weights, one after the other."""
+        ends_A, route = sort_rows(group_TP, self.branching, group_TP.numel())
+        w_ADX = torch.cat([w_DE.unflatten(1, (self.branching, -1)).transpose(0, 1) for w_DE in weights], 2)
+        groups = group_rows(ends_A, group_TP.numel(), x_TD.dtype)
+        logits_RX = grouped_product(x_TD.contiguous(), w_ADX.contiguous(), groups, route)
+        return take_rows(logits_RX, route.row_R).view(*group_TP.shape, w_ADX.shape[2])
 
-    def _by_expert(self, values_TPB: Tensor, group_TP: Tensor) -> Tensor:
-        return _sum_by_expert(values_TPB, group_TP[:, :, None].expand_as(values_TPB), self.branching).flatten()
+    def _by_expert(self, values_TPB: Tensor, group_S: Tensor) -> Tensor:
+        return sum_by_group(values_TPB.flatten(0, 1), group_S, self.branching).flatten()
 
 
 class StrictlyBalancedGate(Gate):

@@ -58,6 +58,20 @@ class _CombineRows(Function):
         return *sum_rows_backward(grad_TD, *ctx.saved_tensors), None, None, None
 
 
+class _SumByGroup(Function):
+    @staticmethod
+    def forward(ctx: Any, values_SB: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
+        ctx.save_for_backward(group_S)
+        # A product in float64, since float32 products may round their inputs.
+        member_AS = torch.arange(num_groups, device=group_S.device)[:, None] == group_S
+        return (member_AS.double() @ values_SB.double()).to(values_SB.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_AB: Tensor) -> tuple[Tensor, None, None]:
+        (group_S,) = ctx.saved_tensors
+        return grad_AB.index_select(0, group_S), None, None
+
+
 class _TakeGroups(Function):
     @staticmethod
     def forward(ctx: Any, x_TAB: Tensor, group_TP: Tensor) -> Tensor:
@@ -83,6 +97,11 @@ class _TurnRound(Function):
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor, None]:
         (turn_N,) = ctx.saved_tensors
         return grad_ND.index_select(0, turn_N), None
+
+
+def sum_by_group(values_SB: Tensor, group_S: Tensor, num_groups: int) -> Tensor:
+    """Return the sum of the values of each group, (A, B), added up in the same order every time."""
+    return _SumByGroup.apply(values_SB, group_S, num_groups)
 
 
 def take_groups(x_TAB: Tensor, group_TP: Tensor) -> Tensor:

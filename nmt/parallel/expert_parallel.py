@@ -20,8 +20,9 @@ from torch.autograd import Function
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.model.assemble import assemble
-from nmt.model.experts import Experts, ExpertShard, LocalDispatcher, MoE, Route
+from nmt.model.experts import Experts, ExpertShard, LocalDispatcher, MoE
 from nmt.model.gating import GateOutput
+from nmt.model.routes import Route
 from nmt.model.rows import inverse_permutation, route_rows, take_rows
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World

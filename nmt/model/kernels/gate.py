@@ -61,7 +61,7 @@ def plain_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tens
     expert_TK = mark_padding(expert_TK, num_experts, real_T)
     count_E = load_E = count_tokens(expert_TK, num_experts)
     if k < num_experts:
-        load_E = where_real(_prob_by_top(clean_TE, std_TE, top_TX, expert_TX), real_T).sum(0)
+        load_E = where_real(prob_by_top(clean_TE, std_TE, top_TX, expert_TX), real_T).sum(0)
     std_E = where_real(std_TE.detach(), real_T).sum(0)
     return Choice(gates_TK, expert_TK, importance_E, load_E, count_E, mean_std(std_E, noise_TE, real_T))
 
@@ -81,10 +81,10 @@ def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: i
     """
     if k == clean_TE.shape[-1]:
         return torch.ones_like(clean_TE)
-    return _prob_by_top(clean_TE, noise_std_TE, *noisy_TE.topk(k + 1, dim=-1))
+    return prob_by_top(clean_TE, noise_std_TE, *noisy_TE.topk(k + 1, dim=-1))
 
 
-def _prob_by_top(clean_TE: Tensor, noise_std_TE: Tensor, top_TX: Tensor, expert_TX: Tensor) -> Tensor:
+def prob_by_top(clean_TE: Tensor, noise_std_TE: Tensor, top_TX: Tensor, expert_TX: Tensor) -> Tensor:
     """Return `prob_in_top_k` from the k + 1 largest noisy logits of each token, in falling order, and their experts."""
     threshold_if_out_T1, threshold_if_in_TK = top_TX[..., -2:-1], top_TX[..., -1:].expand_as(top_TX[..., :-1])
     # A CPU takes several times as long for a choice between two columns.

@@ -205,10 +205,10 @@ def _gradient(  # type: ignore[no-untyped-def]
 def _shape(num_tokens: int, num_experts: int, device: torch.device) -> tuple[int, dict[str, int]]:
     """Return (number of programs, sizes of a tile) for a pass over all tokens."""
     block = triton.next_power_of_2(num_experts)
-    rows, warps = max(1, _TILE // block), max(4, block // 256)
+    rows = max(1, _TILE // block)
     processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    programs = min(triton.cdiv(num_tokens, rows), 32 // warps * processors)
-    return programs, {"ROWS": rows, "BLOCK": block, "num_warps": warps}
+    programs = min(triton.cdiv(num_tokens, rows), 16 * _TILE // (rows * block) * processors)
+    return programs, {"ROWS": rows, "BLOCK": block}
 
 
 class _NoisyTopK(Function):
@@ -223,13 +223,16 @@ class _NoisyTopK(Function):
         expert_TK = torch.empty_like(gates_TK, dtype=torch.int64)
         sums_M4E = noise_TE.new_empty(programs, 4, num_experts)
         sizes = {"K": k, "TOP": top, "PADDED": real_T is not None} | tile
+        # Eight numbers per thread.
+        warps = tile["ROWS"] * tile["BLOCK"] // 256
         real = index_TQ if real_T is None else real_T
         arguments = (logits_T2E, noise_TE, real, value_TQ, drawn_TQ, index_TQ, gates_TK, expert_TK, sums_M4E)
         slots = triton.next_power_of_2(top)
-        _choose[(programs,)](*arguments, num_tokens, num_experts, SLOTS=slots, **sizes)
+        _choose[(programs,)](*arguments, num_tokens, num_experts, SLOTS=slots, num_warps=warps, **sizes)
         importance_E, load_E, count_E, spread_E = sums_M4E.sum(0)
         ctx.save_for_backward(logits_T2E, real, value_TQ, drawn_TQ, index_TQ, gates_TK)
-        ctx.sizes, ctx.programs = sizes, programs
+        # Four numbers per thread, in so few registers that programs do not wait for each other.
+        ctx.sizes, ctx.programs = sizes | {"num_warps": 2 * warps, "maxnreg": 64}, programs
         ctx.mark_non_differentiable(expert_TK, count_E, spread_E)
         return gates_TK, expert_TK, importance_E, load_E, count_E, spread_E
 
