@@ -57,7 +57,7 @@ def both_groups(ends: list[int], num_rows: int, dtype: torch.dtype) -> tuple[Gro
 
     ends_E = torch.tensor(ends, dtype=torch.int32, device=DEVICE)
     plain = group_rows(ends_E.cpu(), num_rows, torch.float64)
-    return plain, Groups(ends_E, num_rows, [], list_tiles(ends_E, num_rows, dtype))
+    return plain, Groups(ends_E, num_rows, {}, list_tiles(ends_E, num_rows, dtype))
 
 
 def assert_near(found: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
@@ -197,7 +197,7 @@ def launch(dtype: torch.dtype, tiles: str) -> None:
 
     experts_triton._tiles_of = lambda *_: getattr(experts_triton, tiles)
     ends_E = torch.tensor([80, 128], dtype=torch.int32)
-    groups = Groups(ends_E, 128, [], experts_triton.list_tiles(ends_E, 128, dtype))
+    groups = Groups(ends_E, 128, {}, experts_triton.list_tiles(ends_E, 128, dtype))
     x_TD, token_R = torch.empty(32, 512, dtype=dtype), torch.empty(128, dtype=torch.int64)
     h_RI, y_RD = torch.empty(128, 2048, dtype=dtype), torch.empty(128, 512, dtype=dtype)
     w_EDI, w_EID = torch.empty(2, 512, 2048, dtype=dtype), torch.empty(2, 2048, 512, dtype=dtype)

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from nmt.model.experts import Experts
 from nmt.model.kernels import threads
-from nmt.model.kernels.threads import Part, share_groups
+from nmt.model.kernels.threads import share_groups
 
 CPU = torch.device("cpu")
-PARTS: list[Part] = [(0, 0, 4), (3, 4, 5), (4, 5, 20), (7, 20, 22), (8, 22, 40)]
+SIZES = [4, 1, 15, 2, 18]
 
 
 @pytest.fixture(params=[2, 3, 8])
@@ -25,50 +25,48 @@ def number(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
     torch.set_num_threads(1)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(0, 9), st.integers(1, 9))
-def test_shares_are_consecutive_parts_of_about_equal_rows(sizes: list[int], begin: int, number: int):
-    ends = [begin + sum(sizes[: index + 1]) for index in range(len(sizes))]
-    parts = [(group, end - size, end) for group, (size, end) in enumerate(zip(sizes, ends, strict=True))]
-    shares = threads._equal_shares(parts, number)
-    assert [part for share in shares for part in share] == parts
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=20), st.integers(1, 9))
+def test_shares_are_consecutive_groups_of_about_equal_rows(sizes: list[int], number: int):
+    shares = threads._equal_shares(sizes, number)
+    assert [size for share in shares for size in sizes[share]] == sizes
     assert len(shares) <= number
-    assert all(share[-1][2] - share[0][1] <= sum(sizes) / number + max(sizes) for share in shares)
+    assert all(0 < sum(sizes[share]) <= sum(sizes) / number + max(sizes) for share in shares)
 
 
-def test_every_part_is_worked_on_once_with_few_threads_each(number: int):
-    shares: list[tuple[list[Part], int, int]] = []
-    share_groups(lambda parts: shares.append((parts, threading.get_ident(), torch.get_num_threads())), PARTS, 1, CPU)
-    assert sorted(part for parts, _, _ in shares for part in parts) == PARTS
-    assert len({thread for _, thread, _ in shares}) > 1
+def test_every_group_is_worked_on_once_with_few_threads_each(number: int):
+    shares: list[tuple[slice, int, int]] = []
+    share_groups(lambda share: shares.append((share, threading.get_ident(), torch.get_num_threads())), SIZES, 1, CPU)
+    assert sorted(group for share, _, _ in shares for group in range(5)[share]) == list(range(5))
+    assert len({thread for _, thread, _ in shares}) == len(shares) > 1
     assert {each for _, _, each in shares} == {max(1, number // len(shares))}
     assert torch.get_num_threads() == number
 
 
-@pytest.mark.parametrize("group", [0, 8])
+@pytest.mark.parametrize("group", [0, 4])
 def test_an_error_in_any_share_is_raised_after_all_have_ended(number: int, group: int):
-    ended: list[Part] = []
+    ended: list[int] = []
 
-    def work(parts: list[Part]) -> None:
-        if group in {part[0] for part in parts}:
+    def work(share: slice) -> None:
+        if group in range(5)[share]:
             raise MemoryError(f"group {group}")
-        ended.extend(parts)
+        ended.extend(range(5)[share])
 
     with pytest.raises(MemoryError, match=f"group {group}"):
-        share_groups(work, PARTS, 1, CPU)
-    others = [share for share in threads._equal_shares(PARTS, number) if group not in {part[0] for part in share}]
-    assert sorted(ended) == [part for share in others for part in share]
+        share_groups(work, SIZES, 1, CPU)
+    others = [share for share in threads._equal_shares(SIZES, number) if group not in range(5)[share]]
+    assert sorted(ended) == [group for share in others for group in range(5)[share]]
     assert torch.get_num_threads() == number
 
 
 def test_little_work_and_that_of_a_gpu_stay_in_one_thread():
     torch.set_num_threads(2)
     try:
-        shares: list[list[Part]] = []
-        share_groups(shares.append, PARTS, threads._MIN_PRODUCTS - 1, CPU)
-        share_groups(shares.append, PARTS[:1], threads._MIN_PRODUCTS, CPU)
-        share_groups(shares.append, PARTS, threads._MIN_PRODUCTS, torch.device("cuda"))
-        assert shares == [PARTS, PARTS[:1], PARTS]
-        share_groups(shares.append, PARTS, threads._MIN_PRODUCTS, CPU)
+        shares: list[slice] = []
+        share_groups(shares.append, SIZES, threads._MIN_PRODUCTS - 1, CPU)
+        share_groups(shares.append, SIZES[:1], threads._MIN_PRODUCTS, CPU)
+        share_groups(shares.append, SIZES, threads._MIN_PRODUCTS, torch.device("cuda"))
+        assert shares == [slice(0, 5), slice(0, 1), slice(0, 5)]
+        share_groups(shares.append, SIZES, threads._MIN_PRODUCTS, CPU)
         assert len(shares) == 5
     finally:
         torch.set_num_threads(1)

@@ -8,12 +8,13 @@ threads of a CPU share the experts, see `share_groups`.
 Letters: R rows sorted by expert, M rows to gather them from, E experts, I and O inputs and outputs of the matrices.
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nmt.model.kernels.threads import Part, share_groups
+from nmt.model.kernels.threads import share_groups
 
 _FUSED_TYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -23,7 +24,7 @@ class Groups(NamedTuple):
 
     ends_E: Tensor  # int32, the row after the last one of each expert
     num_rows: int
-    parts: list[Part]  # plain: the experts that have rows
+    sizes: dict[int, int]  # plain: number of rows of each expert that has any
     tiles_N2: Tensor | None  # fused: int32, (expert, first row) of each tile of rows
 
 
@@ -32,10 +33,10 @@ def group_rows(ends_E: Tensor, num_rows: int, dtype: torch.dtype) -> Groups:
     if _is_fused(ends_E.device, dtype) and num_rows:
         from nmt.model.kernels.experts_triton import list_tiles
 
-        return Groups(ends_E, num_rows, [], list_tiles(ends_E, num_rows, dtype))
-    ends = ends_E.tolist()
-    parts = [(e, begin, end) for e, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > begin]
-    return Groups(ends_E, num_rows, parts, None)
+        return Groups(ends_E, num_rows, {}, list_tiles(ends_E, num_rows, dtype))
+    bounds = pairwise([0, *ends_E.tolist()])
+    sizes = {expert: end - begin for expert, (begin, end) in enumerate(bounds) if end > begin}
+    return Groups(ends_E, num_rows, sizes, None)
 
 
 def _is_fused(device: torch.device, dtype: torch.dtype) -> bool:
@@ -72,22 +73,29 @@ def plain_matmul(
 ) -> Tensor:
     """Return `grouped_matmul` computed with one product per expert."""
     out_RO = a_MI.new_empty(groups.num_rows, w_EIO.shape[2])
-    out_RO[groups.parts[-1][2] if groups.parts else 0 :] = 0.0
+    *outs_RO, rest_RO = _by_expert(out_RO, groups)
+    rest_RO.zero_()
+    rows_RI, weights_IO = _by_expert(a_MI if token_R is None else token_R, groups), w_EIO.unbind()
+    masks_RO = None if relu_output_RO is None else _by_expert(relu_output_RO, groups)
+    matrices_IO = [weights_IO[expert] for expert in groups.sizes]
 
-    def multiply(parts: list[Part]) -> None:
-        for expert, first, last in parts:
-            out_NO = torch.mm(_rows(a_MI, token_R, first, last), w_EIO[expert], out=out_RO[first:last])
+    def multiply(share: slice) -> None:
+        for place in range(share.start, share.stop):
+            a_RI = rows_RI[place] if token_R is None else a_MI.index_select(0, rows_RI[place])
+            part_RO = torch.mm(a_RI, matrices_IO[place], out=outs_RO[place])
             if relu:
-                out_NO.relu_()
-            if relu_output_RO is not None:
-                torch.ops.aten.threshold_backward(out_NO, relu_output_RO[first:last], 0, grad_input=out_NO)
+                part_RO.relu_()
+            if masks_RO:
+                torch.ops.aten.threshold_backward(part_RO, masks_RO[place], 0, grad_input=part_RO)
 
-    share_groups(multiply, groups.parts, groups.num_rows * w_EIO[0].numel(), a_MI.device)
+    share_groups(multiply, list(groups.sizes.values()), groups.num_rows * w_EIO[0].numel(), a_MI.device)
     return out_RO
 
 
-def _rows(a_MI: Tensor, token_R: Tensor | None, first: int, last: int) -> Tensor:
-    return a_MI[first:last] if token_R is None else a_MI.index_select(0, token_R[first:last])
+def _by_expert(x_RD: Tensor, groups: Groups) -> tuple[Tensor, ...]:
+    """Return views of the rows of each expert that has any, and of the rows of none."""
+    sizes = list(groups.sizes.values())
+    return x_RD.split([*sizes, groups.num_rows - sum(sizes)])
 
 
 def grouped_outer(
@@ -109,16 +117,19 @@ def plain_outer(
 ) -> Tensor:
     """Return `grouped_outer` computed with one product per expert."""
     out_EIO = a_MI.new_empty(len(groups.ends_E), a_MI.shape[1], b_RO.shape[1], dtype=dtype or a_MI.dtype)
-    for expert in set(range(len(out_EIO))).difference(part[0] for part in groups.parts):
-        out_EIO[expert] = 0.0
+    outs_IO = out_EIO.unbind()
+    for expert in groups.sizes.keys() ^ range(len(outs_IO)):
+        outs_IO[expert].zero_()
+    filled_IO = [outs_IO[expert] for expert in groups.sizes]
+    rows_RI, rows_RO = _by_expert(a_MI if token_R is None else token_R, groups), _by_expert(b_RO, groups)
 
-    def multiply(parts: list[Part]) -> None:
-        for expert, first, last in parts:
-            a_IN = _rows(a_MI, token_R, first, last).T
-            if out_EIO.dtype == a_MI.dtype:
-                torch.mm(a_IN, b_RO[first:last], out=out_EIO[expert])
+    def multiply(share: slice) -> None:
+        for place in range(share.start, share.stop):
+            a_RI = rows_RI[place] if token_R is None else a_MI.index_select(0, rows_RI[place])
+            if out_EIO.dtype == a_RI.dtype:
+                torch.mm(a_RI.T, rows_RO[place], out=filled_IO[place])
             else:
-                out_EIO[expert] = a_IN @ b_RO[first:last]
+                filled_IO[place].copy_(a_RI.T @ rows_RO[place])
 
-    share_groups(multiply, groups.parts, groups.num_rows * out_EIO[0].numel(), a_MI.device)
+    share_groups(multiply, list(groups.sizes.values()), groups.num_rows * out_EIO[0].numel(), a_MI.device)
     return out_EIO
