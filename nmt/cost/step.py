@@ -44,6 +44,9 @@ _FLOAT_PRODUCTS = 0.5
 # Operations of a product in the time of one tanh of additive attention, forward and backward: an H100 does 0.7 10^12
 # per second.
 _TANH = 1100
+# The gates of the selected groups are plain operations, of which a choice of the largest takes longest. These are bytes
+# that could be moved in the time of one expert, passes over a token's row, and passes over the weights of both logits.
+_GROUP_BYTES, _GROUP_PASSES, _WEIGHT_PASSES = 1200, 20, 10
 # Kernels per position of an attention that feeds back, forward and backward, and passes over keys and values: they are
 # read, and their gradients are read and written.
 _STEP_KERNELS, _STEP_PASSES = 40, 10
@@ -289,11 +292,15 @@ def moe_parts(width: int, moe: MoEConfig, num_experts: int, tokens: float, machi
     gate = moe_cost(width, moe, num_experts).gates
     # Logits, noise, standard deviations and probabilities in float32, and their gradients.
     columns = gate.ops / width
+    moved = tokens * 4 * (rates.passes * 3 * columns + 4 * width)
+    if moe.is_hierarchical:
+        moved += tokens * moe.primary_k * (_GROUP_BYTES * (num_experts // moe.branching) + _GROUP_PASSES * 4 * width)
+        moved += _WEIGHT_PASSES * 2 * 4 * width * num_experts
     yield machines.part(
         "gates, choosing",
         flops=6 * tokens * gate.ops,
         share=rates.products * _FLOAT_PRODUCTS,
-        moved=tokens * 4 * (rates.passes * 3 * columns + 4 * width),
+        moved=moved,
     )
     yield machines.part("gates, moving rows", moved=rates.passes * 3 * rows * width * 2)
     weights = sum(inputs * outputs for inputs, outputs in pairwise([width, *moe.hidden_sizes, width]))

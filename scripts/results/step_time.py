@@ -2,11 +2,11 @@
 
 The steps are the rows of the first table of results/step_time.json: `ms` was measured on `gpus` cards of a kind at a
 `commit`. A row has the `settings`, `vocabulary`, `micro_batches` per GPU and mean micro-batch (`batch`) of a training
-step, or the `experts` and `tokens` of one MoE layer, forward and backward. `parts` are milliseconds of parts of the
-step, by the beginning of their names in nmt/cost/step.py. With a `part`, `ms` is of that part only.
+step, or the `experts`, perhaps `groups`, and `tokens` of one MoE layer, forward and backward. `parts` are milliseconds
+of parts of the step, by the beginning of their names in nmt/cost/step.py. With a `part`, `ms` is of that part only.
 
 With files of scripts/bench/gpu.py --json and scripts/bench/step.py, measured at one commit on one card, their steps
-replace all rows of one GPU:
+replace all whole steps:
 
   python -m scripts.results.step_time --card h100 --commit COMMIT SPEED.json STEPS.json
 
@@ -67,7 +67,9 @@ def predicted_parts(row: Row, rates: Rates) -> dict[str, float]:
     """Return the milliseconds of each part that the model predicts for a row of measurements."""
     machines = Machines(CARDS[row["card"]], rates, row["gpus"])
     if "experts" in row:
-        moe = MoEConfig(row["experts"], k=4, hidden_sizes=[2048])
+        moe = MoEConfig(row["experts"], k=4)
+        if "groups" in row:
+            moe = MoEConfig(row["experts"], k=2, gating="hierarchical", branching=row["groups"])
         parts = list(moe_parts(512, moe, row["experts"], row["tokens"], machines))
     else:
         number = row["micro_batches"] * row["gpus"]
@@ -212,8 +214,8 @@ def main() -> None:
     rows = result["tables"][0]["rows"]
     if options.measured:
         speeds, steps = (json.loads(path.read_text(encoding="utf-8")) for path in options.measured)
-        several = [row for row in rows if row["gpus"] > 1]
-        rows[:] = [*measured_rows(speeds, steps["steps"], options.card, options.commit), *several]
+        of_parts = [row for row in rows if "part" in row]
+        rows[:] = [*measured_rows(speeds, steps["steps"], options.card, options.commit), *of_parts]
     rates = fitted(rows)
     result = with_predictions(result, rates)
     for row in result["tables"][0]["rows"]:
