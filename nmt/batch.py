@@ -8,6 +8,7 @@ Letters: S source positions, T target positions, L positions of either side, B s
 """
 
 from collections.abc import Callable, Sequence
+from operator import ge
 from typing import NamedTuple
 
 import numpy as np
@@ -23,13 +24,14 @@ class Rows(NamedTuple):
     """Where the rows of one side of a batch are: row begin_L[t] + rank_B[b] is position t < length_B[b] of sentence b.
 
     The host computes all of it when it makes the batch, so that no pass waits for the device. After `fit`, rows of
-    padding follow the real ones.
+    padding follow the real ones at each position, as if sentences of padding were there.
     """
 
-    begin_L: Tensor  # int32 (L + 1): first row of each position; the last value is the number of real rows
+    alive: tuple[int, ...]  # number of rows at each position, which never rises
+    begin_L: Tensor  # int32 (L + 1): first row of each position; the last value is the number of rows
     rank_B: Tensor  # int32: place of each sentence in the order of falling length
     length_B: Tensor  # int32: number of positions; 0 for a sentence of padding
-    previous_N: Tensor  # int32: row of the same sentence's previous position; N at its first position, and for padding
+    previous_N: Tensor  # int32: row of the same sentence's previous position; N at the first position
     turn_N: Tensor  # int32: row of the position as far from the sentence's end as this one from its begin
     cell_N: Tensor  # int64: t B + b, the place in a padded (L, B) layout; L B for padding
     real_N: Tensor | None = None  # bool: False for rows of padding; None: all rows are real
@@ -41,31 +43,37 @@ class Rows(NamedTuple):
 
     @property
     def num_positions(self) -> int:
-        """Number of positions of the longest sentence, or more after `fit`."""
-        return self.begin_L.numel() - 1
+        """Number of positions of the longest sentence."""
+        return len(self.alive)
 
     @property
     def num_rows(self) -> int:
         """Number of rows, including those of padding."""
         return self.cell_N.numel()
 
+    @property
+    def num_real(self) -> int:
+        """Number of real rows; for a fitted side, this waits for its device."""
+        return self.num_rows if self.real_N is None else int(self.real_N.sum())
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
         """Return this record with every tensor changed."""
-        return Rows._make(None if tensor is None else change(tensor) for tensor in self)
+        return Rows(self.alive, *(None if each is None else change(each) for each in self[1:]))  # type: ignore[arg-type]
 
 
 class Shape(NamedTuple):
     """The sizes of a batch's tensors. A step recorded for one batch may depend on nothing else."""
 
     sentences: int
-    source: int  # positions, EOS included
-    target: int
-    source_rows: int
-    target_rows: int
+    source: tuple[int, ...]  # `Rows.alive`
+    target: tuple[int, ...]
 
     def holds(self, other: "Shape") -> bool:
         """Return whether a batch of shape `other` can be padded to this shape."""
-        return all(ours >= theirs for ours, theirs in zip(self, other, strict=True))
+        sides = ((self.source, other.source), (self.target, other.target))
+        return self.sentences >= other.sentences and all(
+            len(ours) >= len(theirs) and all(map(ge, ours, theirs)) for ours, theirs in sides
+        )
 
 
 class Batch(NamedTuple):
@@ -81,8 +89,7 @@ class Batch(NamedTuple):
     @property
     def shape(self) -> Shape:
         """The sizes of the tensors."""
-        source, target = self.source, self.target
-        return Shape(len(self.pairs_B), source.num_positions, target.num_positions, source.num_rows, target.num_rows)
+        return Shape(len(self.pairs_B), self.source.alive, self.target.alive)
 
     @property
     def num_sentences(self) -> int:
@@ -92,12 +99,12 @@ class Batch(NamedTuple):
     @property
     def num_source_tokens(self) -> int:
         """Number of source tokens, with EOS."""
-        return self.source.num_rows if self.source.real_N is None else int(self.source.begin_L[-1])
+        return self.source.num_real
 
     @property
     def num_target_tokens(self) -> int:
         """Number of target tokens to predict, with EOS."""
-        return self.target.num_rows if self.target.real_N is None else int(self.target.begin_L[-1])
+        return self.target.num_real
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return this record with every tensor changed."""
@@ -124,7 +131,7 @@ class Batch(NamedTuple):
 
 
 def fit(batch: Batch, shape: Shape) -> Batch:
-    """Return `batch` padded to exactly `shape`, so that different batches have tensors of equal sizes.
+    """Return `batch`, on the host, padded to exactly `shape`, so that different batches have tensors of equal sizes.
 
     Rows of padding hold PAD. Gates give them no expert, and no loss, sum or statistic counts them. A pass computes the
     same as for `batch`, except that dropout and gate noise draw other numbers for a token. ValueError if `shape` does
@@ -133,35 +140,59 @@ def fit(batch: Batch, shape: Shape) -> Batch:
     assert batch.source.real_N is None
     if not shape.holds(batch.shape):
         raise ValueError(f"a batch of {batch.shape} cannot be padded to {shape}")
-    rows = {"source": shape.source_rows, "target": shape.target_rows}
+    source, source_row_N = _fit_rows(batch.source, shape.source, shape.sentences)
+    target, target_row_N = _fit_rows(batch.target, shape.target, shape.sentences)
 
-    def ids(ids_N: Tensor, side: str) -> Tensor:
-        return F.pad(ids_N, (0, rows[side] - len(ids_N)), value=PAD)
+    def ids(ids_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
+        return torch.full((rows.num_rows,), PAD).index_copy_(0, row_N, ids_N)
 
     return Batch(
         pairs_B=F.pad(batch.pairs_B, (0, shape.sentences - len(batch.pairs_B)), value=-1),
-        source_N=ids(batch.source_N, "source"),
-        source=_fit_rows(batch.source, shape.sentences, shape.source, shape.source_rows),
-        target_in_N=ids(batch.target_in_N, "target"),
-        target_out_N=ids(batch.target_out_N, "target"),
-        target=_fit_rows(batch.target, shape.sentences, shape.target, shape.target_rows),
+        source_N=ids(batch.source_N, source_row_N, source),
+        source=source,
+        target_in_N=ids(batch.target_in_N, target_row_N, target),
+        target_out_N=ids(batch.target_out_N, target_row_N, target),
+        target=target,
     )
 
 
-def _fit_rows(rows: Rows, sentences: int, positions: int, num_rows: int) -> Rows:
-    added = num_rows - rows.num_rows
-    previous_N = rows.previous_N.masked_fill(rows.previous_N == rows.num_rows, num_rows)
-    cell_N = rows.cell_N // rows.num_sentences * sentences + rows.cell_N % rows.num_sentences
-    padding_N = torch.arange(rows.num_rows, num_rows, dtype=torch.int32, device=cell_N.device)
-    return Rows(
-        begin_L=F.pad(rows.begin_L, (0, positions - rows.num_positions), value=rows.num_rows),
-        rank_B=torch.cat([rows.rank_B, torch.arange(rows.num_sentences, sentences).to(rows.rank_B)]),
+def _fit_rows(rows: Rows, alive: tuple[int, ...], sentences: int) -> tuple[Rows, Tensor]:
+    """Return (rows with room for alive[t] sentences at position t, new row of each row)."""
+    counts, room = torch.tensor(rows.alive), torch.tensor(alive)
+    begin_L = F.pad(room.cumsum(0), (1, 0))
+    position_N = torch.arange(len(counts)).repeat_interleave(counts)
+    rank_N = torch.arange(rows.num_rows) - rows.begin_L[position_N]
+    row_N = begin_L[position_N] + rank_N
+    num_rows, positions = int(begin_L[-1]), len(alive)
+    place_N = torch.arange(num_rows)
+    fitted = Rows(
+        alive=alive,
+        begin_L=begin_L.int(),
+        rank_B=torch.cat([rows.rank_B, torch.arange(rows.num_sentences, sentences, dtype=torch.int32)]),
         length_B=F.pad(rows.length_B, (0, sentences - rows.num_sentences)),
-        previous_N=F.pad(previous_N, (0, added), value=num_rows),
-        turn_N=torch.cat([rows.turn_N, padding_N]),
-        cell_N=F.pad(cell_N, (0, added), value=positions * sentences),
-        real_N=torch.arange(num_rows, device=cell_N.device) < rows.num_rows,
+        previous_N=_previous(alive),
+        turn_N=place_N.index_copy(0, row_N, row_N[rows.turn_N.long()]).int(),
+        cell_N=torch.full((num_rows,), positions * sentences).index_copy_(
+            0, row_N, rows.cell_N // rows.num_sentences * sentences + rows.cell_N % rows.num_sentences
+        ),
+        real_N=torch.zeros(num_rows, dtype=torch.bool).index_fill_(0, row_N, True),
     )
+    return fitted, row_N
+
+
+def _previous(alive: Sequence[int]) -> Tensor:
+    """Return `Rows.previous_N`: the first alive[t] of the sentences at position t - 1 are those at t."""
+    counts = np.array(alive)
+    num_rows, steps = int(counts.sum()), np.concatenate([[0], counts[:-1]])
+    previous_N = np.arange(num_rows) - np.repeat(steps, counts)
+    previous_N[: counts[0]] = num_rows
+    return torch.from_numpy(previous_N.astype(np.int32))
+
+
+def sentences_at_positions(length_B: np.ndarray) -> np.ndarray:
+    """Return `Rows.alive` of sentences of these lengths: how many have each position."""
+    num_positions = int(length_B.max())
+    return len(length_B) - np.cumsum(np.bincount(length_B, minlength=num_positions + 1))[:num_positions]
 
 
 def make_rows(length_B: np.ndarray) -> tuple[Rows, np.ndarray]:
@@ -169,11 +200,10 @@ def make_rows(length_B: np.ndarray) -> tuple[Rows, np.ndarray]:
 
     order_N has the row of each token of the concatenated sentences: packed[order_N] = concatenated.
     """
-    num_sentences, num_rows, num_positions = len(length_B), int(length_B.sum()), int(length_B.max())
+    num_sentences, num_rows = len(length_B), int(length_B.sum())
     rank_B = np.empty(num_sentences, dtype=np.int64)
     rank_B[np.argsort(-length_B, kind="stable")] = np.arange(num_sentences)
-    # Sentences that are longer than t are at position t.
-    active_L = num_sentences - np.cumsum(np.bincount(length_B, minlength=num_positions + 1))[:num_positions]
+    active_L = sentences_at_positions(length_B)
     begin_L = np.concatenate([[0], np.cumsum(active_L)])
     sentence_N = np.repeat(np.arange(num_sentences), length_B)
     position_N = np.arange(num_rows) - np.repeat(np.cumsum(length_B) - length_B, length_B)
@@ -185,11 +215,13 @@ def make_rows(length_B: np.ndarray) -> tuple[Rows, np.ndarray]:
         packed_N[order_N] = values_N
         return torch.from_numpy(packed_N)
 
+    alive = tuple(active_L.tolist())
     rows = Rows(
+        alive=alive,
         begin_L=torch.from_numpy(begin_L.astype(np.int32)),
         rank_B=torch.from_numpy(rank_B.astype(np.int32)),
         length_B=torch.from_numpy(length_B.astype(np.int32)),
-        previous_N=packed(np.where(position_N > 0, begin_L[position_N - 1] + rank_N, num_rows)),
+        previous_N=_previous(alive),
         turn_N=packed(begin_L[length_B[sentence_N] - 1 - position_N] + rank_N),
         cell_N=packed(position_N * num_sentences + sentence_N, np.int64),
     )

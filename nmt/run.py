@@ -55,6 +55,8 @@ _SAFE_TRAINING = (
     "patience",
 )
 _ALWAYS_WRITTEN = ("run", "corpus", "model", "training", "decoding")
+# Settings of older versions that have no effect any more: every micro-batch mixes all lengths.
+_RETIRED = ("training.bands", "training.alike")
 """The sections that every version of the program has written to config.yaml, in this order."""
 _RESTORE_TEXT = "restore it, for example with the command that trained the run"
 
@@ -201,6 +203,10 @@ class RunDirectory:
             stored = parse_yaml(read_regular(self.config_path, _MOST_CONFIG_BYTES).decode())
             if not stored:
                 raise ValueError("it is empty")
+            for key in _RETIRED:
+                section, _, name = key.partition(".")
+                if isinstance(stored.get(section), dict):
+                    stored[section].pop(name, None)
             config = Config.from_dict(stored)
             # Half of a file can be valid YAML, and the defaults of the other half are not the run's settings.
             missing = [section for section in _ALWAYS_WRITTEN if section not in stored]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import nmt.data.batching
 from nmt.batch import BOS, EOS, Batch, Rows, fit, make_batch, source_batch
 from nmt.config import TrainingConfig
-from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _even_out, plan_epoch
+from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _with_room, common_shape, plan_epoch
 from nmt.data.held_out import eval_batches
 from nmt.data.shards import ParallelShards, ShardWriter
 
@@ -50,7 +50,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> ParallelShards:
 
 
 def config_of(**settings: Any) -> TrainingConfig:
-    return TrainingConfig(**({"batch_tokens": 400, "micro_batches": 2, "bands": 1, "seed": 3} | settings))
+    return TrainingConfig(**({"batch_tokens": 400, "micro_batches": 2, "seed": 3} | settings))
 
 
 def plan_of(
@@ -60,21 +60,15 @@ def plan_of(
     return plan_epoch(source, target, training, epoch)
 
 
-def flat(micro_batches: list[list[Any]]) -> list[Any]:
-    return [batch for bands in micro_batches for batch in bands]
-
-
-def check_plan(
-    plan: list[Step], source: np.ndarray, target: np.ndarray, budget: int, micro: int, bands: int = 1
-) -> None:
-    """Every pair once, `micro` micro-batches of `bands` batches a step, none above its share of the budget."""
+def check_plan(plan: list[Step], source: np.ndarray, target: np.ndarray, budget: int, micro: int) -> None:
+    """Every pair once, `micro` micro-batches a step, none above the budget or the longest pair."""
     assert all(len(step) == micro for step in plan)
-    assert all(len(micro_batch) == bands for step in plan for micro_batch in step)
-    batches = [batch for step in plan for batch in flat(step)]
+    batches = [batch for step in plan for batch in step]
     assert np.array_equal(np.sort(np.concatenate(batches)), np.arange(len(source)))
+    most = max(budget, int(source.max()) + 1, int(target.max()) + 1)
     for batch in batches:
-        positions = len(batch) * (max(source[batch].max(), target[batch].max()) + 1)
-        assert positions <= budget // bands or len(batch) == 1
+        assert len(batch)
+        assert max((source[batch] + 1).sum(), (target[batch] + 1).sum()) <= most
 
 
 def equal(a: Batch, b: Batch) -> bool:
@@ -82,13 +76,10 @@ def equal(a: Batch, b: Batch) -> bool:
     return a.shape == b.shape and all(map(torch.equal, a.tensors(), b.tensors()))
 
 
-@pytest.mark.parametrize(
-    ("num_pairs", "budget", "micro", "bands"),
-    [(5000, 2000, 1, 1), (5000, 900, 8, 1), (40, 5000, 16, 2), (5000, 900, 4, 3)],
-)
-def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int, bands: int) -> None:
+@pytest.mark.parametrize(("num_pairs", "budget", "micro"), [(5000, 2000, 1), (5000, 900, 8), (40, 5000, 16)])
+def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int) -> None:
     source, target = lengths_of(num_pairs)
-    check_plan(plan_of(source, target, budget, micro, bands=bands), source, target, budget, micro, bands)
+    check_plan(plan_of(source, target, budget, micro), source, target, budget, micro)
 
 
 @settings(max_examples=200, deadline=None)
@@ -96,21 +87,19 @@ def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int, bands:
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60),
     st.integers(1, 200),
     st.integers(1, 5),
-    st.integers(1, 3),
 )
-def test_plan_of_any_lengths(pairs: list[tuple[int, int]], budget: int, micro: int, bands: int) -> None:
+def test_plan_of_any_lengths(pairs: list[tuple[int, int]], budget: int, micro: int) -> None:
     source, target = np.array(pairs, dtype=np.int32).T
     # One pair a batch is always a way.
-    with contextlib.nullcontext() if len(pairs) % (micro * bands) == 0 else contextlib.suppress(ValueError):
-        check_plan(plan_of(source, target, budget, micro, bands=bands), source, target, budget, micro, bands)
+    with contextlib.nullcontext() if len(pairs) % micro == 0 else contextlib.suppress(ValueError):
+        check_plan(plan_of(source, target, budget, micro), source, target, budget, micro)
 
 
 def test_plan_is_a_pure_function_and_epochs_differ() -> None:
     source, target = lengths_of(2000)
 
     def pairs(seed: int, epoch: int) -> list[list[int]]:
-        plan = plan_of(source, target, 1000, 2, seed, epoch, bands=2)
-        return [batch.tolist() for step in plan for batch in flat(step)]
+        return [batch.tolist() for step in plan_of(source, target, 1000, 2, seed, epoch) for batch in step]
 
     np.random.seed(1)
     first = pairs(1, 0)
@@ -121,70 +110,35 @@ def test_plan_is_a_pure_function_and_epochs_differ() -> None:
     assert set(map(tuple, pairs(1, 1))) != set(map(tuple, first))
 
 
-def test_padding_is_small_and_the_order_is_shuffled() -> None:
-    source, target = lengths_of(200000)
-    plan = plan_of(source, target, 16384, 4, bands=2)
-    padded = sum(
-        len(batch) * (int(source[batch].max()) + int(target[batch].max()) + 2)
-        for step in plan
-        for bands in step
-        for batch in bands
-    )
-    assert 1 - (source.sum() + target.sum() + 2 * len(source)) / padded < 0.06
-    # Neither the number of a step nor the place of a micro-batch in it tells the length.
-    means = np.array([[source[np.concatenate(bands)].mean() for bands in step] for step in plan])
-    assert abs(np.corrcoef(np.arange(len(plan)), means.mean(axis=1))[0, 1]) < 0.3
-    assert np.ptp(means.mean(axis=0)) < 0.3 * means.mean()
-
-
-@pytest.mark.parametrize(("micro", "bands"), [(2, 1), (1, 2), (4, 2), (32, 1)])
-def test_a_step_is_a_mixture_of_lengths(micro: int, bands: int) -> None:
-    """The mean length of an update varies less than that of as many batches drawn at random, and far less than that of
-    updates of one length."""
+@pytest.mark.parametrize("micro", [1, 4])
+def test_micro_batches_are_full_and_each_is_a_sample_of_the_corpus(micro: int) -> None:
+    """Their mean lengths differ far less than those of as many pairs drawn at random."""
     source, target = lengths_of(100000)
-    plan = plan_of(source, target, 1500 * bands, micro, bands=bands)
-    drawn_from = [batch for step in plan for batch in flat(step)]
+    plan = plan_of(source, target, 8192, micro)
+    batches = [batch for step in plan for batch in step]
+    tokens = np.array([[(side[batch] + 1).sum() for side in (source, target)] for batch in batches])
+    assert tokens.max(1).mean() > 0.97 * 8192
     generator = np.random.default_rng(0)
-    drawn = [generator.choice(len(drawn_from), micro * bands, replace=False) for _ in plan]
-    at_random = [source[np.concatenate([drawn_from[i] for i in each])].mean() for each in drawn]
-    one_length = plan_of(source, target, 1500, micro * bands, alike=micro * bands)
-    mixed, alike = ([source[np.concatenate(flat(step))].mean() for step in each] for each in (plan, one_length))
-    assert np.std(mixed) < 0.8 * np.std(at_random)
-    assert np.std(mixed) < np.std(alike) / (micro * bands) ** 0.5
+    drawn = [generator.choice(len(source), len(batches[0]), replace=False) for _ in batches]
+    for side in (source, target):
+        means, at_random = ([side[pairs].mean() for pairs in each] for each in (batches, drawn))
+        assert np.std(means) < 0.3 * np.std(at_random)
+        assert np.mean(means) == pytest.approx(side.mean(), rel=1e-3)
 
 
-@pytest.mark.parametrize("bands", [1, 2])
-def test_micro_batches_of_a_moment_are_alike_and_each_is_a_mixture(bands: int) -> None:
+def test_one_shape_holds_all_micro_batches_with_little_padding() -> None:
     source, target = lengths_of(100000)
-    plan = plan_of(source, target, 1500 * bands, 8, alike=4, bands=bands)
-    check_plan(plan, source, target, 1500 * bands, 8, bands)
-    # Step, turn, process, band.
-    means = np.array([[[source[batch].mean() for batch in each] for each in step] for step in plan])
-    means = means.reshape(len(plan), 2, 4, bands)
-    assert np.median(means.std(axis=2)) < 0.1 * np.median(np.abs(means[:, 0] - means[:, 1]))
-    assert np.all(np.diff(means.mean(axis=(0, 1, 2))) > 0)
-    with pytest.raises(ValueError, match=r"training.alike=3 must divide training.micro_batches=8"):
-        TrainingConfig(micro_batches=8, alike=3)
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 12))
-def test_evening_out_halves_the_largest(sizes: list[int], number: int) -> None:
-    def plainly(batches: list[list[int]]) -> list[list[int]]:
-        while len(batches) % number:
-            largest = max(range(len(batches)), key=lambda index: len(batches[index]))
-            batch = batches[largest]
-            if len(batch) < 2:
-                break
-            batches[largest : largest + 1] = [batch[: len(batch) // 2], batch[len(batch) // 2 :]]
-        return batches
-
-    ends = np.cumsum(sizes)
-    batches = np.split(np.arange(ends[-1]), ends[:-1])
-    halved = _even_out(batches, number)
-    assert np.array_equal(np.concatenate(halved), np.arange(ends[-1]))
-    expected = plainly([batch.tolist() for batch in batches])
-    assert sorted(map(len, halved)) == sorted(map(len, expected))
+    steps = plan_of(source, target, 16384, 1)
+    shape = _with_room(common_shape(steps, source, target), None)
+    tokens = np.array([[(side[batch] + 1).sum() for side in (source, target)] for (batch,) in steps])
+    rows = np.array([sum(shape.source), sum(shape.target)])
+    assert (tokens <= rows).all()
+    assert (tokens.mean(0) > 0.94 * rows).all()
+    assert _with_room(common_shape(steps[:5], source, target), shape) is shape
+    longer = plan_of(source + 5, target, 16384, 1)
+    grown = _with_room(common_shape(longer, source + 5, target), shape)
+    assert grown.holds(shape)
+    assert grown.holds(common_shape(longer, source + 5, target))
 
 
 def test_the_next_epoch_is_planned_before_this_one_ends(
@@ -202,7 +156,7 @@ def test_the_next_epoch_is_planned_before_this_one_ends(
     ahead = QUEUE_STEPS + 2  # made while another is used
     assert length > 4 * ahead
     with BatchStream(shards, config) as stream:
-        stream.load_state_dict({"order": 2, "epoch": 0, "step": int(0.75 * length) - ahead})
+        stream.load_state_dict({"order": 3, "epoch": 0, "step": int(0.75 * length) - ahead})
         next(stream)
         assert not planned[1].is_set()
         for _ in range(ahead):
@@ -212,7 +166,7 @@ def test_the_next_epoch_is_planned_before_this_one_ends(
 
 
 def test_too_few_pairs_name_the_key() -> None:
-    with pytest.raises(ValueError, match=r"training.micro_batches=8 x training.bands=1 is more than the number of"):
+    with pytest.raises(ValueError, match=r"training.micro_batches=8 is more than the number of"):
         plan_of(np.ones(5), np.ones(5), 100, 8)
     with pytest.raises(ValueError, match=r"training.batch_tokens=3"):
         plan_of(np.full(5, 9), np.full(5, 9), 3, 2)
@@ -247,24 +201,21 @@ def test_a_batch_holds_its_sentences(sizes: list[tuple[int, int]]) -> None:
     assert all(map(torch.equal, rows[:6], batch.source[:6]))
 
 
-@pytest.mark.parametrize("bands", [1, 2])
-def test_stream_yields_the_plan(shards: ParallelShards, bands: int) -> None:
-    config = config_of(bands=bands)
+def test_stream_yields_the_plan(shards: ParallelShards) -> None:
+    config = config_of()
     plan = [
         step for epoch in range(2) for step in plan_epoch(shards.source_lengths, shards.target_lengths, config, epoch)
     ]
     with BatchStream(shards, config) as stream:
         for step, micro_batches in zip(plan, stream, strict=False):
-            for bands, batch in zip(step, micro_batches, strict=True):
-                pairs = np.concatenate(bands)
+            for pairs, batch in zip(step, micro_batches, strict=True):
                 sources = [shards.source(pair) for pair in pairs]
                 targets = [shards.target(pair) for pair in pairs]
                 assert equal(batch, make_batch(pairs, sources, targets))
 
 
-@pytest.mark.parametrize("bands", [1, 2])
-def test_fitted_batches_have_one_shape_and_little_padding(shards: ParallelShards, bands: int) -> None:
-    config = config_of(bands=bands)
+def test_fitted_batches_have_one_shape(shards: ParallelShards) -> None:
+    config = config_of()
     epoch = len(plan_epoch(shards.source_lengths, shards.target_lengths, config, 0))
     with BatchStream(shards, config) as plain, BatchStream(shards, config, fitted=True) as fitted:
         shapes = set()
@@ -272,7 +223,12 @@ def test_fitted_batches_have_one_shape_and_little_padding(shards: ParallelShards
             for one, other in zip(next(plain), next(fitted), strict=True):
                 assert equal(fit(one, other.shape), other)
                 shapes.add(other.shape)
+        state = json.loads(json.dumps(fitted.state_dict()))
     assert len(shapes) == 1
+    assert state["epoch"] == 1
+    with BatchStream(shards, config, fitted=True) as resumed:
+        resumed.load_state_dict(state)
+        assert {batch.shape for batch in next(resumed)} == shapes
 
 
 def pair_lists(stream: BatchStream, num_steps: int) -> list[list[list[int]]]:
@@ -289,7 +245,7 @@ def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
             assert pair_lists(stream, num_steps) == uninterrupted[:num_steps]
             state = json.loads(json.dumps(stream.state_dict()))
         # What was made ahead does not count.
-        assert state == {"order": 2, "epoch": num_steps // epoch, "step": num_steps % epoch}
+        assert state == {"order": 3, "epoch": num_steps // epoch, "step": num_steps % epoch}
         with BatchStream(shards, config) as stream:
             next(stream)
             stream.load_state_dict(state)
@@ -300,13 +256,14 @@ def test_resume_equals_uninterrupted(shards: ParallelShards) -> None:
 def test_a_position_of_another_version_goes_on_with_the_next_epoch(shards: ParallelShards) -> None:
     with BatchStream(shards, config_of()) as stream:
         assert not stream.load_state_dict({"epoch": 4, "step": 3})
-        assert stream.state_dict() == {"order": 2, "epoch": 5, "step": 0}
-        assert stream.load_state_dict({"order": 2, "epoch": 4, "step": 3})
-        assert stream.state_dict() == {"order": 2, "epoch": 4, "step": 3}
+        assert stream.state_dict() == {"order": 3, "epoch": 5, "step": 0}
+        assert not stream.load_state_dict({"order": 2, "epoch": 4, "step": 3})
+        assert stream.load_state_dict({"order": 3, "epoch": 4, "step": 3})
+        assert stream.state_dict() == {"order": 3, "epoch": 4, "step": 3}
 
 
 def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
-    config = config_of(micro_batches=4, bands=2)
+    config = config_of(micro_batches=4)
     with BatchStream(shards, config) as stream:
         whole = pair_lists(stream, 5)
     shares = []
@@ -320,14 +277,14 @@ def test_ranks_share_the_same_steps(shards: ParallelShards) -> None:
 
 def test_errors_of_the_thread_surface(shards: ParallelShards, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = BatchStream(shards, config_of())
-    stream.load_state_dict({"order": 2, "epoch": 0, "step": 10**6})
+    stream.load_state_dict({"order": 3, "epoch": 0, "step": 10**6})
     with pytest.raises(ValueError, match=r"no step 1000000 in epoch 0"):
         next(stream)
     with pytest.raises(ValueError, match=r"training.micro_batches=200"):
         next(BatchStream(shards, config_of(micro_batches=200)))
     stream = BatchStream(shards, config_of())
     first = pair_lists(stream, 1)
-    stream.load_state_dict({"order": 2, "epoch": 0, "step": 0})
+    stream.load_state_dict({"order": 3, "epoch": 0, "step": 0})
     with monkeypatch.context() as patch:
         patch.setattr(nmt.data.batching, "_batch", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
@@ -348,7 +305,7 @@ def test_the_thread_ends(shards: ParallelShards) -> None:
     stream.close()
     assert not stream_threads()
     next(stream)  # a closed stream goes on where it was
-    assert stream.state_dict() == {"order": 2, "epoch": 0, "step": 2}
+    assert stream.state_dict() == {"order": 3, "epoch": 0, "step": 2}
     del stream
     gc.collect()
     assert not stream_threads()

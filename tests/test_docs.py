@@ -139,7 +139,7 @@ def test_a_command_that_does_not_exist_is_seen(line: str):
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_settings_and_commands_within_text_exist(page: Path):
-    """`training.bands=2`, `nmt cost RUN` and `make bench`, wherever text names them."""
+    """`training.seed=2`, `nmt cost RUN` and `make bench`, wherever text names them."""
     text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
     help_text = import_module("nmt.cli")._USAGE
     targets = (ROOT / "Makefile").read_text()

@@ -22,8 +22,9 @@ LENGTHS = ((3, 2), (1, 6), (5, 5), (4, 1))
 
 
 def larger(batch: Batch) -> Shape:
-    """A shape that pads everything: sentences, both lengths, and the rows of both sides."""
-    return Shape(*(size + more for size, more in zip(batch.shape, (2, 1, 3, 9, 7), strict=True)))
+    """A shape that pads everything: sentences, both lengths, and the rows at every position."""
+    sentences, source, target = batch.shape
+    return Shape(sentences + 2, (*(n + 2 for n in source), 2), (*(n + 1 for n in target), 1, 1, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -121,10 +122,14 @@ def test_what_a_fitted_batch_holds(tiny_batch: Batches) -> None:
     for name, side in (("source_N", "source"), ("target_in_N", "target"), ("target_out_N", "target")):
         plain_N, own_N = getattr(batch, name), getattr(fitted, name)
         rows, own = getattr(batch, side), getattr(fitted, side)
-        assert own_N.tolist() == [*plain_N.tolist(), *[PAD] * (len(own_N) - len(plain_N))]
-        assert own.real_N.tolist() == [row < rows.num_rows for row in range(own.num_rows)]
-        added = own.num_positions - rows.num_positions
-        assert own.begin_L.tolist() == [*rows.begin_L.tolist(), *[rows.num_rows] * added]
+        assert own_N[own.real_N].tolist() == plain_N.tolist()
+        assert (own_N[~own.real_N] == PAD).all()
+        assert own.begin_L.diff().tolist() == list(own.alive) == list(getattr(shape, side))
+        for row in range(own.alive[0], own.num_rows):
+            position = int((own.begin_L <= row).sum()) - 1
+            assert own.previous_N[row] == own.begin_L[position - 1] + row - own.begin_L[position]
+        assert (own.previous_N[: own.alive[0]] == own.num_rows).all()
+        assert own.turn_N[own.turn_N.long()].tolist() == list(range(own.num_rows))
         assert own.length_B.tolist() == [*rows.length_B.tolist(), 0, 0]
         padded_LBD = unpack(own_N[:, None].double(), own)
         torch.testing.assert_close(padded_LBD[: rows.num_positions, :4], unpack(plain_N[:, None].double(), rows))
@@ -138,13 +143,17 @@ def test_a_batch_fits_its_own_shape(tiny_batch: Batches) -> None:
     assert fitted.source.real_N is not None
     assert fitted.source.real_N.all()
     for one, other in ((fitted.source, batch.source), (fitted.target, batch.target)):
-        assert all(map(torch.equal, one[:6], other[:6]))
+        assert one.alive == other.alive
+        assert all(map(torch.equal, one[1:7], other[1:7]))
 
 
-@pytest.mark.parametrize("place", range(5))
-def test_a_shape_that_is_too_small_is_refused(tiny_batch: Batches, place: int) -> None:
+def test_a_shape_that_is_too_small_is_refused(tiny_batch: Batches) -> None:
     batch = tiny_batch(*LENGTHS)
-    sizes = list(batch.shape)
-    sizes[place] -= 1
-    with pytest.raises(ValueError, match="cannot be padded to"):
-        fit(batch, Shape(*sizes))
+    sentences, source, target = batch.shape
+    for shape in (
+        Shape(sentences - 1, source, target),
+        Shape(sentences, source[:-1], target),
+        Shape(sentences, source, (*target[:-1], target[-1] - 1)),
+    ):
+        with pytest.raises(ValueError, match="cannot be padded to"):
+            fit(batch, shape)

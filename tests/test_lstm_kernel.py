@@ -1,121 +1,90 @@
 """An LSTM layer over packed rows against PyTorch's LSTM on one sentence after the other."""
 
-from collections.abc import Callable, Iterator
-from types import ModuleType
-from typing import NamedTuple
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from nmt.model.kernels import lstm as kernel
-from nmt.model.kernels.lstm import group_sentences, has_kernel, lstm, lstms
-from tests.kernels import DEVICE, SHARED_BYTES, compile_launches, needs_triton
+from nmt.batch import Rows, make_rows
+from nmt.model.kernels import lstm_cell
+from nmt.model.kernels.lstm import StepwiseLSTM, group_sentences, grouped_lstm, lstm
+from tests.kernels import DEVICE, compile_launches, needs_triton
+
+Layer = Callable[[Tensor, list[Tensor], Rows], Tensor]
 
 
-class Case(NamedTuple):
-    lengths: list[int]
-    """By falling length."""
-    inputs: int
-    cells: int
-    outputs: int
-    padding: int = 0
-    """Rows after the real ones."""
-    tail: int = 0
-    """Positions without rows."""
-    spare: int = 0
-    """How many sentences more there might have been."""
-
-    def packed(self) -> tuple[Tensor, Tensor]:
-        """(begin_L, previous_N)"""
-        rows = [(t, j) for t in range(self.lengths[0]) for j, length in enumerate(self.lengths) if length > t]
-        place = {row: index for index, row in enumerate(rows)}
-        count = len(rows) + self.padding
-        previous = [place.get((t - 1, j), count) for t, j in rows] + [count] * self.padding
-        begin = [place.get((t, 0), len(rows)) for t in range(self.lengths[0] + self.tail + 1)]
-        return torch.tensor(begin, dtype=torch.int32), torch.tensor(previous, dtype=torch.int32)
-
-    def weights(self) -> list[Tensor]:
-        module = nn.LSTM(self.inputs, self.cells, proj_size=self.outputs if self.outputs < self.cells else 0)
-        return [parameter.detach() for parameter in module.parameters()]
-
-    def sentence_by_sentence(self, x_ND: Tensor, weights: list[Tensor]) -> Tensor:
-        """The oracle: PyTorch's LSTM on each sentence; zeros for rows of padding."""
-        begin_L, _ = self.packed()
-        y_NP = x_ND.new_zeros(len(x_ND), self.outputs)
-        for j, length in enumerate(self.lengths):
-            rows = begin_L[:length].long() + j
-            state = x_ND.new_zeros(1, 1, self.outputs), x_ND.new_zeros(1, 1, self.cells)
-            y_TP = torch.lstm(x_ND[rows, None], state, weights, True, 1, 0.0, True, False, False)[0][:, 0]
-            y_NP = y_NP.index_copy(0, rows, y_TP)
-        return y_NP
+def rows_of(*lengths: int) -> Rows:
+    return make_rows(np.array(lengths))[0]
 
 
-SMALL = [
-    Case([5, 5, 4, 2, 1], 3, 5, 5),
-    Case([9, 8, 8, 8, 3, 3, 1, 1], 3, 7, 4, padding=3, tail=2, spare=4),
-    Case([1], 2, 3, 3),
-    Case([1, 1, 1], 2, 4, 3, padding=1, tail=5),
-    Case([4], 2, 3, 2, spare=1),
-]
-TILED = [
-    Case([5, 5, 4, 2, 1], 8, 32, 32, padding=3, tail=4, spare=2),
-    Case([5, 5, 4, 2, 1], 8, 32, 16, padding=2, tail=1),
-    Case([3] * 18 + [2] * 17 + [1], 5, 32, 16, spare=50),
-    Case([2] * 17, 5, 16, 16),
-    Case([1], 8, 32, 16),
-    Case([1] * 5, 8, 16, 16, padding=1),
-]
-"""Cases whose sizes are multiples of the tiles. Some have several tiles of sentences, which end at different times."""
+def weights_of(inputs: int, cells: int, outputs: int) -> list[Tensor]:
+    module = nn.LSTM(inputs, cells, proj_size=outputs if outputs < cells else 0)
+    return [parameter.detach() for parameter in module.parameters()]
 
 
-def results(
-    function: Callable[[Tensor, list[Tensor]], Tensor], x_ND: Tensor, weights: list[Tensor], grad_NP: Tensor
-) -> list[Tensor]:
+def stepwise(x_ND: Tensor, weights: list[Tensor], rows: Rows) -> Tensor:
+    return StepwiseLSTM.apply(x_ND, rows, *weights)
+
+
+def sentence_by_sentence(x_ND: Tensor, weights: list[Tensor], rows: Rows) -> Tensor:
+    """The oracle: PyTorch's LSTM on each sentence."""
+    outputs = (weights[4] if len(weights) == 5 else weights[1].T).shape[0]
+    y_NP = x_ND.new_zeros(len(x_ND), outputs)
+    for rank_, length in zip(rows.rank_B.tolist(), rows.length_B.tolist(), strict=True):
+        places = rows.begin_L[:length].long() + rank_
+        state = x_ND.new_zeros(1, 1, outputs), x_ND.new_zeros(1, 1, len(weights[0]) // 4)
+        y_TP = torch.lstm(x_ND[places, None], state, weights, True, 1, 0.0, True, False, False)[0][:, 0]
+        y_NP = y_NP.index_copy(0, places, y_TP)
+    return y_NP
+
+
+LENGTHS = [(5, 5, 4, 2, 1), (3, 1, 9, 8, 8, 1, 8, 3), (1,), (1, 1, 1), (4,), (6, 6)]
+SIZES = [(3, 5, 5), (3, 7, 4)]
+
+
+def results(layer: Layer, x_ND: Tensor, weights: list[Tensor], rows: Rows, grad_NP: Tensor) -> list[Tensor]:
     """Outputs and the gradients of inputs and weights, as float64 on the CPU."""
     x_ND = x_ND.detach().clone().requires_grad_()
     weights = [weight.detach().clone().requires_grad_() for weight in weights]
-    y_NP = function(x_ND, weights)
+    y_NP = layer(x_ND, weights, rows)
     y_NP.backward(grad_NP)
     found = [y_NP.detach(), x_ND.grad, *(weight.grad for weight in weights)]
     return [torch.zeros(()) if value is None else value.cpu().double() for value in found]
 
 
-def expected_results(case: Case, x_ND: Tensor, weights: list[Tensor], grad_NP: Tensor) -> list[Tensor]:
-    """Those of the oracle in float64."""
-    exact = [weight.cpu().double() for weight in weights]
-    return results(case.sentence_by_sentence, x_ND.cpu().double(), exact, grad_NP.cpu().double())
+@pytest.mark.parametrize("layer", [grouped_lstm, stepwise])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_each_form_is_one_lstm_per_sentence(layer: Layer, sizes: tuple[int, int, int], lengths: tuple[int, ...]):
+    rows, weights = rows_of(*lengths), [weight.double() for weight in weights_of(*sizes)]
+    x_ND, grad_NP = (torch.randn(rows.num_rows, size).double() for size in (sizes[0], sizes[2]))
+    expected = results(sentence_by_sentence, x_ND, weights, rows, grad_NP)
+    for own, wanted in zip(results(layer, x_ND, weights, rows, grad_NP), expected, strict=True):
+        torch.testing.assert_close(own, wanted)
 
 
-@pytest.mark.parametrize("case", SMALL)
-@pytest.mark.parametrize("one_group", [False, True])
-def test_the_plain_form_is_one_lstm_per_sentence(case: Case, one_group: bool, monkeypatch: pytest.MonkeyPatch):
-    """Also on one padded group of all sentences and positions that might be there, as on a GPU."""
-    begin_L, previous_N = case.packed()
-    most = len(case.lengths) + case.spare
-    if one_group:
-        monkeypatch.setattr(kernel, "group_sentences", lambda begin_L: [(0, most, len(begin_L) - 1)])
-    x_ND, grad_NP = torch.randn(len(previous_N), case.inputs).double(), torch.randn(len(previous_N), case.outputs)
-    weights = [weight.double() for weight in case.weights()]
-    found = results(lambda x, own: lstm(x, own, begin_L, previous_N, most), x_ND, weights, grad_NP.double())
-    for own, expected in zip(found, expected_results(case, x_ND, weights, grad_NP), strict=True):
-        torch.testing.assert_close(own, expected)
+def test_gradients_are_right_twice():
+    """A backward pass changes nothing that another one needs."""
+    rows, weights = rows_of(3, 2), [weight.double().requires_grad_() for weight in weights_of(3, 7, 4)]
+    y_NP = stepwise(torch.randn(5, 3).double(), weights, rows)
+    first, second = (torch.autograd.grad(y_NP.square().sum(), weights, retain_graph=True) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
 
 
-def test_lstms_are_separate_and_have_the_type_of_their_weights():
-    case = SMALL[1]
-    begin_L, previous_N = case.packed()
-    x = [torch.randn(len(previous_N), case.inputs) for _ in range(2)]
-    weights = [[weight.double() for weight in case.weights()] for _ in range(2)]
+def test_products_have_the_type_of_the_weights():
+    rows, weights = rows_of(3, 1), [weight.double() for weight in weights_of(3, 7, 4)]
+    x_ND = torch.randn(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        found = lstms(x, weights, begin_L, previous_N, len(case.lengths))
-    for y_NP, x_ND, own in zip(found, x, weights, strict=True):
-        torch.testing.assert_close(y_NP, case.sentence_by_sentence(x_ND.double(), own))
+        y_NP = lstm(x_ND, weights, rows)
+    torch.testing.assert_close(y_NP, sentence_by_sentence(x_ND.double(), weights, rows))
 
 
 @pytest.mark.parametrize("lengths", [[7], [30] * 40, [120, *[28] * 30], list(range(60, 0, -1)), [50] + [1] * 900])
 def test_groups_hold_every_sentence_once_and_little_padding(lengths: list[int]):
-    groups = group_sentences(Case(lengths, 1, 1, 1).packed()[0])
+    groups = group_sentences(rows_of(*lengths).begin_L)
     assert [sentence for first, after, _ in groups for sentence in range(first, after)] == list(range(len(lengths)))
     assert [positions for *_, positions in groups] == [lengths[first] for first, *_ in groups]
     padding = sum(positions * (after - first) for first, after, positions in groups) - sum(lengths)
@@ -123,100 +92,61 @@ def test_groups_hold_every_sentence_once_and_little_padding(lengths: list[int]):
     assert len(groups) == 1 or len(set(lengths)) > 1
 
 
-def test_a_cpu_has_no_kernel():
-    assert not has_kernel(torch.device("cpu"), torch.bfloat16, 1024, 1024)
+# ------------------------------------------------------------------------------------------------------ the cell
 
 
-@pytest.fixture(params=[False, True], ids=["late", "early"])
-def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The module of the fused form, with tiles for small sizes; memory that nothing has written to holds NaN."""
-    from nmt.model.kernels import lstm_triton
-
-    tiles = lstm_triton.Tiles(16, 16, 16, 16, 16, 4, 2, 1, early=request.param)
-    monkeypatch.setattr(lstm_triton, "tiles", lambda sizes, memory: (tiles, tiles))
-    torch.use_deterministic_algorithms(True)
-    yield lstm_triton
-    torch.use_deterministic_algorithms(False)
-
-
-def check_fused(fused_lstms: Callable[..., list[Tensor]], case: Case, groups: int = 1) -> None:
-    """Compare outputs and gradients of each of `groups` LSTMs side by side with the oracle's."""
-    # numpy, in which Triton interprets, has no bf16.
-    dtype, tolerance = (torch.bfloat16, 2e-2) if DEVICE == "cuda" else (torch.float32, 1e-5)
-    index = [index.to(DEVICE) for index in case.packed()]
-    rows, most = len(index[1]), len(case.lengths) + case.spare
-    x, grads = (
-        [torch.randn(rows, width, device=DEVICE, dtype=dtype).requires_grad_() for _ in range(groups)]
-        for width in (case.inputs, case.outputs)
-    )
-    weights = [[weight.to(DEVICE, dtype).requires_grad_() for weight in case.weights()] for _ in range(groups)]
-    outputs = fused_lstms(x, weights, *index, most)
-    torch.autograd.backward(outputs, grads)
-    for y_NP, x_ND, own, grad_NP in zip(outputs, x, weights, grads, strict=True):
-        found = [y_NP, x_ND.grad, *(weight.grad for weight in own)]
-        for value, expected in zip(found, expected_results(case, x_ND, own, grad_NP), strict=True):
-            assert (value.cpu() - expected).norm() <= tolerance * expected.norm()
+def forward_cell(name: str, rows: int, cells: int, dtype: torch.dtype, first: bool) -> list[Tensor]:
+    """What a form of the cell's forward pass writes: gates, running and kept cell, output."""
+    generator = torch.Generator().manual_seed(3)
+    gates_BG, recurrent_BG = (torch.randn(rows, 4 * cells, generator=generator).to(DEVICE, dtype) for _ in range(2))
+    running_BC = torch.full((rows, cells), torch.nan) if first else torch.randn(rows, cells, generator=generator)
+    running_BC = running_BC.to(DEVICE)
+    kept_BC, output_BC = (torch.full((rows, cells), torch.nan, device=DEVICE, dtype=dtype) for _ in range(2))
+    form(name)(gates_BG, None if first else recurrent_BG, running_BC, kept_BC, output_BC)
+    return [gates_BG, running_BC, kept_BC, output_BC]
 
 
-@needs_triton
-@pytest.mark.parametrize("case", TILED)
-def test_the_fused_form_is_one_lstm_per_sentence(case: Case, fused: ModuleType):
-    check_fused(fused.fused_lstms, case)
+def backward_cell(name: str, rows: int, cells: int, dtype: torch.dtype, first: bool) -> list[Tensor]:
+    """What a form of the cell's backward pass writes: gradients of the running cell and of the sums of gates."""
+    generator = torch.Generator().manual_seed(3)
+    later = rows // 2
+    gates_BG = torch.rand(rows, 4 * cells, generator=generator).to(DEVICE, dtype)
+    grad_BC, kept_BC, before_BC = (torch.randn(rows, cells, generator=generator).to(DEVICE, dtype) for _ in range(3))
+    running_BC = torch.randn(rows, cells, generator=generator)
+    running_BC[later:] = torch.nan  # never written by the next position
+    running_BC = running_BC.to(DEVICE)
+    grad_gates_BG = torch.full((rows, 4 * cells), torch.nan, device=DEVICE, dtype=dtype)
+    form(name)(grad_BC, gates_BG, kept_BC, None if first else before_BC, running_BC, later, grad_gates_BG)
+    return [running_BC, grad_gates_BG]
+
+
+def form(name: str) -> Callable[..., None]:
+    if name.startswith("plain"):
+        return getattr(lstm_cell, name)
+    from nmt.model.kernels import lstm_cell_triton
+
+    return getattr(lstm_cell_triton, name)
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [TILED[0], TILED[1], TILED[3]])
-def test_fused_lstms_run_side_by_side(case: Case, fused: ModuleType):
-    check_fused(fused.fused_lstms, case, groups=2)
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize(("rows", "cells"), [(1, 3), (5, 600), (4, 512)])
+@pytest.mark.parametrize(("pass_", "name"), [(forward_cell, "cell_forward"), (backward_cell, "cell_backward")])
+def test_the_fused_cell_is_the_plain_one(
+    pass_: Callable[..., list[Tensor]], name: str, rows: int, cells: int, first: bool
+):
+    plain, fused = (pass_(f"{kind}_{name}", rows, cells, torch.float32, first) for kind in ("plain", "fused"))
+    for expected, own in zip(plain, fused, strict=True):
+        torch.testing.assert_close(own, expected, rtol=1e-5, atol=1e-6)
+
+
+def launch_cells() -> None:
+    for dtype in (torch.bfloat16, torch.float32):
+        for first in (True, False):
+            forward_cell("fused_cell_forward", 3, 64, dtype, first)
+            backward_cell("fused_cell_backward", 3, 64, dtype, first)
 
 
 @needs_triton
-@pytest.mark.parametrize("case", [TILED[1], TILED[2]])
-def test_sums_are_split_where_there_are_few_tiles(case: Case, fused: ModuleType, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(fused, "_PARTS", 16)
-    check_fused(fused.fused_lstms, case)
-
-
-@needs_triton
-def test_without_gradients_outputs_are_the_same(fused: ModuleType):
-    case = TILED[1]
-    index = [index.to(DEVICE) for index in case.packed()]
-    x_ND = torch.randn(len(index[1]), case.inputs, device=DEVICE)
-    weights = [weight.to(DEVICE).requires_grad_() for weight in case.weights()]
-    (kept_NP,) = fused.fused_lstms([x_ND], [weights], *index, len(case.lengths))
-    with torch.no_grad():
-        (y_NP,) = fused.fused_lstms([x_ND], [weights], *index, len(case.lengths))
-    assert torch.equal(y_NP, kept_NP)
-    assert not y_NP.requires_grad
-
-
-def launch_tables(memory: int) -> None:
-    """Launch both passes of layers of the sizes in use with the tiles for so much shared memory."""
-    from nmt.model.kernels import lstm_triton
-
-    lstm_triton._processors_and_memory = lambda device: (1, memory)
-    for case in [Case([2] * 128, 1024, 1024, 1024), Case([1] * 512, 1024, 1024, 1024), Case([1] * 500, 512, 2048, 512)]:
-        begin_L, previous_N = case.packed()
-        x_ND = torch.zeros(len(previous_N), case.inputs, dtype=torch.bfloat16)
-        weights = [weight.bfloat16().requires_grad_() for weight in case.weights()]
-        (y_NP,) = lstm_triton.fused_lstms([x_ND], [weights], begin_L, previous_N, len(case.lengths))
-        y_NP.backward(torch.zeros_like(y_NP))
-
-
-def launch_with_much_memory() -> None:
-    launch_tables(SHARED_BYTES[80])
-
-
-def launch_with_little_memory() -> None:
-    launch_tables(SHARED_BYTES[86])
-
-
-@pytest.mark.slow
-@needs_triton
-def test_kernels_compile_for_four_generations():
-    compiled = [
-        *compile_launches(launch_with_much_memory, 80, 90),
-        *compile_launches(launch_with_little_memory, 86, 89),
-    ]
-    assert len(compiled) == 24
-    assert max(each.spilled for each in compiled) < 100
+def test_the_fused_cell_compiles_for_four_generations():
+    assert all(not each.spilled for each in compile_launches(launch_cells))

@@ -1,5 +1,6 @@
 """Recorded steps compute what steps launched one kernel at a time compute: to the bit, with dropout and noise."""
 
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,15 @@ def batches(count: int, seed: int) -> list[Batch]:
     return found
 
 
+def shape_for(data: list[Batch], more: int) -> Shape:
+    """A shape that holds these batches, with room for `more` sentences."""
+    sides = (
+        tuple(max(each) + more for each in zip_longest(*side, fillvalue=0))
+        for side in zip(*(batch.shape[1:] for batch in data), strict=True)
+    )
+    return Shape(max(batch.num_sentences for batch in data) + more, *sides)
+
+
 def trained(config: ModelConfig, steps: list[list[Batch]], shape: Shape, **training: Any) -> tuple[list[Any], Updater]:
     """Figures of all steps and the parameters after them."""
     torch.manual_seed(1)
@@ -61,16 +71,11 @@ def figures_of(done: UpdateOutput) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
     data = batches(4 * micro_batches, 3)
-    shape = Shape(
-        *(
-            max(sizes) + more
-            for sizes, more in zip(zip(*(b.shape for b in data), strict=True), (2, 3, 1, 9, 7), strict=True)
-        )
-    )
+    shape = shape_for(data, 2)
     steps = [data[first : first + micro_batches] for first in range(0, len(data), micro_batches)]
     recorded, updater = trained(CONFIGS[name], steps, shape)
     assert updater.recording is not None
-    monkeypatch.setattr(nmt.training.update, "can_record", lambda _: False)
+    monkeypatch.setattr(nmt.training.update, "can_record", lambda *_: False)
     plain, updater = trained(CONFIGS[name], steps, shape)
     assert updater.recording is None
     for one, other in zip(recorded, plain, strict=True):
@@ -81,7 +86,7 @@ def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, m
 
 def test_a_recorded_step_does_not_wait_for_the_device() -> None:
     data = batches(3, 4)
-    shape = Shape(*map(max, zip(*(batch.shape for batch in data), strict=True)))
+    shape = shape_for(data, 0)
     _, updater = trained(CONFIGS["moe"], [data[:1]], shape)
     fitted = [fit(batch, shape).pin_memory() for batch in data[1:]]
     torch.cuda.set_sync_debug_mode("error")
@@ -94,7 +99,7 @@ def test_a_recorded_step_does_not_wait_for_the_device() -> None:
 
 def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     data = batches(2, 5)
-    shape = Shape(*map(max, zip(*(batch.shape for batch in data), strict=True)))
+    shape = shape_for(data, 0)
     (*_, before), updater = trained(CONFIGS["moe"], [data[:1]], shape)
     kept = {name: value.clone() for name, value in before.items()}
     parameter = updater.model.output.weight
@@ -109,5 +114,6 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.Monke
 
 
 def test_only_one_gpu_records() -> None:
-    assert can_record(World(torch.device("cuda", 0)))
-    assert not can_record(World(torch.device("cpu")))
+    config = Config(training=TrainingConfig(precision="bf16"))
+    assert can_record(config, World(torch.device("cuda", 0)))
+    assert not can_record(config, World(torch.device("cpu")))

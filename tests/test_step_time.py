@@ -262,11 +262,9 @@ def test_a_faster_link_or_card_takes_no_longer() -> None:
             assert ms(model, Machines(faster)) < ms(model, Machines(card))
 
 
-def test_longer_batches_and_micro_batches_alike() -> None:
+def test_longer_batches_take_longer() -> None:
     longer = BATCH._replace(source_positions=100, target_positions=100)
     assert ms(MOE, Machines(H100), longer) > ms(MOE, Machines(H100))
-    eight = Machines(H100, gpus=8, group=8, link_gbs=248.0)
-    assert ms(MOE, eight, alike=8) < ms(MOE, eight)
 
 
 @pytest.mark.parametrize("gpus", [1, 1024])
@@ -304,14 +302,13 @@ def test_what_bounds_a_step(bound: str, model: ModelConfig, machines: Machines, 
 # -------------------------------------------------------------------------------------------------- mean micro-batch
 
 
-@pytest.mark.parametrize("bands", [1, 2, 4])
-def test_the_longest_sentence_of_a_micro_batch_is_about_that_of_real_ones(bands: int) -> None:
+def test_the_longest_sentence_of_a_micro_batch_is_about_that_of_real_ones() -> None:
     rng = np.random.default_rng(1)
     common = rng.normal(0.0, 0.5, 60000)
     lengths = [np.clip(np.exp(3.2 + common + rng.normal(0.0, 0.15, 60000)), 2, 199).astype(int) for _ in range(2)]
-    training = TrainingConfig(batch_tokens=8192, bands=bands)
+    training = TrainingConfig(batch_tokens=8192)
     steps = plan_epoch(*lengths, training, 0)
     for length, position in zip(lengths, (3, 4), strict=True):
-        longest = np.mean([max(int(length[band].max()) for band in each[0]) + 1 for each in steps])
+        longest = np.mean([int(length[each[0]].max()) + 1 for each in steps])
         tokens = TokenCounts(100 * (length.mean() + 1), 100 * (length.mean() + 1), 100)
-        assert mean_batch(Config(training=training), tokens)[position] == pytest.approx(longest, rel=0.12)
+        assert mean_batch(Config(training=training), tokens)[position] == pytest.approx(longest, rel=0.15)

@@ -90,7 +90,7 @@ def test_a_validation_inside_an_interval_does_not_change_the_speed(
         count(interval, source, target, flops)
 
     monkeypatch.setattr(Interval, "count", counted)
-    changes = ("training.bands=1", "training.log_every=4", "training.validate_every=3")
+    changes = ("training.log_every=4", "training.validate_every=3")
     run = train(corpus, "a", 12, *changes, "training.validation_sentences=0")
     expected = [sum(tokens[first : first + 4]) / (4 * UPDATE) for first in (0, 4, 8)]
     assert [line.tokens_per_second for line in lines(run)] == pytest.approx(expected)

@@ -61,16 +61,11 @@ class TrainingConfig:
     """Stop after this many minutes of training; 0: no limit. Validations and saves count, and so does the time before
     a run was resumed."""
     batch_tokens: int = 16384
-    """Maximum padded tokens of one micro-batch on either side. A micro-batch must fit in the memory of one GPU."""
+    """Maximum tokens of one micro-batch on either side. A micro-batch must fit in the memory of one GPU. It mixes
+    sentences of all lengths, in the same proportions as the whole corpus."""
     micro_batches: int = 1
     """Micro-batches per step, over all GPUs together; a multiple of the number of GPUs. The data of a step do not
     depend on that number."""
-    bands: int = 2
-    """Ranges of sentence lengths that a micro-batch mixes; each has an equal share of `batch_tokens`. More bands make
-    the steps more alike. A batch has no padding, so that bands cost a GPU little: a longest sentence takes longer."""
-    alike: int = 1
-    """Size of the groups of micro-batches with the same sentence lengths; a divisor of `micro_batches`. 1 mixes the
-    sentence lengths of a step best. The number of GPUs lets all GPUs finish each micro-batch at the same time."""
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
@@ -129,13 +124,6 @@ class TrainingConfig:
             at_least(f"training.{name}", getattr(self, name), 0)
         if not 0.0 <= self.max_minutes < math.inf:
             raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
-        at_least("training.bands", self.bands, 1)
-        at_least("training.alike", self.alike, 1)
-        if self.micro_batches % self.alike:
-            raise ValueError(
-                f"training.alike={self.alike} must divide training.micro_batches={self.micro_batches}: a step "
-                "consists of whole groups of micro-batches"
-            )
         above("training.learning_rate", self.learning_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):

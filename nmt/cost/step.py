@@ -125,11 +125,8 @@ def step_parts(
     if micro_batches > 1:
         parts += _first_pass(model, batch, numbers, machines)
     computing = sum(part.ms for part in parts)
-    spread = 0.0 if config.training.alike % machines.gpus == 0 else rates.uneven
-    waiting = computing * spread * math.sqrt(2.0 * math.log(machines.gpus))
     launching = rates.launch_ms if machines.gpus == 1 else max(rates.launch_ms, rates.host_ms - computing)
-    parts += [Part("waiting for other GPUs", waiting, "network"), Part("launching", launching, "launch")]
-    parts += _exchanged(model, batch, machines)
+    parts += [Part("launching", launching, "launch"), *_exchanged(model, batch, machines)]
     parts = [part._replace(ms=part.ms * micro_batches) for part in parts]
     return _added([*parts, *_once(config, vocab_size, machines)])
 
@@ -170,12 +167,11 @@ def predict_step(
 def mean_batch(config: Config, tokens: TokenCounts) -> MicroBatch:
     """Return a mean micro-batch with the positions of its longest sentence.
 
-    A token is in a longer sentence than the mean sentence is, and the longest of several bands is longer still.
-    1.5 bands^0.35 fits `plan_epoch` for log-normal lengths whose logarithms have a spread of 0.5.
+    Every micro-batch has about the longest sentences of the corpus. Four times the mean length fits log-normal lengths
+    whose logarithms have a spread of 0.5.
     """
     longest = (config.corpus.filters.max_pieces or LONGEST) + 1
-    ratio = 1.5 * config.training.bands**0.35
-    source, target = (min(side / tokens.sentences * ratio, longest) for side in tokens[:2])
+    source, target = (min(side / tokens.sentences * 4.0, longest) for side in tokens[:2])
     return MicroBatch(*tokens, source, target)
 
 

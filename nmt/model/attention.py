@@ -28,6 +28,10 @@ class Memory(NamedTuple):
         values_SBD, keys_SBA, padding_SB = (tensor.index_select(1, sentences_B) for tensor in self[:3])
         return Memory(values_SBD, keys_SBA, padding_SB, self.v_A)
 
+    def first(self, count: int) -> "Memory":
+        """Return the memory of the first `count` sentences, without a copy."""
+        return Memory(self.values_SBD[:, :count], self.keys_SBA[:, :count], self.padding_SB[:, :count], self.v_A)
+
 
 class Attention(nn.Module):
     """Softmax over source positions of one of three scores of key x_i and query y_j:

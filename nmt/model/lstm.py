@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
 from nmt.batch import Rows
-from nmt.model.kernels.lstm import lstms
+from nmt.model.kernels.lstm import lstm
 from nmt.model.rows import turn_round
+from nmt.model.side_by_side import side_by_side
 
 # Under autocast, weights are copied in any case; it costs little that cuDNN also packs them into one chunk.
 warnings.filterwarnings("ignore", message="RNN module weights are not part of single contiguous chunk")
@@ -57,7 +58,7 @@ class LSTM(nn.Module):
 
     def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
         """Return y_NP for whole sentences, which start from a state of zeros."""
-        return lstms([x_ND], [self.weights()], rows.begin_L, rows.previous_N, rows.num_sentences)[0]
+        return lstm(x_ND, self.weights(), rows)
 
     def step(self, x_BD: Tensor, state: LSTMState | None, weights: list[Tensor] | None = None) -> LSTMState:
         """Return the state after one position, whose first part is the output; `state=None` means zeros.
@@ -86,11 +87,8 @@ class BidirectionalLSTM(nn.Module):
 
     def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
         """Return y_N2P. The backward direction reads each sentence from its own end."""
-        ahead_NP, back_NP = lstms(
-            [x_ND, turn_round(x_ND, rows.turn_N)],
-            [self.forward_lstm.weights(), self.backward_lstm.weights()],
-            rows.begin_L,
-            rows.previous_N,
-            rows.num_sentences,
+        turned_ND = turn_round(x_ND, rows.turn_N)
+        ahead_NP, back_NP = side_by_side(
+            lambda: self.forward_lstm(x_ND, rows), lambda: self.backward_lstm(turned_ND, rows)
         )
         return torch.cat([ahead_NP, turn_round(back_NP, rows.turn_N)], dim=1)

@@ -27,7 +27,7 @@ from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
 from nmt.model.one_pass import ChangeGate, Gates, LastGate, Pass
-from nmt.model.rows import pack, unpack
+from nmt.model.side_by_side import side_by_side
 
 
 class DecoderState(NamedTuple):
@@ -104,10 +104,10 @@ class Encoder(nn.Module):
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_ND: Tensor, rows: Rows, through: Pass) -> Tensor:
-        """Return top_ND for the embedded source."""
+    def forward(self, x_ND: Tensor, rows: Rows, through: Pass, bottom_ND: Tensor | None = None) -> Tensor:
+        """Return top_ND for the embedded source. `bottom_ND` is the output of LSTM 1; None: it is computed here."""
         for layer, lstm in enumerate([self.bottom, *self.upper], start=1):
-            y_ND = self.dropout(lstm(x_ND, rows))
+            y_ND = self.dropout(lstm(x_ND, rows) if layer > 1 or bottom_ND is None else bottom_ND)
             # A layer with different input and output widths (after GNMT's full bidirectional one) has no residual.
             x_ND = x_ND + y_ND if layer >= self.residual_from and x_ND.shape == y_ND.shape else y_ND
             x_ND = self.moe_layers.after(layer, x_ND, rows.real_N, through)
@@ -131,12 +131,18 @@ class Decoder(nn.Module):
         self.moe_layers = _MoELayers("decoder", config.decoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_MD: Tensor, target: Rows, encoded: Encoded, through: Pass) -> Tensor:
-        """Return the input of the softmax layer for whole target sentences, x_MD."""
+    def forward(
+        self, x_MD: Tensor, target: Rows, encoded: Encoded, through: Pass, bottom_MD: Tensor | None = None
+    ) -> Tensor:
+        """Return the input of the softmax layer for whole target sentences, x_MD.
+
+        `bottom_MD` is the output of LSTM 1; None: it is computed here, as it must be if the context is fed back to it.
+        """
         if self.attention_config.feeds_back:
             x_MD, context_MD = self._feedback(x_MD, target, self.attention.memory(*encoded))
         else:
-            x_MD = self._residual(1, x_MD, self.bottom(x_MD, target))
+            bottom_MD = self.bottom(x_MD, target) if bottom_MD is None else bottom_MD
+            x_MD = self._residual(1, x_MD, bottom_MD)
             context_MD = self.attention.attend(x_MD, encoded.values_ND, target, encoded.rows)
         return self._above(x_MD, context_MD, target.real_N, lambda _, lstm, x: lstm(x, target), through)
 
@@ -183,7 +189,7 @@ class Decoder(nn.Module):
     def _look(self, query_RD: Tensor, memory: Memory) -> tuple[Tensor, Tensor]:
         # Hypotheses of a sentence are more queries to the same memory, so a beam needs no copies of it.
         columns, width = query_RD.shape
-        context_KBD, weights_KBS = self.attention(query_RD.view(-1, memory.values_SBD.shape[1], width), memory)
+        context_KBD, weights_KBS = self.attention(query_RD.reshape(-1, memory.values_SBD.shape[1], width), memory)
         return context_KBD.reshape(columns, width), weights_KBS.reshape(columns, -1)
 
     def _feedback(self, x_MD: Tensor, target: Rows, memory: Memory) -> tuple[Tensor, Tensor]:
@@ -191,18 +197,23 @@ class Decoder(nn.Module):
 
         Returns (outputs, contexts).
         """
-        x_TBD = unpack(x_MD, target)
+        # The sentences of a position are the longest ones, so that the memory is needed in the order of their length.
+        sentence_B = torch.empty_like(target.rank_B, dtype=torch.int64)
+        sentence_B[target.rank_B.long()] = torch.arange(len(sentence_B), device=sentence_B.device)
+        memory = memory.select(sentence_B)
         state: LSTMState | None = None
-        query_BD = torch.zeros_like(x_TBD[0])
+        query_BD = torch.zeros_like(x_MD[: target.alive[0]])
         outputs, contexts = [], []
         weights = self.bottom.weights()
-        for x_BD in x_TBD:
-            context_BD = self._look(query_BD, memory)[0]
+        for x_BD in x_MD.split(target.alive):
+            count = len(x_BD)
+            context_BD = self._look(query_BD[:count], memory.first(count))[0]
+            state = None if state is None else (state[0][:count], state[1][:count])
             state = self.bottom.step(torch.cat([x_BD, context_BD.to(x_BD.dtype)], 1), state, weights)
             query_BD = self._residual(1, x_BD, state[0])
             outputs.append(query_BD)
             contexts.append(context_BD)
-        return pack(torch.stack(outputs), target), pack(torch.stack(contexts), target)
+        return torch.cat(outputs), torch.cat(contexts)
 
     def _residual(self, layer: int, x_ND: Tensor, y_ND: Tensor) -> Tensor:
         y_ND = self.dropout(y_ND)
@@ -237,7 +248,7 @@ class Seq2Seq(nn.Module):
     ) -> tuple[Encoded, Gates]:
         """Return the encoded source of a packed batch, and the gates."""
         through = Pass(experts_per_token, change_gate)
-        return self._encode(source_N, rows, through), through.gates
+        return Encoded(self.encoder(self._embed(self.source_embedding, source_N), rows, through), rows), through.gates
 
     def memory(self, encoded: Encoded) -> Memory:
         """Return what the decoder reads in a search."""
@@ -309,12 +320,17 @@ class Seq2Seq(nn.Module):
 
     def _read(self, batch: Batch, through: Pass) -> Tensor:
         """Return the softmax layer's input for a batch, x_ND."""
-        encoded = self._encode(batch.source_N, batch.source, through)
-        x_ND = self._embed(self.target_embedding, batch.target_in_N)
-        return self.decoder(x_ND, batch.target, encoded, through)
-
-    def _encode(self, source_N: Tensor, rows: Rows, through: Pass) -> Encoded:
-        return Encoded(self.encoder(self._embed(self.source_embedding, source_N), rows, through), rows)
+        source, target = batch.source, batch.target
+        x_ND = self._embed(self.source_embedding, batch.source_N)
+        x_MD = self._embed(self.target_embedding, batch.target_in_N)
+        if self.config.attention.feeds_back or through.last.startswith("encoder"):
+            return self.decoder(x_MD, target, Encoded(self.encoder(x_ND, source, through), source), through)
+        # The bottom layers of both sides do not need each other.
+        bottom_ND, bottom_MD = side_by_side(
+            lambda: self.encoder.bottom(x_ND, source), lambda: self.decoder.bottom(x_MD, target)
+        )
+        encoded = Encoded(self.encoder(x_ND, source, through, bottom_ND), source)
+        return self.decoder(x_MD, target, encoded, through, bottom_MD)
 
     def _embed(self, embedding: nn.Embedding, ids_N: Tensor) -> Tensor:
         # LSTMs get inputs of unit scale, while the matrix keeps the scale that the softmax needs.

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from nmt.batch import Batch
+from nmt.config import Config
+from nmt.device import product_dtype
 from nmt.model.gating import GateSums
 from nmt.model.one_pass import Gates
 from nmt.parallel.mesh import World
@@ -49,9 +51,14 @@ class Steps(Protocol):
         """Take the optimiser's step."""
 
 
-def can_record(world: World) -> bool:
-    """Return whether steps can be recorded: on one GPU. The exchanges between processes wait for the host."""
-    return world.device.type == "cuda" and world.size == 1
+def can_record(config: Config, world: World) -> bool:
+    """Return whether steps can be recorded: on one GPU, in bf16, by gates with the same number of experts per token.
+
+    Exchanges between processes and strictly balanced gates wait for the host. In float32, LSTMs run on padded batches,
+    and the host must know the lengths.
+    """
+    in_bf16 = product_dtype(world.device, config.training.precision) == torch.bfloat16
+    return world.device.type == "cuda" and world.size == 1 and in_bf16 and not config.model.moe.k_is_average
 
 
 class _Graph(Generic[T]):

@@ -126,7 +126,7 @@ class Trainer:
         pairs = prepared.train()
         self.num_pairs = len(pairs)
         on_gpu = self.device.type == "cuda"
-        self.stream = BatchStream(pairs, config.training, world.rank, world.size, on_gpu, can_record(world))
+        self.stream = BatchStream(pairs, config.training, world.rank, world.size, on_gpu, can_record(config, world))
         # Experts as in training: validation scores must not depend on settings for translation.
         self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
         self.longest = longest_source(prepared.manifest, config)

@@ -86,7 +86,7 @@ class Updater:
         self.number = len(micro_batches) * self.world.size
         set_rate(self.optimizer, rate)
         steps: Steps = self
-        if can_record(self.world) and all(batch.source.real_N is not None for batch in micro_batches):
+        if can_record(self.config, self.world) and all(batch.source.real_N is not None for batch in micro_batches):
             if self.recording is None or not self.recording.serves(micro_batches):
                 self.recording = None  # frees its memory
                 self.recording = Recording(self, list(self.model.parameters()), micro_batches)

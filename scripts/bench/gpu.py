@@ -20,7 +20,8 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -67,7 +68,7 @@ class Case(NamedTuple):
 
 def _rows(experiment: str, *settings: str) -> list[str]:
     """Settings for updates of one batch of 32k tokens per side."""
-    one = ("training.micro_batches=1", "training.alike=1", "training.batch_tokens=32768", "training.bands=4")
+    one = ("training.micro_batches=1", "training.batch_tokens=32768")
     return [f"experiment={experiment}", *one, *settings]
 
 
@@ -78,7 +79,7 @@ CASES = {
     "MoE-32, one length": Case(_rows("europarl_en_fr_moe_32"), spread=0.0),
     "MoE-32": Case(_rows("europarl_en_fr_moe_32"), against="MoE-32, one length"),
     "MoE-32, 4 micro-batches": Case(
-        _rows("europarl_en_fr_moe_32", "training.micro_batches=4", "training.bands=1", "training.batch_tokens=8192"),
+        _rows("europarl_en_fr_moe_32", "training.micro_batches=4", "training.batch_tokens=8192"),
         against="MoE-32, one length",
     ),
     "MoE-512": Case(_rows("europarl_en_fr_moe_32", "model.moe.num_experts=512")),
@@ -126,7 +127,11 @@ def fixed_sentences(sentences: int, vocabulary: int, updates: int) -> tuple[list
             for _ in range(2)
         ]
         batches.append(make_batch(np.arange(sentences), *sides))
-    return [[batch] for batch in batches], Shape(*map(max, *(batch.shape for batch in batches)))
+    sides = (
+        tuple(max(each) for each in zip_longest(*side, fillvalue=0))
+        for side in zip(*(batch.shape[1:] for batch in batches), strict=True)
+    )
+    return [[batch] for batch in batches], Shape(sentences, *sides)
 
 
 def planned(training: TrainingConfig, vocabulary: int, spread: float, updates: int) -> tuple[list[Step], Shape]:
@@ -136,14 +141,13 @@ def planned(training: TrainingConfig, vocabulary: int, spread: float, updates: i
     sources = np.clip(rng.lognormal(3.33, spread, pairs), 5, 119).astype(np.int64)
     targets = np.clip(sources * rng.lognormal(0.0, 0.3 * spread, pairs), 5, 119).astype(np.int64)
     plan = plan_epoch(sources, targets, training, 0)
-    shape = common_shape(plan, sources, targets, training.batch_tokens)
+    shape = common_shape(plan, sources, targets)
 
-    def batch(bands: Sequence[np.ndarray]) -> Batch:
-        own = np.concatenate(bands)
+    def batch(own: np.ndarray) -> Batch:
         sides = [(rng.integers(4, vocabulary, lengths.sum()), lengths) for lengths in (sources[own], targets[own])]
         return make_flat_batch(own, *sides[0], *sides[1])
 
-    return [[batch(bands) for bands in step] for step in plan[:updates]], shape
+    return [[batch(pairs) for pairs in step] for step in plan[:updates]], shape
 
 
 def prepare(case: Case, updates: int = UPDATES) -> tuple[Config, int, list[Step], Shape]:
@@ -219,7 +223,7 @@ def training_speed(case: Case, device: torch.device) -> dict[str, float]:
         "tflops": flops / seconds / 1e12,
         "ms_per_update": seconds / len(steps) * 1e3,
         "idle": max(1.0 - busy / alone, 0.0),
-        "padding": 1.0 - tokens / (len(batches) * (shape.source_rows + shape.target_rows)),
+        "padding": 1.0 - tokens / (len(batches) * (sum(shape.source) + sum(shape.target))),
         "memory_gb": torch.cuda.max_memory_allocated() / 1e9,
     }
 

@@ -73,7 +73,7 @@ def predicted_parts(row: Row, rates: Rates) -> dict[str, float]:
         parts = list(moe_parts(512, moe, row["experts"], row["tokens"], machines))
     else:
         number = row["micro_batches"] * row["gpus"]
-        config = _composed(*row["settings"], f"training.micro_batches={number}", "training.alike=1")
+        config = _composed(*row["settings"], f"training.micro_batches={number}")
         group = row["gpus"] if config.model.moe_layer_names() else 1
         machines = machines._replace(group=group, link_gbs=CARDS[row["card"]].link_gbs)
         parts = step_parts(config, row["vocabulary"], MicroBatch(*row["batch"]), _BF16, machines)
@@ -182,7 +182,7 @@ def grown(count: int, gpus: int) -> Config:
         settings += ["model.moe.gating=noisy_top_k", "model.moe.branching=0", "model.moe.k=4"]
     else:
         settings += [f"model.moe.branching={max(64, gpus)}"]
-    settings += [f"training.micro_batches={gpus}", f"training.alike={gpus}", "training.bands=4"]
+    settings += [f"training.micro_batches={gpus}"]
     return _composed("experiment=wmt14_en_fr_moe_2048", *settings)
 
 

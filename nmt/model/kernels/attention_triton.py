@@ -46,7 +46,7 @@ _SCORES = {"POSITIONS": 4, "OTHERS": 4, "COLUMNS": 128, "STAGES": 2, "num_warps"
 _GRADIENT = {"POSITIONS": 8, "OTHERS": 4, "COLUMNS": 64, "STAGES": 2, "num_warps": 1}
 _SOFTMAX = {"VALUES": 2048, "num_warps": 4}
 # Arguments that differ from batch to batch: a kernel is compiled once for all their values.
-_SIZES = ["blocks", "num_rows", "own_count"]
+_SIZES = ["blocks"]
 
 
 @triton.jit
@@ -161,14 +161,6 @@ def _softmax_gradient(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _clear_padding(out, end, num_rows, width, columns):  # type: ignore[no-untyped-def]
-    """Write zeros to the rows after `end`, which no sentence has: one by one, shared out among the sentences."""
-    for row in range(tl.load(end) + tl.program_id(1), num_rows, tl.num_programs(1)):
-        place = (row + tl.zeros(columns.shape, tl.int64)) * width + columns
-        tl.store(out + place, tl.zeros(columns.shape, out.dtype.element_ty), mask=columns < width)
-
-
-@triton.jit
 def _load_weights(w, rows, inside, positions, blocks):  # type: ignore[no-untyped-def]
     """Tile of the matrix: target rows down, source positions across, zero for what does not exist."""
     return tl.load(w + rows[:, None] * (blocks * _BLOCK) + positions[None, :], mask=inside[:, None], other=0.0)
@@ -176,15 +168,13 @@ def _load_weights(w, rows, inside, positions, blocks):  # type: ignore[no-untype
 
 @triton.jit(do_not_specialize=_SIZES)
 def _weighted_sums(  # type: ignore[no-untyped-def]
-    w, x, out, own_begin, own_rank, own_length, begin, rank, length, own_count, num_rows, width, blocks,
+    w, x, out, own_begin, own_rank, own_length, begin, rank, length, width, blocks,
     BACK: tl.constexpr, POSITIONS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(width, COLUMNS)
     sentence, start = tl.program_id(1), tl.program_id(0) // parts * POSITIONS
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    if start == 0:
-        _clear_padding(out, own_begin + own_count, num_rows, width, columns)
     if start >= tl.load(own_length + sentence):
         return
     own_positions = start + tl.arange(0, POSITIONS)
@@ -205,16 +195,14 @@ def _weighted_sums(  # type: ignore[no-untyped-def]
 
 @triton.jit(do_not_specialize=_SIZES)
 def _additive_gradient(  # type: ignore[no-untyped-def]
-    w, own, other, v, out, v_parts, own_begin, own_rank, own_length, begin, rank, length, own_count, num_rows, width,
-    blocks, BACK: tl.constexpr, APPROXIMATE: tl.constexpr,
+    w, own, other, v, out, v_parts, own_begin, own_rank, own_length, begin, rank, length, width, blocks,
+    BACK: tl.constexpr, APPROXIMATE: tl.constexpr,
     POSITIONS: tl.constexpr, OTHERS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(width, COLUMNS)
     sentence, block = tl.program_id(1), tl.program_id(0) // parts
     columns = tl.program_id(0) % parts * COLUMNS + tl.arange(0, COLUMNS)
     inside = columns < width
-    if block == 0:
-        _clear_padding(out, own_begin + own_count, num_rows, width, columns)
     if block * POSITIONS >= tl.load(own_length + sentence):
         return
     own_positions = block * POSITIONS + tl.arange(0, POSITIONS)
@@ -339,10 +327,11 @@ def _over_rows(kernel: Any, matrices: tuple[Tensor, ...], target: Side, source: 
 def _sums(w_MS: Tensor, x_ND: Tensor, own: Side, other: Side, num_rows: int, back: bool) -> Tensor:
     """Return the weighted sums of the rows x of the `other` side for each row of the `own` one; back: the source."""
     width, columns = x_ND.shape[1], _SUM_BYTES // x_ND.element_size()
-    out = torch.empty(num_rows, width, device=x_ND.device, dtype=x_ND.dtype)
+    # Rows of padding, which belong to no sentence, stay zero.
+    out = torch.zeros(num_rows, width, device=x_ND.device, dtype=x_ND.dtype)
     grid = triton.cdiv(_num_positions(own), _SUMS["POSITIONS"]) * triton.cdiv(width, columns), len(own[1])
     _weighted_sums[grid](
-        w_MS, x_ND, out, *own, *other, _num_positions(own), num_rows, width, w_MS.shape[1] // _BLOCK.value,
+        w_MS, x_ND, out, *own, *other, width, w_MS.shape[1] // _BLOCK.value,
         BACK=back, COLUMNS=columns, **_SUMS,
     )  # fmt: skip
     return out
@@ -352,13 +341,13 @@ def _additive_sums(
     w_MS: Tensor, own_MA: Tensor, other_NA: Tensor, v_A: Tensor, own: Side, other: Side, back: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of the rows of `own` and, unless it is the source side (`back`), of V."""
-    num_rows, width = own_MA.shape
-    out, source_blocks = torch.empty_like(own_MA), w_MS.shape[1] // _BLOCK.value
+    width = own_MA.shape[1]
+    out, source_blocks = torch.zeros_like(own_MA), w_MS.shape[1] // _BLOCK.value
     blocks, sentences = triton.cdiv(_num_positions(own), _GRADIENT["POSITIONS"]), len(own[1])
     # Programs without positions store nothing.
     v_parts = torch.zeros(0 if back else sentences * blocks, width, device=own_MA.device)
     _additive_gradient[(blocks * triton.cdiv(width, _GRADIENT["COLUMNS"]), sentences)](
-        w_MS, own_MA, other_NA, v_A, out, v_parts, *own, *other, _num_positions(own), num_rows, width, source_blocks,
+        w_MS, own_MA, other_NA, v_A, out, v_parts, *own, *other, width, source_blocks,
         BACK=back, APPROXIMATE=_approximate(own_MA), **_GRADIENT,
     )  # fmt: skip
     return out, None if back else v_parts.sum(0).to(v_A.dtype)

@@ -1,92 +1,166 @@
-"""An LSTM layer over packed rows: the sentences of a batch without padding, position by position.
+"""An LSTM layer over the sentences of a packed batch, which start from a state of zeros.
 
-Sentences are sorted by falling length. Position t has the rows begin[t] .. begin[t + 1] - 1; the sentences alive there
-are the first B_t = begin[t + 1] - begin[t] of the batch, and row begin[t] + j belongs to sentence j. `begin` may be
-longer than needed: its tail then repeats the number of real rows. Rows after the last real one are padding: their
-outputs are zeros, and so are the gradients that they pass on.
+`lstm` chooses between two implementations. On a CPU, PyTorch's LSTM runs on padded groups of sentences of similar
+lengths. On a GPU, a loop over the positions alternates matrix products of the library and a fused cell
+(`lstm_cell.py`): the rows of a position are one matrix, so that nothing is padded. The input product of all positions
+is one product, and so are the gradients of the weights. Recorded in a CUDA graph, the loop costs the host nothing.
 
-`lstm` chooses between a plain and a fused implementation. The plain one unpacks groups of sentences of similar
-lengths, and runs PyTorch's LSTM on each. The fused one runs all positions in one launch.
+Bound of a layer on N rows: 6 N (4 C (D + P) + C P') operations, with P' = P if there is a projection, else 0; and the
+traffic of the cells. At few sentences, it is the time of one product and one cell per position.
 
-Bound of the fused one on N rows: the products, 2 N (4 C (D + P) + C P') operations forward and twice as many backward
-(P' = P with a projection, else 0), and at least one exchange between the processors of the GPU per position. Memory
-traffic: gates written, read and overwritten by their activations, the latter read and the gates' gradients written and
-read three times, N 4 C values each.
-
-Letters: N rows, L positions, D input width, P output width, C cells, M rows of padded groups; T positions of B
-sentences within a group.
+Letters: N rows, D input width, P output width, C cells, G = 4 C gates; T positions of B sentences of a group, M rows
+of padded groups.
 """
 
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from nmt.batch import Rows
+from nmt.model.kernels.lstm_cell import cell_backward, cell_forward
+
 Weights = Sequence[Tensor]
-"""w_ih (4 C, D), w_hh (4 C, P), b_ih, b_hh (4 C) and, if P < C, w_hr (P, C): PyTorch's order, gates i, f, g, o."""
+"""w_ih (G, D), w_hh (G, P), b_ih (G), b_hh (G) and, if P < C, w_hr (P, C): PyTorch's order, gates i, f, g, o."""
 
 _STEP = 8
 """On a CPU, one more step of a group takes about as long as that many more sentences in a step."""
 
 
-def lstm(x_ND: Tensor, weights: Weights, begin_L: Tensor, previous_N: Tensor, most: int) -> Tensor:
-    """Return y_NP of one LSTM layer that starts at a zero state.
-
-    `begin_L` (L + 1 values) and `previous_N` are int32. previous[r] is the row of the same sentence one position
-    earlier, or N where there is none. `most` is at least the number of sentences. Products have the type of `weights`.
-    """
-    return lstms([x_ND], [weights], begin_L, previous_N, most)[0]
-
-
-def lstms(
-    x: Sequence[Tensor], weights: Sequence[Weights], begin_L: Tensor, previous_N: Tensor, most: int
-) -> list[Tensor]:
-    """Return the outputs of independent LSTMs of equal sizes on the same sentences, as `lstm` does for one.
-
-    The fused form runs them at the same time. Short steps then take little longer than those of one LSTM.
-    """
-    recurrent_GP = weights[0][1]
-    dtype, outputs = recurrent_GP.dtype, recurrent_GP.shape[1]
-    x = [x_ND.to(dtype) for x_ND in x]
-    with torch.autocast(x[0].device.type, enabled=False):
-        if has_kernel(x[0].device, dtype, recurrent_GP.shape[0] // 4, outputs):
-            from nmt.model.kernels.lstm_triton import fused_lstms
-
-            return fused_lstms(x, weights, begin_L, previous_N, most)
-        return [plain_lstm(x_ND, own, begin_L, most) for x_ND, own in zip(x, weights, strict=True)]
+def lstm(x_ND: Tensor, weights: Weights, rows: Rows) -> Tensor:
+    """Return y_NP. Products have the type of `weights`."""
+    x_ND = x_ND.to(weights[0].dtype)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        if x_ND.is_cuda:
+            y_NP: Tensor = StepwiseLSTM.apply(x_ND, rows, *weights)
+            return y_NP
+        return grouped_lstm(x_ND, weights, rows)
 
 
-def has_kernel(device: torch.device, dtype: torch.dtype, cells: int, outputs: int) -> bool:
-    """Return whether the fused form runs a layer of these sizes."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or find_spec("triton") is None:
-        return False
-    return cells % 128 == 0 and outputs % 128 == 0 and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def plain_lstm(x_ND: Tensor, weights: Weights, begin_L: Tensor, most: int) -> Tensor:
+def grouped_lstm(x_ND: Tensor, weights: Weights, rows: Rows) -> Tensor:
     """Return `lstm` computed by PyTorch's LSTM on padded groups of sentences.
 
     Padding follows each sentence, so it cannot affect real positions.
     """
-    if x_ND.is_cuda:
-        groups = [(0, most, len(begin_L) - 1)]  # The host does not know the lengths.
-    else:
-        groups = group_sentences(begin_L)
-    rows = [_padded_rows(begin_L, len(x_ND), *group).flatten() for group in groups]
-    row_M, place_N = _places(rows, len(x_ND))
+    groups = group_sentences(rows.begin_L)
+    if len(groups) == 1 and len(set(rows.alive)) == 1:
+        return _padded_lstm(x_ND.view(len(rows.alive), rows.alive[0], -1), weights).flatten(0, 1)
+    places = [_padded_rows(rows.begin_L, len(x_ND), *group).flatten() for group in groups]
+    row_M, place_N = _places(places, len(x_ND))
     x_MD = _Move.apply(x_ND, row_M, place_N)
-    outputs = []
-    cells, width = len(weights[0]) // 4, weights[1].shape[1]
-    for x_TBD, (first, after, positions) in zip(x_MD.split([len(row) for row in rows]), groups, strict=True):
-        batch = after - first
-        state = x_ND.new_zeros(1, batch, width), x_ND.new_zeros(1, batch, cells)
-        x_TBD = x_TBD.view(positions, batch, -1)
-        y_TBP = torch.lstm(x_TBD, state, list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
-        outputs.append(y_TBP.flatten(0, 1))
+    outputs = [
+        _padded_lstm(part_MD.view(positions, after - first, -1), weights).flatten(0, 1)
+        for part_MD, (first, after, positions) in zip(x_MD.split([len(place) for place in places]), groups, strict=True)
+    ]
     return _Move.apply(torch.cat(outputs), place_N, row_M)
+
+
+def _padded_lstm(x_TBD: Tensor, weights: Weights) -> Tensor:
+    batch, cells, width = x_TBD.shape[1], len(weights[0]) // 4, weights[1].shape[1]
+    state = x_TBD.new_zeros(1, batch, width), x_TBD.new_zeros(1, batch, cells)
+    return torch.lstm(x_TBD, state, list(weights), True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
+
+
+class StepwiseLSTM(Function):
+    """The loop over positions. Kept for the backward pass: x, gates (N G), cells (N C), outputs, and their projection.
+
+    Cells are kept in the type of the products; the running cell has at least float32.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, rows: Rows, *weights: Tensor) -> Tensor:
+        w_ih, w_hh, b_ih, b_hh, *projection = weights
+        most, cells = rows.alive[0], len(w_hh) // 4
+        gates_NG = torch.addmm(b_ih + b_hh, x_ND, w_ih.T)
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
+        running_BC = x_ND.new_empty(most, cells, dtype=exact)
+        recurrent_BG = x_ND.new_empty(most, 4 * cells)
+        kept_NC, y_NP = x_ND.new_empty(len(x_ND), cells), x_ND.new_empty(len(x_ND), w_hh.shape[1])
+        output_NC = x_ND.new_empty(len(x_ND), cells) if projection else y_NP
+        before = _Position(0, 0)
+        for here in _positions(rows.alive):
+            recurrent = recurrent_BG[: here.count] if before.count else None
+            if recurrent is not None:
+                torch.mm(y_NP[before.first : before.first + here.count], w_hh.T, out=recurrent)
+            output_BC = output_NC[here.rows]
+            cell_forward(gates_NG[here.rows], recurrent, running_BC[: here.count], kept_NC[here.rows], output_BC)
+            if projection:
+                torch.mm(output_BC, projection[0].T, out=y_NP[here.rows])
+            before = here
+        ctx.save_for_backward(x_ND, gates_NG, kept_NC, output_NC, y_NP, rows.previous_N, *weights)
+        ctx.alive = rows.alive
+        return y_NP
+
+    @staticmethod
+    def backward(ctx: Any, grad_NP: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, gates_NG, kept_NC, output_NC, y_NP, previous_N, w_ih, w_hh, _, _, *projection = ctx.saved_tensors
+        alive, grad_gates_NG = ctx.alive, torch.empty_like(gates_NG)
+        # Of the projected output: what comes from above, to which the loop adds what comes from the next position.
+        grad_NP = grad_NP.clone()
+        exact = torch.promote_types(x_ND.dtype, torch.float32)
+        grad_running_BC = kept_NC.new_empty(alive[0], kept_NC.shape[1], dtype=exact)
+        grad_output_BC = kept_NC.new_empty(alive[0], kept_NC.shape[1])
+        positions = list(_positions(alive))
+        later = _Position(0, 0)
+        for place in reversed(range(len(positions))):
+            here = positions[place]
+            if later.count:
+                grad_NP[here.first : here.first + later.count].addmm_(grad_gates_NG[later.rows], w_hh)
+            grad_output = grad_NP[here.rows]
+            if projection:
+                grad_output = torch.mm(grad_output, projection[0], out=grad_output_BC[: here.count])
+            before_BC = None
+            if place:
+                first = positions[place - 1].first
+                before_BC = kept_NC[first : first + here.count]
+            own = gates_NG[here.rows], kept_NC[here.rows], before_BC, grad_running_BC[: here.count]
+            cell_backward(grad_output, *own, later.count, grad_gates_NG[here.rows])
+            later = here
+        return _gradients(x_ND, output_NC, y_NP, previous_N, grad_gates_NG, grad_NP, w_ih, alive[0], bool(projection))
+
+
+class _Position:
+    """The rows of one position."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.count = first, count
+        self.rows = slice(first, first + count)
+
+
+def _positions(alive: Sequence[int]) -> list[_Position]:
+    found, first = [], 0
+    for count in alive:
+        found.append(_Position(first, count))
+        first += count
+    return found
+
+
+def _gradients(
+    x_ND: Tensor,
+    output_NC: Tensor,
+    y_NP: Tensor,
+    previous_N: Tensor,
+    grad_gates_NG: Tensor,
+    grad_NP: Tensor,
+    w_ih: Tensor,
+    first: int,
+    projected: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of x and of all weights, in the order of the arguments of `StepwiseLSTM.forward`."""
+    grad_bias = grad_gates_NG.sum(0, dtype=torch.promote_types(x_ND.dtype, torch.float32)).to(x_ND.dtype)
+    # The first position has no previous one, and a recurrent input of zeros.
+    before_NP = y_NP.index_select(0, previous_N[first:])
+    gradients = (
+        grad_gates_NG @ w_ih,
+        None,
+        grad_gates_NG.T @ x_ND,
+        grad_gates_NG[first:].T @ before_NP,
+        grad_bias,
+        grad_bias,
+    )
+    return (*gradients, grad_NP.T @ output_NC) if projected else gradients
 
 
 def group_sentences(begin_L: Tensor) -> list[tuple[int, int, int]]:
