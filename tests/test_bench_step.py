@@ -65,3 +65,8 @@ def test_a_bar_is_as_long_as_the_step():
         widths[y] += float(width)
     long, short = widths.values()
     assert abs(long - 2 * short) < 1.0
+
+
+def test_the_picture_is_what_its_figures_give():
+    if (drawing.STEPS / "after.json").is_file():
+        assert drawing.PICTURE.read_text() == drawing.picture(*drawing.read()), "run scripts/results/profile_step.py"

@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -280,12 +280,12 @@ def moe_layer(num_experts: int, tokens: int, top: dict[str, float], device: torc
 # ------------------------------------------------------------------------------------------------- tables
 
 
-def comparison(name: str, results: dict[str, dict[str, float]]) -> str:
-    """What a case is compared with, and the ratio of the speeds."""
+def comparison(name: str, results: dict[str, Any], device: str) -> str:
+    """What a case is compared with, and the ratio of the speeds, on a device of this name."""
     case, speed = CASES[name], results[name]["tokens_per_second"]
     if case.against in results:
         return f"{speed / results[case.against]['tokens_per_second']:.2f} x {case.against}"
-    card = next((card for card in GNMT_V2 if card in torch.cuda.get_device_name()), None)
+    card = next((card for card in GNMT_V2 if card in device), None)
     if case.sentences and card:
         return f"{speed / GNMT_V2[card][case.sentences]:.2f} x NVIDIA's code on an {card}"
     return ""
@@ -300,9 +300,10 @@ def main() -> None:
     device = torch.device("cuda", 0)
     set_float32_products(device, "auto")
     top = ceilings(device)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    card = torch.cuda.get_device_name()
+    print(f"{card}, torch {torch.__version__}")
     print(f"ceilings: bf16 matrix product {top['matmul_tflops']:.0f} TFLOP/s, copy {top['copy_tbs']:.2f} TB/s\n")
-    results: dict[str, dict[str, float]] = {"ceilings": top}
+    results: dict[str, Any] = {"device": card, "torch": torch.__version__, "ceilings": top}
 
     print(f"{'training':<34}{'tokens/s':>12}{'TFLOP/s':>9}{'share':>7}{'ms':>8}{'idle':>7}{'GB':>7}", flush=True)
     for name, case in CASES.items():
@@ -318,7 +319,7 @@ def main() -> None:
         print(
             f"{name:<34}{figures['tokens_per_second']:>12,.0f}{figures['tflops']:>9.0f}{share:>7.1%}"
             f"{figures['ms_per_update']:>8.1f}{figures['idle']:>7.1%}{figures['memory_gb']:>7.1f}"
-            f"  {comparison(name, results)}",
+            f"  {comparison(name, results, card)}",
             flush=True,
         )
 

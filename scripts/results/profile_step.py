@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+STEPS, PICTURE = ROOT / "results" / "steps", ROOT / "docs" / "results" / "step.svg"
 COLOURS = {
     "LSTM": "#3b6ea8",
     "attention": "#8a63b0",
@@ -79,11 +80,15 @@ def _pieces(step: dict[str, Any], y: float, scale: float) -> list[str]:
     return [*lines, f'<text x="{x + 6:.1f}" y="{y + 15}">{step["ms"]:.1f} ms</text>']
 
 
+def read() -> tuple[Steps, Steps]:
+    """The figures before and after."""
+    before, after = (json.loads((STEPS / f"{when}.json").read_text(encoding="utf-8")) for when in ("before", "after"))
+    return before, after
+
+
 def main() -> None:
     """Write the picture."""
-    folder = ROOT / "results" / "steps"
-    before, after = (json.loads((folder / f"{when}.json").read_text(encoding="utf-8")) for when in ("before", "after"))
-    (ROOT / "docs" / "results" / "step.svg").write_text(picture(before, after), encoding="utf-8")
+    PICTURE.write_text(picture(*read()), encoding="utf-8")
 
 
 if __name__ == "__main__":
