@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from nmt.batch import Rows, make_rows
 from nmt.model.kernels import lstm_cell
-from nmt.model.kernels.lstm import StepwiseLSTM, group_sentences, grouped_lstm, lstm
+from nmt.model.kernels.lstm import group_sentences, grouped_lstm, lstm, stepwise_lstm
 from tests.kernels import DEVICE, compile_launches, needs_triton
 
 Layer = Callable[[Tensor, list[Tensor], Rows], Tensor]
@@ -25,7 +25,7 @@ def weights_of(inputs: int, cells: int, outputs: int) -> list[Tensor]:
 
 
 def stepwise(x_ND: Tensor, weights: list[Tensor], rows: Rows) -> Tensor:
-    return StepwiseLSTM.apply(x_ND, rows, *weights)
+    return stepwise_lstm(x_ND, lambda: weights, rows)
 
 
 def sentence_by_sentence(x_ND: Tensor, weights: list[Tensor], rows: Rows) -> Tensor:
@@ -78,7 +78,7 @@ def test_products_have_the_type_of_the_weights():
     rows, weights = rows_of(3, 1), [weight.double() for weight in weights_of(3, 7, 4)]
     x_ND = torch.randn(4, 3)
     with torch.autocast("cpu", torch.bfloat16):
-        y_NP = lstm(x_ND, weights, rows)
+        y_NP = lstm(x_ND, lambda: weights, rows)
     torch.testing.assert_close(y_NP, sentence_by_sentence(x_ND.double(), weights, rows))
 
 

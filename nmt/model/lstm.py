@@ -58,7 +58,7 @@ class LSTM(nn.Module):
 
     def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
         """Return y_NP for whole sentences, which start from a state of zeros."""
-        return lstm(x_ND, self.weights(), rows)
+        return lstm(x_ND, self.weights, rows)
 
     def step(self, x_BD: Tensor, state: LSTMState | None, weights: list[Tensor] | None = None) -> LSTMState:
         """Return the state after one position, whose first part is the output; `state=None` means zeros.

@@ -17,6 +17,7 @@ from nmt.model.gating import GateSums, balance_loss
 from nmt.model.names import is_expert
 from nmt.model.one_pass import Gates
 from nmt.model.seq2seq import LossOutput, Seq2Seq
+from nmt.model.side_by_side import Later
 from nmt.parallel.mesh import World
 from nmt.training.optim import ClippedStep, clipped_step, set_rate
 from nmt.training.recording import LayerSums, Learned, Recording, Steps, can_record
@@ -138,6 +139,7 @@ class Updater:
                 sums = joined[layer].with_gradient_of(gate.sums)
                 total = total + balance_loss(sums, *self.config.model.moe.balance_weights(layer))
         total.backward()
+        Later.forget()
         # Detached, as they are kept until the next line of metrics and must not keep the graph alive.
         gates = {layer: gate.detach() for layer, gate in output.gates.items()}
         return Learned(output.loss.detach(), output.nll.detach(), own, gates)

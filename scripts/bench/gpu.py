@@ -170,7 +170,8 @@ def fitted(steps: list[Step], shape: Shape) -> list[Step]:
 def make_updater(config: Config, vocabulary: int, device: torch.device) -> Updater:
     """The trainer's updater for a new network."""
     torch.manual_seed(1)
-    model = Seq2Seq(config.model, vocabulary).to(device).train()
+    with device:  # billions of random weights take a CPU minutes
+        model = Seq2Seq(config.model, vocabulary).train()
     return Updater(model, make_optimizer(model, config.training), config, World(device))
 
 

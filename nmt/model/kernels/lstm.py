@@ -12,7 +12,7 @@ Letters: N rows, D input width, P output width, C cells, G = 4 C gates; T positi
 of padded groups.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch.autograd import Function
 
 from nmt.batch import Rows
 from nmt.model.kernels.lstm_cell import cell_backward, cell_forward
+from nmt.model.side_by_side import Later
 
 Weights = Sequence[Tensor]
 """w_ih (G, D), w_hh (G, P), b_ih (G), b_hh (G) and, if P < C, w_hr (P, C): PyTorch's order, gates i, f, g, o."""
@@ -29,14 +30,22 @@ _STEP = 8
 """On a CPU, one more step of a group takes about as long as that many more sentences in a step."""
 
 
-def lstm(x_ND: Tensor, weights: Weights, rows: Rows) -> Tensor:
-    """Return y_NP. Products have the type of `weights`."""
-    x_ND = x_ND.to(weights[0].dtype)
+def lstm(x_ND: Tensor, cast: Callable[[], list[Tensor]], rows: Rows) -> Tensor:
+    """Return y_NP. `cast` returns the weights, whose type products have."""
+    if x_ND.is_cuda:
+        return stepwise_lstm(x_ND, cast, rows)
+    weights = cast()
     with torch.autocast(x_ND.device.type, enabled=False):
-        if x_ND.is_cuda:
-            y_NP: Tensor = StepwiseLSTM.apply(x_ND, rows, *weights)
-            return y_NP
-        return grouped_lstm(x_ND, weights, rows)
+        return grouped_lstm(x_ND.to(weights[0].dtype), weights, rows)
+
+
+def stepwise_lstm(x_ND: Tensor, cast: Callable[[], list[Tensor]], rows: Rows) -> Tensor:
+    """Return `lstm` computed position by position; gradients of the weights are computed aside (`Later`)."""
+    later = Later()
+    weights = later.through(cast)
+    with torch.autocast(x_ND.device.type, enabled=False):
+        y_NP: Tensor = StepwiseLSTM.apply(x_ND.to(weights[0].dtype), rows, later, *weights)
+    return y_NP
 
 
 def grouped_lstm(x_ND: Tensor, weights: Weights, rows: Rows) -> Tensor:
@@ -70,7 +79,7 @@ class StepwiseLSTM(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, rows: Rows, *weights: Tensor) -> Tensor:
+    def forward(ctx: Any, x_ND: Tensor, rows: Rows, later: Later, *weights: Tensor) -> Tensor:
         w_ih, w_hh, b_ih, b_hh, *projection = weights
         most, cells = rows.alive[0], len(w_hh) // 4
         gates_NG = torch.addmm(b_ih + b_hh, x_ND, w_ih.T)
@@ -90,12 +99,13 @@ class StepwiseLSTM(Function):
                 torch.mm(output_BC, projection[0].T, out=y_NP[here.rows])
             before = here
         ctx.save_for_backward(x_ND, gates_NG, kept_NC, output_NC, y_NP, rows.previous_N, *weights)
-        ctx.alive = rows.alive
+        ctx.alive, ctx.later = rows.alive, later
         return y_NP
 
     @staticmethod
     def backward(ctx: Any, grad_NP: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, gates_NG, kept_NC, output_NC, y_NP, previous_N, w_ih, w_hh, _, _, *projection = ctx.saved_tensors
+        x_ND, gates_NG, kept_NC, output_NC, y_NP, previous_N, *weights = ctx.saved_tensors
+        w_ih, w_hh, _, _, *projection = weights
         alive, grad_gates_NG = ctx.alive, torch.empty_like(gates_NG)
         # Of the projected output: what comes from above, to which the loop adds what comes from the next position.
         grad_NP = grad_NP.clone()
@@ -118,7 +128,9 @@ class StepwiseLSTM(Function):
             own = gates_NG[here.rows], kept_NC[here.rows], before_BC, grad_running_BC[: here.count]
             cell_backward(grad_output, *own, later.count, grad_gates_NG[here.rows])
             later = here
-        return _gradients(x_ND, output_NC, y_NP, previous_N, grad_gates_NG, grad_NP, w_ih, alive[0], bool(projection))
+        outputs = (output_NC, grad_NP) if projection else None
+        ctx.later.leave(lambda: _weight_gradients(x_ND, y_NP, previous_N[alive[0] :], grad_gates_NG, outputs))
+        return grad_gates_NG @ w_ih, None, None, *weights
 
 
 class _Position:
@@ -137,30 +149,23 @@ def _positions(alive: Sequence[int]) -> list[_Position]:
     return found
 
 
-def _gradients(
+def _weight_gradients(
     x_ND: Tensor,
-    output_NC: Tensor,
     y_NP: Tensor,
-    previous_N: Tensor,
+    previous_M: Tensor,
     grad_gates_NG: Tensor,
-    grad_NP: Tensor,
-    w_ih: Tensor,
-    first: int,
-    projected: bool,
-) -> tuple[Tensor | None, ...]:
-    """Return the gradients of x and of all weights, in the order of the arguments of `StepwiseLSTM.forward`."""
-    grad_bias = grad_gates_NG.sum(0, dtype=torch.promote_types(x_ND.dtype, torch.float32)).to(x_ND.dtype)
-    # The first position has no previous one, and a recurrent input of zeros.
-    before_NP = y_NP.index_select(0, previous_N[first:])
-    gradients = (
-        grad_gates_NG @ w_ih,
-        None,
-        grad_gates_NG.T @ x_ND,
-        grad_gates_NG[first:].T @ before_NP,
-        grad_bias,
-        grad_bias,
-    )
-    return (*gradients, grad_NP.T @ output_NC) if projected else gradients
+    outputs: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of all weights.
+
+    `previous_M` has the previous row of each row after the first position, whose recurrent input is zero. `outputs` are
+    the cells' outputs and the gradient of their projection; None without one.
+    """
+    exact = torch.promote_types(x_ND.dtype, torch.float32)
+    grad_bias = grad_gates_NG.sum(0, dtype=exact).to(x_ND.dtype)
+    grad_hh = grad_gates_NG[len(x_ND) - len(previous_M) :].T @ y_NP.index_select(0, previous_M)
+    gradients = grad_gates_NG.T @ x_ND, grad_hh, grad_bias, grad_bias
+    return gradients if outputs is None else (*gradients, outputs[1].T @ outputs[0])
 
 
 def group_sentences(begin_L: Tensor) -> list[tuple[int, int, int]]:
