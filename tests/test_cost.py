@@ -289,6 +289,20 @@ def test_memory_is_the_peak_measured_on_a_gpu(name: str) -> None:
     assert sum(row.total for row in rows) / 1e9 == pytest.approx(gigabytes, rel=0.03)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "micro_batches", "gigabytes"), [(16384, 1, 37.51), (32768, 1, 39.24), (16384, 4, 43.80)]
+)
+def test_experts_in_bf16_alone_need_what_was_measured_on_a_gpu(
+    tokens: int, micro_batches: int, gigabytes: float
+) -> None:
+    """8.7 billion parameters; the first step, which is not recorded, on an H100."""
+    config = compose_config(["experiment=wmt14_en_fr_moe_2048", "training.expert_weights=bfloat16"])
+    training = replace(config.training, batch_tokens=tokens, micro_batches=micro_batches, alike=1)
+    shape = BatchSize(tokens // 32, 32, 32)
+    rows = memory_of(replace(config, training=training), 32328, shape, Precision(on_gpu=True, size=2), gpus=1, share=1)
+    assert sum(row.total for row in rows) / 1e9 == pytest.approx(gigabytes, rel=0.03)
+
+
 # ----------------------------------------------------------------------------------------- a budget, and its sharing
 
 

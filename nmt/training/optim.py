@@ -47,7 +47,7 @@ def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> 
 
 
 def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Optimizer:
-    """Return the optimiser of a model that is on its device: fused Adam, or `ExpertAdam` if experts have steps apart.
+    """Return the optimiser of a model on its device: fused Adam, or `ExpertAdam` if experts need a step of their own.
 
     Experts become bf16 parameters here, so that no pass casts them, if their products are bf16 on a GPU or with
     `training.expert_weights=bfloat16`. `clipped_step` takes the steps. `state_shapes` lists the state.
@@ -103,7 +103,7 @@ class ExpertAdam(torch.optim.Optimizer):
 
     Like fused Adam, it reads `grad_scale` (the gradient is first divided by it) and `found_inf` (if 1, nothing changes,
     not even the count of steps). Both are tensors on the device, so that the host does not wait. The first step creates
-    the state. Each later one may be captured in a CUDA graph: the state stays where it is.
+    the state, even if it is skipped. Each later step may be captured in a CUDA graph: the state stays where it is.
     """
 
     def __init__(self, dense: torch.optim.Adam, experts: list[ExpertWeights], factored: bool) -> None:
