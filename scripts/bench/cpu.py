@@ -391,7 +391,11 @@ def report_memory() -> dict[str, Figures]:
 def report_models() -> dict[str, dict[str, Figures]]:
     """Print the tables of training and decoding."""
     demo = compose_config(["experiment=demo"])
-    models = {"demo": demo, "demo without MoE": compose_config(["experiment=demo", "model.moe.num_experts=0"])}
+    models = {
+        "demo": demo,
+        "demo without MoE": compose_config(["experiment=demo", "model.moe.num_experts=0"]),
+        "demo in bf16": compose_config(["experiment=demo", "training.precision=bf16"]),
+    }
     torch.manual_seed(1)
     training = training_speed(models)
     ceiling = training["matrix product"]["gflops"]
@@ -401,8 +405,9 @@ def report_models() -> dict[str, dict[str, Figures]]:
         row = training[name]
         speed = f"{row['tokens_per_second']:>9,.0f}{row['gflops']:>9.1f}{row['share_of_ceiling']:>8.1%}"
         print(f"{name:<34}{speed}{row['ms_per_update']:>9.1f}")
-    with_moe, without = (training[name]["tokens_per_second"] for name in models)
+    with_moe, without, in_bf16 = (training[name]["tokens_per_second"] for name in models)
     print(f"{'tokens/s, MoE over no MoE':<34}{with_moe / without:>9.2f}")
+    print(f"{'tokens/s, bf16 over fp32':<34}{in_bf16 / with_moe:>9.2f}")
     watched = watching_cost(demo)
     share = watched["ms_watching"] / watched["ms_per_update"]
     print(f"{'watching the gates, of a step':<34}{share:>9.2%}{'':>17}{watched['ms_watching']:>9.2f}")

@@ -262,18 +262,25 @@ def lean(fault: Fault) -> None:
 
     import nmt.model.gating
 
-    original = nmt.model.gating.keep_top_k
+    plain, noisy = nmt.model.gating.keep_top_k, nmt.model.gating.noisy_top_k
     noted = False
 
-    def keep_top_k(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def leaning(logits: torch.Tensor, num_experts: int) -> torch.Tensor:
+        """Return logits, of which the first of a row are those of the experts, with the preference."""
         nonlocal noted
         if not noted:
             note("lean")
             noted = True
-        preference = torch.arange(logits.shape[-1], 0, -1, dtype=logits.dtype)
-        return original(logits + fault["by"] * preference, k)
+        preference = torch.arange(num_experts, 0, -1, dtype=logits.dtype)
+        return logits + torch.nn.functional.pad(fault["by"] * preference, (0, logits.shape[-1] - num_experts))
 
-    nmt.model.gating.keep_top_k = keep_top_k
+    def keep_top_k(logits: torch.Tensor, k: int) -> object:
+        return plain(leaning(logits, logits.shape[-1]), k)
+
+    def noisy_top_k(logits: torch.Tensor, noise: torch.Tensor, *arguments: Any) -> object:
+        return noisy(leaning(logits, noise.shape[-1]), noise, *arguments)
+
+    vars(nmt.model.gating).update(keep_top_k=keep_top_k, noisy_top_k=noisy_top_k)
 
 
 KINDS = (in_step, in_validation, before_first_step, slow_steps, in_save, slow_save, full_disk, nan, fingerprints, lean)
