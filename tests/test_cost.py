@@ -297,7 +297,7 @@ def test_experts_in_bf16_alone_need_what_was_measured_on_a_gpu(
 ) -> None:
     """8.7 billion parameters; the first step, which is not recorded, on an H100."""
     config = compose_config(["experiment=wmt14_en_fr_moe_2048", "training.expert_weights=bfloat16"])
-    training = replace(config.training, batch_tokens=tokens, micro_batches=micro_batches, alike=1)
+    training = replace(config.training, batch_tokens=tokens, micro_batches=micro_batches)
     shape = BatchSize(tokens // 32, 32, 32)
     rows = memory_of(replace(config, training=training), 32328, shape, Precision(on_gpu=True, size=2), gpus=1, share=1)
     assert sum(row.total for row in rows) / 1e9 == pytest.approx(gigabytes, rel=0.03)
