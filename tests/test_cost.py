@@ -27,6 +27,7 @@ from nmt.errors import UserError
 from nmt.metrics.record import DevLine, TrainLine
 from nmt.model import loss
 from nmt.model.attention import Attention
+from nmt.model.kernels.lstm import StepwiseLSTM
 from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import make_optimizer
@@ -159,21 +160,17 @@ def saved_by(function: Callable[[], Any], parameters: Iterable[torch.Tensor]) ->
     return kept
 
 
-@needs_triton
-@pytest.mark.parametrize(("cells", "outputs"), [(128, 128), (256, 128)])
-def test_the_lstm_s_kernel_keeps_what_is_counted(cells: int, outputs: int) -> None:
-    """Interpreted in float32, as all types keep as many numbers. One more row and the indices are not counted."""
-    from nmt.model.kernels.lstm_triton import fused_lstms
-
+@pytest.mark.parametrize(("cells", "outputs"), [(12, 12), (12, 7)])
+def test_the_lstm_s_own_loop_keeps_what_is_counted(cells: int, outputs: int) -> None:
+    """In float32, as all types keep as many numbers. Indices are not counted."""
     rows, _ = make_rows(np.array([5, 5, 5]))
-    module = torch.nn.LSTM(64, cells, proj_size=outputs if outputs < cells else 0).to(DEVICE)
-    x_ND = torch.randn(15, 64, device=DEVICE, requires_grad=True)
+    module = torch.nn.LSTM(6, cells, proj_size=outputs if outputs < cells else 0)
+    x_ND = torch.randn(15, 6, requires_grad=True)
     weights = list(module.parameters())
-    rows = rows.map(lambda tensor: tensor.to(DEVICE))
-    kept = saved_by(lambda: fused_lstms([x_ND], [weights], rows.begin_L, rows.previous_N, 3), weights)
+    kept = saved_by(lambda: StepwiseLSTM.apply(x_ND, rows, *weights), weights)
     numbers = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values() if tensor.is_floating_point())
     bf16 = Precision(on_gpu=True, size=2)
-    assert activations._lstm((64, cells, outputs), 3, 5, False, bf16) // 2 == numbers - outputs
+    assert activations._lstm((6, cells, outputs), 3, 5, False, bf16) // 2 == numbers
 
 
 @needs_triton
@@ -383,11 +380,11 @@ def test_numbers_of_gpus_that_training_would_refuse(gpus: int, changes: Json, sa
 
 def test_time_is_operations_over_speed() -> None:
     budget = budget_of(4, training=TrainingConfig(max_steps=7, micro_batches=12, batch_tokens=3000))
-    sentences = 3000 * 0.9 / 30
-    assert budget.tokens == pytest.approx((2700, 2700, sentences))
-    flops = model_cost(small(moe=MoEConfig(12, k=2, hidden_sizes=[64])), VOCAB).training_flops(2700, 2700, sentences)
+    sentences = 3000 * 0.98 / 30
+    assert budget.tokens == pytest.approx((2940, 2940, sentences))
+    flops = model_cost(small(moe=MoEConfig(12, k=2, hidden_sizes=[64])), VOCAB).training_flops(2940, 2940, sentences)
     assert budget.flops == pytest.approx(7 * 12 * flops)
-    assert budget.flops_per_target_token == pytest.approx(flops / 2700)
+    assert budget.flops_per_target_token == pytest.approx(flops / 2940)
     assert budget.seconds(50.0) == pytest.approx(7 * 12 * flops / (50e12 * 4))
 
 

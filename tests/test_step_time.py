@@ -34,7 +34,7 @@ DENSE, MOE = ModelConfig(moe=MoEConfig(0)), ModelConfig()
 H100 = CARDS["h100"]
 ENDLESS = Card("endless", 1.0, math.inf, math.inf, math.inf, "")
 """10^12 operations per second, and bytes that cost nothing."""
-PERFECT = Rates(*(1.0 for _ in Rates._fields))._replace(position_us=0, launch_ms=0, uneven=0, message_us=0)
+PERFECT = Rates(*(1.0 for _ in Rates._fields))._replace(position_us=0, launch_ms=0, message_us=0)
 
 
 def step(
@@ -173,13 +173,13 @@ def test_micro_batches_repeat_all_but_the_optimiser() -> None:
 def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
     alone = step(MOE, Machines(H100))
     assert "network" not in {part.bound for part in alone}
-    rates = RATES._replace(uneven=0.0, message_us=0.0, host_ms=0.0)
+    rates = RATES._replace(message_us=0.0, host_ms=0.0)
     two = Machines(H100, rates, gpus=2, group=1, link_gbs=math.inf)
     assert sum(part.ms for part in step(MOE, two)) == pytest.approx(sum(part.ms for part in alone))
 
 
 def test_rows_travel_four_times_and_gradients_twice() -> None:
-    rates = RATES._replace(uneven=0.0, message_us=0.0)
+    rates = RATES._replace(message_us=0.0)
     parts = {part.name: part.ms for part in step(MOE, Machines(H100, rates, gpus=4, group=4, link_gbs=100.0))}
     rows = 4 * (BATCH.source + BATCH.target)
     assert parts["exchange of rows"] == pytest.approx(4 * rows * 512 * 2 * 3 / 4 / 100e6)

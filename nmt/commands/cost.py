@@ -243,7 +243,7 @@ def _as_dict(budget: Budget, basis: CostBasis, predicted: Prediction | None, pri
         "assumed": {
             "source_tokens_per_sentence": basis.lengths.source,
             "target_tokens_per_sentence": basis.lengths.target,
-            "padding": basis.lengths.padding,
+            "unused": basis.lengths.unused,
             "activations_of": budget.longest._asdict(),
             "bytes_per_number": budget.numbers.size,
         },
@@ -352,7 +352,7 @@ def _step(budget: Budget, predicted: Prediction) -> Iterator[str]:
 def _time(budget: Budget, basis: CostBasis, config: Config, price: float | None) -> Iterator[str]:
     training = config.training
     yield (
-        f"{training.max_steps:,} steps of {training.micro_batches:,} x {training.batch_tokens:,} positions per side: "
+        f"{training.max_steps:,} steps of {training.micro_batches:,} x {training.batch_tokens:,} tokens per side: "
         f"{scaled(budget.target_tokens, _COUNTS)} target tokens, {scaled(budget.flops, _FLOPS)}"
     )
     seconds = budget.seconds(basis.tflops)
@@ -371,8 +371,8 @@ def _assumptions(budget: Budget, basis: CostBasis, config: Config, predicted: Pr
     lengths, shape = basis.lengths, budget.longest
     text = (
         f"Sentences have {lengths.source:.1f} source and {lengths.target:.1f} target tokens with EOS "
-        f"({basis.lengths_from}). {lengths.padding:.0%} of the longer side of a micro-batch is padding, which needs no "
-        "operations. A multiply-add is two FLOPs, and the backward pass takes twice the forward pass. Validation and "
+        f"({basis.lengths_from}). A mean micro-batch has {1.0 - lengths.unused:.0%} of training.batch_tokens on its "
+        "longer side. A multiply-add is two FLOPs, and the backward pass takes twice the forward pass. Validation and "
         "saving are not included. "
     )
     if predicted:

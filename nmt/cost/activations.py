@@ -37,8 +37,8 @@ class Precision(NamedTuple):
     """Device and number format of the matrix products."""
 
     on_gpu: bool
-    """True: the LSTM's own kernel or cuDNN, and dropout masks of one byte. False: oneDNN's LSTM (PyTorch's own with a
-    projection), and masks in the number format of the products."""
+    """True: the LSTM's own loop (cuDNN's for single positions), and dropout masks of one byte. False: oneDNN's LSTM
+    (PyTorch's own with a projection), and masks in the number format of the products."""
     size: int
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are always float32."""
 
@@ -83,10 +83,8 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
-            stepwise = _is_stepwise(config, side, index)
-            calls = length if stepwise else 1
-            cudnn = numbers.on_gpu and not _has_kernel(size, stepwise, numbers)
-            count += (1 + cudnn * calls) * lstm_cost(*size).parameters
+            calls = length if numbers.on_gpu and _is_stepwise(config, side, index) else 0
+            count += (1 + calls) * lstm_cost(*size).parameters
     return count * numbers.size
 
 
@@ -101,7 +99,7 @@ def working_bytes(
 ) -> tuple[int, int]:
     """Return (dense, experts): bytes of the largest temporary memory while activations are kept; one of the two is 0.
 
-    - The backward pass of an LSTM needs about as much as its forward pass reserved.
+    - The backward pass of an LSTM needs the gradients of its gates, and on a CPU about what its forward pass reserved.
     - The loss needs a piece of the logits, and the softmax weights and their gradient in the type of the products.
     - A MoE layer needs the gradient of one matrix of its experts, of which a GPU has 1/expert_share, in that type, if
       the parameter has another type, whose numbers have `expert_size` bytes. If `accumulating`, it also needs a copy in
@@ -111,7 +109,12 @@ def working_bytes(
     """
     lstms, width = lstm_sizes(config), config.hidden_size
     rows = {"encoder": shape.sentences * shape.source, "decoder": shape.sentences * shape.target}
-    reserved = [rows[side] * _reserved(cells, outputs) for side in lstms for _, cells, outputs in lstms[side]]
+    # On a GPU: the gradients of gates, of outputs, and of outputs as recurrent inputs.
+    reserved = [
+        rows[side] * (4 * cells + 2 * outputs if numbers.on_gpu else _reserved(cells, outputs))
+        for side in lstms
+        for _, cells, outputs in lstms[side]
+    ]
     # The plain loss makes a few copies of its logits; the GPU's kernel works in place.
     copies = 1 if numbers.on_gpu and numbers.size < _FLOAT else 4
     logits = copies * min(PIECE_ELEMENTS, rows["decoder"] * vocab_size) + 2 * vocab_size * width
@@ -126,12 +129,6 @@ def working_bytes(
 def _reserved(cells: int, outputs: int) -> int:
     """Return numbers per position in cuDNN's reserve: gates and cell; with a projection also its input and output."""
     return 5 * cells if outputs == cells else 6 * cells + outputs
-
-
-def _has_kernel(size: tuple[int, int, int], stepwise: bool, numbers: Precision) -> bool:
-    """Return whether an LSTM runs in the kernel of nmt/model/kernels/lstm_triton.py: all positions in one launch."""
-    _, cells, outputs = size
-    return numbers.on_gpu and numbers.size < _FLOAT and not stepwise and cells % 128 == 0 and outputs % 128 == 0
 
 
 def _is_stepwise(config: ModelConfig, side: str, index: int) -> bool:
@@ -150,7 +147,7 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, stepwise: boo
     """Return bytes that one direction of an LSTM keeps."""
     inputs, cells, outputs = size
     calls = length if stepwise else 1
-    if _has_kernel(size, stepwise, numbers):
+    if numbers.on_gpu and not stepwise:
         # Inputs and outputs, gates and cells; the projection's inputs.
         of_row = inputs + outputs + 5 * cells + (cells if outputs < cells else 0)
         return sentences * length * of_row * numbers.size

@@ -26,8 +26,8 @@ class SentenceLengths(NamedTuple):
     """Mean tokens of a source sentence."""
     target: float = 30.0
     """Mean tokens of a target sentence."""
-    padding: float = 0.1
-    """Share of padding among the positions of a micro-batch's longer side."""
+    unused: float = 0.02
+    """Share of `training.batch_tokens` that a mean micro-batch leaves unused on its longer side."""
 
     @classmethod
     def of_corpus(cls, counts: Mapping[str, Any]) -> "SentenceLengths":
@@ -217,7 +217,7 @@ def _group_size(config: Config, gpus: int) -> int:
 
 def _mean_tokens(batch_tokens: int, lengths: SentenceLengths) -> TokenCounts:
     longer = max(lengths.source, lengths.target)
-    sentences = batch_tokens * (1.0 - lengths.padding) / longer
+    sentences = batch_tokens * (1.0 - lengths.unused) / longer
     return TokenCounts(sentences * lengths.source, sentences * lengths.target, sentences)
 
 

@@ -40,28 +40,26 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.83
+    products: float = 0.837
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.195
+    recurrent: float = 0.285
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.629
+    softmax: float = 0.53
     """The same for the softmax and its loss."""
-    experts: float = 0.736
+    experts: float = 0.723
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.964
+    memory: float = 0.961
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
-    passes: float = 1.63
+    passes: float = 1.46
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 10.7
+    position_us: float = 9.85
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
-    launch_ms: float = 0.5
+    launch_ms: float = 0.502
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
     host_ms: float = 15.0
     """Milliseconds in which the host launches the work of a micro-batch: on several GPUs, steps are not recorded."""
-    uneven: float = 0.04
-    """Spread of the time of a micro-batch between GPUs, as a share of it, unless their micro-batches are alike."""
     message_us: float = 2.05
     """Microseconds per message of an exchange. Assumed: two GPUs are too few to measure it."""
 

@@ -44,6 +44,8 @@ _FLOAT_PRODUCTS = 0.5
 # Operations of a product in the time of one tanh of additive attention, forward and backward: an H100 does 0.7 10^12
 # per second.
 _TANH = 1100
+# Numbers that an LSTM reads and writes per cell, forward and backward (nmt/model/kernels/lstm_cell.py).
+_CELL_VALUES = 33
 # The gates of the selected groups are plain operations, of which a choice of the largest takes longest. These are bytes
 # that could be moved in the time of one expert, passes over a token's row, and passes over the weights of both logits.
 _GROUP_BYTES, _GROUP_PASSES, _WEIGHT_PASSES = 1200, 20, 10
@@ -205,10 +207,7 @@ def _computed(
             if side == "decoder" and index == 0 and model.attention.feeds_back:
                 yield from _stepwise(model, size, batch, numbers, machines)
                 continue
-            # The two directions of the bottom layer go through their positions at the same time.
-            together = 2 if side == "encoder" and index < 2 and model.bottom_layer != "forward" else 1
-            yield from _lstm(size, tokens[side], positions[side] / together, numbers, machines)
-        yield machines.part("LSTMs, element-wise", moved=rates.passes * saved[f"{side} LSTMs"])
+            yield from _lstm(size, tokens[side], positions[side], numbers, machines)
     yield machines.part("embeddings", moved=rates.passes * saved["embeddings"])
     for layer in model.moe_layer_names():
         side = LayerName.of(layer).side
@@ -265,6 +264,9 @@ def _lstm(
         us=2 * positions * (1 + projected) * rates.position_us,
     )
     yield machines.part("LSTMs, other products", flops=2 * tokens * whole, share=rates.products * scale)
+    # Cells; dropout and residual, which follow.
+    moved = _CELL_VALUES * cells + rates.passes * (inputs + 2 * outputs)
+    yield machines.part("LSTMs, element-wise", moved=tokens * moved * numbers.size)
 
 
 def _stepwise(

@@ -47,7 +47,6 @@ START = Rates(
     position_us=8.0,
     launch_ms=0.5,
     host_ms=15.0,
-    uneven=0.04,
     message_us=2.0,
 )
 # Weight of a constant's change from there, against the error of one step.
@@ -137,9 +136,11 @@ def measured_rows(speeds: Row, steps: Row, card: str, commit: str) -> list[Row]:
     for name, figures in speeds.items():
         row = {"step": name, "card": card, "gpus": 1, "commit": commit}
         if name in CASES:
-            _, vocabulary, updates, _ = prepare(CASES[name])
+            _, vocabulary, updates, shape = prepare(CASES[name])
+            # Batches are padded to the positions of the longest.
+            positions = len(shape.source), len(shape.target)
             batches = [batch for update in updates for batch in update]
-            sizes = [(b.num_source_tokens, b.num_target_tokens, b.num_sentences, *b.shape[1:3]) for b in batches]
+            sizes = [(b.num_source_tokens, b.num_target_tokens, b.num_sentences, *positions) for b in batches]
             row |= {"settings": CASES[name].settings, "vocabulary": vocabulary, "micro_batches": len(updates[0])}
             row |= {"batch": np.mean(sizes, axis=0).round(1).tolist(), "ms": round(figures["ms_per_update"], 3)}
             if name in steps:
