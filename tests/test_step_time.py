@@ -170,12 +170,28 @@ def test_micro_batches_repeat_all_but_the_optimiser() -> None:
     assert 0 < short < both
 
 
+def test_bottom_lstms_wait_once_on_one_gpu() -> None:
+    """The rate of products has no end, so that waiting is all that is left."""
+    machines = Machines(H100._replace(tflops=math.inf))
+    batch = BATCH._replace(target_positions=50)
+
+    def waiting(machines: Machines, **changes: Any) -> float:
+        parts = step(replace(DENSE, cell_size=512, **changes), machines, batch)
+        return sum(part.ms for part in parts if part.name == "LSTMs, recurrent") / (2e-3 * RATES.position_us)
+
+    # The longer of both sides' bottom layers, two more layers of the encoder, one of the decoder.
+    assert waiting(machines) == pytest.approx(50 + 2 * 40 + 50)
+    assert waiting(machines, bottom_layer="forward") == pytest.approx(50 + 2 * 40 + 50)
+    assert waiting(machines._replace(gpus=2)) == pytest.approx(4 * 40 + 2 * 50)
+
+
 def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
     alone = step(MOE, Machines(H100))
     assert "network" not in {part.bound for part in alone}
-    rates = RATES._replace(message_us=0.0, host_ms=0.0)
-    two = Machines(H100, rates, gpus=2, group=1, link_gbs=math.inf)
-    assert sum(part.ms for part in step(MOE, two)) == pytest.approx(sum(part.ms for part in alone))
+    # Only a step on one GPU is recorded, with its bottom LSTMs at the same time.
+    rates = RATES._replace(message_us=0.0, host_ms=0.0, position_us=0.0)
+    one, two = (Machines(H100, rates, gpus=gpus, group=1, link_gbs=math.inf) for gpus in (1, 2))
+    assert ms(MOE, two) == pytest.approx(ms(MOE, one))
 
 
 def test_rows_travel_four_times_and_gradients_twice() -> None:

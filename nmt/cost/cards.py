@@ -40,23 +40,23 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.837
+    products: float = 0.835
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.285
+    recurrent: float = 0.256
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.53
+    softmax: float = 0.569
     """The same for the softmax and its loss."""
-    experts: float = 0.723
+    experts: float = 0.722
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.961
+    memory: float = 0.96
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
-    passes: float = 1.46
+    passes: float = 1.45
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 9.85
+    position_us: float = 12.3
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
-    launch_ms: float = 0.502
+    launch_ms: float = 0.505
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
     host_ms: float = 15.0
     """Milliseconds in which the host launches the work of a micro-batch: on several GPUs, steps are not recorded."""

@@ -201,13 +201,18 @@ def _computed(
     rates = machines.rates
     tokens = {"encoder": batch.source, "decoder": batch.target}
     positions = {"encoder": batch.source_positions, "decoder": batch.target_positions}
+    together = _side_by_side(model, machines)
     saved = _saved(model, vocab_size, batch, numbers)
     for side, lstms in lstm_sizes(model).items():
         for index, size in enumerate(lstms):
             if side == "decoder" and index == 0 and model.attention.feeds_back:
                 yield from _stepwise(model, size, batch, numbers, machines)
                 continue
-            yield from _lstm(size, tokens[side], positions[side], numbers, machines)
+            # The GPU waits only for the longest of those that go through their positions at the same time.
+            waits = positions[side] if (side, index) not in together[1:] else 0.0
+            if (side, index) == together[0]:
+                waits = max(positions[side] for side, _ in together)
+            yield from _lstm(size, tokens[side], waits, numbers, machines)
     yield machines.part("embeddings", moved=rates.passes * saved["embeddings"])
     for layer in model.moe_layer_names():
         side = LayerName.of(layer).side
@@ -227,6 +232,18 @@ def _computed(
         share=rates.softmax * (1.0 if numbers.size == 2 else _FLOAT_PRODUCTS),
         moved=5 * batch.target * vocab_size * numbers.size,
     )
+
+
+def _side_by_side(model: ModelConfig, machines: Machines) -> list[tuple[str, int]]:
+    """Return the LSTMs that run at the same time: both directions of the bottom layer, and the decoder's first.
+
+    They do in recorded steps alone, which means on one GPU.
+    """
+    found = [("encoder", 0)]
+    if machines.gpus == 1:
+        found += [("encoder", 1)] * (model.bottom_layer != "forward")
+        found += [("decoder", 0)] * (not model.attention.feeds_back)
+    return found
 
 
 def _products(machines: Machines, numbers: Precision) -> float:

@@ -124,7 +124,7 @@ def fitted(rows: Sequence[Row], start: Rates = START) -> Rates:
 
 _PARTS = {"LSTM": "LSTMs", "attention": "attention", "softmax": "softmax", "optimiser": "optimiser"}
 _PARTS |= {"gate": "gates", "experts": "experts"}
-"""Parts of scripts/bench/step.py, and the beginning of their names here. Others are not told apart."""
+"""Parts of scripts/bench/step.py, and the beginning of their names here. The others have none."""
 
 
 def measured_rows(speeds: Row, steps: Row, card: str, commit: str) -> list[Row]:
