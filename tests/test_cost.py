@@ -27,7 +27,7 @@ from nmt.errors import UserError
 from nmt.metrics.record import DevLine, TrainLine
 from nmt.model import loss
 from nmt.model.attention import Attention
-from nmt.model.kernels.lstm import StepwiseLSTM
+from nmt.model.kernels.lstm import stepwise_lstm
 from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.training.optim import make_optimizer
@@ -167,7 +167,7 @@ def test_the_lstm_s_own_loop_keeps_what_is_counted(cells: int, outputs: int) -> 
     module = torch.nn.LSTM(6, cells, proj_size=outputs if outputs < cells else 0)
     x_ND = torch.randn(15, 6, requires_grad=True)
     weights = list(module.parameters())
-    kept = saved_by(lambda: StepwiseLSTM.apply(x_ND, rows, *weights), weights)
+    kept = saved_by(lambda: stepwise_lstm(x_ND, lambda: weights, rows), weights)
     numbers = sum(tensor.untyped_storage().nbytes() // 4 for tensor in kept.values() if tensor.is_floating_point())
     bf16 = Precision(on_gpu=True, size=2)
     assert activations._lstm((6, cells, outputs), 3, 5, False, bf16) // 2 == numbers
