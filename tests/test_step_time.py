@@ -185,11 +185,21 @@ def test_bottom_lstms_wait_once_on_one_gpu() -> None:
     assert waiting(machines._replace(gpus=2)) == pytest.approx(4 * 40 + 2 * 50)
 
 
+def test_a_step_that_is_not_recorded_is_as_long_as_its_launches() -> None:
+    tiny = MicroBatch(500, 500, 100, 5, 8)
+    machines = Machines(H100, gpus=2, group=2, link_gbs=math.inf)
+    [launching] = [part.ms for part in step(DENSE, machines, tiny) if part.name == "launching"]
+    own = sum(part.ms for part in step(DENSE, machines, tiny) if part.bound != "network" and part.name != "optimiser")
+    # Four LSTMs of the encoder and two of the decoder, each with a projection.
+    assert own == pytest.approx(RATES.host_ms + (4 * 5 + 2 * 8) * 6 * RATES.host_us / 1e3)
+    assert launching > RATES.launch_ms
+
+
 def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
     alone = step(MOE, Machines(H100))
     assert "network" not in {part.bound for part in alone}
     # Only a step on one GPU is recorded, with its bottom LSTMs at the same time.
-    rates = RATES._replace(message_us=0.0, host_ms=0.0, position_us=0.0)
+    rates = RATES._replace(message_us=0.0, host_ms=0.0, host_us=0.0, position_us=0.0)
     one, two = (Machines(H100, rates, gpus=gpus, group=1, link_gbs=math.inf) for gpus in (1, 2))
     assert ms(MOE, two) == pytest.approx(ms(MOE, one))
 

@@ -127,10 +127,24 @@ def step_parts(
     if micro_batches > 1:
         parts += _first_pass(model, batch, numbers, machines)
     computing = sum(part.ms for part in parts)
-    launching = rates.launch_ms if machines.gpus == 1 else max(rates.launch_ms, rates.host_ms - computing)
+    launching = rates.launch_ms
+    if machines.gpus > 1:
+        # Only a step on one GPU is recorded.
+        launching = max(launching, _host_ms(model, batch, rates) - computing)
     parts += [Part("launching", launching, "launch"), *_exchanged(model, batch, machines)]
     parts = [part._replace(ms=part.ms * micro_batches) for part in parts]
     return _added([*parts, *_once(config, vocab_size, machines)])
+
+
+def _host_ms(model: ModelConfig, batch: MicroBatch, rates: Rates) -> float:
+    """Return the milliseconds in which the host launches a micro-batch that is not recorded."""
+    launches = 0.0
+    for side, lstms in lstm_sizes(model).items():
+        positions = batch.source_positions if side == "encoder" else batch.target_positions
+        for _, cells, outputs in lstms:
+            # A product and the cell, forward and backward; with a projection, one product more each.
+            launches += positions * (6 if outputs < cells else 4)
+    return rates.host_ms + launches * rates.host_us * 1e-3
 
 
 def _first_pass(model: ModelConfig, batch: MicroBatch, numbers: Precision, machines: Machines) -> Iterator[Part]:

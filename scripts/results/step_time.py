@@ -47,6 +47,7 @@ START = Rates(
     position_us=8.0,
     launch_ms=0.5,
     host_ms=15.0,
+    host_us=10.0,
     message_us=2.0,
 )
 # Weight of a constant's change from there, against the error of one step.
