@@ -190,8 +190,8 @@ def _noisy(num_experts: int, k: int, fused: bool) -> int:
     if fused:
         # Also the gates, and the values, noise and numbers of the largest k + 1.
         return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
-    # Noise; distance to the threshold, standard deviation and their quotient, unless all experts are selected.
-    numbers = 6 if k < num_experts else 3
+    # Noise and its logit; distance to the threshold, standard deviation and their quotient, unless all are selected.
+    numbers = 5 if k < num_experts else 2
     return (numbers * num_experts + k) * _FLOAT + min(k + 1, num_experts) * _INDEX
 
 

@@ -260,7 +260,7 @@ class HierarchicalGate(Gate):
         clean_TPB, *noise_logit_TPB = self._of_groups(x_TD, weights, group_TP).split(size, dim=2)
         noisy_TPB = clean_TPB
         if self.training:
-            std_TPB = F.softplus(noise_logit_TPB[0]) + MIN_NOISE_STD
+            std_TPB = F.softplus(noise_logit_TPB[0].contiguous()) + MIN_NOISE_STD
             noisy_TPB = clean_TPB + torch.randn_like(clean_TPB) * std_TPB
         # The first K, and one more for the load. X is their number.
         top_TPX, local_TPX = noisy_TPB.topk(min(k + 1, size), dim=2)
