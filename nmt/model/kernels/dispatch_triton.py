@@ -5,9 +5,9 @@
 2. `_scan` turns these numbers into sums over the blocks before, per expert.
 3. `_place` adds the expert's first row, the blocks before, and the place within the block.
 
-131,072 slots have 3 MB of keys and results, 1 us, so launches and comparisons are the limit. In a CUDA graph on an H100,
-they take about 20 us, and 32,768 slots 5 us; torch's sort, inverse and search take 55 us. The order in which programs
-run changes no result.
+131,072 slots have 3 MB of keys and results, 1 us, so launches and comparisons are the limit. On an H100, a CUDA graph
+takes 18 us for 32,768 slots and 33 us for 131,072, of which a graph of any one kernel takes 14. With torch's sort,
+inverse and search it takes 64 and 70 us. The order in which programs run changes no result.
 
 The file is imported only where it runs, since Triton comes with PyTorch's CUDA builds.
 """
