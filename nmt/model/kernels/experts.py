@@ -34,7 +34,8 @@ def group_rows(ends_E: Tensor, num_rows: int, dtype: torch.dtype) -> Groups:
         from nmt.model.kernels.experts_triton import list_tiles
 
         return Groups(ends_E, num_rows, {}, list_tiles(ends_E, num_rows, dtype))
-    bounds = pairwise([0, *ends_E.tolist()])
+    # Without rows, a GPU need not be asked.
+    bounds = pairwise([0, *ends_E.tolist()] if num_rows else [])
     sizes = {expert: end - begin for expert, (begin, end) in enumerate(bounds) if end > begin}
     return Groups(ends_E, num_rows, sizes, None)
 
@@ -116,7 +117,10 @@ def plain_outer(
     a_MI: Tensor, b_RO: Tensor, groups: Groups, token_R: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> Tensor:
     """Return `grouped_outer` computed with one product per expert."""
-    out_EIO = a_MI.new_empty(len(groups.ends_E), a_MI.shape[1], b_RO.shape[1], dtype=dtype or a_MI.dtype)
+    size = len(groups.ends_E), a_MI.shape[1], b_RO.shape[1]
+    if not groups.sizes:
+        return a_MI.new_zeros(size, dtype=dtype or a_MI.dtype)
+    out_EIO = a_MI.new_empty(size, dtype=dtype or a_MI.dtype)
     outs_IO = out_EIO.unbind()
     for expert in groups.sizes.keys() ^ range(len(outs_IO)):
         outs_IO[expert].zero_()
