@@ -23,7 +23,7 @@ from nmt.model.kernels.gate import (
     keep_top_k,
     mark_padding,
     noisy_top_k,
-    prob_by_top,
+    prob_in_top_k,
     where_real,
 )
 from nmt.model.routes import grouped_product, sort_rows
@@ -270,8 +270,8 @@ class HierarchicalGate(Gate):
         expert_TK = (group_TP[:, :, None] * size + local_TPK).flatten(1)
         expert_TK = mark_padding(expert_TK, self.num_experts, real_T)
         count_E = load_E = count_tokens(expert_TK, self.num_experts)
-        if self.training:
-            prob_TPB = prob_by_top(clean_TPB, std_TPB, top_TPX, local_TPX) if k < size else torch.ones_like(std_TPB)
+        if self.training and k < size:
+            prob_TPB = prob_in_top_k(clean_TPB, std_TPB, top_TPX, local_TPX)
             load_E = self._by_expert(where_real(prob_TPB, real_T), group_S)
         choice = Choice(gates_TPK.flatten(1), expert_TK, importance_E, load_E, count_E, primary.noise_std)
         gate = _full_slots(choice, real_T)

@@ -62,7 +62,7 @@ def plain_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tens
     expert_TK = mark_padding(expert_TK, num_experts, real_T)
     count_E = load_E = count_tokens(expert_TK, num_experts)
     if k < num_experts:
-        load_E = where_real(prob_by_top(clean_TE, std_TE, top_TX, expert_TX), real_T).sum(0)
+        load_E = where_real(prob_in_top_k(clean_TE, std_TE, top_TX, expert_TX), real_T).sum(0)
     std_E = where_real(std_TE.detach(), real_T).sum(0)
     return Choice(gates_TK, expert_TK, importance_E, load_E, count_E, mean_std(std_E, noise_TE, real_T))
 
@@ -73,20 +73,14 @@ def keep_top_k(noisy_logits_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return top_TK.softmax(dim=-1), expert_TK
 
 
-def prob_in_top_k(clean_TE: Tensor, noisy_TE: Tensor, noise_std_TE: Tensor, k: int) -> Tensor:
+def prob_in_top_k(clean_TE: Tensor, noise_std_TE: Tensor, top_TX: Tensor, expert_TX: Tensor) -> Tensor:
     """Return P(x, i) = Phi((clean_i - kth_excluding(noisy, k, i)) / std_i) (S17 eq. 8-9), shape (..., T, E).
 
     This is the probability that expert i is among the top k if only its own noise is drawn again. kth_excluding is the
     k-th largest value of the other experts. That is the (k+1)-th largest of all for an expert in the top k, and the
-    k-th largest of all for any other. With k = E, the result is 1 for every expert, without a gradient.
+    k-th largest of all for any other. `top_TX` and `expert_TX` are the k + 1 largest noisy logits of each token, in
+    falling order, and their experts.
     """
-    if k == clean_TE.shape[-1]:
-        return torch.ones_like(clean_TE)
-    return prob_by_top(clean_TE, noise_std_TE, *noisy_TE.topk(k + 1, dim=-1))
-
-
-def prob_by_top(clean_TE: Tensor, noise_std_TE: Tensor, top_TX: Tensor, expert_TX: Tensor) -> Tensor:
-    """Return `prob_in_top_k` from the k + 1 largest noisy logits of each token, in falling order, and their experts."""
     threshold_if_out_T1, threshold_if_in_TK = top_TX[..., -2:-1], top_TX[..., -1:].expand_as(top_TX[..., :-1])
     # A CPU takes several times as long for a choice between two columns.
     threshold_TE = threshold_if_out_T1.expand_as(clean_TE).scatter(-1, expert_TX[..., :-1], threshold_if_in_TK)
