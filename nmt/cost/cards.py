@@ -40,30 +40,30 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.835
+    products: float = 0.843
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.256
+    recurrent: float = 0.769
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.569
+    softmax: float = 0.389
     """The same for the softmax and its loss."""
-    experts: float = 0.722
+    experts: float = 0.779
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.96
+    memory: float = 0.984
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
-    passes: float = 1.45
+    passes: float = 2.16
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 12.3
+    position_us: float = 7.81
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
-    launch_ms: float = 0.505
+    launch_ms: float = 0.803
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
     host_ms: float = 15.0
     """Milliseconds in which the host launches a micro-batch besides the loops of LSTMs. Assumed, as is the next: steps
     of several GPUs are not recorded, and have not been measured since."""
     host_us: float = 10.0
     """Microseconds in which the host launches one kernel of such a loop."""
-    message_us: float = 2.05
+    message_us: float = 2.04
     """Microseconds per message of an exchange. Assumed: two GPUs are too few to measure it."""
 
 

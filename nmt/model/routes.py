@@ -91,6 +91,6 @@ def grouped_product(
     """Return the rows of expert e times w[e], (R, O), in the type of the rows; zeros for rows of no expert.
 
     With a route, row r is rows[token[r]]. `relu`: negative results become 0, and the gradient of such a result must be
-    0: this is the duty of the product that has this one's results as its rows, which `follows_relu` tells.
+    0: this is the duty of the product that has this one's results as its rows, for which `follows_relu` is True.
     """
     return _GroupedProduct.apply(rows_MI, w_EIO, groups, route, relu, follows_relu)

@@ -38,7 +38,7 @@ def side_by_side(*works: Callable[[], Tensor]) -> list[Tensor]:
 
 
 class Later:
-    """Gradients of the weights of one operation, which are computed aside while the backward pass goes on.
+    """Gradients of the weights of one operation, which are computed aside while the backward pass continues.
 
     The backward pass of the operation calls `leave` instead of computing them, and returns the weights themselves as
     placeholders of their gradients. `weights` must pass through this object:

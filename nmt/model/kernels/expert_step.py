@@ -178,7 +178,7 @@ def _subtract(weights: ExpertWeights, part: slice, rate: float, numerator: Tenso
 def round_stochastically(x: Tensor, bits: Tensor) -> Tensor:
     """Return float32 `x` in bf16, rounded away from zero with the probability of the part that is cut off.
 
-    `bits` (int32) has numbers of 0 .. 65535, of which each is as likely. What bf16 has exactly stays as it is.
+    `bits` (int32) has numbers of 0 .. 65535, all equally likely. What bf16 has exactly stays as it is.
     """
     return ((x.view(torch.int32) + bits) & ~0xFFFF).view(torch.float32).bfloat16()
 
