@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -67,6 +68,12 @@ def test_predictions_are_within_a_fifth_of_what_was_measured(row: dict[str, Any]
     predicted = fit.predicted_ms(row, RATES)
     assert predicted == pytest.approx(row["ms"], rel=0.2)
     assert row["predicted_ms"] == pytest.approx(predicted, abs=0.001), "run python -m scripts.results.step_time"
+
+
+def test_the_ceilings_of_an_h100_are_those_measured_last() -> None:
+    about = " ".join(json.loads(fit.RESULTS.with_name("speed.json").read_text(encoding="utf-8"))["about"])
+    tflops, terabytes = (float(number) for number in re.findall(r"(\d[\d.]*) T(?:FLOP|B)", about))
+    assert (H100.tflops, H100.copy_tbs) == (tflops, terabytes)
 
 
 def test_the_table_of_growing_experts_is_what_the_code_gives() -> None:

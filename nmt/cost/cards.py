@@ -21,13 +21,12 @@ class Card(NamedTuple):
     """Where the figures come from."""
 
 
-_MEASURED = "make bench-gpu (results/speed.json)"
 CARDS = {
-    "h100": Card("H100", 770.0, 3.0, 80.0, 248.0, f"{_MEASURED}; link as on an H200"),
-    "h200": Card("H200", 768.0, 4.22, 141.0, 248.0, f"{_MEASURED}; link between two GPUs (results/two_gpus.json)"),
+    "h100": Card("H100", 776.0, 3.01, 80.0, 248.0, "make bench-gpu, results/speed.json; link as on an H200"),
+    "h200": Card("H200", 768.0, 4.22, 141.0, 248.0, "make bench-gpu at 6338d36; link from results/two_gpus.json"),
     # Peaks of NVIDIA's data sheet (312 TFLOP/s, 2.04 TB/s, 600 GB/s both ways) times the share of an H100's peaks (989,
     # 3.35, 900) that was measured.
-    "a100": Card("A100", 243.0, 1.83, 80.0, 165.0, "NVIDIA's data sheet, scaled by what an H100 reaches of its own"),
+    "a100": Card("A100", 243.0, 1.83, 80.0, 165.0, "NVIDIA's data sheet, times what an H100 reaches of its own"),
 }
 GPUS_PER_HOST = 8
 NETWORK_GBS = 50.0
@@ -40,30 +39,30 @@ class Rates(NamedTuple):
     `scripts/results/step_time.py` fits them to measured steps.
     """
 
-    products: float = 0.843
+    products: float = 0.835
     """Share of the product ceiling in large products: inputs and weight gradients of LSTMs, attention, gates."""
-    recurrent: float = 0.769
+    recurrent: float = 0.766
     """The same for the recurrent products, of few rows per position."""
-    softmax: float = 0.389
+    softmax: float = 0.387
     """The same for the softmax and its loss."""
-    experts: float = 0.779
+    experts: float = 0.773
     """The same for the experts' products."""
     weights: float = 1.0
     """Share of the copy bandwidth at which experts' weights are read and their gradients written."""
-    memory: float = 0.984
+    memory: float = 0.981
     """Share of the copy bandwidth that the optimiser and element-wise work reach."""
-    passes: float = 2.16
+    passes: float = 2.17
     """Times that each byte kept for the backward pass is read or written in a step."""
-    position_us: float = 7.81
+    position_us: float = 7.8
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
-    launch_ms: float = 0.803
+    launch_ms: float = 0.85
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
     host_ms: float = 15.0
     """Milliseconds in which the host launches a micro-batch besides the loops of LSTMs. Assumed, as is the next: steps
     of several GPUs are not recorded, and have not been measured since."""
     host_us: float = 10.0
     """Microseconds in which the host launches one kernel of such a loop."""
-    message_us: float = 2.04
+    message_us: float = 2.05
     """Microseconds per message of an exchange. Assumed: two GPUs are too few to measure it."""
 
 
