@@ -23,8 +23,8 @@ LABELS = {
     "MoE-32, 4 micro-batches": "with 32 experts, in four micro-batches",
     "MoE-512": "with 512 experts",
     "MoE-2048": "with 2048 experts, 8.7 billion parameters",
-    "S17, parallel": "`wmt14_en_de_s17` with parallel wiring",
-    "S17, feedback": "`wmt14_en_de_s17`, which feeds back",
+    "S17, parallel": "wmt14_en_de_s17 with parallel wiring",
+    "S17, feedback": "wmt14_en_de_s17, which feeds back",
 }
 """What the pages call the cases of the benchmark."""
 
