@@ -234,6 +234,13 @@ def test_a_configuration_of_a_newer_version(cli: Cli, copy: Path) -> None:
     cli.refuses(4, "evaluate", str(copy), says=says)
 
 
+def test_settings_that_are_gone_are_dropped_from_an_old_run(cli: Cli, copy: Path) -> None:
+    text = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(text.replace("training:\n", "training:\n  bands: 4\n  alike: 2\n", 1))
+    assert cli("cost", str(copy)) == 0
+    cli.refuses(2, "cost", "training.bands=4", says=("unknown setting training.bands",))
+
+
 def test_a_stored_configuration_is_not_looked_up_anywhere(
     cli: Cli, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

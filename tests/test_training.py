@@ -225,6 +225,20 @@ def test_both_passes_over_a_micro_batch_draw_the_same(tiny_config: Configs, moe:
         assert torch.equal(done.gates[layer].gates_TK, seen[2][layer].gates_TK)
 
 
+def test_the_own_losses_of_gates_are_a_mean_over_micro_batches(tiny_config: Configs) -> None:
+    """Two equal micro-batches of a strictly balanced gate are one of them."""
+    model, config = fp64_model(tiny_config(**STRICT))
+    (batch,) = micro_batches()
+    (once, _), (twice, _) = (gradient_of(model.train(), config, [batch] * count) for count in (1, 2))
+    names = [name for name, _ in model.named_parameters()]
+    found = 0
+    for name, one, two in zip(names, once, twice, strict=True):
+        if "threshold" in name:
+            torch.testing.assert_close(two, one, rtol=0, atol=1e-12)
+            found += bool(one.any())
+    assert found
+
+
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("moe", [NO_EXPERTS, FLAT, GROUPS, SOFTMAX, STRICT])
 def test_the_order_of_sentences_in_a_batch_does_not_matter(

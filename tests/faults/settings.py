@@ -109,7 +109,7 @@ def odd_places(box: Box) -> None:
 
 def second_start(box: Box) -> None:
     """the same run started again while it trains; standard error that is closed"""
-    first = box.start("run", faults=[{"kind": "slow_steps", "seconds": 0.2}])
+    first = box.start("run", faults=[{"kind": "slow_steps", "seconds": 0.6}])
     if box.promise(first.wait_until(lambda: len(lines(box.run("run"))) >= 2), "it did not start", first):
         _refuses(box, "a second start", box.train("run"), 4, "is being trained by")
     first.wait()
