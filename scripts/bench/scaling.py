@@ -238,7 +238,7 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
     without, updates = median(seconds[False]), options.rounds * len(batches)
     update = median(seconds[True] or seconds[False])
     sizes = [
-        MicroBatch(b.num_source_tokens, b.num_target_tokens, b.num_sentences, b.shape.source, b.shape.target)
+        MicroBatch(b.num_source_tokens, b.num_target_tokens, b.num_sentences, len(b.shape.source), len(b.shape.target))
         for b in batches
     ]
     own = dict(zip(MicroBatch._fields, map(mean, zip(*sizes, strict=True)), strict=True))
