@@ -17,7 +17,8 @@ from nmt.config import MoEConfig
 from nmt.model.experts import Experts, LocalDispatcher, MoE
 from nmt.model.gating import MIN_NOISE_STD, GateOutput, GateSums
 from nmt.model.kernels.experts import group_rows, grouped_matmul, grouped_outer
-from nmt.model.rows import combine_rows, inverse_permutation, put_rows, route_rows, take_rows
+from nmt.model.routes import Route
+from nmt.model.rows import add_rows, combine_rows, inverse_permutation, put_rows, route_rows, take_rows
 
 WIDTH, HIDDEN = 5, 6
 
@@ -291,11 +292,12 @@ def test_empty_slots_give_nothing_and_get_no_gradient(known: bool, choices: list
 FILLED = [[5, 2, 0, 1, 4, 3], [3, 0, 5, 1], [2], []]
 
 
-def way_back(order: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """(order_R, row_R, begin_T) of sorted rows, for three tokens of two slots each."""
+def way_back(order: list[int]) -> Route:
+    """The route of sorted rows, for three tokens of two slots each."""
     by_slot = sorted(range(len(order)), key=order.__getitem__)
     begins = [sum(slot < 2 * token for slot in order) for token in range(3)]
-    return torch.tensor(order, dtype=torch.long), torch.tensor(by_slot, dtype=torch.long), torch.tensor(begins)
+    order_R = torch.tensor(order, dtype=torch.long)
+    return Route(order_R // 2, order_R, torch.tensor(by_slot, dtype=torch.long), torch.tensor(begins))
 
 
 @pytest.mark.parametrize("order", FILLED, ids=len)
@@ -304,7 +306,8 @@ def test_gradients_of_the_row_functions(order: list[int]):
     assert gradcheck(lambda x: take_rows(x, index_N), randn(5, 2))
     assert gradcheck(lambda x: put_rows(x, index_N, 5), randn(3, 2))
     route = way_back(order)
-    assert gradcheck(lambda x: route_rows(x, route[0] // 2, *route[1:]), randn(3, 2))
+    assert gradcheck(lambda x: route_rows(x, route.token_R, route.row_R, route.begin_T), randn(3, 2))
+    assert gradcheck(lambda x: add_rows(x, route.token_R, route.row_R, route.begin_T), randn(len(order), 2))
     assert gradcheck(lambda x, g: combine_rows(x, g, *route), (randn(len(order), 2), randn(3, 2)))
 
 
@@ -316,13 +319,15 @@ def test_the_row_functions_say_what_they_do(order: list[int]):
     put_MD = put_rows(taken_ND, index_N, 5)
     assert torch.equal(put_MD[index_N], taken_ND)
     assert not put_MD[[1, 2]].any()
-    order_R, row_R, begin_T = way_back(order)
+    token_R, order_R, row_R, begin_T = way_back(order)
     x_TD, rows_RD, gates_TK = torch.randn(3, 2), torch.randn(len(order), 2), torch.rand(3, 2)
-    assert torch.equal(route_rows(x_TD, order_R // 2, row_R, begin_T), x_TD[order_R // 2])
-    expected_TD = torch.zeros(3, 2)
+    assert torch.equal(route_rows(x_TD, token_R, row_R, begin_T), x_TD[token_R])
+    added_TD, combined_TD = torch.zeros(2, 3, 2)
     for row, slot in enumerate(order):
-        expected_TD[slot // 2] += gates_TK[slot // 2, slot % 2] * rows_RD[row]
-    torch.testing.assert_close(combine_rows(rows_RD, gates_TK, order_R, row_R, begin_T), expected_TD)
+        added_TD[slot // 2] += rows_RD[row]
+        combined_TD[slot // 2] += gates_TK[slot // 2, slot % 2] * rows_RD[row]
+    torch.testing.assert_close(add_rows(rows_RD, token_R, row_R, begin_T), added_TD)
+    torch.testing.assert_close(combine_rows(rows_RD, gates_TK, token_R, order_R, row_R, begin_T), combined_TD)
 
 
 def test_an_inverse_permutation_undoes_one():
@@ -332,11 +337,12 @@ def test_an_inverse_permutation_undoes_one():
 
 def test_bf16_rows_of_a_token_are_summed_in_float32():
     """In bf16 a sum of ones would stay at 256."""
-    row_R, begin_T = torch.arange(1000), torch.tensor([0])
+    token_R, row_R, begin_T = torch.zeros(1000, dtype=torch.int64), torch.arange(1000), torch.tensor([0])
     rows_RD, gates_TK = torch.ones(1000, 2, dtype=torch.bfloat16), torch.ones(1, 1000)
-    assert (combine_rows(rows_RD, gates_TK, row_R, row_R, begin_T) == 1000).all()
+    assert (combine_rows(rows_RD, gates_TK, token_R, row_R, row_R, begin_T) == 1000).all()
+    assert (add_rows(rows_RD, token_R, row_R, begin_T) == 1000).all()
     x_TD = torch.zeros(1, 2, dtype=torch.bfloat16, requires_grad=True)
-    route_rows(x_TD, torch.zeros_like(row_R), row_R, begin_T).sum().backward()
+    route_rows(x_TD, token_R, row_R, begin_T).sum().backward()
     assert (x_TD.grad == 1000).all()
 
 

@@ -1,5 +1,6 @@
 """Several processes compute what one computes: outputs, gradients, balance losses, optimiser step."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_mod
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
-from tests.processes import run_ranks
+from tests.processes import mirrored, run_ranks
 
 VOCABULARY = 13
 # Two for each of up to four processes.
@@ -148,6 +149,8 @@ def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) 
 
 BF16 = "experts in bf16"
 REPLICAS = ["noisy_top_k", "no experts", "factored"]
+# Tokens, and those that are not padding, of either process.
+OWN_TOKENS = [[(9, 9), (7, 4)], [(9, 5), (3, 0)], [(5, 2), (0, 0)]]
 HALVED = ["noisy_top_k", "hierarchical", "strictly_balanced", "deep experts", "sigmoid"]
 
 
@@ -166,6 +169,7 @@ def _two_ranks() -> dict[str, Any]:
         "joined": run_cases(2, 0, False, joined),
         "halves": run_cases(2, 0, True, HALVED, overlap_exchange=True),
         "in turn": run_cases(2, 0, True, ["noisy_top_k"], overlap=False),
+        "own tokens": [_own_tokens(*sizes[int(os.environ["RANK"])]) for sizes in OWN_TOKENS],
     }
 
 
@@ -232,6 +236,74 @@ def test_one_half_travels_while_experts_work_on_the_other(monkeypatch: pytest.Mo
         assert events == expected
     finally:
         dist.destroy_process_group()
+
+
+CHOICES = {
+    "flat": {},
+    "groups": HIERARCHICAL,
+    "strictly balanced": {"gating": "strictly_balanced", "k": 3},
+    "all active": {"k": 8},
+}
+
+
+@pytest.mark.parametrize("halves", [False, True], ids=["whole", "halves"])
+@pytest.mark.parametrize("padding", [0, 4, 15])
+@pytest.mark.parametrize("case", CHOICES)
+def test_a_row_travels_once_to_each_process_with_experts_of_its_token(
+    case: str, padding: int, halves: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forth and back, and so do the gradients of both, whatever the number of its experts there."""
+    travelled: list[tuple[torch.Tensor, list[int]]] = []
+
+    def noted(received: torch.Tensor, sent: torch.Tensor, _: Any = None, sizes: Any = None, **named: Any) -> Any:
+        if sent.shape[1:] == (6,):
+            travelled.append((sent.detach().clone(), sizes))
+        return mirrored(received, sent)
+
+    monkeypatch.setattr(dist, "all_to_all_single", noted)
+    moe = MoE(6, 8, MoEConfig(8, **{"k": 2, "hidden_sizes": [7]} | CHOICES[case]), ExpertShard(0, 4))
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    moe.dispatcher = AllToAllDispatcher(None, 4, halves)
+    x_TD, real_T = torch.randn(15, 6, requires_grad=True), torch.arange(15) < 15 - padding
+    y_TD, gate = moe(x_TD, real_T=real_T)
+    y_TD.sum().backward()
+    parts = [(0, 8), (8, 15)] if halves else [(0, 15)]
+    for (begin, end), (rows_VD, sizes) in zip(parts, travelled, strict=False):
+        wanted = [[t for t in range(begin, end) if m in gate.expert_TK[t] // 2] for m in range(4)]
+        assert sizes == [len(tokens) for tokens in wanted]
+        assert torch.equal(rows_VD, x_TD[[t for tokens in wanted for t in tokens]])
+    numbers = [len(rows_VD) for rows_VD, _ in travelled]
+    assert len(numbers) == 4 * len(parts)
+    assert sum(numbers) == 4 * sum(numbers[: len(parts)])
+
+
+def _own_tokens(number: int, real: int) -> list[list[torch.Tensor]]:
+    """Output and gradients of a layer whose experts are spread over the processes, and of one that has all of them."""
+    world = World.start("cpu", ParallelConfig())
+    config, results = MoEConfig(8, **HIERARCHICAL | {"hidden_sizes": [7]}), []
+    for share in (ExpertShard(world.group_rank, world.group_size), ExpertShard()):
+        moe = MoE(6, 8, config, share).double().eval()
+        generator = torch.Generator().manual_seed(2)
+        held = slice(moe.experts.first, moe.experts.first + len(moe.experts.weights[0]))
+        for name, parameter in moe.named_parameters():
+            shape = (8, *parameter.shape[1:]) if name.startswith("experts") else parameter.shape
+            drawn = torch.randn(shape, dtype=torch.float64, generator=generator)
+            parameter.data.copy_(drawn[held] if name.startswith("experts") else drawn)
+        if share.size > 1:
+            moe.dispatcher = AllToAllDispatcher(world.expert_group, share.size, halves=False)
+        x_TD = torch.randn(number, 6, dtype=torch.float64, generator=generator).requires_grad_()
+        y_TD, _ = moe(x_TD, real_T=torch.arange(number) < real)
+        leaves = [x_TD, moe.gate.w_gate_DE, moe.gate.primary_w_gate_DA]
+        results.append([y_TD.detach(), *torch.autograd.grad(y_TD.square().sum(), leaves)])
+    return results
+
+
+def test_padding_and_processes_without_tokens_change_nothing(two_ranks: list[dict[str, Any]]) -> None:
+    for result in two_ranks:
+        for found, expected in result["own tokens"]:
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
 
 
 def test_gradients_summed_after_the_backward_pass_are_the_same(two_ranks: list[dict[str, Any]]) -> None:

@@ -18,15 +18,27 @@ from nmt.cost.activations import Precision
 from nmt.cost.budget import TokenCounts
 from nmt.cost.cards import CARDS, RATES, Card, Rates
 from nmt.cost.operations import model_cost
-from nmt.cost.step import SPENT_ON, Machines, MicroBatch, Part, bound_of, mean_batch, moe_parts, step_parts, touched
+from nmt.cost.step import (
+    SPENT_ON,
+    Machines,
+    MicroBatch,
+    Part,
+    bound_of,
+    mean_batch,
+    moe_parts,
+    step_parts,
+    touched,
+    visits,
+)
 from nmt.data.batching import plan_epoch
-from nmt.model.experts import MoE
+from nmt.model.experts import ExpertShard, MoE
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import AllToAllDispatcher
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.conftest import TINY_VOCAB
+from tests.processes import mirrored
 from tests.scripts import load_script
 
 BF16 = Precision(on_gpu=True, size=2)
@@ -214,8 +226,11 @@ def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
 def test_rows_travel_four_times_and_gradients_twice() -> None:
     rates = RATES._replace(message_us=0.0)
     parts = {part.name: part.ms for part in step(MOE, Machines(H100, rates, gpus=4, group=4, link_gbs=100.0))}
-    rows = 4 * (BATCH.source + BATCH.target)
-    assert parts["exchange of rows"] == pytest.approx(4 * rows * 512 * 2 * 3 / 4 / 100e6)
+    tokens = BATCH.source + BATCH.target
+    # Of four experts, one to four are on the four processes. Their gates travel twice.
+    rows = 4 * (1 - math.comb(24, 4) / math.comb(32, 4)) * tokens
+    sent = 4 * rows * 512 * 2 + 2 * 4 * tokens * 3 * 4
+    assert parts["exchange of rows"] == pytest.approx(sent * 3 / 4 / 100e6)
     cost = model_cost(MOE, 32000)
     dense = cost.num_parameters - cost.num_expert_parameters
     assert parts["sum of gradients"] == pytest.approx(2 * 4 * dense * 3 / 4 / 100e6)
@@ -226,21 +241,24 @@ def test_rows_travel_four_times_and_gradients_twice() -> None:
 
 
 def test_as_many_numbers_travel_as_training_exchanges(
-    group: Any,
     monkeypatch: pytest.MonkeyPatch,
     tiny_config: Callable[..., ModelConfig],
     tiny_batch: Callable[..., Batch],
 ) -> None:
-    config = Config(model=tiny_config(), training=TrainingConfig(precision="fp32", device="cpu"))
-    model, batch = Seq2Seq(config.model, TINY_VOCAB).train(), tiny_batch((3, 4), (6, 2), (1, 5))
+    """All four experts of a token are active, so that it visits all four processes."""
+    config = Config(model=tiny_config(k=4), training=TrainingConfig(precision="fp32", device="cpu"))
+    model = Seq2Seq(config.model, TINY_VOCAB, ExpertShard(0, 4)).train()
+    batch = tiny_batch((3, 4), (6, 2), (1, 5))
     for module in model.modules():
         if isinstance(module, MoE):
-            module.dispatcher = AllToAllDispatcher(group, 1, halves=False)
-    numbers, exchange = [], dist.all_to_all_single
+            module.dispatcher = AllToAllDispatcher(None, 4, halves=False)
+    sent_bytes = []
 
     def count(output: torch.Tensor, rows: torch.Tensor, *more: Any, **named: Any) -> Any:
-        numbers.append(rows.numel() if rows.is_floating_point() else 0)
-        return exchange(output, rows, *more, **named)
+        # Rows are sent in bf16 on a GPU, gates with the numbers of their experts in float32.
+        if rows.is_floating_point():
+            sent_bytes.append(rows.numel() * (2 if rows.shape[1] == config.model.hidden_size else 4))
+        return mirrored(output, rows, *more, **named)
 
     monkeypatch.setattr(dist, "all_to_all_single", count)
     updater = Updater(model, make_optimizer(model, config.training), config, World(torch.device("cpu")))
@@ -248,8 +266,21 @@ def test_as_many_numbers_travel_as_training_exchanges(
     rates = RATES._replace(message_us=0.0)
     own = MicroBatch(batch.num_source_tokens, batch.num_target_tokens, 3, 6, 6)
     parts = {part.name: part.ms for part in step(config.model, Machines(H100, rates, 4, 4, link_gbs=1e-3), own)}
-    # Three quarters of them leave a GPU, in bf16.
-    assert parts["exchange of rows"] == pytest.approx(sum(numbers) * 2 * 0.75 / 1e6 * 1e3)
+    # Three quarters of them leave a GPU.
+    assert parts["exchange of rows"] == pytest.approx(sum(sent_bytes) * 0.75 / 1e6 * 1e3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 8, 16, 64])
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_a_token_visits_as_many_processes_as_random_choices_reach(groups: int, processes: int) -> None:
+    levels = {"gating": "hierarchical", "branching": groups, "k": 2, "primary_k": 3} if groups > 1 else {"k": 6}
+    rng, size = np.random.default_rng(1), 64 // groups
+    found = []
+    for _ in range(1000):
+        of_groups = rng.permutation(groups)[:3]
+        experts = [group * size + rng.permutation(size)[: levels["k"]] for group in of_groups]
+        found.append(len(set((np.concatenate(experts) // (64 // processes)).tolist())))
+    assert visits(MoEConfig(64, **levels), 64, processes) == pytest.approx(np.mean(found), rel=0.03)
 
 
 @pytest.mark.parametrize(("count", "rows"), [(2, 1), (8, 8), (64, 200), (1000, 300)])
@@ -266,8 +297,11 @@ COUNTS = [4, 32, 256, 2048, 16384, 131072]
 
 
 def test_more_experts_take_no_less_time() -> None:
+    """Except for the exchange of rows, since tokens of many experts in groups visit fewer GPUs than those of a few."""
     for gpus in (1, 4):
-        times = [ms(experts(count), Machines(H100, gpus=gpus, group=gpus, link_gbs=50.0)) for count in COUNTS]
+        machines = Machines(H100, gpus=gpus, group=gpus, link_gbs=50.0)
+        steps = [step(experts(count), machines) for count in COUNTS]
+        times = [sum(part.ms for part in parts if part.name != "exchange of rows") for parts in steps]
         assert times == sorted(times)
     flat = [ms(ModelConfig(moe=MoEConfig(count)), Machines(H100)) for count in COUNTS]
     assert flat == sorted(flat)

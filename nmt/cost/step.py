@@ -347,14 +347,37 @@ def touched(num_experts: int, rows: float) -> float:
     return -num_experts * math.expm1(rows * math.log1p(-1.0 / num_experts)) if num_experts > 1 else float(rows > 0)
 
 
+def visits(moe: MoEConfig, num_experts: int, processes: int) -> float:
+    """Return the expected number of processes that hold at least one expert of a token, if all are equally likely.
+
+    For a flat gate, this is M (1 - C(E - E/M, K) / C(E, K)) with M processes. Processes hold whole groups of a
+    hierarchical gate, or parts of groups (S17 3.1). Where they hold both, the result is an approximation.
+    """
+
+    def held(chosen: int, of: int, here: float) -> float:
+        """Return the probability that any of `here` things is among the `chosen` ones of all."""
+        return 1.0 - math.prod(max(of - here - i, 0.0) / (of - i) for i in range(chosen))
+
+    groups, chosen = (moe.branching, moe.primary_k) if moe.is_hierarchical else (1, 1)
+    here, size = num_experts / processes, num_experts // groups
+    if here >= size:
+        return processes * held(chosen, groups, here / size)
+    return chosen * size / here * held(moe.k, size, here)
+
+
 def _exchanged(model: ModelConfig, batch: MicroBatch, machines: Machines) -> Iterator[Part]:
-    """Yield the exchanges of rows: to the experts and back, and their gradients likewise."""
+    """Yield the exchanges of rows: to the experts and back, and their gradients likewise.
+
+    A token has one row per process that it visits. Gate, number and place of an expert, in float32, go with the row;
+    their gradients return.
+    """
     tokens, others = {"encoder": batch.source, "decoder": batch.target}, machines.group - 1
     for layer in model.moe_layer_names():
-        rows = tokens[LayerName.of(layer).side] * model.moe.experts_per_token
-        sent = rows * model.hidden_size * 2 * others / machines.group
-        seconds = sent / (machines.link_gbs * 1e9) + others * machines.rates.message_us * 1e-6
-        yield Part("exchange of rows", 4e3 * seconds, "network")
+        rows = visits(model.moe, model.moe.experts_at(layer), machines.group)
+        numbers = 4 * rows * 2 * model.hidden_size + 2 * model.moe.experts_per_token * 3 * 4
+        sent = tokens[LayerName.of(layer).side] * numbers * others / machines.group
+        seconds = sent / (machines.link_gbs * 1e9) + 6 * others * machines.rates.message_us * 1e-6
+        yield Part("exchange of rows", 1e3 * seconds, "network")
 
 
 def _once(config: Config, vocab_size: int, machines: Machines) -> Iterator[Part]:

@@ -87,7 +87,7 @@ class LocalDispatcher:
 
     def combine(self, rows_RD: Tensor, gates_TK: Tensor, route: Route) -> Tensor:
         """Return y_t = sum_j gate_tj row_tj (S17 eq. 1)."""
-        return combine_rows(rows_RD, gates_TK, route.order_R, route.row_R, route.begin_T)
+        return combine_rows(rows_RD, gates_TK, *route)
 
 
 class MoE(nn.Module):

@@ -17,7 +17,7 @@ from nmt.model.rows import inverse_permutation
 
 
 class Route(NamedTuple):
-    """Mapping between tokens and sorted rows. Slot s = t * K + j is the j-th slot of token t.
+    """Mapping between tokens and sorted rows. The slots of all tokens are numbered in turn.
 
     Its size does not depend on the number of empty slots, as tokens may have very different numbers of experts.
     """
@@ -35,10 +35,10 @@ def sort_rows(expert_TK: Tensor, num_experts: int, num_routed: int | None) -> tu
     slots have rows too, which come last.
     """
     slots = sort_slots(expert_TK.flatten(), num_experts)
-    return slots.ends_E, _route(slots, expert_TK, num_experts, num_routed)
+    return slots.ends_E, make_route(slots, expert_TK, num_experts, num_routed)
 
 
-def _route(slots: SortedSlots, expert_TK: Tensor, num_experts: int, num_routed: int | None) -> Route:
+def make_route(slots: SortedSlots, expert_TK: Tensor, num_experts: int, num_routed: int | None) -> Route:
     """Return the route of the first `num_routed` sorted rows; slots with expert `num_experts` are empty."""
     num_tokens, num_slots = expert_TK.shape
     if num_routed is None or num_routed == expert_TK.numel():

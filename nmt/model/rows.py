@@ -45,17 +45,31 @@ class _RouteRows(Function):
 
 class _CombineRows(Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
-        ctx.save_for_backward(rows_RD, gates_TK, order_R)
-        gates_R = gates_TK.flatten()
+    def forward(
+        ctx: Any, rows_RD: Tensor, gates: Tensor, token_R: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows_RD, gates, token_R, order_R)
+        gates_R = gates.flatten()
         if len(order_R) < len(gates_R):
             gates_R = gates_R.index_select(0, order_R.index_select(0, row_R))
         # One sum per token over the rows it has, which makes and keeps no copy of the rows.
         return sum_rows(rows_RD, row_R, begin_T, gates_R)
 
     @staticmethod
-    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        return *sum_rows_backward(grad_TD, *ctx.saved_tensors), None, None, None
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        return *sum_rows_backward(grad_TD, *ctx.saved_tensors), None, None, None, None
+
+
+class _AddRows(Function):
+    @staticmethod
+    def forward(ctx: Any, rows_RD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+        ctx.save_for_backward(token_R)
+        return sum_rows(rows_RD, row_R, begin_T)
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None, None]:
+        (token_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_R), None, None, None
 
 
 class _SumByGroup(Function):
@@ -152,13 +166,20 @@ def route_rows(x_TD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) ->
     return _RouteRows.apply(x_TD, token_R, row_R, begin_T)
 
 
-def combine_rows(rows_RD: Tensor, gates_TK: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+def add_rows(rows_RD: Tensor, token_R: Tensor, row_R: Tensor, begin_T: Tensor) -> Tensor:
+    """Return y_t = sum of the rows that `route_rows` made of token t, added up in the order of `row_R`."""
+    return _AddRows.apply(rows_RD, token_R, row_R, begin_T)
+
+
+def combine_rows(
+    rows_RD: Tensor, gates: Tensor, token_R: Tensor, order_R: Tensor, row_R: Tensor, begin_T: Tensor
+) -> Tensor:
     """Return y_t = sum of gate_r * rows[r] over the rows r that `route_rows` made of token t.
 
-    gate_r is the gate of slot order_R[r], where slot t * K + j is the j-th slot of token t. In `row_R`, the rows of a
-    token are in the order of its slots.
+    gate_r is the gate of slot order_R[r]. `gates` has the slots of all tokens in turn, in any shape. In `row_R`, the
+    rows of a token are in the order of its slots.
     """
-    return _CombineRows.apply(rows_RD, gates_TK, order_R, row_R, begin_T)
+    return _CombineRows.apply(rows_RD, gates, token_R, order_R, row_R, begin_T)
 
 
 def inverse_permutation(order_R: Tensor) -> Tensor:

@@ -1,11 +1,16 @@
 """Expert parallelism: the processes of a group share one copy of every expert, and send it their tokens (S17 3.1).
 
-A first all-to-all exchange announces the numbers of rows. A second one sends each row to the process of its expert, and
-a third one returns the results. Experts are numbered by process: with M processes, process r holds experts r E/M to
-(r+1) E/M - 1. For a hierarchical gate, these are whole groups if M divides the number of groups, as in the paper.
+A token visits every process that holds at least one of its experts. Its row travels there once, with the gates and the
+numbers of all its experts on that process. The process returns one row, their results weighted by the gates and added
+up. At home, the rows of a token are added up in the order of its slots: y_t = sum_m sum_(i on m) g_ti E_i(x_t).
+Gradients travel back in the same way. A first all-to-all exchange announces how many rows and gates there are.
 
-Letters: T tokens, K experts per token, R rows sent, G rows received, E experts, L = E / M experts of this process,
-P parts of a batch that are sent separately, D width.
+Experts are numbered by process: with M processes, process m holds experts m E/M to (m+1) E/M - 1. For a hierarchical
+gate, these are whole groups if M divides the number of groups, as in the paper. A token then visits at most as many
+processes as it selects groups.
+
+Letters: T tokens, K slots per token, S = T * K slots, R full slots, V visits of own tokens, W visits of others to this
+process, G full slots of these, E experts, M processes, P parts of a batch that are sent separately, D width.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,75 +25,89 @@ from torch.autograd import Function
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.model.assemble import assemble
-from nmt.model.experts import Experts, ExpertShard, LocalDispatcher, MoE
+from nmt.model.experts import Experts, ExpertShard, MoE
 from nmt.model.gating import GateOutput
-from nmt.model.routes import Route
-from nmt.model.rows import inverse_permutation, route_rows, take_rows
+from nmt.model.kernels.dispatch import SortedSlots, sort_slots
+from nmt.model.routes import Route, make_route
+from nmt.model.rows import add_rows, combine_rows, route_rows, take_rows
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 
 
 class _Transfer:
-    """One asynchronous exchange of rows, and of their gradients in the backward pass."""
+    """One asynchronous exchange of tensors, and of their gradients in the backward pass.
 
-    def __init__(self, group: dist.ProcessGroup, send: list[int], receive: list[int]) -> None:
+    `send` and `receive` have the numbers of rows to and from each process, for each of the tensors.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, send: list[list[int]], receive: list[list[int]]) -> None:
         self.group, self.send, self.receive = group, send, receive
 
-    def begin(self, rows_RD: Tensor, send: list[int], receive: list[int]) -> Tensor:
-        """Start the exchange. Return the tensor that will hold the received rows after `finish`."""
-        # References keep both tensors alive during the exchange.
-        self.rows_RD = rows_RD.contiguous()
-        self.came_GD = rows_RD.new_empty(sum(receive), *rows_RD.shape[1:])
-        self.work = dist.all_to_all_single(self.came_GD, self.rows_RD, receive, send, group=self.group, async_op=True)
-        return self.came_GD
+    def begin(self, tensors: tuple[Tensor, ...], send: list[list[int]], receive: list[list[int]]) -> tuple[Tensor, ...]:
+        """Start the exchange. Return the tensors that will hold what is received after `finish`."""
+        # References keep all tensors alive during the exchange.
+        self.sent = [tensor.contiguous() for tensor in tensors]
+        self.came = tuple(x.new_empty(sum(rows), *x.shape[1:]) for x, rows in zip(self.sent, receive, strict=True))
+        self.works = [
+            dist.all_to_all_single(came, sent, to, of, group=self.group, async_op=True)
+            for came, sent, to, of in zip(self.came, self.sent, receive, send, strict=True)
+        ]
+        return self.came
 
-    def finish(self) -> Tensor:
-        """Wait for the received rows and return them. On a GPU, its stream waits, not the host."""
-        self.work.wait()
-        came_GD = self.came_GD
-        del self.work, self.rows_RD, self.came_GD
-        return came_GD
+    def finish(self) -> tuple[Tensor, ...]:
+        """Wait for the received tensors and return them. On a GPU, its stream waits, not the host."""
+        for work in self.works:
+            work.wait()
+        came = self.came
+        del self.works, self.sent, self.came
+        return came
 
 
 class _Begin(Function):
-    """Forward: start sending the rows. Backward: wait for their gradients."""
+    """Forward: start sending the tensors. Backward: wait for their gradients."""
 
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, transfer: _Transfer) -> Tensor:
+    def forward(ctx: Any, transfer: _Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.transfer = transfer
-        return transfer.begin(rows_RD, transfer.send, transfer.receive)
+        return transfer.begin(tensors, transfer.send, transfer.receive)
 
     @staticmethod
-    def backward(ctx: Any, _grad_GD: Tensor) -> tuple[Tensor, None]:
-        return ctx.transfer.finish(), None
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *ctx.transfer.finish()
 
 
 class _Finish(Function):
-    """Forward: wait for the rows. Backward: start sending their gradients back.
+    """Forward: wait for the tensors. Backward: start sending their gradients back.
 
-    The gradient that backward returns is a placeholder, which `_Begin` ignores.
+    The gradients that backward returns are placeholders, which `_Begin` ignores.
     """
 
     @staticmethod
-    def forward(ctx: Any, came_GD: Tensor, transfer: _Transfer) -> Tensor:
+    def forward(ctx: Any, transfer: _Transfer, *coming: Tensor) -> tuple[Tensor, ...]:
         ctx.transfer = transfer
-        return transfer.finish().view_as(came_GD)
+        return tuple(came.view_as(came) for came in transfer.finish())
 
     @staticmethod
-    def backward(ctx: Any, grad_GD: Tensor) -> tuple[Tensor, None]:
-        transfer = ctx.transfer
-        transfer.begin(grad_GD, transfer.receive, transfer.send)
-        return grad_GD, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.transfer.begin(grads, ctx.transfer.receive, ctx.transfer.send)
+        return None, *grads
+
+
+class _Visits(NamedTuple):
+    """The visits of some tokens. Of the slots that a token has on a process, the first one marks the visit."""
+
+    process_TK: Tensor  # int64, the process that is visited; M in a slot that marks no visit
+    visits: SortedSlots  # of `process_TK`: visits by process, then token
+    slots: SortedSlots  # all slots by process, then token, as visits are
+    first_S: Tensor  # bool, of each sorted slot: whether it marks a visit
 
 
 class _Part(NamedTuple):
-    """A part of the tokens during its exchange: gates, sorting, rows received per process and expert, and transfer."""
+    """A part of the tokens during an exchange: between tokens and visits, the exchange, and what it will bring."""
 
-    gates_TK: Tensor
-    local: Route
-    received_ML: Tensor
+    route: Route
     transfer: _Transfer
-    coming_GD: Tensor
+    coming: tuple[Tensor, ...]
 
 
 class AllToAllDispatcher:
@@ -100,12 +119,11 @@ class AllToAllDispatcher:
 
     def __init__(self, group: dist.ProcessGroup, group_size: int, halves: bool) -> None:
         self.group, self.group_size, self.halves = group, group_size, halves
-        self.local = LocalDispatcher()
         self.turns: _Turns | None = None
         """Set while the processes make passes independently of each other (`independent_passes`)."""
 
     def run(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
-        """Return y_t = sum_j gate_tj E_j(x_t). Each x_t is sent to the processes of its experts."""
+        """Return y_t = sum_j gate_tj E_j(x_t). Each x_t is sent once to each process that holds experts of it."""
         if self.turns is not None:
             self.turns.wait(self)
         return self.exchange(experts, x_TD, gate)
@@ -113,57 +131,66 @@ class AllToAllDispatcher:
     def exchange(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
         """Do `run`'s work when all processes of the group are at this layer. A process may have no tokens."""
         back = []
-        for part in self._send(x_TD, gate):
-            came_GD = _Finish.apply(part.coming_GD, part.transfer)
-            # Rows arrive sorted by process, then by expert. Experts need them sorted by expert.
-            counts_ML = part.received_ML
-            expert_M = torch.arange(counts_ML.shape[1], device=x_TD.device).repeat(self.group_size)
-            expert_G = expert_M.repeat_interleave(counts_ML.flatten(), output_size=len(came_GD))
-            order_G = expert_G.argsort(stable=True)
-            rows_GD = experts(take_rows(came_GD, order_G), counts_ML.sum(0).cumsum(0).int())
-            home = _Transfer(self.group, part.transfer.receive, part.transfer.send)
-            back.append((part, home, _Begin.apply(take_rows(rows_GD, inverse_permutation(order_G)), home)))
-        parts = [
-            self.local.combine(_Finish.apply(coming_RD, home), part.gates_TK, part.local)
-            for part, home, coming_RD in back
-        ]
+        for route, transfer, coming in self._send(x_TD, gate):
+            y_WD = _serve(experts, *_Finish.apply(transfer, *coming))
+            home = _Transfer(self.group, transfer.receive[:1], transfer.send[:1])
+            back.append(_Part(route, home, _Begin.apply(home, y_WD)))
+        parts = []
+        for route, home, coming in back:
+            (y_VD,) = _Finish.apply(home, *coming)
+            parts.append(add_rows(y_VD, route.token_R, route.row_R, route.begin_T))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _send(self, x_TD: Tensor, gate: GateOutput) -> list[_Part]:
-        """Exchange the numbers of rows, then start sending all parts."""
-        if gate.num_routed is None:
-            gate = gate._replace(num_routed=int((gate.expert_TK < gate.sums.count_E.numel()).sum()))
-        pieces = [(x_TD, gate)]
-        if self.halves:
-            pieces = list(zip(x_TD.tensor_split(2), _halves(gate), strict=True))
-        sorted_pieces = [self.local.sort(part_gate) for _, part_gate in pieces]
-        ends = [ends_E.diff(prepend=ends_E.new_zeros(1)) for ends_E, _ in sorted_pieces]
-        # Rows to send, by destination process, part, and expert of that process.
-        count_MPL = torch.stack(ends).long().view(len(pieces), self.group_size, -1).transpose(0, 1).contiguous()
-        received_MPL = torch.empty_like(count_MPL)
-        dist.all_to_all_single(received_MPL, count_MPL, group=self.group)
+        """Exchange the numbers of visits and of their slots, then start sending all parts."""
+        num_parts, held = 1 + self.halves, gate.sums.count_E.numel() // self.group_size
+        pieces = list(zip(*(x.tensor_split(num_parts) for x in (x_TD, gate.expert_TK, gate.gates_TK)), strict=True))
+        plans = [_visits(expert_TK // held, self.group_size) for _, expert_TK, _ in pieces]
+        # By process, part, and what is counted: visits, slots.
+        ends_MP2 = torch.stack([torch.stack([plan.visits.ends_E, plan.slots.ends_E], 1) for plan in plans], 1).long()
+        count_MP2 = ends_MP2.diff(dim=0, prepend=torch.zeros_like(ends_MP2[:1]))
+        received_MP2 = torch.empty_like(count_MP2)
+        dist.all_to_all_single(received_MP2, count_MP2, group=self.group)
         # The only wait for the device: the exchanges need their sizes on the host.
-        send_PM, receive_PM = torch.stack([count_MPL.sum(2).T, received_MPL.sum(2).T]).tolist()
+        send_P2M, receive_P2M = torch.stack([count_MP2, received_MP2]).permute(0, 2, 3, 1).tolist()
         parts = []
-        for place, ((part_TD, part_gate), (_, route)) in enumerate(zip(pieces, sorted_pieces, strict=True)):
-            transfer = _Transfer(self.group, send_PM[place], receive_PM[place])
-            rows_RD = route_rows(part_TD, route.token_R, route.row_R, route.begin_T)
-            coming_GD = _Begin.apply(rows_RD, transfer)
-            parts.append(_Part(part_gate.gates_TK, route, received_MPL[:, place], transfer, coming_GD))
+        for piece, plan, send, receive in zip(pieces, plans, send_P2M, receive_P2M, strict=True):
+            part_TD, expert_TK, gates_TK = piece
+            num_visits, num_slots = map(sum, send)
+            route = make_route(plan.visits, plan.process_TK, self.group_size, num_visits)
+            rows_VD = route_rows(part_TD, route.token_R, route.row_R, route.begin_T)
+            slot_R, first_R = plan.slots.order_S[:num_slots], plan.first_S[:num_slots]
+            gates_R, expert_R = take_rows(gates_TK.flatten(), slot_R), expert_TK.flatten()[slot_R] % held
+            # One tensor of the type of the gates: in float32, numbers are exact up to 2^24 experts per process.
+            slots_R3 = torch.stack([gates_R, expert_R.to(gates_R.dtype), first_R.to(gates_R.dtype)], 1)
+            transfer = _Transfer(self.group, send, receive)
+            parts.append(_Part(route, transfer, _Begin.apply(transfer, rows_VD, slots_R3)))
         return parts
 
 
-def _halves(gate: GateOutput) -> list[GateOutput]:
-    """Return the gate's outputs for the first and second half of the tokens; `sums` remain those of all tokens."""
-    experts, gates = gate.expert_TK.tensor_split(2), gate.gates_TK.tensor_split(2)
-    if gate.num_routed == gate.expert_TK.numel():
-        routed = [expert_TK.numel() for expert_TK in experts]
-    else:
-        routed = torch.stack([(expert_TK < gate.sums.count_E.numel()).sum() for expert_TK in experts]).tolist()
-    return [
-        gate._replace(expert_TK=expert_TK, gates_TK=gates_TK, num_routed=count)
-        for expert_TK, gates_TK, count in zip(experts, gates, routed, strict=True)
-    ]
+def _visits(process_TK: Tensor, num_processes: int) -> _Visits:
+    """Return the visits of tokens whose experts are on these processes; slots of process M are empty."""
+    slots = sort_slots(process_TK.flatten(), num_processes)
+    process_S, token_S = process_TK.flatten()[slots.order_S], slots.order_S // process_TK.shape[1]
+    # Pairs of process and token as numbers, which rise from visit to visit.
+    visit_S = process_S * len(process_TK) + token_S
+    first_S = visit_S.diff(prepend=visit_S.new_full((1,), -1)) > 0
+    visited_TK = process_TK.where(first_S[slots.row_S].view_as(process_TK), num_processes)
+    return _Visits(visited_TK, sort_slots(visited_TK.flatten(), num_processes), slots, first_S)
+
+
+def _serve(experts: Experts, rows_WD: Tensor, slots_G3: Tensor) -> Tensor:
+    """Return, for each visit, the results of its experts here, weighted by their gates and added up.
+
+    `slots_G3` has the slots of all visits in turn: gate, number of the expert among those of this process, and whether
+    it marks the visit.
+    """
+    gates_G, expert_G, first_G = slots_G3.unbind(1)
+    visit_G = first_G.long().cumsum(0) - 1
+    begin_W = torch.searchsorted(visit_G, torch.arange(len(rows_WD), device=visit_G.device))
+    slots = sort_slots(expert_G.long(), len(experts.weights[0]))
+    route = Route(visit_G[slots.order_S], slots.order_S, slots.row_S, begin_W)
+    return combine_rows(experts(rows_WD, slots.ends_E, route), gates_G.contiguous(), *route)
 
 
 class _Turns:

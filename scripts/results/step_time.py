@@ -4,6 +4,7 @@ The steps are the rows of the first table of results/step_time.json: `ms` was me
 `commit`. A row has the `settings`, `vocabulary`, `micro_batches` per GPU and mean micro-batch (`batch`) of a training
 step, or the `experts`, perhaps `groups`, and `tokens` of one MoE layer, forward and backward. `parts` are milliseconds
 of parts of the step, by the beginning of their names in nmt/cost/step.py. With a `part`, `ms` is of that part only.
+`rows_per_token` are the rows that a step sent to experts, if they are not as many as now.
 
 With files of scripts/bench/gpu.py --json and scripts/bench/step.py, measured at one commit on one card, their steps
 replace all whole steps:
@@ -29,7 +30,7 @@ from nmt.config import Config, MoEConfig
 from nmt.cost.activations import Precision
 from nmt.cost.budget import SentenceLengths, training_budget
 from nmt.cost.cards import CARDS, NETWORK_GBS, Rates
-from nmt.cost.step import SPENT_ON, Machines, MicroBatch, bound_of, moe_parts, predict_step, step_parts
+from nmt.cost.step import SPENT_ON, Machines, MicroBatch, bound_of, moe_parts, predict_step, step_parts, visits
 from nmt.wording import scaled
 
 ROOT = Path(__file__).parents[2]
@@ -77,7 +78,11 @@ def predicted_parts(row: Row, rates: Rates) -> dict[str, float]:
         group = row["gpus"] if config.model.moe_layer_names() else 1
         machines = machines._replace(group=group, link_gbs=CARDS[row["card"]].link_gbs)
         parts = step_parts(config, row["vocabulary"], MicroBatch(*row["batch"]), _BF16, machines)
-    return {part.name: part.ms for part in parts}
+    ms = {part.name: part.ms for part in parts}
+    if "rows_per_token" in row:
+        moe = config.model.moe
+        ms["exchange of rows"] *= row["rows_per_token"] / visits(moe, moe.num_experts, row["gpus"])
+    return ms
 
 
 def predicted_ms(row: Row, rates: Rates) -> float:

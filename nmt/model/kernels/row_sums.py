@@ -4,7 +4,7 @@
 read each row once, in place. There, the plain sum, PyTorch's embedding bag, takes two to four times as long, and the
 plain gradient makes five passes over the rows.
 
-Letters: T tokens, R rows, S slots (K per token), D width.
+Letters: T tokens, R rows, S slots, D width.
 """
 
 import torch
@@ -34,26 +34,28 @@ def plain_sum_rows(rows_RD: Tensor, row_R: Tensor, begin_T: Tensor, weight_R: Te
     return F.embedding_bag(row_R, rows_RD, begin_T, mode="sum", per_sample_weights=weight_R)
 
 
-def sum_rows_backward(grad_TD: Tensor, rows_RD: Tensor, weight_TK: Tensor, order_R: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients (grad_RD, weight_grad_TK) of y_t = sum of weight_s * rows[r] over the rows r of token t.
+def sum_rows_backward(
+    grad_TD: Tensor, rows_RD: Tensor, weight: Tensor, token_R: Tensor, order_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients (grad_RD, weight_grad) of y_t = sum of weight[s] * rows[r] over the rows r of token t.
 
-    Row r belongs to slot s = order_R[r], where slot t * K + j is the j-th slot of token t. The weight of a slot without
-    a row gets 0.
+    Row r belongs to token t = token_R[r] and slot s = order_R[r]. Weights have S numbers, in any shape. The weight of a
+    slot without a row gets 0.
     """
     if rows_RD.is_cuda and rows_RD.dtype in _FUSED_TYPES and len(rows_RD):
         from nmt.model.kernels.row_sums_triton import fused_sum_rows_backward
 
-        return fused_sum_rows_backward(grad_TD, rows_RD, weight_TK, order_R)
-    return plain_sum_rows_backward(grad_TD, rows_RD, weight_TK, order_R)
+        return fused_sum_rows_backward(grad_TD, rows_RD, weight, token_R, order_R)
+    return plain_sum_rows_backward(grad_TD, rows_RD, weight, token_R, order_R)
 
 
 def plain_sum_rows_backward(
-    grad_TD: Tensor, rows_RD: Tensor, weight_TK: Tensor, order_R: Tensor
+    grad_TD: Tensor, rows_RD: Tensor, weight: Tensor, token_R: Tensor, order_R: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return `sum_rows_backward` computed with PyTorch operations."""
-    grad_RD = grad_TD.index_select(0, order_R // weight_TK.shape[1])
+    grad_RD = grad_TD.index_select(0, token_R)
     # Element-wise: one tiny matrix product per token would take longer.
-    weight_grad_R = (rows_RD * grad_RD).sum(1, dtype=weight_TK.dtype)
-    weight_grad_S = weight_TK.new_zeros(weight_TK.numel()).index_copy_(0, order_R, weight_grad_R)
-    weight_R = weight_TK.flatten().index_select(0, order_R).to(grad_TD.dtype)
-    return grad_RD.mul_(weight_R.unsqueeze(1)), weight_grad_S.view_as(weight_TK)
+    weight_grad_R = (rows_RD * grad_RD).sum(1, dtype=weight.dtype)
+    weight_grad_S = weight.new_zeros(weight.numel()).index_copy_(0, order_R, weight_grad_R)
+    weight_R = weight.flatten().index_select(0, order_R).to(grad_TD.dtype)
+    return grad_RD.mul_(weight_R.unsqueeze(1)), weight_grad_S.view_as(weight)

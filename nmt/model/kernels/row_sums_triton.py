@@ -33,12 +33,12 @@ def _sum_rows(rows, row, begin, weight, out, num_tokens, num_rows, width, WEIGHT
 
 @triton.jit
 def _sum_rows_backward(  # type: ignore[no-untyped-def]
-    grad, rows, weight, order, out, weight_grad, num_rows, slots, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    grad, rows, weight, token, order, out, weight_grad, num_rows, width, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     slot = tl.load(order + row, mask=row < num_rows, other=0)
     factor = tl.load(weight + slot).to(tl.float32)
-    grad_at = grad + (slot // slots)[:, None] * width
+    grad_at = grad + tl.load(token + row, mask=row < num_rows, other=0)[:, None] * width
     place = row.to(tl.int64)[:, None] * width
     total = tl.zeros([ROWS], tl.float32)
     for start in range(0, width, BLOCK):
@@ -63,14 +63,14 @@ def fused_sum_rows(rows_RD: Tensor, row_R: Tensor, begin_T: Tensor, weight_R: Te
 
 
 def fused_sum_rows_backward(
-    grad_TD: Tensor, rows_RD: Tensor, weight_TK: Tensor, order_R: Tensor
+    grad_TD: Tensor, rows_RD: Tensor, weight: Tensor, token_R: Tensor, order_R: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the same as `plain_sum_rows_backward`, for at least one row."""
-    grad_TD, rows_RD, weight_TK = grad_TD.contiguous(), rows_RD.contiguous(), weight_TK.contiguous()
+    grad_TD, rows_RD, weight = grad_TD.contiguous(), rows_RD.contiguous(), weight.contiguous()
     grad_RD, (num_rows, width) = torch.empty_like(rows_RD), rows_RD.shape
-    new = torch.empty_like if num_rows == weight_TK.numel() else torch.zeros_like
-    weight_grad_TK = new(weight_TK)
-    arguments = (grad_TD, rows_RD, weight_TK, order_R, grad_RD, weight_grad_TK, num_rows, weight_TK.shape[1], width)
+    new = torch.empty_like if num_rows == weight.numel() else torch.zeros_like
+    weight_grad = new(weight)
+    arguments = (grad_TD, rows_RD, weight, token_R, order_R, grad_RD, weight_grad, num_rows, width)
     block = min(_BLOCK, triton.next_power_of_2(width))
     _sum_rows_backward[(triton.cdiv(num_rows, _ROWS),)](*arguments, ROWS=_ROWS, BLOCK=block)
-    return grad_RD, weight_grad_TK
+    return grad_RD, weight_grad
