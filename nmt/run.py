@@ -205,7 +205,7 @@ class RunDirectory:
                 raise ValueError("it is empty")
             for key in _RETIRED:
                 section, _, name = key.partition(".")
-                if isinstance(stored.get(section), dict):
+                if isinstance(stored, dict) and isinstance(stored.get(section), dict):
                     stored[section].pop(name, None)
             config = Config.from_dict(stored)
             # Half of a file can be valid YAML, and the defaults of the other half are not the run's settings.

@@ -24,7 +24,8 @@ def make_sides(batch: str, padding: int) -> tuple[Rows, Rows]:
     target, source = ([np.zeros(length - 1, dtype=np.int64) for length in side] for side in BATCHES[batch])
     made = make_batch(np.arange(len(target)), source, target)
     if padding:
-        made = fit(made, Shape(*(size + added for size, added in zip(made.shape, (1, *[padding] * 4), strict=True))))
+        sides = (tuple(count + padding for count in (*side, 0)) for side in made.shape[1:])
+        made = fit(made, Shape(made.num_sentences + padding, *sides))
     return made.target, made.source
 
 
@@ -104,15 +105,16 @@ def test_the_fused_form_is_the_loop(
     inputs, direction_MD = random_inputs(sides, size, width)
     expected = results(looped, inputs, sides, function, direction_MD)
     inputs = [each.to(DEVICE, dtype) for each in inputs]
-    for each in inputs[:3]:
-        each[len(each) - padding :] = torch.nan
+    if padding:
+        for each, side in zip(inputs[:3], (sides[0], sides[1], sides[1]), strict=True):
+            each[~side.real_N] = torch.nan
     sides = tuple(side.map(lambda tensor: tensor.to(DEVICE)) for side in sides)
     found = results(fused_attend, inputs, sides, function, direction_MD.to(DEVICE, dtype))
     # In the interpreter, programs follow each other in one order anyway.
     again = (
         results(fused_attend, inputs, sides, function, direction_MD.to(DEVICE, dtype)) if DEVICE == "cuda" else found
     )
-    tolerance = {torch.float32: 2e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
+    tolerance = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 4e-3}[dtype]
     for exact, fused, second in zip(expected, found, again, strict=True):
         assert fused.dtype == dtype
         assert torch.equal(fused, second)

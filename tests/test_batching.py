@@ -117,7 +117,7 @@ def test_micro_batches_are_full_and_each_is_a_sample_of_the_corpus(micro: int) -
     plan = plan_of(source, target, 8192, micro)
     batches = [batch for step in plan for batch in step]
     tokens = np.array([[(side[batch] + 1).sum() for side in (source, target)] for batch in batches])
-    assert tokens.max(1).mean() > 0.97 * 8192
+    assert tokens.max(1).mean() > 0.94 * 8192
     generator = np.random.default_rng(0)
     drawn = [generator.choice(len(source), len(batches[0]), replace=False) for _ in batches]
     for side in (source, target):
@@ -133,7 +133,7 @@ def test_one_shape_holds_all_micro_batches_with_little_padding() -> None:
     tokens = np.array([[(side[batch] + 1).sum() for side in (source, target)] for (batch,) in steps])
     rows = np.array([sum(shape.source), sum(shape.target)])
     assert (tokens <= rows).all()
-    assert (tokens.mean(0) > 0.94 * rows).all()
+    assert (tokens.mean(0) > 0.92 * rows).all()
     assert _with_room(common_shape(steps[:5], source, target), shape) is shape
     longer = plan_of(source + 5, target, 16384, 1)
     grown = _with_room(common_shape(longer, source + 5, target), shape)
@@ -198,7 +198,8 @@ def test_a_batch_holds_its_sentences(sizes: list[tuple[int, int]]) -> None:
         assert active_L == sorted(active_L, reverse=True)
     source_N, rows = source_batch(sources)
     assert torch.equal(source_N, batch.source_N)
-    assert all(map(torch.equal, rows[:6], batch.source[:6]))
+    assert rows.alive == batch.source.alive
+    assert all(map(torch.equal, rows[1:7], batch.source[1:7]))
 
 
 def test_stream_yields_the_plan(shards: ParallelShards) -> None:

@@ -65,7 +65,8 @@ def plan_epoch(
         fullest = max(int(np.bincount(batch_N, side[order], count).max()) for side in tokens_2N)
         if fullest <= most:
             break
-        needed = max(count + 1, -(-count * fullest // most))
+        # With one pair per micro-batch, none is above the limit.
+        needed = max(count + 1, min(-(-count * fullest // most), num_pairs // micro_batches * micro_batches))
     by_batch = np.argsort(batch_N, kind="stable")
     ends = np.cumsum(np.bincount(batch_N, minlength=count))
     # Ascending pair numbers make reads of the files sequential.
