@@ -55,9 +55,9 @@ _SAFE_TRAINING = (
     "patience",
 )
 _ALWAYS_WRITTEN = ("run", "corpus", "model", "training", "decoding")
+"""The sections that every version of the program has written to config.yaml, in this order."""
 # Settings of older versions that have no effect any more: every micro-batch mixes all lengths.
 _RETIRED = ("training.bands", "training.alike")
-"""The sections that every version of the program has written to config.yaml, in this order."""
 _RESTORE_TEXT = "restore it, for example with the command that trained the run"
 
 _MOST_CONFIG_BYTES = 1 << 20

@@ -4,6 +4,7 @@ The order of the data is a pure function of (lengths, settings, seed, epoch). It
 and two numbers, epoch and step, are enough to resume a run.
 """
 
+import heapq
 import queue
 import threading
 import weakref
@@ -23,6 +24,8 @@ QUEUE_STEPS = 4  # steps prepared ahead of training
 _ORDER = 3
 """Version of the order that `plan_epoch` defines. A checkpoint without this number has version 1."""
 _POLL_SECONDS = 0.2
+# Mean share of `batch_tokens` that the first plan fills, on the longer side.
+_FILL = 0.985
 # The next epoch is planned after this share of an epoch.
 _PLAN_AT = 0.75
 
@@ -40,8 +43,8 @@ def plan_epoch(
     sorted by shape and cut into strata of neighbours, one pair per micro-batch, and dealt out at random. So all
     micro-batches have nearly the same shape, which a recorded step needs, and keep all processes busy equally long.
 
-    A micro-batch has at most `batch_tokens` tokens per side, EOS included, or those of the longest pair. ValueError if
-    there are too few pairs for one step.
+    A micro-batch has at most `batch_tokens` tokens per side, EOS included; a longer pair is one by itself. Some have
+    more if there are hardly more pairs than micro-batches. ValueError if there are too few pairs for one step.
     """
     num_pairs, micro_batches = len(source_lengths), training.micro_batches
     if num_pairs < micro_batches:
@@ -49,24 +52,17 @@ def plan_epoch(
             f"training.micro_batches={micro_batches} is more than the number of training pairs, {num_pairs}: lower it"
         )
     tokens_2N = np.stack([source_lengths, target_lengths]).astype(np.int64) + 1
-    most = max(training.batch_tokens, int(tokens_2N.max(initial=0)))
-    needed = -(-int(tokens_2N.sum(1).max()) // most)
+    needed = int(tokens_2N.sum(1).max() / (_FILL * training.batch_tokens)) + 1
+    largest = num_pairs // micro_batches * micro_batches
     generator = np.random.default_rng((training.seed, epoch))
     shuffled = generator.permutation(np.arange(num_pairs, dtype=np.int32))
     while True:
-        count = -(-needed // micro_batches) * micro_batches
-        if count > num_pairs:
-            raise ValueError(
-                f"{num_pairs} training pairs do not divide into steps of training.micro_batches={micro_batches} with "
-                f"training.batch_tokens={training.batch_tokens}: lower the first or raise the second"
-            )
+        count = min(-(-needed // micro_batches) * micro_batches, largest)
         order = _by_shape(source_lengths, target_lengths, num_pairs / count, shuffled)
         batch_N = _dealt(num_pairs, count, generator)
-        fullest = max(int(np.bincount(batch_N, side[order], count).max()) for side in tokens_2N)
-        if fullest <= most:
+        if _evened(batch_N, tokens_2N[:, order], count, training.batch_tokens) or count == largest:
             break
-        # With one pair per micro-batch, none is above the limit.
-        needed = max(count + 1, min(-(-count * fullest // most), num_pairs // micro_batches * micro_batches))
+        needed = count + max(1, count // 64)
     by_batch = np.argsort(batch_N, kind="stable")
     ends = np.cumsum(np.bincount(batch_N, minlength=count))
     # Ascending pair numbers make reads of the files sequential.
@@ -82,6 +78,39 @@ def _dealt(num_pairs: int, count: int, generator: np.random.Generator) -> np.nda
     strata = -(-num_pairs // count)
     batch_SC = generator.permuted(np.tile(np.arange(count, dtype=np.int32), (strata, 1)), axis=1)
     return batch_SC.flatten()[strata * count - num_pairs :]
+
+
+def _evened(batch_N: np.ndarray, tokens_2N: np.ndarray, count: int, most: int) -> bool:
+    """Move the shortest pairs of batches with more than `most` tokens to the emptiest ones, in place.
+
+    Return False if they do not fit there.
+    """
+    fill_2C = np.stack([np.bincount(batch_N, tokens_N, count) for tokens_N in tokens_2N])
+    longest_N = tokens_2N.max(0)
+    # Members of a batch, by falling length.
+    by_batch = np.lexsort((-longest_N, batch_N))
+    ends = np.cumsum(np.bincount(batch_N, minlength=count))
+    moved = []
+    for batch in np.flatnonzero(fill_2C.max(0) > most):
+        members = by_batch[ends[batch - 1] if batch else 0 : ends[batch]]
+        fits = np.cumsum(tokens_2N[:, members], axis=1).max(0) <= most
+        fits[0] = True  # a pair that is too long by itself
+        moved.append(members[~fits])
+        fill_2C[:, batch] = tokens_2N[:, members[fits]].sum(1)
+    if not moved:
+        return True
+    emptiest: list[tuple[float, int]] = [(fill, batch) for batch, fill in enumerate(fill_2C.max(0).tolist())]
+    heapq.heapify(emptiest)
+    pairs = np.concatenate(moved)
+    for pair in pairs[np.argsort(-longest_N[pairs], kind="stable")]:
+        _, emptier = emptiest[0]
+        fill_2C[:, emptier] += tokens_2N[:, pair]
+        fill = float(fill_2C[:, emptier].max())
+        if fill > most:
+            return False
+        batch_N[pair] = emptier
+        heapq.heapreplace(emptiest, (fill, emptier))
+    return True
 
 
 def _by_shape(

@@ -20,6 +20,7 @@ from nmt.config import Config
 from nmt.device import product_dtype
 from nmt.model.gating import GateSums
 from nmt.model.one_pass import Gates
+from nmt.model.side_by_side import Later
 from nmt.parallel.mesh import World
 from nmt.training.optim import ClippedStep
 
@@ -54,8 +55,7 @@ class Steps(Protocol):
 def can_record(config: Config, world: World) -> bool:
     """Return whether steps can be recorded: on one GPU, in bf16, by gates with the same number of experts per token.
 
-    Exchanges between processes and strictly balanced gates wait for the host. In float32, LSTMs run on padded batches,
-    and the host must know the lengths.
+    Exchanges between processes and strictly balanced gates wait for the host. Recordings in float32 were not tested.
     """
     in_bf16 = product_dtype(world.device, config.training.precision) == torch.bfloat16
     return world.device.type == "cuda" and world.size == 1 and in_bf16 and not config.model.moe.k_is_average
@@ -66,8 +66,19 @@ class _Graph(Generic[T]):
 
     def __init__(self, work: Callable[[], T], pool: Any) -> None:
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.results = work()
+        failure: BaseException | None = None
+        try:
+            # The thread that prepares batches may allocate page-locked memory meanwhile.
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                try:
+                    self.results = work()
+                except BaseException as error:
+                    failure = error
+                    raise
+        except BaseException as error:
+            Later.forget()
+            # The end of a recording that failed may raise an error of its own, which would hide the first.
+            raise failure or error from None
 
     def replay(self) -> T:
         """Do the work again."""
@@ -144,11 +155,13 @@ class Recording:
         """Give the parameters their recorded gradients, and keep these: nothing else may use their memory."""
         for parameter, gradient in zip(self.parameters, self.gradients, strict=bool(self.gradients)):
             parameter.grad = gradient
-        yield
-        if not self.gradients:
-            self.gradients = [parameter.grad for parameter in self.parameters]
-        for parameter in self.parameters:
-            parameter.grad = None
+        try:
+            yield
+            if not self.gradients:
+                self.gradients = [parameter.grad for parameter in self.parameters]
+        finally:
+            for parameter in self.parameters:
+                parameter.grad = None
 
 
 def _cloned(sums: LayerSums) -> LayerSums:
