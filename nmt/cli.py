@@ -9,6 +9,7 @@ import errno
 import io
 import os
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -34,6 +35,9 @@ from nmt.wording import counted
 if TYPE_CHECKING:
     from nmt.compose import Asked, Job
     from nmt.config import Config
+
+# A process that does not report a mistake gives the main one this long to do so.
+_REPORTING_SECONDS = 2.0
 
 _USAGE = """\
 usage: nmt COMMAND ...
@@ -129,7 +133,9 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
     except ValueError as error:
         if launched_rank() != 0 and not isinstance(error, ProcessError):
-            # All processes find the same mistake; only the main one reports it.
+            # All processes find the same mistake; only the main one reports it. The launcher ends all processes as soon
+            # as one has ended, which must not be before that.
+            time.sleep(_REPORTING_SECONDS)
             return exit_status(error)
         return _complain(str(error), exit_status(error))
     except BrokenPipeError:
