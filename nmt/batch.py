@@ -8,6 +8,7 @@ Letters: S source positions, T target positions, L positions of either side, B s
 """
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from operator import ge
 from typing import NamedTuple
 
@@ -74,6 +75,20 @@ class Shape(NamedTuple):
         return self.sentences >= other.sentences and all(
             len(ours) >= len(theirs) and all(map(ge, ours, theirs)) for ours, theirs in sides
         )
+
+    def with_room(self, more: int) -> "Shape":
+        """Return this shape with room for `more` sentences more, at every position."""
+        source, target = (tuple(count + more for count in side) for side in self[1:])
+        return Shape(self.sentences + more, source, target)
+
+
+def covering(*shapes: Shape) -> Shape:
+    """Return the smallest shape that holds batches of all these shapes."""
+    source, target = (
+        tuple(map(max, zip_longest(*sides, fillvalue=0)))
+        for sides in zip(*(shape[1:] for shape in shapes), strict=True)
+    )
+    return Shape(max(shape.sentences for shape in shapes), source, target)
 
 
 class Batch(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import PAD, Batch, Shape, fit
+from nmt.batch import PAD, Batch, Shape, covering, fit
 from nmt.config import Config, TrainingConfig
 from nmt.model.gate_statistics import LayerTally
 from nmt.model.gating import balance_loss
@@ -157,3 +157,12 @@ def test_a_shape_that_is_too_small_is_refused(tiny_batch: Batches) -> None:
     ):
         with pytest.raises(ValueError, match="cannot be padded to"):
             fit(batch, shape)
+
+
+def test_the_shape_that_covers_others() -> None:
+    one, other = Shape(3, (3, 1), (2, 2, 2)), Shape(4, (2, 2, 1), (4,))
+    both = covering(one, other)
+    assert both == Shape(4, (3, 2, 1), (4, 2, 2))
+    assert both.holds(one)
+    assert both.holds(other)
+    assert both.with_room(2) == Shape(6, (5, 4, 3), (6, 4, 4))

@@ -1,6 +1,5 @@
 """Recorded steps compute what steps launched one kernel at a time compute: to the bit, with dropout and noise."""
 
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 import nmt.training.update
-from nmt.batch import NUM_SPECIAL, Batch, Shape, fit, make_batch
+from nmt.batch import NUM_SPECIAL, Batch, Shape, covering, fit, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
@@ -42,11 +41,7 @@ def batches(count: int, seed: int) -> list[Batch]:
 
 def shape_for(data: list[Batch], more: int) -> Shape:
     """A shape that holds these batches, with room for `more` sentences."""
-    sides = (
-        tuple(max(each) + more for each in zip_longest(*side, fillvalue=0))
-        for side in zip(*(batch.shape[1:] for batch in data), strict=True)
-    )
-    return Shape(max(batch.num_sentences for batch in data) + more, *sides)
+    return covering(*(batch.shape for batch in data)).with_room(more)
 
 
 def trained(config: ModelConfig, steps: list[list[Batch]], shape: Shape, **training: Any) -> tuple[list[Any], Updater]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,7 @@ from torch import Tensor
 
 import nmt.training.recording
 import nmt.training.update
-from nmt.batch import NUM_SPECIAL, Batch, Shape, fit, make_batch
+from nmt.batch import NUM_SPECIAL, Batch, Shape, covering, fit, make_batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
@@ -75,11 +74,8 @@ def batches(count: int) -> list[Batch]:
 
 
 def shape_for(data: list[Batch], more: int) -> Shape:
-    sides = (
-        tuple(max(each) + more for each in zip_longest(*side, fillvalue=0))
-        for side in zip(*(batch.shape[1:] for batch in data), strict=True)
-    )
-    return Shape(max(batch.num_sentences for batch in data) + more, *sides)
+    """A shape that holds these batches, with room for `more` sentences."""
+    return covering(*(batch.shape for batch in data)).with_room(more)
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int, **settings: Any) -> list[Any]:

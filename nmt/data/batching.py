@@ -1,7 +1,7 @@
 """Divide the training pairs into steps of micro-batches, and stream these to training.
 
 The order of the data is a pure function of (lengths, settings, seed, epoch). It does not depend on the number of GPUs,
-and two numbers, epoch and step, are enough to resume a run.
+and two numbers, epoch and step, are enough to resume a run; where batches are fitted, with the shape of the epoch.
 """
 
 import heapq
@@ -10,13 +10,13 @@ import threading
 import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, zip_longest
+from itertools import chain
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from nmt.batch import Batch, Shape, fit, make_flat_batch, sentences_at_positions
+from nmt.batch import Batch, Shape, covering, fit, make_flat_batch, sentences_at_positions
 from nmt.config import TrainingConfig
 from nmt.data.shards import ParallelShards
 
@@ -169,15 +169,8 @@ def _with_room(shape: Shape, before: Shape | None) -> Shape:
     Of eight epochs of Europarl, three then had a shape of their own. Padding was 3 to 4 rows in a hundred.
     """
     if before is None:
-        before = shape
-    elif before.holds(shape):
-        return before
-    sides = (
-        tuple(max(each) + 1 for each in zip_longest(*both, fillvalue=0))
-        for both in ((shape.source, before.source), (shape.target, before.target))
-    )
-    most = max(shape.sentences, before.sentences)
-    return Shape(most + 1, *sides)
+        return shape.with_room(1)
+    return before if before.holds(shape) else covering(shape, before).with_room(1)
 
 
 class _Position(NamedTuple):

@@ -21,7 +21,6 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,7 +30,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from nmt.batch import Batch, Shape, fit, make_batch, make_flat_batch
+from nmt.batch import Batch, Shape, covering, fit, make_batch, make_flat_batch
 from nmt.compose import compose_config
 from nmt.config import Config, MoEConfig, TrainingConfig
 from nmt.cost.operations import model_cost
@@ -127,11 +126,7 @@ def fixed_sentences(sentences: int, vocabulary: int, updates: int) -> tuple[list
             for _ in range(2)
         ]
         batches.append(make_batch(np.arange(sentences), *sides))
-    sides = (
-        tuple(max(each) for each in zip_longest(*side, fillvalue=0))
-        for side in zip(*(batch.shape[1:] for batch in batches), strict=True)
-    )
-    return [[batch] for batch in batches], Shape(sentences, *sides)
+    return [[batch] for batch in batches], covering(*(batch.shape for batch in batches))
 
 
 def planned(training: TrainingConfig, vocabulary: int, spread: float, updates: int) -> tuple[list[Step], Shape]:

@@ -112,7 +112,7 @@ class StepwiseLSTM(Function):
         exact = torch.promote_types(x_ND.dtype, torch.float32)
         grad_running_BC = kept_NC.new_empty(alive[0], kept_NC.shape[1], dtype=exact)
         grad_output_BC = kept_NC.new_empty(alive[0], kept_NC.shape[1])
-        positions = list(_positions(alive))
+        positions = _positions(alive)
         later = _Position(0, 0)
         for place in reversed(range(len(positions))):
             here = positions[place]
@@ -217,8 +217,5 @@ def _take_or_zero(x_ND: Tensor, index_M: Tensor) -> Tensor:
     """Return x[index], with zeros where the index is the number of rows."""
     rows = len(x_ND)
     taken_MD = x_ND.index_select(0, index_M.clamp(max=rows - 1))
-    empty_M = index_M == rows
-    if taken_MD.is_cuda:
-        return taken_MD.masked_fill_(empty_M[:, None], 0.0)
-    # A CPU fills few rows faster than it passes over all. A GPU would wait for their number.
-    return taken_MD.index_fill_(0, empty_M.nonzero().flatten(), 0.0)
+    # A CPU fills few rows faster than it passes over all.
+    return taken_MD.index_fill_(0, (index_M == rows).nonzero().flatten(), 0.0)
