@@ -6,6 +6,7 @@ import numpy as np
 
 from nmt.config import DecodingConfig
 from nmt.config.checks import above, at_least
+from nmt.text.checks import Flag
 
 _COUNTS = ("beam_size", "max_source_pieces", "batch_sentences", "n_best")
 
@@ -102,3 +103,5 @@ class Translation:
     """The `n_best` best; the first is this translation. Empty for a line that was not translated. For several parts,
     hypothesis n joins hypothesis n of each part, or its last one if it has fewer; a later one may then have a higher
     score, as `score` is no sum over parts."""
+    flags: tuple[Flag, ...] = ()
+    """What to check in this translation, in the order of `KINDS` in nmt/text/checks.py."""
