@@ -31,7 +31,6 @@ from nmt.run import RunDirectory
 
 Texts = list[str] | tuple[str, ...]
 _SCORED_TOKENS = 4096  # tokens per batch when scoring, including padding
-_LESS_MEMORY = "lower batch_sentences or beam_size"
 
 
 class TranslateOptions(TypedDict, total=False):
@@ -44,7 +43,7 @@ class TranslateOptions(TypedDict, total=False):
     beta: float
     max_length_ratio: float
     max_source_pieces: int
-    batch_sentences: int
+    batch_tokens: int
     attention: bool
 
 
@@ -102,8 +101,7 @@ class Model:
         lines = _texts("text", text)
         with _typed_errors("nmt.Model.translate"):
             chosen = self._options(options)
-            with shortage_told(lambda: "translating", _LESS_MEMORY):
-                found = self._translator.translate(lines, chosen)
+            found = self._translator.translate(lines, chosen)
         return found[0] if isinstance(text, str) else found
 
     @overload
@@ -133,7 +131,7 @@ class Model:
         self._check_experts()
         with _typed_errors("nmt.Model.explain"):
             chosen = self._options(options)
-            with shortage_told(lambda: "explaining a sentence", _LESS_MEMORY):
+            with shortage_told(lambda: "explaining a sentence", "lower beam_size, or explain a shorter one"):
                 return explain_sentence(self._translator, text, chosen)
 
     def experts(

@@ -56,8 +56,9 @@ _SAFE_TRAINING = (
 )
 _ALWAYS_WRITTEN = ("run", "corpus", "model", "training", "decoding")
 """The sections that every version of the program has written to config.yaml, in this order."""
-# Settings of older versions that have no effect any more: every micro-batch mixes all lengths.
-_RETIRED = ("training.bands", "training.alike")
+# Settings of older versions that have no effect any more: every micro-batch mixes all lengths, and search
+# batches are bounded by their tokens.
+_RETIRED = ("training.bands", "training.alike", "decoding.batch_sentences")
 _RESTORE_TEXT = "restore it, for example with the command that trained the run"
 
 _MOST_CONFIG_BYTES = 1 << 20

@@ -264,9 +264,9 @@ def test_too_little_memory_is_an_error_of_one_line(model: nmt.Model, monkeypatch
     def search(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(model._translator, "search", search)
+    monkeypatch.setattr(model._translator.searcher, "_search_batch", search)
     for call in (model.translate, model.explain):
-        assert "lower batch_sentences or beam_size" in refused("the dog", of=call, kind=nmt.MemoryLimitError)
+        assert "lower beam_size" in refused("the dog", of=call, kind=nmt.MemoryLimitError)
 
 
 def test_wrong_models(run: Path, tmp_path: Path, corpus: Path) -> None:

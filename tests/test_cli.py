@@ -383,7 +383,7 @@ def test_evaluating_a_file_with_odd_lines(cli: Cli, run: Path, tmp_path: Path) -
 def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> None:
     (tmp_path / "in").write_text("the dog\n" * 300)
     translate = f"{sys.executable} -m nmt.cli translate {run} {tmp_path / 'in'} decoding.beam_size=1"
-    command = f"set -o pipefail; {translate} decoding.batch_sentences=1 | head -1"
+    command = f"set -o pipefail; {translate} decoding.batch_tokens=1 | head -1"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=environment, timeout=120)
     assert done.returncode == 141

@@ -19,7 +19,7 @@ from nmt.commands.keep import keep
 from nmt.config import Config, EvaluationConfig
 from nmt.data import held_out
 from nmt.data.held_out import describe_cut, encode_pairs, eval_batches
-from nmt.decoding.translator import load_vocabulary
+from nmt.decoding.loading import load_vocabulary
 from nmt.errors import MemoryLimitError, UserError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import bleu_tokenizer, corpus_scores, misfit

@@ -395,7 +395,9 @@ def test_the_translation_is_the_one_that_is_explained(run: Path) -> None:
     assert found.translation == translator.translate([sentence])[0].text
     assert len(found.piece_log_probabilities) == len(found.target_pieces)
     source = translator.subwords.encode(sentence)
-    batch = make_batch(np.arange(1), [source], [np.array(translator.search([source])[0][0].tokens)])
+    batch = make_batch(
+        np.arange(1), [source], [np.array(translator.searcher.search([source], translator.options)[0][0].tokens)]
+    )
     assert -float(translator.model(batch).nll) == pytest.approx(found.log_probability, abs=1e-4)
 
 

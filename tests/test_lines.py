@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nmt.cli import main
+from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
@@ -187,7 +188,7 @@ def translate(run: Path, folder: Path, content: bytes, *options: str) -> bytes:
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=BYTES)
 def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes) -> None:
-    out = translate(run, tmp_path, content, "decoding.max_length_ratio=0.1", "decoding.batch_sentences=3")
+    out = translate(run, tmp_path, content, "decoding.max_length_ratio=0.1", "decoding.batch_tokens=48")
     assert out.count(b"\n") == len(lines_by_the_rule(content))
     assert out == b"" or out.endswith(b"\n")
     text = out.decode("utf-8")
@@ -206,7 +207,7 @@ def test_lines_without_a_letter_or_digit_come_back_as_they_are(run: Path, tmp_pa
 
 def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     content = "".join(f"{line}\n" for line in ["the dog", "🦆 the dog", "the 東京 dog 🦆", "🦆"]).encode()
-    translate(run, tmp_path, content, "decoding.batch_sentences=1")
+    translate(run, tmp_path, content, "decoding.batch_tokens=1")
     notes = [line for line in capsys.readouterr().err.splitlines() if "never saw" in line]
     assert notes == [
         "2 lines with characters that the model never saw in training, check: 🦆 2, 東 1, 京 1",
@@ -217,7 +218,7 @@ def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: p
 
 def test_more_lines_than_a_window(run: Path, tmp_path: Path) -> None:
     content = "".join(f"{word}\n" for word in ["the dog", "", "a"] * 25).encode()
-    lines = translate(run, tmp_path, content, "decoding.batch_sentences=1").decode().split("\n")
+    lines = translate(run, tmp_path, content, "decoding.batch_tokens=1").decode().split("\n")
     assert lines == [*lines[:3] * 25, ""]
 
 
@@ -257,9 +258,9 @@ def test_too_little_memory_is_told_in_one_line(run: Path, cli: Cli, monkeypatch:
     def search(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Translator, "search", search)
+    monkeypatch.setattr(Searcher, "_search_batch", search)
     source = str(run / "text" / "test.source")
-    cli.refuses(6, "translate", str(run), source, says=("out of memory in translating", "lower decoding.batch_sen"))
+    cli.refuses(6, "translate", str(run), source, says=("out of memory in translating", "lower beam_size"))
 
 
 def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

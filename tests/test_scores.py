@@ -11,7 +11,8 @@ import sacrebleu
 import torch
 
 from nmt.cli import main
-from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.decoding.loading import load_vocabulary
+from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.evaluation.perplexity import perplexity
 from nmt.evaluation.scores import corpus_scores, paired_bootstrap

@@ -122,7 +122,7 @@ def test_a_search_finds_the_same(tiny_config: Configs) -> None:
         model = in_precision(each, torch.float64).build()
         subwords: Any = SimpleNamespace(forbidden_ids=[PAD, UNK, BOS])
         translator = Translator(model, subwords, DecodingConfig(beam_size=3), torch.device("cpu"))
-        found.append([best for (best,) in translator.search(sources)])
+        found.append([best for (best,) in translator.searcher.search(sources, translator.options)])
     for other in found[1:]:
         assert [each.tokens for each in other] == [each.tokens for each in found[0]]
         assert [each.score for each in other] == pytest.approx([each.score for each in found[0]], abs=1e-9)

@@ -14,7 +14,8 @@ import torch
 import nmt.commands.resize
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, ModelConfig, MoEConfig
-from nmt.decoding.translator import Translator, load_vocabulary
+from nmt.decoding.loading import load_vocabulary
+from nmt.decoding.translator import Translator
 from nmt.evaluation.scores import Comparison
 from nmt.experts.grow import grow
 from nmt.experts.observe import observe

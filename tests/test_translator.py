@@ -14,9 +14,12 @@ import torch
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, DecodingConfig
+from nmt.decoding.loading import longest_source
 from nmt.decoding.search import length_penalty
+from nmt.decoding.searcher import batches
+from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Translator, longest_source
+from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError
 from nmt.run import RunDirectory
 from nmt.text.segment import join, split
@@ -56,14 +59,14 @@ def scores(found: list[Translation]) -> list[float]:
 def test_batches_do_not_matter(load: Load, lines: list[str], beam_size: int) -> None:
     translator = load(beam_size=beam_size)
     alone = [translator.translate([line])[0] for line in lines]
-    for batch_sentences in (1, 2, 7, 64):
-        found = load(beam_size=beam_size, batch_sentences=batch_sentences).translate(lines)
-        assert texts(found) == texts(alone), batch_sentences
-        assert scores(found) == pytest.approx(scores(alone), abs=1e-4), batch_sentences
+    for batch_tokens in (1, 40, 100, 4000):
+        found = load(beam_size=beam_size, batch_tokens=batch_tokens).translate(lines)
+        assert texts(found) == texts(alone), batch_tokens
+        assert scores(found) == pytest.approx(scores(alone), abs=1e-4), batch_tokens
 
 
 def test_the_order_of_the_file_does_not_matter(load: Load, lines: list[str]) -> None:
-    translator = load(batch_sentences=5)
+    translator = load(batch_tokens=50)
     assert texts(translator.translate(lines[::-1])) == texts(translator.translate(lines))[::-1]
     assert len(set(texts(translator.translate(lines)))) > 1
 
@@ -98,7 +101,9 @@ def test_the_search_never_outputs_what_is_forbidden(load: Load) -> None:
         translator.model.output.weight[forbidden] = 100.0 * torch.randn(
             len(forbidden), translator.model.output.weight.shape[1]
         )
-    for (found,) in translator.search(translator.subwords.encode_batch(["the dog runs", "a meadow"])):
+    for (found,) in translator.searcher.search(
+        translator.subwords.encode_batch(["the dog runs", "a meadow"]), translator.options
+    ):
         assert not set(found.tokens) & set(forbidden)
 
 
@@ -121,7 +126,9 @@ def test_the_score_of_parts_is_that_of_one_translation(load: Load, alpha: float,
     translator = load(max_source_pieces=8, alpha=alpha, beta=beta)
     line = "The dog. A cat! The small dog runs over a green meadow."
     parts = split(line, partial(translator._fit, 8))
-    found = [best for (best,) in translator.search(translator.subwords.encode_batch(parts))]
+    found = [
+        best for (best,) in translator.searcher.search(translator.subwords.encode_batch(parts), translator.options)
+    ]
     lengths = [len(each.tokens) + each.finished for each in found]
     log_prob = sum(each.log_prob for each in found)
     coverage = sum(
@@ -204,7 +211,7 @@ def test_options_are_of_one_call(load: Load, lines: list[str]) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *((name, value) for name in ("beam_size", "n_best", "batch_sentences") for value in (0, -1, 1.5, "2", True)),
+        *((name, value) for name in ("beam_size", "n_best") for value in (0, -1, 1.5, "2", True)),
         ("n_best", 5),
         ("max_source_pieces", 0),
         ("experts_per_token", -1),
@@ -244,10 +251,10 @@ def test_the_best_few(load: Load, lines: list[str]) -> None:
 
 def test_a_part_with_fewer_hypotheses_gives_its_last(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     translator = load(beam_size=3)
-    (first, second), (third, _) = translator.search(
+    (first, second), (third, _) = translator.searcher.search(
         translator.subwords.encode_batch(["the dog", "a cat"]), replace(translator.options, n_best=2)
     )
-    monkeypatch.setattr(translator, "search", lambda *_: [[first, second], [third]])
+    monkeypatch.setattr(translator.searcher, "search", lambda *_: [[first, second], [third]])
     line = "The dog. A cat!"
     (found,) = translator.translate([line], long={0})
     one, two, three = (translator.subwords.decode(each.tokens).strip() for each in (first, second, third))
@@ -283,7 +290,7 @@ def test_pieces_with_log_probabilities_and_attention(load: Load) -> None:
 
 def test_progress_rises_to_the_whole(load: Load, lines: list[str]) -> None:
     told: list[float] = []
-    load(batch_sentences=3).translate(lines, progress=told.append)
+    load(batch_tokens=48).translate(lines, progress=told.append)
     assert told == sorted(told)
     assert told[-1] == 1.0
     assert len(told) > 2
@@ -293,7 +300,7 @@ def test_a_score_is_the_log_probability_of_the_greedy_translation(load: Load, li
     translator = load(beam_size=1, alpha=0.0, beta=0.0)
     for line in lines[:6]:
         source = translator.subwords.encode(line)
-        ((found,),) = translator.search([source])
+        ((found,),) = translator.searcher.search([source], translator.options)
         target, score = found.tokens, found.score
         longest = int(len(source) * translator.options.max_length_ratio) + 10
         batch = make_batch(np.arange(1), [source], [np.array(target)])
@@ -316,7 +323,7 @@ def test_an_untrained_model_ends_within_the_limit(load: Load, lines: list[str], 
     for parameter in translator.model.parameters():
         torch.nn.init.normal_(parameter, std=0.5)
     sources = [source for source in translator.subwords.encode_batch(lines) if len(source)]
-    for source, (found,) in zip(sources, translator.search(sources), strict=True):
+    for source, (found,) in zip(sources, translator.searcher.search(sources, translator.options), strict=True):
         target = found.tokens
         assert len(target) <= ratio * len(source) + 10
         assert EOS not in target
@@ -349,3 +356,32 @@ def test_load_takes_the_checkpoint_that_is_named(load: Load, run: RunDirectory, 
 def test_a_run_without_vocabulary_is_refused(run: RunDirectory, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="vocabulary"):
         Translator.load(RunDirectory(tmp_path), run.config())
+
+
+def test_batches_are_bounded_and_cover_every_sentence_once() -> None:
+    lengths = [3, 100_000, 17, 16, 40, 1, 40, 999]
+    found = list(batches(lengths, 100))
+    assert sorted(index for batch in found for index in batch) == list(range(len(lengths)))
+    for batch in found:
+        assert len(batch) == 1 or len(batch) * max(16, *(lengths[index] for index in batch)) <= 100
+    flat = [lengths[index] for batch in found for index in batch]
+    assert flat == sorted(lengths, reverse=True)
+    assert [4, 6] in found
+
+
+def test_a_batch_that_does_not_fit_in_memory_is_halved(
+    load: Load, lines: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    translator = load(beam_size=2)
+    expected = texts(translator.translate(lines))
+    search, tried = translator.searcher._search_batch, []
+
+    def short(sources: list[np.ndarray], options: Options) -> list[list[Hypothesis]]:
+        tried.append(len(sources))
+        if len(sources) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return search(sources, options)
+
+    monkeypatch.setattr(translator.searcher, "_search_batch", short)
+    assert texts(translator.translate(lines)) == expected
+    assert max(tried) > 3 > min(tried)

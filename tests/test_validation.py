@@ -25,7 +25,7 @@ from tests.toy import Cli, settings, train, write_corpus
 
 # Of very different lengths, so that no process ends when another does.
 LENGTHS = [9, 1, 4, 2, 30, 1, 1, 6, 2]
-GREEDY = DecodingConfig(beam_size=1, batch_sentences=2, precision="fp32", device="cpu")
+GREEDY = DecodingConfig(beam_size=1, batch_tokens=32, precision="fp32", device="cpu")
 SENTENCES = ["a b c d e f", "b c d e f g", "the dog runs over a meadow", "d", "e f g h i", "x y z u v w"]
 
 
@@ -50,7 +50,7 @@ def translations(
     subwords: Any = SimpleNamespace(forbidden_ids=(0, 1, 2))
     translator = Translator(model, subwords, replace(GREEDY, precision=precision), world.device)
     with independent_passes(translator.model):
-        found = translator.search(sources()[share])
+        found = translator.searcher.search(sources()[share], translator.options)
     return [torch.tensor(best.tokens) for (best,) in found]
 
 

@@ -11,7 +11,7 @@ import yaml
 from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
 from nmt.commands import Parser, say, show
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
-from nmt.decoding.translator import Loaded, load_model
+from nmt.decoding.loading import Loaded, load_model
 from nmt.errors import StorageError, UserError
 from nmt.files import folder_atomically, read_json
 from nmt.lock import Held, locked

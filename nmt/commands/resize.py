@@ -10,7 +10,8 @@ from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
-from nmt.decoding.translator import Translator, load_vocabulary, longest_source
+from nmt.decoding.loading import load_vocabulary, longest_source
+from nmt.decoding.translator import Translator
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import DataError, UserError
 from nmt.evaluation.perplexity import perplexity

@@ -21,6 +21,9 @@ from nmt.streams.output import Output, open_output
 from nmt.streams.translating import JoinedLines, translate_stream
 from nmt.wording import counted
 
+_WINDOW = 4096
+"""Lines that are read, sorted and searched together."""
+
 
 def parser() -> Parser:
     """Options of `nmt translate`."""
@@ -59,7 +62,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                read = windows(reader, source, most_lines=32 * config.decoding.batch_sentences)
+                read = windows(reader, source, _WINDOW)
                 for text in translate_stream(translator, progress.over(read, lines), lines, progress=progress.tell):
                     output.stream.write(text.encode())
                     if output.live:

@@ -187,17 +187,18 @@ class DecodingConfig:
     """Maximum subwords of a line that is translated whole. Longer lines, and lines longer than any in the training
     text, are translated in parts and joined again. They are split at ends of sentences, or of clauses or words if a
     sentence is too long. A note reports their number."""
-    batch_sentences: int = 64
-    """Sentences per search batch."""
+    batch_tokens: int = 0
+    """Source subwords per search batch, including padding; 0: 2048 on a CPU, 16384 on a GPU. A sentence counts as at
+    least 16. Memory grows with this number times `beam_size`. A batch that does not fit in memory is halved."""
     device: str = "auto"
     """cuda, cpu, or auto: cuda if there is a GPU."""
     precision: str = "auto"
     """bf16, fp32, or auto: bf16 on a GPU, else fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("average_checkpoints", "beam_size", "max_source_pieces", "batch_sentences"):
+        for name in ("average_checkpoints", "beam_size", "max_source_pieces"):
             at_least(f"decoding.{name}", getattr(self, name), 1)
-        for name in ("alpha", "beta", "experts_per_token"):
+        for name in ("alpha", "beta", "experts_per_token", "batch_tokens"):
             at_least(f"decoding.{name}", getattr(self, name), 0)
         above("decoding.max_length_ratio", self.max_length_ratio, 0.0)
         one_of("decoding.device", self.device, DEVICES)

@@ -25,7 +25,7 @@ MOST = {
     "decoding.beta": 1_000,
     "decoding.max_length_ratio": 100,
     "decoding.max_source_pieces": 1_000_000,
-    "decoding.batch_sentences": 1_000_000,
+    "decoding.batch_tokens": 10**9,
     "corpus.subwords.vocab_size": 1_000_000,
 }
 """Largest value of a setting, or of each value in it; all are far above what anybody needs. Without these bounds, a

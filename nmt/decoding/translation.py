@@ -8,7 +8,7 @@ from nmt.config import DecodingConfig
 from nmt.config.checks import above, at_least
 from nmt.text.checks import Flag
 
-_COUNTS = ("beam_size", "max_source_pieces", "batch_sentences", "n_best")
+_COUNTS = ("beam_size", "max_source_pieces", "n_best")
 
 
 @dataclass(frozen=True)
@@ -24,14 +24,14 @@ class Options:
     beta: float
     max_length_ratio: float
     max_source_pieces: int
-    batch_sentences: int
+    batch_tokens: int
     n_best: int = 1
     """Hypotheses per line, best first; at most `beam_size`. A line has fewer if the search finished fewer."""
     attention: bool = False
     """True to return the attention of hypotheses to the source."""
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, "experts_per_token"):
+        for name in (*_COUNTS, "experts_per_token", "batch_tokens"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a whole number")
@@ -43,7 +43,7 @@ class Options:
             raise ValueError(f"attention={self.attention!r} is not True or False")
         for name in _COUNTS:
             at_least(name, getattr(self, name), 1)
-        for name in ("alpha", "beta", "experts_per_token"):
+        for name in ("alpha", "beta", "experts_per_token", "batch_tokens"):
             at_least(name, getattr(self, name), 0)
         above("max_length_ratio", self.max_length_ratio, 0.0)
         if self.n_best > self.beam_size:
@@ -59,7 +59,7 @@ class Options:
             beta=decoding.beta,
             max_length_ratio=decoding.max_length_ratio,
             max_source_pieces=decoding.max_source_pieces,
-            batch_sentences=decoding.batch_sentences,
+            batch_tokens=decoding.batch_tokens,
         )
 
 

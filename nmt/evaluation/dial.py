@@ -114,7 +114,7 @@ def dial(
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
     # Warm up: the first batch of a process takes longer.
-    translator.translate(text.sources[: config.decoding.batch_sentences])
+    translator.translate(text.sources[:64])
     measured = []
     for count, trained in wanted:
         options = replace(translator.options, experts_per_token=0 if trained else count)

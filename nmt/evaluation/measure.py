@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from nmt.config import Config
 from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
-from nmt.device import shortage_told
 from nmt.errors import CheckpointError
 from nmt.evaluation.perplexity import Perplexity, perplexity
 from nmt.evaluation.scores import Score, corpus_scores
@@ -39,8 +38,7 @@ def measure(
     """
     options = options or translator.options
     started = time.perf_counter()
-    with shortage_told(lambda: "translating", "lower decoding.batch_sentences or decoding.beam_size"):
-        hypotheses = [translation.text for translation in translator.translate(text.sources, options)]
+    hypotheses = [translation.text for translation in translator.translate(text.sources, options)]
     seconds = time.perf_counter() - started
     scores = corpus_scores(hypotheses, text.references, tokenizer)
     found = perplexity(

@@ -316,7 +316,7 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
             f"the sentence has {counted(len(source), 'subword')}, more than decoding.max_source_pieces={limit}: "
             "give a shorter one, or raise the setting"
         )
-    target = translator.search([source], options)[0][0].tokens
+    target = translator.searcher.search([source], options)[0][0].tokens
     scorer = Scorer(
         translator.model,
         source,

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
-from nmt.device import shortage_told
 from nmt.streams.lines import Piece
 from nmt.text.segment import seam
 
@@ -71,6 +70,5 @@ def translate_stream(
     for window in source:
         texts = [piece.text for piece in window]
         long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
-        with shortage_told(lambda: "translating", "lower decoding.batch_sentences or decoding.beam_size"):
-            found = translator.translate(texts, options, long=long, progress=progress)
+        found = translator.translate(texts, options, long=long, progress=progress)
         yield lines.add(window, found)

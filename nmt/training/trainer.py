@@ -23,7 +23,8 @@ from nmt.cost.operations import model_cost
 from nmt.data.batching import BatchStream
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
-from nmt.decoding.translator import Translator, longest_source
+from nmt.decoding.loading import longest_source
+from nmt.decoding.translator import Translator
 from nmt.device import set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity

@@ -345,7 +345,7 @@ def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     for name, beam_size in (("greedy", 1), ("beam 4", 4)):
         decoding = DecodingConfig(beam_size=beam_size, max_length_ratio=1.0)
         translator = Translator(model, subwords, decoding, CPU)
-        works[name] = lambda translator=translator: translator.search(sources)
+        works[name] = lambda translator=translator: translator.searcher.search(sources, translator.options)
     seconds = seconds_of(works, repeats=3)
     pieces = {name: sum(len(best.tokens) for (best,) in cast(list[Any], work())) for name, work in works.items()}
     return {

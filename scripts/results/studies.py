@@ -95,7 +95,7 @@ def run_one(name: str, runs: Path, common: list[str]) -> None:
     else:
         experiment = common[0].removeprefix("experiment=")
         train(name, runs, RUNS[name] + [wide(experiment)] * (name == "moe_1_wide"), common)
-    nmt("evaluate", str(runs / name), "decoding.batch_sentences=256", "decoding.checkpoint=last")
+    nmt("evaluate", str(runs / name), "decoding.batch_tokens=8192", "decoding.checkpoint=last")
 
 
 def wide(experiment: str) -> str:

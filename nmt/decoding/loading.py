@@ -1,0 +1,63 @@
+"""Load the model and the vocabulary of a run or an exported model."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from nmt.checkpoint import Checkpoint
+from nmt.config import Config
+from nmt.data.subwords import Subwords
+from nmt.errors import CheckpointError
+from nmt.model.seq2seq import Seq2Seq
+from nmt.parameters import read_model
+from nmt.run import RunDirectory
+
+
+def longest_source(corpus: Mapping[str, Any], config: Config) -> int:
+    """Return the subwords of the longest source line in the training text, as recorded in `corpus`; 0: unknown.
+
+    If an older version wrote `corpus` without it, this is the limit of the filter for long lines. CheckpointError if
+    the record is not a number of subwords.
+    """
+    longest = corpus.get("longest_source_pieces", config.corpus.filters.max_pieces)
+    if not isinstance(longest, int) or longest < 0:
+        raise CheckpointError(f"corpus.json is damaged: longest_source_pieces={longest!r} is not a number of subwords")
+    return longest
+
+
+class Loaded(NamedTuple):
+    """A loaded model, on the CPU and in evaluation mode."""
+
+    model: Seq2Seq
+    subwords: Subwords
+    checkpoints: list[Checkpoint]
+    """The checkpoints whose parameters, or mean of parameters, the model has."""
+
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all these checkpoints."""
+        return [step for checkpoint in self.checkpoints for step in checkpoint.steps]
+
+
+def load_model(run: RunDirectory, config: Config) -> Loaded:
+    """Return the model of a run, with the checkpoint of `config.decoding`, or an exported model.
+
+    CheckpointError if the run, its checkpoint or its vocabulary is missing or damaged, or if they do not fit together.
+    """
+    subwords = load_vocabulary(run)
+    chosen = run.chosen(config.decoding)
+    while True:
+        try:
+            return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
+        except CheckpointError:
+            # If the run is being trained, newer checkpoints may have replaced the selected ones: select again.
+            listed, chosen = chosen, run.chosen(config.decoding)
+            if chosen == listed:
+                raise
+
+
+def load_vocabulary(run: RunDirectory) -> Subwords:
+    """Return the vocabulary of a run. CheckpointError if it is missing or damaged."""
+    try:
+        return Subwords.load(run.subwords_path)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
