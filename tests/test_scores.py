@@ -10,12 +10,13 @@ import pytest
 import sacrebleu
 import torch
 
+import nmt.evaluation.scores
 from nmt.cli import main
 from nmt.decoding.loading import load_vocabulary
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.evaluation.perplexity import perplexity
-from nmt.evaluation.scores import corpus_scores, paired_bootstrap
+from nmt.evaluation.scores import SystemScores, corpus_scores, paired_bootstrap
 from nmt.experts.report import expert_report
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
@@ -108,6 +109,60 @@ def test_systems_that_do_not_pair_are_refused() -> None:
         paired_bootstrap(REFERENCES, REFERENCES[1:], [REFERENCES], "13a")
     with pytest.raises(DataError, match="no sentences"):
         paired_bootstrap([], [], [[]], "13a")
+
+
+def test_scores_of_parts_are_sacrebleus_of_the_same_sentences() -> None:
+    systems = [spoilt(2), spoilt(3), [line[:20] for line in REFERENCES]]
+    found = SystemScores(systems, [REFERENCES, spoilt(7)], "13a", ter=True)
+    assert found.metrics == ["BLEU", "chrF2", "TER"]
+    for places in (None, [5], [0, 7, 8, 31], list(range(60))):
+        part = range(60) if places is None else places
+        references = [[side[place] for place in part] for side in (REFERENCES, spoilt(7))]
+        for system, hypotheses in enumerate(systems):
+            chosen = [hypotheses[place] for place in part]
+            expected = corpus_scores(chosen, references, "13a")
+            assert [found.scores(each.name, places)[system] for each in expected] == [each.value for each in expected]
+            assert found.scores("TER", places)[system] == sacrebleu.corpus_ter(chosen, references).score
+    alone = [
+        corpus_scores([line], [[first], [second]], "13a")[1].value
+        for line, first, second in zip(systems[2], REFERENCES, spoilt(7), strict=True)
+    ]
+    assert found.sentence_scores("chrF2")[2] == alone
+    bleu, chrf = corpus_scores(systems[0], [REFERENCES, spoilt(7)], "13a")
+    signatures = found.signatures()
+    assert (signatures["BLEU"], signatures["chrF2"]) == (bleu.signature, chrf.signature)
+
+
+def test_both_paired_tests_are_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nmt.evaluation.scores, "RANDOMISATION_TRIALS", 300)
+    systems = [spoilt(2), spoilt(4), spoilt(2)]
+    found = SystemScores(systems, [REFERENCES], "13a").tested()
+    expected = paired_bootstrap(systems[0], systems[1], [REFERENCES], "13a")
+    for each in expected:
+        baseline, system, same = found[each.name]
+        assert (baseline.bootstrap, baseline.randomisation, baseline.interval) == (1.0, 1.0, each.baseline_interval)
+        assert (system.bootstrap, system.interval) == (each.p_value, each.system_interval)
+        assert 1 / 301 <= system.randomisation < 0.05
+        assert (same.bootstrap, same.randomisation, same.interval) == (1.0, 1.0, each.baseline_interval)
+
+
+def test_intervals_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = SystemScores([spoilt(2), spoilt(4), spoilt(2)], [REFERENCES], "13a")
+    turned = SystemScores([spoilt(4), spoilt(2)], [REFERENCES], "13a")
+    places = list(range(0, 60, 2)) + [1, 3, 5]
+    for metric in found.metrics:
+        before, after, _ = found.scores(metric, places)
+        none, better, same = found.intervals(metric, places)
+        assert none == same == (0.0, 0.0)
+        assert 0 < better[0] < after - before < better[1]
+        # The other way round, the sign changes.
+        low, high = turned.intervals(metric, places)[1]
+        assert (-high, -low) == pytest.approx(better)
+        # Draws may be made a few at a time.
+        monkeypatch.setattr(nmt.evaluation.scores, "_MOST_DRAWN", 1)
+        assert found.intervals(metric, places)[1] == pytest.approx(better)
+        monkeypatch.undo()
+        assert found.intervals(metric, places, seed=2)[1] != better
 
 
 def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: pytest.CaptureFixture[str]) -> None:

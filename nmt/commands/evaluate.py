@@ -8,9 +8,9 @@ from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.data.held_out import describe_cut
 from nmt.decoding.translator import Translator
-from nmt.evaluation.dial import BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED, HEAD, dial, dial_counts
+from nmt.evaluation.dial import HEAD, dial, dial_counts
 from nmt.evaluation.measure import Measured, measure
-from nmt.evaluation.scores import Tokenizer, bleu_tokenizer, misfit
+from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, Tokenizer, bleu_tokenizer, misfit
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
 from nmt.run import RunDirectory
 from nmt.wording import counted, steps_of
@@ -132,7 +132,7 @@ def _dial(
         **text.to_dict(),
         "sentences": len(text.sources),
         "signatures": {score.name: score.signature for score in measured.scores},
-        "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": BOOTSTRAP_SEED},
+        "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": SEED},
         "decoding": config.to_dict()["decoding"],
         "positions": [position.to_dict() for position in positions],
     }

@@ -10,11 +10,9 @@ from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.measure import Measured, measure
-from nmt.evaluation.scores import Comparison, paired_bootstrap
+from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, Comparison, paired_bootstrap
 from nmt.evaluation.sets import EvaluationSet
 from nmt.wording import counted
-
-BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED = 1000, 12345
 
 HEAD = (
     "experts/token  ops/timestep  sentences/s  BLEU (95 %)            chrF2  perplexity  BLEU against trained\n"
@@ -126,8 +124,6 @@ def dial(
     for (count, trained), found in zip(wanted, measured, strict=True):
         model = replace(config.model, moe=config.model.moe.with_experts_per_token(count))
         ops = model_cost(model, translator.subwords.size).ops_per_timestep
-        compared = paired_bootstrap(
-            baseline, found.hypotheses, text.references, tokenizer, BOOTSTRAP_SAMPLES, BOOTSTRAP_SEED
-        )
+        compared = paired_bootstrap(baseline, found.hypotheses, text.references, tokenizer, BOOTSTRAP_SAMPLES, SEED)
         positions.append(DialPosition(count, trained, ops, found, compared))
     return positions

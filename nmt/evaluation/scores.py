@@ -8,12 +8,18 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import NamedTuple
 
+import numpy as np
 import sacrebleu
 from sacrebleu.significance import PairedTest, Result
 
 from nmt.errors import DataError, UserError
 
+BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED = 1000, 10_000, 12345
+"""sacreBLEU's own numbers and seed of the paired tests."""
 _SEED_VARIABLE = "SACREBLEU_SEED"
+_MOST_DRAWN = 1 << 22  # numbers of drawn sentences that are kept at a time
+
+Metrics = dict[str, sacrebleu.BLEU | sacrebleu.CHRF | sacrebleu.TER]
 
 # Codes of ISO 639-1 and 639-3, for languages in which blanks do not separate words, or separate longer units.
 _CHINESE = ("zh", "zho", "chi", "cmn", "yue", "wuu", "lzh")
@@ -134,8 +140,8 @@ def paired_bootstrap(
     system: list[str],
     references: Sequence[list[str]],
     tokenizer: str,
-    samples: int = 1000,
-    seed: int = 12345,
+    samples: int = BOOTSTRAP_SAMPLES,
+    seed: int = SEED,
 ) -> list[Comparison]:
     """Compare two systems by [BLEU, chrF] with sacreBLEU's paired bootstrap (Koehn 2004).
 
@@ -143,30 +149,133 @@ def paired_bootstrap(
     Deviation: for equal scores, sacreBLEU returns the smallest possible p-value, 1/(samples + 1); here it is 1.
     DataError as in `corpus_scores`.
     """
-    _check_pairs(baseline, references)
-    _check_pairs(system, references)
-    metrics = _metrics(tokenizer, references)
-    with _environment(_SEED_VARIABLE, str(seed)):
-        _, results = PairedTest([("baseline", baseline), ("system", system)], metrics, None, "bs", samples)()
+    found = _paired("bs", [baseline, system], references, _metrics(tokenizer, references), samples, seed)
     comparisons = []
-    for name in metrics:
-        before, after = results[name]
-        assert isinstance(before, Result)
-        assert isinstance(after, Result)
-        assert after.p_value is not None
-        p_value = 1.0 if before.score == after.score else after.p_value
-        comparisons.append(Comparison(name, before.score, after.score, p_value, _interval(before), _interval(after)))
+    for name, (before, after) in found.items():
+        intervals = _interval(before), _interval(after)
+        comparisons.append(Comparison(name, before.score, after.score, _p_value(before, after), *intervals))
     return comparisons
 
 
-def _metrics(
-    tokenizer: str, references: Sequence[list[str]] | None = None
-) -> dict[str, sacrebleu.BLEU | sacrebleu.CHRF]:
-    """Return the metrics BLEU and chrF. They cache `references`, if given, for scoring more than once."""
-    return {
+def _paired(
+    kind: str,
+    systems: Sequence[list[str]],
+    references: Sequence[list[str]],
+    metrics: Metrics,
+    samples: int,
+    seed: int,
+) -> dict[str, list[Result]]:
+    """Return sacreBLEU's results of the paired test "bs" or "ar" for each metric; the first system is the baseline."""
+    for hypotheses in systems:
+        _check_pairs(hypotheses, references)
+    named: list[tuple[str, Sequence[str]]] = [(str(place), hypotheses) for place, hypotheses in enumerate(systems)]
+    with _environment(_SEED_VARIABLE, str(seed)):
+        _, results = PairedTest(named, metrics, None, kind, samples)()
+    return {name: [each for each in results[name] if isinstance(each, Result)] for name in metrics}
+
+
+def _p_value(baseline: Result, system: Result) -> float:
+    assert system.p_value is not None
+    return 1.0 if baseline.score == system.score else system.p_value
+
+
+class Tested(NamedTuple):
+    """What both paired tests return for one system and one metric."""
+
+    interval: tuple[float, float]
+    """95 % confidence interval of the score over resampled test sets."""
+    bootstrap: float
+    """p-value of the paired bootstrap; 1 for the baseline, and for equal scores."""
+    randomisation: float
+    """p-value of approximate randomisation, likewise."""
+
+
+class SystemScores:
+    """Scores of several systems on a test set and on parts of it, for BLEU, chrF2 and perhaps TER.
+
+    What the metrics count is counted once per sentence (`statistics`): a score of any sentences is computed from the
+    sum of their counts. The first system is the baseline.
+    """
+
+    def __init__(
+        self, systems: Sequence[list[str]], references: Sequence[list[str]], tokenizer: str, ter: bool = False
+    ) -> None:
+        """Count the statistics. DataError as in `corpus_scores`."""
+        for hypotheses in systems:
+            _check_pairs(hypotheses, references)
+        self._systems, self._references = systems, references
+        self._metrics = _metrics(tokenizer, references, ter)
+        # sacreBLEU has no public function for this; its own paired tests use these methods.
+        self._counts = {
+            name: [np.array(metric._extract_corpus_statistics(each, None), dtype=np.float64) for each in systems]
+            for name, metric in self._metrics.items()
+        }
+        """Statistics by metric and system, one row per sentence."""
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of the metrics."""
+        return list(self._metrics)
+
+    def signatures(self) -> dict[str, str]:
+        """Return sacreBLEU's signature of each metric."""
+        return {name: str(metric.get_signature()) for name, metric in self._metrics.items()}
+
+    def scores(self, metric: str, places: Sequence[int] | None = None) -> list[float]:
+        """Return the corpus score of each system on the sentences at `places`; None: on all."""
+        rows = slice(None) if places is None else np.asarray(places)
+        return [self._score(metric, counts[rows].sum(0)) for counts in self._counts[metric]]
+
+    def sentence_scores(self, metric: str) -> list[list[float]]:
+        """Return the score of each sentence, by system."""
+        return [[self._score(metric, row) for row in counts] for counts in self._counts[metric]]
+
+    def intervals(
+        self, metric: str, places: Sequence[int], samples: int = BOOTSTRAP_SAMPLES, seed: int = SEED
+    ) -> list[tuple[float, float]]:
+        """Return 95 % intervals of (score of each system - score of the baseline) on the sentences at `places`.
+
+        They are the 2.5th and 97.5th percentile over `samples` resampled sets, which all systems share.
+        """
+        parts = [counts[np.asarray(places)] for counts in self._counts[metric]]
+        size = len(places)
+        generator = np.random.default_rng(seed)
+        found = np.empty((len(parts), samples))
+        step = max(1, _MOST_DRAWN // size)
+        for start in range(0, samples, step):
+            count = min(step, samples - start)
+            drawn = generator.multinomial(size, np.full(size, 1 / size), size=count).astype(np.float64)
+            for system, part in enumerate(parts):
+                found[system, start : start + count] = [self._score(metric, row) for row in drawn @ part]
+        lows, highs = np.percentile(found - found[0], (2.5, 97.5), axis=1)
+        return list(zip(lows.tolist(), highs.tolist(), strict=True))
+
+    def tested(self) -> dict[str, list[Tested]]:
+        """Return the results of sacreBLEU's two paired tests by metric and system, with its numbers of samples."""
+        bootstrap, randomisation = (
+            _paired(kind, self._systems, self._references, self._metrics, samples, SEED)
+            for kind, samples in (("bs", BOOTSTRAP_SAMPLES), ("ar", RANDOMISATION_TRIALS))
+        )
+        found = {}
+        for name in self._metrics:
+            first, *_ = bootstrap[name]
+            found[name] = [Tested(_interval(first), 1.0, 1.0)] + [
+                Tested(_interval(drawn), _p_value(first, drawn), _p_value(first, swapped))
+                for drawn, swapped in zip(bootstrap[name][1:], randomisation[name][1:], strict=True)
+            ]
+        return found
+
+    def _score(self, metric: str, counts: np.ndarray) -> float:
+        return float(self._metrics[metric]._compute_score_from_stats(counts.tolist()).score)
+
+
+def _metrics(tokenizer: str, references: Sequence[list[str]] | None = None, ter: bool = False) -> Metrics:
+    """Return the metrics BLEU, chrF2 and perhaps TER. They cache `references`, if given, for scoring more than once."""
+    metrics: Metrics = {
         "BLEU": sacrebleu.BLEU(tokenize=tokenizer, references=references),
         "chrF2": sacrebleu.CHRF(references=references),
     }
+    return metrics | ({"TER": sacrebleu.TER(references=references)} if ter else {})
 
 
 def _interval(result: Result) -> tuple[float, float]:
