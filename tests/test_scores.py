@@ -149,7 +149,7 @@ def test_both_paired_tests_are_sacrebleus(monkeypatch: pytest.MonkeyPatch) -> No
 def test_intervals_of_differences(monkeypatch: pytest.MonkeyPatch) -> None:
     found = SystemScores([spoilt(2), spoilt(4), spoilt(2)], [REFERENCES], "13a")
     turned = SystemScores([spoilt(4), spoilt(2)], [REFERENCES], "13a")
-    places = list(range(0, 60, 2)) + [1, 3, 5]
+    places = [*range(0, 60, 2), 1, 3, 5]
     for metric in found.metrics:
         before, after, _ = found.scores(metric, places)
         none, better, same = found.intervals(metric, places)
