@@ -4,12 +4,14 @@ The line rule: b"\\n" is the only separator of lines, and a "\\r" before it is p
 character is part of a line, even U+2028, U+0085 and NUL: splitting at them would pair all later lines with wrong
 translations. A last line without "\\n" counts unless it is empty. A BOM at the start of the file belongs to no line.
 
-Compression is detected from the first bytes; file names do not matter. Data that are not UTF-8 text, such as UTF-16 or
-an archive, are rejected with advice on how to convert them. U+FFFD replaces broken bytes, and their lines are counted.
-Memory grows neither with the length of a line nor with the decompressed size of a file.
+Compression is detected from the first bytes; file names do not matter. Text is UTF-8, or UTF-16 that begins with a BOM.
+Other data, such as UTF-16 without a BOM or an archive, are rejected with advice on how to convert them. U+FFFD replaces
+broken bytes, and their lines are counted, or refused on request. Memory grows neither with the length of a line nor
+with the decompressed size of a file.
 """
 
 import bz2
+import codecs
 import errno
 import gzip
 import io
@@ -50,7 +52,8 @@ _REFUSED = {
     b"{\\rtf": ("an RTF document", _EXPORT),
     b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an office document", _EXPORT),
 }
-_WIDE_BOM = {b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+_UTF32_BOM = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
+_UTF16_BOM = (b"\xff\xfe", b"\xfe\xff")
 # First elements of files of segments, after an optional prolog of XML or SGML.
 _MARKUP = re.compile(
     rb"\A\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+|<)(tmx|xliff|srcset|refset|tstset|mteval|tbx|martif)\b",
@@ -78,15 +81,18 @@ class TextReader:
     DataError if the stream is not UTF-8 text, contains damaged compressed data, or cannot be read.
     """
 
-    def __init__(self, stream: Stream, name: str, most_bytes: int = MOST_BYTES) -> None:
+    def __init__(self, stream: Stream, name: str, most_bytes: int = MOST_BYTES, strict: bool = False) -> None:
+        """Read `stream`; with `strict`, a line with bytes that are not text raises DataError."""
         self.name = name
         self.most_bytes = most_bytes
+        self.strict = strict
         self.num_lines = 0
         """Lines read to their end."""
         self.num_invalid = 0
-        """Lines, or parts of a line, with bytes that are not UTF-8; U+FFFD replaces these."""
+        """Lines, or parts of a line, with bytes that are not UTF-8 or UTF-16; U+FFFD replaces these."""
         self._stream = stream
         self._kind = "text"
+        self._encoding = "UTF-8"
 
     def __iter__(self) -> Iterator[str]:
         """Yield whole lines. Raises DataError for a line of more than `most_bytes` bytes."""
@@ -118,7 +124,7 @@ class TextReader:
             while size > self.most_bytes:
                 part, left = _cut(b"".join(rest), self.most_bytes)
                 rest, size = [left], len(left)
-                yield [self._text(part)], False
+                yield [self._text(part, self.num_lines + 1)], False
         if size:
             yield from self._lines(b"".join(rest) + b"\n")
 
@@ -128,25 +134,31 @@ class TextReader:
         while first_end > self.most_bytes:  # only the first line can span several blocks
             part, data = _cut(data, self.most_bytes)
             first_end -= len(part)
-            yield [self._text(part)], False
+            yield [self._text(part, self.num_lines + 1)], False
         data = data.replace(b"\r\n", b"\n")
         try:
             lines = data.decode("utf-8").split("\n")
             lines.pop()
         except UnicodeDecodeError:
-            lines = [self._text(line) for line in data.split(b"\n")[:-1]]
+            numbered = enumerate(data.split(b"\n")[:-1], self.num_lines + 1)
+            lines = [self._text(line, number) for number, line in numbered]
         self.num_lines += len(lines)
         yield lines, True
 
-    def _text(self, line: bytes) -> str:
+    def _text(self, line: bytes, number: int) -> str:
         try:
             return line.decode("utf-8")
-        except UnicodeDecodeError:
+        except UnicodeDecodeError as error:
+            if self.strict:
+                raise DataError(
+                    f"{self.name} line {number} has bytes that are not {self._encoding}: correct it; without --strict, "
+                    "U+FFFD replaces them"
+                ) from error
             self.num_invalid += 1
             return line.decode("utf-8", errors="replace")
 
     def _read(self) -> Iterator[bytes]:
-        """Yield non-empty blocks of decompressed bytes, without the BOM."""
+        """Yield non-empty blocks of decompressed bytes in UTF-8, without the BOM."""
         size = min(_BLOCK, self.most_bytes)
         try:
             head, stream = _begin(self._stream, size)
@@ -154,9 +166,16 @@ class TextReader:
             if self._kind != "text":
                 head, stream = _begin(_decompressed(_Joined(head, stream), self._kind), size)
             self._check(head)
-            yield from filter(None, [head.removeprefix(_BOM)])
-            while block := stream.read1(size):
-                yield block
+            if head.startswith(_UTF16_BOM):
+                self._encoding = "UTF-16"
+                blocks = _utf8(head, stream, size)
+                head = next(blocks, b"")
+                self._check(head)
+            else:
+                blocks = iter(lambda: stream.read1(size), b"")
+                head = head.removeprefix(_BOM)
+            yield from filter(None, [head])
+            yield from blocks
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             problem = "cannot be read" if self._kind == "text" else f"is damaged {self._kind} data"
             remedy = "check the file" if self._kind == "text" else "get or compress it again"
@@ -165,8 +184,7 @@ class TextReader:
 
     def _check(self, head: bytes) -> None:
         """Raise DataError if the first bytes show that the data are not text."""
-        wide = next((name for bom, name in _WIDE_BOM.items() if head.startswith(bom)), "") or _wide(head)
-        if wide:
+        if wide := "UTF-32" if head.startswith(_UTF32_BOM) else _wide(head):
             raise DataError(f"{self.name} is {wide}, not UTF-8: convert it (iconv -f {wide} -t UTF-8 FILE > NEW)")
         if (kind := _compression(head)) != "text":
             raise DataError(f"{self.name} is compressed twice (the inner format is {kind}): decompress it once")
@@ -228,7 +246,7 @@ class _Joined(io.RawIOBase):
 def _begin(stream: Stream, size: int) -> tuple[bytes, Stream]:
     """Return (the first bytes, the stream after them). Reads only as much as identifies the compression."""
     head = b""
-    while any(magic.startswith(head) for magic in (*_MAGIC, *_WIDE_BOM, _BOM) if len(head) < len(magic)):
+    while any(magic.startswith(head) for magic in (*_MAGIC, *_UTF32_BOM, *_UTF16_BOM, _BOM) if len(head) < len(magic)):
         block = stream.read1(size)
         if not block:
             break
@@ -253,8 +271,37 @@ def _decompressed(raw: _Joined, kind: str) -> Stream:
     return io.BufferedReader(pyarrow.CompressedInputStream(buffered, "zstd"), _BLOCK)
 
 
+def _utf8(head: bytes, stream: Stream, size: int) -> Iterator[bytes]:
+    """Yield non-empty blocks of the UTF-8 of text in UTF-16, of which `head` is the start with its BOM.
+
+    Half a character becomes a byte that UTF-8 does not have, so that its line counts as invalid.
+    """
+    decoder = codecs.getincrementaldecoder("utf-16")("surrogatepass")
+    block = head
+    while block:
+        yield from filter(None, [decoder.decode(block).encode(errors=_LONE_SURROGATE)])
+        block = stream.read1(size)
+    if decoder.getstate()[0]:
+        yield _INVALID
+
+
+def _invalid(error: UnicodeError) -> tuple[bytes, int]:
+    assert isinstance(error, UnicodeEncodeError)
+    return _INVALID * (error.end - error.start), error.end
+
+
+_INVALID = b"\xff"
+_LONE_SURROGATE = "nmt.textfile"
+codecs.register_error(_LONE_SURROGATE, _invalid)
+
+
 def _wide(head: bytes) -> str:
-    """Return UTF-16LE or the like if bytes at the start are NUL in the pattern of Western text, otherwise ""."""
+    """Return UTF-16LE or the like if bytes at the start are NUL in the pattern of Western text, otherwise "".
+
+    UTF-16 with a BOM is none of these.
+    """
+    if head.startswith(_UTF16_BOM):
+        return ""
     sample = head[: len(head[:1024]) // 4 * 4]
     nuls = [place for place in range(4) if sample[place::4].count(0) > 0.4 * len(sample) / 4]
     names = {"UTF-16LE": [1, 3], "UTF-16BE": [0, 2], "UTF-32LE": [1, 2, 3], "UTF-32BE": [0, 1, 2]}

@@ -80,9 +80,9 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_what_is_no_text_names_the_key(tmp_path: Path) -> None:
-    (tmp_path / "a.en").write_bytes("one line\nanother\n".encode("utf-16"))
+    (tmp_path / "a.en").write_bytes("one line\nanother\n".encode("utf-16-le"))
     (tmp_path / "a.de").write_bytes(b"1\n2\n")
-    assert f"corpus.train.source: {tmp_path / 'a.en'} is UTF-16" in refusal(files_corpus(tmp_path))
+    assert f"corpus.train.source: {tmp_path / 'a.en'} is UTF-16LE" in refusal(files_corpus(tmp_path))
     (tmp_path / "a.en").write_bytes(b"one\n" + b"a" * (MOST_BYTES + 1))
     assert f"corpus.train.source: {tmp_path / 'a.en'} line 2 has more than" in refusal(files_corpus(tmp_path))
     (tmp_path / "a.en").unlink()

@@ -177,7 +177,7 @@ def test_compressed_text_is_read_and_what_is_no_text_refused(cli: Cli, copy: Pat
     assert cli("evaluate", str(copy), "--source", str(packed), *plain[2:]) == 0
     assert cli.out.splitlines()[:3] == scores
     wide = tmp_path / "wide"
-    wide.write_bytes("the dog\na meadow\n".encode("utf-16"))
+    wide.write_bytes("the dog\na meadow\n".encode("utf-16-le"))
     cli.refuses(3, "evaluate", str(copy), "--source", str(wide), *plain[2:], says=(str(wide), "UTF-16", "iconv"))
     cli.refuses(3, "experts", str(copy), "--source", str(wide), *plain[2:], says=(str(wide), "UTF-16", "iconv"))
 

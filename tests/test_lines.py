@@ -268,6 +268,18 @@ def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.Capt
     assert "1 line with bytes that are not UTF-8" in capfd.readouterr().err
 
 
+def test_strict_refuses_bytes_that_are_not_text(run: Path, tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "in").write_bytes(b"the dog\n\xff dog\n")
+    command = ("translate", str(run), str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--strict")
+    cli.refuses(3, *command, says=("in line 2 has bytes that are not UTF-8",))
+    assert os.listdir(tmp_path) == ["in"]
+
+
+def test_utf16_with_a_bom_is_translated_like_utf8(run: Path, tmp_path: Path) -> None:
+    text = "the dog\n\na meadow\n"
+    assert translate(run, tmp_path, text.encode("utf-16")) == translate(run, tmp_path, text.encode())
+
+
 def test_output_appears_only_when_complete(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source, output = tmp_path / "in", tmp_path / "out"
     source.write_text("the dog\n" * 9000)

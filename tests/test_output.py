@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import pyarrow
 import pytest
 
 import nmt.streams.output
@@ -148,7 +149,13 @@ def test_dev_stdout_is_standard_output(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ending", "read"), [(".gz", gzip.decompress), (".bz2", bz2.decompress), (".XZ", lzma.decompress)]
+    ("ending", "read"),
+    [
+        (".gz", gzip.decompress),
+        (".bz2", bz2.decompress),
+        (".XZ", lzma.decompress),
+        (".zst", lambda data: pyarrow.input_stream(io.BytesIO(data), compression="zstd").read()),
+    ],
 )
 def test_the_ending_of_the_name_says_the_compression(
     tmp_path: Path, ending: str, read: Callable[[bytes], bytes]
@@ -162,8 +169,8 @@ def test_the_ending_of_the_name_says_the_compression(
 
 
 def test_an_ending_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"\.zst cannot be written; choose \.gz"):
-        write(tmp_path / "out.zst")
+    with pytest.raises(UserError, match=r"\.lz4 cannot be written; choose \.gz, \.xz, \.zst, "):
+        write(tmp_path / "out.lz4")
     assert os.listdir(tmp_path) == []
 
 

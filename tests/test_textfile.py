@@ -16,7 +16,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from nmt.errors import DataError
-from nmt.textfile import _MAGIC, _REFUSED, _WIDE_BOM, TextReader, open_input, open_text
+from nmt.textfile import _MAGIC, _REFUSED, _UTF16_BOM, _UTF32_BOM, TextReader, open_input, open_text
 
 ODD = "tab\tNUL\x00 CR\r mid\r dle \x0b\x0c\x1c\x85\u2028\u2029 end"
 
@@ -62,7 +62,7 @@ def plain_lines(data: bytes) -> list[str]:
 @example(b"B")
 @example(b"BZ\n")
 def test_lines_are_those_of_a_plain_split(data: bytes) -> None:
-    assume(not data.startswith((*_MAGIC, *_WIDE_BOM, *_REFUSED)))
+    assume(not data.startswith((*_MAGIC, *_UTF16_BOM, *_UTF32_BOM, *_REFUSED)))
     for stream in (io.BytesIO(data), Dribble(data)):
         reader = TextReader(stream, "x")
         lines = list(reader)
@@ -71,6 +71,28 @@ def test_lines_are_those_of_a_plain_split(data: bytes) -> None:
         broken = sum(b"\xef\xbf\xbd" not in data and "\ufffd" in line for line in lines)
         assert reader.num_invalid >= broken
         assert (reader.num_invalid == 0) == (data.decode(errors="ignore").encode() == data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text("aü東\n\r\x85\u2028\x00\ufeff𝄞", max_size=20), st.sampled_from(["utf-16-le", "utf-16-be"]))
+def test_utf16_with_a_bom_is_the_same_text(text: str, encoding: str) -> None:
+    data = "\ufeff".encode(encoding) + text.encode(encoding)
+    assume(not data.startswith(_UTF32_BOM))
+    for stream in (io.BytesIO(data), Dribble(data), io.BytesIO(gzip.compress(data))):
+        reader = TextReader(stream, "x")
+        assert list(reader) == plain_lines(b"\xef\xbb\xbf" + text.encode())
+        assert reader.num_invalid == 0
+
+
+@pytest.mark.parametrize("end", [b"\x00", b"\x00\xd8", b"\x00\xd8b\x00", b"\x00\xdc"], ids=repr)
+def test_half_a_character_of_utf16_is_replaced_and_counted(end: bytes) -> None:
+    data = "a\nü".encode("utf-16") + end
+    for stream in (io.BytesIO(data), Dribble(data)):
+        reader = TextReader(stream, "x")
+        assert list(reader) == ["a", f"ü\ufffd{'b' * (b'b' in end)}"]
+        assert reader.num_invalid == 1
+    with pytest.raises(DataError, match="x line 2 has bytes that are not UTF-16"):
+        list(TextReader(io.BytesIO(data), "x", strict=True))
 
 
 @pytest.mark.parametrize("kind", COMPRESS)
@@ -104,12 +126,12 @@ def zipped() -> bytes:
 @pytest.mark.parametrize(
     ("data", "parts"),
     [
-        ("A line.\nAnother line.\n".encode("utf-16"), ["UTF-16", "iconv"]),
         ("A line.\nAnother line.\n".encode("utf-32"), ["UTF-32", "iconv"]),
         ("A line.\nAnother line.\n".encode("utf-16-le"), ["UTF-16LE", "iconv -f UTF-16LE"]),
         ("A line.\nAnother line.\n".encode("utf-16-be"), ["UTF-16BE", "iconv"]),
         ("A line.\nAnother line.\n".encode("utf-32-le"), ["UTF-32LE", "iconv"]),
-        (gzip.compress("A line.\n".encode("utf-16")), ["UTF-16", "iconv"]),
+        (gzip.compress("A line of text.\n".encode("utf-16-le")), ["UTF-16LE", "iconv"]),
+        ('<?xml version="1.0" encoding="utf-16"?>\n<tmx version="1.4">'.encode("utf-16"), ["<tmx>", ".tsv"]),
         (gzip.compress(gzip.compress(b"A line.\n")), ["compressed twice"]),
         (zipped(), ["zip", "unpack"]),
         (b"PAR1\x15\x04\x15", ["Parquet", "corpus.train.pairs"]),
@@ -141,6 +163,16 @@ def test_lines_come_as_soon_as_they_are_there() -> None:
         assert next(blocks) == (["B", "Z"], True)
         sink.write(b" done\n")
         assert next(blocks) == (["half done"], True)
+
+
+def test_strict_names_the_first_line_with_bytes_that_are_not_text() -> None:
+    assert list(TextReader(io.BytesIO("ä\n\ufffd\n".encode()), "x", strict=True)) == ["ä", "\ufffd"]
+    for data, number in ((b"a\n\xff\n\xff\n", 2), (b"\xff", 1), (b"a\n" * 50_000 + b"\xc3", 50_001)):
+        for stream in (io.BytesIO(data), Dribble(data)):
+            with pytest.raises(DataError, match=f"x line {number} has bytes that are not UTF-8: correct it"):
+                list(TextReader(stream, "x", strict=True))
+    with pytest.raises(DataError, match="x line 2 has bytes"):  # in a part of a long line
+        list(TextReader(io.BytesIO(b"a\n" + b"b" * 20 + b"\xff" + b"b" * 20), "x", 9, strict=True).blocks())
 
 
 @settings(max_examples=300, deadline=None)

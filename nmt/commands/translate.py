@@ -48,7 +48,12 @@ def parser() -> Parser:
         "--output",
         default="-",
         metavar="OUTPUT",
-        help="a file, which appears when complete; .gz, .bz2 and .xz are compressed (default: standard output)",
+        help="a file, which appears when complete; .gz, .xz, .zst and .bz2 are compressed (default: standard output)",
+    )
+    parser.add_argument(
+        "--strict",
+        action="store_true",
+        help="refuse bytes that are not text, naming the line (default: U+FFFD replaces them, and they are counted)",
     )
     return parser
 
@@ -58,7 +63,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     lines = JoinedLines()
     with open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
-        reader = text_reader(source, options.input)
+        reader = text_reader(source, options.input, options.strict)
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:

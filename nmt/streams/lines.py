@@ -41,9 +41,9 @@ def open_input(path: str) -> io.BufferedReader:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def text_reader(stream: io.BufferedReader, path: str) -> TextReader:
-    """Return a reader of the lines of a stream from `open_input`, for `windows`."""
-    return TextReader(stream, "standard input" if path == "-" else path, _MOST_BYTES)
+def text_reader(stream: io.BufferedReader, path: str, strict: bool = False) -> TextReader:
+    """Return a reader of the lines of a stream from `open_input`, for `windows`; `strict` as in TextReader."""
+    return TextReader(stream, "standard input" if path == "-" else path, _MOST_BYTES, strict)
 
 
 def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> Iterator[list[Piece]]:

@@ -17,8 +17,9 @@ from nmt.files import replacing
 
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd")
 _MOST_LINKS = 40
-_COMPRESSED = (".gz", ".bz2", ".xz")
-_NOT_WRITTEN = (".zst", ".zip", ".7z", ".lz4", ".z")
+COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
+"""Endings of names of files that are compressed."""
+_NOT_WRITTEN = (".zip", ".7z", ".lz4", ".z")
 
 
 class Output(NamedTuple):
@@ -33,13 +34,13 @@ class Output(NamedTuple):
 def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
     """Open standard output for "-", else a file that appears under its name only when it is complete.
 
-    A file keeps the mode of the file that it replaces. It is compressed if its name ends in .gz, .bz2 or .xz. Pipes,
-    devices and files in /dev/fd, such as /dev/stdout, are written to and never replaced. UserError if the output is
-    `source`, the file that is being read. StorageError if it cannot be written.
+    A file keeps the mode of the file that it replaces. It is compressed if its name ends in .gz, .xz, .zst or .bz2.
+    Pipes, devices and files in /dev/fd, such as /dev/stdout, are written to and never replaced. UserError if the output
+    is `source`, the file that is being read. StorageError if it cannot be written.
     """
     suffix = Path(path).suffix.lower()
     if suffix in _NOT_WRITTEN:
-        raise UserError(f"output {path}: {suffix} cannot be written; choose {', '.join(_COMPRESSED)} or no compression")
+        raise UserError(f"output {path}: {suffix} cannot be written; choose {', '.join(COMPRESSED)} or no compression")
     shown = "standard output" if path == "-" else path
     try:
         if path == "-":
@@ -114,5 +115,11 @@ def _compressing(plain: BinaryIO, suffix: str) -> Iterator[BinaryIO]:
     elif suffix == ".xz":
         with lzma.LZMAFile(plain, "wb") as stream:
             yield stream  # type: ignore[misc]
+    elif suffix == ".zst":
+        import pyarrow
+
+        # It closes the stream that it writes to.
+        with open(os.dup(plain.fileno()), "wb") as copy, pyarrow.CompressedOutputStream(copy, "zstd") as stream:
+            yield stream
     else:
         yield plain
