@@ -291,6 +291,7 @@ def scripted_row(script: dict[Prefix, tuple[dict[int, float], list[float]]]) -> 
     def row(_sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
         probabilities, attention_S = script.get(prefix[1:], ({EOS: 1.0}, [0.5, 0.5]))
         logits_V = np.full(VOCAB, -1e9)
+        logits_V[EOS] = -2e9  # the least likely of those left out: equal logits would put it first
         for token, probability in probabilities.items():
             logits_V[token] = math.log(probability)
         return logits_V, np.array(attention_S)
@@ -316,7 +317,7 @@ def test_coverage_follows_its_hypothesis():
     row_covering = scripted_row(
         {
             (): ({A: 0.6, B: 0.4}, [0.0, 0.0]),
-            (A,): ({A: 0.5, B: 0.5}, [0.5, 0.5]),
+            (A,): ({A: 0.6, B: 0.4}, [0.5, 0.5]),
             (B,): ({A: 1.0}, [0.99, 0.01]),
             (B, A): ({EOS: 1.0}, [0.0, 0.0]),
             (A, A): ({EOS: 1.0}, [0.0, 0.0]),
@@ -324,7 +325,7 @@ def test_coverage_follows_its_hypothesis():
     )
     found = translate(row_covering, [[True, True]], [4], beam=2, alpha=0.0, beta=1.0)
     assert found[0].tokens == [A, A]
-    assert found[0].score == pytest.approx(math.log(0.3) + math.log(0.25))
+    assert found[0].score == pytest.approx(math.log(0.36) + math.log(0.25))
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -184,8 +184,10 @@ def test_a_part_without_words_stays_as_it_is(load: Load) -> None:
 
 def test_a_translation_that_is_cut_off_says_so(load: Load) -> None:
     translator = load(max_length_ratio=0.01)
-    for parameter in translator.model.parameters():
-        torch.nn.init.zeros_(parameter)
+    for name, parameter in translator.model.named_parameters():
+        torch.nn.init.constant_(parameter, 1.0 if "bias" in name else 0.0)
+    # All outputs of the LSTMs are now positive, so that the end is the only unlikely subword.
+    torch.nn.init.constant_(translator.model.output.weight[EOS], -1.0)
     found = translator.translate(["the dog", "", "..."])
     assert [each.finished for each in found] == [False, True, True]
 

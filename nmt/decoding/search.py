@@ -21,6 +21,7 @@ from torch import Tensor
 
 from nmt.batch import BOS, EOS
 from nmt.decoding.trace import Candidates, Hypothesis, Stretch, Trace, follow_back
+from nmt.model.kernels import top_k as kernel
 
 _NEVER = float("-inf")
 _LEAST_COVERAGE = 1.0e-6
@@ -110,12 +111,14 @@ def coverage_penalty(coverage: Tensor, wanted: Tensor, beta: float) -> Tensor:
 
 def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
     """Return the 2 K most probable continuations per sentence; a `Choose`. Even if K of them end, K others remain."""
-    beam_size, _, vocabulary = logits_KBV.shape
+    beam_size, sentences, _ = logits_KBV.shape
     # The best 2 K of each hypothesis include the best 2 K of all, so no log-softmax over the vocabulary is written.
-    normaliser_KB1 = logits_KBV.float().logsumexp(dim=2, keepdim=True)
+    logits_RV = logits_KBV.flatten(0, 1)
+    normaliser_R1 = kernel.log_sum_exp(logits_RV).unsqueeze(1)
     limits.forbid_(logits_KBV, length)
-    top_KBJ, token_KBJ = logits_KBV.topk(min(2 * beam_size, vocabulary), dim=2)
-    token_log_prob_KBJ = top_KBJ.float() - normaliser_KB1
+    top = kernel.top_k(logits_RV, 2 * beam_size)
+    token_log_prob_KBJ = (top.values_RK.float() - normaliser_R1).unflatten(0, (beam_size, sentences))
+    token_KBJ = top.indexes_RK.view_as(token_log_prob_KBJ)
     each = token_log_prob_KBJ.shape[2]
     total_BX = _by_sentence(log_prob_KB.unsqueeze(2) + token_log_prob_KBJ)
     log_prob_BC, pick_BC = total_BX.topk(min(2 * beam_size, total_BX.shape[1]), dim=1)

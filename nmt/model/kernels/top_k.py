@@ -1,0 +1,67 @@
+"""The largest logits of each row and the logarithm of its sum of exponentials: what a search needs of the vocabulary.
+
+PyTorch's own selection looks at every logit of a row one by one. Here, vector instructions find the maximum of each
+block of logits first. Any of the k largest logits lies in one of the k blocks with the largest maxima, so only these
+blocks are searched. This is exact, and takes a third to a half of the time on a CPU.
+
+Letters: R rows, V vocabulary, K logits to select, N blocks of W logits, X candidates.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Logits per block, and blocks per row: more blocks make more maxima to select from, wider ones more candidates.
+_LEAST_WIDTH, _MOST_BLOCKS = 8, 1000
+# With fewer logits in all rows, PyTorch's selection takes less time than the calls of this one.
+_MIN_LOGITS = 2**15
+
+
+class Top(NamedTuple):
+    """The largest logits of each row, largest first. Among equal logits, the lower index comes first.
+
+    Minus infinity marks a subword that is not allowed. If a row has fewer than K other logits, it fills the last
+    places, with any indexes.
+    """
+
+    values_RK: Tensor
+    indexes_RK: Tensor  # int64
+
+
+def top_k(logits_RV: Tensor, k: int) -> Top:
+    """Return the `k` largest logits of each row, or all V if there are fewer."""
+    k = min(k, logits_RV.shape[1])
+    # The logit after the last one shows whether that one was selected among equals.
+    values_RX, indexes_RX = _selected(logits_RV, min(k + 1, logits_RV.shape[1]))
+    equal_RX = (values_RX[:, 1:] == values_RX[:, :-1]) & (values_RX[:, 1:] > -torch.inf)
+    top = Top(values_RX[:, :k], indexes_RX[:, :k])
+    if equal_RX.any():
+        rows_N = equal_RX.any(1).nonzero().squeeze(1)
+        order_NV = logits_RV.index_select(0, rows_N).argsort(dim=1, descending=True, stable=True)
+        top = Top(top.values_RK, top.indexes_RK.index_copy(0, rows_N, order_NV[:, :k]))
+    return top
+
+
+def log_sum_exp(logits_RV: Tensor) -> Tensor:
+    """Return log sum_v exp(logit_v) of each row, float32 or better: log P of subword v is its logit minus this."""
+    exact = torch.promote_types(logits_RV.dtype, torch.float32)
+    return logits_RV.to(exact).logsumexp(dim=1)
+
+
+def _selected(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return (values, indexes) of the `k` largest logits of each row, in any order among equals."""
+    rows, vocabulary = logits_RV.shape
+    width = max(_LEAST_WIDTH, vocabulary // _MOST_BLOCKS)
+    blocks = vocabulary // width
+    if blocks <= 4 * k or logits_RV.numel() < _MIN_LOGITS:
+        values_RK, index_RK = logits_RV.topk(k, dim=1)
+        return values_RK, index_RK
+    # A block has every N-th logit, so that the maxima of neighbouring blocks are found together.
+    blocked_RWN = logits_RV[:, : blocks * width].view(rows, width, blocks)
+    block_RK = blocked_RWN.amax(1).topk(k, dim=1).indices
+    first_W = torch.arange(0, blocks * width, blocks, device=logits_RV.device)
+    rest_RX = torch.arange(blocks * width, vocabulary, device=logits_RV.device).expand(rows, -1)
+    index_RX = torch.cat([(block_RK.unsqueeze(2) + first_W).flatten(1), rest_RX], dim=1)
+    values_RK, place_RK = logits_RV.gather(1, index_RX).topk(k, dim=1)
+    return values_RK, index_RX.gather(1, place_RK)
