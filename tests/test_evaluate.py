@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-import nmt.evaluation.scores
+import nmt.evaluation.tokenizers
 from nmt.checkpoint import list_checkpoints
 from nmt.commands.keep import keep
 from nmt.config import Config, EvaluationConfig
@@ -22,7 +22,8 @@ from nmt.data.held_out import describe_cut, encode_pairs, eval_batches
 from nmt.decoding.loading import load_vocabulary
 from nmt.errors import MemoryLimitError, UserError
 from nmt.evaluation.perplexity import perplexity
-from nmt.evaluation.scores import bleu_tokenizer, corpus_scores, misfit
+from nmt.evaluation.scores import corpus_scores
+from nmt.evaluation.tokenizers import bleu_tokenizer, misfit
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
@@ -62,18 +63,18 @@ def files(folder: Path, name: str, *references: str) -> tuple[str, ...]:
     ],
 )
 def test_the_tokeniser_follows_the_target_language(monkeypatch: pytest.MonkeyPatch, language: str, name: str) -> None:
-    monkeypatch.setattr(nmt.evaluation.scores, "find_spec", lambda module: None)
+    monkeypatch.setattr(nmt.evaluation.tokenizers, "find_spec", lambda module: None)
     found = bleu_tokenizer("auto", language)
     assert found.name == name
     assert f"the target language is {language}" in str(found)
 
 
 def test_japanese_and_korean_are_cut_into_words_where_that_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(nmt.evaluation.scores, "find_spec", lambda module: None)
+    monkeypatch.setattr(nmt.evaluation.tokenizers, "find_spec", lambda module: None)
     assert "ja-mecab is not installed (pip install 'sacrebleu[ja]')" in bleu_tokenizer("auto", "ja").reason
     with pytest.raises(UserError, match=r"evaluation.tokenize=ko-mecab is not installed: pip install .*\[ko\]"):
         bleu_tokenizer("ko-mecab", "ko")
-    monkeypatch.setattr(nmt.evaluation.scores, "find_spec", lambda module: object())
+    monkeypatch.setattr(nmt.evaluation.tokenizers, "find_spec", lambda module: object())
     assert [bleu_tokenizer("auto", code).name for code in ("ja", "ko")] == ["ja-mecab", "ko-mecab"]
 
 

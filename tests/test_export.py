@@ -394,7 +394,7 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
     assert "BLEU" not in cli.err
     bleu, chrf = (report["scores"][name] for name in ("BLEU", "chrF2"))
     found = card(tmp_path / "c")
-    assert f"| `test` | 12 | {bleu['value']:.2f} | {chrf['value']:.2f} | {report['perplexity']:.3f} | beam 2," in found
+    assert f"| `test` | 12 | {bleu['score']:.2f} | {chrf['score']:.2f} | {report['perplexity']:.3f} | beam 2," in found
     assert f"- BLEU: sacreBLEU `{bleu['signature']}`" in found
     assert f"- chrF2: sacreBLEU `{chrf['signature']}`" in found
     assert "had not been run" not in found
@@ -413,7 +413,7 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
         ({"own": None}, "own is missing"),
         ({"steps": None}, "steps is missing"),
         ({"own": False}, "other text than the run's own"),
-        ({"scores": {"BLEU": {"value": "100", "signature": "s"}}}, "scores.BLEU.value: '100' is not a number"),
+        ({"scores": {"BLEU": {"score": "100", "signature": "s"}}}, "scores.BLEU.score: '100' is not a number"),
         ({"perplexity": [1]}, "perplexity: [1] is not a number"),
     ],
     ids=str,
@@ -474,7 +474,7 @@ def facts_of(*overrides: str, dropped: int = 0, sets: tuple[SetScores, ...] = ()
 
 def test_a_name_that_somebody_chose_is_never_markup() -> None:
     evil = "`|<img onerror=x>|\n\n# title\n- item `` ```\r[x](javascript:y) *b* \x1b]0;z\x07"
-    scores = {f"BL|{evil}": {"value": 1.0, "signature": evil}}
+    scores = {f"BL|{evil}": {"score": 1.0, "signature": evil}}
     decoding = {"beam_size": 4, "alpha": 0.2, "beta": 0.2, "experts_per_token": 0}
     facts = facts_of("experiment=demo", sets=(SetScores(evil, 7, [70], scores, 2.0, decoding),))
     corpus = replace(facts.config.corpus, source="files", train=FilesConfig([evil], [evil], [evil]))
@@ -550,7 +550,7 @@ def test_cards_of_other_models() -> None:
 
 @pytest.mark.parametrize("name", ["wmt14_en_de_s17", "wmt14_en_de_gnmt", "multi30k_en_de_moe_32", "demo"])
 def test_every_table_has_a_cell_in_each_column(name: str) -> None:
-    scores = {"BLEU": {"value": 1.0, "signature": "nrefs:1|case:mixed"}}
+    scores = {"BLEU": {"score": 1.0, "signature": "nrefs:1|case:mixed"}}
     decoding = {"beam_size": 4, "alpha": 0.2, "beta": 0.2, "experts_per_token": 1}
     one = SetScores("a|b", 7, [70], scores, 2.0, decoding)
     lines = model_card(facts_of(f"experiment={name}", sets=(one,))).splitlines()

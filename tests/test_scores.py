@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Sequence
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -177,7 +178,8 @@ def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: 
     assert out.count("translation ") == 2
     assert "beam 2" in out
     report = json.loads((run / "report" / "dev.json").read_text())
-    assert report["scores"]["BLEU"] == {"value": bleu.value, "signature": bleu.signature}
+    assert report["scores"]["BLEU"] == bleu.to_dict()
+    assert report["sources_sha256"] == sha256((run / "text" / "dev.source").read_bytes()).hexdigest()
     assert report["decoding"]["beam_size"] == 2
     assert f"perplexity {report['perplexity']:.3f}" in out
 

@@ -15,7 +15,8 @@ from nmt.checkpoint import list_checkpoints
 from nmt.config import DecodingConfig, TrainingConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
-from nmt.evaluation.scores import Tokenizer, corpus_scores
+from nmt.evaluation.scores import corpus_scores
+from nmt.evaluation.tokenizers import Tokenizer
 from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 from nmt.training.validation import doubts, validation_bleu

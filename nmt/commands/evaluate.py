@@ -10,8 +10,9 @@ from nmt.data.held_out import describe_cut
 from nmt.decoding.translator import Translator
 from nmt.evaluation.dial import HEAD, dial, dial_counts
 from nmt.evaluation.measure import Measured, measure
-from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, Tokenizer, bleu_tokenizer, misfit
+from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
+from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, misfit
 from nmt.run import RunDirectory
 from nmt.wording import counted, steps_of
 
@@ -72,7 +73,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     result = {
         **text.to_dict(),
         "steps": translator.steps,
-        "scores": {score.name: {"value": score.value, "signature": score.signature} for score in found.scores},
+        "scores": {score.name: score.to_dict() for score in found.scores},
         "perplexity": found.perplexity.pieces,
         "word_perplexity": found.perplexity.words,
         "sentences": len(text.sources),

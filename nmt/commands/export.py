@@ -25,7 +25,7 @@ _REPORT = {
     "own": bool,
     "sentences": int,
     "steps": [int],
-    "scores": {str: {"value": float, "signature": str}},
+    "scores": {str: {"score": float, "signature": str}},
     "perplexity": float,
     "decoding": {"beam_size": int, "alpha": float, "beta": float, "experts_per_token": int},
 }

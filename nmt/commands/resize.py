@@ -15,7 +15,8 @@ from nmt.decoding.translator import Translator
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import DataError, UserError
 from nmt.evaluation.perplexity import perplexity
-from nmt.evaluation.scores import bleu_tokenizer, paired_bootstrap
+from nmt.evaluation.scores import paired_bootstrap
+from nmt.evaluation.tokenizers import bleu_tokenizer
 from nmt.experts import shrink
 from nmt.experts.grow import grow
 from nmt.experts.observe import ExpertUse, Observation, observe, output_similarity

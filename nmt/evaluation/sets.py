@@ -57,7 +57,14 @@ class EvaluationSet:
     def to_dict(self) -> dict[str, Any]:
         """Return the identity of the set, as JSON has it."""
         source, *references = [asdict(file) for file in self.files] or [{}]
-        return {"set": self.name, "title": self.title, "own": self.own, "source": source, "references": references}
+        return {
+            "set": self.name,
+            "title": self.title,
+            "own": self.own,
+            "sources_sha256": _sha256(self.sources),
+            "source": source,
+            "references": references,
+        }
 
 
 def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:

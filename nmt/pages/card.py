@@ -231,7 +231,7 @@ def _set_row(each: SetScores) -> tuple[str, ...]:
     search = f"beam {decoding['beam_size']}, alpha {decoding['alpha']}, beta {decoding['beta']}"
     if decoding["experts_per_token"]:
         search += f", {counted(decoding['experts_per_token'], 'expert')} per token"
-    values = (f"{score['value']:.2f}" for score in each.scores.values())
+    values = (f"{score['score']:.2f}" for score in each.scores.values())
     return code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
 
 

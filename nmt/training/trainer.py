@@ -28,7 +28,7 @@ from nmt.decoding.translator import Translator
 from nmt.device import set_float32_products, shortage_told
 from nmt.errors import CheckpointError, NonFiniteError, ProcessError
 from nmt.evaluation.perplexity import perplexity
-from nmt.evaluation.scores import bleu_tokenizer
+from nmt.evaluation.tokenizers import bleu_tokenizer
 from nmt.metrics.forecast import first_forecast, seconds_left
 from nmt.metrics.gate_watch import GateWatch
 from nmt.metrics.record import DevLine, TrainLine

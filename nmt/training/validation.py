@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from nmt.config import TrainingConfig
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
-from nmt.evaluation.scores import Tokenizer, corpus_scores, misfit
+from nmt.evaluation.scores import corpus_scores
+from nmt.evaluation.tokenizers import Tokenizer, misfit
 from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
 

@@ -115,7 +115,7 @@ def figures(run: Path) -> dict[str, float]:
     test = json.loads((run / "report" / "test.json").read_text())
     row = {
         "dev perplexity": dev[-1].perplexity,
-        "BLEU": test["scores"]["BLEU"]["value"],
+        "BLEU": test["scores"]["BLEU"]["score"],
         "ktokens/s": median([line.tokens_per_second for line in training[2:]]) / 1000,
     }
     for side in ("encoder", "decoder"):
