@@ -18,8 +18,9 @@ from nmt.decoding.loading import load_vocabulary
 from nmt.decoding.translator import Translator
 from nmt.evaluation.scores import Comparison
 from nmt.experts.grow import grow
-from nmt.experts.observe import observe
+from nmt.experts.observe import most_used, observe
 from nmt.experts.surgery import read_network, with_counts, write_run
+from nmt.model.gating import GateOutput
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
 from tests.test_surgery import HIERARCHICAL, network
@@ -239,6 +240,39 @@ def test_observing_counts_every_token_once_and_samples_evenly(run: Path, monkeyp
         for few, all_at_once in zip(by_few.use[layer], whole.use[layer], strict=True):
             torch.testing.assert_close(few, all_at_once, rtol=1e-4, atol=1e-4)
         assert by_few.sample[layer].sum() == pytest.approx(float(whole.sample[layer].sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("layer", ["encoder.1", "decoder.1"])
+def test_the_most_used_expert_of_a_sentence_is_that_of_the_sentence_alone(run: Path, layer: str) -> None:
+    directory = RunDirectory(run)
+    translator = Translator.load(directory, directory.config())
+    sources, targets, _ = directory.text("test")
+    model, subwords = translator.model, translator.subwords
+    sources, targets = [*sources, ""], [*targets, ""]
+    alone = [
+        int(observe(model, subwords, [source], [target]).use[layer].gate_E.argmax())
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    assert most_used(model, subwords, sources, targets, layer) == alone
+    assert len(set(alone)) > 1
+
+
+def test_sentences_whose_tokens_have_no_expert(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(run)
+    translator = Translator.load(directory, directory.config())
+    sources, targets, _ = directory.text("test")
+    gates = type(translator.model).gates
+
+    def emptied(*arguments: object) -> dict[str, GateOutput]:
+        found = gates(*arguments)
+        return {
+            layer: gate._replace(expert_TK=torch.full_like(gate.expert_TK, 4), gates_TK=gate.gates_TK * 0)
+            for layer, gate in found.items()
+        }
+
+    monkeypatch.setattr(type(translator.model), "gates", emptied)
+    found = most_used(translator.model, translator.subwords, sources, targets, "encoder.1")
+    assert found == [-1] * len(sources)
 
 
 # ------------------------------------------------------------------------------------------------------ refusals

@@ -9,6 +9,7 @@ from nmt.config import Config
 from nmt.data.held_out import describe_cut
 from nmt.decoding.translator import Translator
 from nmt.evaluation.dial import HEAD, dial, dial_counts
+from nmt.evaluation.kept import origin
 from nmt.evaluation.measure import Measured, measure
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
@@ -72,6 +73,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     _say_what_was_cut(found)
     result = {
         **text.to_dict(),
+        **origin(found.hypotheses, translator.steps, run.chosen(config.decoding)),
         "steps": translator.steps,
         "scores": {score.name: score.to_dict() for score in found.scores},
         "perplexity": found.perplexity.pieces,

@@ -61,7 +61,7 @@ class EvaluationSet:
             "set": self.name,
             "title": self.title,
             "own": self.own,
-            "sources_sha256": _sha256(self.sources),
+            "sources_sha256": sha256_of(self.sources),
             "source": source,
             "references": references,
         }
@@ -96,7 +96,7 @@ def _from_files(source: str, references: Sequence[str]) -> EvaluationSet:
                 f"{_title(source)} has {counted(len(sides[0]), 'line')} but {_title(name)} has {len(side):,}: "
                 "they must pair line by line"
             )
-    files = tuple(PairedFile(_path(name), _sha256(side)) for name, side in zip(names, sides, strict=True))
+    files = tuple(PairedFile(_path(name), sha256_of(side)) for name, side in zip(names, sides, strict=True))
     digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:8]
     title = _title(source) if source == "-" else Path(source).name
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")[:_LONGEST_NAME]
@@ -122,7 +122,8 @@ def _path(name: str) -> str:
     return name if name == "-" else str(Path(name).resolve())
 
 
-def _sha256(lines: list[str]) -> str:
+def sha256_of(lines: Sequence[str]) -> str:
+    """Return the hash of lines in UTF-8, each with a line feed at the end."""
     found = hashlib.sha256()
     for line in lines:
         found.update(f"{line}\n".encode())

@@ -1,6 +1,6 @@
 """Measure the experts of a trained model on a text: how much each adds, and how similar their outputs are.
 
-Letters: T tokens, K slots of a token, R routed rows, D width, E experts.
+Letters: T tokens, K slots of a token, R routed rows, D width, E experts, P sentence pairs, B those of a batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -68,6 +68,36 @@ def observe(
                 drawn_T = torch.rand(len(x_TD), generator=generator) < share
                 sample.setdefault(layer, []).append(x_TD[drawn_T.to(x_TD.device)])
     return Observation(use, {layer: torch.cat(parts) for layer, parts in sample.items()})
+
+
+@torch.inference_mode()
+def most_used(
+    model: Seq2Seq,
+    subwords: Subwords,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    layer: str,
+    experts_per_token: int = 0,
+) -> list[int]:
+    """Return the most-used expert of a MoE layer for each sentence pair; -1 if its tokens have no expert.
+
+    That is the expert with the largest sum of gate values over the sentence's tokens. The model must be in evaluation
+    mode. A decoder layer reads the given targets.
+    """
+    encoded = encode_pairs(subwords, sources, targets)[:2]
+    found_P = torch.full((len(sources),), -1)
+    for batch in eval_batches(*encoded, _BATCH_TOKENS):
+        gate = model.gates(batch.to(model.device), experts_per_token)[layer]
+        rows = batch.source if LayerName.of(layer).side == "encoder" else batch.target
+        sentence_T = rows.cell_N % len(batch.pairs_B)
+        # Empty slots have the number after the last expert.
+        num_experts = gate.sums.count_E.numel()
+        sum_BE = torch.zeros(len(batch.pairs_B), num_experts + 1, dtype=torch.float64)
+        cells = sentence_T[:, None].expand(gate.expert_TK.shape), gate.expert_TK.cpu()
+        sum_BE.index_put_(cells, gate.gates_TK.double().cpu(), accumulate=True)
+        most_B, expert_B = sum_BE[:, :num_experts].max(1)
+        found_P[batch.pairs_B] = torch.where(most_B > 0, expert_B, -1)
+    return found_P.tolist()
 
 
 @contextmanager
