@@ -23,10 +23,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nmt.model.kernels.mixing import mix
+
 # Upper bound of one temporary tensor of the plain form, unless a single expert is larger.
 _BUFFER_BYTES = 256 * 2**20
-
-_MASK = 0xFFFFFFFF
 
 
 class ExpertWeights(NamedTuple):
@@ -187,19 +187,7 @@ def _random_bits(weights: ExpertWeights, part: slice, t: int) -> Tensor:
     """Return numbers of 0 .. 65535 for the weights of some experts in step t, int32."""
     _, inputs, outputs = weights.w_EIO.shape
     expert_E = torch.arange(weights.first + part.start, weights.first + part.stop)
-    of_step = _mix(weights.stream ^ _mix(torch.tensor(t)))
-    key_E = _mix(of_step ^ expert_E)
+    of_step = mix(weights.stream ^ mix(torch.tensor(t)))
+    key_E = mix(of_step ^ expert_E)
     index_IO = torch.arange(inputs * outputs).view(inputs, outputs)
-    return (_mix(index_IO ^ key_E[:, None, None]) >> 16).int().to(weights.w_EIO.device)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """Return a hash of the lower 32 bits of int64 numbers: a bijection whose every bit depends on all bits of x.
-
-    It is "lowbias32" by C. Wellons. Products may overflow 64 bits, which leaves their lower 32 bits right.
-    """
-    x = x ^ (x >> 16)
-    x = (x * 0x7FEB352D) & _MASK
-    x = x ^ (x >> 15)
-    x = (x * 0x846CA68B) & _MASK
-    return x ^ (x >> 16)
+    return (mix(index_IO ^ key_E[:, None, None]) >> 16).int().to(weights.w_EIO.device)
