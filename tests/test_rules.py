@@ -28,7 +28,10 @@ def logits_of(seed: int) -> Tensor:
 
 
 def rules_of(
-    least: list[int] | None = None, prefixes: list[list[int]] | None = None, no_repeat: int = 0, sentences: int = SENTENCES
+    least: list[int] | None = None,
+    prefixes: list[list[int]] | None = None,
+    no_repeat: int = 0,
+    sentences: int = SENTENCES,
 ) -> Rules:
     longest = max(map(len, prefixes)) if prefixes else 0
     padded = [[*prefix, *[PAD] * (longest - len(prefix))] for prefix in prefixes] if prefixes else None
@@ -97,7 +100,7 @@ def test_rules_of_some_of_the_sentences() -> None:
     rules.forbid_(whole, length, history_KBL)
     rules.select(chosen).forbid_(part, length, history_KBL[:, chosen])
     assert torch.equal(part, whole[:, chosen])
-    assert rules.select(chosen).stream_B.tolist() == [3, 0, 2]  # type: ignore[union-attr]
+    assert rules.select(chosen).stream_B.tolist() == [3, 0, 2]
     assert rules.select(chosen).max_length_B.shape == (3,)
 
 

@@ -116,9 +116,7 @@ def test_what_is_forbidden_is_never_drawn() -> None:
 def test_nothing_allowed_has_no_probability() -> None:
     for sampling in WAYS:
         logits_KBV = torch.full((1, 2, VOCAB), NEVER)
-        found = sampling.choose(
-            logits_KBV, torch.zeros(1, 2), rules_for(streams_of(2)), torch.tensor(1), NO_HISTORY
-        )
+        found = sampling.choose(logits_KBV, torch.zeros(1, 2), rules_for(streams_of(2)), torch.tensor(1), NO_HISTORY)
         assert not (found.log_prob_CB > NEVER).any()
 
 

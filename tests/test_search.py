@@ -13,11 +13,11 @@ from torch import Tensor
 
 from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, make_batch, make_rows, source_batch
 from nmt.config import ModelConfig
+from nmt.decoding.rules import Rules
 from nmt.decoding.scoring import score
 from nmt.decoding.search import (
     BeamSettings,
     Choose,
-    Limits,
     StepOutput,
     beam_search,
     coverage_penalty,
@@ -73,15 +73,15 @@ def fake_step(row: Row) -> Callable[[Tensor, FakeState], StepOutput]:
     return step
 
 
-def limits_of(max_lengths: Sequence[int], min_lengths: Sequence[int] | None = None) -> Limits:
+def rules_of(max_lengths: Sequence[int], min_lengths: Sequence[int] | None = None) -> Rules:
     least = [1] * len(max_lengths) if min_lengths is None else list(min_lengths)
-    return Limits(torch.tensor(least), torch.tensor(max_lengths), torch.tensor(FORBIDDEN))
+    return Rules(torch.tensor(least), torch.tensor(max_lengths), torch.tensor(FORBIDDEN))
 
 
 def translate_all(
     row: Row,
     wanted: Sequence[Sequence[bool]],
-    limits: Limits,
+    rules: Rules,
     settings: BeamSettings,
     sentences: Sequence[int] | None = None,
     log: list[int] | None = None,
@@ -90,7 +90,7 @@ def translate_all(
 ) -> list[list[Hypothesis]]:
     ids = list(range(len(wanted))) if sentences is None else list(sentences)
     state = FakeState([(sentence, ()) for sentence in ids] * settings.beam_size, ids, [] if log is None else log)
-    return beam_search(fake_step(row), state, torch.tensor(wanted), limits, settings, choose, look_every)
+    return beam_search(fake_step(row), state, torch.tensor(wanted), rules, settings, choose, look_every)
 
 
 def translate(
@@ -107,7 +107,7 @@ def translate(
     """The best hypothesis of each sentence."""
     settings = BeamSettings(beam, alpha, beta)
     found = translate_all(
-        row, wanted, limits_of(max_lengths), settings, sentences=sentences, log=log, look_every=look_every
+        row, wanted, rules_of(max_lengths), settings, sentences=sentences, log=log, look_every=look_every
     )
     return [best for (best,) in found]
 
@@ -174,7 +174,7 @@ def test_the_best_of_everything_in_order(keep: int, alpha: float, beta: float, s
     """As many as are asked for, or all that there are."""
     wanted, max_lengths = [[True, True, True], [True, False, False]], [4, 2]
     row = random_row(seed)
-    found = translate_all(row, wanted, limits_of(max_lengths), BeamSettings(110, alpha, beta, keep))
+    found = translate_all(row, wanted, rules_of(max_lengths), BeamSettings(110, alpha, beta, keep))
     for b, max_length in enumerate(max_lengths):
         scores = {output: score_of(row, b, output, wanted[b], alpha, beta) for output in complete_outputs(max_length)}
         best = sorted(scores, key=scores.__getitem__, reverse=True)[:keep]
@@ -189,7 +189,7 @@ def test_all_of_a_hypothesis_is_its_own(seed: int, look_every: int, beam: int):
     """However hypotheses changed places and batches shrank: log-probabilities and attention, piece by piece."""
     row, wanted, max_lengths = finish_at_different_times(seed)
     settings = BeamSettings(beam, 0.6, 1.0, keep=beam, attention=True)
-    found = translate_all(row, wanted, limits_of(max_lengths), settings, look_every=look_every)
+    found = translate_all(row, wanted, rules_of(max_lengths), settings, look_every=look_every)
     assert max(map(len, found)) == beam
     for b, hypotheses in enumerate(found):
         assert hypotheses == sorted(hypotheses, key=lambda each: -each.score)
@@ -211,7 +211,7 @@ def test_all_of_a_hypothesis_is_its_own(seed: int, look_every: int, beam: int):
 def test_unfinished_ones_in_order():
     """None can finish; at the greatest length the best of the beam stand in."""
     row, wanted = random_row(1, end=-math.inf), [[True] * 3] * 2
-    found = translate_all(row, wanted, limits_of([2, 3]), BeamSettings(60, 0.2, 0.2, keep=4), look_every=3)
+    found = translate_all(row, wanted, rules_of([2, 3]), BeamSettings(60, 0.2, 0.2, keep=4), look_every=3)
     for b, length in enumerate([2, 3]):
         outputs = itertools.product(range(NUM_SPECIAL, VOCAB), repeat=length)
         scores = sorted((score_of(row, b, output, wanted[b], 0.2, 0.2) for output in outputs), reverse=True)
@@ -222,8 +222,8 @@ def test_unfinished_ones_in_order():
 @pytest.mark.parametrize("beam", [1, 110])
 def test_nothing_ends_before_its_least_length(beam: int):
     row, wanted = random_row(3, end=2.0), [[True] * 3] * 3
-    limits = limits_of([4, 4, 2], [1, 3, 2])
-    found = translate_all(row, wanted, limits, BeamSettings(beam, 0.2, 0.2, keep=beam))
+    rules = rules_of([4, 4, 2], [1, 3, 2])
+    found = translate_all(row, wanted, rules, BeamSettings(beam, 0.2, 0.2, keep=beam))
     for b, (least, most) in enumerate([(1, 4), (3, 4), (2, 2)]):
         lengths = {len(output_of(each)) for each in found[b]}
         assert lengths <= set(range(least, most + 1))
@@ -234,16 +234,16 @@ def test_nothing_ends_before_its_least_length(beam: int):
 def test_another_way_to_choose():
     """Candidates may come from anywhere, such as a draw: here always the least probable word, and EOS at the end."""
 
-    def least_probable(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
+    def least_probable(logits_KBV: Tensor, log_prob_KB: Tensor, rules: Rules, length: Tensor, _: Tensor) -> Candidates:
         log_probs_KBV = logits_KBV.log_softmax(2)
         words_KB = log_probs_KBV[..., NUM_SPECIAL:].argmin(2) + NUM_SPECIAL
-        token_KB = torch.where(length == limits.max_length_B, EOS, words_KB)
+        token_KB = torch.where(length == rules.max_length_B, EOS, words_KB)
         token_log_prob_KB = log_probs_KBV.gather(2, token_KB.unsqueeze(2)).squeeze(2)
         hypothesis_KB = torch.arange(len(token_KB))[:, None].expand_as(token_KB)
         return Candidates(log_prob_KB + token_log_prob_KB, token_log_prob_KB, hypothesis_KB, token_KB)
 
     row, wanted, max_lengths = random_row(4), [[True] * 3] * 2, [4, 2]
-    found = translate_all(row, wanted, limits_of(max_lengths), BeamSettings(1, 0.2, 0.2), choose=least_probable)
+    found = translate_all(row, wanted, rules_of(max_lengths), BeamSettings(1, 0.2, 0.2), choose=least_probable)
     for b, (best,) in enumerate(found):
         output: Prefix = ()
         while len(output) < max_lengths[b] - 1:
@@ -258,7 +258,7 @@ def test_without_a_finite_output_there_is_no_hypothesis(value: float):
         logits_V, attention_S = random_row(1)(sentence, prefix)
         return logits_V * (value if sentence == 1 else 1.0), attention_S
 
-    found = translate_all(row, [[True] * 3] * 3, limits_of([3, 2, 3]), BeamSettings(4, 0.2, 0.2, keep=2))
+    found = translate_all(row, [[True] * 3] * 3, rules_of([3, 2, 3]), BeamSettings(4, 0.2, 0.2, keep=2))
     assert [bool(each) for each in found] == [True, False, True]
 
 
@@ -269,7 +269,7 @@ def test_a_sentence_whose_every_continuation_is_forbidden_ends_early():
         assert len(prefix) == 1
         return np.where(np.arange(VOCAB) == EOS, 0.0, -math.inf), np.array([1.0])
 
-    assert translate_all(row, [[True]], limits_of([9], [2]), BeamSettings(2, 0.2, 0.2)) == [[]]
+    assert translate_all(row, [[True]], rules_of([9], [2]), BeamSettings(2, 0.2, 0.2)) == [[]]
 
 
 @pytest.mark.parametrize("beam", [1, 2, 3, 5, 8])
@@ -527,7 +527,7 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         wanted_BS = torch.arange(rows.num_positions) < length_B[:, None]
         state = NetworkState(memory, None)
         settings = BeamSettings(110, alpha, beta, keep=3, attention=True)
-        found = beam_search(step, state, wanted_BS, limits_of(max_lengths), settings)
+        found = beam_search(step, state, wanted_BS, rules_of(max_lengths), settings)
         for b, max_length in enumerate(max_lengths):
             row_b, wanted = cache(row), [True] * len(memory.padding_SB[: length_B[b]])
             scores = {o: score_of(row_b, b, o, wanted, alpha, beta) for o in complete_outputs(max_length)}

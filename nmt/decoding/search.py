@@ -4,13 +4,18 @@
 
 The paper leaves three choices open. Here, |Y| counts the end-of-sentence token. The attention of a source position
 counts as at least 1e-6, as log 0 would forbid the hypothesis. The caller selects the source positions to be covered.
-GNMT's two pruning margins are not used: the search returns the best of all finished hypotheses.
+
+GNMT prunes by one margin in two ways, and the paper is not clear about the scores that it compares. Here, a candidate
+is dropped if its log P is more than the margin below that of the best candidate of its sentence. Once a hypothesis has
+finished, a finished one is dropped if its score is more than the margin below the best score, and an unfinished one if
+its log P / lp is. The latter leaves out cp, which rises as more of the source is covered. A margin of 0 drops nothing:
+then the search returns the best of all finished hypotheses.
 
 The loop keeps the model's state, the last subword of each hypothesis and the best scores. It writes a `Trace` at each
 position, and never reads it again. At the end, nmt/decoding/trace.py follows the traces back from the best ends.
 
-Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, F subwords that are never output,
-S source positions, N finished hypotheses to return.
+Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, S source positions,
+L subwords of the longest translation, N finished hypotheses to return.
 """
 
 from collections.abc import Callable
@@ -19,11 +24,11 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS
+from nmt.batch import BOS, EOS, PAD
+from nmt.decoding.rules import NEVER, Rules, drop_distant
 from nmt.decoding.trace import Candidates, Hypothesis, Stretch, Trace, follow_back
 from nmt.model.kernels import top_k as kernel
 
-_NEVER = float("-inf")
 _LEAST_COVERAGE = 1.0e-6
 # On a GPU, the host checks which sentences are done at every 4th position only, as a check waits for the GPU.
 _LOOK_EVERY = 4
@@ -50,23 +55,6 @@ class StepOutput(NamedTuple):
     state: Any  # a SearchState
 
 
-class Limits(NamedTuple):
-    """Limits of the output. Lengths are int64 and count EOS."""
-
-    min_length_B: Tensor  # at least 1; EOS is not allowed at a smaller length
-    max_length_B: Tensor  # at least 1
-    forbidden_F: Tensor  # int64, subwords that are never output
-
-    def forbid_(self, logits_KBV: Tensor, length: Tensor) -> None:
-        """Set to minus infinity, in place, the logits of subwords not allowed as number `length` (from 1)."""
-        logits_KBV.index_fill_(2, self.forbidden_F, _NEVER)
-        logits_KBV[:, :, EOS].masked_fill_(length < self.min_length_B, _NEVER)
-
-    def select(self, sentences_B: Tensor) -> "Limits":
-        """Return the limits of these sentences."""
-        return Limits(self.min_length_B[sentences_B], self.max_length_B[sentences_B], self.forbidden_F)
-
-
 class BeamSettings(NamedTuple):
     """Settings of the search: beam size, scores, and results."""
 
@@ -77,12 +65,14 @@ class BeamSettings(NamedTuple):
     """Number of hypotheses to return per sentence; at most `beam_size`."""
     attention: bool = False
     """True to return the attention of hypotheses."""
+    margin: float = 0.0
+    """GNMT's pruning margin, in nats; 0: no pruning."""
 
 
-Choose = Callable[[Tensor, Tensor, Limits, Tensor], Candidates]
-"""choose(logits_KBV, log_prob_KB, limits, length) returns candidates for subword number `length` (from 1, a scalar on
-the device) of the hypotheses. It may overwrite the logits. There are at least K candidates per sentence. Of these, only
-the first K can end a hypothesis."""
+Choose = Callable[[Tensor, Tensor, Rules, Tensor, Tensor], Candidates]
+"""choose(logits_KBV, log_prob_KB, rules, length, history_KBL) returns candidates for subword number `length` (from 1, a
+scalar on the device) of the hypotheses. It may overwrite the logits. There are at least K candidates per sentence. Of
+these, only the first K can end a hypothesis."""
 
 
 class Beam(NamedTuple):
@@ -92,6 +82,7 @@ class Beam(NamedTuple):
     previous_KB: Tensor  # int64, the last subword of each hypothesis
     log_prob_KB: Tensor  # float32, highest first; -inf where there is no hypothesis
     coverage_KBS: Tensor  # float32, summed attention
+    history_KBL: Tensor  # int64, the subwords so far, then PAD; L is 0 if no rule reads them
     best_NB: Tensor  # float32, the highest scores of finished hypotheses, highest first; -inf where there is none
     count_B: Tensor  # int64, number of finished hypotheses so far
     done_B: Tensor  # bool, True if the result of the sentence cannot change any more
@@ -109,13 +100,13 @@ def coverage_penalty(coverage: Tensor, wanted: Tensor, beta: float) -> Tensor:
     return beta * log_coverage.masked_fill(~wanted, 0.0).sum(-1)
 
 
-def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, limits: Limits, length: Tensor) -> Candidates:
+def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, rules: Rules, length: Tensor, history_KBL: Tensor) -> Candidates:
     """Return the 2 K most probable continuations per sentence; a `Choose`. Even if K of them end, K others remain."""
     beam_size, sentences, _ = logits_KBV.shape
     # The best 2 K of each hypothesis include the best 2 K of all, so no log-softmax over the vocabulary is written.
     logits_RV = logits_KBV.flatten(0, 1)
     normaliser_R1 = kernel.log_sum_exp(logits_RV).unsqueeze(1)
-    limits.forbid_(logits_KBV, length)
+    rules.forbid_(logits_KBV, length, history_KBL)
     top = kernel.top_k(logits_RV, 2 * beam_size)
     token_log_prob_KBJ = (top.values_RK.float() - normaliser_R1).unflatten(0, (beam_size, sentences))
     token_KBJ = top.indexes_RK.view_as(token_log_prob_KBJ)
@@ -138,7 +129,7 @@ def beam_search(
     step: Callable[[Tensor, Any], StepOutput],
     state: SearchState,
     wanted_BS: Tensor,
-    limits: Limits,
+    rules: Rules,
     settings: BeamSettings,
     choose: Choose = top_k,
     look_every: int = 0,
@@ -155,13 +146,13 @@ def beam_search(
     The host checks which sentences are done at every `look_every`th position; 0: as often as is best for the device.
     This does not change results.
     """
-    max_lengths: list[int] = limits.max_length_B.tolist()
+    max_lengths: list[int] = rules.max_length_B.tolist()
     look_every = look_every or (1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY)
-    beam = _first_beam(state, wanted_BS, settings)
+    beam = _first_beam(state, wanted_BS, max(max_lengths) if rules.no_repeat else 0, settings)
     stretches = [Stretch(list(range(len(max_lengths))), [])]
     for length in range(1, max(max_lengths) + 1):
         output = step(beam.previous_KB, beam.state)
-        beam, trace = _advance(beam, output, wanted_BS, limits, settings, choose)
+        beam, trace = _advance(beam, output, wanted_BS, rules, settings, choose)
         stretches[-1].traces.append(trace)
         if length % look_every:
             continue
@@ -170,22 +161,26 @@ def beam_search(
             break
         if 2 * num_done >= columns:
             going_B = (~beam.done_B).nonzero().squeeze(1)
-            beam, limits, wanted_BS = _shrink(beam, going_B), limits.select(going_B), wanted_BS[going_B]
+            beam, rules, wanted_BS = _shrink(beam, going_B), rules.select(going_B), wanted_BS[going_B]
             stretches.append(Stretch([stretches[-1].sentences[column] for column in going_B.tolist()], []))
-    return follow_back(stretches, max_lengths, settings.keep)
+    found = follow_back(stretches, max_lengths, settings.keep)
+    if not settings.margin:
+        return found
+    return [[each for each in ranked if each.score >= ranked[0].score - settings.margin] for ranked in found]
 
 
-def _first_beam(state: SearchState, wanted_BS: Tensor, settings: BeamSettings) -> Beam:
+def _first_beam(state: SearchState, wanted_BS: Tensor, longest: int, settings: BeamSettings) -> Beam:
     """Return the beam at the start: one empty hypothesis per sentence, and log-probability -inf for all others."""
     device, (sentences, sources) = wanted_BS.device, wanted_BS.shape
-    log_prob_KB = torch.full((settings.beam_size, sentences), _NEVER, device=device)
+    log_prob_KB = torch.full((settings.beam_size, sentences), NEVER, device=device)
     log_prob_KB[0] = 0.0
     return Beam(
         state=state,
         previous_KB=torch.full((settings.beam_size, sentences), BOS, device=device),
         log_prob_KB=log_prob_KB,
         coverage_KBS=torch.zeros(settings.beam_size, sentences, sources, device=device),
-        best_NB=torch.full((settings.keep, sentences), _NEVER, device=device),
+        history_KBL=torch.full((settings.beam_size, sentences, longest), PAD, device=device),
+        best_NB=torch.full((settings.keep, sentences), NEVER, device=device),
         count_B=torch.zeros(sentences, dtype=torch.int64, device=device),
         done_B=torch.zeros(sentences, dtype=torch.bool, device=device),
         length=torch.zeros((), dtype=torch.int64, device=device),
@@ -193,38 +188,49 @@ def _first_beam(state: SearchState, wanted_BS: Tensor, settings: BeamSettings) -
 
 
 def _advance(
-    beam: Beam, output: StepOutput, wanted_BS: Tensor, limits: Limits, settings: BeamSettings, choose: Choose
+    beam: Beam, output: StepOutput, wanted_BS: Tensor, rules: Rules, settings: BeamSettings, choose: Choose
 ) -> tuple[Beam, Trace]:
     """Return the beam after one more position, and the trace of that position."""
     beam_size, sentences = beam.log_prob_KB.shape
     length = beam.length + 1
-    found = choose(output.logits_KBV, beam.log_prob_KB, limits, length)
+    found = choose(output.logits_KBV, beam.log_prob_KB, rules, length, beam.history_KBL)
+    log_prob_CB = found.log_prob_CB
+    if settings.margin:
+        log_prob_CB = drop_distant(log_prob_CB, log_prob_CB.amax(0), settings.margin)
     # The coverage of a candidate is that of the hypothesis it continues, as its own subword has not attended yet.
     coverage_KBS = beam.coverage_KBS + output.attention_KBS.float()
     penalty_KB = coverage_penalty(coverage_KBS, wanted_BS, settings.beta)
-    score_CB = found.log_prob_CB / length_penalty(length, settings.alpha) + penalty_KB.gather(0, found.hypothesis_CB)
-    ends_CB = (found.token_CB == EOS) & (found.log_prob_CB > _NEVER)
+    normalised_CB = log_prob_CB / length_penalty(length, settings.alpha)
+    score_CB = normalised_CB + penalty_KB.gather(0, found.hypothesis_CB)
+    ends_CB = (found.token_CB == EOS) & (log_prob_CB > NEVER)
 
     # Candidates that end count only if they are among the best K.
     finished_KB = ends_CB[:beam_size] & ~beam.done_B
-    finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, _NEVER)
+    finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, NEVER)
     best_NB = torch.cat([beam.best_NB, finished_score_KB]).topk(settings.keep, dim=0).values
     count_B = beam.count_B + finished_KB.sum(0)
 
     # The best K of those that do not end remain in the beam.
-    log_prob_KB, pick_KB = found.log_prob_CB.masked_fill(ends_CB, _NEVER).topk(beam_size, dim=0)
+    gone_CB = ends_CB | (normalised_CB < best_NB[0] - settings.margin) if settings.margin else ends_CB
+    log_prob_KB, pick_KB = log_prob_CB.masked_fill(gone_CB, NEVER).topk(beam_size, dim=0)
     parent_KB = found.hypothesis_CB.gather(0, pick_KB)
     columns_KB = parent_KB * sentences + torch.arange(sentences, device=parent_KB.device)
 
-    hopeless_B = best_NB[-1] >= log_prob_KB[0] / length_penalty(limits.max_length_B, settings.alpha)
+    hopeless_B = best_NB[-1] >= log_prob_KB[0] / length_penalty(rules.max_length_B, settings.alpha)
+    token_KB = found.token_CB.gather(0, pick_KB)
+    history_KBL = beam.history_KBL
+    if history_KBL.shape[2]:
+        history_KBL = history_KBL.flatten(0, 1).index_select(0, columns_KB.flatten()).view_as(history_KBL)
+        history_KBL.index_copy_(2, beam.length.view(1), token_KB.unsqueeze(2))
     after = Beam(
         state=output.state.select(columns_KB.flatten()),
-        previous_KB=found.token_CB.gather(0, pick_KB),
+        previous_KB=token_KB,
         log_prob_KB=log_prob_KB,
         coverage_KBS=coverage_KBS.flatten(0, 1).index_select(0, columns_KB.flatten()).view_as(coverage_KBS),
+        history_KBL=history_KBL,
         best_NB=best_NB,
         count_B=count_B,
-        done_B=beam.done_B | (limits.max_length_B <= length) | (count_B >= beam_size) | hopeless_B,
+        done_B=beam.done_B | (rules.max_length_B <= length) | (count_B >= beam_size) | hopeless_B,
         length=length,
     )
     attention_KBS = output.attention_KBS if settings.attention else None
@@ -240,6 +246,7 @@ def _shrink(beam: Beam, going_B: Tensor) -> Beam:
         previous_KB=beam.previous_KB[:, going_B],
         log_prob_KB=beam.log_prob_KB[:, going_B],
         coverage_KBS=beam.coverage_KBS[:, going_B],
+        history_KBL=beam.history_KBL[:, going_B],
         best_NB=beam.best_NB[:, going_B],
         count_B=beam.count_B[going_B],
         done_B=beam.done_B[going_B],

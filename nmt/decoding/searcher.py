@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from nmt.batch import source_batch
-from nmt.decoding.search import BeamSettings, Limits, StepOutput, beam_search
+from nmt.decoding.rules import Rules
+from nmt.decoding.search import BeamSettings, StepOutput, beam_search
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options
 from nmt.device import shortage_told
@@ -105,7 +106,7 @@ class Searcher:
             _State(memory, None),
             # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
             wanted_BS=(position_S1 < rows.length_B - 1).T,
-            limits=Limits(torch.ones_like(longest_B), longest_B, self._forbidden_F),
+            rules=Rules(torch.ones_like(longest_B), longest_B, self._forbidden_F),
             settings=BeamSettings(
                 options.beam_size, options.alpha, options.beta, options.n_best, attention=options.attention
             ),
