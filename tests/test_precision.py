@@ -80,7 +80,7 @@ def outputs(model: Seq2Seq, batch: Batch) -> list[Tensor]:
     """All that a pass makes but the logits, and the summed loss of its pairs."""
     encoded, gates = model.encode(batch.source_N, batch.source)
     x_ND, more = model.decode(batch.target_in_N, batch.target, encoded)
-    first = model.step(torch.full((batch.num_sentences,), BOS), model.memory(encoded))
+    first = model.step(torch.full((batch.num_sentences,), BOS), model.memory(encoded), model.start(batch.num_sentences))
     chosen = [part for gate in (gates | more | first.gates).values() for part in gate[:2]]
     return [*model.memory(encoded), x_ND, first.x_RD, first.weights_RS, *chosen, model(batch).nll]
 
@@ -143,7 +143,7 @@ def test_the_copy_is_written_in_place_after_a_step(model: Seq2Seq) -> None:
 def test_a_decoded_position_casts_no_weight(model: Seq2Seq) -> None:
     copy = WorkingWeights(model, CPU, BF16).model
     memory = copy.memory(copy.encode(*source_batch([np.array([5, 7]), np.array([6])]))[0])
-    state = None
+    state = copy.start(2)
     with Casts(copy) as casts:
         for token in (4, 9):
             decoded = copy.step(torch.full((2,), token), memory, state)

@@ -46,12 +46,13 @@ class FakeState:
     sentences: list[int]
     log: list[int]  # sentences left after each shrink
 
-    def select(self, columns_R: Tensor) -> "FakeState":
-        return FakeState([self.columns[column] for column in columns_R.tolist()], self.sentences, self.log)
+    def take_(self, after: "FakeState", columns_R: Tensor) -> None:
+        self.columns = [after.columns[column] for column in columns_R.tolist()]
 
-    def shrink(self, sentences_B: Tensor) -> "FakeState":
+    def shrink(self, columns_R: Tensor, sentences_B: Tensor) -> "FakeState":
         self.log.append(len(sentences_B))
-        return FakeState(self.columns, [self.sentences[b] for b in sentences_B.tolist()], self.log)
+        columns = [self.columns[column] for column in columns_R.tolist()]
+        return FakeState(columns, [self.sentences[b] for b in sentences_B.tolist()], self.log)
 
 
 def fake_step(row: Row) -> Callable[[Tensor, FakeState], StepOutput]:
@@ -86,7 +87,7 @@ def translate_all(
     sentences: Sequence[int] | None = None,
     log: list[int] | None = None,
     choose: Choose = top_k,
-    look_every: int = 0,
+    look_every: int = 1,
 ) -> list[list[Hypothesis]]:
     ids = list(range(len(wanted))) if sentences is None else list(sentences)
     state = FakeState([(sentence, ()) for sentence in ids] * settings.beam_size, ids, [] if log is None else log)
@@ -102,7 +103,7 @@ def translate(
     beta: float = 0.2,
     sentences: Sequence[int] | None = None,
     log: list[int] | None = None,
-    look_every: int = 0,
+    look_every: int = 1,
 ) -> list[Hypothesis]:
     """The best hypothesis of each sentence."""
     settings = BeamSettings(beam, alpha, beta)
@@ -481,14 +482,13 @@ class NetworkState:
     """The real network behind the search."""
 
     memory: Memory
-    decoder: DecoderState | None
+    decoder: DecoderState
 
-    def select(self, columns_R: Tensor) -> "NetworkState":
-        assert self.decoder is not None
-        return NetworkState(self.memory, self.decoder.select(columns_R))
+    def take_(self, after: DecoderState, columns_R: Tensor) -> None:
+        self.decoder.take_(after, columns_R)
 
-    def shrink(self, sentences_B: Tensor) -> "NetworkState":
-        return NetworkState(self.memory.select(sentences_B), self.decoder)
+    def shrink(self, columns_R: Tensor, sentences_B: Tensor) -> "NetworkState":
+        return NetworkState(self.memory.select(sentences_B), self.decoder.select(columns_R))
 
 
 @pytest.mark.parametrize("wiring", ["parallel", "feedback"])
@@ -504,8 +504,7 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         out = model.step(previous_KB.flatten(), state.memory, state.decoder)
         logits_RV = model.logits(out.x_RD)
         shape = previous_KB.shape
-        after = NetworkState(state.memory, out.state)
-        return StepOutput(logits_RV.unflatten(0, shape), out.weights_RS.unflatten(0, shape), after)
+        return StepOutput(logits_RV.unflatten(0, shape), out.weights_RS.unflatten(0, shape), out.state)
 
     def row(sentence: int, prefix: Prefix) -> tuple[np.ndarray, np.ndarray]:
         encoded, _ = model.encode(*source_batch([sources[sentence]]))
@@ -514,7 +513,8 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         return model.logits(x_ND[-1]).numpy(), attention_to(sentence, prefix)[-1]
 
     def attention_to(sentence: int, prefix: Prefix) -> np.ndarray:
-        memory, state, weights = model.memory(model.encode(*source_batch([sources[sentence]]))[0]), None, []
+        memory, state = model.memory(model.encode(*source_batch([sources[sentence]]))[0]), model.start(1)
+        weights = []
         for token in prefix:
             out = model.step(torch.tensor([token]), memory, state)
             state = out.state
@@ -525,8 +525,8 @@ def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., Mo
         source_N, rows = source_batch(sources)
         memory, length_B = model.memory(model.encode(source_N, rows)[0]), rows.length_B
         wanted_BS = torch.arange(rows.num_positions) < length_B[:, None]
-        state = NetworkState(memory, None)
         settings = BeamSettings(110, alpha, beta, keep=3, attention=True)
+        state = NetworkState(memory, model.start(110 * len(sources)))
         found = beam_search(step, state, wanted_BS, rules_of(max_lengths), settings)
         for b, max_length in enumerate(max_lengths):
             row_b, wanted = cache(row), [True] * len(memory.padding_SB[: length_B[b]])

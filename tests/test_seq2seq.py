@@ -47,7 +47,7 @@ def stepwise(model: Seq2Seq, target_TR: Tensor, memory: Memory) -> list[DecoderO
     """Outputs of decoding one position at a time."""
     outputs: list[DecoderOutput] = []
     for target_R in target_TR:
-        outputs.append(model.step(target_R, memory, outputs[-1].state if outputs else None))
+        outputs.append(model.step(target_R, memory, outputs[-1].state if outputs else model.start(len(target_R))))
     return outputs
 
 

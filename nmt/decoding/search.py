@@ -11,8 +11,8 @@ finished, a finished one is dropped if its score is more than the margin below t
 its log P / lp is. The latter leaves out cp, which rises as more of the source is covered. A margin of 0 drops nothing:
 then the search returns the best of all finished hypotheses.
 
-The loop keeps the model's state, the last subword of each hypothesis and the best scores. It writes a `Trace` at each
-position, and never reads it again. At the end, nmt/decoding/trace.py follows the traces back from the best ends.
+The loop keeps the model's state, the last subword of each hypothesis and the best scores. It writes each position into
+a `Record`, and never reads it again. At the end, nmt/decoding/trace.py follows the record back from the best ends.
 
 Letters: B sentences, K hypotheses (the beam), C candidates (2 K), V vocabulary, S source positions,
 L subwords of the longest translation, N finished hypotheses to return.
@@ -26,25 +26,20 @@ from torch import Tensor
 
 from nmt.batch import BOS, EOS, PAD
 from nmt.decoding.rules import NEVER, Rules, drop_distant
-from nmt.decoding.trace import Candidates, Hypothesis, Stretch, Trace, follow_back
+from nmt.decoding.trace import Candidates, Hypothesis, Stretch, empty_record, follow_back
 from nmt.model.kernels import top_k as kernel
 
 _LEAST_COVERAGE = 1.0e-6
-# On a GPU, the host checks which sentences are done at every 4th position only, as a check waits for the GPU.
-_LOOK_EVERY = 4
 
 
 class SearchState(Protocol):
-    """State of the model between positions, for K x B columns (column k * B + b)."""
+    """State of the model between positions, for K x B columns (column k * B + b). A search changes it in place."""
 
-    def select(self, columns_R: Tensor) -> Self:
-        """Return the state with these columns, those of the remaining hypotheses."""
+    def take_(self, after: Any, columns_R: Tensor) -> None:
+        """Become `after`, the state after a position, with these columns: those that the hypotheses continue."""
 
-    def shrink(self, sentences_B: Tensor) -> Self:
-        """Return the state with its tensors per sentence, such as the encoded source, reduced to these sentences.
-
-        The columns are reduced by a call of `select` before.
-        """
+    def shrink(self, columns_R: Tensor, sentences_B: Tensor) -> Self:
+        """Return a new state of these columns and sentences, such as the encoded source of each."""
 
 
 class StepOutput(NamedTuple):
@@ -52,7 +47,11 @@ class StepOutput(NamedTuple):
 
     logits_KBV: Tensor  # the search overwrites them
     attention_KBS: Tensor  # over source positions
-    state: Any  # a SearchState
+    state: Any  # after the position; `SearchState.take_` takes it
+
+
+Step = Callable[[Tensor, Any], StepOutput]
+"""step(previous_KB, state) runs the model for one position."""
 
 
 class BeamSettings(NamedTuple):
@@ -78,7 +77,7 @@ these, only the first K can end a hypothesis."""
 class Beam(NamedTuple):
     """State of the search between two positions, all on the device, so that no position waits for the host."""
 
-    state: Any
+    state: Any  # a SearchState
     previous_KB: Tensor  # int64, the last subword of each hypothesis
     log_prob_KB: Tensor  # float32, highest first; -inf where there is no hypothesis
     coverage_KBS: Tensor  # float32, summed attention
@@ -108,7 +107,7 @@ def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, rules: Rules, length: Tensor,
     normaliser_R1 = kernel.log_sum_exp(logits_RV).unsqueeze(1)
     rules.forbid_(logits_KBV, length, history_KBL)
     top = kernel.top_k(logits_RV, 2 * beam_size)
-    token_log_prob_KBJ = (top.values_RK.float() - normaliser_R1).unflatten(0, (beam_size, sentences))
+    token_log_prob_KBJ = (top.values_RK - normaliser_R1).float().unflatten(0, (beam_size, sentences))
     token_KBJ = top.indexes_RK.view_as(token_log_prob_KBJ)
     each = token_log_prob_KBJ.shape[2]
     total_BX = _by_sentence(log_prob_KB.unsqueeze(2) + token_log_prob_KBJ)
@@ -125,14 +124,124 @@ def _by_sentence(values_KBJ: Tensor) -> Tensor:
     return values_KBJ.transpose(0, 1).flatten(1)
 
 
+class Search:
+    """A search for B sentences, in tensors that keep their places: a position can be recorded in a CUDA graph."""
+
+    def __init__(
+        self,
+        step: Step,
+        beam: Beam,
+        wanted_BS: Tensor,
+        rules: Rules,
+        settings: BeamSettings,
+        choose: Choose,
+        most: int,
+    ) -> None:
+        """Keep the search as it stands before its next position; `most` is the greatest length of all sentences."""
+        self.step, self.beam, self.settings, self.choose = step, beam, settings, choose
+        self.wanted_BS, self.rules, self.most = wanted_BS, rules, most
+        attention = beam.coverage_KBS if settings.attention else None
+        self.record = empty_record(most, beam.log_prob_KB, attention)
+        self.column_B = torch.arange(beam.done_B.numel(), device=beam.done_B.device)
+
+    @classmethod
+    def begin(
+        cls,
+        step: Step,
+        state: SearchState,
+        wanted_BS: Tensor,
+        rules: Rules,
+        settings: BeamSettings,
+        choose: Choose,
+        most: int,
+    ) -> "Search":
+        """Return a search before its first position: one empty hypothesis per sentence, and none else."""
+        device, (sentences, sources) = wanted_BS.device, wanted_BS.shape
+        log_prob_KB = torch.full((settings.beam_size, sentences), NEVER, device=device)
+        log_prob_KB[0] = 0.0
+        history = most if rules.no_repeat else 0
+        beam = Beam(
+            state=state,
+            previous_KB=torch.full((settings.beam_size, sentences), BOS, device=device),
+            log_prob_KB=log_prob_KB,
+            coverage_KBS=torch.zeros(settings.beam_size, sentences, sources, device=device),
+            history_KBL=torch.full((settings.beam_size, sentences, history), PAD, device=device),
+            best_NB=torch.full((settings.keep, sentences), NEVER, device=device),
+            count_B=torch.zeros(sentences, dtype=torch.int64, device=device),
+            done_B=torch.zeros(sentences, dtype=torch.bool, device=device),
+            length=torch.zeros((), dtype=torch.int64, device=device),
+        )
+        return cls(step, beam, wanted_BS, rules, settings, choose, most)
+
+    def advance(self) -> None:
+        """Extend the hypotheses by one position."""
+        beam, settings, rules = self.beam, self.settings, self.rules
+        beam_size, sentences = beam.log_prob_KB.shape
+        output = self.step(beam.previous_KB, beam.state)
+        position = beam.length.clone()
+        beam.length.add_(1)
+        found = self.choose(output.logits_KBV, beam.log_prob_KB, rules, beam.length, beam.history_KBL)
+        log_prob_CB = found.log_prob_CB
+        if settings.margin:
+            log_prob_CB = drop_distant(log_prob_CB, log_prob_CB.amax(0), settings.margin)
+        # The coverage of a candidate is that of the hypothesis it continues, as its own subword has not attended yet.
+        attention_KBS = output.attention_KBS.float()
+        coverage_KBS = beam.coverage_KBS + attention_KBS
+        penalty_KB = coverage_penalty(coverage_KBS, self.wanted_BS, settings.beta)
+        normalised_CB = log_prob_CB / length_penalty(beam.length, settings.alpha)
+        score_CB = normalised_CB + penalty_KB.gather(0, found.hypothesis_CB)
+        ends_CB = (found.token_CB == EOS) & (log_prob_CB > NEVER)
+
+        # Candidates that end count only if they are among the best K.
+        finished_KB = ends_CB[:beam_size] & ~beam.done_B
+        finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, NEVER)
+        beam.best_NB.copy_(torch.cat([beam.best_NB, finished_score_KB]).topk(settings.keep, dim=0).values)
+        beam.count_B.add_(finished_KB.sum(0))
+
+        # The best K of those that do not end remain in the beam.
+        gone_CB = ends_CB | (normalised_CB < beam.best_NB[0] - settings.margin) if settings.margin else ends_CB
+        log_prob_KB, pick_KB = log_prob_CB.masked_fill(gone_CB, NEVER).topk(beam_size, dim=0)
+        columns_R = (found.hypothesis_CB.gather(0, pick_KB) * sentences + self.column_B).flatten()
+        hopeless_B = beam.best_NB[-1] >= log_prob_KB[0] / length_penalty(rules.max_length_B, settings.alpha)
+        beam.done_B.logical_or_((rules.max_length_B <= beam.length) | (beam.count_B >= beam_size) | hopeless_B)
+
+        self.record.write_(position, found, score_CB, finished_KB, pick_KB, attention_KBS)
+        beam.state.take_(output.state, columns_R)
+        torch.gather(found.token_CB, 0, pick_KB, out=beam.previous_KB)
+        beam.log_prob_KB.copy_(log_prob_KB)
+        torch.index_select(coverage_KBS.flatten(0, 1), 0, columns_R, out=beam.coverage_KBS.flatten(0, 1))
+        if beam.history_KBL.shape[2]:
+            beam.history_KBL.copy_(beam.history_KBL.flatten(0, 1)[columns_R].view_as(beam.history_KBL))
+            beam.history_KBL.index_copy_(2, position.view(1), beam.previous_KB.unsqueeze(2))
+
+    def shrink(self, going_B: Tensor) -> "Search":
+        """Return the search for these sentences alone, so that finished sentences take no more time."""
+        beam, device = self.beam, going_B.device
+        beam_size, sentences = beam.log_prob_KB.shape
+        offset_K1 = torch.arange(beam_size, device=device)[:, None] * sentences
+        smaller = Beam(
+            state=beam.state.shrink((offset_K1 + going_B).flatten(), going_B),
+            previous_KB=beam.previous_KB[:, going_B],
+            log_prob_KB=beam.log_prob_KB[:, going_B],
+            coverage_KBS=beam.coverage_KBS[:, going_B],
+            history_KBL=beam.history_KBL[:, going_B],
+            best_NB=beam.best_NB[:, going_B],
+            count_B=beam.count_B[going_B],
+            done_B=beam.done_B[going_B],
+            length=beam.length.clone(),
+        )
+        wanted_BS, rules = self.wanted_BS[going_B], self.rules.select(going_B)
+        return Search(self.step, smaller, wanted_BS, rules, self.settings, self.choose, self.most)
+
+
 def beam_search(
-    step: Callable[[Tensor, Any], StepOutput],
+    step: Step,
     state: SearchState,
     wanted_BS: Tensor,
     rules: Rules,
     settings: BeamSettings,
     choose: Choose = top_k,
-    look_every: int = 0,
+    look_every: int = 1,
 ) -> list[list[Hypothesis]]:
     """Return the translations with the best scores for each of B sentences, best first; a beam of 1 is greedy search.
 
@@ -143,112 +252,30 @@ def beam_search(
     `keep` finished hypotheses, or fewer if fewer finished. If none finished, it has the best unfinished ones. If the
     model's outputs were never finite, it has none.
 
-    The host checks which sentences are done at every `look_every`th position; 0: as often as is best for the device.
-    This does not change results.
+    The host checks which sentences are done at every `look_every`th position. This does not change results.
     """
     max_lengths: list[int] = rules.max_length_B.tolist()
-    look_every = look_every or (1 if wanted_BS.device.type == "cpu" else _LOOK_EVERY)
-    beam = _first_beam(state, wanted_BS, max(max_lengths) if rules.no_repeat else 0, settings)
-    stretches = [Stretch(list(range(len(max_lengths))), [])]
-    for length in range(1, max(max_lengths) + 1):
-        output = step(beam.previous_KB, beam.state)
-        beam, trace = _advance(beam, output, wanted_BS, rules, settings, choose)
-        stretches[-1].traces.append(trace)
+    search = Search.begin(step, state, wanted_BS, rules, settings, choose, max(max_lengths))
+    sentences, first, stretches = list(range(len(max_lengths))), 0, []
+    for length in range(1, search.most + 1):
+        search.advance()
         if length % look_every:
             continue
-        num_done, columns = int(beam.done_B.sum()), len(stretches[-1].sentences)
-        if num_done == columns:
+        num_done = int(search.beam.done_B.sum())
+        if num_done == len(sentences):
             break
-        if 2 * num_done >= columns:
-            going_B = (~beam.done_B).nonzero().squeeze(1)
-            beam, rules, wanted_BS = _shrink(beam, going_B), rules.select(going_B), wanted_BS[going_B]
-            stretches.append(Stretch([stretches[-1].sentences[column] for column in going_B.tolist()], []))
+        if 2 * num_done >= len(sentences):
+            stretches.append(Stretch(sentences, search.record.part(first, length)))
+            going_B = (~search.beam.done_B).nonzero().squeeze(1)
+            search, first = search.shrink(going_B), length
+            sentences = [sentences[column] for column in going_B.tolist()]
+    stretches.append(Stretch(sentences, search.record.part(first, length)))
+    return best_of(stretches, max_lengths, settings)
+
+
+def best_of(stretches: list[Stretch], max_lengths: list[int], settings: BeamSettings) -> list[list[Hypothesis]]:
+    """Return the results of `beam_search` from the records of a search."""
     found = follow_back(stretches, max_lengths, settings.keep)
     if not settings.margin:
         return found
     return [[each for each in ranked if each.score >= ranked[0].score - settings.margin] for ranked in found]
-
-
-def _first_beam(state: SearchState, wanted_BS: Tensor, longest: int, settings: BeamSettings) -> Beam:
-    """Return the beam at the start: one empty hypothesis per sentence, and log-probability -inf for all others."""
-    device, (sentences, sources) = wanted_BS.device, wanted_BS.shape
-    log_prob_KB = torch.full((settings.beam_size, sentences), NEVER, device=device)
-    log_prob_KB[0] = 0.0
-    return Beam(
-        state=state,
-        previous_KB=torch.full((settings.beam_size, sentences), BOS, device=device),
-        log_prob_KB=log_prob_KB,
-        coverage_KBS=torch.zeros(settings.beam_size, sentences, sources, device=device),
-        history_KBL=torch.full((settings.beam_size, sentences, longest), PAD, device=device),
-        best_NB=torch.full((settings.keep, sentences), NEVER, device=device),
-        count_B=torch.zeros(sentences, dtype=torch.int64, device=device),
-        done_B=torch.zeros(sentences, dtype=torch.bool, device=device),
-        length=torch.zeros((), dtype=torch.int64, device=device),
-    )
-
-
-def _advance(
-    beam: Beam, output: StepOutput, wanted_BS: Tensor, rules: Rules, settings: BeamSettings, choose: Choose
-) -> tuple[Beam, Trace]:
-    """Return the beam after one more position, and the trace of that position."""
-    beam_size, sentences = beam.log_prob_KB.shape
-    length = beam.length + 1
-    found = choose(output.logits_KBV, beam.log_prob_KB, rules, length, beam.history_KBL)
-    log_prob_CB = found.log_prob_CB
-    if settings.margin:
-        log_prob_CB = drop_distant(log_prob_CB, log_prob_CB.amax(0), settings.margin)
-    # The coverage of a candidate is that of the hypothesis it continues, as its own subword has not attended yet.
-    coverage_KBS = beam.coverage_KBS + output.attention_KBS.float()
-    penalty_KB = coverage_penalty(coverage_KBS, wanted_BS, settings.beta)
-    normalised_CB = log_prob_CB / length_penalty(length, settings.alpha)
-    score_CB = normalised_CB + penalty_KB.gather(0, found.hypothesis_CB)
-    ends_CB = (found.token_CB == EOS) & (log_prob_CB > NEVER)
-
-    # Candidates that end count only if they are among the best K.
-    finished_KB = ends_CB[:beam_size] & ~beam.done_B
-    finished_score_KB = score_CB[:beam_size].masked_fill(~finished_KB, NEVER)
-    best_NB = torch.cat([beam.best_NB, finished_score_KB]).topk(settings.keep, dim=0).values
-    count_B = beam.count_B + finished_KB.sum(0)
-
-    # The best K of those that do not end remain in the beam.
-    gone_CB = ends_CB | (normalised_CB < best_NB[0] - settings.margin) if settings.margin else ends_CB
-    log_prob_KB, pick_KB = log_prob_CB.masked_fill(gone_CB, NEVER).topk(beam_size, dim=0)
-    parent_KB = found.hypothesis_CB.gather(0, pick_KB)
-    columns_KB = parent_KB * sentences + torch.arange(sentences, device=parent_KB.device)
-
-    hopeless_B = best_NB[-1] >= log_prob_KB[0] / length_penalty(rules.max_length_B, settings.alpha)
-    token_KB = found.token_CB.gather(0, pick_KB)
-    history_KBL = beam.history_KBL
-    if history_KBL.shape[2]:
-        history_KBL = history_KBL.flatten(0, 1).index_select(0, columns_KB.flatten()).view_as(history_KBL)
-        history_KBL.index_copy_(2, beam.length.view(1), token_KB.unsqueeze(2))
-    after = Beam(
-        state=output.state.select(columns_KB.flatten()),
-        previous_KB=token_KB,
-        log_prob_KB=log_prob_KB,
-        coverage_KBS=coverage_KBS.flatten(0, 1).index_select(0, columns_KB.flatten()).view_as(coverage_KBS),
-        history_KBL=history_KBL,
-        best_NB=best_NB,
-        count_B=count_B,
-        done_B=beam.done_B | (rules.max_length_B <= length) | (count_B >= beam_size) | hopeless_B,
-        length=length,
-    )
-    attention_KBS = output.attention_KBS if settings.attention else None
-    return after, Trace(found, score_CB, finished_KB, pick_KB, attention_KBS)
-
-
-def _shrink(beam: Beam, going_B: Tensor) -> Beam:
-    """Return the beam of the sentences that are not done, so that finished sentences take no more time."""
-    beam_size, sentences = beam.log_prob_KB.shape
-    offset_K1 = torch.arange(beam_size, device=going_B.device)[:, None] * sentences
-    return Beam(
-        state=beam.state.select((offset_K1 + going_B).flatten()).shrink(going_B),
-        previous_KB=beam.previous_KB[:, going_B],
-        log_prob_KB=beam.log_prob_KB[:, going_B],
-        coverage_KBS=beam.coverage_KBS[:, going_B],
-        history_KBL=beam.history_KBL[:, going_B],
-        best_NB=beam.best_NB[:, going_B],
-        count_B=beam.count_B[going_B],
-        done_B=beam.done_B[going_B],
-        length=beam.length,
-    )

@@ -39,13 +39,13 @@ class _State(NamedTuple):
     """State of a search with `Seq2Seq`: the memory has a column per sentence, the decoder one per hypothesis."""
 
     memory: Memory
-    decoder: DecoderState | None
+    decoder: DecoderState
 
-    def select(self, columns_R: Tensor) -> "_State":
-        return self._replace(decoder=self.decoder.select(columns_R) if self.decoder else None)
+    def take_(self, after: DecoderState, columns_R: Tensor) -> None:
+        self.decoder.take_(after, columns_R)
 
-    def shrink(self, sentences_B: Tensor) -> "_State":
-        return self._replace(memory=self.memory.select(sentences_B))
+    def shrink(self, columns_R: Tensor, sentences_B: Tensor) -> "_State":
+        return _State(self.memory.select(sentences_B), self.decoder.select(columns_R))
 
 
 class Searcher:
@@ -103,7 +103,7 @@ class Searcher:
         longest_B = ((rows.length_B - 1) * options.max_length_ratio).long() + _EXTRA_LENGTH
         found = beam_search(
             partial(self._step, options.experts_per_token),
-            _State(memory, None),
+            _State(memory, self.model.start(options.beam_size * len(sources))),
             # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
             wanted_BS=(position_S1 < rows.length_B - 1).T,
             rules=Rules(torch.ones_like(longest_B), longest_B, self._forbidden_F),
@@ -132,7 +132,7 @@ class Searcher:
         return StepOutput(
             logits_RV.view(beam_size, sentences, -1),
             decoded.weights_RS.view(beam_size, sentences, -1),
-            state._replace(decoder=decoded.state),
+            decoded.state,
         )
 
 

@@ -24,21 +24,63 @@ class Candidates(NamedTuple):
     token_CB: Tensor  # int64, its last subword
 
 
-class Trace(NamedTuple):
-    """Record of one position of a search."""
+class Record(NamedTuple):
+    """Record of the positions of a search: `Candidates` at each of them, and what became of these."""
 
-    candidates: Candidates
-    score_CB: Tensor  # float32, GNMT eq. 14, as if each candidate ended here
-    finished_KB: Tensor  # bool, True for those of the best K candidates that are finished hypotheses
-    pick_KB: Tensor  # int64, the candidate that became hypothesis k of the next position
-    attention_KBS: Tensor | None  # of the hypotheses before this position, if requested
+    log_prob_PCB: Tensor
+    token_log_prob_PCB: Tensor
+    hypothesis_PCB: Tensor
+    token_PCB: Tensor
+    score_PCB: Tensor  # float32, GNMT eq. 14, as if each candidate ended here
+    finished_PKB: Tensor  # bool, True for those of the best K candidates that are finished hypotheses
+    pick_PKB: Tensor  # int64, the candidate that became hypothesis k of the next position
+    attention_PKBS: Tensor | None  # float32, of the hypotheses before this position, if requested
+
+    def write_(
+        self,
+        position: Tensor,
+        found: Candidates,
+        score_CB: Tensor,
+        finished_KB: Tensor,
+        pick_KB: Tensor,
+        attention_KBS: Tensor,
+    ) -> None:
+        """Write one position, whose number is a scalar on the device. There are at most 2 K candidates."""
+        index_1 = position.view(1)
+        for whole, part in zip(self, (*found, score_CB, finished_KB, pick_KB, attention_KBS), strict=True):
+            if whole is not None:
+                whole[:, : len(part)].index_copy_(0, index_1, part[None])
+
+    def part(self, first: int, end: int) -> "Record":
+        """Return the record of positions from `first` to before `end`."""
+        return Record(*(None if whole is None else whole[first:end] for whole in self))  # type: ignore[arg-type]
+
+
+def empty_record(positions: int, log_prob_KB: Tensor, attention_KBS: Tensor | None) -> Record:
+    """Return a record for this many positions of a search with such tensors."""
+    beam_size, sentences = log_prob_KB.shape
+
+    def empty(rows: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(positions, rows, sentences, dtype=dtype, device=log_prob_KB.device)
+
+    real, whole, both = torch.float32, torch.int64, 2 * beam_size
+    return Record(
+        log_prob_PCB=empty(both, real),
+        token_log_prob_PCB=empty(both, real),
+        hypothesis_PCB=empty(both, whole),
+        token_PCB=empty(both, whole),
+        score_PCB=empty(both, real),
+        finished_PKB=empty(beam_size, torch.bool),
+        pick_PKB=empty(beam_size, whole),
+        attention_PKBS=None if attention_KBS is None else attention_KBS.new_zeros(positions, *attention_KBS.shape),
+    )
 
 
 class Stretch(NamedTuple):
     """Consecutive positions with the same sentences in the search."""
 
     sentences: list[int]  # sentence of each column
-    traces: list[Trace]
+    record: Record
 
 
 class Hypothesis(NamedTuple):
@@ -96,17 +138,15 @@ def follow_back(stretches: list[Stretch], max_lengths: list[int], keep: int) -> 
 
 
 def _on_host(stretch: Stretch, num_sentences: int) -> list[_Seen]:
-    """Return the positions of a stretch on the host, with one copy per kind of tensor instead of one per position."""
-    if not stretch.traces:
+    """Return the positions of a stretch on the host, with one copy for all of them."""
+    if not len(stretch.record.token_PCB):
         return []
     column_of = np.full(num_sentences, -1)
     column_of[stretch.sentences] = np.arange(len(stretch.sentences))
-    rows = [(*trace.candidates, *trace[1:4]) for trace in stretch.traces]
-    arrays_P = [torch.stack(column).cpu().numpy() for column in zip(*rows, strict=True)]
-    attentions = [trace.attention_KBS for trace in stretch.traces]
-    asked = [each for each in attentions if each is not None]
-    attention_PKBS = torch.stack(asked).float().cpu().numpy() if asked else [None] * len(attentions)
-    return [_Seen(column_of, *row) for row in zip(*arrays_P, attention_PKBS, strict=True)]
+    *whole, attention_PKBS = stretch.record
+    arrays_P = [tensor.cpu().numpy() for tensor in whole if tensor is not None]
+    attentions = [None] * len(arrays_P[0]) if attention_PKBS is None else attention_PKBS.cpu().numpy()
+    return [_Seen(column_of, *row) for row in zip(*arrays_P, attentions, strict=True)]
 
 
 def _finished(seen: list[_Seen], num_sentences: int) -> list[list[_End]]:

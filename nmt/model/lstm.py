@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.backends.cudnn.rnn import get_cudnn_mode
 
 from nmt.batch import Rows
-from nmt.model.kernels.lstm import lstm
+from nmt.model.kernels.lstm import lstm, lstm_step
 from nmt.model.rows import turn_round
 from nmt.model.side_by_side import side_by_side
 
@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 LSTMState = tuple[Tensor, Tensor]
-"""(output_BP, cell_BC) after a position."""
+"""(output_BP, cell_BC) after a position. On a GPU, cells of bf16 weights are float32 in passes without gradient."""
 
 
 class LSTM(nn.Module):
@@ -60,6 +60,15 @@ class LSTM(nn.Module):
         """Return y_NP for whole sentences, which start from a state of zeros."""
         return lstm(x_ND, self.weights, rows)
 
+    def start(self, columns: int) -> LSTMState:
+        """Return the state before the first position, zeros, for passes without gradient."""
+        weight = next(self.lstm.parameters())
+        device = weight.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        exact = torch.promote_types(dtype, torch.float32) if weight.is_cuda else dtype
+        output_BP = weight.new_zeros(columns, self.lstm.proj_size or self.lstm.hidden_size, dtype=dtype)
+        return output_BP, weight.new_zeros(columns, self.lstm.hidden_size, dtype=exact)
+
     def step(self, x_BD: Tensor, state: LSTMState | None, weights: list[Tensor] | None = None) -> LSTMState:
         """Return the state after one position, whose first part is the output; `state=None` means zeros.
 
@@ -68,6 +77,8 @@ class LSTM(nn.Module):
         weights = weights or self.weights()
         # Autocast would run cuDNN in float16 even if its type is bf16, and would add its output in float32.
         with torch.autocast(x_BD.device.type, enabled=False):
+            if state is not None and x_BD.is_cuda and not torch.is_grad_enabled():
+                return lstm_step(x_BD.to(weights[0].dtype), state, weights)
             x_1BD = x_BD[None].to(weights[0].dtype)
             if state is None:
                 outputs = self.lstm.proj_size or self.lstm.hidden_size

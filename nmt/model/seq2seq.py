@@ -34,12 +34,21 @@ class DecoderState(NamedTuple):
     """State of the decoder between two positions."""
 
     lstm: tuple[LSTMState, ...]
-    query_RD: Tensor  # output of decoder layer 1, the next query of the feedback wirings
+    query_RD: Tensor | None  # output of decoder layer 1, the next query; None except in the feedback wirings
 
     def select(self, columns_R: Tensor) -> "DecoderState":
         """Return the state of these columns, such as surviving hypotheses or unfinished sentences."""
         lstm = tuple((h.index_select(0, columns_R), c.index_select(0, columns_R)) for h, c in self.lstm)
-        return DecoderState(lstm, self.query_RD.index_select(0, columns_R))
+        return DecoderState(lstm, None if self.query_RD is None else self.query_RD.index_select(0, columns_R))
+
+    def take_(self, after: "DecoderState", columns_R: Tensor) -> None:
+        """Become these columns of `after`, in place."""
+        for own, new in zip(self._tensors(), after._tensors(), strict=True):
+            torch.index_select(new, 0, columns_R, out=own)
+
+    def _tensors(self) -> list[Tensor]:
+        query = [] if self.query_RD is None else [self.query_RD]
+        return [*(tensor for layer in self.lstm for tensor in layer), *query]
 
 
 class DecoderOutput(NamedTuple):
@@ -146,22 +155,26 @@ class Decoder(nn.Module):
             context_MD = self.attention.attend(x_MD, encoded.values_ND, target, encoded.rows)
         return self._above(x_MD, context_MD, target.real_N, lambda _, lstm, x: lstm(x, target), through)
 
-    def step(self, x_RD: Tensor, memory: Memory, state: DecoderState | None, through: Pass) -> DecoderOutput:
+    def start(self, columns: int) -> DecoderState:
+        """Return the state before the first position, zeros, for R columns."""
+        states = tuple(lstm.start(columns) for lstm in (self.bottom, *self.upper))
+        query_RD = torch.zeros_like(states[0][0]) if self.attention_config.feeds_back else None
+        return DecoderState(states, query_RD)
+
+    def step(self, x_RD: Tensor, memory: Memory, state: DecoderState, through: Pass) -> DecoderOutput:
         """Decode one position of R columns; column r belongs to sentence r mod B of `memory`."""
-        before = state.lstm if state else (None,) * (1 + len(self.upper))
-        if self.attention_config.feeds_back:
-            query_RD = state.query_RD if state else torch.zeros_like(x_RD)
-            context_RD, weights_RS = self._look(query_RD, memory)
-            first = self.bottom.step(torch.cat([x_RD, context_RD.to(x_RD.dtype)], 1), before[0])
+        if state.query_RD is not None:
+            context_RD, weights_RS = self._look(state.query_RD, memory)
+            first = self.bottom.step(torch.cat([x_RD, context_RD.to(x_RD.dtype)], 1), state.lstm[0])
             query_RD = x_RD = self._residual(1, x_RD, first[0])
         else:
-            first = self.bottom.step(x_RD, before[0])
-            query_RD = x_RD = self._residual(1, x_RD, first[0])
-            context_RD, weights_RS = self._look(query_RD, memory)
+            first = self.bottom.step(x_RD, state.lstm[0])
+            query_RD, x_RD = None, self._residual(1, x_RD, first[0])
+            context_RD, weights_RS = self._look(x_RD, memory)
         states = [first]
 
         def run(layer: int, lstm: LSTM, x_RD: Tensor) -> Tensor:
-            states.append(lstm.step(x_RD, before[layer - 1]))
+            states.append(lstm.step(x_RD, state.lstm[layer - 1]))
             return states[-1][0]
 
         x_RD = self._above(x_RD, context_RD, None, run, through)
@@ -266,9 +279,11 @@ class Seq2Seq(nn.Module):
         through = Pass(experts_per_token, change_gate)
         return self.decoder(self._embed(self.target_embedding, target_N), rows, encoded, through), through.gates
 
-    def step(
-        self, target_R: Tensor, memory: Memory, state: DecoderState | None = None, experts_per_token: int = 0
-    ) -> DecoderOutput:
+    def start(self, columns: int) -> DecoderState:
+        """Return the decoder's state before the first position of this many columns, in tensors of its own."""
+        return self.decoder.start(columns)
+
+    def step(self, target_R: Tensor, memory: Memory, state: DecoderState, experts_per_token: int = 0) -> DecoderOutput:
         """Decode one position of R columns from `state`; column r belongs to sentence r mod B of `memory`."""
         return self.decoder.step(self._embed(self.target_embedding, target_R), memory, state, Pass(experts_per_token))
 

@@ -1,8 +1,9 @@
 """The cell of an LSTM at one position, forward and backward: everything but the matrix products.
 
-`cell_forward` and `cell_backward` choose between a plain and a fused implementation. The fused ones run on a GPU and
-touch each number once. Bound, in bytes per cell of a row, for 2-byte numbers: forward 8 (gates) + 8 (recurrent part)
-+ 8 (gates back) + 4 (kept cell, output) + 8 (running cell); backward 8 + 8 (gates and their gradient) + 6 + 8.
+`cell_forward`, `cell_backward` and `cell_step` choose between a plain and a fused implementation. The fused ones run on
+a GPU and touch each number once. Bound, in bytes per cell of a row, for 2-byte numbers: forward 8 (gates) + 8
+(recurrent part) + 8 (gates back) + 4 (kept cell, output) + 8 (running cell); backward 8 + 8 (gates and their gradient)
++ 6 + 8.
 
 Letters: B sentences at this position, C cells; G = 4 C gates in PyTorch's order: input, forget, cell, output.
 """
@@ -41,6 +42,26 @@ def plain_cell_forward(
     gates_BG.copy_(torch.cat([i, f, g, o], dim=1))
     kept_BC.copy_(running_BC)
     output_BC.copy_(o * running_BC.tanh())
+
+
+def cell_step(input_BG: Tensor, recurrent_BG: Tensor, cell_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (output_BC, c'_BC) of `cell_forward` from the two parts of the sums and c, for a pass without gradient.
+
+    c and c' have the type of `cell_BC`, and the output that of the sums. Bound: 16 bytes per cell of a row for sums of
+    2-byte numbers, 2 for the output and 8 for a float32 cell.
+    """
+    if input_BG.is_cuda:
+        from nmt.model.kernels.lstm_cell_triton import fused_cell_step
+
+        return fused_cell_step(input_BG, recurrent_BG, cell_BC)
+    return plain_cell_step(input_BG, recurrent_BG, cell_BC)
+
+
+def plain_cell_step(input_BG: Tensor, recurrent_BG: Tensor, cell_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `cell_step` computed with PyTorch operations."""
+    i, f, g, o = (input_BG.to(cell_BC.dtype) + recurrent_BG).chunk(4, dim=1)
+    after_BC = f.sigmoid() * cell_BC + i.sigmoid() * g.tanh()
+    return (o.sigmoid() * after_BC.tanh()).to(input_BG.dtype), after_BC
 
 
 def cell_backward(

@@ -1,8 +1,9 @@
-"""Fused versions of `plain_cell_forward` and `plain_cell_backward`: one program per block of rows and cells.
+"""Fused versions of the plain functions of `lstm_cell.py`: one program per block of rows and cells.
 
 The file is imported only to run on a GPU, since Triton comes with PyTorch's CUDA builds.
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -68,6 +69,28 @@ def _forward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _step(  # type: ignore[no-untyped-def]
+    sums,
+    recurrent,
+    before,
+    after,
+    output,
+    rows,
+    C: tl.constexpr,
+    ROWS: tl.constexpr,
+    CELLS: tl.constexpr,
+):
+    _, own, at, inside = _places(rows, C, ROWS, CELLS)
+    i = tl.load(sums + at, inside, 0.0).to(tl.float32) + tl.load(recurrent + at, inside, 0.0)
+    f = tl.load(sums + at + C, inside, 0.0).to(tl.float32) + tl.load(recurrent + at + C, inside, 0.0)
+    g = tl.load(sums + at + 2 * C, inside, 0.0).to(tl.float32) + tl.load(recurrent + at + 2 * C, inside, 0.0)
+    o = tl.load(sums + at + 3 * C, inside, 0.0).to(tl.float32) + tl.load(recurrent + at + 3 * C, inside, 0.0)
+    c = _sigmoid(f) * tl.load(before + own, inside, 0.0) + _sigmoid(i) * _tanh(g)
+    tl.store(after + own, c, inside)
+    tl.store(output + own, (_sigmoid(o) * _tanh(c)).to(output.dtype.element_ty), inside)
+
+
+@triton.jit
 def _backward(  # type: ignore[no-untyped-def]
     grad_output,
     gates,
@@ -115,6 +138,14 @@ def fused_cell_forward(
     first = recurrent_BG is None
     arguments = (gates_BG, recurrent, running_BC, kept_BC, output_BC, rows, cells, first)
     _forward[_grid(kept_BC)](*arguments, ROWS=_ROWS, CELLS=_CELLS)
+
+
+def fused_cell_step(input_BG: Tensor, recurrent_BG: Tensor, cell_BC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the same as `plain_cell_step`, for contiguous rows."""
+    rows, cells = cell_BC.shape
+    output_BC, after_BC = input_BG.new_empty(rows, cells), torch.empty_like(cell_BC)
+    _step[_grid(cell_BC)](input_BG, recurrent_BG, cell_BC, after_BC, output_BC, rows, cells, ROWS=_ROWS, CELLS=_CELLS)
+    return output_BC, after_BC
 
 
 def fused_cell_backward(
