@@ -50,12 +50,16 @@ _PATTERNS = {
     ),
 }
 _FIELD = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _PATTERNS.items()))
+# What every field has: text without it needs no closer look, which takes ten times as long.
+_MAYBE = re.compile(r"[%{<&@]|\[X|://|[wW]{3}\.")
 # Marks after a URL belong to the sentence around it.
 _AFTER_URL = ".,;:!?…'’»”)]}"
 
 
 def find_fields(text: str) -> list[Field]:
     """Return the fields of a text, in order."""
+    if not _MAYBE.search(text):
+        return []
     found = []
     for match in _FIELD.finditer(text):
         kind, shown = str(match.lastgroup), match[0]
