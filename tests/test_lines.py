@@ -18,14 +18,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import nmt
 from nmt.cli import main
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
-from nmt.streams.lines import Piece, open_input, text_reader, windows
+from nmt.streams.halt import Halt, Source
+from nmt.streams.lines import Piece, Window, open_input, text_reader, windows
 from nmt.streams.translating import JoinedLines, translate_stream
-from tests.toy import Cli
+from tests.toy import ENGLISH, Cli
 
 SEPARATORS = ["\n", "\r", "\x0b", "\x0c", "\x1c", "\x1d", "\x85", "\u2028", "\u2029", "\x00", "\ufeff"]
 ODD_TEXT = st.lists(st.sampled_from([*SEPARATORS, "\n", " ", "the", "dog", "\u3000", "</s>"])).map("".join)
@@ -40,9 +42,19 @@ def lines_by_the_rule(content: bytes) -> list[bytes]:
 # ------------------------------------------------------------------------------------------------------ reading
 
 
+def windows_of(stream: BinaryIO, most_lines: int) -> Iterator[list[Piece]]:
+    with Halt() as halt:
+        source = Source(stream, halt)
+        ended = (0, 0)
+        for pieces, lines, num_bytes in windows(text_reader(source, "text"), source, most_lines):
+            assert (lines[0], num_bytes[0]) == ended
+            assert lines[1] - lines[0] == sum(piece.ends for piece in pieces)
+            ended = lines[1], num_bytes[1]
+            yield pieces
+
+
 def in_windows(content: bytes, most_lines: int = 5) -> list[list[Piece]]:
-    stream = io.BytesIO(content)
-    return list(windows(text_reader(stream, "text"), stream, most_lines))
+    return list(windows_of(io.BytesIO(content), most_lines))
 
 
 @given(content=ODD_TEXT.map(str.encode), most_lines=st.integers(1, 5))
@@ -90,7 +102,7 @@ def test_a_line_without_end_is_never_held(unit: bytes) -> None:
 
     stream = io.BufferedReader(Endless())
     pieces = 0
-    for window in windows(text_reader(stream, "endless"), stream, most_lines=64):
+    for window in windows_of(stream, most_lines=64):
         assert not any(piece.ends for piece in window)
         assert sum(len(piece.text) for piece in window) < 2 * 2**20
         pieces += len(window)
@@ -103,7 +115,7 @@ def test_a_line_without_end_is_never_held(unit: bytes) -> None:
 def test_what_a_pipe_holds_is_a_window_and_nothing_is_waited_for() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as stream:
-        found = windows(text_reader(stream, "pipe"), stream, most_lines=1_000)
+        found = windows_of(stream, most_lines=1_000)
         for lines in (["one"], ["two", "three"], [""]):
             os.write(writing, "".join(f"{line}\n" for line in lines).encode() + b"begun")
             assert next(found) == [Piece(line, True, True) for line in lines]
@@ -114,12 +126,15 @@ def test_what_a_pipe_holds_is_a_window_and_nothing_is_waited_for() -> None:
         assert list(found) == [[Piece("last", True, True)]]
 
 
-def test_all_of_a_file_is_there(tmp_path: Path) -> None:
+def test_windows_of_a_file_double_from_few_lines_to_the_most(tmp_path: Path) -> None:
     path = tmp_path / "text"
     path.write_bytes(b"a line of the text\n" * 50_000)
     with path.open("rb") as stream:
-        sizes = [len(window) for window in windows(text_reader(stream, "text"), stream, most_lines=20_000)]
-    assert min(sizes[:-1]) >= 20_000
+        sizes = [len(window) for window in windows_of(stream, most_lines=20_000)]
+    assert sum(sizes) == 50_000
+    assert all(64 * 2**place <= size for place, size in enumerate(sizes[:9]))
+    assert sizes[0] < 5_000
+    assert sizes[9:-1] == [20_000] * len(sizes[9:-1])
 
 
 @pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
@@ -127,8 +142,8 @@ def test_compression_is_told_by_content(tmp_path: Path, compress: Callable[[byte
     path = tmp_path / "text"
     path.write_bytes(compress(b"\xef\xbb\xbfa\r\n\xef\xbb\xbfb"))
     with path.open("rb") as stream:
-        found = list(windows(text_reader(stream, "text"), stream, most_lines=9))
-    assert [piece.text for window in found for piece in window] == ["a", "\ufeffb"]
+        found = [piece.text for window in windows_of(stream, most_lines=9) for piece in window]
+    assert found == ["a", "\ufeffb"]
 
 
 def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
@@ -140,36 +155,42 @@ def test_what_cannot_be_read_is_a_data_error(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- translating
 
 
-def test_windows_are_translated_one_by_one_and_pieces_are_lines_again() -> None:
-    """No window is read before the text of the one before it is taken."""
-    asked: list[int] = []
-    longs: list[Any] = []
+def test_pieces_of_windows_are_lines_again() -> None:
+    cuts: list[Any] = []
+    windows_of_pieces = [
+        [Piece("a dog", True, True), Piece("One. ", True, False)],
+        [Piece("Two. ", False, False)],
+        [Piece("Three.", False, True), Piece("", True, True), Piece("東!", True, True)],
+    ]
 
-    def windows_of_pieces() -> Iterator[list[Piece]]:
-        for number, window in enumerate(
-            [
-                [Piece("a dog", True, True), Piece("One. ", True, False)],
-                [Piece("Two. ", False, False)],
-                [Piece("Three.", False, True), Piece("", True, True), Piece("東!", True, True)],
-            ]
-        ):
-            asked.append(number)
-            yield window
+    def read(texts: list[str], options: Any, cut: Any) -> list[str]:
+        cuts.append(cut)
+        return texts
 
-    def upper(texts: list[str], options: Any, long: Any, progress: Any) -> list[Translation]:
-        longs.append(long)
+    def write(texts: list[str], found: list[str]) -> list[Translation]:
         return [
-            Translation(text.strip().upper(), finished=text != "Two. ", unlearned="東" * ("東" in text))
-            for text in texts
+            Translation(text, finished=source != "Two. ", unlearned="東" * ("東" in source))
+            for source, text in zip(texts, found, strict=True)
         ]
 
-    translator: Any = SimpleNamespace(translate=upper)
+    def find(texts: list[str], progress: Callable[[float], None]) -> list[str]:
+        progress(1.0)
+        return [text.strip().upper() for text in texts]
+
+    translator: Any = SimpleNamespace(read=read, find=find, write=write)
     lines = JoinedLines()
-    found = translate_stream(translator, windows_of_pieces(), lines)
-    assert (next(found), asked) == ("A DOG\nONE.", [0])
-    assert (next(found), asked) == (" TWO.", [0, 1])
-    assert list(found) == [" THREE.\n\n東!\n"]
-    assert longs == [{1}, {0}, {0}]
+    written: list[str] = []
+    shown: list[tuple[int, float]] = []
+    translate_stream(
+        translator,
+        [Window(pieces, (number, number), (0, 0)) for number, pieces in enumerate(windows_of_pieces)],
+        lambda pieces, found: written.append(lines.add(pieces, found)),
+        lambda: None,
+        progress=lambda window, done: shown.append((window.lines[0], done)),
+    )
+    assert written == ["A DOG\nONE.", " TWO.", " THREE.\n\n東!\n"]
+    assert shown == [(0, 1.0), (1, 1.0), (2, 1.0)]
+    assert cuts == [{1}, {0}, {0}]
     assert (lines.num_lines, lines.num_long, lines.num_cut_off, lines.num_unlearned) == (4, 1, 1, 1)
     assert lines.unlearned == {"東": 1}
 
@@ -193,6 +214,13 @@ def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes)
     assert out == b"" or out.endswith(b"\n")
     text = out.decode("utf-8")
     assert len(text.splitlines()) == text.count("\n")
+
+
+def test_overlapping_stages_give_what_translate_gives(run: Path, tmp_path: Path) -> None:
+    texts = [" ".join(ENGLISH[number % 12] for number in range(first, first + first % 9)) for first in range(300)]
+    found = nmt.load(run).translate(texts, beam_size=1)
+    lines = translate(run, tmp_path, "".join(f"{text}\n" for text in texts).encode()).decode()
+    assert lines == "".join(f"{translation.text}\n" for translation in found)
 
 
 def test_lines_without_a_letter_or_digit_come_back_as_they_are(run: Path, tmp_path: Path) -> None:
@@ -298,12 +326,13 @@ def in_second_window(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) ->
     """Translate to the same text, and do something after the first window."""
     calls = iter(range(99))
 
-    def translate(_self: Translator, lines: list[str], *_: Any, **__: Any) -> list[Translation]:
+    def find(*_: Any) -> None:
         if next(calls) == 1:
             do()
-        return [Translation(line, 0.0) for line in lines]
 
-    monkeypatch.setattr(Translator, "translate", translate)
+    monkeypatch.setattr(Translator, "read", lambda _self, texts, *_: texts)
+    monkeypatch.setattr(Translator, "find", find)
+    monkeypatch.setattr(Translator, "write", lambda _self, texts, _found: [Translation(text) for text in texts])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])

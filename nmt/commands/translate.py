@@ -7,22 +7,20 @@ import shutil
 import stat
 import sys
 import time
-from collections.abc import Iterator
 
 from tqdm import tqdm
 
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters
+from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.run import RunDirectory
-from nmt.streams.lines import Piece, open_input, text_reader, windows
+from nmt.streams.halt import Halt, Sink, Source
+from nmt.streams.lines import Piece, Window, open_input, text_reader, windows
 from nmt.streams.output import Output, open_output
 from nmt.streams.translating import JoinedLines, translate_stream
 from nmt.wording import counted
-
-_WINDOW = 4096
-"""Lines that are read, sorted and searched together."""
 
 
 def parser() -> Parser:
@@ -61,20 +59,25 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
     lines = JoinedLines()
-    with open_input(options.input) as source, open_output(options.output, source) as output:
+    num_written = 0
+    with Halt() as halt, open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
-        reader = text_reader(source, options.input, options.strict)
+        read = Source(source, halt)
+        reader = text_reader(read, options.input, options.strict)
+        sink = Sink(output.stream, halt) if output.live else output.stream
+
+        def write(pieces: list[Piece], found: list[Translation]) -> None:
+            nonlocal num_written
+            sink.write(lines.add(pieces, found).encode())
+            num_written = lines.num_lines
+
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                read = windows(reader, source, _WINDOW)
-                for text in translate_stream(translator, progress.over(read, lines), lines, progress=progress.tell):
-                    output.stream.write(text.encode())
-                    if output.live:
-                        output.stream.flush()
+                translate_stream(translator, windows(reader, read), write, halt.set, progress=progress.tell)
         except KeyboardInterrupt:
             kept = "they were written" if output.live else f"{options.output} was not written"
-            say(f"{_lines(lines.num_lines)} translated so far; {kept}")
+            say(f"{_lines(num_written)} translated so far; {kept}")
             raise
     seconds = time.perf_counter() - started
     say(f"{_lines(reader.num_lines)} in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
@@ -116,26 +119,15 @@ class _Progress:
             ncols=columns,
             nrows=rows,
         )
-        self._source = source if size else None
         self._started = time.perf_counter()
-        self._lines = self._window = 0
-        self._read = (0, 0)
 
-    def over(self, source: Iterator[list[Piece]], done: JoinedLines) -> Iterator[list[Piece]]:
-        """Yield the windows of `source` and record the progress; `done` has the lines before each window."""
-        for window in source:
-            self._lines, self._window = done.num_lines, len(window)
-            if self._source:
-                self._read = (self._read[1], self._source.tell())
-            yield window
-
-    def tell(self, share: float) -> None:
-        """Show that `share` (0 to 1) of the window is translated."""
-        lines = self._lines + round(share * self._window)
+    def tell(self, window: Window, done: float) -> None:
+        """Show that the fraction `done` of a window is translated, and everything before it."""
+        lines, num_bytes = (round(before + done * (end - before)) for before, end in (window.lines, window.num_bytes))
         speed = lines / max(time.perf_counter() - self._started, 1e-9)
         self._bar.set_description_str(f"{_lines(lines)}, {speed:,.1f} lines/s", refresh=False)
-        before, after = self._read
-        self._bar.n = round(before + share * (after - before))
+        if self._bar.total:
+            self._bar.n = num_bytes
         self._bar.refresh()
 
     def __enter__(self) -> "_Progress":

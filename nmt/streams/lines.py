@@ -5,13 +5,13 @@ memory does not grow with its length.
 """
 
 import io
-import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
 from nmt.errors import DataError
+from nmt.streams.halt import Source
 from nmt.text.segment import last_place
 from nmt.textfile import TextReader
 
@@ -19,8 +19,10 @@ from nmt.textfile import TextReader
 _MOST_BYTES = 1 << 16
 # Most text in a window.
 _MOST_CHARACTERS = 1 << 20
-# Long enough for a program that is still writing to refill its pipe, and too short for a waiting user to notice.
-_PATIENCE_MS = 10
+MOST_LINES = 4096
+"""Most lines in a window."""
+# The first window is small, so that its translations come early. Later ones double in size.
+_FIRST_LINES = 64
 
 
 class Piece(NamedTuple):
@@ -41,27 +43,47 @@ def open_input(path: str) -> io.BufferedReader:
         raise DataError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def text_reader(stream: io.BufferedReader, path: str, strict: bool = False) -> TextReader:
-    """Return a reader of the lines of a stream from `open_input`, for `windows`; `strict` as in TextReader."""
-    return TextReader(stream, "standard input" if path == "-" else path, _MOST_BYTES, strict)
+class Window(NamedTuple):
+    """Lines that are translated together, and how much was read before them and at their end."""
+
+    pieces: list[Piece]
+    lines: tuple[int, int]
+    """Lines that ended before the window, and those that end up to its end."""
+    num_bytes: tuple[int, int]
+    """Bytes read before, and up to the end."""
 
 
-def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> Iterator[list[Piece]]:
-    """Yield the lines that `reader` reads from `stream`, in windows of at most `most_lines` lines.
+def text_reader(source: Source, path: str, strict: bool = False) -> TextReader:
+    """Return a reader of the lines of a source, for `windows`; `path` and `strict` as in `open_input`, TextReader."""
+    return TextReader(source, "standard input" if path == "-" else path, _MOST_BYTES, strict)
 
-    A window is smaller if the stream has no more lines for now, so that a program can write one line and wait for its
+
+def windows(reader: TextReader, source: Source, most_lines: int = MOST_LINES) -> Iterator[Window]:
+    """Yield the lines that `reader` reads from `source`, in windows of at most `most_lines` lines.
+
+    A window is smaller if the source has no more lines for now, so that a program can write one line and wait for its
     translation.
     """
-    more_now = _looking_for_more(stream)
+    lines = num_bytes = 0
+    for pieces in _gathered(reader, source, most_lines):
+        before = lines, num_bytes
+        lines, num_bytes = lines + sum(piece.ends for piece in pieces), source.num_bytes
+        yield Window(pieces, (before[0], lines), (before[1], num_bytes))
+
+
+def _gathered(reader: TextReader, source: Source, most_lines: int) -> Iterator[list[Piece]]:
+    """Yield the pieces of each window."""
+    most = min(_FIRST_LINES, most_lines)
     window: list[Piece] = []
     size = 0
     begun, rest = False, ""  # of a line that is read in part: True after its first piece; text not yielded yet
     blocks = reader.blocks()
     while True:
-        full = len(window) >= most_lines or size >= _MOST_CHARACTERS
-        if window and (full or not more_now()):
+        full = len(window) >= most or size >= _MOST_CHARACTERS
+        if window and (full or not source.more_now()):
             yield window
             window, size = [], 0
+            most = min(2 * most, most_lines)
         block = next(blocks, None)
         if block is None:
             break
@@ -74,20 +96,10 @@ def windows(reader: TextReader, stream: io.BufferedReader, most_lines: int) -> I
         begun = not whole
         size += sum(map(len, lines))
         # A block of a file may have many more lines than a window.
-        while len(window) > most_lines:
-            yield window[:most_lines]
-            window = window[most_lines:]
+        while len(window) > most:
+            yield window[:most]
+            window = window[most:]
             size = sum(len(piece.text) for piece in window)
+            most = min(2 * most, most_lines)
     if window:
         yield window
-
-
-def _looking_for_more(stream: io.BufferedReader) -> Callable[[], bool]:
-    """Return a function that returns whether more can be read without waiting. This is always so for a file."""
-    try:
-        descriptor = stream.fileno()
-    except io.UnsupportedOperation:
-        return lambda: True
-    poll = select.poll()
-    poll.register(descriptor, select.POLLIN)
-    return lambda: bool(poll.poll(_PATIENCE_MS))

@@ -1,12 +1,14 @@
-"""Translate windows of lines one after the other, in bounded memory, and join the pieces of long lines."""
+"""Translate windows of lines in bounded memory, with reading, searching and writing at the same time."""
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Translator
-from nmt.streams.lines import Piece
+from nmt.decoding.translator import Found, Reading, Translator
+from nmt.streams.lines import Piece, Window
+from nmt.streams.overlap import Overlap
 from nmt.text.segment import seam
 
 
@@ -57,18 +59,36 @@ class JoinedLines:
 
 def translate_stream(
     translator: Translator,
-    source: Iterable[list[Piece]],
-    lines: JoinedLines,
+    source: Iterable[Window],
+    write: Callable[[list[Piece], list[Translation]], None],
+    halt: Callable[[], None],
+    *,
     options: Options | None = None,
-    progress: Callable[[float], None] | None = None,
-) -> Iterator[str]:
-    """Yield the translated text of each window of `source`, and count its lines in `lines`.
+    progress: Callable[[Window, float], None] | None = None,
+) -> None:
+    """Translate each window of `source`, and call `write` with its pieces and their translations, in order.
 
-    Arguments and errors are as for `Translator.translate`; MemoryLimitError too. `progress` is called with the fraction
-    of a window that is done.
+    Three stages overlap: a thread reads and encodes windows ahead, this thread searches, and another thread makes the
+    text and writes it. `halt` must end any waiting of `source` and `write` (`Overlap`). `progress` is called with a
+    window and the fraction of it that is done. Errors are those of `Translator.translate`, `source` and `write`.
     """
-    for window in source:
-        texts = [piece.text for piece in window]
-        long = {place for place, piece in enumerate(window) if not (piece.begins and piece.ends)}
-        found = translator.translate(texts, options, long=long, progress=progress)
-        yield lines.add(window, found)
+
+    def read() -> Iterator[tuple[Window, Reading]]:
+        for window in source:
+            texts = [piece.text for piece in window.pieces]
+            cut = {place for place, piece in enumerate(window.pieces) if not (piece.begins and piece.ends)}
+            yield window, translator.read(texts, options, cut)
+
+    def write_out(result: tuple[Window, Reading, Found]) -> None:
+        window, reading, found = result
+        write(window.pieces, translator.write(reading, found))
+
+    with Overlap(read(), write_out, halt) as stages:
+
+        def tell(window: Window, done: float) -> None:
+            stages.check()
+            if progress:
+                progress(window, done)
+
+        for window, reading in stages:
+            stages.write((window, reading, translator.find(reading, partial(tell, window))))
