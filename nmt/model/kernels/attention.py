@@ -14,6 +14,9 @@ from torch import Tensor
 from nmt.batch import Rows
 from nmt.model.rows import pack, unpack
 
+# The fused form for a search holds the scores of all source positions at once.
+_MOST_FUSED_POSITIONS = 512
+
 
 def attend(
     query_MA: Tensor, keys_NA: Tensor, values_ND: Tensor, v_A: Tensor, target: Rows, source: Rows, function: str
@@ -37,7 +40,7 @@ def plain_attend(
 ) -> Tensor:
     """Return `attend` computed with PyTorch operations on padded tensors."""
     query_TBA, keys_SBA, values_SBD = unpack(query_MA, target), unpack(keys_NA, source), unpack(values_ND, source)
-    return pack(padded_attend(query_TBA, keys_SBA, values_SBD, padding_of(source), v_A, function)[0], target)
+    return pack(plain_padded_attend(query_TBA, keys_SBA, values_SBD, padding_of(source), v_A, function)[0], target)
 
 
 def padding_of(source: Rows) -> Tensor:
@@ -56,6 +59,19 @@ def padded_attend(
 
     Weights are float32 or better, and add up to 1 over the source positions that are not padding.
     """
+    types = torch.bfloat16, torch.float16, torch.float32
+    known = query_TBA.dtype in types and values_SBD.dtype in types and len(keys_SBA) <= _MOST_FUSED_POSITIONS
+    if query_TBA.is_cuda and known and not torch.is_grad_enabled():
+        from nmt.model.kernels.attention_step_triton import fused_attend_step
+
+        return fused_attend_step(query_TBA, keys_SBA, values_SBD, padding_SB, v_A, function)
+    return plain_padded_attend(query_TBA, keys_SBA, values_SBD, padding_SB, v_A, function)
+
+
+def plain_padded_attend(
+    query_TBA: Tensor, keys_SBA: Tensor, values_SBD: Tensor, padding_SB: Tensor, v_A: Tensor, function: str
+) -> tuple[Tensor, Tensor]:
+    """Return `padded_attend` computed with PyTorch operations."""
     if function == "product":
         score_BTS = torch.bmm(query_TBA.transpose(0, 1), keys_SBA.permute(1, 2, 0))
     else:

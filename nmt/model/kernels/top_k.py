@@ -29,6 +29,40 @@ class Top(NamedTuple):
     indexes_RK: Tensor  # int64
 
 
+class Best(NamedTuple):
+    """The K largest allowed logits of each row, as in `Top`, and log sum exp of all its logits."""
+
+    values_RK: Tensor
+    indexes_RK: Tensor  # int64
+    normaliser_R: Tensor
+
+
+# The fused form compares with every selected block once per selected logit.
+_MOST_FUSED, _MOST_VOCABULARY = 32, 2**17
+
+
+def best(logits_RV: Tensor, k: int, allowed_V: Tensor, ends_R: Tensor, eos: int) -> Best:
+    """Return the `k` largest allowed logits of each row, or as many as there are logits, and the normalisers.
+
+    `allowed_V` (bool) is False for subwords that are never output. `ends_R` (bool) is False for rows that may not end:
+    subword `eos` is then not allowed.
+    """
+    k, real = min(k, logits_RV.shape[1]), logits_RV.dtype in (torch.float32, torch.bfloat16)
+    if logits_RV.is_cuda and real and k <= _MOST_FUSED and logits_RV.shape[1] <= _MOST_VOCABULARY:
+        from nmt.model.kernels.top_k_triton import fused_best
+
+        return Best(*fused_best(logits_RV.contiguous(), k, allowed_V, ends_R, eos))
+    return plain_best(logits_RV, k, allowed_V, ends_R, eos)
+
+
+def plain_best(logits_RV: Tensor, k: int, allowed_V: Tensor, ends_R: Tensor, eos: int) -> Best:
+    """Return `best` computed with PyTorch operations; it overwrites the logits of subwords that are not allowed."""
+    normaliser_R = log_sum_exp(logits_RV)
+    logits_RV.masked_fill_(~allowed_V, -torch.inf)
+    logits_RV[:, eos].masked_fill_(~ends_R, -torch.inf)
+    return Best(*top_k(logits_RV, k), normaliser_R)
+
+
 def top_k(logits_RV: Tensor, k: int) -> Top:
     """Return the `k` largest logits of each row, or all V if there are fewer."""
     k = min(k, logits_RV.shape[1])
