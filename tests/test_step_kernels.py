@@ -26,8 +26,9 @@ def test_the_fused_selection_is_the_plain_one(rows: int, vocabulary: int, k: int
     logits_RV[:, EOS] = 9.0
     logits_RV[:, 0] = 20.0
     k = min(k, vocabulary, int(allowed_V.sum()) - 1)
-    expected = plain_best(logits_RV.clone(), k, allowed_V, ends_R, EOS)
-    found = fused_best(*(each.to(DEVICE) for each in (logits_RV,)), k, allowed_V.to(DEVICE), ends_R.to(DEVICE), EOS)
+    forbidden_F = (~allowed_V).nonzero().squeeze(1)
+    expected = plain_best(logits_RV.clone(), k, forbidden_F, ends_R, EOS)
+    found = fused_best(logits_RV.to(DEVICE), k, forbidden_F.to(DEVICE), ends_R.to(DEVICE), EOS)
     assert torch.equal(found[0].cpu(), expected.values_RK)
     assert torch.equal(found[1].cpu(), expected.indexes_RK)
     torch.testing.assert_close(found[2].cpu(), expected.normaliser_R)
@@ -70,8 +71,8 @@ def launch_all() -> None:
     from nmt.model.kernels.top_k_triton import fused_best
 
     for vocabulary, beam in ((32000, 5), (8000, 16)):
-        logits_RV, allowed_V = torch.zeros(2, vocabulary), torch.ones(vocabulary, dtype=torch.bool)
-        fused_best(logits_RV, 2 * beam, allowed_V, torch.ones(2, dtype=torch.bool), EOS)
+        logits_RV, forbidden_F = torch.zeros(2, vocabulary), torch.arange(3)
+        fused_best(logits_RV, 2 * beam, forbidden_F, torch.ones(2, dtype=torch.bool), EOS)
     for positions in (17, 512):
         keys_SBA = torch.zeros(positions, 2, 1024, dtype=torch.bfloat16)
         padding_SB = torch.zeros(positions, 2, dtype=torch.bool)

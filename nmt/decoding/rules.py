@@ -27,6 +27,11 @@ class Rules(NamedTuple):
     no_repeat: int = 0  # n: no run of n subwords occurs twice in a translation; 0: any may
     stream_B: Tensor | None = None  # int64, the random stream of each sentence; only for sampling
 
+    @property
+    def same_for_all(self) -> bool:
+        """True if the same subwords are forbidden everywhere, but for the end."""
+        return self.prefix_BP is None and not self.no_repeat
+
     def forbid_(self, logits_KBV: Tensor, length: Tensor, history_KBL: Tensor) -> None:
         """Set to minus infinity, in place, the logits of subwords that may not be next.
 

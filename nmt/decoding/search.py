@@ -104,11 +104,16 @@ def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, rules: Rules, length: Tensor,
     beam_size, sentences, _ = logits_KBV.shape
     # The best 2 K of each hypothesis include the best 2 K of all, so no log-softmax over the vocabulary is written.
     logits_RV = logits_KBV.flatten(0, 1)
-    normaliser_R1 = kernel.log_sum_exp(logits_RV).unsqueeze(1)
-    rules.forbid_(logits_KBV, length, history_KBL)
-    top = kernel.top_k(logits_RV, 2 * beam_size)
-    token_log_prob_KBJ = (top.values_RK - normaliser_R1).float().unflatten(0, (beam_size, sentences))
-    token_KBJ = top.indexes_RK.view_as(token_log_prob_KBJ)
+    if rules.same_for_all:
+        ends_R = (length >= rules.min_length_B).expand(beam_size, sentences).flatten()
+        found = kernel.best(logits_RV, 2 * beam_size, rules.forbidden_F, ends_R, EOS)
+    else:
+        normaliser_R = kernel.log_sum_exp(logits_RV)
+        rules.forbid_(logits_KBV, length, history_KBL)
+        found = kernel.Best(*kernel.top_k(logits_RV, 2 * beam_size), normaliser_R)
+    log_prob_RJ = (found.values_RK - found.normaliser_R.unsqueeze(1)).float()
+    token_log_prob_KBJ = log_prob_RJ.unflatten(0, (beam_size, sentences))
+    token_KBJ = found.indexes_RK.view_as(token_log_prob_KBJ)
     each = token_log_prob_KBJ.shape[2]
     total_BX = _by_sentence(log_prob_KB.unsqueeze(2) + token_log_prob_KBJ)
     log_prob_BC, pick_BC = total_BX.topk(min(2 * beam_size, total_BX.shape[1]), dim=1)

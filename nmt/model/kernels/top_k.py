@@ -41,24 +41,24 @@ class Best(NamedTuple):
 _MOST_FUSED, _MOST_VOCABULARY = 32, 2**17
 
 
-def best(logits_RV: Tensor, k: int, allowed_V: Tensor, ends_R: Tensor, eos: int) -> Best:
+def best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int) -> Best:
     """Return the `k` largest allowed logits of each row, or as many as there are logits, and the normalisers.
 
-    `allowed_V` (bool) is False for subwords that are never output. `ends_R` (bool) is False for rows that may not end:
-    subword `eos` is then not allowed.
+    Subwords `forbidden_F` (int64) are not allowed. `ends_R` (bool) is False for rows that may not end: subword `eos` is
+    then not allowed either. This may overwrite the logits of subwords that are not allowed.
     """
     k, real = min(k, logits_RV.shape[1]), logits_RV.dtype in (torch.float32, torch.bfloat16)
     if logits_RV.is_cuda and real and k <= _MOST_FUSED and logits_RV.shape[1] <= _MOST_VOCABULARY:
         from nmt.model.kernels.top_k_triton import fused_best
 
-        return Best(*fused_best(logits_RV.contiguous(), k, allowed_V, ends_R, eos))
-    return plain_best(logits_RV, k, allowed_V, ends_R, eos)
+        return Best(*fused_best(logits_RV.contiguous(), k, forbidden_F, ends_R, eos))
+    return plain_best(logits_RV, k, forbidden_F, ends_R, eos)
 
 
-def plain_best(logits_RV: Tensor, k: int, allowed_V: Tensor, ends_R: Tensor, eos: int) -> Best:
-    """Return `best` computed with PyTorch operations; it overwrites the logits of subwords that are not allowed."""
+def plain_best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int) -> Best:
+    """Return `best` computed with PyTorch operations."""
     normaliser_R = log_sum_exp(logits_RV)
-    logits_RV.masked_fill_(~allowed_V, -torch.inf)
+    logits_RV.index_fill_(1, forbidden_F, -torch.inf)
     logits_RV[:, eos].masked_fill_(~ends_R, -torch.inf)
     return Best(*top_k(logits_RV, k), normaliser_R)
 

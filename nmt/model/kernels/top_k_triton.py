@@ -93,9 +93,12 @@ def _best(  # type: ignore[no-untyped-def]
         inside = inside & (index != first)
 
 
-def fused_best(logits_RV: Tensor, k: int, allowed_V: Tensor, ends_R: Tensor, eos: int) -> tuple[Tensor, Tensor, Tensor]:
+def fused_best(
+    logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `plain_best`: (values_RK, indexes_RK, normaliser_R)."""
     rows, vocabulary = logits_RV.shape
+    allowed_V = torch.ones(vocabulary, dtype=torch.bool, device=logits_RV.device).index_fill_(0, forbidden_F, False)
     parts = triton.cdiv(vocabulary, _WIDTH * _BLOCKS)
     blocks = parts * _BLOCKS
     maxima_RN = torch.empty(rows, blocks, dtype=torch.float32, device=logits_RV.device)
