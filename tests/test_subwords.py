@@ -136,6 +136,54 @@ def test_the_other_normalisations(tmp_path: Path, normalisation: str) -> None:
         assert (subwords.normalise(text) == text) == (normalisation == "identity" or "🦆" in text)
 
 
+@pytest.mark.parametrize("normalisation", ["nfc", "nmt_nfkc", "nfkc", "identity"])
+def test_symbols_between_text(tmp_path: Path, normalisation: str) -> None:
+    train_subwords(sentences(), SubwordConfig(kind="bpe", vocab_size=60, normalisation=normalisation), tmp_path / "m")
+    subwords = Subwords.load(tmp_path / "m")
+    first, last = subwords.symbol("slot", 0), subwords.symbol("slot", 15)
+    texts: list[list[str | int]] = [
+        ["die grüne ", last, ", Wiese ", first, " Ball"],
+        ["die", first, "", last, " "],
+        ["", last, " die"],
+        ["", first, ""],
+        ["die grüne"],
+    ]
+    for parts, ids in zip(texts, subwords.encode_parts(texts), strict=True):
+        decoded = subwords.decode_parts(ids)
+        assert decoded == [*parts[:-1], str(parts[-1]).rstrip()]
+        assert subwords.decode(ids) == "".join(part for part in decoded if isinstance(part, str)).strip()
+    assert np.array_equal(subwords.encode_parts([["die grüne 🦆"]])[0], subwords.encode("die grüne 🦆"))
+    assert subwords.encode_parts([]) == []
+    assert subwords.decode_parts([]) == [""]
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(nasty, min_size=1, max_size=5), st.integers(0, 15))
+def test_symbols_in_any_text(subwords: Subwords, texts: list[str], number: int) -> None:
+    slot = subwords.symbol("slot", number)
+    parts = [part for text in texts for part in (text, slot)][:-1]
+    ids = subwords.encode_parts([parts])[0].tolist()
+    assert ids.count(slot) == len(texts) - 1
+    assert not set(ids) & {*subwords.forbidden_ids, EOS} - {slot}
+    assert subwords.decode_parts(ids)[1::2] == [slot] * (len(texts) - 1)
+
+
+def test_text_cannot_pose_as_a_symbol(subwords: Subwords) -> None:
+    slot = subwords.symbol("slot", 0)
+    for number in range(0xFDD0, 0xFDF0):  # the place of a symbol is held by one of these
+        text = f"die {chr(number)} Wiese"
+        assert slot not in subwords.encode_parts([[text]])[0]
+        assert np.flatnonzero(subwords.encode_parts([[text, slot]])[0] == slot).tolist() == [len(subwords.encode(text))]
+
+
+def test_symbol_ids(subwords: Subwords) -> None:
+    assert subwords.pieces([subwords.symbol("term", 3), subwords.symbol("tag", 7)]) == ["<term:3>", "<tag:7>"]
+    with pytest.raises(IndexError):
+        subwords.symbol("slot", 16)
+    with pytest.raises(IndexError):
+        old_vocabulary().symbol("slot", 0)
+
+
 def test_decoding_any_ids(subwords: Subwords) -> None:
     ids = np.random.default_rng(0).integers(0, subwords.size, 5000)
     decoded = subwords.decode(ids)

@@ -52,6 +52,8 @@ _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 _BLANK_PIECE = "▁"
 # A tab does not break a line.
 _TO_BLANK = dict.fromkeys(map(ord, CONTROLS - {"\t"}), " ")
+# Characters that Unicode reserves for use inside programs. One without a subword holds the place of a symbol.
+_PLACE_HOLDERS = range(0xFDD0, 0xFDF0)
 # Bytes that encode a control character, and bytes that never occur in UTF-8.
 _FORBIDDEN_BYTES = frozenset((*range(0x20), 0x7F, 0xC0, 0xC1, *range(0xF5, 0x100)))
 
@@ -152,6 +154,8 @@ class Subwords:
         """Ids that must never be output: PAD, UNK, BOS, the reserved symbols, and bytes of control characters."""
         learned = "".join(re.escape(piece) for piece in pieces if len(piece) == 1 and piece != _BLANK_PIECE)
         self._unlearned = re.compile(f"[^ {learned}]")
+        self._holder = next(chr(number) for number in _PLACE_HOLDERS if chr(number) not in learned)
+        self._slots = frozenset(self.reserved_ids("slot"))
 
     @classmethod
     def load(cls, path: Path) -> "Subwords":
@@ -173,6 +177,10 @@ class Subwords:
         first = self._processor.piece_to_id(f"<{kind}:0>")
         return range(first, first + RESERVED[kind]) if self._processor.is_control(first) else range(0)
 
+    def symbol(self, kind: str, number: int) -> int:
+        """Return the id of symbol `number` of `kind` of `RESERVED`. IndexError if the vocabulary does not have it."""
+        return self.reserved_ids(kind)[number]
+
     def encode(self, text: str) -> np.ndarray:
         """Return the subword ids of one text (int32). Text that looks like a special symbol is encoded as text."""
         return self.encode_batch([text])[0]
@@ -181,6 +189,59 @@ class Subwords:
         """Return the subword ids of many texts, encoded on several threads."""
         ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=_ENCODING_THREADS)
         return [np.array(sequence, dtype=np.int32) for sequence in ids]
+
+    def encode_parts(self, texts: Sequence[Sequence[str | int]]) -> list[np.ndarray]:
+        """Return the subword ids of many texts, each in parts: text, and the ids of reserved symbols between.
+
+        The text is encoded as if it had no symbols, except that no subword crosses one. It keeps its blanks, so
+        ["to ", slot, "."] has a blank before the slot and none after it. A vocabulary without symbols cannot have them.
+        """
+        # SentencePiece would begin each part with a blank, so a text is encoded whole, with characters for its symbols.
+        symbols = [[part for part in parts if isinstance(part, int)] for parts in texts]
+        whole = [
+            self._held(parts) if each else "".join(map(str, parts)) for parts, each in zip(texts, symbols, strict=True)
+        ]
+        encoded = zip(self.encode_batch(whole), symbols, strict=True)
+        return [self._with_symbols(ids, each) if each else ids for ids, each in encoded]
+
+    def _held(self, parts: Sequence[str | int]) -> str:
+        """Return the text of `parts` with a place holder for each symbol, and no other place holder."""
+        return "".join(
+            self._holder if isinstance(part, int) else part.replace(self._holder, "\ufffd") for part in parts
+        )
+
+    def _with_symbols(self, ids: np.ndarray, symbols: list[int]) -> np.ndarray:
+        """Replace the bytes of each place holder in `ids` by one of `symbols`, in order."""
+        size = len(self._holder.encode())
+        found = np.lib.stride_tricks.sliding_window_view(ids, size)
+        holder = self._processor.encode(self._holder, out_type=int)[-size:]
+        places = np.flatnonzero((found == holder).all(1))
+        assert len(places) == len(symbols)
+        ids = ids.copy()
+        ids[places] = symbols
+        return np.delete(ids, (places[:, None] + np.arange(1, size)).ravel())
+
+    def decode_parts(self, ids: Sequence[int]) -> list[str | int]:
+        """Return the text of subword ids like `decode`, in an odd number of parts: text, id of a slot, text, and so on.
+
+        A text may be empty. Blanks on both sides of a slot are kept.
+        """
+        parts: list[str | int] = []
+        text: list[int] = []
+        for piece in map(int, ids):
+            if piece in self._slots:
+                parts += [self._decode_part(text, bool(parts)), piece]
+                text = []
+            else:
+                text.append(piece)
+        return [*parts, self._decode_part(text, bool(parts))]
+
+    def _decode_part(self, ids: list[int], inside: bool) -> str:
+        """Return the text of some ids; its first blank is kept if they are `inside` a text."""
+        if not inside:
+            return self.decode(ids)
+        guard = self._processor.piece_to_id("<0x41>")
+        return self.decode([guard, *ids])[1:]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of subword ids, always a single line. UNK becomes ⁇; invalid UTF-8 becomes U+FFFD.

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from nmt.checkpoint import Checkpoint
 from nmt.config import Config
-from nmt.data.subwords import Subwords
+from nmt.data.subwords import RESERVED, Subwords
 from nmt.errors import CheckpointError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parameters import read_model
@@ -22,6 +22,17 @@ def longest_source(corpus: Mapping[str, Any], config: Config) -> int:
     if not isinstance(longest, int) or longest < 0:
         raise CheckpointError(f"corpus.json is damaged: longest_source_pieces={longest!r} is not a number of subwords")
     return longest
+
+
+def known_symbols(corpus: Mapping[str, Any]) -> frozenset[str]:
+    """Return the kinds of reserved symbols that a model has learned, as recorded in `corpus`: "slot", "term".
+
+    Models of older versions know none. CheckpointError if the record is not a list of names.
+    """
+    kinds = corpus.get("symbols", [])
+    if not isinstance(kinds, list) or not all(kind in RESERVED for kind in kinds):
+        raise CheckpointError(f"corpus.json is damaged: symbols={kinds!r} is not a list of kinds of symbols")
+    return frozenset(kinds)
 
 
 class Loaded(NamedTuple):

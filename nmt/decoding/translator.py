@@ -15,7 +15,7 @@ import torch
 from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
-from nmt.decoding.loading import load_model, longest_source
+from nmt.decoding.loading import known_symbols, load_model, longest_source
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.trace import Hypothesis
@@ -72,11 +72,13 @@ class Translator:
         device: torch.device,
         longest_seen: int = 0,
         steps: Sequence[int] = (),
+        symbols: Collection[str] = (),
     ) -> None:
         """Prepare a trained model for translation.
 
         `longest_seen` is `longest_source` of its run; 0 if unknown. `steps` are the training steps whose parameters, or
-        mean of parameters, the model has; empty if unknown. ValueError if `decoding` is not possible with the model.
+        mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. ValueError if
+        `decoding` is not possible with the model.
         """
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
@@ -88,6 +90,8 @@ class Translator:
         self.device = device
         self.longest_seen = longest_seen
         self.steps = list(steps)
+        self.symbols = frozenset(symbols)
+        """Kinds of reserved symbols that the model has learned: "slot", "term"."""
 
     @classmethod
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
@@ -98,8 +102,9 @@ class Translator:
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
         loaded = load_model(run, config)
-        longest = longest_source(run.corpus_info(), config)
-        return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps)
+        corpus = run.corpus_info()
+        longest, symbols = longest_source(corpus, config), known_symbols(corpus)
+        return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols)
 
     def max_pieces(self, options: Options | None = None) -> int:
         """Return the most subwords that are translated as a whole; no more than the longest training line has."""
