@@ -145,6 +145,7 @@ def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: 
     corpus |= {name: prepared.manifest[name] for name in FACTS}
     if (longest := prepared.manifest.get("longest_source_pieces")) is not None:  # older preparations have none
         corpus["longest_source_pieces"] = longest
+    corpus["symbols"] = prepared.manifest.get("symbols", [])
     for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
         say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):

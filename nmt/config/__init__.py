@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmt.config.checks import above, at_least, fraction, one_of, plain_name
-from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
 from nmt.errors import UserError
@@ -23,6 +23,7 @@ __all__ = [
     "CorpusConfig",
     "DecodingConfig",
     "EvaluationConfig",
+    "ExamplesConfig",
     "FilesConfig",
     "FilterConfig",
     "LayerName",

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from nmt.config.checks import at_least, one_of, plain_name
+from nmt.config.checks import at_least, fraction, one_of, plain_name
 
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
@@ -93,6 +93,31 @@ class SubwordConfig:
 
 
 @dataclass
+class ExamplesConfig:
+    """Training pairs that are rewritten with the vocabulary's reserved symbols, so that the model learns them.
+
+    A share is the part of all pairs that are tried. Pairs without a suitable place stay as they are, and so do dev and
+    test.
+    """
+
+    slots: float = 0.0
+    """Share of pairs where a span that is equal on both sides, such as a number, a name or a URL, becomes a slot symbol
+    on both sides. The model then keeps placeholders in their place. 0: none; 0.1 to 0.3 are useful."""
+    terms: float = 0.0
+    """Share of pairs where a source word is marked with its translation, found by counting which words occur together.
+    The model then uses the translations of `nmt translate --terms`. 0: none; 0.1 to 0.3 are useful."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "terms"):
+            fraction(f"corpus.examples.{name}", getattr(self, name))
+        if self.slots + self.terms > 1.0:
+            raise ValueError(
+                f"corpus.examples.slots={self.slots:g} and corpus.examples.terms={self.terms:g} are more than 1 "
+                "together: lower them"
+            )
+
+
+@dataclass
 class CorpusConfig:
     """Where sentence pairs come from and how they are encoded (`nmt prepare`)."""
 
@@ -122,6 +147,7 @@ class CorpusConfig:
     """Maximum number of training pairs to read; 0: all, or 30,000 of the phrasebook."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
+    examples: ExamplesConfig = field(default_factory=ExamplesConfig)
 
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)

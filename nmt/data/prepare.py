@@ -13,10 +13,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from nmt.config import CorpusConfig
+import numpy as np
+
+from nmt.config import CorpusConfig, ExamplesConfig
 from nmt.corpus.filters import Filters, HoldOut
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import SPLITS, read_pairs, source_files
+from nmt.data.examples import SYMBOLS, ExampleWriter
 from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
@@ -30,6 +33,7 @@ HELD_OUT = ("dev", "test")
 _MOST_PAIRS = 1_000_000  # of dev or test
 _MOST_BYTES = 1 << 28
 _CHUNK = 20000  # sentence pairs per call of the encoder
+_COUNTED = 100_000  # pairs in which words that translate each other are counted
 _PROGRESS_SECONDS = 10.0
 
 Log = Callable[[str], None]
@@ -87,6 +91,7 @@ class _Preparation:
         self.reports = {split: ReadReport() for split in SPLITS}
         self.characters_in_bytes: Counter[str] = Counter()
         self.num_lines_in_bytes = 0
+        self.num_examples = dict.fromkeys(SYMBOLS, 0)
         self.spools = {side: folder / f"{side}.spool" for side in SIDES}
 
     def run(self) -> None:
@@ -123,6 +128,8 @@ class _Preparation:
             "vocabulary_sentences": num_learnt,
             "lines_in_bytes": self.num_lines_in_bytes,
             "characters_in_bytes": dict(self.characters_in_bytes.most_common()),
+            "examples": self.num_examples,
+            "symbols": [kind for kind, count in self.num_examples.items() if count],
             "files": {name: file_record(self.folder / name) for name in sorted((VOCABULARY, *texts))},
             "shards": {"train": writer.record()},
             "seconds": round(seconds, 1),
@@ -219,32 +226,36 @@ class _Preparation:
         """Learn the vocabulary from pairs spread evenly over the corpus. Return the number of sentences used."""
         num_sampled = min(num_spooled, max(1, self.corpus.subwords.training_sentences // 2))
         self.log(f"{self.corpus.name}: learning the vocabulary from {2 * num_sampled:,} sentences")
-
-        def sample() -> Iterator[str]:
-            taken = 0
-            for number, pair in enumerate(self.spooled()):
-                # After n pairs, the sample has n * num_sampled / num_spooled of them, rounded down.
-                if (number + 1) * num_sampled // num_spooled > taken:
-                    taken += 1
-                    yield from pair
-
-        train_subwords(sample(), self.corpus.subwords, self.folder / VOCABULARY)
+        sample = self.sample(num_sampled, num_spooled)
+        train_subwords(chain.from_iterable(sample), self.corpus.subwords, self.folder / VOCABULARY)
         return 2 * num_sampled
+
+    def sample(self, num_sampled: int, num_spooled: int) -> Iterator[tuple[str, str]]:
+        """Yield `num_sampled` of the spooled pairs, spread evenly over them."""
+        taken = 0
+        for number, pair in enumerate(self.spooled()):
+            # After n pairs, the sample has n * num_sampled / num_spooled of them, rounded down.
+            if (number + 1) * num_sampled // num_spooled > taken:
+                taken += 1
+                yield pair
 
     def encode(self, subwords: Subwords, num_spooled: int) -> ShardWriter:
         """Encode the spooled pairs and write the training arrays. Return their writer, closed."""
         pairs = self.spooled()
         num_encoded = 0
+        examples = self.example_writer(subwords, num_spooled)
         with ShardWriter(self.folder, subwords.size) as writer:
             while chunk := list(islice(pairs, _CHUNK)):
                 sources = subwords.encode_batch([source for source, _ in chunk])
                 targets = subwords.encode_batch([target for _, target in chunk])
                 kept = [
-                    pair
-                    for pair in zip(sources, targets, strict=True)
+                    place
+                    for place, pair in enumerate(zip(sources, targets, strict=True))
                     if self.filters.keep_encoded(len(pair[0]), len(pair[1]))
                 ]
-                writer.append([source for source, _ in kept], [target for _, target in kept])
+                if examples:
+                    self.put_examples(examples, subwords, chunk, kept, sources, targets)
+                writer.append([sources[place] for place in kept], [targets[place] for place in kept])
                 for line in chain.from_iterable(chunk):
                     if unlearned := subwords.unlearned(line):
                         self.characters_in_bytes.update(unlearned)
@@ -252,6 +263,35 @@ class _Preparation:
                 num_encoded += len(chunk)
                 self.progress(f"{num_encoded:,} of {num_spooled:,} pairs encoded")
         return writer
+
+    def example_writer(self, subwords: Subwords, num_spooled: int) -> ExampleWriter | None:
+        """Return what rewrites pairs with symbols; None if the settings do not ask for any."""
+        if self.corpus.examples == ExamplesConfig():
+            return None
+        num_counted = min(num_spooled, _COUNTED)
+        return ExampleWriter(self.corpus.examples, subwords, lambda: self.sample(num_counted, num_spooled))
+
+    def put_examples(
+        self,
+        writer: ExampleWriter,
+        subwords: Subwords,
+        chunk: list[tuple[str, str]],
+        kept: list[int],
+        sources: list[np.ndarray],
+        targets: list[np.ndarray],
+    ) -> None:
+        """Put examples with symbols in place of some encoded pairs, the ones at `kept`. One that is too long is not."""
+        found = {place: example for place in kept if (example := writer.example(*chunk[place]))}
+        most = self.corpus.filters.max_pieces
+        encoded = zip(
+            subwords.encode_parts([example.source for example in found.values()]),
+            subwords.encode_parts([example.target for example in found.values()]),
+            strict=True,
+        )
+        for (place, example), (source, target) in zip(found.items(), encoded, strict=True):
+            if not most or max(len(source), len(target)) <= most:
+                sources[place], targets[place] = source, target
+                self.num_examples[example.kind] += 1
 
     def spooled(self) -> Iterator[tuple[str, str]]:
         """Yield (source, target) of the filtered training text, without the pairs held out from it."""
@@ -301,6 +341,8 @@ class _Preparation:
                 f"{len(self.characters_in_bytes):,} characters, in {self.num_lines_in_bytes:,} lines, are not in the "
                 f"vocabulary and are encoded as bytes: {list_characters(self.characters_in_bytes)}"
             )
+        if shown := _counts(self.num_examples):
+            self.log(f"{self.corpus.name}: pairs rewritten with symbols: {shown}")
         self.log(
             f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
             f"subwords, {manifest['seconds']:.0f} s"

@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nmt.config import CorpusConfig
+from nmt.config import CorpusConfig, ExamplesConfig
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
 from nmt.data.subwords import Subwords
 from nmt.errors import DataError, StorageError
@@ -39,9 +39,14 @@ TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*S
 
 
 def prepared_path(corpus: CorpusConfig) -> Path:
-    """Return the folder of the prepared corpus. Different corpus settings have different folders."""
+    """Return the folder of the prepared corpus. Different corpus settings have different folders.
+
+    A section that is newer than the first corpora counts only if it is used, so that those are still found.
+    """
     section = asdict(corpus)
     del section["directory"]
+    if corpus.examples == ExamplesConfig():
+        del section["examples"]
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
     return Path(corpus.directory) / f"{corpus.name}-{fingerprint[:8]}"

@@ -1,0 +1,213 @@
+"""Training examples with reserved symbols: what is found, how it is written, and what nmt prepare makes of it."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nmt.config import CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.data.association import Associations
+from nmt.data.examples import ExampleWriter, annotated, equal_spans, slotted
+from nmt.data.prepare import prepare, prepared_path
+from nmt.data.subwords import Subwords
+from nmt.text.terms import Match
+
+NOUNS = [("pump", "Pumpe"), ("valve", "Ventil"), ("hose", "Schlauch"), ("tank", "Kessel"), ("gauge", "Messer")]
+NOUNS += [(f"thing{one}{two}", f"Ding{two}{one}") for one in "abcdefgh" for two in "klmnopqr"]
+PLACES = ["Berlin", "Liland", "Oslo", "Prag"]
+
+
+def pairs(count: int = 600, seed: int = 0) -> list[tuple[str, str]]:
+    """Sentences in which each noun has one translation, and numbers and names are copied."""
+    generator = np.random.default_rng(seed)
+    made = []
+    for _ in range(count):
+        (one, eins), (two, zwei) = (NOUNS[place] for place in generator.choice(len(NOUNS), 2, replace=False))
+        number, place = generator.integers(100, 999), generator.choice(PLACES)
+        made.append((f"The {one} and {number} {two} in {place}.", f"In {place}: {eins} und {number} {zwei}."))
+    return made
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> CorpusConfig:
+    folder = tmp_path_factory.mktemp("text")
+    for split, found in (("train", pairs()), ("dev", pairs(9, 1)), ("test", pairs(9, 2))):
+        for side, texts in zip(("en", "de"), zip(*found, strict=True), strict=True):
+            (folder / f"{split}.{side}").write_text("".join(f"{text}\n" for text in texts))
+    return corpus_of(folder)
+
+
+def corpus_of(folder: Path, **settings: Any) -> CorpusConfig:
+    files = {split: FilesConfig(source=[f"{split}.en"], target=[f"{split}.de"]) for split in ("train", "dev", "test")}
+    subwords = SubwordConfig(kind="bpe", vocab_size=120)
+    return CorpusConfig(
+        **files, **{"source": "files", "root": str(folder), "directory": f"{folder}/p", "subwords": subwords} | settings
+    )
+
+
+@pytest.fixture(scope="module")
+def subwords(corpus: CorpusConfig) -> Subwords:
+    return prepare(corpus, lambda _: None).subwords()
+
+
+# ---------------------------------------------------------------------------------------------------- association
+
+
+def test_each_noun_is_linked_with_its_translation() -> None:
+    found = Associations(pairs)
+    for source, target in pairs(50, seed=3):
+        expected = {(one, other) for one, other in NOUNS if f" {one} " in source}
+        links = found.links(source, target)
+        assert expected <= {(link.source.text, link.target.text) for link in links}
+        for link in links:
+            assert source[link.source.start : link.source.end] == link.source.text
+            assert target[link.target.start : link.target.end] == link.target.text
+            assert (link.source.text, link.target.text) in NOUNS or link.source.text == link.target.text in PLACES
+
+
+def test_words_without_a_clear_partner_are_not_linked() -> None:
+    # Two words that are always together could both be the translation of either.
+    always = [("red stone", "Rot Stein")] * 9 + [("x", "y")] * 300
+    assert Associations(lambda: always).links("red stone", "Rot Stein") == []
+    # Words that occur twice on a side, that are rare, or on every line.
+    assert Associations(pairs).links("pump pump", "Pumpe") == []
+    assert Associations(lambda: [("pump", "Pumpe")] * 2).links("pump", "Pumpe") == []
+    assert Associations(lambda: [("pump", "Pumpe")] * 100).links("pump", "Pumpe") == []
+    assert Associations(lambda: iter(())).links("pump", "Pumpe") == []
+
+
+# ------------------------------------------------------------------------------------------------------- writing
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "expected"),
+    [
+        ("Room 12 is free.", "Zimmer 12 ist frei.", ["12"]),
+        ("at 14:35, not 14:45", "um 14:35 Uhr", ["14:35"]),
+        ("12 and 12", "12", []),
+        ("In Rome", "In Rome", ["Rome"]),
+        ("Rome is", "Rome ist", []),
+        ("Mr Paul Weber is", "Herr Paul Weber ist", ["Paul Weber"]),
+        ("Mr Paul Weber is", "Herr Weber, Paul, ist", ["Paul", "Weber"]),
+        ("see https://a.de/b?c=1.", "siehe https://a.de/b?c=1!", ["https://a.de/b?c=1"]),
+        ("Click <b>{name}</b>", "Auf <b>{name}</b> klicken", ["<b>", "{name}", "</b>"]),
+        ("1,000 m", "1.000 m", []),
+        ("", "", []),
+    ],
+)
+def test_equal_spans(source: str, target: str, expected: list[str]) -> None:
+    spans = equal_spans(source, target)
+    assert [source[start:end] for (start, end), _ in spans] == expected
+    assert [target[start:end] for _, (start, end) in spans] == expected
+
+
+def test_a_source_with_terms(subwords: Subwords) -> None:
+    text = "The pump (valve) is"
+    matches = [Match(4, 8, "pump", "Pumpe"), Match(10, 15, "valve", "das Ventil")]
+    start, middle, end, mask = subwords.reserved_ids("term")
+    expected = ["The", start, " pump", middle, " Pumpe", end, " (", start, "valve", middle, " das Ventil", end, ") is"]
+    assert annotated(text, matches, subwords) == expected
+    masked = ["The", start, mask, middle, " Pumpe", end, " (", start, mask, middle, " das Ventil", end, ") is"]
+    assert annotated(text, matches, subwords, masked=True) == masked
+    # But for the marks and the translations, the subwords are those of the text.
+    [ids] = subwords.encode_parts([annotated(text, matches[:1], subwords)])
+    marked = ids.tolist()
+    del marked[marked.index(middle) : marked.index(end) + 1]
+    assert [piece for piece in marked if piece != start] == subwords.encode(text).tolist()
+
+
+def test_slots_take_the_place_of_spans() -> None:
+    assert slotted("a 12 b 3", [(2, 4), (7, 8)], [36, 40]) == ["a ", 36, " b ", 40, ""]
+    assert slotted("a", [], []) == ["a"]
+
+
+def test_examples_of_each_kind(subwords: Subwords) -> None:
+    """The text of an example without its symbols is the text of the pair; equal pairs give equal examples."""
+    writer = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, pairs)
+    found = [(pair, example) for pair in pairs() if (example := writer.example(*pair))]
+    again = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, pairs)
+    assert [each for pair in pairs() if (each := again.example(*pair))] == [example for _, example in found]
+    counts = Counter(example.kind for _, example in found)
+    assert all(120 < counts[kind] < 240 for kind in ("slot", "term"))
+    slots, terms = subwords.reserved_ids("slot"), subwords.reserved_ids("term")
+    used: set[int] = set()
+    for (source, target), example in found:
+        symbols = [[part for part in side if isinstance(part, int)] for side in (example.source, example.target)]
+        if example.kind == "term":
+            assert example.target == [target]
+            assert len(symbols[0]) % 3 == symbols[0].count(terms[3]) % 3
+            assert set(symbols[0]) <= set(terms)
+        else:
+            assert sorted(symbols[0]) == sorted(symbols[1])
+            assert len(set(symbols[0])) == len(symbols[0]) > 0
+            used |= set(symbols[0])
+            values = {}
+            for side, text in ((example.source, source), (example.target, target)):
+                rest = text
+                for before, slot in zip(side[::2], side[1::2], strict=False):
+                    assert rest.startswith(str(before))
+                    rest = rest[len(str(before)) :]
+                    value = next(each for each in (*PLACES, rest[:3]) if rest.startswith(each))
+                    assert values.setdefault(slot, value) == value
+                    rest = rest[len(value) :]
+                assert rest == side[-1]
+    assert used == set(slots)
+
+
+# ----------------------------------------------------------------------------------------------------- preparing
+
+
+def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
+    plain = prepare(corpus, lambda _: None)
+    assert (plain.manifest["examples"], plain.manifest["symbols"]) == ({"slot": 0, "term": 0}, [])
+    log: list[str] = []
+    made = prepare(corpus_of(Path(corpus.root), examples=ExamplesConfig(slots=0.2, terms=0.2)), log.append)
+    subwords = made.subwords()
+    symbols = {kind: set(subwords.reserved_ids(kind)) for kind in ("slot", "term")}
+    sides: Counter[tuple[str, str]] = Counter()
+    for pair in range(len(made.train())):
+        source, target = (set(side(pair).tolist()) for side in (made.train().source, made.train().target))
+        for kind, ids in symbols.items():
+            sides[kind, "source"] += bool(ids & source)
+            sides[kind, "target"] += bool(ids & target)
+        if not (source | target) & (symbols["slot"] | symbols["term"]):
+            assert np.array_equal(made.train().source(pair), plain.train().source(pair))
+            assert np.array_equal(made.train().target(pair), plain.train().target(pair))
+    counts = made.manifest["examples"]
+    assert made.manifest["symbols"] == ["slot", "term"]
+    assert sides == Counter(
+        {("slot", "source"): counts["slot"], ("slot", "target"): counts["slot"], ("term", "source"): counts["term"]}
+    )
+    assert f"corpus: pairs rewritten with symbols: slot {counts['slot']}, term {counts['term']}" in log
+    assert made.fingerprint != plain.fingerprint
+    assert made.path != plain.path
+    # Dev and test, and the vocabulary, are as without examples.
+    assert made.manifest["files"] == plain.manifest["files"]
+
+
+def test_an_example_that_is_too_long_is_left_out(corpus: CorpusConfig) -> None:
+    plain = prepare(corpus, lambda _: None).train()
+    longest = int(max(plain.source_lengths.max(), plain.target_lengths.max()))
+    config = corpus_of(
+        Path(corpus.root), examples=ExamplesConfig(terms=0.99), filters=FilterConfig(max_pieces=longest), name="short"
+    )
+    made = prepare(config, lambda _: None)
+    assert made.manifest["pairs_kept"] == 600
+    assert made.train().source_lengths.max() <= longest
+    assert 0 < made.manifest["examples"]["term"] < 590
+
+
+def test_old_corpora_are_still_found(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without examples, the folder has the name that versions without them gave it."""
+    path = prepared_path(corpus)
+    monkeypatch.setattr("nmt.data.prepared.asdict", lambda config: {"directory": "", "examples": "", **_old(config)})
+    assert prepared_path(corpus) == path
+
+
+def _old(config: CorpusConfig) -> dict[str, Any]:
+    section = json.loads(json.dumps(config, default=lambda value: vars(value)))
+    del section["examples"]
+    return section
