@@ -96,13 +96,18 @@ class TextReader:
 
     def __iter__(self) -> Iterator[str]:
         """Yield whole lines. Raises DataError for a line of more than `most_bytes` bytes."""
+        for lines in self.whole_blocks():
+            yield from lines
+
+    def whole_blocks(self) -> Iterator[list[str]]:
+        """Yield the lines that one read completes. Raises DataError for a line of more than `most_bytes` bytes."""
         for lines, whole in self.blocks():
             if not whole:
                 raise DataError(
                     f"{self.name} line {self.num_lines + 1} has more than {self.most_bytes:,} bytes: "
                     "a line is one sentence; correct or remove it"
                 )
-            yield from lines
+            yield lines
 
     def blocks(self) -> Iterator[tuple[list[str], bool]]:
         """Yield (lines, whole) as soon as their bytes arrive: all lines that one read of the stream completes.
@@ -148,14 +153,15 @@ class TextReader:
     def _text(self, line: bytes, number: int) -> str:
         try:
             return line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            if self.strict:
-                raise DataError(
-                    f"{self.name} line {number} has bytes that are not {self._encoding}: correct it; without --strict, "
-                    "U+FFFD replaces them"
-                ) from error
-            self.num_invalid += 1
+        except UnicodeDecodeError:
+            self.count_invalid(number, f"bytes that are not {self._encoding}")
             return line.decode("utf-8", errors="replace")
+
+    def count_invalid(self, number: int, what: str) -> None:
+        """Count line `number` as one with `what` in it, which U+FFFD replaces. DataError if the reader is strict."""
+        if self.strict:
+            raise DataError(f"{self.name} line {number} has {what}: correct it; without --strict, U+FFFD replaces them")
+        self.num_invalid += 1
 
     def _read(self) -> Iterator[bytes]:
         """Yield non-empty blocks of decompressed bytes in UTF-8, without the BOM."""

@@ -25,7 +25,7 @@ from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.streams.halt import Halt, Source
-from nmt.streams.lines import Piece, Window, open_input, text_reader, windows
+from nmt.streams.lines import Piece, Window, open_input, read_lines, windows
 from nmt.streams.translating import JoinedLines, translate_stream
 from tests.toy import ENGLISH, Cli
 
@@ -46,7 +46,8 @@ def windows_of(stream: BinaryIO, most_lines: int) -> Iterator[list[Piece]]:
     with Halt() as halt:
         source = Source(stream, halt)
         ended = (0, 0)
-        for pieces, lines, num_bytes in windows(text_reader(source, "text"), source, most_lines):
+        _, blocks = read_lines(source, "text")
+        for pieces, lines, num_bytes in windows(blocks, source, most_lines):
             assert (lines[0], num_bytes[0]) == ended
             assert lines[1] - lines[0] == sum(piece.ends for piece in pieces)
             ended = lines[1], num_bytes[1]

@@ -7,19 +7,24 @@ import shutil
 import stat
 import sys
 import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from tqdm import tqdm
 
 from nmt.commands import Parser, say
 from nmt.config import Config
-from nmt.data.subwords import list_characters
+from nmt.data.subwords import list_characters, one_line
 from nmt.decoding.translation import Translation
 from nmt.decoding.translator import Translator
+from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.halt import Halt, Sink, Source
-from nmt.streams.lines import Piece, Window, open_input, text_reader, windows
+from nmt.streams.lines import Piece, Window, open_input, read_lines, read_records, read_whole_lines, windows
 from nmt.streams.output import Output, open_output
+from nmt.streams.records import has_records, record_line
 from nmt.streams.translating import JoinedLines, translate_stream
+from nmt.textfile import TextReader
 from nmt.wording import counted
 
 
@@ -31,7 +36,8 @@ def parser() -> Parser:
         "too long for the model is translated in parts.",
         "  nmt translate runs/demo input.en -o output.de\n"
         "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
-        "  nmt translate demo input.en.gz -o output.de.gz decoding.beam_size=8 decoding.checkpoint=average",
+        "  nmt translate demo input.en.gz -o output.de.gz decoding.beam_size=8 decoding.checkpoint=average\n"
+        "  nmt translate demo input.jsonl -o output.jsonl --n-best 3",
     )
     parser.add_argument(
         "input",
@@ -53,17 +59,30 @@ def parser() -> Parser:
         action="store_true",
         help="refuse bytes that are not text, naming the line (default: U+FFFD replaces them, and they are counted)",
     )
+    parser.add_argument(
+        "--jsonl",
+        action="store_true",
+        help='input and output are JSON Lines: an object per line, whose "text" is translated (default: those whose '
+        "names end in .jsonl)",
+    )
+    parser.add_argument(
+        "--n-best", type=int, default=1, metavar="N", help="in JSON Lines: the N best translations of each line"
+    )
+    parser.add_argument(
+        "--pieces", action="store_true", help="in JSON Lines: subwords of translations with their log-probabilities"
+    )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
-    lines = JoinedLines()
+    lines = JoinedLines(_form(options))
     num_written = 0
     with Halt() as halt, open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
+        chosen = replace(translator.options, n_best=options.n_best)
         read = Source(source, halt)
-        reader = text_reader(read, options.input, options.strict)
+        reader, blocks = _reading(options)(read, options.input, options.strict)
         sink = Sink(output.stream, halt) if output.live else output.stream
 
         def write(pieces: list[Piece], found: list[Translation]) -> None:
@@ -74,13 +93,13 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                translate_stream(translator, windows(reader, read), write, halt.set, progress=progress.tell)
+                translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell)
         except KeyboardInterrupt:
             kept = "they were written" if output.live else f"{options.output} was not written"
             say(f"{_lines(num_written)} translated so far; {kept}")
             raise
     seconds = time.perf_counter() - started
-    say(f"{_lines(reader.num_lines)} in {seconds:.1f} s ({reader.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
+    say(f"{_lines(lines.num_lines)} in {seconds:.1f} s ({lines.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
     if reader.num_invalid:
         say(f"{_lines(reader.num_invalid)} with bytes that are not UTF-8; they were replaced by U+FFFD")
     if lines.num_unlearned:
@@ -93,6 +112,26 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     if lines.num_cut_off:
         ratio = f"decoding.max_length_ratio={config.decoding.max_length_ratio:g}"
         say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
+
+
+def _reading(options: argparse.Namespace) -> Callable[[Source, str, bool], tuple[TextReader, Iterator[list[Piece]]]]:
+    """Return the function that reads the input."""
+    if options.jsonl or has_records(options.input):
+        return read_records
+    # A line of JSON Lines has all of its text.
+    return read_whole_lines if has_records(options.output) else read_lines
+
+
+def _form(options: argparse.Namespace) -> Callable[[Piece, Translation], str] | None:
+    """Return the function that makes an output line; None for lines of plain text that may come in pieces."""
+    if options.jsonl or has_records(options.output):
+        return lambda piece, found: record_line(
+            piece.record, piece.text, found.to_dict(hypotheses=options.n_best > 1, pieces=options.pieces)
+        )
+    if options.n_best > 1 or options.pieces:
+        raise UserError("--n-best and --pieces need JSON Lines: name the output .jsonl, or give --jsonl")
+    # The text of a record may have line breaks.
+    return (lambda _piece, found: one_line(found.text)) if has_records(options.input) else None
 
 
 def _lines(count: int) -> str:

@@ -1,6 +1,7 @@
 """Options and results of the translator."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -63,6 +64,22 @@ class Options:
         )
 
 
+RESULT_FIELDS = {
+    "translation": "the translated text",
+    "score": "score of GNMT eq. 14, by which hypotheses are ranked; 0 for a line that was not translated",
+    "finished": "false if a part was cut off at its maximum length",
+    "parts": "number of parts that were translated one by one; 0 for a line that was not translated",
+    "unlearned": "characters of the text that the model has never seen, in order",
+    "flags": "what to check: a list of objects with `kind` and `detail`",
+    "pieces": "subwords of the translation, with `</s>` at each end that the model chose (on request)",
+    "log_probs": "log-probability of each of `pieces`, in nats (on request)",
+    "hypotheses": "the best translations, the first one included: objects with `translation`, `score`, `finished`, and "
+    "on request `pieces` and `log_probs` (if more than one is requested)",
+}
+"""Names of the fields of `Translation.to_dict` and what they mean."""
+_DIGITS = 6  # of scores in results
+
+
 @dataclass(frozen=True)
 class TextHypothesis:
     """One of the translations found for a line."""
@@ -79,6 +96,19 @@ class TextHypothesis:
     attention: np.ndarray | None = field(default=None, compare=False)
     """Attention to the source at each output subword, if requested: float32, shape (pieces, source pieces). Each row
     sums to 1. In a line of several parts, each part attends to itself only."""
+
+    def to_dict(self, *, pieces: bool = False) -> dict[str, Any]:
+        """Return the hypothesis as values of JSON; `pieces` as in `Translation.to_dict`."""
+        result: dict[str, Any] = {
+            "translation": self.text,
+            "score": round(self.score, _DIGITS),
+            "finished": self.finished,
+        }
+        return result | self.pieces_dict() if pieces else result
+
+    def pieces_dict(self) -> dict[str, Any]:
+        """Return the subwords and their log-probabilities as values of JSON."""
+        return {"pieces": [*self.pieces], "log_probs": [round(each, _DIGITS) for each in self.log_probs]}
 
 
 @dataclass(frozen=True)
@@ -105,3 +135,22 @@ class Translation:
     score, as `score` is no sum over parts."""
     flags: tuple[Flag, ...] = ()
     """What to check in this translation, in the order of `KINDS` in nmt/text/checks.py."""
+
+    def to_dict(self, *, hypotheses: bool = False, pieces: bool = False) -> dict[str, Any]:
+        """Return the result as values of JSON, as in JSON Lines. `RESULT_FIELDS` has the names and their meaning.
+
+        `hypotheses` and `pieces` add the fields of that name. Scores are rounded to 6 decimals.
+        """
+        result: dict[str, Any] = {
+            "translation": self.text,
+            "score": round(self.score, _DIGITS),
+            "finished": self.finished,
+            "parts": self.num_parts if self.hypotheses else 0,
+            "unlearned": self.unlearned,
+            "flags": [flag._asdict() for flag in self.flags],
+        }
+        if pieces:
+            result |= self.hypotheses[0].pieces_dict() if self.hypotheses else {"pieces": [], "log_probs": []}
+        if hypotheses:
+            result["hypotheses"] = [each.to_dict(pieces=pieces) for each in self.hypotheses]
+        return result

@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 
 from nmt.errors import DataError
 from nmt.streams.halt import Source
+from nmt.streams.records import Record, parse_record
 from nmt.text.segment import last_place
 from nmt.textfile import TextReader
 
@@ -29,8 +30,12 @@ class Piece(NamedTuple):
     """A line, or a piece of a very long line."""
 
     text: str
-    begins: bool  # True if the line begins with this piece
-    ends: bool  # True if the line ends with this piece
+    begins: bool = True
+    """True if the line begins with this piece."""
+    ends: bool = True
+    """True if the line ends with this piece."""
+    record: Record | None = None
+    """The object that has this text, if the line is one of JSON Lines."""
 
 
 def open_input(path: str) -> io.BufferedReader:
@@ -53,53 +58,102 @@ class Window(NamedTuple):
     """Bytes read before, and up to the end."""
 
 
-def text_reader(source: Source, path: str, strict: bool = False) -> TextReader:
-    """Return a reader of the lines of a source, for `windows`; `path` and `strict` as in `open_input`, TextReader."""
-    return TextReader(source, "standard input" if path == "-" else path, _MOST_BYTES, strict)
+def read_lines(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
+    """Return (a reader of plain text, its lines for `windows`). `path` is as in `open_input`, `strict` in TextReader.
+
+    Very long lines come in pieces.
+    """
+    reader = TextReader(source, _shown(path), _MOST_BYTES, strict)
+    return reader, _pieces(reader)
 
 
-def windows(reader: TextReader, source: Source, most_lines: int = MOST_LINES) -> Iterator[Window]:
-    """Yield the lines that `reader` reads from `source`, in windows of at most `most_lines` lines.
+def read_whole_lines(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
+    """Return the same as `read_lines`, but with whole lines only. Reading raises DataError for a very long one."""
+    reader = TextReader(source, _shown(path), strict=strict)
+    return reader, ([Piece(line) for line in lines] for lines in reader.whole_blocks())
+
+
+def read_records(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
+    """Return (a reader of JSON Lines, their texts for `windows`). Reading raises DataError as `parse_record` does."""
+    reader = TextReader(source, _shown(path), strict=strict)
+    return reader, _records(reader)
+
+
+def _shown(path: str) -> str:
+    return "standard input" if path == "-" else path
+
+
+def _pieces(reader: TextReader) -> Iterator[list[Piece]]:
+    begun, rest = False, ""  # of a line that is read in part: True after its first piece; text not yielded yet
+    for lines, whole in reader.blocks():
+        lines[0], rest = rest + lines[0], ""
+        if not whole:
+            place = last_place(lines[0])
+            lines[0], rest = lines[0][:place], lines[0][place:]
+        yield [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
+        begun = not whole
+
+
+def _records(reader: TextReader) -> Iterator[list[Piece]]:
+    for lines in reader.whole_blocks():
+        pieces: list[Piece] = []
+        for number, line in enumerate(lines, reader.num_lines - len(lines) + 1):
+            try:
+                record = parse_record(line, f"{reader.name} line {number}")
+                if record.raw and record.text != record.fields["text"]:
+                    reader.count_invalid(number, "halves of characters")
+            except DataError:
+                # The lines before it are translated.
+                yield pieces
+                raise
+            pieces.append(Piece(record.text, record=record))
+        yield pieces
+
+
+def windows(blocks: Iterator[list[Piece]], source: Source, most_lines: int = MOST_LINES) -> Iterator[Window]:
+    """Yield lines that are read from `source`, in windows of at most `most_lines` lines.
 
     A window is smaller if the source has no more lines for now, so that a program can write one line and wait for its
     translation.
     """
     lines = num_bytes = 0
-    for pieces in _gathered(reader, source, most_lines):
+    for pieces in _gathered(blocks, source, most_lines):
         before = lines, num_bytes
         lines, num_bytes = lines + sum(piece.ends for piece in pieces), source.num_bytes
         yield Window(pieces, (before[0], lines), (before[1], num_bytes))
 
 
-def _gathered(reader: TextReader, source: Source, most_lines: int) -> Iterator[list[Piece]]:
+def _gathered(blocks: Iterator[list[Piece]], source: Source, most_lines: int) -> Iterator[list[Piece]]:
     """Yield the pieces of each window."""
     most = min(_FIRST_LINES, most_lines)
     window: list[Piece] = []
     size = 0
-    begun, rest = False, ""  # of a line that is read in part: True after its first piece; text not yielded yet
-    blocks = reader.blocks()
     while True:
         full = len(window) >= most or size >= _MOST_CHARACTERS
         if window and (full or not source.more_now()):
             yield window
             window, size = [], 0
             most = min(2 * most, most_lines)
-        block = next(blocks, None)
+        try:
+            block = next(blocks, None)
+        except DataError:
+            # What was read before the error is translated first.
+            if window:
+                yield window
+            raise
         if block is None:
             break
-        lines, whole = block
-        lines[0], rest = rest + lines[0], ""
-        if not whole:
-            place = last_place(lines[0])
-            lines[0], rest = lines[0][:place], lines[0][place:]
-        window += [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
-        begun = not whole
-        size += sum(map(len, lines))
+        window += block
+        size += sum(map(_size, block))
         # A block of a file may have many more lines than a window.
         while len(window) > most:
             yield window[:most]
             window = window[most:]
-            size = sum(len(piece.text) for piece in window)
+            size = sum(map(_size, window))
             most = min(2 * most, most_lines)
     if window:
         yield window
+
+
+def _size(piece: Piece) -> int:
+    return len(piece.record.raw if piece.record else piece.text)

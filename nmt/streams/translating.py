@@ -16,6 +16,8 @@ from nmt.text.segment import seam
 class JoinedLines:
     """Joins the translations of pieces into lines, and counts lines."""
 
+    form: Callable[[Piece, Translation], str] | None = None
+    """Makes the output line of a whole input line; None for plain text, in which pieces of lines are joined."""
     num_lines: int = 0
     num_long: int = 0
     """Number of lines translated in parts."""
@@ -39,7 +41,7 @@ class JoinedLines:
         for piece, translation in zip(window, found, strict=True):
             if not piece.begins:
                 text.append(seam(self._before, piece.text, self._left, translation.text))
-            text.append(translation.text)
+            text.append(self.form(piece, translation) if self.form else translation.text)
             self._long |= translation.num_parts > 1 or not piece.ends
             self._cut_off |= not translation.finished
             self._unlearned |= bool(translation.unlearned)
@@ -62,7 +64,6 @@ def translate_stream(
     source: Iterable[Window],
     write: Callable[[list[Piece], list[Translation]], None],
     halt: Callable[[], None],
-    *,
     options: Options | None = None,
     progress: Callable[[Window, float], None] | None = None,
 ) -> None:

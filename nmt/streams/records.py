@@ -1,0 +1,70 @@
+"""JSON Lines: one object per line, whose "text" is translated and whose other fields are carried through.
+
+The fields of the result (`RESULT_FIELDS`) are added after those of the input, whose characters stay as they are. So
+numbers keep all their digits, and names their order.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from nmt.decoding.translation import RESULT_FIELDS
+from nmt.errors import DataError
+from nmt.streams.output import COMPRESSED
+
+_ENDING = ".jsonl"
+
+
+class Record(NamedTuple):
+    """A line of JSON Lines."""
+
+    raw: str
+    """The line; "" if it is blank."""
+    text: str
+    """What to translate."""
+    fields: Mapping[str, Any]
+    """All fields of the object."""
+
+
+def has_records(path: str) -> bool:
+    """Return whether a file has JSON Lines by its name, such as a.jsonl or a.jsonl.gz."""
+    name = Path(path.lower())
+    return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix == _ENDING
+
+
+def parse_record(line: str, where: str) -> Record:
+    """Return the record of a line; a blank line has no fields and no text.
+
+    DataError, which begins with `where`, if the line is not an object, has no text, or has a field of the result.
+    """
+    raw = line.strip(" \t\r")
+    if not raw:
+        return Record("", "", {})
+    try:
+        fields = json.loads(raw, parse_constant=_refuse)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg} at character {error.pos + 1}): correct it") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where} is not JSON ({error}): correct it") from error
+    if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+        raise DataError(f'{where} has no text: write an object such as {{"text": "a sentence"}} in each line')
+    for name in fields.keys() & RESULT_FIELDS.keys():
+        raise DataError(f'{where} has a field "{name}", which is a field of results: rename or remove it')
+    # An escape such as \ud800 may be half a character.
+    text = fields["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return Record(raw, text, fields)
+
+
+def record_line(record: Record | None, text: str, result: Mapping[str, Any]) -> str:
+    """Return a line of JSON Lines: a record and its result. Without a record, it has a line of plain text, `text`."""
+    if record is None:
+        return json.dumps({"text": text, **result}, ensure_ascii=False)
+    if not record.raw:
+        return ""
+    # The object has at least its text, so a comma is right.
+    return f"{record.raw[:-1].rstrip()}, {json.dumps(result, ensure_ascii=False)[1:]}"
+
+
+def _refuse(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
