@@ -42,6 +42,14 @@ class TranslateOptions(TypedDict, total=False):
     alpha: float
     beta: float
     max_length_ratio: float
+    min_length: int
+    max_length: int
+    no_repeat_ngram: int
+    prune_margin: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
     max_source_pieces: int
     batch_tokens: int
     attention: bool
@@ -88,20 +96,26 @@ class Model:
         return list(self._translator.steps)
 
     @overload
-    def translate(self, text: str, **options: Unpack[TranslateOptions]) -> Translation: ...
+    def translate(self, text: str, *, prefix: str = "", **options: Unpack[TranslateOptions]) -> Translation: ...
     @overload
-    def translate(self, text: Texts, **options: Unpack[TranslateOptions]) -> list[Translation]: ...
-    def translate(self, text: str | Texts, **options: Unpack[TranslateOptions]) -> Translation | list[Translation]:
+    def translate(
+        self, text: Texts, *, prefix: Texts = (), **options: Unpack[TranslateOptions]
+    ) -> list[Translation]: ...
+    def translate(
+        self, text: str | Texts, *, prefix: str | Texts = "", **options: Unpack[TranslateOptions]
+    ) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
 
         `options` apply only to this call. A line without a letter or digit that the model knows is returned
-        unchanged, and a line that is too long is translated in parts. CheckpointError if the model's outputs are not
-        finite.
+        unchanged, and a line that is too long is translated in parts. The translation begins with `prefix`, a text for
+        each line, or an empty one; UserError if it cannot be kept exactly. CheckpointError if the model's outputs are
+        not finite.
         """
         lines = _texts("text", text)
+        prefixes = _prefixes(text, prefix)
         with _typed_errors("nmt.Model.translate"):
             chosen = self._options(options)
-            found = self._translator.translate(lines, chosen)
+            found = self._translator.translate(lines, chosen, prefixes=prefixes)
         return found[0] if isinstance(text, str) else found
 
     @overload
@@ -292,6 +306,16 @@ def _texts(name: str, given: str | Sequence[str]) -> list[str]:
         if not isinstance(each, str):
             raise UserError(f"{name}[{place}] is {_kind(each)}: give a list of str")
     return list(given)
+
+
+def _prefixes(text: str | Texts, prefix: str | Texts) -> dict[int, str]:
+    """Return the prefixes by the index of their line. UserError if they do not pair with the lines."""
+    given = _texts("prefix", prefix) if prefix else []
+    if given and isinstance(text, str) != isinstance(prefix, str):
+        raise UserError("text and prefix must both be a str, or both a list of str")
+    if given and not isinstance(text, str) and len(given) != len(text):
+        raise UserError(f"{len(given)} prefixes for {len(text)} lines: give one each ('' for none), or leave them out")
+    return dict(enumerate(given))
 
 
 def _pairs(sources: str | Texts, targets: str | Texts) -> tuple[list[str], list[str]]:

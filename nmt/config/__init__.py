@@ -10,7 +10,7 @@ import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nmt.config.checks import above, at_least, fraction, one_of, plain_name
+from nmt.config.checks import above, at_least, check_search, fraction, one_of, plain_name
 from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
@@ -184,6 +184,24 @@ class DecodingConfig:
     max_length_ratio: float = 2.0
     """Maximum length of a translation in subwords: this many times the subwords of its source, plus 10 (GNMT
     section 7)."""
+    min_length: int = 0
+    """Least subwords of a translation, with its end; 0: any. A line in parts has this many in each."""
+    max_length: int = 0
+    """Greatest subwords of a translation, with its end, beside `max_length_ratio`; 0: any."""
+    no_repeat_ngram: int = 0
+    """Length of runs of subwords that never occur twice in a translation; 0: any run may."""
+    prune_margin: float = 0.0
+    """GNMT's pruning margin, in nats: hypotheses this far below the best one are dropped (GNMT section 7, with 3.0); 0:
+    none is. Not used when sampling."""
+    temperature: float = 0.0
+    """0: search for the best translation. Above 0: draw it at random, from probabilities sharpened (below 1) or
+    flattened (above 1) by this temperature; 1: those of the model."""
+    top_k: int = 0
+    """Draw each subword from this many most probable ones; 0: from all."""
+    top_p: float = 1.0
+    """Draw each subword from the fewest most probable ones that have this probability together; 1: from all."""
+    seed: int = 1
+    """Seed of draws. The same line, seed and model give the same draw in any batch and at any place."""
     max_source_pieces: int = 250
     """Maximum subwords of a line that is translated whole. Longer lines, and lines longer than any in the training
     text, are translated in parts and joined again. They are split at ends of sentences, or of clauses or words if a
@@ -197,11 +215,8 @@ class DecodingConfig:
     """bf16, fp32, or auto: bf16 on a GPU, else fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("average_checkpoints", "beam_size", "max_source_pieces"):
-            at_least(f"decoding.{name}", getattr(self, name), 1)
-        for name in ("alpha", "beta", "experts_per_token", "batch_tokens"):
-            at_least(f"decoding.{name}", getattr(self, name), 0)
-        above("decoding.max_length_ratio", self.max_length_ratio, 0.0)
+        at_least("decoding.average_checkpoints", self.average_checkpoints, 1)
+        check_search(self, "decoding.")
         one_of("decoding.device", self.device, DEVICES)
         one_of("decoding.precision", self.precision, PRECISIONS)
         if self.checkpoint not in ("best", "last", "average") and not re.fullmatch("[0-9]{1,18}", self.checkpoint):

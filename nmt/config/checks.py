@@ -24,12 +24,24 @@ MOST = {
     "decoding.alpha": 10,
     "decoding.beta": 1_000,
     "decoding.max_length_ratio": 100,
+    "decoding.min_length": 1_000_000,
+    "decoding.max_length": 1_000_000,
+    "decoding.no_repeat_ngram": 1_000,
+    "decoding.prune_margin": 1_000_000,
+    "decoding.temperature": 1_000,
+    "decoding.top_k": 10**9,
+    "decoding.top_p": 1,
+    "decoding.seed": 2**63 - 1,
     "decoding.max_source_pieces": 1_000_000,
     "decoding.batch_tokens": 10**9,
     "corpus.subwords.vocab_size": 1_000_000,
 }
 """Largest value of a setting, or of each value in it; all are far above what anybody needs. Without these bounds, a
 run received from somebody could require more memory or time than exists, or numbers outside the range of float32."""
+
+
+LEAST_TEMPERATURE = 0.01
+"""Lowest temperature of sampling: quotients of logits stay in the range of float32."""
 
 
 def one_of(key: str, value: Any, allowed: Collection[Any]) -> None:
@@ -73,3 +85,28 @@ def plain_name(key: str, value: str) -> None:
     """Reject a value that cannot name a file in a folder: "." or "..", or one with a slash or a control character."""
     if "/" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key}={value!r} must be a plain name: it becomes a folder")
+
+
+def check_search(options: Any, section: str = "") -> None:
+    """Check settings of a search: those in `decoding.`, or the options of a call, which have the same names."""
+    for name in ("beam_size", "max_source_pieces"):
+        at_least(f"{section}{name}", getattr(options, name), 1)
+    for name in ("alpha", "beta", "experts_per_token", "batch_tokens", "min_length", "max_length", "no_repeat_ngram"):
+        at_least(f"{section}{name}", getattr(options, name), 0)
+    for name in ("prune_margin", "temperature", "top_k", "seed"):
+        at_least(f"{section}{name}", getattr(options, name), 0)
+    for name in ("max_length_ratio", "top_p"):
+        above(f"{section}{name}", getattr(options, name), 0.0)
+    if 0 < options.max_length < options.min_length:
+        given = f"{section}max_length={options.max_length}"
+        raise ValueError(f"{given} must be 0 (any) or at least {section}min_length={options.min_length}")
+    if 0.0 < options.temperature < LEAST_TEMPERATURE:
+        raise ValueError(
+            f"{section}temperature={options.temperature} must be 0 (no sampling) or at least {LEAST_TEMPERATURE}"
+        )
+    for name, unused in (("top_k", 0), ("top_p", 1)):
+        if options.temperature == 0.0 and getattr(options, name) != unused:
+            raise ValueError(
+                f"{section}{name}={getattr(options, name)} is for sampling: set {section}temperature=1 too, or "
+                f"{section}{name}={unused}"
+            )

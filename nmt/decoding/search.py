@@ -142,7 +142,7 @@ class Search:
         choose: Choose,
         most: int,
     ) -> None:
-        """Keep the search as it stands before its next position; `most` is the greatest length of all sentences."""
+        """Keep the search as it is before its next position; `most` is the greatest length of all sentences."""
         self.step, self.beam, self.settings, self.choose = step, beam, settings, choose
         self.wanted_BS, self.rules, self.most = wanted_BS, rules, most
         attention = beam.coverage_KBS if settings.attention else None

@@ -14,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import source_batch
+from nmt.batch import PAD, source_batch
 from nmt.decoding.rules import Rules
-from nmt.decoding.search import BeamSettings, StepOutput, beam_search
+from nmt.decoding.sampling import Sampling, stream_of
+from nmt.decoding.search import BeamSettings, StepOutput, beam_search, top_k
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options
 from nmt.device import shortage_told
@@ -30,9 +31,18 @@ _EXTRA_LENGTH = 10
 _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Shorter sentences count as this long, since the scores of the vocabulary take memory for each sentence.
 _LEAST_LENGTH = 16
+_NOTHING = np.zeros(0, dtype=np.int32)
 
 Sources = Sequence[np.ndarray]
 """Subword ids of sentences, at least one each, without EOS."""
+
+
+class _Asked(NamedTuple):
+    """A sentence to search, or one of several draws of it."""
+
+    source: np.ndarray  # subword ids, at least one, without EOS
+    prefix: np.ndarray  # subword ids that the translation begins with
+    stream: int  # number of the random stream, for sampling
 
 
 class _State(NamedTuple):
@@ -58,58 +68,78 @@ class Searcher:
 
     @torch.no_grad()
     def search(
-        self, sources: Sources, options: Options, progress: Callable[[float], None] | None = None
+        self,
+        sources: Sources,
+        options: Options,
+        progress: Callable[[float], None] | None = None,
+        prefixes: Sources = (),
     ) -> list[list[Hypothesis]]:
         """Return the best hypotheses for each source, in order; each list is best first.
 
-        A batch for which memory does not suffice is halved and searched again. `progress` is called after each batch
-        with the fraction of the work that is done. CheckpointError if the model's outputs are not finite.
-        MemoryLimitError if memory does not suffice for a single sentence. ValueError for options that the model does
-        not allow.
+        `prefixes` has the subwords that each translation begins with; empty: none has a prefix. A batch for which
+        memory does not suffice is halved and searched again. `progress` is called after each batch with the fraction
+        of the work that is done. CheckpointError if the model's outputs are not finite. MemoryLimitError if memory does
+        not suffice for a single sentence. ValueError for options that the model does not allow.
         """
         self.model.check_experts_per_token(options.experts_per_token)
-        results: list[list[Hypothesis]] = [[] for _ in sources]
+        draws = options.n_best if options.temperature else 1
+        asked = [
+            _Asked(source, prefix, stream_of(options.seed, draw, source) if options.temperature else 0)
+            for source, prefix in zip(sources, prefixes or [_NOTHING] * len(sources), strict=True)
+            for draw in range(draws)
+        ]
+        results: list[list[Hypothesis]] = [[] for _ in asked]
         most = options.batch_tokens or _BATCH_TOKENS[self.device.type]
-        todo, done = sum(map(len, sources)), 0
-        for chosen in batches([len(source) + 1 for source in sources], most):
-            for index, found in zip(chosen, self._search_any([sources[i] for i in chosen], options), strict=True):
+        todo, done = sum(len(each.source) for each in asked), 0
+        for chosen in batches([len(each.source) + 1 for each in asked], most):
+            for index, found in zip(chosen, self._search_any([asked[i] for i in chosen], options), strict=True):
                 results[index] = found
-            done += sum(len(sources[index]) for index in chosen)
+            done += sum(len(asked[index].source) for index in chosen)
             if progress:
                 progress(done / todo)
-        return results
+        if not options.temperature:
+            return results
+        drawn = [[best for (best,) in results[first : first + draws]] for first in range(0, len(results), draws)]
+        return [sorted(each, key=lambda hypothesis: -hypothesis.score) for each in drawn]
 
-    def _search_any(self, sources: Sources, options: Options) -> list[list[Hypothesis]]:
+    def _search_any(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
         """Return the hypotheses of a batch, searched in halves if memory does not suffice for the whole."""
         try:
-            with shortage_told(lambda: _described(sources, options), "lower beam_size or max_source_pieces"):
-                return self._search_batch(sources, options)
+            with shortage_told(lambda: _described(asked, options), "lower beam_size or max_source_pieces"):
+                return self._search_batch(asked, options)
         except MemoryLimitError:
-            if len(sources) == 1:
+            if len(asked) == 1:
                 raise
         # Outside of the handler, which would keep the tensors of the failed search alive.
         gc.collect()
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
-        half = (len(sources) + 1) // 2
-        return [*self._search_any(sources[:half], options), *self._search_any(sources[half:], options)]
+        half = (len(asked) + 1) // 2
+        return [*self._search_any(asked[:half], options), *self._search_any(asked[half:], options)]
 
-    def _search_batch(self, sources: Sources, options: Options) -> list[list[Hypothesis]]:
-        source_N, rows = source_batch(sources)
+    def _search_batch(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
+        source_N, rows = source_batch([each.source for each in asked])
         source_N, rows = source_N.to(self.device), rows.map(lambda tensor: tensor.to(self.device))
         encoded, _ = self.model.encode(source_N, rows, options.experts_per_token)
         memory = self.model.memory(encoded)
         position_S1 = torch.arange(rows.num_positions, device=self.device)[:, None]
-        longest_B = ((rows.length_B - 1) * options.max_length_ratio).long() + _EXTRA_LENGTH
+        sampling = Sampling(options.temperature, options.top_k, options.top_p) if options.temperature else None
+        settings = BeamSettings(
+            beam_size=1 if sampling else options.beam_size,
+            alpha=options.alpha,
+            beta=options.beta,
+            keep=1 if sampling else options.n_best,
+            attention=options.attention,
+            margin=0.0 if sampling else options.prune_margin,
+        )
         found = beam_search(
             partial(self._step, options.experts_per_token),
-            _State(memory, self.model.start(options.beam_size * len(sources))),
+            _State(memory, self.model.start(settings.beam_size * len(asked))),
             # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
             wanted_BS=(position_S1 < rows.length_B - 1).T,
-            rules=Rules(torch.ones_like(longest_B), longest_B, self._forbidden_F),
-            settings=BeamSettings(
-                options.beam_size, options.alpha, options.beta, options.n_best, attention=options.attention
-            ),
+            rules=self._rules(asked, options),
+            settings=settings,
+            choose=sampling.choose if sampling else top_k,
         )
         # A sentence has no hypothesis if the outputs for it were never finite.
         if not all(hypotheses and math.isfinite(hypotheses[0].score) for hypotheses in found):
@@ -121,9 +151,28 @@ class Searcher:
             return found
         # Remove padding, which depends on the other sentences of the batch.
         return [
-            [_without_padding(hypothesis, len(source) + 1) for hypothesis in hypotheses]
-            for source, hypotheses in zip(sources, found, strict=True)
+            [_without_padding(hypothesis, len(each.source) + 1) for hypothesis in hypotheses]
+            for each, hypotheses in zip(asked, found, strict=True)
         ]
+
+    def _rules(self, asked: list[_Asked], options: Options) -> Rules:
+        """Return the rules of a batch. The greatest length gives way to the least one, and both to a prefix."""
+        source_B = np.array([len(each.source) for each in asked])
+        prefix_B = np.array([len(each.prefix) for each in asked])
+        longest_B = (source_B * options.max_length_ratio).astype(np.int64) + _EXTRA_LENGTH
+        longest_B = np.maximum(longest_B, np.maximum(options.min_length, prefix_B + _EXTRA_LENGTH))
+        longest_B = np.minimum(longest_B, options.max_length or longest_B)
+        prefix_BP = np.full((len(asked), prefix_B.max()), PAD)
+        for row_P, each in zip(prefix_BP, asked, strict=True):
+            row_P[: len(each.prefix)] = each.prefix
+        return Rules(
+            torch.full((len(asked),), max(options.min_length, 1), device=self.device),
+            torch.from_numpy(np.maximum(longest_B, prefix_B + 1)).to(self.device),
+            self._forbidden_F,
+            prefix_BP=torch.from_numpy(prefix_BP).to(self.device) if prefix_B.any() else None,
+            no_repeat=options.no_repeat_ngram,
+            stream_B=torch.tensor([each.stream for each in asked], device=self.device) if options.temperature else None,
+        )
 
     def _step(self, experts_per_token: int, previous_KB: Tensor, state: _State) -> StepOutput:
         beam_size, sentences = previous_KB.shape
@@ -149,9 +198,9 @@ def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
         start += size
 
 
-def _described(sources: Sources, options: Options) -> str:
-    longest = max(map(len, sources))
-    return f"translating {len(sources):,} of up to {longest:,} subwords with beam_size={options.beam_size}"
+def _described(asked: list[_Asked], options: Options) -> str:
+    longest = max(len(each.source) for each in asked)
+    return f"translating {len(asked):,} of up to {longest:,} subwords with beam_size={options.beam_size}"
 
 
 def _without_padding(hypothesis: Hypothesis, num_positions: int) -> Hypothesis:

@@ -1,15 +1,19 @@
 """Options and results of the translator."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
 
 from nmt.config import DecodingConfig
-from nmt.config.checks import above, at_least
+from nmt.config.checks import at_least, check_search
 from nmt.text.checks import Flag
 
-_COUNTS = ("beam_size", "max_source_pieces", "n_best")
+_WHOLE = (
+    *("beam_size", "experts_per_token", "max_source_pieces", "batch_tokens", "n_best"),
+    *("min_length", "max_length", "no_repeat_ngram", "top_k", "seed"),
+)
+_NUMBERS = ("alpha", "beta", "max_length_ratio", "prune_margin", "temperature", "top_p")
 
 
 @dataclass(frozen=True)
@@ -26,42 +30,41 @@ class Options:
     max_length_ratio: float
     max_source_pieces: int
     batch_tokens: int
+    min_length: int
+    max_length: int
+    no_repeat_ngram: int
+    prune_margin: float
+    temperature: float
+    top_k: int
+    top_p: float
+    seed: int
     n_best: int = 1
-    """Hypotheses per line, best first; at most `beam_size`. A line has fewer if the search finished fewer."""
+    """Hypotheses per line, best first; at most `beam_size`. A line has fewer if the search finished fewer. When
+    sampling, it is the number of draws, which are independent: any number, and some may be equal."""
     attention: bool = False
     """True to return the attention of hypotheses to the source."""
 
     def __post_init__(self) -> None:
-        for name in (*_COUNTS, "experts_per_token", "batch_tokens"):
+        for name in _WHOLE:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a whole number")
-        for name in ("alpha", "beta", "max_length_ratio"):
+        for name in _NUMBERS:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
         if not isinstance(self.attention, bool):
             raise ValueError(f"attention={self.attention!r} is not True or False")
-        for name in _COUNTS:
-            at_least(name, getattr(self, name), 1)
-        for name in ("alpha", "beta", "experts_per_token", "batch_tokens"):
-            at_least(name, getattr(self, name), 0)
-        above("max_length_ratio", self.max_length_ratio, 0.0)
-        if self.n_best > self.beam_size:
+        check_search(self)
+        at_least("n_best", self.n_best, 1)
+        if self.temperature == 0.0 and self.n_best > self.beam_size:
             raise ValueError(f"n_best={self.n_best} must be at most beam_size={self.beam_size}")
 
     @classmethod
     def of(cls, decoding: DecodingConfig) -> "Options":
         """Return the options in the settings."""
-        return cls(
-            beam_size=decoding.beam_size,
-            experts_per_token=decoding.experts_per_token,
-            alpha=decoding.alpha,
-            beta=decoding.beta,
-            max_length_ratio=decoding.max_length_ratio,
-            max_source_pieces=decoding.max_source_pieces,
-            batch_tokens=decoding.batch_tokens,
-        )
+        names = {each.name for each in fields(DecodingConfig)}
+        return cls(**{each.name: getattr(decoding, each.name) for each in fields(cls) if each.name in names})
 
 
 RESULT_FIELDS = {

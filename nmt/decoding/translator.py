@@ -4,9 +4,9 @@ A line is returned unchanged if it has no letters or digits that are in the voca
 translated in parts (nmt/text/segment.py). A translation never contains a line break.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +21,13 @@ from nmt.decoding.searcher import Searcher
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, product_dtype, set_float32_products
+from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights
 from nmt.run import RunDirectory
 from nmt.text.segment import join, split
 
+_MOST_SHOWN = 60
 _NOTHING = np.zeros(0, dtype=np.int32)
 
 
@@ -47,6 +49,8 @@ class Reading(NamedTuple):
     """Characters of each part that are not in the vocabulary."""
     sources: dict[int, np.ndarray]
     """Subword ids, without EOS, of the parts that have something to translate, by the number of the part."""
+    prefixes: dict[int, np.ndarray]
+    """Subword ids that the translation of a part begins with, by the number of the part."""
 
 
 class _Part(NamedTuple):
@@ -117,22 +121,30 @@ class Translator:
         options: Options | None = None,
         *,
         long: Collection[int] = (),
+        prefixes: Mapping[int, str] | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> list[Translation]:
         """Return the translation of each line, in order: `read`, `find` and `write` in turn.
 
-        `options`: None for `self.options`. `progress` is called after each batch with the fraction of the work that is
-        done. CheckpointError if the model's outputs are not finite. MemoryLimitError. ValueError for options that the
-        model does not allow.
+        `options`: None for `self.options`. `prefixes` and errors are as for `read`. `progress` is called after each
+        batch with the fraction of the work that is done. CheckpointError if the model's outputs are not finite.
+        MemoryLimitError. ValueError for options that the model does not allow.
         """
-        reading = self.read(lines, options, long)
+        reading = self.read(lines, options, long, prefixes)
         return self.write(reading, self.find(reading, progress))
 
-    def read(self, lines: Sequence[str], options: Options | None = None, long: Collection[int] = ()) -> Reading:
+    def read(
+        self,
+        lines: Sequence[str],
+        options: Options | None = None,
+        long: Collection[int] = (),
+        prefixes: Mapping[int, str] | None = None,
+    ) -> Reading:
         """Return lines ready to be searched. This is the host's work before a search.
 
         Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts. So are the lines
-        whose indices are in `long`: each is a piece of a longer line.
+        whose indices are in `long`: each is a piece of a longer line. `prefixes` has the texts that translations begin
+        with, by the index of the line. UserError for a prefix that cannot be kept exactly.
         """
         options = options or self.options
         fits = partial(self._fit, self.max_pieces(options))
@@ -145,11 +157,19 @@ class Translator:
         wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
         encoded = self.subwords.encode_batch([texts[place] for place in wordy])
         sources = {place: pieces for place, pieces in zip(wordy, encoded, strict=True) if len(pieces)}
-        return Reading(options, parts, long, texts, unlearned, sources)
+        first = list(accumulate(map(len, parts), initial=0))
+        begun = {first[line]: self._prefix(text) for line, text in (prefixes or {}).items() if text}
+        for place in begun.keys() - sources.keys():
+            raise UserError(
+                f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
+                "prefix out"
+            )
+        return Reading(options, parts, long, texts, unlearned, sources, begun)
 
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
-        found = self.searcher.search(list(reading.sources.values()), reading.options, progress)
+        prefixes = [reading.prefixes.get(place, _NOTHING) for place in reading.sources]
+        found = self.searcher.search(list(reading.sources.values()), reading.options, progress, prefixes)
         return dict(zip(reading.sources, found, strict=True))
 
     def write(self, reading: Reading, found: Found) -> list[Translation]:
@@ -203,6 +223,16 @@ class Translator:
             attention=_block_diagonal(attention) if attention else None,
         )
 
+    def _prefix(self, text: str) -> np.ndarray:
+        """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
+        pieces = self.subwords.encode(text)
+        kept = self.subwords.decode(pieces.tolist())
+        if kept != text:
+            raise UserError(
+                f"prefix {_shown(text)} cannot be kept exactly: the subwords of the vocabulary make it {_shown(kept)}"
+            )
+        return pieces
+
     def _fit(self, most: int, texts: Sequence[str]) -> list[bool]:
         """Return which texts have at most `most` subwords."""
         return [len(pieces) <= most for pieces in self.subwords.encode_batch(texts)]
@@ -227,6 +257,11 @@ def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
         whole[row : row + len(block), column : column + block.shape[1]] = block
         row, column = row + len(block), column + block.shape[1]
     return whole
+
+
+def _shown(text: str) -> str:
+    """Return a text for a message: quoted, and cut if it is long."""
+    return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...")
 
 
 def has_words(text: str, unlearned: str = "") -> bool:
