@@ -53,6 +53,7 @@ class TranslateOptions(TypedDict, total=False):
     max_source_pieces: int
     batch_tokens: int
     attention: bool
+    paragraphs: bool
 
 
 @dataclass(frozen=True)

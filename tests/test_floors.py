@@ -47,7 +47,7 @@ FLOORS = {
 3 may import others of their floor."""
 NEIGHBOURLY = (0, 3)
 
-ONE_FILE_EACH = ("sentencepiece", "datasets", "sacrebleu", "tensorboard")
+ONE_FILE_EACH = ("sentencepiece", "sentencex", "datasets", "sacrebleu", "tensorboard")
 """Libraries that one file knows, whichever it is."""
 ONLY_IN = {
     "hydra": "compose.py",

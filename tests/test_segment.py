@@ -45,24 +45,6 @@ def test_a_word_that_fits_is_never_cut(words: list[str], limit: int) -> None:
         start += len(word) + 1
 
 
-@pytest.mark.parametrize(
-    "sentences",
-    [
-        ["The train leaves at 7:00. ", "It is late! ", "Is it? ", "“Yes.” ", "(No.) ", "3 are here… ", "Good."],
-        ["Dr. Weiß und Mrs. Gray kennen J. S. Bach. ", "St. Pauli liegt in Hamburg. ", "Ende"],
-        ["Pi is 3.14, a.k.a. pi... or so. ", "1,000.5 is more."],
-        ["Es war 7 Uhr.  ", "Dann ging er."],
-        ["狗听到了牛2次，猫在睡觉。", "“好！”", "他说。", "我们走吧"],
-        ["「はい。」", "そうです。 ", "ABCです！"],
-        ["यह एक वाक्य है। ", "यह दूसरा है।"],
-        ["هل هذا صحيح؟ ", "نعم."],
-    ],
-    ids=lambda sentences: sentences[0][:12],
-)
-def test_sentences(sentences: list[str]) -> None:
-    assert split("".join(sentences), shorter_than(99)) == sentences
-
-
 def test_a_long_sentence_is_halved_at_clauses_then_at_blanks_then_anywhere() -> None:
     text = "when it rains, the small dog sleeps; the cat, which is old, runs away."
     assert split(text, shorter_than(40)) == [
@@ -72,6 +54,18 @@ def test_a_long_sentence_is_halved_at_clauses_then_at_blanks_then_anywhere() -> 
     assert split("one two three four", shorter_than(9)) == ["one two ", "three ", "four"]
     assert split("abcdefgh", shorter_than(4)) == ["abcd", "efgh"]
     assert split("猫在睡觉，狗在跑", shorter_than(5)) == ["猫在睡觉，", "狗在跑"]
+
+
+def test_a_quotation_of_several_sentences_is_halved_at_its_full_stops() -> None:
+    text = "“The small dog sleeps, while it rains. The old cat, a black one, runs.”"
+    assert split(text, shorter_than(40)) == [
+        "“The small dog sleeps, while it rains. ",
+        "The old cat, a black one, runs.”",
+    ]
+
+
+def test_a_short_text_is_split_at_its_sentences_all_the_same() -> None:
+    assert split("Le M. Dupont. Un chien.", shorter_than(99), "fr") == ["Le M. Dupont. ", "Un chien."]
 
 
 @pytest.mark.parametrize("text", ["e\u0301" * 9, "👩\u200d🚀" * 5, "ที่นี่" * 4], ids=ascii)
@@ -124,6 +118,12 @@ def test_blanks_between_parts_are_kept(words: list[str], gap: str) -> None:
 )
 def test_the_seam(before: str, after: str, left: str, right: str, expected: str) -> None:
     assert seam(before, after, left, right) == expected
+
+
+def test_line_breaks_are_kept_on_request() -> None:
+    parts, translations = ["One.\n\n", "Two. \r\n", "Three.\u2028", "Four"], ["Eins.", "Zwei.", "Drei.", "Vier"]
+    assert join(parts, translations, keep_lines=True) == "Eins.\n\nZwei. \nDrei. Vier"
+    assert join(parts, translations) == "Eins.  Zwei.  Drei. Vier"
 
 
 def test_a_part_that_comes_to_nothing_leaves_one_blank() -> None:

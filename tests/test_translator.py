@@ -140,6 +140,18 @@ def test_the_score_of_parts_is_that_of_one_translation(load: Load, alpha: float,
         assert translation.score == pytest.approx(sum(scores(translator.translate(parts))))
 
 
+def test_paragraphs_are_translated_sentence_by_sentence(load: Load) -> None:
+    translator = load(beam_size=2)
+    paragraphs = replace(translator.options, paragraphs=True)
+    alone = texts(translator.translate(["A heading", "The M. dog runs.", "A cat!"]))
+    (whole,) = translator.translate(["A heading\n\nThe M. dog runs.  A cat!"], paragraphs)
+    assert whole.text == f"{alone[0].strip()}\n\n{alone[1].strip()}  {alone[2].strip()}"
+    assert whole.num_parts == 3
+    # One sentence is the same with and without.
+    lines = ["The dog runs.", "", " ", "a cat", "?"]
+    assert translator.translate(lines, paragraphs) == translator.translate(lines)
+
+
 def test_exactly_the_limit_is_not_long(load: Load) -> None:
     line = "the small dog"
     translator = load()

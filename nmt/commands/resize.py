@@ -134,7 +134,8 @@ class _Bench:
     def translator(self, network: NetworkWeights) -> Translator:
         """Return a greedy translator with this network and as many active experts per token as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
-        return Translator(network.build(), self.subwords, greedy, self.device, self.longest)
+        language = self.config.corpus.source_language
+        return Translator(network.build(), self.subwords, greedy, self.device, self.longest, language=language)
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Return the perplexity per subword of `count` pairs of the dev set."""

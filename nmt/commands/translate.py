@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
 from tqdm import tqdm
 
@@ -60,6 +61,11 @@ def parser() -> Parser:
         help="refuse bytes that are not text, naming the line (default: U+FFFD replaces them, and they are counted)",
     )
     parser.add_argument(
+        "--paragraphs",
+        action="store_true",
+        help="translate each sentence of a line by itself (default: only in lines that are too long for the model)",
+    )
+    parser.add_argument(
         "--jsonl",
         action="store_true",
         help='input and output are JSON Lines: an object per line, whose "text" is translated (default: those whose '
@@ -80,9 +86,9 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     num_written = 0
     with Halt() as halt, open_input(options.input) as source, open_output(options.output, source) as output:
         translator = Translator.load(run, config)
-        chosen = replace(translator.options, n_best=options.n_best)
+        chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs)
         read = Source(source, halt)
-        reader, blocks = _reading(options)(read, options.input, options.strict)
+        reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
         sink = Sink(output.stream, halt) if output.live else output.stream
 
         def write(pieces: list[Piece], found: list[Translation]) -> None:
@@ -105,7 +111,9 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     if lines.num_unlearned:
         unknown = list_characters(lines.unlearned)
         say(f"{_lines(lines.num_unlearned)} with characters that the model never saw in training, check: {unknown}")
-    if lines.num_long:
+    if lines.num_long and options.paragraphs:
+        say(f"{_lines(lines.num_long)} translated sentence by sentence")
+    elif lines.num_long:
         longest, asked = translator.max_pieces(), config.decoding.max_source_pieces
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
         say(f"{_lines(lines.num_long)} longer than {longest} subwords ({why}) translated in parts")
@@ -114,12 +122,14 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
 
 
-def _reading(options: argparse.Namespace) -> Callable[[Source, str, bool], tuple[TextReader, Iterator[list[Piece]]]]:
-    """Return the function that reads the input."""
+def _reading(
+    options: argparse.Namespace, language: str
+) -> Callable[[Source, str, bool], tuple[TextReader, Iterator[list[Piece]]]]:
+    """Return the function that reads the input, whose language is `language`."""
     if options.jsonl or has_records(options.input):
         return read_records
     # A line of JSON Lines has all of its text.
-    return read_whole_lines if has_records(options.output) else read_lines
+    return read_whole_lines if has_records(options.output) else partial(read_lines, language=language)
 
 
 def _form(options: argparse.Namespace) -> Callable[[Piece, Translation], str] | None:

@@ -43,6 +43,9 @@ class Options:
     sampling, it is the number of draws, which are independent: any number, and some may be equal."""
     attention: bool = False
     """True to return the attention of hypotheses to the source."""
+    paragraphs: bool = False
+    """True to translate each sentence of a line by itself. LF and CR LF between sentences become LF in the
+    translation. False: only a line that is too long is translated in parts."""
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -53,8 +56,10 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
-        if not isinstance(self.attention, bool):
-            raise ValueError(f"attention={self.attention!r} is not True or False")
+        for name in ("attention", "paragraphs"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise ValueError(f"{name}={value!r} is not True or False")
         check_search(self)
         at_least("n_best", self.n_best, 1)
         if self.temperature == 0.0 and self.n_best > self.beam_size:
@@ -123,7 +128,7 @@ class Translation:
     """Score of GNMT eq. 14; 0 for a line that was not translated. For several parts, it is log P / lp(|Y|) + cp with
     the sums of their log-probabilities, lengths and coverage penalties."""
     num_parts: int = 1
-    """Number of parts that were translated one by one; more than 1 if the line was too long."""
+    """Number of parts that were translated one by one; more than 1 if the line was too long, or with `paragraphs`."""
     finished: bool = True
     """True if the model ended every part itself. False if one was cut off at its maximum length
     (`max_length_ratio`)."""

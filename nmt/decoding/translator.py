@@ -1,7 +1,7 @@
 """Translation of lines of text by a trained model: one translation per line, in order.
 
 A line is returned unchanged if it has no letters or digits that are in the vocabulary. A line that is too long is
-translated in parts (nmt/text/segment.py). A translation never contains a line break.
+translated in parts (nmt/text/segment.py). A translation has a line break only with `paragraphs`.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,6 +25,7 @@ from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights
 from nmt.run import RunDirectory
+from nmt.text.checks import check
 from nmt.text.segment import join, split
 
 _MOST_SHOWN = 60
@@ -77,12 +78,13 @@ class Translator:
         longest_seen: int = 0,
         steps: Sequence[int] = (),
         symbols: Collection[str] = (),
+        language: str = "",
     ) -> None:
         """Prepare a trained model for translation.
 
         `longest_seen` is `longest_source` of its run; 0 if unknown. `steps` are the training steps whose parameters, or
-        mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. ValueError if
-        `decoding` is not possible with the model.
+        mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. `language` is
+        that of the source, for the ends of its sentences. ValueError if `decoding` is not possible with the model.
         """
         model.check_experts_per_token(decoding.experts_per_token)
         dtype = product_dtype(device, decoding.precision)
@@ -94,6 +96,7 @@ class Translator:
         self.device = device
         self.longest_seen = longest_seen
         self.steps = list(steps)
+        self.language = language
         self.symbols = frozenset(symbols)
         """Kinds of reserved symbols that the model has learned: "slot", "term"."""
 
@@ -108,7 +111,8 @@ class Translator:
         loaded = load_model(run, config)
         corpus = run.corpus_info()
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
-        return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols)
+        language = config.corpus.source_language
+        return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols, language)
 
     def max_pieces(self, options: Options | None = None) -> int:
         """Return the most subwords that are translated as a whole; no more than the longest training line has."""
@@ -142,14 +146,15 @@ class Translator:
     ) -> Reading:
         """Return lines ready to be searched. This is the host's work before a search.
 
-        Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts. So are the lines
-        whose indices are in `long`: each is a piece of a longer line. `prefixes` has the texts that translations begin
-        with, by the index of the line. UserError for a prefix that cannot be kept exactly.
+        Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts, all lines with
+        `paragraphs`. So are the lines whose indices are in `long`: each is a piece of a longer line. `prefixes` has the
+        texts that translations begin with, by the index of the line. UserError for a prefix that cannot be kept
+        exactly.
         """
         options = options or self.options
         fits = partial(self._fit, self.max_pieces(options))
         parts = [
-            [line] if short and place not in long else split(line, fits)
+            [line] if short and place not in long and not options.paragraphs else split(line, fits, self.language)
             for place, (line, short) in enumerate(zip(lines, fits(lines), strict=True))
         ]
         texts = [text for each in parts for text in each]
@@ -194,18 +199,21 @@ class Translator:
         for rank in range(max(count, 1)):
             shown = [part.texts[min(rank, len(part.texts) - 1)] for part in parts]
             # Strip the parts, as `join` adds the blanks between them.
-            ranked.append(shown[0] if alone else join(texts, [text.strip() for text in shown]))
+            ranked.append(shown[0] if alone else join(texts, [text.strip() for text in shown], options.paragraphs))
         hypotheses = tuple(self._hypothesis(ranked[rank], rank, parts, options) for rank in range(count))
         best = hypotheses[0] if hypotheses else None
+        finished = best.finished if best else True
+        unlearned = "".join(part.unlearned for part in parts)
         read = [part.source for part in parts if part.hypotheses] if options.attention else []
         return Translation(
             text=ranked[0],
             score=best.score if best else 0.0,
             num_parts=len(parts),
-            finished=best.finished if best else True,
-            unlearned="".join(part.unlearned for part in parts),
+            finished=finished,
+            unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
             hypotheses=hypotheses,
+            flags=check("".join(texts), ranked[0], unlearned=unlearned, cut=not finished),
         )
 
     def _hypothesis(self, text: str, rank: int, parts: list[_Part], options: Options) -> TextHypothesis:

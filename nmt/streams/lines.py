@@ -58,13 +58,15 @@ class Window(NamedTuple):
     """Bytes read before, and up to the end."""
 
 
-def read_lines(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
+def read_lines(
+    source: Source, path: str, strict: bool = False, language: str = ""
+) -> tuple[TextReader, Iterator[list[Piece]]]:
     """Return (a reader of plain text, its lines for `windows`). `path` is as in `open_input`, `strict` in TextReader.
 
-    Very long lines come in pieces.
+    Very long lines come in pieces. `language` is that of the text, for the ends of its sentences.
     """
     reader = TextReader(source, _shown(path), _MOST_BYTES, strict)
-    return reader, _pieces(reader)
+    return reader, _pieces(reader, language)
 
 
 def read_whole_lines(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
@@ -83,12 +85,12 @@ def _shown(path: str) -> str:
     return "standard input" if path == "-" else path
 
 
-def _pieces(reader: TextReader) -> Iterator[list[Piece]]:
+def _pieces(reader: TextReader, language: str) -> Iterator[list[Piece]]:
     begun, rest = False, ""  # of a line that is read in part: True after its first piece; text not yielded yet
     for lines, whole in reader.blocks():
         lines[0], rest = rest + lines[0], ""
         if not whole:
-            place = last_place(lines[0])
+            place = last_place(lines[0], language)
             lines[0], rest = lines[0][:place], lines[0][place:]
         yield [Piece(line, index > 0 or not begun, whole) for index, line in enumerate(lines)]
         begun = not whole

@@ -3,24 +3,24 @@
 A part ends after a sentence if possible, else after a clause, else at a blank. It ends inside a word only if that word
 alone is too long. Parts contain the whole text with its blanks: "".join(parts) == text.
 
-The rules depend on marks and letters, not on languages. Scripts such as Chinese and Japanese have no blanks between
-sentences, so their full stops end a sentence without a blank after them.
+nmt/text/sentences.py finds the sentences. The rules here depend on marks and letters, not on languages. Scripts such as
+Chinese and Japanese have no blanks, so their marks end a clause without a blank after them.
 """
 
 import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from nmt.text.sentences import sentences
+
 _CLOSING = "[\"'”’»)\\]」』）】》]*+"
-# Full stops of scripts with blanks: Latin, Armenian, Arabic, Ethiopic, Devanagari.
-_MARK = "[.!?…\u0589\u061f\u06d4\u1362\u0964\u0965]"
-# A mark of a script with blanks ends a sentence or clause only before a blank: 3.14 and 1,000 are not split.
-# The lookbehind keeps a long row of marks from being matched again at each of them, which would take quadratic time.
-_SENTENCE_END = re.compile(rf"(?<!{_MARK}){_MARK}++{_CLOSING}\s+|[。！？｡]+{_CLOSING}\s*")
-_CLAUSE_END = re.compile(rf"[,;:\u060c\u061b–—]{_CLOSING}\s+|[、，；：]+{_CLOSING}\s*")
+# Marks of scripts with blanks, full stops of Latin, Armenian, Arabic, Ethiopic and Devanagari among them.
+_MARK = "[.!?…\u0589\u061f\u06d4\u1362\u0964\u0965,;:\u060c\u061b–—]"
+# They end a clause only before a blank: 3.14 and 1,000 are not split. A sentence may have full stops inside, as in a
+# quotation. The lookbehind keeps a long row of marks from being matched again at each of them, which would take
+# quadratic time.
+_CLAUSE_END = re.compile(rf"(?<!{_MARK}){_MARK}++{_CLOSING}\s+|[。！？｡、，；：]+{_CLOSING}\s*")
 _BLANKS = re.compile(r"\s+")
-# Initials (J.) and short titles without a vowel (Dr. Mrs. St. Nr.) do not end a sentence.
-_ABBREVIATION = re.compile(r"(?<!\w)([^\W\d_]|[B-DF-HJ-NP-TV-XZ][b-df-hj-np-tv-xz]{1,3})\.$")
 # Scripts without blanks between words: Thai to Tibetan, Burmese, Khmer, Chinese, Japanese, full-width forms.
 _WITHOUT_BLANKS = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff"
@@ -29,12 +29,13 @@ _WITHOUT_BLANKS = re.compile(
 _JOINER = "\u200d"
 
 
-def split(text: str, fits: Callable[[Sequence[str]], Sequence[bool]]) -> list[str]:
+def split(text: str, fits: Callable[[Sequence[str]], Sequence[bool]], language: str = "") -> list[str]:
     """Return the parts of a text: its sentences. A sentence that does not fit is halved until its parts do.
 
-    `fits` returns for each text whether it is short enough. A single character is never cut.
+    `fits` returns for each text whether it is short enough. A single character is never cut. `language` is that of the
+    text, as for `sentences`.
     """
-    return _halved(_cut(text, _sentence_ends(text)), fits)
+    return _halved(sentences(text, language), fits)
 
 
 def _halved(parts: list[str], fits: Callable[[Sequence[str]], Sequence[bool]]) -> list[str]:
@@ -55,10 +56,10 @@ def _middle(text: str) -> int:
     return _between_letters(text, len(text) // 2)
 
 
-def last_place(text: str) -> int:
+def last_place(text: str, language: str = "") -> int:
     """Return where to cut a text that is still being read: as late as possible, and in its second half."""
-    for find in (_sentence_ends, lambda text: _ends(_CLAUSE_END, text), lambda text: _ends(_BLANKS, text)):
-        places = find(text)
+    last = len(text) - len(sentences(text, language)[-1])
+    for places in ([last], _ends(_CLAUSE_END, text), _ends(_BLANKS, text)):
         if places and 2 * places[-1] >= len(text):
             return places[-1]
     return _between_letters(text, len(text) - 1)
@@ -73,15 +74,6 @@ def _ends(pattern: re.Pattern[str], text: str) -> list[int]:
     return [match.end() for match in pattern.finditer(text) if match.start() > 0 and match.end() < len(text)]
 
 
-def _sentence_ends(text: str) -> list[int]:
-    """Return the ends of sentences inside the text: not before a lower-case letter, not after an abbreviation."""
-    return [
-        place
-        for place in _ends(_SENTENCE_END, text)
-        if not text[place].islower() and not _ABBREVIATION.search(text[max(place - 16, 0) : place].rstrip())
-    ]
-
-
 def _between_letters(text: str, place: int) -> int:
     """Return `place`, or one shortly before it that separates no letter from its accents; at least 1."""
     for near in range(place, max(place - 16, 0), -1):
@@ -91,26 +83,29 @@ def _between_letters(text: str, place: int) -> int:
     return max(place, 1)
 
 
-def join(parts: Sequence[str], translations: Sequence[str]) -> str:
-    """Join the translations of parts, with the blanks that were between the parts."""
+def join(parts: Sequence[str], translations: Sequence[str], keep_lines: bool = False) -> str:
+    """Join the translations of parts, with the blanks that were between the parts; `keep_lines` as for `seam`."""
     text, before = "", ""
     for part, translation in zip(parts, translations, strict=True):
-        text += seam(before, part, text, translation) + translation
+        text += seam(before, part, text, translation, keep_lines) + translation
         before = part
     return text
 
 
-def seam(before: str, after: str, left: str, right: str) -> str:
+def seam(before: str, after: str, left: str, right: str, keep_lines: bool = False) -> str:
     """Return the text between `left` and `right`, the translations of two parts `before` and `after` of one text.
 
     It is the blanks between the parts. Spaces are left out if a translation is in a script without blanks. A space is
-    added if only the source is in such a script.
+    added if only the source is in such a script. Line breaks become spaces; with `keep_lines`, LF and CR LF are LF.
     """
     if not (left and right):
         return ""
     gap = before[len(before.rstrip()) :] + after[: len(after) - len(after.lstrip())]
-    # Characters that break a line become spaces, as a translation must be one line.
-    gap = "".join(" " if character.splitlines() == [""] else character for character in gap)
+    kept = "\n" if keep_lines else ""
+    gap = "".join(
+        " " if character.splitlines() == [""] and character not in kept else character
+        for character in gap.replace("\r\n", "\n")
+    )
     if _WITHOUT_BLANKS.match(left[-1]) or _WITHOUT_BLANKS.match(right[0]):
         return gap.replace(" ", "")
     inside_word = not (_WITHOUT_BLANKS.match(before[-1:]) or _WITHOUT_BLANKS.match(after[:1]))

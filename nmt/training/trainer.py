@@ -351,7 +351,14 @@ class Trainer:
         """Score the dev set and update the best score. Return the score: lower is better, None if there is none."""
         training = self.config.training
         # In bf16, the translator has a copy of the parameters, which is freed when this function returns.
-        translator = Translator(self.model.eval(), self.subwords, self.greedy, self.device, self.longest)
+        translator = Translator(
+            self.model.eval(),
+            self.subwords,
+            self.greedy,
+            self.device,
+            self.longest,
+            language=self.config.corpus.source_language,
+        )
         measured = perplexity(
             translator.model,
             self.subwords,
