@@ -49,7 +49,7 @@ usage: nmt COMMAND ...
   nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
                                                  translate a file, line by line
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
-                                                 BLEU, chrF and perplexity of a test set
+                                                 BLEU, chrF and perplexity of test sets
   nmt experts RUN                                how the experts share the work
   nmt export RUN DIR [decoding.checkpoint=..]    one folder to share: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN cost of training: operations, memory, time
@@ -311,6 +311,14 @@ def _run_command(command: str, arguments: list[str]) -> None:
     settings = [word for word in words if is_setting(word)]
     options = parser.parse_args([*given, "--", *(word for word in words if word not in settings)])
 
+    if options.run is None:
+        # nmt evaluate scores translations made elsewhere.
+        if settings:
+            raise UserError(f"{settings[0]}: without RUN, there are no settings")
+        from nmt.config import Config
+
+        module.run(options, None, Config())
+        return
     from nmt.run import RunDirectory
 
     run = RunDirectory.existing(options.run)

@@ -38,8 +38,6 @@ from nmt.files import foreign_entry, read_json, read_regular, write_atomically
 from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
-# Sections whose settings may be changed whenever a run is used.
-_CHANGEABLE = ("decoding", "evaluation")
 # Settings that may be changed when a run is resumed. None changes what a step computes, except that schedule=linear
 # ends at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different tokenisers
 # cannot be compared across checkpoints.
@@ -165,10 +163,10 @@ class RunDirectory:
 
         CheckpointError if config.yaml cannot be read; UserError or ValueError for a change that is not allowed.
         """
-        allowed = " and ".join(f"{section}.*" for section in _CHANGEABLE)
         for change in changes:
-            if change.partition(".")[0] not in _CHANGEABLE:
-                raise UserError(f"{change}: only {allowed} may be changed for a trained run")
+            if not change.startswith("decoding."):
+                hint = " (nmt evaluate has --tokenize)" if change.startswith("evaluation.") else ""
+                raise UserError(f"{change}: only decoding.* may be changed for a trained run{hint}")
         return self._changed(changes)
 
     def training_config(self, changes: Sequence[str] = ()) -> Config:

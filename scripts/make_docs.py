@@ -33,7 +33,7 @@ nmt settings training.max               # explain the settings that begin so
 ```
 
 A misspelt key, a wrong type or a value that contradicts another one is rejected in one line before anything runs.
-`nmt train` and `nmt prepare` take all settings. Commands on a trained run take `decoding.` and `evaluation.` settings.
+`nmt train` and `nmt prepare` take all settings. Commands on a trained run take `decoding.` settings.
 
 `conf/` has five groups: `corpus=`, `model=`, `training=`, `decoding=` and `experiment=`. An experiment
 chooses among the others and changes what differs. A file `conf/corpus/mine.yaml` in the working directory is

@@ -1,6 +1,7 @@
 """The command line: exit statuses, one line for every mistake, help, and Hydra's own options."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -177,8 +178,8 @@ def test_a_run_that_does_not_exist_or_is_not_named(cli: Cli, command: str, tmp_p
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("training.max_steps=3", ("training.max_steps=3", "only decoding.* and evaluation.*")),
-        ("training.adam_beta1=0.5", ("training.adam_beta1=0.5", "only decoding.* and evaluation.*")),
+        ("training.max_steps=3", ("training.max_steps=3", "only decoding.* may be changed")),
+        ("training.adam_beta1=0.5", ("training.adam_beta1=0.5", "only decoding.* may be changed")),
         ("decoding.beam_size=0", ("decoding.beam_size=0", "at least 1")),
         ("decoding.beam_size=many", ("decoding.beam_size", "many")),
         ("decoding.beam_sice=3", ("decoding.beam_sice", "did you mean decoding.beam_size?")),
@@ -364,7 +365,7 @@ def test_unequal_line_counts_are_refused_before_any_translation(
     reference.write_bytes(b"a\nb\n")
     arguments = ("evaluate", str(run), "--source", str(source), "--reference", str(reference))
     cli.refuses(3, *arguments, says=("has 3 lines", "has 2"))
-    cli.refuses(2, *arguments[:4], says=("--source and --reference go together",))
+    cli.refuses(2, *arguments[:4], says=("has no --reference",))
     cli.refuses(3, *arguments[:5], str(tmp_path / "none"), says=("cannot read",))
 
 
@@ -374,7 +375,7 @@ def test_evaluating_a_file_with_odd_lines(cli: Cli, run: Path, tmp_path: Path) -
     reference.write_bytes("der Hund\n\neine\x85Wiese\n".encode())
     arguments = ("evaluate", str(run), "--source", str(source), "--reference", str(reference))
     assert cli(*arguments) == 0, cli.err
-    assert "3 sentences of source.en" in cli.out
+    assert re.search(r"^source.en +3 ", cli.out, re.M)
     (hypotheses,) = (run / "report").glob("set-source.en-*.hypotheses")
     assert hypotheses.read_bytes().count(b"\n") == 3
 

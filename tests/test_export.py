@@ -102,7 +102,7 @@ def test_commands_take_it_like_the_run(cli: Cli, run: Path, exported: Path, text
     outputs = []
     for path in (run, exported):
         assert cli("evaluate", str(path), "--source", source, "--reference", reference) == 0, cli.err
-        outputs.append(cli.out.splitlines()[:3])
+        outputs.append(re.sub(r"\S+$", "", cli.out.splitlines()[1]))  # without the speed
     assert outputs[0] == outputs[1]
     (report,) = (exported / "report").glob("set-test.source-*.json")
     assert json.loads(report.read_text())["steps"] == manifest_of(exported)["steps"]
@@ -394,16 +394,26 @@ def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy
     assert "BLEU" not in cli.err
     bleu, chrf = (report["scores"][name] for name in ("BLEU", "chrF2"))
     found = card(tmp_path / "c")
-    assert f"| `test` | 12 | {bleu['score']:.2f} | {chrf['score']:.2f} | {report['perplexity']:.3f} | beam 2," in found
+    scores = " | ".join(f"{each['score']:.2f}" for each in report["scores"].values())
+    assert scores.startswith(f"{bleu['score']:.2f} | {chrf['score']:.2f} | ")
+    assert f"| `test` | 12 | {scores} | {report['perplexity']:.3f} | beam 2," in found
     assert f"- BLEU: sacreBLEU `{bleu['signature']}`" in found
     assert f"- chrF2: sacreBLEU `{chrf['signature']}`" in found
     assert "had not been run" not in found
     assert "Not shown, because they belong to other parameters: the scores of `dev` (step 2)." in found
-    (scores,) = manifest_of(tmp_path / "c")["scores"]
-    assert (scores["name"], scores["steps"], scores["scores"]) == ("test", [8], report["scores"])
+    (kept,) = manifest_of(tmp_path / "c")["scores"]
+    assert (kept["name"], kept["steps"], kept["scores"]) == ("test", [8], report["scores"])
 
     assert cli("export", str(copy), str(tmp_path / "d"), "decoding.checkpoint=4") == 0
     assert "`dev` (step 2), `test` (step 8)" in card(tmp_path / "d")
+
+    # A score that only one set has.
+    assert cli("evaluate", str(copy), "--split", "dev", "--ter", "decoding.checkpoint=8") == 0
+    assert cli("export", str(copy), str(tmp_path / "e"), "decoding.checkpoint=8") == 0
+    assert "| `dev` | 8 |" in card(tmp_path / "e")
+    assert "- TER: sacreBLEU `nrefs:1|case:lc|tok:tercom" in card(tmp_path / "e")
+    (row,) = (line for line in (tmp_path / "e" / "README.md").read_text().splitlines() if line.startswith("| `test`"))
+    assert " - |" in row
 
 
 @pytest.mark.parametrize(

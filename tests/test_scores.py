@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -173,15 +174,16 @@ def test_evaluate_prints_and_keeps_scores_of_its_translations(run: Path, capfd: 
     hypotheses = (run / "report" / "dev.hypotheses").read_bytes().decode().split("\n")[:-1]
     _, references, _ = RunDirectory(run).text("dev")
     bleu, chrf = corpus_scores(hypotheses, [references], "13a")
-    assert str(bleu) in out
-    assert str(chrf) in out
+    assert re.search(rf"^dev +8 +1 +{bleu.value:.2f} +{chrf.value:.2f} ", out, re.M)
+    assert f"BLEU        {bleu.signature}\nchrF2       {chrf.signature}\n" in out
     assert out.count("translation ") == 2
     assert "beam 2" in out
     report = json.loads((run / "report" / "dev.json").read_text())
     assert report["scores"]["BLEU"] == bleu.to_dict()
     assert report["sources_sha256"] == sha256((run / "text" / "dev.source").read_bytes()).hexdigest()
     assert report["decoding"]["beam_size"] == 2
-    assert f"perplexity {report['perplexity']:.3f}" in out
+    for name in ("perplexity", "bits_per_character"):
+        assert f"  {report[name]:,.3f}  " in out
 
 
 def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
@@ -191,13 +193,15 @@ def test_perplexity_does_not_depend_on_the_batches(run: Path) -> None:
     def measured(batch_tokens: int) -> Sequence[float]:
         world = World(torch.device("cpu"))
         found = perplexity(translator.model, translator.subwords, sources, targets, batch_tokens, world)
-        return found.pieces, found.words
+        return found.pieces, found.words, found.bits
 
     assert measured(1) == pytest.approx(measured(100_000), rel=1e-6)
-    pieces, words = measured(500)
+    pieces, words, bits = measured(500)
     num_pieces = sum(len(each) + 1 for each in translator.subwords.encode_batch(targets))
     num_words = sum(len(target.split()) + 1 for target in targets)
     assert np.log(words) * num_words == pytest.approx(np.log(pieces) * num_pieces)
+    num_characters = sum(len(target) + 1 for target in targets)
+    assert bits * np.log(2) * num_characters == pytest.approx(np.log(pieces) * num_pieces)
 
 
 # ------------------------------------------------------------------------------------------------------ experts

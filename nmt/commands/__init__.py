@@ -1,8 +1,8 @@
 """The commands with their own options, one file each.
 
 A command file has `parser()`, for its options and help, and `run`, which executes it: `run(options, run, config)` if it
-needs a trained run, else `run(options)`. `config` is the run's configuration with the user's changes to `decoding.*`
-and `evaluation.*`. `show` prints results to standard output, `say` prints other lines to standard error.
+needs a trained run, else `run(options)`. `config` is the run's configuration with the user's changes to `decoding.*`.
+`show` prints results to standard output, `say` prints other lines to standard error.
 """
 
 import argparse

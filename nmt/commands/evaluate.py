@@ -1,43 +1,77 @@
-"""nmt evaluate: BLEU, chrF and perplexity of a test set, with one or several numbers of experts per token."""
+"""nmt evaluate: scores of test sets, or of one set with several numbers of experts per token."""
 
 import argparse
 import json
+import re
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 from nmt.commands import Parser, say, show
 from nmt.commands.keep import keep
-from nmt.config import Config
+from nmt.config import TOKENIZERS, Config
 from nmt.data.held_out import describe_cut
 from nmt.decoding.translator import Translator
+from nmt.errors import UserError
 from nmt.evaluation.dial import HEAD, dial, dial_counts
 from nmt.evaluation.kept import origin
-from nmt.evaluation.measure import Measured, measure
-from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED
-from nmt.evaluation.sets import EvaluationSet, evaluation_set
+from nmt.evaluation.measure import Measured, Scorer, measure
+from nmt.evaluation.results import SetResult, table
+from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, all_scores
+from nmt.evaluation.sets import EvaluationSet, Request, evaluation_sets, requests
 from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, misfit
 from nmt.run import RunDirectory
 from nmt.wording import counted, steps_of
+
+
+class _Describe(argparse.Action):
+    """Add the option and its value to the list that describes the sets; the order of the options counts."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        namespace.sets = [*namespace.sets, ((option_string or "").lstrip("-"), values)]
 
 
 def parser() -> Parser:
     """Options of `nmt evaluate`."""
     parser = Parser(
         "evaluate",
-        "Print BLEU and chrF of a run's translations and the perplexity of the references. With --dial, compare scores "
-        "and cost with fewer or more experts per token than in training.",
+        "Print BLEU, chrF and the paper's multi-bleu of a run's translations, and the perplexity of the references.\n"
+        "Each set is --split, --set, or --source with one or more --reference; several sets may follow each other.\n"
+        "With --hypothesis, score translations made elsewhere; RUN is then needed for its own sets only. With --dial,\n"
+        "compare scores and cost with fewer or more experts per token than in training.",
         "  nmt evaluate runs/demo --show 10\n"
         "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8\n"
-        "  nmt evaluate demo --source my.en --reference first.de --reference second.de evaluation.tokenize=intl\n"
+        "  nmt evaluate demo --source my.en --reference first.de --reference second.de --tokenize intl\n"
+        "  nmt evaluate demo --split dev --split test --source my.en --reference my.de --json\n"
+        "  nmt evaluate --hypothesis other.de --reference my.de --ter\n"
         "  nmt evaluate demo --dial 1,2,4",
+        takes_run=False,
     )
-    parser.add_argument("--source", metavar="F", help="sentences to translate (default: the run's own test set)")
+    parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, or its name in runs/")
+    for option, metavar, choices, meaning in (
+        ("--split", None, ("test", "dev"), "one of the run's own sets (default: test, unless another set is given)"),
+        ("--set", "NAME", None, "a set that sacreBLEU knows, such as wmt14, in the languages of the run"),
+        ("--source", "F", None, "sentences to translate"),
+        ("--reference", "F", None, "their translations, line by line; repeat it for several (perplexity: the first)"),
+        ("--hypothesis", "F", None, "translations of the set that were made elsewhere, to be scored instead"),
+    ):
+        parser.add_argument(
+            option, metavar=metavar, choices=choices, help=meaning, action=_Describe, dest="sets", default=[]
+        )
     parser.add_argument(
-        "--reference",
-        metavar="F",
-        action="append",
-        default=[],
-        help="their translations, line by line; repeat it for several references (perplexity is of the first)",
+        "--tokenize",
+        choices=TOKENIZERS,
+        help="tokeniser of BLEU, as in sacreBLEU (default: evaluation.tokenize of the run)",
     )
-    parser.add_argument("--split", choices=("test", "dev"), default="test", help="which of the run's own sets")
+    parser.add_argument("--lowercase", action="store_true", help="BLEU without regard to case, as in sacreBLEU")
+    parser.add_argument("--ter", action="store_true", help="also the translation edit rate, which is slow")
+    parser.add_argument("--json", action="store_true", help="print the scores as JSON, with the keys of sacreBLEU")
     parser.add_argument(
         "--show", type=int, default=0, metavar="N", help="print N translations beside source and reference"
     )
@@ -47,59 +81,110 @@ def parser() -> Parser:
     return parser
 
 
-def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
-    """Score a set, print the scores and write them to the run's report folder."""
+def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -> None:
+    """Score the sets, print the scores, and write those of the run's own translations to its report folder."""
+    wanted = requests(options.sets) or [Request(split="test")]
     counts = [] if options.dial is None else dial_counts(options.dial, config)
-    tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
-    text = evaluation_set(options.source, options.reference, options.split, run)
+    if counts:
+        _check_alone("--dial", options, wanted)
+    tokenizer = _tokenizer(options.tokenize, run, config)
+    languages = (re.split("[-_]", code)[0] for code in (config.corpus.source_language, config.corpus.target_language))
+    texts = evaluation_sets(wanted, run, "-".join(languages))
+    for text in texts:
+        _say_doubts(text, tokenizer)
+    if run is None or all(text.hypotheses is not None for text in texts):
+        _print([_scored(text, tokenizer, options) for text in texts], options, [str(tokenizer)])
+        return
+    translator = Translator.load(run, config)
+    if counts:
+        _dial(counts, options.show, translator, texts[0], tokenizer, run, config)
+        return
+    results = []
+    for text in texts:
+        if text.hypotheses is not None:
+            results.append(_scored(text, tokenizer, options))
+            continue
+        found = measure(translator, text, _scorer(tokenizer, options), config)
+        _say_what_was_cut(text, found)
+        results.append(SetResult(text, found.hypotheses, found.scores, found))
+        _keep(results[-1], translator, run, config)
+    _print(results, options, [_decoding_line(translator), str(tokenizer)])
+
+
+def _check_alone(option: str, options: argparse.Namespace, wanted: Sequence[Request]) -> None:
+    """Raise UserError unless an option has a single set that the run translates, and no option that it would ignore."""
+    ignored = [name for name in ("ter", "lowercase", "json") if getattr(options, name)]
+    if ignored:
+        raise UserError(f"{option} with --{ignored[0]}: leave out one of them")
+    if len(wanted) > 1 or wanted[0].hypothesis is not None:
+        raise UserError(f"{option} takes a single set, without --hypothesis")
+
+
+def _tokenizer(name: str | None, run: RunDirectory | None, config: Config) -> Tokenizer:
+    language = config.corpus.target_language if run else ""
+    if name is None:
+        return bleu_tokenizer(config.evaluation.tokenize, language)
+    return bleu_tokenizer(name, language, "--tokenize ")
+
+
+def _say_doubts(text: EvaluationSet, tokenizer: Tokenizer) -> None:
     for references in text.references:
         if not "".join(references).strip():
             say(f"every reference of {text.title} is blank: its scores mean nothing")
-    doubt = misfit(tokenizer.name, text.references[0])
+    doubt = misfit(tokenizer.name, text.references[0], "--tokenize ")
     if doubt:
         say(doubt)
-    translator = Translator.load(run, config)
-    if counts:
-        _dial(counts, options.show, translator, text, tokenizer, run, config)
+
+
+def _scorer(tokenizer: Tokenizer, options: argparse.Namespace) -> Scorer:
+    return partial(all_scores, tokenizer=tokenizer.name, lowercase=options.lowercase, ter=options.ter)
+
+
+def _scored(text: EvaluationSet, tokenizer: Tokenizer, options: argparse.Namespace) -> SetResult:
+    """Return the scores of translations made elsewhere."""
+    assert text.hypotheses is not None
+    return SetResult(text, text.hypotheses, _scorer(tokenizer, options)(text.hypotheses, text.references))
+
+
+def _print(results: Sequence[SetResult], options: argparse.Namespace, notes: Sequence[str]) -> None:
+    """Print examples, scores and notes; with --json, the scores alone on standard output."""
+    if options.json:
+        show(json.dumps([each for result in results for each in result.json_scores()], indent=1, ensure_ascii=False))
+        for note in notes:
+            say(note)
         return
-    found = measure(translator, text, tokenizer.name, config)
-    _show(options.show, text, {"translation": found.hypotheses})
-    for score in found.scores:
-        show(score)
-    show(f"perplexity {found.perplexity.pieces:,.3f} per subword, {found.perplexity.words:,.2f} per word")
-    speed = f"{len(text.sources) / found.seconds:,.1f} sentences/s"
-    show(f"{counted(len(text.sources), 'sentence')} of {text.title}, {speed}, {_decoding_line(translator)}")
-    show(tokenizer)
-    _say_what_was_cut(found)
-    result = {
-        **text.to_dict(),
-        **origin(found.hypotheses, translator.steps, run.chosen(config.decoding)),
+    for result in results:
+        _show(options.show, result.text, {"translation": result.hypotheses})
+    show("\n".join([table(results), *notes]))
+
+
+def _keep(result: SetResult, translator: Translator, run: RunDirectory, config: Config) -> None:
+    """Write the run's translations of a set, and their scores."""
+    report = {
+        **result.report(),
+        **origin(result.hypotheses, translator.steps, run.chosen(config.decoding)),
         "steps": translator.steps,
-        "scores": {score.name: score.to_dict() for score in found.scores},
-        "perplexity": found.perplexity.pieces,
-        "word_perplexity": found.perplexity.words,
-        "sentences": len(text.sources),
-        "seconds": found.seconds,
         "decoding": config.to_dict()["decoding"],
     }
-    hypotheses = "".join(f"{line}\n" for line in found.hypotheses)
-    contents = {f"{text.name}.hypotheses": hypotheses, f"{text.name}.json": json.dumps(result, indent=2)}
-    keep(run, contents, f"translations and scores are in {run.report / text.name}.hypotheses and .json")
+    name = result.text.name
+    hypotheses = "".join(f"{line}\n" for line in result.hypotheses)
+    contents = {f"{name}.hypotheses": hypotheses, f"{name}.json": json.dumps(report, indent=2)}
+    keep(run, contents, f"translations and scores are in {run.report / name}.hypotheses and .json")
 
 
-def _say_what_was_cut(found: Measured) -> None:
+def _say_what_was_cut(text: EvaluationSet, found: Measured) -> None:
     told = describe_cut(found.perplexity.cut)
     if told:
-        say(f"perplexity: {told}")
+        say(f"perplexity of {text.title}: {told}")
 
 
 def _show(count: int, text: EvaluationSet, translations: dict[str, list[str]]) -> None:
     """Print `count` sentences, each with its references and its translations with their labels."""
-    size = len(text.sources)
-    for index in range(min(count, size)):
+    for index in range(min(count, text.size)):
         # Spread evenly over the set, instead of its first lines.
-        place = index * size // min(count, size)
-        show(f"source      {text.sources[place]}")
+        place = index * text.size // min(count, text.size)
+        if text.sources:
+            show(f"source      {text.sources[place]}")
         for references in text.references:
             show(f"reference   {references[place]}")
         for label, hypotheses in translations.items():
@@ -126,14 +211,14 @@ def _dial(
     measured = positions[0].measured
     _show(examples, text, {each.label: each.measured.hypotheses for each in positions})
     show("\n".join([HEAD, *(position.row() for position in positions)]))
-    show(f"{counted(len(text.sources), 'sentence')} of {text.title}, {_decoding_line(translator)}")
+    show(f"{counted(text.size, 'sentence')} of {text.title}, {_decoding_line(translator)}")
     show("\n".join(f"{score.name}: {score.signature}" for score in measured.scores))
     show(tokenizer)
     show(f"p and 95 %: paired bootstrap, {BOOTSTRAP_SAMPLES} samples")
-    _say_what_was_cut(measured)
+    _say_what_was_cut(text, measured)
     result = {
         **text.to_dict(),
-        "sentences": len(text.sources),
+        "sentences": text.size,
         "signatures": {score.name: score.signature for score in measured.scores},
         "bootstrap": {"samples": BOOTSTRAP_SAMPLES, "seed": SEED},
         "decoding": config.to_dict()["decoding"],

@@ -227,7 +227,7 @@ class DecodingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """How translations are scored. Every command that takes a run can override these settings."""
+    """How translations are scored: in validation, and by `nmt evaluate` unless it is given `--tokenize`."""
 
     tokenize: str = "auto"
     """Tokeniser of BLEU, by sacreBLEU's name: 13a, intl, zh, ja-mecab, ko-mecab, char or none. auto: the one for the

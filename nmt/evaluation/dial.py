@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 from nmt.config import Config, MoEConfig
@@ -10,7 +11,7 @@ from nmt.cost.operations import model_cost
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.measure import Measured, measure
-from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, Comparison, paired_bootstrap
+from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, Comparison, corpus_scores, paired_bootstrap
 from nmt.evaluation.sets import EvaluationSet
 from nmt.wording import counted
 
@@ -116,7 +117,7 @@ def dial(
     measured = []
     for count, trained in wanted:
         options = replace(translator.options, experts_per_token=0 if trained else count)
-        measured.append(measure(translator, text, tokenizer, config, options))
+        measured.append(measure(translator, text, partial(corpus_scores, tokenizer=tokenizer), config, options))
         done = f"{counted(len(text.sources), 'sentence')} in {measured[-1].seconds:.1f} s"
         tell(f"{counted(count, 'expert')} per token: {done}")
     baseline = measured[[trained for _, trained in wanted].index(True)].hypotheses

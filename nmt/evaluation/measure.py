@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nmt.config import Config
@@ -9,11 +10,14 @@ from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError
 from nmt.evaluation.perplexity import Perplexity, perplexity
-from nmt.evaluation.scores import Score, corpus_scores
+from nmt.evaluation.scores import Score
 from nmt.evaluation.sets import EvaluationSet
 from nmt.parallel.mesh import World
 
 _BATCH_TOKENS = 8192
+
+Scorer = Callable[[list[str], Sequence[list[str]]], list[Score]]
+"""A function that scores translations against the references of each translator."""
 
 
 @dataclass(frozen=True)
@@ -24,13 +28,12 @@ class Measured:
     seconds: float
     """Time of the translation."""
     scores: list[Score]
-    """BLEU and chrF."""
     perplexity: Perplexity
     """Perplexity of the references by the first translator."""
 
 
 def measure(
-    translator: Translator, text: EvaluationSet, tokenizer: str, config: Config, options: Options | None = None
+    translator: Translator, text: EvaluationSet, scorer: Scorer, config: Config, options: Options | None = None
 ) -> Measured:
     """Translate `text` with `options` (None: the translator's own) and score the translations.
 
@@ -40,7 +43,7 @@ def measure(
     started = time.perf_counter()
     hypotheses = [translation.text for translation in translator.translate(text.sources, options)]
     seconds = time.perf_counter() - started
-    scores = corpus_scores(hypotheses, text.references, tokenizer)
+    scores = scorer(hypotheses, text.references)
     found = perplexity(
         translator.model,
         translator.subwords,

@@ -23,11 +23,13 @@ class Perplexity:
     """exp of the mean negative log-likelihood, end of sentence included.
 
     `pieces` is per subword of the references (the paper's "wordpiece perplexity"). `words` is per blank-separated word,
-    so that models with different vocabularies can be compared.
+    so that models with different vocabularies can be compared. So can `bits`, for languages without blanks too.
     """
 
     pieces: float
     words: float
+    bits: float
+    """Negative log-likelihood in bits per character, where the end of a sentence counts as a character."""
     cut: tuple[int, ...] = ()
     """Numbers, from 0, of the pairs with a side that was cut to `nmt.data.held_out.LONGEST_SIDE` subwords."""
 
@@ -62,18 +64,19 @@ def perplexity(
             nll -= log_prob_TB.sum(dtype=torch.float64)
     pieces = sum(batch.num_target_tokens for batch in batches)
     total = float(world.sum(nll))
-    words = _num_words(subwords, targets, held_out)
+    scored = _scored(subwords, targets, held_out)
+    words = sum(len(target.split()) + 1 for target in scored)
+    characters = sum(len(target) + 1 for target in scored)
     per_piece, per_word = (math.exp(min(total / count, 50.0)) for count in (pieces, words))
-    return Perplexity(per_piece, per_word, tuple(held_out.cut))
+    return Perplexity(per_piece, per_word, total / math.log(2.0) / characters, tuple(held_out.cut))
 
 
-def _num_words(subwords: Subwords, targets: Sequence[str], held_out: HeldOut) -> int:
-    """Return the number of words and ends of sentence that were scored."""
-    words = sum(len(target.split()) + 1 for target in targets)
+def _scored(subwords: Subwords, targets: Sequence[str], held_out: HeldOut) -> list[str]:
+    """Return the text that was scored: of pairs that were cut, what is left."""
+    scored = list(targets)
     for pair in held_out.cut:
-        read = subwords.decode(held_out.targets[pair].tolist())
-        words -= len(targets[pair].split()) - len(read.split())
-    return words
+        scored[pair] = subwords.decode(held_out.targets[pair].tolist())
+    return scored
 
 
 def _longest_pair(batch: Batch, held_out: HeldOut) -> str:

@@ -1,7 +1,9 @@
-"""BLEU and chrF by sacreBLEU, with the signatures that identify comparable scores."""
+"""BLEU, chrF and TER by sacreBLEU, with the signatures that identify comparable scores."""
 
+import difflib
 import json
 import os
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,11 +13,13 @@ import numpy as np
 import sacrebleu
 from sacrebleu.significance import PairedTest, Result
 
-from nmt.errors import DataError
+from nmt.errors import DataError, UserError
+from nmt.evaluation.multi_bleu import multi_bleu
 
 BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED = 1000, 10_000, 12345
 """sacreBLEU's own numbers and seed of the paired tests."""
 _SEED_VARIABLE = "SACREBLEU_SEED"
+_DOWNLOAD_SECONDS = 60.0  # without an answer
 _MOST_DRAWN = 1 << 22  # numbers of drawn sentences that are kept at a time
 
 Metrics = dict[str, sacrebleu.BLEU | sacrebleu.CHRF | sacrebleu.TER]
@@ -30,7 +34,7 @@ class Score:
     signature: str
     """What identifies comparable scores: key:value, separated by |."""
     details: str = ""
-    """Of BLEU: precisions, brevity penalty and lengths."""
+    """Of BLEU and multi-bleu: precisions, brevity penalty and lengths."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the keys of sacreBLEU's JSON output, with the score in full: name, score, signature and its parts."""
@@ -68,8 +72,34 @@ def corpus_scores(hypotheses: list[str], references: Sequence[list[str]], tokeni
     chrF2. DataError if the counts differ, which sacreBLEU would not report, or if there are no sentences.
     """
     _check_pairs(hypotheses, references)
+    return _scored(_metrics(tokenizer), hypotheses, references)
+
+
+def all_scores(
+    hypotheses: list[str],
+    references: Sequence[list[str]],
+    tokenizer: str,
+    lowercase: bool = False,
+    ter: bool = False,
+) -> list[Score]:
+    """Return [BLEU, chrF2, chrF2++, TER if requested, multi-bleu] of the text that `corpus_scores` takes.
+
+    These are the scores of sacreBLEU's command line with the same `--tokenize` and `--lowercase`, which concern BLEU
+    only. multi-bleu is that of the paper, on the tokens of BLEU. TER is slow: a second per 100 sentences, or so.
+    """
+    _check_pairs(hypotheses, references)
+    bleu = sacrebleu.BLEU(tokenize=tokenizer, lowercase=lowercase)
+    metrics: Metrics = {"BLEU": bleu, "chrF2": sacrebleu.CHRF(), "chrF2++": sacrebleu.CHRF(word_order=2)}
+    scores = _scored(metrics | ({"TER": sacrebleu.TER()} if ter else {}), hypotheses, references)
+    tokenised, *others = (map(bleu._preprocess_segment, lines) for lines in (hypotheses, *references))
+    paper = multi_bleu(tokenised, others)
+    signature = scores[0].signature.replace("smooth:exp", "smooth:none")
+    return [*scores, Score("multi-bleu", paper.score, signature, paper.details)]
+
+
+def _scored(metrics: Metrics, hypotheses: list[str], references: Sequence[list[str]]) -> list[Score]:
     scores = []
-    for name, metric in _metrics(tokenizer).items():
+    for name, metric in metrics.items():
         found = metric.corpus_score(hypotheses, references)
         signature = str(metric.get_signature())
         details = json.loads(found.format(signature=signature, is_json=True)).get("verbose_score", "")
@@ -224,6 +254,34 @@ def _interval(result: Result) -> tuple[float, float]:
     assert result.mean is not None
     assert result.ci is not None
     return float(result.mean - result.ci), float(result.mean + result.ci)
+
+
+def named_set(name: str, languages: str) -> list[str]:
+    """Return the files of a set that sacreBLEU knows by name, such as wmt14: the source, then the references.
+
+    They are in sacreBLEU's cache, or are downloaded into it. `languages` is such as "en-de". UserError for a name or
+    languages that sacreBLEU does not have; DataError if the text is not in the cache and cannot be downloaded.
+    """
+    known = sacrebleu.get_available_testsets()
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise UserError(f"--set {name}: sacreBLEU has no such set{hint} (sacrebleu --list -l {languages})")
+    pairs = sacrebleu.get_langpairs_for_testset(name)
+    if languages not in pairs:
+        raise UserError(f"--set {name} has no {languages}, the languages of the run, but {', '.join(sorted(pairs))}")
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(_DOWNLOAD_SECONDS)
+    try:
+        return [sacrebleu.get_source_file(name, languages), *sacrebleu.get_reference_files(name, languages)]
+    except (Exception, SystemExit) as error:  # sacreBLEU raises what it meets, and exits for a wrong checksum
+        reason = getattr(error, "reason", None) or getattr(error, "strerror", None) or error
+        raise DataError(
+            f"--set {name}: its text is not in sacreBLEU's cache, {sacrebleu.SACREBLEU_DIR}, and was not downloaded "
+            f"({reason}): with a network, sacrebleu --download {name} -l {languages} puts it there"
+        ) from error
+    finally:
+        socket.setdefaulttimeout(timeout)
 
 
 @contextmanager

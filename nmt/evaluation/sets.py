@@ -1,4 +1,4 @@
-"""Sets of sentence pairs to score: a run's own sets, or files given by the user.
+"""Sets of sentence pairs to score: a run's own sets, files given by the user, or sets that sacreBLEU knows by name.
 
 Their reports never overwrite each other. A run's own sets are named test and dev; the name of any other set begins with
 "set-" and ends with part of the hash of its text.
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmt.errors import DataError, UserError
+from nmt.evaluation.scores import named_set
 from nmt.run import RunDirectory
 from nmt.textfile import TextReader
 from nmt.wording import counted
@@ -36,14 +37,23 @@ class EvaluationSet:
     name: str
     """Name in file names of reports: test, dev, or set-NAME-HASH."""
     title: str
-    """Name for readers: "test", "dev", or the name of a file."""
+    """Name for readers: "test", "dev", the name of a file, or sacreBLEU's name with the languages. It ends with the
+    name of the file of translations made elsewhere, if there are any."""
     sources: list[str]
+    """Empty if they are unknown: translations made elsewhere can be scored without them."""
     references: list[list[str]]
     """One list per translator; at least one."""
     domains: list[str]
     """Empty if unknown."""
     files: tuple[PairedFile, ...] = ()
-    """Files of source and references; empty for a run's own set."""
+    """Files of source, if there is one, and references; empty for a run's own set."""
+    hypotheses: list[str] | None = None
+    """Translations made elsewhere; None: the run translates."""
+
+    @property
+    def size(self) -> int:
+        """Number of sentences."""
+        return len(self.references[0])
 
     @property
     def own(self) -> bool:
@@ -67,40 +77,133 @@ class EvaluationSet:
         }
 
 
-def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:
-    """Return the set made of these files, or without files, the run's own set `split`.
+@dataclass(frozen=True)
+class Request:
+    """A set to score, as a command line describes it."""
 
-    UserError for a source without references or the reverse. DataError if files are empty or do not pair line by line,
-    or if the run has no such set. CheckpointError if the run's set is damaged.
+    split: str = ""
+    """One of the run's own sets; `named` is one of sacreBLEU's. Without both, the set is in files."""
+    named: str = ""
+    source: str | None = None
+    references: tuple[str, ...] = ()
+    hypothesis: str | None = None
+    """File of translations made elsewhere."""
+
+    @property
+    def files(self) -> list[str]:
+        """Names of all files."""
+        return [name for name in (self.source, *self.references, self.hypothesis) if name is not None]
+
+
+def requests(options: Sequence[tuple[str, str]]) -> list[Request]:
+    """Return the sets that options describe: pairs (split, set, source, reference or hypothesis; value) in order.
+
+    Options belong to one set until one comes that this set cannot take: --split and --set always begin a set, which may
+    have a hypothesis, and a second --source or --hypothesis begins the next set of files.
     """
-    if (source is None) != (not references):
-        raise UserError("--source and --reference go together")
-    if source is not None:
-        return _from_files(source, references)
+    found: list[dict[str, tuple[str, ...]]] = []
+    for name, value in options:
+        last = found[-1] if found else {}
+        named = "split" in last or "set" in last
+        second = name in last and name != "reference"
+        if not last or name in ("split", "set") or second or (named and name != "hypothesis"):
+            last = {}
+            found.append(last)
+        last[name] = (*last.get(name, ()), value)
+    return [
+        Request(
+            split=each.get("split", ("",))[0],
+            named=each.get("set", ("",))[0],
+            source=each.get("source", (None,))[0],
+            references=each.get("reference", ()),
+            hypothesis=each.get("hypothesis", (None,))[0],
+        )
+        for each in found
+    ]
+
+
+def evaluation_sets(wanted: Sequence[Request], run: RunDirectory | None, languages: str) -> list[EvaluationSet]:
+    """Return these sets. `languages`, such as "en-de", choose the text of sacreBLEU's sets.
+
+    UserError for a source without references or the reverse, for a set that needs a run if there is none, or if several
+    files are standard input. DataError if files are empty or do not pair line by line, or if a set is missing.
+    CheckpointError if the run's own set is damaged.
+    """
+    if [name for each in wanted for name in each.files].count("-") > 1:
+        raise UserError("only one of all files can be standard input")
+    return [_evaluation_set(each, run, languages) for each in wanted]
+
+
+def _evaluation_set(wanted: Request, run: RunDirectory | None, languages: str) -> EvaluationSet:
+    in_files = wanted.source is not None or bool(wanted.references)
+    if in_files and not wanted.references:
+        raise UserError(f"--source {wanted.source} has no --reference: give both for each set")
+    if in_files and wanted.source is None and wanted.hypothesis is None:
+        raise UserError(f"--reference {wanted.references[0]} has no --source: give --source first in each set")
+    if run is None and not (in_files and wanted.hypothesis is not None):
+        raise UserError(
+            "without RUN, nothing is translated: give --hypothesis F and --reference F for each set "
+            "(try nmt evaluate --help)"
+        )
+    if wanted.named:
+        source, *references = named_set(wanted.named, languages)
+        return _from_files(source, references, wanted.hypothesis, f"{wanted.named} {languages}")
+    if in_files:
+        return _from_files(wanted.source, wanted.references, wanted.hypothesis)
+    assert run is not None
+    return _own_set(run, wanted.split or "test", wanted.hypothesis)
+
+
+def _own_set(run: RunDirectory, split: str, hypothesis: str | None) -> EvaluationSet:
     sources, targets, domains = run.text(split)
     if not sources:
         raise DataError(f"{run.path} has no {split} set: give --source and --reference")
-    return EvaluationSet(split, split, sources, [targets], domains)
+    hypotheses = None if hypothesis is None else _read(hypothesis)
+    if hypothesis is not None and hypotheses is not None:
+        _check_pair(f"the {split} set of {run.path}", sources, hypothesis, hypotheses)
+    title = split if hypothesis is None else f"{split}, {_short(hypothesis)}"
+    return EvaluationSet(split, title, sources, [targets], domains, hypotheses=hypotheses)
 
 
-def _from_files(source: str, references: Sequence[str]) -> EvaluationSet:
-    names = (source, *references)
-    if names.count("-") > 1:
-        raise UserError("--source and --reference: only one of them can be standard input")
+def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:
+    """Return the set made of these files, or without files, the run's own set `split`. Errors as `evaluation_sets`."""
+    wanted = Request("" if source is not None or references else split, "", source, tuple(references))
+    (found,) = evaluation_sets([wanted], run, "")
+    return found
+
+
+def _from_files(
+    source: str | None, references: Sequence[str], hypothesis: str | None, title: str = ""
+) -> EvaluationSet:
+    """Return the set in these files; `title`: "" for the name of a file."""
+    names = references if source is None else (source, *references)
     sides = [_read(name) for name in names]
     if not sides[0]:
-        raise DataError(f"{_title(source)} is empty: there is nothing to score")
+        raise DataError(f"{_title(names[0])} is empty: there is nothing to score")
+    hypotheses = None if hypothesis is None else _read(hypothesis)
     for name, side in zip(names, sides, strict=True):
-        if len(side) != len(sides[0]):
-            raise DataError(
-                f"{_title(source)} has {counted(len(sides[0]), 'line')} but {_title(name)} has {len(side):,}: "
-                "they must pair line by line"
-            )
+        _check_pair(_title(names[0]), sides[0], name, side)
+    if hypothesis is not None and hypotheses is not None:
+        _check_pair(_title(names[0]), sides[0], hypothesis, hypotheses)
     files = tuple(PairedFile(_path(name), sha256_of(side)) for name, side in zip(names, sides, strict=True))
     digest = hashlib.sha256("".join(file.sha256 for file in files).encode()).hexdigest()[:8]
-    title = _title(source) if source == "-" else Path(source).name
+    if hypothesis is not None:
+        title = f"{title}, {_short(hypothesis)}" if title else _short(hypothesis)
+    title = title or _short(names[0])
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")[:_LONGEST_NAME]
-    return EvaluationSet(f"set-{plain}-{digest}", title, sides[0], sides[1:], [], files)
+    sources = [] if source is None else sides[0]
+    return EvaluationSet(
+        f"set-{plain}-{digest}", title, sources, sides[source is not None :], [], files, hypotheses=hypotheses
+    )
+
+
+def _check_pair(first: str, lines: list[str], name: str, others: list[str]) -> None:
+    """Raise DataError unless the file `name` has as many lines as `first` has."""
+    if len(others) != len(lines):
+        raise DataError(
+            f"{first} has {counted(len(lines), 'line')} but {_title(name)} has {len(others):,}: "
+            "they must pair line by line"
+        )
 
 
 def _read(name: str) -> list[str]:
@@ -116,6 +219,10 @@ def _read(name: str) -> list[str]:
 
 def _title(name: str) -> str:
     return "standard input" if name == "-" else name
+
+
+def _short(name: str) -> str:
+    return _title(name) if name == "-" else Path(name).name
 
 
 def _path(name: str) -> str:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from nmt.errors import UserError
 
+_SETTING = "evaluation.tokenize="
 # Codes of ISO 639-1 and 639-3, for languages in which blanks do not separate words, or separate longer units.
 _CHINESE = ("zh", "zho", "chi", "cmn", "yue", "wuu", "lzh")
 _MECAB = {"ja": "ja-mecab", "jpn": "ja-mecab", "ko": "ko-mecab", "kor": "ko-mecab"}
@@ -31,19 +32,19 @@ class Tokenizer(NamedTuple):
         return f"BLEU tokeniser {self.name}: {self.reason}"
 
 
-def bleu_tokenizer(setting: str, language: str) -> Tokenizer:
-    """Return the tokeniser of `evaluation.tokenize`, or with "auto", the one for the target language.
+def bleu_tokenizer(name: str, language: str, option: str = _SETTING) -> Tokenizer:
+    """Return the tokeniser with this name, which `option` gave, or with "auto", the one for the target language.
 
     That is zh for Chinese; ja-mecab and ko-mecab for Japanese and Korean if installed, else char; char for other
-    languages written without blanks; and 13a, sacreBLEU's default, for all others. UserError if `setting` names a
+    languages written without blanks; and 13a, sacreBLEU's default, for all others. UserError if `name` is that of a
     tokeniser that is not installed.
     """
-    if setting != "auto":
-        if not _installed(setting):
-            raise UserError(f"evaluation.tokenize={setting} is not installed: {_NEEDS[setting][1]}, or use char")
-        return Tokenizer(setting, "by evaluation.tokenize")
+    if name != "auto":
+        if not _installed(name):
+            raise UserError(f"{option}{name} is not installed: {_NEEDS[name][1]}, or use char")
+        return Tokenizer(name, f"by {option.rstrip(' =')}")
     code = re.split("[-_]", language.lower())[0]
-    reason = f"the target language is {language}"
+    reason = f"the target language is {language}" if language else "the target language is unknown"
     if code in _CHINESE:
         return Tokenizer("zh", reason)
     if code in _MECAB:
@@ -58,8 +59,10 @@ def _installed(tokenizer: str) -> bool:
     return all(find_spec(module) for module in _NEEDS.get(tokenizer, ((), ""))[0])
 
 
-def misfit(tokenizer: str, references: Sequence[str]) -> str:
+def misfit(tokenizer: str, references: Sequence[str], option: str = _SETTING) -> str:
     """Return why BLEU with this tokeniser means nothing for these references; empty if it fits them.
+
+    The line advises to give another tokeniser with `option`.
 
     If most letters are of a script without blanks, a tokeniser that splits at blanks takes whole sentences for words.
     """
@@ -71,6 +74,5 @@ def misfit(tokenizer: str, references: Sequence[str]) -> str:
         return ""
     fitting = "zh" if han > others else "char"
     return (
-        f"BLEU with tokeniser {tokenizer} means nothing for references written without blanks: "
-        f"set evaluation.tokenize={fitting}"
+        f"BLEU with tokeniser {tokenizer} means nothing for references written without blanks: give {option}{fitting}"
     )

@@ -1,6 +1,6 @@
 """The model card of an exported model: what its users must know, as Markdown, from the records of its run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -206,13 +206,15 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     yield ""
     own = own_sets(facts)
     if own:
-        names = list(own[0].scores)
+        # Only some sets may have been scored with --ter.
+        names = list(dict.fromkeys(name for each in own for name in each.scores))
         head = "set", "sentences", *map(plain, names), "perplexity", "search"
-        yield from markdown_table(head, (_set_row(each) for each in own))
+        yield from markdown_table(head, (_set_row(each, names) for each in own))
         yield ""
         for name in names:
-            signatures = sorted({each.scores[name]["signature"] for each in own})
-            yield f"- {plain(name)}: sacreBLEU {', '.join(map(code, signatures))}"
+            signatures = sorted({each.scores[name]["signature"] for each in own if name in each.scores})
+            source = "the formula of Moses' multi-bleu.perl," if name == "multi-bleu" else "sacreBLEU"
+            yield f"- {plain(name)}: {source} {', '.join(map(code, signatures))}"
         yield "- perplexity: per subword of the references"
     else:
         yield (
@@ -226,12 +228,12 @@ def _scores(facts: CardFacts) -> Iterator[str]:
         yield f"Not shown, because they belong to other parameters: the scores of {listed}."
 
 
-def _set_row(each: SetScores) -> tuple[str, ...]:
+def _set_row(each: SetScores, names: Sequence[str]) -> tuple[str, ...]:
     decoding = each.decoding
     search = f"beam {decoding['beam_size']}, alpha {decoding['alpha']}, beta {decoding['beta']}"
     if decoding["experts_per_token"]:
         search += f", {counted(decoding['experts_per_token'], 'expert')} per token"
-    values = (f"{score['score']:.2f}" for score in each.scores.values())
+    values = (f"{each.scores[name]['score']:.2f}" if name in each.scores else "-" for name in names)
     return code(each.name), f"{each.sentences:,}", *values, f"{each.perplexity:.3f}", search
 
 
