@@ -71,6 +71,11 @@ class Checkpoint(NamedTuple):
         return self.manifest["steps"] if self.exported else [self.step]
 
     @property
+    def fingerprint(self) -> str:
+        """A short name for the content of all files: equal ones have equal files."""
+        return _manifest_sha256(self.manifest)[:12]
+
+    @property
     def score(self) -> float | None:
         """Validation score of this step (lower is better); None if it was not validated."""
         return self.manifest["score"]

@@ -8,7 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 
 from tqdm import tqdm
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters, one_line
-from nmt.decoding.translation import Translation
+from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -27,6 +27,9 @@ from nmt.streams.records import has_records, record_line
 from nmt.streams.translating import JoinedLines, translate_stream
 from nmt.textfile import TextReader
 from nmt.wording import counted
+
+_NOT_OF_TEXT = ("run", "input", "output", "resume", "strict", "device", "batch_tokens")
+"""Options and settings that do not change translations."""
 
 
 def parser() -> Parser:
@@ -66,6 +69,11 @@ def parser() -> Parser:
         help="translate each sentence of a line by itself (default: only in lines that are too long for the model)",
     )
     parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="keep complete lines in OUTPUT.part after an interruption, and resume from them if they are there",
+    )
+    parser.add_argument(
         "--jsonl",
         action="store_true",
         help='input and output are JSON Lines: an object per line, whose "text" is translated (default: those whose '
@@ -83,50 +91,86 @@ def parser() -> Parser:
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
     lines = JoinedLines(_form(options))
-    num_written = 0
-    with Halt() as halt, open_input(options.input) as source, open_output(options.output, source) as output:
+    with (
+        Halt() as halt,
+        open_input(options.input) as source,
+        open_output(options.output, source, options.resume) as output,
+    ):
         translator = Translator.load(run, config)
         chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs)
         read = Source(source, halt)
         reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
+        if output.partial:
+            output.partial.begin(_made_by(options, run, config, translator))
+            blocks = output.partial.rest(blocks)
+            if output.partial.num_lines:
+                say(f"resuming after {_lines(output.partial.num_lines)} in {output.partial.path}")
         sink = Sink(output.stream, halt) if output.live else output.stream
+        num_written = 0
 
         def write(pieces: list[Piece], found: list[Translation]) -> None:
             nonlocal num_written
-            sink.write(lines.add(pieces, found).encode())
+            text = lines.add(pieces, found).encode()
+            if output.partial:
+                output.partial.write(pieces, text)
+            else:
+                sink.write(text)
             num_written = lines.num_lines
 
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
                 translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell)
-        except KeyboardInterrupt:
-            kept = "they were written" if output.live else f"{options.output} was not written"
-            say(f"{_lines(num_written)} translated so far; {kept}")
+        except BaseException as error:
+            if output.partial and output.partial.num_lines:
+                say(f"{_lines(output.partial.num_lines)} kept in {output.partial.path}: the same command resumes")
+            elif isinstance(error, KeyboardInterrupt):
+                kept = "they were written" if output.live else f"{options.output} was not written"
+                say(f"{_lines(num_written)} translated so far; {kept}")
             raise
-    seconds = time.perf_counter() - started
+    _report(lines, reader, translator, chosen, time.perf_counter() - started)
+
+
+def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chosen: Options, seconds: float) -> None:
+    """Print how many lines were translated, and what to check in them."""
     say(f"{_lines(lines.num_lines)} in {seconds:.1f} s ({lines.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
     if reader.num_invalid:
         say(f"{_lines(reader.num_invalid)} with bytes that are not UTF-8; they were replaced by U+FFFD")
     if lines.num_unlearned:
         unknown = list_characters(lines.unlearned)
         say(f"{_lines(lines.num_unlearned)} with characters that the model never saw in training, check: {unknown}")
-    if lines.num_long and options.paragraphs:
+    if lines.num_long and chosen.paragraphs:
         say(f"{_lines(lines.num_long)} translated sentence by sentence")
     elif lines.num_long:
-        longest, asked = translator.max_pieces(), config.decoding.max_source_pieces
+        longest, asked = translator.max_pieces(chosen), chosen.max_source_pieces
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
         say(f"{_lines(lines.num_long)} longer than {longest} subwords ({why}) translated in parts")
     if lines.num_cut_off:
-        ratio = f"decoding.max_length_ratio={config.decoding.max_length_ratio:g}"
+        ratio = f"decoding.max_length_ratio={chosen.max_length_ratio:g}"
         say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
+
+
+def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:
+    """Return what decides the text of translations: a file is resumed only if all of it is the same."""
+    hashes = [checkpoint.fingerprint for checkpoint in run.chosen(config.decoding)]
+    steps = ", ".join(map(str, translator.steps))
+    own = {f"--{key.replace('_', '-')}": value for key, value in vars(options).items() if key not in _NOT_OF_TEXT}
+    settings = {f"decoding.{key}": value for key, value in asdict(config.decoding).items() if key not in _NOT_OF_TEXT}
+    kind = "JSON Lines" if _in_records(options) else "text"
+    made_by = {"checkpoint": f"step {steps} ({', '.join(hashes)})", "input": kind}
+    return made_by | {key: str(value) for key, value in (own | settings).items()}
+
+
+def _in_records(options: argparse.Namespace) -> bool:
+    """Return whether the input is JSON Lines."""
+    return options.jsonl or has_records(options.input)
 
 
 def _reading(
     options: argparse.Namespace, language: str
 ) -> Callable[[Source, str, bool], tuple[TextReader, Iterator[list[Piece]]]]:
     """Return the function that reads the input, whose language is `language`."""
-    if options.jsonl or has_records(options.input):
+    if _in_records(options):
         return read_records
     # A line of JSON Lines has all of its text.
     return read_whole_lines if has_records(options.output) else partial(read_lines, language=language)

@@ -5,6 +5,7 @@ import gzip
 import lzma
 import os
 import re
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ from typing import BinaryIO, NamedTuple
 
 from nmt.errors import StorageError, UserError
 from nmt.files import replacing
+from nmt.streams.partial import Partial, open_partial
 
 _DESCRIPTORS = re.compile(r"/proc/(\d+)(?:/task/\d+)?/fd")
 _MOST_LINKS = 40
-COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
-"""Endings of names of files that are compressed."""
+_COMPRESSED = (".gz", ".xz", ".zst", ".bz2")
 _NOT_WRITTEN = (".zip", ".7z", ".lz4", ".z")
 
 
@@ -28,21 +29,27 @@ class Output(NamedTuple):
     stream: BinaryIO
     live: bool
     """True if translations can be read while they are written: flush after each window."""
+    partial: Partial | None = None
+    """What keeps complete lines, if the translation can be resumed: write to it, not to `stream`."""
 
 
 @contextmanager
-def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
+def open_output(path: str, source: BinaryIO, resume: bool = False) -> Iterator[Output]:
     """Open standard output for "-", else a file that appears under its name only when it is complete.
 
     A file keeps the mode of the file that it replaces. It is compressed if its name ends in .gz, .xz, .zst or .bz2.
     Pipes, devices and files in /dev/fd, such as /dev/stdout, are written to and never replaced. UserError if the output
     is `source`, the file that is being read. StorageError if it cannot be written.
+
+    With `resume`, a file has a `partial`, whose complete lines stay after an error. UserError for other outputs.
     """
     suffix = Path(path).suffix.lower()
     if suffix in _NOT_WRITTEN:
-        raise UserError(f"output {path}: {suffix} cannot be written; choose {', '.join(COMPRESSED)} or no compression")
+        raise UserError(f"output {path}: {suffix} cannot be written; choose {', '.join(_COMPRESSED)} or no compression")
     shown = "standard output" if path == "-" else path
     try:
+        if resume and path == "-":
+            raise UserError("--resume keeps complete lines in a file: name the output with -o")
         if path == "-":
             _check_is_not_read(_status(sys.stdout.buffer), source, shown)
             yield Output(sys.stdout.buffer, live=True)
@@ -50,6 +57,8 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
         stream = _open_as_it_is(path)
         if stream is not None:
             with stream:
+                if resume:
+                    raise UserError(f"--resume keeps complete lines in a file, and {path} is none: name a file with -o")
                 _check_is_not_read(_status(stream), source, shown)
                 yield Output(stream, live=True)
             return
@@ -59,6 +68,11 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
             raise UserError(f"output {path} is a folder: name a file")
         if final.exists():
             _check_is_not_read(final.stat(), source, shown)
+        if resume:
+            with open_partial(final) as partial:
+                yield Output(partial.stream, live=False, partial=partial)
+                _finish(partial, final, suffix)
+            return
         with replacing(final) as plain, _compressing(plain, suffix) as stream:
             yield Output(stream, live=False)
     except BrokenPipeError:
@@ -68,6 +82,17 @@ def open_output(path: str, source: BinaryIO) -> Iterator[Output]:
             # Discard buffered output, which would otherwise fail again when the program ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise StorageError(f"cannot write {shown}: {error.strerror or error}") from error
+
+
+def _finish(partial: Partial, final: Path, suffix: str) -> None:
+    """Make the file at `final` of the kept lines, which are complete."""
+    if suffix not in _COMPRESSED:
+        partial.replace(final)
+        return
+    with replacing(final) as plain, _compressing(plain, suffix) as stream:
+        partial.stream.seek(0)
+        shutil.copyfileobj(partial.stream, stream)
+    partial.remove()
 
 
 def _open_as_it_is(path: str) -> BinaryIO | None:

@@ -5,15 +5,14 @@ numbers keep all their digits, and names their order.
 """
 
 import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from nmt.decoding.translation import RESULT_FIELDS
 from nmt.errors import DataError
-from nmt.streams.output import COMPRESSED
 
-_ENDING = ".jsonl"
+_NAME = re.compile(r".*\.jsonl(\.(gz|xz|zst|bz2))?", re.IGNORECASE | re.DOTALL)
 
 
 class Record(NamedTuple):
@@ -29,8 +28,7 @@ class Record(NamedTuple):
 
 def has_records(path: str) -> bool:
     """Return whether a file has JSON Lines by its name, such as a.jsonl or a.jsonl.gz."""
-    name = Path(path.lower())
-    return (name.with_suffix("") if name.suffix in COMPRESSED else name).suffix == _ENDING
+    return _NAME.fullmatch(path) is not None
 
 
 def parse_record(line: str, where: str) -> Record:
