@@ -210,11 +210,13 @@ def load(
     *,
     device: str | None = None,
     precision: str | None = None,
+    quantize: str | None = None,
     checkpoint: str | int | None = None,
 ) -> Model:
     """Load the model of a run, given its folder or its name in runs/, or an exported model.
 
-    `device` is cuda, cpu or auto; `precision` is fp32, bf16 or auto; `checkpoint` is best, last, average or a step.
+    `device` is cuda, cpu or auto; `precision` is fp32, bf16 or auto; `quantize` is int8 or none; `checkpoint` is best,
+    last, average or a step.
     Those left out are as in the run's own settings. CheckpointError if the model is missing, damaged or does not fit.
     """
     with _typed_errors("nmt.load"):
@@ -222,7 +224,7 @@ def load(
             raise UserError(f"path is {_kind(path)}: give the folder of a run or an exported model, as a str or a Path")
         run = RunDirectory.existing(os.fsdecode(path))
         config = run.config()
-        given = {"device": device, "precision": precision, "checkpoint": checkpoint}
+        given = {"device": device, "precision": precision, "quantize": quantize, "checkpoint": checkpoint}
         changes: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
         return Model(run, replace(config, decoding=replace(config.decoding, **changes)))
 

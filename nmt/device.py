@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from nmt.config import uses_bf16
+from nmt.config import DecodingConfig, uses_bf16
 from nmt.errors import MemoryLimitError, UserError
 
 # PyTorch's messages when the host's memory runs out, for which it has no exception class.
@@ -30,6 +30,23 @@ def pick_device(name: str, key: str) -> torch.device:
 def product_dtype(device: torch.device, precision: str) -> torch.dtype:
     """Return the type of matrix products for a `precision` of bf16, fp32 or auto (bf16 on a GPU)."""
     return torch.bfloat16 if uses_bf16(precision, device.type == "cuda") else torch.float32
+
+
+def search_dtype(device: torch.device, decoding: DecodingConfig) -> torch.dtype:
+    """Return the type of matrix products in a search. UserError if the device cannot do what `decoding` asks for.
+
+    On a CPU, auto is bf16 only if the processor has matrix units for it. Processors with vector instructions for bf16
+    alone were not faster than in float32 (docs/decoding.md). A measurement would be no better guide: other work on the
+    machine changes its outcome, and then the translations.
+    """
+    if decoding.quantize == "int8":
+        if device.type != "cpu":
+            raise UserError("decoding.quantize=int8 works on a CPU only: give decoding.device=cpu, or leave it out")
+        return torch.float32
+    if device.type == "cpu" and decoding.precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        raise UserError("decoding.precision=bf16: this processor cannot compute in bf16; use decoding.precision=fp32")
+    on_amx = device.type == "cpu" and torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if uses_bf16(decoding.precision, device.type == "cuda" or on_amx) else torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -38,6 +38,7 @@ __all__ = [
 
 SCHEDULES = ("inverse_sqrt", "linear")
 PRECISIONS = ("auto", "fp32", "bf16")
+QUANTIZATIONS = ("none", "int8")
 DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
@@ -212,13 +213,20 @@ class DecodingConfig:
     device: str = "auto"
     """cuda, cpu, or auto: cuda if there is a GPU."""
     precision: str = "auto"
-    """bf16, fp32, or auto: bf16 on a GPU, else fp32."""
+    """bf16, fp32, or auto: bf16 on a GPU and on processors with matrix units for it (Intel's AMX), else fp32. With
+    fp32, a translation does not depend on the other lines."""
+    quantize: str = "none"
+    """int8: LSTMs and the softmax layer compute with 8-bit integers, on a CPU only. This is faster than fp32 and a
+    little less exact (docs/decoding.md has figures). none: they compute in `precision`."""
 
     def __post_init__(self) -> None:
         at_least("decoding.average_checkpoints", self.average_checkpoints, 1)
         check_search(self, "decoding.")
         one_of("decoding.device", self.device, DEVICES)
         one_of("decoding.precision", self.precision, PRECISIONS)
+        one_of("decoding.quantize", self.quantize, QUANTIZATIONS)
+        if self.quantize == "int8" and self.precision == "bf16":
+            raise ValueError("decoding.quantize=int8 replaces decoding.precision=bf16: leave one of them out")
         if self.checkpoint not in ("best", "last", "average") and not re.fullmatch("[0-9]{1,18}", self.checkpoint):
             raise ValueError(
                 f"decoding.checkpoint={self.checkpoint} is not best, last, average or the number of a step"

@@ -20,10 +20,10 @@ from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, TextHypothesis, Translation
-from nmt.device import pick_device, product_dtype, set_float32_products
+from nmt.device import pick_device, search_dtype, set_float32_products
 from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
-from nmt.model.working import WorkingWeights
+from nmt.model.working import WorkingWeights, with_packed_weights
 from nmt.run import RunDirectory
 from nmt.text.checks import check
 from nmt.text.segment import join, split
@@ -66,7 +66,8 @@ class _Part(NamedTuple):
 class Translator:
     """A model, its vocabulary and the options of the search. Nothing here changes, so several threads may share it.
 
-    The model is used in the precision of `decoding.precision`; bf16 has its own copy, made once (`WorkingWeights`).
+    The model is used in the precision of `decoding.precision` and `decoding.quantize`. Each but fp32 has its own copy
+    of weights, made once (`WorkingWeights`).
     """
 
     def __init__(
@@ -87,8 +88,11 @@ class Translator:
         that of the source, for the ends of its sentences. ValueError if `decoding` is not possible with the model.
         """
         model.check_experts_per_token(decoding.experts_per_token)
-        dtype = product_dtype(device, decoding.precision)
+        dtype = search_dtype(device, decoding)
         self.model = WorkingWeights(model, device, dtype).model
+        quantized = decoding.quantize == "int8"
+        if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
+            self.model = with_packed_weights(self.model, torch.int8 if quantized else dtype)
         self.searcher = Searcher(self.model, device, subwords.forbidden_ids)
         self.subwords = subwords
         self.options = Options.of(decoding)

@@ -13,6 +13,7 @@ from torch.backends.cudnn.rnn import get_cudnn_mode
 
 from nmt.batch import Rows
 from nmt.model.kernels.lstm import lstm, lstm_step
+from nmt.model.kernels.packed import PackedLSTM
 from nmt.model.rows import turn_round
 from nmt.model.side_by_side import side_by_side
 
@@ -22,7 +23,8 @@ warnings.filterwarnings("ignore", message="RNN module weights are not part of si
 warnings.filterwarnings("ignore", message="LSTM with projections is not supported with oneDNN")
 
 LSTMState = tuple[Tensor, Tensor]
-"""(output_BP, cell_BC) after a position. On a GPU, cells of bf16 weights are float32 in passes without gradient."""
+"""(output_BP, cell_BC) after a position. In passes without gradient, cells of bf16 weights are float32 on a GPU, and so
+are those of packed weights on a CPU."""
 
 
 class LSTM(nn.Module):
@@ -35,6 +37,8 @@ class LSTM(nn.Module):
         super().__init__()
         proj_size = output_size if output_size < cell_size else 0
         self.lstm = nn.LSTM(input_size, cell_size, proj_size=proj_size)
+        self.packed: PackedLSTM | None = None
+        """The weights again, laid out for products on a CPU (`with_packed_weights`); for passes without gradient."""
 
     def lay_out(self) -> None:
         """Move the weights into one contiguous chunk of GPU memory. Otherwise cuDNN would do so in every call."""
@@ -58,6 +62,8 @@ class LSTM(nn.Module):
 
     def forward(self, x_ND: Tensor, rows: Rows) -> Tensor:
         """Return y_NP for whole sentences, which start from a state of zeros."""
+        if self.packed and self.packed.for_sentences and rows.num_rows:
+            return self.packed.run(x_ND, rows, self.start(rows.alive[0]))
         return lstm(x_ND, self.weights, rows)
 
     def start(self, columns: int) -> LSTMState:
@@ -65,7 +71,7 @@ class LSTM(nn.Module):
         weight = next(self.lstm.parameters())
         device = weight.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        exact = torch.promote_types(dtype, torch.float32) if weight.is_cuda else dtype
+        exact = torch.promote_types(dtype, torch.float32) if weight.is_cuda or self.packed else dtype
         output_BP = weight.new_zeros(columns, self.lstm.proj_size or self.lstm.hidden_size, dtype=dtype)
         return output_BP, weight.new_zeros(columns, self.lstm.hidden_size, dtype=exact)
 
@@ -74,6 +80,8 @@ class LSTM(nn.Module):
 
         A caller that goes position by position passes `weights()`, so that weights are cast only once.
         """
+        if self.packed:
+            return self.packed.step(x_BD, state or self.start(len(x_BD)))
         weights = weights or self.weights()
         # Autocast would run cuDNN in float16 even if its type is bf16, and would add its output in float32.
         with torch.autocast(x_BD.device.type, enabled=False):

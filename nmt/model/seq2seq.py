@@ -23,6 +23,7 @@ from nmt.config import LayerName, ModelConfig
 from nmt.model.attention import Attention, Memory
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
+from nmt.model.kernels.packed import PackedWeight
 from nmt.model.loss import linear_cross_entropy, output_logits
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
@@ -254,6 +255,8 @@ class Seq2Seq(nn.Module):
         self.encoder = Encoder(config, share)
         self.decoder = Decoder(config, share)
         self.dropout = nn.Dropout(config.dropout)
+        self.packed_output: PackedWeight | None = None
+        """The softmax layer again, laid out for the products of a CPU (`with_packed_weights`)."""
         init_parameters(self, self.output)
 
     def encode(
@@ -307,7 +310,9 @@ class Seq2Seq(nn.Module):
         return self.decoder.attention.query.weight.dtype
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return `output_logits` of this model's softmax layer."""
+        """Return `output_logits` of this model's softmax layer, or the same of its packed weights."""
+        if self.packed_output:
+            return self.packed_output.exact_product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         return output_logits(x, self.output.weight, self.output.bias)
 
     def forward(self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:

@@ -6,11 +6,13 @@ dense layers in every micro-batch, and experts are bf16 parameters already, whic
 """
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nmt.model.assemble import assemble
 from nmt.model.attention import Attention
 from nmt.model.gating import Gate
+from nmt.model.kernels.packed import PackedLSTM, PackedWeight
+from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 
 
@@ -54,6 +56,24 @@ def _in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> S
         tensors[name] = parameter.detach().to(device, parameter.dtype if kept else dtype)
     if device.type == "cuda":
         tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
+    return _sharing(model, tensors)
+
+
+def with_packed_weights(model: Seq2Seq, dtype: torch.dtype) -> Seq2Seq:
+    """Return a model for searches on a CPU, whose LSTMs and softmax layer have packed weights of `dtype` as well.
+
+    It shares the parameters of `model`, which may be trained further; packed weights do not follow.
+    """
+    packed = _sharing(model, {name: parameter.detach() for name, parameter in model.named_parameters()})
+    for module in packed.modules():
+        if isinstance(module, LSTM):
+            module.packed = PackedLSTM(module.weights(), dtype)
+    packed.packed_output = PackedWeight(packed.output.weight, packed.output.bias, dtype)
+    return packed
+
+
+def _sharing(model: Seq2Seq, tensors: dict[str, Tensor]) -> Seq2Seq:
+    """Return a model with these parameters, and otherwise like `model`."""
     copy = assemble(model.config, model.output.out_features, tensors, model.share)
     for layer, moe in copy.moe_layers().items():
         moe.dispatcher = model.moe_layers()[layer].dispatcher

@@ -59,9 +59,11 @@ def cell_step(input_BG: Tensor, recurrent_BG: Tensor, cell_BC: Tensor) -> tuple[
 
 def plain_cell_step(input_BG: Tensor, recurrent_BG: Tensor, cell_BC: Tensor) -> tuple[Tensor, Tensor]:
     """Return `cell_step` computed with PyTorch operations."""
-    i, f, g, o = (input_BG.to(cell_BC.dtype) + recurrent_BG).chunk(4, dim=1)
-    after_BC = f.sigmoid() * cell_BC + i.sigmoid() * g.tanh()
-    return (o.sigmoid() * after_BC.tanh()).to(input_BG.dtype), after_BC
+    sums_BG = input_BG.to(cell_BC.dtype) + recurrent_BG
+    i, f, g, o = sums_BG.chunk(4, dim=1)
+    sums_BG[:, : 2 * cell_BC.shape[1]].sigmoid_()  # i and f
+    after_BC = torch.addcmul(f.mul_(cell_BC), i, g.tanh_())
+    return o.sigmoid_().mul(after_BC.tanh()).to(input_BG.dtype), after_BC
 
 
 def cell_backward(

@@ -16,6 +16,8 @@ from torch import Tensor
 _LEAST_WIDTH, _MOST_BLOCKS = 8, 1000
 # With fewer logits in all rows, PyTorch's selection takes less time than the calls of this one.
 _MIN_LOGITS = 2**15
+_CACHED_LOGITS = 2**18
+"""Logits in float32 whose tensors in between stay in the cache of one processor core."""
 
 
 class Top(NamedTuple):
@@ -80,7 +82,11 @@ def top_k(logits_RV: Tensor, k: int) -> Top:
 def log_sum_exp(logits_RV: Tensor) -> Tensor:
     """Return log sum_v exp(logit_v) of each row, float32 or better: log P of subword v is its logit minus this."""
     exact = torch.promote_types(logits_RV.dtype, torch.float32)
-    return logits_RV.to(exact).logsumexp(dim=1)
+    if logits_RV.is_cuda or logits_RV.numel() <= _CACHED_LOGITS:
+        return logits_RV.to(exact).logsumexp(dim=1)
+    # A few rows at a time, so that the tensors in between stay in the cache and no new memory is needed for them.
+    rows = max(1, _CACHED_LOGITS // logits_RV.shape[1])
+    return torch.cat([part_MV.to(exact).logsumexp(dim=1) for part_MV in logits_RV.split(rows)])
 
 
 def _selected(logits_RV: Tensor, k: int) -> tuple[Tensor, Tensor]:
