@@ -1,4 +1,4 @@
-"""The command line: nmt prepare | train | translate | evaluate | experts | export | cost.
+"""The command line: nmt prepare | train | translate | evaluate | compare | experts | export | cost.
 
 Results go to standard output, everything else to standard error. A user's mistake is reported in one line: status 2 for
 usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
@@ -25,7 +25,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
-from nmt.commands import ON_RUNS, PLAIN, is_setting, say, show
+from nmt.commands import ON_RUNS, ON_SYSTEMS, PLAIN, is_setting, say, show
 from nmt.errors import ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
@@ -50,6 +50,8 @@ usage: nmt COMMAND ...
                                                  translate a file, line by line
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
                                                  BLEU, chrF and perplexity of test sets
+  nmt compare A B [C ...] [--source F --reference F]
+                                                 translations of several runs or files, side by side
   nmt experts RUN                                how the experts share the work
   nmt export RUN DIR [decoding.checkpoint=..]    one folder to share: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN cost of training: operations, memory, time
@@ -113,7 +115,7 @@ def main(arguments: list[str] | None = None) -> int:
         "train": _train,
         **{name: partial(_run_command, name) for name in ON_RUNS},
         "cost": _cost,
-        **{name: partial(_plain_command, name) for name in PLAIN},
+        **{name: partial(_plain_command, name) for name in (*ON_SYSTEMS, *PLAIN)},
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -331,9 +333,11 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
 
 def _plain_command(command: str, arguments: list[str]) -> None:
-    """Run a command that needs neither a run nor a configuration."""
+    """Run a command that reads its runs and settings, if it takes any, itself."""
     module = import_module(f"nmt.commands.{command}")
-    module.run(module.parser().parse_args(arguments))
+    parser = module.parser()
+    given, words = parser.sort(arguments)
+    module.run(parser.parse_args([*given, "--", *words]))
 
 
 def _cost(arguments: list[str]) -> None:

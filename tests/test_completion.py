@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from nmt.cli import main
-from nmt.commands import ON_RUNS, ON_SETTINGS, PLAIN
+from nmt.commands import ON_RUNS, ON_SETTINGS, ON_SYSTEMS, PLAIN
 from nmt.commands.completion import words
 from nmt.compose import OPTIONS
 from nmt.config import Config
 from nmt.config.reading import known_settings
 
-COMMANDS = [*ON_SETTINGS, *ON_RUNS, *PLAIN]
+COMMANDS = [*ON_SETTINGS, *ON_RUNS, *ON_SYSTEMS, *PLAIN]
 
 # What readline does before it calls the function: the line is cut into words, and "=" is a word of its own.
 COMPLETE = r"""
@@ -69,6 +69,10 @@ def test_bash(script: Path) -> None:
     assert offered(script, "nmt evaluate other --split ") == ["test", "dev"]
     assert offered(script, "nmt evaluate other --split d") == ["dev"]
     assert offered(script, "nmt evaluate other --show ") != ["test", "dev"]
+    assert sorted(offered(script, "nmt compare other dem")) == ["demo", r"demo\ two"]
+    assert offered(script, "nmt compare other demo --sp") == ["--split"]
+    assert offered(script, "nmt compare other demo --split ") == ["test", "dev"]
+    assert offered(script, "nmt compare other demo decoding.beam") == ["decoding.beam_size="]
     assert offered(script, "nmt cost other --device c") == ["cpu", "cuda"]
     assert offered(script, "nmt settings training.max_st") == ["training.max_steps"]
     assert offered(script, "nmt completion z") == ["zsh"]

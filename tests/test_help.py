@@ -1,5 +1,6 @@
 """Every command of every help text is taken by the program as it stands there."""
 
+import argparse
 import re
 import shlex
 import shutil
@@ -9,10 +10,12 @@ from typing import Any
 
 import pytest
 
+import nmt.commands.compare
 import nmt.commands.launch
 import nmt.commands.train
 import nmt.data.prepare
 from nmt.cli import main
+from nmt.commands import is_setting
 from nmt.config import Config
 from nmt.run import RunDirectory
 from tests.toy import Cli
@@ -90,4 +93,20 @@ def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pyt
         assert found is None if "--hypothesis" in arguments else found.path.is_dir()
         for key, value in (word.split("=") for word in arguments if word.startswith("decoding.")):
             assert str(getattr(config.decoding, key.removeprefix("decoding."))) == value
+    assert len(done) == len(examples)
+
+
+def test_examples_of_compare(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read, and each system is a run or a file."""
+    done: list[argparse.Namespace] = []
+    monkeypatch.setattr(nmt.commands.compare, "run", done.append)
+    for name in ("first.de", "second.de", "other.de"):
+        (folder / name).touch()
+    examples = commands(cli, "compare")
+    for arguments in examples:
+        assert cli(*arguments) == 0, cli.err
+        systems = [word.split(",") for word in done[-1].systems if not is_setting(word)]
+        assert len(systems) >= 2
+        for name, *settings in systems:
+            assert (folder / name).is_file() or RunDirectory.existing(name).config(settings)
     assert len(done) == len(examples)

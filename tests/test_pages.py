@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from nmt.pages.charts import bars, heat_map, profiles
+from nmt.pages.charts import bars, heat_map, interval, profiles
 from nmt.pages.document import document
 from nmt.pages.style import CHARTS, COLOURS, style_sheet
 from nmt.pages.tables import html_table, markdown_table
@@ -38,6 +38,25 @@ def test_the_profile_of_a_series_falls() -> None:
         heights = [y for _, y in points]
         assert heights == sorted(heights)  # y counts downwards
         assert len(points) == 3
+
+
+@pytest.mark.parametrize(
+    ("figures", "expected"),
+    [
+        ((0.0, 0.0, 0.0, 0.0), (58.0, 58.0, 58.0)),
+        ((1.0, -1.0, 2.0, 2.0), (87.0, 29.0, 116.0)),
+        ((-2.0, -9.0, 9.0, 2.0), (0.0, 0.0, 116.0)),
+    ],
+)
+def test_an_interval_has_zero_in_its_middle(
+    figures: tuple[float, float, float, float], expected: tuple[float, float, float]
+) -> None:
+    root = drawn(interval(*figures, "gain"))
+    (dot,) = root.iter("circle")
+    line = next(path for path in root.iter("path") if path.get("class") == "gain")
+    low, high = re.findall(r"M([\d.]+) 7H([\d.]+)", line.get("d"))[0]
+    assert (float(dot.get("cx")), float(low), float(high)) == expected
+    assert root.find("svg").get("aria-label") == f"{figures[0]:+.2f}"
 
 
 def test_a_chart_of_nothing_is_drawn() -> None:

@@ -23,6 +23,8 @@ ON_SETTINGS = ("prepare", "train", "cost")
 """Commands that compose their settings; train and cost also take RUN."""
 ON_RUNS = ("translate", "evaluate", "experts", "export")
 """Commands that take RUN."""
+ON_SYSTEMS = ("compare",)
+"""Commands that take several runs or files of translations."""
 PLAIN = ("runs", "settings", "completion")
 """Commands that need neither a run nor settings."""
 

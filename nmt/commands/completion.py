@@ -3,7 +3,7 @@
 import argparse
 from importlib import import_module
 
-from nmt.commands import ON_RUNS, ON_SETTINGS, PLAIN, Parser, show
+from nmt.commands import ON_RUNS, ON_SETTINGS, ON_SYSTEMS, PLAIN, Parser, show
 from nmt.config.describe import settings
 from nmt.resources import resource_dir
 
@@ -104,8 +104,8 @@ def parser() -> Parser:
 
 def run(options: argparse.Namespace) -> None:
     """Print the completion for `options.shell`."""
-    commands = [*ON_SETTINGS, *ON_RUNS, *PLAIN]
-    with_runs, with_files = [*ON_RUNS, "train", "cost"], list(ON_SETTINGS)
+    commands = [*ON_SETTINGS, *ON_RUNS, *ON_SYSTEMS, *PLAIN]
+    with_runs, with_files = [*ON_RUNS, *ON_SYSTEMS, "train", "cost"], list(ON_SETTINGS)
     match options.shell:
         case "fish":
             text, join = _FISH, " ".join
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     cases = "\n".join(case.format(command, " ".join(words(command))) for command in commands)
     values = "\n".join(
         value.format(command, option.removeprefix("--"), " ".join(allowed))
-        for command in ("cost", *ON_RUNS)
+        for command in ("cost", *ON_RUNS, *ON_SYSTEMS)
         for option, allowed in _parser(command).choices().items()
     )
     names = {"values": values, "with_runs": join(with_runs), "with_files": join(with_files)}
@@ -139,7 +139,9 @@ def words(command: str) -> list[str]:
             return ["--processes", *_COMPOSING, *_choices(), *(f"{key}=" for key in keys)]
         case "cost":
             return [*_options("cost"), *_COMPOSING[:-1], *_choices(), *(f"{key}=" for key in keys)]
-    taken = [f"{key}=" for key in keys if command in ON_RUNS and key.startswith(("decoding.", "evaluation."))]
+    taken = [
+        f"{key}=" for key in keys if command in (*ON_RUNS, *ON_SYSTEMS) and key.startswith(("decoding.", "evaluation."))
+    ]
     return [*_options(command), *taken]
 
 

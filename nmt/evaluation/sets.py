@@ -158,15 +158,24 @@ def _own_set(run: RunDirectory, split: str, hypothesis: str | None) -> Evaluatio
     sources, targets, domains = run.text(split)
     if not sources:
         raise DataError(f"{run.path} has no {split} set: give --source and --reference")
-    hypotheses = None if hypothesis is None else _read(hypothesis)
+    hypotheses = None if hypothesis is None else read_lines(hypothesis)
     if hypothesis is not None and hypotheses is not None:
         _check_pair(f"the {split} set of {run.path}", sources, hypothesis, hypotheses)
     title = split if hypothesis is None else f"{split}, {_short(hypothesis)}"
     return EvaluationSet(split, title, sources, [targets], domains, hypotheses=hypotheses)
 
 
-def evaluation_set(source: str | None, references: Sequence[str], split: str, run: RunDirectory) -> EvaluationSet:
-    """Return the set made of these files, or without files, the run's own set `split`. Errors as `evaluation_sets`."""
+def evaluation_set(
+    source: str | None, references: Sequence[str], split: str, run: RunDirectory | None
+) -> EvaluationSet:
+    """Return the set made of these files, or without files, the run's own set `split`. Errors as `evaluation_sets`.
+
+    Without a run, the set may be files, whose translations come from elsewhere.
+    """
+    if run is None and source is not None and references:
+        if [source, *references].count("-") > 1:
+            raise UserError("only one of all files can be standard input")
+        return _from_files(source, references, None)
     wanted = Request("" if source is not None or references else split, "", source, tuple(references))
     (found,) = evaluation_sets([wanted], run, "")
     return found
@@ -177,10 +186,10 @@ def _from_files(
 ) -> EvaluationSet:
     """Return the set in these files; `title`: "" for the name of a file."""
     names = references if source is None else (source, *references)
-    sides = [_read(name) for name in names]
+    sides = [read_lines(name) for name in names]
     if not sides[0]:
         raise DataError(f"{_title(names[0])} is empty: there is nothing to score")
-    hypotheses = None if hypothesis is None else _read(hypothesis)
+    hypotheses = None if hypothesis is None else read_lines(hypothesis)
     for name, side in zip(names, sides, strict=True):
         _check_pair(_title(names[0]), sides[0], name, side)
     if hypothesis is not None and hypotheses is not None:
@@ -206,7 +215,8 @@ def _check_pair(first: str, lines: list[str], name: str, others: list[str]) -> N
         )
 
 
-def _read(name: str) -> list[str]:
+def read_lines(name: str) -> list[str]:
+    """Return the lines of the file `name`, or of standard input for "-". DataError if it cannot be read."""
     try:
         # The file may be a pipe, as it is read only once.
         with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as stream:

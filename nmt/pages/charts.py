@@ -10,6 +10,7 @@ _WIDTH, _HEIGHT = 520, 200  # of a chart, in SVG units
 _LEFT = 40  # width of the numbers at the axis
 _MAX_NAME = 20  # most characters shown of a column's name
 _STRONGEST = 4.0  # lift with full colour
+_INTERVAL = 116  # width of an interval's figure, in SVG units
 
 
 class _Scale:
@@ -119,3 +120,20 @@ HEAT_KEY = '<p class="key"><i class="cold"></i>rarer than chance<i class="hot"><
 def meter(width: str, kind: str = "") -> str:
     """Return a bar within a line, filled to a CSS width such as 25% of its track."""
     return f'<span class=bar><i class="{kind}" style="width:{width}"></i></span>'
+
+
+def interval(value: float, low: float, high: float, widest: float, kind: str) -> str:
+    """Return a figure within a table: a dot at `value` and a line from `low` to `high`, about zero in the middle.
+
+    The figure ends at -`widest` and `widest`. `kind` is a class in COMPARISON: gain, loss or "".
+    """
+    half = _INTERVAL / 2
+
+    def x(position: float) -> float:
+        return half + half * max(-1.0, min(1.0, position / widest if widest else 0.0))
+
+    return (
+        f'<svg class="interval" viewBox="0 0 {_INTERVAL} 14" role="img" aria-label="{value:+.2f}">'
+        f'<path class="axis" d="M{half:g} 0V14"/><path class="{kind}" d="M{x(low):.1f} 7H{x(high):.1f}"/>'
+        f'<circle class="{kind}" cx="{x(value):.1f}" cy="7" r="3.5"/></svg>'
+    )

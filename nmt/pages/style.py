@@ -119,6 +119,26 @@ td,th { padding:3px .75rem 3px 0; border-bottom:1px solid var(--line); vertical-
 """
 """The explanation of a sentence: a row for each position, a chip for each expert."""
 
+COMPARISON = """
+.wide { overflow-x:auto; margin:0 0 18px } .wide table { width:auto }
+td { white-space:nowrap } td.name { white-space:normal; overflow-wrap:anywhere; min-width:120px; max-width:420px }
+td,th { padding:2px 7px } tr.first td { border-top:1px solid var(--line) } tr.few td { color:var(--soft) }
+th.group { color:var(--ink); font-weight:600 } td.scores,th.scores { padding-left:22px }
+svg.interval { width:116px; height:auto; display:block } .interval circle { fill:var(--soft) }
+.interval path { stroke:var(--soft); stroke-width:2; fill:none }
+.interval path.axis { stroke:var(--soft); stroke-width:1; opacity:.6 }
+.interval .gain { fill:var(--gain); stroke:var(--gain) } .interval .loss { fill:var(--loss); stroke:var(--loss) }
+td.plot { vertical-align:middle } b.gain { color:var(--gain) } b.loss { color:var(--loss) }
+.pair { background:var(--card); border:1px solid var(--line); border-radius:10px; padding:10px 16px; margin:10px 0;
+  break-inside:avoid } .pair header { font-size:13px; color:var(--soft) } .pair header b { margin-left:8px }
+.pair dl { display:grid; grid-template-columns:minmax(64px,max-content) 1fr; gap:3px 14px; margin:6px 0 0 }
+.pair dt { color:var(--soft); font-size:12px; line-height:22px; max-width:180px; overflow-wrap:anywhere }
+.pair dd { margin:0; overflow-wrap:anywhere; white-space:pre-wrap; min-width:0 }
+mark { background:var(--mark); color:var(--ink); border-radius:3px }
+@media print { main { max-width:none; padding:0 } body { background:none; font-size:12px } .wide { overflow:visible } }
+"""
+"""The comparison of systems: tables with intervals, and sentences with differing words marked."""
+
 
 def style_sheet(*parts: str) -> str:
     """Return the style sheet of BASE and `parts`, with the colours that they use."""
