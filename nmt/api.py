@@ -54,6 +54,7 @@ class TranslateOptions(TypedDict, total=False):
     batch_tokens: int
     attention: bool
     paragraphs: bool
+    alignments: bool
 
 
 @dataclass(frozen=True)

@@ -95,18 +95,22 @@ def test_names_of_json_lines(name: str) -> None:
 
 
 def test_a_result_has_the_documented_fields() -> None:
-    best = TextHypothesis("ein Hund", -0.12345678, True, ("▁ein", "</s>"), (-0.1000000004, 0.0))
+    best = TextHypothesis(
+        "ein Hund", -0.12345678, True, ("▁ein", "</s>"), (-0.1000000004, 0.0), None, ((0, 1),), ((0, 1, 0.5),)
+    )
     translation = Translation("ein Hund", -0.12345678, hypotheses=(best, best), flags=(Flag("end", "? became ."),))
-    everything = translation.to_dict(hypotheses=True, pieces=True)
+    everything = translation.to_dict(hypotheses=True, pieces=True, alignments=True)
     assert everything.keys() <= RESULT_FIELDS.keys()
     assert RESULT_FIELDS.keys() - everything.keys() == set()
     assert everything["score"] == -0.123457
     assert everything["log_probs"] == [-0.1, 0.0]
+    assert (everything["alignment"], everything["soft_alignment"]) == ([[0, 1]], [[0, 1, 0.5]])
     assert everything["flags"] == [{"kind": "end", "detail": "? became ."}]
     assert [each.keys() <= everything.keys() for each in everything["hypotheses"]] == [True, True]
     assert json.loads(json.dumps(everything)) == everything
-    assert translation.to_dict().keys() == everything.keys() - {"hypotheses", "pieces", "log_probs"}
-    untouched = Translation("-").to_dict(hypotheses=True, pieces=True)
+    on_request = {"hypotheses", "pieces", "log_probs", "alignment", "soft_alignment"}
+    assert translation.to_dict().keys() == everything.keys() - on_request
+    untouched = Translation("-").to_dict(hypotheses=True, pieces=True, alignments=True)
     assert untouched.keys() == everything.keys()
     assert (untouched["parts"], untouched["pieces"], untouched["hypotheses"]) == (0, [], [])
 

@@ -8,8 +8,10 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -20,6 +22,7 @@ from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
+from nmt.streams.alignments import AlignmentLines
 from nmt.streams.halt import Halt, Sink, Source
 from nmt.streams.lines import Piece, Window, open_input, read_lines, read_records, read_whole_lines, windows
 from nmt.streams.output import Output, open_output
@@ -85,19 +88,32 @@ def parser() -> Parser:
     parser.add_argument(
         "--pieces", action="store_true", help="in JSON Lines: subwords of translations with their log-probabilities"
     )
+    parser.add_argument(
+        "--alignments",
+        metavar="FILE",
+        help="write which words come from which, a line for each line: 0-1 is source word 0 and output word 1 (the "
+        "Pharaoh format)",
+    )
+    parser.add_argument(
+        "--soft-alignments",
+        action="store_true",
+        help="in JSON Lines: these pairs of words, and the weights of all pairs",
+    )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
-    lines = JoinedLines(_form(options))
+    lines, alignments = JoinedLines(_form(options)), AlignmentLines()
     with (
         Halt() as halt,
         open_input(options.input) as source,
         open_output(options.output, source, options.resume) as output,
+        _second_output(options, source) as pairs,
     ):
         translator = Translator.load(run, config)
-        chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs)
+        aligned = pairs is not None or options.soft_alignments
+        chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs, alignments=aligned)
         read = Source(source, halt)
         reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
         if output.partial:
@@ -115,6 +131,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
                 output.partial.write(pieces, text)
             else:
                 sink.write(text)
+            if pairs:
+                pairs.stream.write(alignments.add(pieces, found).encode())
             num_written = lines.num_lines
 
         started = time.perf_counter()
@@ -150,6 +168,20 @@ def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chos
         say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
 
 
+@contextmanager
+def _second_output(options: argparse.Namespace, source: BinaryIO) -> Iterator[Output | None]:
+    """Open the file of `--alignments`, if one is asked for."""
+    if options.alignments is None:
+        yield None
+        return
+    if os.path.realpath(options.alignments) == os.path.realpath(options.output):
+        raise UserError(f"--alignments {options.alignments} is the output: name another file")
+    if options.resume:
+        raise UserError("--alignments with --resume would lack the lines that are there already: leave one of them out")
+    with open_output(options.alignments, source) as output:
+        yield output
+
+
 def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:
     """Return what decides the text of translations: a file is resumed only if all of it is the same."""
     hashes = [checkpoint.fingerprint for checkpoint in run.chosen(config.decoding)]
@@ -180,10 +212,14 @@ def _form(options: argparse.Namespace) -> Callable[[Piece, Translation], str] | 
     """Return the function that makes an output line; None for lines of plain text that may come in pieces."""
     if options.jsonl or has_records(options.output):
         return lambda piece, found: record_line(
-            piece.record, piece.text, found.to_dict(hypotheses=options.n_best > 1, pieces=options.pieces)
+            piece.record,
+            piece.text,
+            found.to_dict(hypotheses=options.n_best > 1, pieces=options.pieces, alignments=options.soft_alignments),
         )
-    if options.n_best > 1 or options.pieces:
-        raise UserError("--n-best and --pieces need JSON Lines: name the output .jsonl, or give --jsonl")
+    if options.n_best > 1 or options.pieces or options.soft_alignments:
+        raise UserError(
+            "--n-best, --pieces and --soft-alignments need JSON Lines: name the output .jsonl, or give --jsonl"
+        )
     # The text of a record may have line breaks.
     return (lambda _piece, found: one_line(found.text)) if has_records(options.input) else None
 

@@ -43,6 +43,16 @@ class Phrase(NamedTuple):
     domain: str
 
 
+class Slot(NamedTuple):
+    """A value in a sentence and in its translation."""
+
+    kind: str
+    """Its kind in the lexicon."""
+    source: tuple[int, int]
+    """Where it begins and ends in the sentence."""
+    target: tuple[int, int]
+
+
 # --- frames ---
 
 
@@ -53,10 +63,20 @@ class _Frame(NamedTuple):
     parts: dict[str, list[tuple[str, int, str]]]  # by language: text, then the slot's position and form
 
 
+class _Rendered(NamedTuple):
+    text: str
+    spans: list[list[tuple[int, int]]]  # of each slot: the places in the text that it fills
+
+
 class _Sentence(NamedTuple):
-    texts: list[str]
+    rendered: list[_Rendered]  # in each language
     domain: str
+    slots: list[str]  # kinds
     held_out: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        return [each.text for each in self.rendered]
 
 
 class _Book(NamedTuple):
@@ -120,15 +140,24 @@ def _load(directory: Path) -> _Book:
     return _Book(kinds, domains)
 
 
-def _render(frame: _Frame, values: tuple[Value, ...], kinds: dict[str, Kind], language: str) -> str:
+def _render(frame: _Frame, values: tuple[Value, ...], kinds: dict[str, Kind], language: str) -> _Rendered:
     text = ""
+    spans: list[list[tuple[int, int]]] = [[] for _ in values]
     for literal, position, form in frame.parts[language]:
         text += literal
         if position >= 0:
+            start = len(text)
             text += kinds[frame.slots[position][0]].render(values[position], language, form)
+            spans[position].append((start, len(text)))
     if language == "de":
+        commas = [match.end() for match in _UNCLOSED_DATE.finditer(text)]
         text = _UNCLOSED_DATE.sub(r"\g<0>,", text)
-    return text[0].upper() + text[1:]
+        # A comma at the end of a slot is outside of it.
+        spans = [
+            [(start + sum(at <= start for at in commas), end + sum(at < end for at in commas)) for start, end in each]
+            for each in spans
+        ]
+    return _Rendered(text[0].upper() + text[1:], spans)
 
 
 # --- sampling ---
@@ -190,10 +219,10 @@ def _generate(split: str, languages: tuple[str, ...], seed: int) -> Iterator[_Se
     """Yield, without end, a sentence in each language, its domain, and the keys of its held-out values."""
     book = _load(resource_dir("data/phrasebook"))
     for frame, values in _draws(book, split, seed):
-        texts = [_render(frame, values, book.kinds, language) for language in languages]
+        rendered = [_render(frame, values, book.kinds, language) for language in languages]
         kinds = [book.kinds[name] for name, _ in frame.slots]
         held_out = [kind.key(v) for kind, v in zip(kinds, values, strict=True) if kind.held_out(v)]
-        yield _Sentence(texts, frame.domain, held_out)
+        yield _Sentence(rendered, frame.domain, [name for name, _ in frame.slots], held_out)
 
 
 def phrasebook(
@@ -207,6 +236,14 @@ def phrasebook(
 
     Raises ValueError for an unknown split or language, equal languages, num_pairs < 1, or a broken frame.
     """
+    found = phrasebook_slots(split, source_language, target_language, num_pairs, seed)
+    return (phrase for phrase, _ in found)
+
+
+def phrasebook_slots(
+    split: str, source_language: str, target_language: str, num_pairs: int, seed: int = 0
+) -> Iterator[tuple[Phrase, list[Slot]]]:
+    """Yield what `phrasebook` does, and where the values of each pair are: those that each side has once."""
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
     for language in (source_language, target_language):
@@ -218,4 +255,14 @@ def phrasebook(
         raise ValueError(f"num_pairs is {num_pairs}; it must be at least 1")
     _load(resource_dir("data/phrasebook"))  # here, so that a broken frame is reported by the call itself
     generated = islice(_generate(split, (source_language, target_language), seed), num_pairs)
-    return (Phrase(texts[0], texts[1], domain) for texts, domain, _ in generated)
+    return (_phrase(sentence) for sentence in generated)
+
+
+def _phrase(sentence: _Sentence) -> tuple[Phrase, list[Slot]]:
+    source, target = sentence.rendered
+    slots = [
+        Slot(kind, here[0], there[0])
+        for kind, here, there in zip(sentence.slots, source.spans, target.spans, strict=True)
+        if len(here) == len(there) == 1
+    ]
+    return Phrase(source.text, target.text, sentence.domain), slots

@@ -50,6 +50,7 @@ _BOUNDARY = "\uf8ff"
 _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 # SentencePiece writes a blank as "▁".
 _BLANK_PIECE = "▁"
+_BLANKS = re.compile(r"\s+")
 # A tab does not break a line.
 _TO_BLANK = dict.fromkeys(map(ord, CONTROLS - {"\t"}), " ")
 # Characters that Unicode reserves for use inside programs. One without a subword holds the place of a symbol.
@@ -251,6 +252,16 @@ class Subwords:
         kept = [int(piece) for piece in ids if piece not in (PAD, BOS, EOS)]
         return one_line(self._processor.decode(kept))
 
+    def places(self, text: str) -> np.ndarray:
+        """Return where in `text` each subword of `encode(text)` begins, blanks before it excepted (int64)."""
+        found = self._processor.encode(_writable(text), return_type="offset_mapping")["offsets"]
+        return _after_blanks(text, [begin for begin, _ in found])
+
+    def decoded_places(self, ids: Sequence[int]) -> np.ndarray:
+        """Return where in `decode(ids)` each subword begins, like `places`. None of `ids` is PAD, BOS or EOS."""
+        found = self._processor.decode([int(piece) for piece in ids], return_type="offset_mapping")
+        return _after_blanks(found["text"], [begin for begin, _ in found["offsets"]])
+
     def normalise(self, text: str) -> str:
         """Return `text` normalised by the vocabulary's rules, which is what encoding and decoding it returns."""
         return self._processor.normalize(_writable(text)).replace(_BLANK_PIECE, " ").removeprefix(" ")
@@ -278,6 +289,12 @@ class Subwords:
 def readable(piece: str) -> str:
     """Return a piece for a reader: "␣the" for "▁the", and "⟨end⟩" for "</s>"."""
     return END_SIGN if piece == "</s>" else piece.replace(_BLANK_PIECE, BLANK_SIGN)
+
+
+def _after_blanks(text: str, places: list[int]) -> np.ndarray:
+    """Return these places in a text, each moved to the next character that is not a blank."""
+    skipped = [match.end() - place if (match := _BLANKS.match(text, place)) else 0 for place in places]
+    return np.array(places, dtype=np.int64) + np.array(skipped, dtype=np.int64)
 
 
 def one_line(text: str) -> str:

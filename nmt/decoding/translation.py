@@ -46,6 +46,8 @@ class Options:
     paragraphs: bool = False
     """True to translate each sentence of a line by itself. LF and CR LF between sentences become LF in the
     translation. False: only a line that is too long is translated in parts."""
+    alignments: bool = False
+    """True to return which words of a translation come from which words of its source (nmt/decoding/alignment.py)."""
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -56,7 +58,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
-        for name in ("attention", "paragraphs"):
+        for name in ("attention", "paragraphs", "alignments"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not True or False")
@@ -81,11 +83,16 @@ RESULT_FIELDS = {
     "flags": "what to check: a list of objects with `kind` and `detail`",
     "pieces": "subwords of the translation, with `</s>` at each end that the model chose (on request)",
     "log_probs": "log-probability of each of `pieces`, in nats (on request)",
+    "alignment": "pairs (word of the text, word of the translation) of words between blanks, from 0 on (on request)",
+    "soft_alignment": "triples (word of the text, word of the translation, weight); the weights of a word of the "
+    "translation add up to 1, but for those under 0.01 (on request)",
     "hypotheses": "the best translations, the first one included: objects with `translation`, `score`, `finished`, and "
-    "on request `pieces` and `log_probs` (if more than one is requested)",
+    "on request the other four (if more than one is requested)",
 }
 """Names of the fields of `Translation.to_dict` and what they mean."""
 _DIGITS = 6  # of scores in results
+Alignment = tuple[tuple[int, int], ...]
+SoftAlignment = tuple[tuple[int, int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -104,19 +111,31 @@ class TextHypothesis:
     attention: np.ndarray | None = field(default=None, compare=False)
     """Attention to the source at each output subword, if requested: float32, shape (pieces, source pieces). Each row
     sums to 1. In a line of several parts, each part attends to itself only."""
+    alignment: Alignment = ()
+    """(source word, target word) of each link, if alignments were requested. Words are what blanks separate in the line
+    and in `text`, counted from 0; in the order of target words, each with one link at most."""
+    soft_alignment: SoftAlignment = ()
+    """(source word, target word, weight) of all weights of at least 0.01, if alignments were requested; in the order of
+    target words. The weights of a target word add up to 1, but for those left out."""
 
-    def to_dict(self, *, pieces: bool = False) -> dict[str, Any]:
-        """Return the hypothesis as values of JSON; `pieces` as in `Translation.to_dict`."""
+    def to_dict(self, *, pieces: bool = False, alignments: bool = False) -> dict[str, Any]:
+        """Return the hypothesis as values of JSON; `pieces` and `alignments` as in `Translation.to_dict`."""
         result: dict[str, Any] = {
             "translation": self.text,
             "score": round(self.score, _DIGITS),
             "finished": self.finished,
         }
-        return result | self.pieces_dict() if pieces else result
+        return result | self.details(pieces, alignments)
 
-    def pieces_dict(self) -> dict[str, Any]:
-        """Return the subwords and their log-probabilities as values of JSON."""
-        return {"pieces": [*self.pieces], "log_probs": [round(each, _DIGITS) for each in self.log_probs]}
+    def details(self, pieces: bool, alignments: bool) -> dict[str, Any]:
+        """Return what `Translation.to_dict` adds on request."""
+        result: dict[str, Any] = {}
+        if pieces:
+            result |= {"pieces": [*self.pieces], "log_probs": [round(each, _DIGITS) for each in self.log_probs]}
+        if alignments:
+            result["alignment"] = [[*pair] for pair in self.alignment]
+            result["soft_alignment"] = [[*triple] for triple in self.soft_alignment]
+        return result
 
 
 @dataclass(frozen=True)
@@ -144,10 +163,21 @@ class Translation:
     flags: tuple[Flag, ...] = ()
     """What to check in this translation, in the order of `KINDS` in nmt/text/checks.py."""
 
-    def to_dict(self, *, hypotheses: bool = False, pieces: bool = False) -> dict[str, Any]:
+    @property
+    def alignment(self) -> Alignment:
+        """`TextHypothesis.alignment` of this translation; empty for a line that was not translated."""
+        return self.hypotheses[0].alignment if self.hypotheses else ()
+
+    @property
+    def soft_alignment(self) -> SoftAlignment:
+        """`TextHypothesis.soft_alignment` of this translation; empty for a line that was not translated."""
+        return self.hypotheses[0].soft_alignment if self.hypotheses else ()
+
+    def to_dict(self, *, hypotheses: bool = False, pieces: bool = False, alignments: bool = False) -> dict[str, Any]:
         """Return the result as values of JSON, as in JSON Lines. `RESULT_FIELDS` has the names and their meaning.
 
-        `hypotheses` and `pieces` add the fields of that name. Scores are rounded to 6 decimals.
+        `hypotheses` adds the field of that name, `pieces` adds `pieces` and `log_probs`, and `alignments` adds
+        `alignment` and `soft_alignment`. Scores are rounded to 6 decimals.
         """
         result: dict[str, Any] = {
             "translation": self.text,
@@ -157,8 +187,8 @@ class Translation:
             "unlearned": self.unlearned,
             "flags": [flag._asdict() for flag in self.flags],
         }
-        if pieces:
-            result |= self.hypotheses[0].pieces_dict() if self.hypotheses else {"pieces": [], "log_probs": []}
+        best = self.hypotheses[0] if self.hypotheses else TextHypothesis(self.text, 0.0, True, (), ())
+        result |= best.details(pieces, alignments)
         if hypotheses:
-            result["hypotheses"] = [each.to_dict(pieces=pieces) for each in self.hypotheses]
+            result["hypotheses"] = [each.to_dict(pieces=pieces, alignments=alignments) for each in self.hypotheses]
         return result

@@ -5,6 +5,7 @@ translated in parts (nmt/text/segment.py). A translation has a line break only w
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, islice
 from typing import NamedTuple
@@ -15,6 +16,7 @@ import torch
 from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
+from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, words
 from nmt.decoding.loading import known_symbols, load_model, longest_source
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
@@ -26,7 +28,7 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, with_packed_weights
 from nmt.run import RunDirectory
 from nmt.text.checks import check
-from nmt.text.segment import join, split
+from nmt.text.segment import join_at, split
 
 _MOST_SHOWN = 60
 _NOTHING = np.zeros(0, dtype=np.int32)
@@ -178,7 +180,8 @@ class Translator:
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
         prefixes = [reading.prefixes.get(place, _NOTHING) for place in reading.sources]
-        found = self.searcher.search(list(reading.sources.values()), reading.options, progress, prefixes)
+        options = replace(reading.options, attention=reading.options.attention or reading.options.alignments)
+        found = self.searcher.search(list(reading.sources.values()), options, progress, prefixes)
         return dict(zip(reading.sources, found, strict=True))
 
     def write(self, reading: Reading, found: Found) -> list[Translation]:
@@ -202,29 +205,32 @@ class Translator:
         ranked = []
         for rank in range(max(count, 1)):
             shown = [part.texts[min(rank, len(part.texts) - 1)] for part in parts]
-            # Strip the parts, as `join` adds the blanks between them.
-            ranked.append(shown[0] if alone else join(texts, [text.strip() for text in shown], options.paragraphs))
-        hypotheses = tuple(self._hypothesis(ranked[rank], rank, parts, options) for rank in range(count))
+            # Strip the parts, as `join_at` adds the blanks between them.
+            stripped = [text.strip() for text in shown]
+            ranked.append((shown[0], [0]) if alone else join_at(texts, stripped, options.paragraphs))
+        hypotheses = tuple(self._hypothesis(*ranked[rank], rank, texts, parts, options) for rank in range(count))
         best = hypotheses[0] if hypotheses else None
         finished = best.finished if best else True
         unlearned = "".join(part.unlearned for part in parts)
         read = [part.source for part in parts if part.hypotheses] if options.attention else []
         return Translation(
-            text=ranked[0],
+            text=ranked[0][0],
             score=best.score if best else 0.0,
             num_parts=len(parts),
             finished=finished,
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
             hypotheses=hypotheses,
-            flags=check("".join(texts), ranked[0], unlearned=unlearned, cut=not finished),
+            flags=check("".join(texts), ranked[0][0], unlearned=unlearned, cut=not finished),
         )
 
-    def _hypothesis(self, text: str, rank: int, parts: list[_Part], options: Options) -> TextHypothesis:
-        """Return hypothesis number `rank` of a line, whose text is `text`, from the hypotheses of its parts."""
+    def _hypothesis(
+        self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[_Part], options: Options
+    ) -> TextHypothesis:
+        """Return hypothesis number `rank` of a line from those of its parts, which begin at `starts` in its `text`."""
         found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
         attention = [each.attention_TS for each in found if each.attention_TS is not None]
-        return TextHypothesis(
+        hypothesis = TextHypothesis(
             text=text,
             score=_score(found, options.alpha),
             finished=all(each.finished for each in found),
@@ -232,8 +238,36 @@ class Translator:
                 piece for each in found for piece in self.subwords.pieces([*each.tokens, *[EOS] * each.finished])
             ),
             log_probs=tuple(log_prob for each in found for log_prob in each.token_log_probs),
-            attention=_block_diagonal(attention) if attention else None,
+            attention=_block_diagonal(attention) if options.attention else None,
         )
+        if not options.alignments:
+            return hypothesis
+        attended = self._attended(text, starts, rank, texts, parts)
+        between = weights(attended, words(attended.source), words(text))
+        return replace(hypothesis, alignment=links(between), soft_alignment=soft_links(between))
+
+    def _attended(self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[_Part]) -> Attended:
+        """Return the attention between a line and its hypothesis number `rank`; arguments as for `_hypothesis`."""
+        blocks = []
+        before = [0, *accumulate(map(len, texts[:-1]))]
+        for part, source, first, start in zip(parts, texts, before, starts, strict=True):
+            if not part.hypotheses:
+                continue
+            hypothesis = part.hypotheses[min(rank, len(part.hypotheses) - 1)]
+            shown = part.texts[min(rank, len(part.texts) - 1)]
+            # Blanks at the beginning of a part are left out where it is joined to others.
+            left_out = 0 if text.startswith(shown, start) else len(shown) - len(shown.lstrip())
+            target_T = self.subwords.decoded_places(hypothesis.tokens) - left_out + start
+            end = np.full(1, -1)
+            assert hypothesis.attention_TS is not None
+            blocks.append(
+                Block(
+                    np.append(self.subwords.places(source) + first, end),
+                    np.append(target_T, end) if hypothesis.finished else target_T,
+                    hypothesis.attention_TS,
+                )
+            )
+        return Attended("".join(texts), text, tuple(blocks))
 
     def _prefix(self, text: str) -> np.ndarray:
         """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""

@@ -85,11 +85,19 @@ def _between_letters(text: str, place: int) -> int:
 
 def join(parts: Sequence[str], translations: Sequence[str], keep_lines: bool = False) -> str:
     """Join the translations of parts, with the blanks that were between the parts; `keep_lines` as for `seam`."""
+    return join_at(parts, translations, keep_lines)[0]
+
+
+def join_at(parts: Sequence[str], translations: Sequence[str], keep_lines: bool = False) -> tuple[str, list[int]]:
+    """Return what `join` does, and where each translation begins in it."""
     text, before = "", ""
+    starts = []
     for part, translation in zip(parts, translations, strict=True):
-        text += seam(before, part, text, translation, keep_lines) + translation
+        text += seam(before, part, text, translation, keep_lines)
+        starts.append(len(text))
+        text += translation
         before = part
-    return text
+    return text, starts
 
 
 def seam(before: str, after: str, left: str, right: str, keep_lines: bool = False) -> str:
