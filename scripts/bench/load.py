@@ -44,10 +44,9 @@ def config_of(millions: int, vocab_size: int) -> Config:
     raise ValueError(f"{millions} million parameters are out of reach")
 
 
-def write_export(folder: Path, lender: RunDirectory, millions: int) -> int:
-    """Write an exported model of random weights; return its number of parameters."""
+def write_export(folder: Path, lender: RunDirectory, config: Config) -> int:
+    """Write an exported model of random weights with the vocabulary of `lender`; return its number of parameters."""
     subwords = Subwords.load(lender.subwords_path)
-    config = config_of(millions, subwords.size)
     folder.mkdir()
     export = RunDirectory(folder)
     export.config_path.write_text(settings_text(config), encoding="utf-8")
@@ -124,7 +123,9 @@ def main() -> None:
         exports = {"the lender": options.lender.resolve()}
         for millions in options.millions:
             path = Path(folder) / str(millions)
-            exports[f"{write_export(path, RunDirectory(options.lender), millions) / 1e6:,.0f}M"] = path
+            lender = RunDirectory(options.lender)
+            config = config_of(millions, Subwords.load(lender.subwords_path).size)
+            exports[f"{write_export(path, lender, config) / 1e6:,.0f}M"] = path
         for name, export in exports.items():
             for precision in ("fp32", "bf16"):
                 rounds = [[measure(each, export, precision) for each in checkouts] for _ in range(options.repeats)]
