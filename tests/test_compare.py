@@ -1,18 +1,21 @@
 """nmt compare: scores, buckets and pairs of several systems, where translations come from, and the page."""
 
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 
 import nmt.evaluation.scores
 from nmt.evaluation.buckets import by_label, by_length, by_numbers
-from nmt.evaluation.compare import LEAST_SENTENCES, MOST_PAIRS, Compared, System, compare
+from nmt.evaluation.compare import KEPT_NAMES, LEAST_SENTENCES, MOST_PAIRS, Compared, System, compare
 from nmt.evaluation.scores import corpus_scores
 from nmt.evaluation.sets import EvaluationSet
 from nmt.pages.compare import comparison_page
 from nmt.run import RunDirectory
+from nmt.text.checks import KEPT
 from tests.test_experts_page import Page
 from tests.toy import Cli
 
@@ -123,6 +126,10 @@ def test_kept_numbers_are_counted() -> None:
     words = Page(comparison_page(found)).words()
     assert "Kept from the source" in words
     assert "81%" in words
+
+
+def test_every_kind_that_is_kept_has_a_name() -> None:
+    assert tuple(KEPT_NAMES) == KEPT
 
 
 def test_json_holds_every_figure() -> None:
@@ -287,6 +294,30 @@ def test_settings_of_all_runs(files: Path, cli: Cli) -> None:
     assert "decoder.1 in A" in experts["note"]
     assert "translation by A" in experts["note"]
     assert sum(bucket["sentences"] for bucket in experts["buckets"]) == read["sentences"] == 8
+
+
+def test_an_export_and_a_pipe_are_systems_too(files: Path, cli: Cli) -> None:
+    copy, exported = str(files / "copy"), str(files / "exported")
+    assert cli("export", copy, exported) == 0
+    os.mkfifo(files / "pipe")
+    good = (files / "good.de").read_bytes()
+    writer = threading.Thread(target=(files / "pipe").write_bytes, args=(good,))
+    writer.start()
+    assert cli("compare", copy, exported, str(files / "pipe"), "--json", str(files / "c.json")) == 0, cli.err
+    writer.join()
+    assert "another test set" not in cli.err
+    baseline, same, other = json.loads((files / "c.json").read_text())["overall"]["chrF2"]
+    assert same["result"] == baseline["result"]
+    assert other["result"]["score"] == pytest.approx(100.0)
+
+
+def test_a_run_with_another_test_set_translates_that_of_the_first(files: Path, cli: Cli) -> None:
+    text = files / "copy" / "text"
+    (text / "test.source").write_text((text / "test.source").read_text().replace("dog", "fox", 1))
+    first = shutil.copytree(files / "copy", files / "first")
+    shutil.copyfile(files / "s.en", first / "text" / "test.source")
+    assert cli("compare", str(first), str(files / "copy")) == 0, cli.err
+    assert "copy has another test set of its own: it translates that of the first run" in cli.err
 
 
 def test_the_same_file_twice_has_two_names(files: Path, cli: Cli) -> None:

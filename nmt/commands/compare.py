@@ -15,7 +15,7 @@ from nmt.decoding.loading import load_vocabulary
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.buckets import Grouping, by_label, by_length, by_numbers, by_rare_words
-from nmt.evaluation.compare import Compared, System, compare
+from nmt.evaluation.compare import KEPT_NAMES, Compared, System, compare
 from nmt.evaluation.frequency import source_frequencies, training_frequencies
 from nmt.evaluation.kept import kept_translations
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED
@@ -127,7 +127,7 @@ def _candidate(word: str, changes: Sequence[str]) -> _Candidate:
         name = f"{name},{own.pop(0)}"  # a comma in the name
     if wrong := [setting for setting in own if not is_setting(setting)]:
         raise UserError(f"{word}: {wrong[0]} is not a setting KEY=VALUE")
-    if Path(name).is_file():
+    if Path(name).exists() and not Path(name).is_dir():  # pipes are files, too
         if own:
             raise UserError(f"{word}: {name} is a file of translations, to which no setting applies")
         return _Candidate(Path(name).name, None, Config(), name)
@@ -163,7 +163,8 @@ def _system(candidate: _Candidate, text: EvaluationSet, split: str) -> System:
                 "they must pair line by line"
             )
         return System(candidate.name, f"file {candidate.path}", hypotheses)
-    if text.own and run.text(split)[0] != text.sources:
+    own = run.text(split)[0] if text.own else []
+    if own and own != text.sources:
         say(f"{run.path} has another {split} set of its own: it translates that of the first run")
     steps = [step for checkpoint in run.chosen(config.decoding) for step in checkpoint.steps]
     origin = f"{run.path}, {steps_of(steps)}, beam {config.decoding.beam_size}, alpha {config.decoding.alpha}"
@@ -248,7 +249,7 @@ def _print(compared: Compared, tokenizer: str) -> None:
             f"{system.name} {percent(each.kept / each.total)}"
             for system, each in zip(compared.systems, counts, strict=True)
         )
-        show(f"{kind} kept, of {counts[0].total:,} in the sources: {shares}")
+        show(f"{KEPT_NAMES[kind]} kept, of {counts[0].total:,} in the sources: {shares}")
     for metric, signature in compared.signatures.items():
         show(f"{metric}: {signature}")
     show(tokenizer)

@@ -18,6 +18,8 @@ MOST_PAIRS = 20
 """Wins and losses that are shown, each."""
 SENTENCE_METRIC = "chrF2"
 LOWER_IS_BETTER = ("TER",)
+KEPT_NAMES = {"numbers": "numbers", "placeholder": "placeholders", "tag": "tags", "url": "URLs and e-mail addresses"}
+"""Names of the kinds of `KEPT`, for the reader."""
 
 Interval = tuple[float, float]
 

@@ -6,6 +6,7 @@ Sentences may be of any script and come from anybody: they are escaped, and each
 from collections.abc import Sequence
 
 from nmt.evaluation.compare import (
+    KEPT_NAMES,
     LEAST_SENTENCES,
     LOWER_IS_BETTER,
     MOST_PAIRS,
@@ -25,7 +26,6 @@ from nmt.text.words import differences
 from nmt.wording import counted, percent
 
 _LONGEST = 5000  # characters of a sentence that are shown
-_KEPT = {"numbers": "numbers", "placeholder": "placeholders", "tag": "tags", "url": "URLs and e-mail addresses"}
 _TESTS = (
     f"Intervals are 95 % intervals over {BOOTSTRAP_SAMPLES:,} test sets drawn from this one; p is the probability of a "
     f"difference this large by chance, by sacreBLEU's paired bootstrap ({BOOTSTRAP_SAMPLES:,} samples) and approximate "
@@ -103,7 +103,7 @@ def _kept(compared: Compared) -> str:
         return ""
     head = "".join(f"<th class=n>{letter(place)}</th>" for place in range(len(compared.systems)))
     rows = "".join(
-        f"<tr><td>{_KEPT[kind]}</td><td class=n>{counts[0].total:,}</td>"
+        f"<tr><td>{KEPT_NAMES[kind]}</td><td class=n>{counts[0].total:,}</td>"
         + "".join(f"<td class=n>{percent(each.kept / each.total)}</td>" for each in counts)
         + "</tr>"
         for kind, counts in compared.kept.items()
