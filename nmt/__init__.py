@@ -18,8 +18,9 @@ from importlib import import_module
 
 TYPE_CHECKING = False  # type checkers assume True; importing it would take longer than the rest of this file
 if TYPE_CHECKING:
-    from nmt.api import Model, PairScore, configure, load, prepare, train
+    from nmt.api import Model, configure, load, prepare, train
     from nmt.config import Config
+    from nmt.decoding.scoring import PairScore
     from nmt.decoding.translation import TextHypothesis, Translation
     from nmt.errors import (
         CheckpointError,
@@ -60,8 +61,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "nmt.api": ("Model", "PairScore", "configure", "load", "prepare", "train"),
+    "nmt.api": ("Model", "configure", "load", "prepare", "train"),
     "nmt.config": ("Config",),
+    "nmt.decoding.scoring": ("PairScore",),
     "nmt.decoding.translation": ("TextHypothesis", "Translation"),
     "nmt.errors": tuple(name for name in __all__ if name.endswith("Error")),
     "nmt.experts.explain": ("Explanation",),

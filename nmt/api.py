@@ -5,21 +5,17 @@ line (nmt/errors.py has the tree of errors).
 """
 
 import difflib
-import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-import torch
-
-from nmt.batch import EOS
 from nmt.config import Config
-from nmt.data.held_out import encode_pairs, eval_batches
-from nmt.decoding.scoring import score
+from nmt.data.held_out import encode_pairs
+from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.device import shortage_told
@@ -30,7 +26,6 @@ from nmt.extras import named_extras
 from nmt.run import RunDirectory
 
 Texts = list[str] | tuple[str, ...]
-_SCORED_TOKENS = 4096  # tokens per batch when scoring, including padding
 
 
 class TranslateOptions(TypedDict, total=False):
@@ -55,25 +50,6 @@ class TranslateOptions(TypedDict, total=False):
     attention: bool
     paragraphs: bool
     alignments: bool
-
-
-@dataclass(frozen=True)
-class PairScore:
-    """Probability of a given translation."""
-
-    log_prob: float
-    """log P(target | source) in nats: the sum of `log_probs`."""
-    pieces: tuple[str, ...]
-    """Subwords of the target; the last is "</s>", the end of the sentence."""
-    log_probs: tuple[float, ...]
-    """log P of each subword, given the source and the subwords before it."""
-    complete: bool = True
-    """False if a side was too long, so that only its beginning was read."""
-
-    @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-probability per subword."""
-        return math.exp(min(-self.log_prob / len(self.pieces), 700.0))
 
 
 class Model:
@@ -129,11 +105,14 @@ class Model:
     ) -> PairScore | list[PairScore]:
         """Score a given translation, or each of a list: log P(target | source), for each subword.
 
-        MemoryLimitError, which names the longest pair, if there is not enough memory.
+        MemoryLimitError if there is not enough memory.
         """
         pairs = _pairs(sources, targets)
         with _typed_errors("nmt.Model.score"):
-            found = self._scores(*pairs, self._options(_given(experts_per_token)).experts_per_token)
+            count = self._options(_given(experts_per_token)).experts_per_token
+            held_out = encode_pairs(self._translator.subwords, *pairs)
+            log_probs = pair_log_probs(self._translator.model, held_out, count)
+            found = list(pair_scores(self._translator.subwords, held_out, log_probs))
         return found[0] if isinstance(sources, str) else found
 
     def explain(self, text: str, **options: Unpack[TranslateOptions]) -> Explanation:
@@ -189,21 +168,6 @@ class Model:
     def _check_experts(self) -> None:
         if not self._translator.model.moe_layers():
             raise UserError(f"{self.path} has no experts: model.moe.num_experts is 0")
-
-    @torch.inference_mode()
-    def _scores(self, sources: list[str], targets: list[str], experts_per_token: int) -> list[PairScore]:
-        translator = self._translator
-        held_out = encode_pairs(translator.subwords, sources, targets)
-        found: dict[int, PairScore] = {}
-        for batch in eval_batches(held_out.sources, held_out.targets, _SCORED_TOKENS) if sources else ():
-            with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"):
-                log_prob_TB = score(translator.model, batch.to(translator.device), experts_per_token).log_prob_TB.cpu()
-            for column, pair in enumerate(batch.pairs_B.tolist()):
-                tokens = [*held_out.targets[pair].tolist(), EOS]
-                log_probs = log_prob_TB[: len(tokens), column].tolist()
-                pieces = tuple(translator.subwords.pieces(tokens))
-                found[pair] = PairScore(math.fsum(log_probs), pieces, tuple(log_probs), pair not in held_out.cut)
-        return [found[pair] for pair in range(len(sources))]
 
 
 def load(

@@ -1,4 +1,4 @@
-"""The command line: nmt prepare | train | translate | evaluate | compare | experts | export | cost.
+"""The command line: nmt prepare | train | translate | score | evaluate | compare | experts | export | cost.
 
 Results go to standard output, everything else to standard error. A user's mistake is reported in one line: status 2 for
 usage and configuration, 3 for text, 4 for a run, checkpoint or vocabulary.
@@ -48,6 +48,7 @@ usage: nmt COMMAND ...
   nmt train RUN [key=value ...]                  resume a run with its own settings
   nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
                                                  translate a file, line by line
+  nmt score RUN SOURCE TARGET [-o OUTPUT]        log-probability of given translations, line by line
   nmt evaluate RUN [--source F --reference F] [decoding.key=value ...]
                                                  BLEU, chrF and perplexity of test sets
   nmt compare A B [C ...] [--source F --reference F]

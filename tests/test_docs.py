@@ -20,7 +20,7 @@ from tests.test_floors import FLOORS
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-ON_A_RUN = ("translate", "evaluate", "compare", "experts", "export")
+ON_A_RUN = ("translate", "score", "evaluate", "compare", "experts", "export")
 
 
 # ------------------------------------------------------------------------------------------------------ commands

@@ -21,7 +21,7 @@ from nmt.run import RunDirectory
 from tests.toy import Cli
 
 ON_SETTINGS = ("prepare", "train", "cost")
-ON_RUNS = ("translate", "evaluate", "experts", "export")
+ON_RUNS = ("translate", "score", "evaluate", "experts", "export")
 
 
 def commands(cli: Cli, command: str) -> list[list[str]]:

@@ -21,7 +21,7 @@ from nmt.terminal import printable
 
 ON_SETTINGS = ("prepare", "train", "cost")
 """Commands that compose their settings; train and cost also take RUN."""
-ON_RUNS = ("translate", "evaluate", "experts", "export")
+ON_RUNS = ("translate", "score", "evaluate", "experts", "export")
 """Commands that take RUN."""
 ON_SYSTEMS = ("compare",)
 """Commands that take several runs or files of translations."""

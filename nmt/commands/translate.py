@@ -108,7 +108,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     with (
         Halt() as halt,
         open_input(options.input) as source,
-        open_output(options.output, source, options.resume) as output,
+        open_output(options.output, source, resume=options.resume) as output,
         _second_output(options, source) as pairs,
     ):
         translator = Translator.load(run, config)

@@ -51,6 +51,7 @@ _OTHER_DIGIT = re.compile(r"(?![0-9])\d")
 # SentencePiece writes a blank as "▁".
 _BLANK_PIECE = "▁"
 _BLANKS = re.compile(r"\s+")
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
 # A tab does not break a line.
 _TO_BLANK = dict.fromkeys(map(ord, CONTROLS - {"\t"}), " ")
 # Characters that Unicode reserves for use inside programs. One without a subword holds the place of a symbol.
@@ -295,6 +296,24 @@ def _after_blanks(text: str, places: list[int]) -> np.ndarray:
     """Return these places in a text, each moved to the next character that is not a blank."""
     skipped = [match.end() - place if (match := _BLANKS.match(text, place)) else 0 for place in places]
     return np.array(places, dtype=np.int64) + np.array(skipped, dtype=np.int64)
+
+
+def split_words(pieces: Sequence[str]) -> list[tuple[str, int]]:
+    """Return (word, number of its pieces) of each word of a text: what blanks separate. The end, "</s>", is a word."""
+    words: list[list[str]] = []
+    for piece in pieces:
+        if piece.startswith(_BLANK_PIECE) or piece == "</s>" or not words:
+            words.append([])
+        words[-1].append(piece)
+    return [(_spelled(each), len(each)) for each in words]
+
+
+def _spelled(pieces: Sequence[str]) -> str:
+    """Return the characters of a word; a character outside the vocabulary is in several pieces, its bytes."""
+    found = b"".join(
+        bytes([int(byte[1], 16)]) if (byte := _BYTE.fullmatch(piece)) else piece.encode() for piece in pieces
+    )
+    return found.decode(errors="replace").removeprefix(_BLANK_PIECE)
 
 
 def one_line(text: str) -> str:

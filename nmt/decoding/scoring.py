@@ -6,15 +6,32 @@ search returns the search's log-probabilities, subword by subword.
 Letters: T target positions, B sentences, N rows of the packed target.
 """
 
-from typing import NamedTuple
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from nmt.batch import Batch, Rows
+from nmt.batch import EOS, Batch, Rows
+from nmt.data.held_out import HeldOut, eval_batches
+from nmt.data.subwords import Subwords, split_words
+from nmt.device import shortage_told
+from nmt.errors import CheckpointError
 from nmt.model.loss import token_log_probs
 from nmt.model.one_pass import ChangeGate, Gates
 from nmt.model.rows import unpack
 from nmt.model.seq2seq import Encoded, Seq2Seq
+
+NOT_FINITE = (
+    "the model's outputs are not finite (NaN or infinite), so its parameters are damaged: choose another "
+    "decoding.checkpoint or model"
+)
+_BATCH_TOKENS = 4096  # per batch when scoring pairs, including padding
+_DIGITS = 6  # of scores in results
+_MOST_NATS = 700.0  # whose exp is finite
 
 
 class Scores(NamedTuple):
@@ -47,3 +64,94 @@ def score_target(
     x_ND, gates = model.decode(target_in_N, rows, encoded, experts_per_token, change_gate)
     log_prob_N = token_log_probs(x_ND, model.output.weight, model.output.bias, target_out_N)
     return Scores(unpack(log_prob_N[:, None], rows).squeeze(2), gates)
+
+
+# ----------------------------------------------------------------------------------------------- pairs of sentences
+
+
+class WordScore(NamedTuple):
+    """A word of a translation, or its end, "</s>"."""
+
+    word: str
+    log_prob: float
+    """log P of the word, in nats: the sum of those of its subwords."""
+
+
+def word_scores(pieces: Sequence[str], log_probs: Sequence[float]) -> tuple[WordScore, ...]:
+    """Return the words of a translation with their log-probabilities, given those of its subwords."""
+    left = iter(log_probs)
+    return tuple(WordScore(word, math.fsum(next(left) for _ in range(count))) for word, count in split_words(pieces))
+
+
+@dataclass(frozen=True)
+class PairScore:
+    """Probability of a given translation."""
+
+    log_prob: float
+    """log P(target | source) in nats: the sum of `log_probs`."""
+    pieces: tuple[str, ...]
+    """Subwords of the target; the last is "</s>", the end of the sentence."""
+    log_probs: tuple[float, ...]
+    """log P of each subword, given the source and the subwords before it."""
+    complete: bool = True
+    """False if a side was too long, so that only its beginning was read."""
+
+    @cached_property
+    def words(self) -> tuple[WordScore, ...]:
+        """Words of the target, which blanks separate, and its end, with their log-probabilities."""
+        return word_scores(self.pieces, self.log_probs)
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-probability per subword."""
+        return _perplexity(self.log_prob, len(self.pieces))
+
+    @property
+    def word_perplexity(self) -> float:
+        """exp of the mean negative log-probability per word; the end of the sentence counts as one."""
+        return _perplexity(self.log_prob, len(self.words))
+
+    def to_dict(self, *, words: bool = False) -> dict[str, Any]:
+        """Return the score as values of JSON, rounded to 6 decimals; `words` adds the score of each word."""
+        result: dict[str, Any] = {
+            "log_prob": round(self.log_prob, _DIGITS),
+            "word_perplexity": round(self.word_perplexity, _DIGITS),
+            "complete": self.complete,
+        }
+        if words:
+            result["words"] = [[each.word, round(each.log_prob, _DIGITS)] for each in self.words]
+        return result
+
+
+def _perplexity(log_prob: float, count: int) -> float:
+    return math.exp(min(-log_prob / count, _MOST_NATS))
+
+
+def pair_log_probs(model: Seq2Seq, held_out: HeldOut, experts_per_token: int = 0) -> list[list[float]]:
+    """Return the log-probabilities of each target's subwords and its end, in the order of the pairs.
+
+    The model must be in evaluation mode. Results do not depend on the order of the pairs. MemoryLimitError if memory
+    does not suffice.
+    """
+    found: list[list[float]] = [[] for _ in held_out.sources]
+    if not found:
+        return found
+    for batch in eval_batches(held_out.sources, held_out.targets, _BATCH_TOKENS):
+        with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"), torch.inference_mode():
+            log_prob_BT = score(model, batch.to(model.device), experts_per_token).log_prob_TB.T.tolist()
+        for pair, log_prob_T in zip(batch.pairs_B.tolist(), log_prob_BT, strict=True):
+            found[pair] = log_prob_T[: len(held_out.targets[pair]) + 1]
+    return found
+
+
+def pair_scores(subwords: Subwords, held_out: HeldOut, log_probs: Sequence[Sequence[float]]) -> Iterator[PairScore]:
+    """Yield the score of each pair, given what `pair_log_probs` returns for them.
+
+    CheckpointError if the model's outputs are not finite.
+    """
+    cut = set(held_out.cut)
+    for pair, found in enumerate(log_probs):
+        pieces = subwords.pieces([*held_out.targets[pair].tolist(), EOS])
+        if not all(map(math.isfinite, found)):
+            raise CheckpointError(NOT_FINITE)
+        yield PairScore(math.fsum(found), tuple(pieces), tuple(found), pair not in cut)

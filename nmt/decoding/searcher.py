@@ -17,6 +17,7 @@ from torch import Tensor
 from nmt.batch import PAD, source_batch
 from nmt.decoding.rules import Rules
 from nmt.decoding.sampling import Sampling, stream_of
+from nmt.decoding.scoring import NOT_FINITE
 from nmt.decoding.search import BeamSettings, StepOutput, beam_search, top_k
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options
@@ -143,10 +144,7 @@ class Searcher:
         )
         # A sentence has no hypothesis if the outputs for it were never finite.
         if not all(hypotheses and math.isfinite(hypotheses[0].score) for hypotheses in found):
-            raise CheckpointError(
-                "the model's outputs are not finite (NaN or infinite), so its parameters are damaged: choose another "
-                "decoding.checkpoint or model"
-            )
+            raise CheckpointError(NOT_FINITE)
         if not options.attention:
             return found
         # Remove padding, which depends on the other sentences of the batch.

@@ -7,6 +7,7 @@ import numpy as np
 
 from nmt.config import DecodingConfig
 from nmt.config.checks import at_least, check_search
+from nmt.decoding.scoring import WordScore, word_scores
 from nmt.text.checks import Flag
 
 _WHOLE = (
@@ -117,6 +118,11 @@ class TextHypothesis:
     soft_alignment: SoftAlignment = ()
     """(source word, target word, weight) of all weights of at least 0.01, if alignments were requested; in the order of
     target words. The weights of a target word add up to 1, but for those left out."""
+
+    @property
+    def words(self) -> tuple[WordScore, ...]:
+        """Words of the translation, which blanks separate, and its ends, with their log-probabilities."""
+        return word_scores(self.pieces, self.log_probs)
 
     def to_dict(self, *, pieces: bool = False, alignments: bool = False) -> dict[str, Any]:
         """Return the hypothesis as values of JSON; `pieces` and `alignments` as in `Translation.to_dict`."""

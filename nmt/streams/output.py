@@ -8,7 +8,7 @@ import re
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -34,12 +34,12 @@ class Output(NamedTuple):
 
 
 @contextmanager
-def open_output(path: str, source: BinaryIO, resume: bool = False) -> Iterator[Output]:
+def open_output(path: str, *sources: BinaryIO, resume: bool = False) -> Iterator[Output]:
     """Open standard output for "-", else a file that appears under its name only when it is complete.
 
     A file keeps the mode of the file that it replaces. It is compressed if its name ends in .gz, .xz, .zst or .bz2.
     Pipes, devices and files in /dev/fd, such as /dev/stdout, are written to and never replaced. UserError if the output
-    is `source`, the file that is being read. StorageError if it cannot be written.
+    is one of `sources`, the files that are being read. StorageError if it cannot be written.
 
     With `resume`, a file has a `partial`, whose complete lines stay after an error. UserError for other outputs.
     """
@@ -51,7 +51,7 @@ def open_output(path: str, source: BinaryIO, resume: bool = False) -> Iterator[O
         if resume and path == "-":
             raise UserError("--resume keeps complete lines in a file: name the output with -o")
         if path == "-":
-            _check_is_not_read(_status(sys.stdout.buffer), source, shown)
+            _check_is_not_read(_status(sys.stdout.buffer), sources, shown)
             yield Output(sys.stdout.buffer, live=True)
             return
         stream = _open_as_it_is(path)
@@ -59,7 +59,7 @@ def open_output(path: str, source: BinaryIO, resume: bool = False) -> Iterator[O
             with stream:
                 if resume:
                     raise UserError(f"--resume keeps complete lines in a file, and {path} is none: name a file with -o")
-                _check_is_not_read(_status(stream), source, shown)
+                _check_is_not_read(_status(stream), sources, shown)
                 yield Output(stream, live=True)
             return
         # If the path is a symbolic link, the file that it refers to is replaced, not the link.
@@ -67,7 +67,7 @@ def open_output(path: str, source: BinaryIO, resume: bool = False) -> Iterator[O
         if final.is_dir():
             raise UserError(f"output {path} is a folder: name a file")
         if final.exists():
-            _check_is_not_read(final.stat(), source, shown)
+            _check_is_not_read(final.stat(), sources, shown)
         if resume:
             with open_partial(final) as partial:
                 yield Output(partial.stream, live=False, partial=partial)
@@ -120,11 +120,11 @@ def _status(stream: BinaryIO) -> os.stat_result | None:
         return None
 
 
-def _check_is_not_read(output: os.stat_result | None, source: BinaryIO, shown: str) -> None:
-    """Raise UserError if both are the same file, which would be lost or grow without end."""
-    read = _status(source)
-    if output and read and stat.S_ISREG(output.st_mode) and os.path.samestat(output, read):
-        raise UserError(f"output {shown} is the input: name another file")
+def _check_is_not_read(output: os.stat_result | None, sources: Sequence[BinaryIO], shown: str) -> None:
+    """Raise UserError if the output is a file that is read, which would be lost or grow without end."""
+    for read in map(_status, sources):
+        if output and read and stat.S_ISREG(output.st_mode) and os.path.samestat(output, read):
+            raise UserError(f"output {shown} is the input: name another file")
 
 
 @contextmanager
