@@ -72,9 +72,10 @@ def test_half_a_character_is_replaced_in_the_text_only() -> None:
         ("{}", "has no text"),
         ('{"text": null}', "has no text"),
         ('{"text": ["a"]}', "has no text"),
+        ('{"text": "a", "prefix": ["b"]}', 'has a "prefix" that is no text'),
         ('{"text": "a", "score": 1}', 'has a field "score", which is a field of results'),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_what_is_no_record_is_refused_in_one_line(line: str, part: str) -> None:
     with pytest.raises(DataError) as caught:
@@ -154,6 +155,17 @@ def test_json_lines_and_plain_text_meet_by_the_names_of_files(run: Path, tmp_pat
     assert results[0]["translation"] == plain.split("\n")[0]
     assert cli("translate", str(run), str(records), "--jsonl", GREEDY) == 0
     assert json.loads(cli.out.splitlines()[0])["translation"] == results[0]["translation"]
+
+
+def test_a_line_may_say_what_its_translation_begins_with(run: Path, tmp_path: Path, cli: Cli) -> None:
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"text": "the dog"}\n{"text": "the dog", "prefix": "eine"}\n{"text": "a", "prefix": null}\n')
+    assert cli("translate", str(run), str(source), "-o", str(output), GREEDY) == 0
+    results = [json.loads(line) for line in output.read_text().splitlines()]
+    expected = nmt.load(run).translate(["the dog", "the dog", "a"], beam_size=2, prefix=["", "eine", ""])
+    assert [each["translation"] for each in results] == [each.text for each in expected]
+    assert results[1]["translation"].startswith("eine")
+    assert results[1]["prefix"] == "eine"
 
 
 def test_mistakes_in_json_lines_are_told(run: Path, tmp_path: Path, cli: Cli) -> None:

@@ -24,6 +24,8 @@ class Record(NamedTuple):
     """What to translate."""
     fields: Mapping[str, Any]
     """All fields of the object."""
+    prefix: str = ""
+    """What the translation begins with: the object's field "prefix"."""
 
 
 def has_records(path: str) -> bool:
@@ -34,7 +36,8 @@ def has_records(path: str) -> bool:
 def parse_record(line: str, where: str) -> Record:
     """Return the record of a line; a blank line has no fields and no text.
 
-    DataError, which begins with `where`, if the line is not an object, has no text, or has a field of the result.
+    DataError, which begins with `where`, if the line is not an object, has no text, has a prefix that is no text, or
+    has a field of the result.
     """
     raw = line.strip(" \t\r")
     if not raw:
@@ -49,9 +52,12 @@ def parse_record(line: str, where: str) -> Record:
         raise DataError(f'{where} has no text: write an object such as {{"text": "a sentence"}} in each line')
     for name in fields.keys() & RESULT_FIELDS.keys():
         raise DataError(f'{where} has a field "{name}", which is a field of results: rename or remove it')
+    prefix = fields.get("prefix") or ""
+    if not isinstance(prefix, str):
+        raise DataError(f'{where} has a "prefix" that is no text: write what the translation begins with')
     # An escape such as \ud800 may be half a character.
     text = fields["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Record(raw, text, fields)
+    return Record(raw, text, fields, prefix)
 
 
 def record_line(record: Record | None, text: str, result: Mapping[str, Any]) -> str:
