@@ -328,6 +328,14 @@ def test_the_same_file_twice_has_two_names(files: Path, cli: Cli) -> None:
     assert names == [good, f"{good} #2", f"{good} #3"]
 
 
+def test_a_name_with_a_line_break_stays_on_its_line(files: Path, cli: Cli) -> None:
+    odd = files / "a\nb.de"
+    shutil.copyfile(files / "good.de", odd)
+    arguments = ["--source", str(files / "s.en"), "--reference", str(files / "r.de")]
+    assert cli("compare", str(odd), str(files / "bad.de"), *arguments) == 0, cli.err
+    assert "BLEU    a b.de " in cli.out
+
+
 @pytest.mark.parametrize(
     ("status", "arguments", "says"),
     [

@@ -147,6 +147,7 @@ def _named(candidates: Sequence[_Candidate]) -> list[_Candidate]:
     found: list[_Candidate] = []
     for each in candidates:
         name = each.name if names[each.name] == 1 or each.run is not None else each.path
+        name = " ".join(name.split())  # a file's name may have line breaks
         same = sum(name == other.name.rpartition(" #")[0] or name == other.name for other in found)
         found.append(each._replace(name=f"{name} #{same + 1}" if same else name))
     return found
