@@ -111,7 +111,7 @@ class Model:
         with _typed_errors("nmt.Model.score"):
             count = self._options(_given(experts_per_token)).experts_per_token
             held_out = encode_pairs(self._translator.subwords, *pairs)
-            log_probs = pair_log_probs(self._translator.model, held_out, count)
+            log_probs = pair_log_probs(self._translator.models, held_out, count)
             found = list(pair_scores(self._translator.subwords, held_out, log_probs))
         return found[0] if isinstance(sources, str) else found
 
@@ -162,10 +162,13 @@ class Model:
                 hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
                 raise UserError(f"unknown option {name}; {hint}")
         options = replace(self._translator.options, **given)
-        self._translator.model.check_experts_per_token(options.experts_per_token)
+        for model in self._translator.models:
+            model.check_experts_per_token(options.experts_per_token)
         return options
 
     def _check_experts(self) -> None:
+        if len(self._translator.models) > 1:
+            raise UserError("an ensemble has no experts of its own: load one of its models")
         if not self._translator.model.moe_layers():
             raise UserError(f"{self.path} has no experts: model.moe.num_experts is 0")
 
@@ -177,6 +180,7 @@ def load(
     precision: str | None = None,
     quantize: str | None = None,
     checkpoint: str | int | None = None,
+    ensemble: Sequence[str | os.PathLike[str]] = (),
 ) -> Model:
     """Load the model of a run, given its folder or its name in runs/, or an exported model.
 
@@ -191,6 +195,10 @@ def load(
         config = run.config()
         given = {"device": device, "precision": precision, "quantize": quantize, "checkpoint": checkpoint}
         changes: dict[str, Any] = {name: str(value) for name, value in given.items() if value is not None}
+        if isinstance(ensemble, str) or not all(isinstance(each, str | os.PathLike) for each in ensemble):
+            raise UserError("ensemble is not a list of folders: give a list of str or Path")
+        if ensemble:
+            changes["ensemble"] = [os.fsdecode(each) for each in ensemble]
         return Model(run, replace(config, decoding=replace(config.decoding, **changes)))
 
 

@@ -326,6 +326,8 @@ def _run_command(command: str, arguments: list[str]) -> None:
 
     run = RunDirectory.existing(options.run)
     config = run.config(settings)
+    if config.decoding.ensemble and command in ("experts", "export"):
+        raise UserError(f"nmt {command} takes one model, not an ensemble: give decoding.ensemble=[]")
     if command in ON_RUNS and config.decoding.checkpoint == "average":
         there, wanted = len(run.chosen(config.decoding)), config.decoding.average_checkpoints
         if there < wanted:

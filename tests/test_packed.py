@@ -98,7 +98,7 @@ def test_a_search_with_packed_weights_finds_scores_like_those_of_the_model(
     rng = np.random.default_rng(4)
     sources = [rng.integers(NUM_SPECIAL, 60, size=length) for length in (3, 9, 6)]
     options = Options.of(DecodingConfig(beam_size=beam_size))
-    found, exact = (Searcher(each, CPU, [EOS + 1]).search(sources, options) for each in (packed, model))
+    found, exact = (Searcher([each], CPU, [EOS + 1]).search(sources, options) for each in (packed, model))
     for mine, theirs in zip(found, exact, strict=True):
         assert mine[0].score == pytest.approx(theirs[0].score, rel=0.05)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.subwords import list_characters, one_line
+from nmt.decoding.loading import others_of
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
@@ -184,7 +185,8 @@ def _second_output(options: argparse.Namespace, source: BinaryIO) -> Iterator[Ou
 
 def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:
     """Return what decides the text of translations: a file is resumed only if all of it is the same."""
-    hashes = [checkpoint.fingerprint for checkpoint in run.chosen(config.decoding)]
+    models = [(run, config), *others_of(config.decoding)]
+    hashes = [checkpoint.fingerprint for run, config in models for checkpoint in run.chosen(config.decoding)]
     steps = ", ".join(map(str, translator.steps))
     own = {f"--{key.replace('_', '-')}": value for key, value in vars(options).items() if key not in _NOT_OF_TEXT}
     settings = {f"decoding.{key}": value for key, value in asdict(config.decoding).items() if key not in _NOT_OF_TEXT}

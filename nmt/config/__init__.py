@@ -173,6 +173,9 @@ class DecodingConfig:
     12000."""
     average_checkpoints: int = 3
     """Number of checkpoints to average, for checkpoint=average."""
+    ensemble: list[str] = field(default_factory=list)
+    """Other runs or exported models, with the same vocabulary, that translate and score together with this one: the
+    mean of their probabilities decides. Folders, or names in runs/; `checkpoint` holds for all."""
     beam_size: int = 4
     """Hypotheses kept per sentence; 1: greedy search."""
     experts_per_token: int = 0

@@ -1,10 +1,11 @@
 """Load the model and the vocabulary of a run or an exported model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 from nmt.checkpoint import Checkpoint
-from nmt.config import Config
+from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import RESERVED, Subwords
 from nmt.errors import CheckpointError
 from nmt.model.seq2seq import Seq2Seq
@@ -64,6 +65,36 @@ def load_model(run: RunDirectory, config: Config) -> Loaded:
             listed, chosen = chosen, run.chosen(config.decoding)
             if chosen == listed:
                 raise
+
+
+def others_of(decoding: DecodingConfig) -> list[tuple[RunDirectory, Config]]:
+    """Return the other runs of an ensemble, with the configuration to load each: the checkpoint is that of `decoding`.
+
+    CheckpointError if one of them is not a run.
+    """
+    found = []
+    for name in decoding.ensemble:
+        run = RunDirectory.existing(name)
+        config = run.config()
+        chosen = replace(
+            config.decoding, checkpoint=decoding.checkpoint, average_checkpoints=decoding.average_checkpoints
+        )
+        found.append((run, replace(config, decoding=chosen)))
+    return found
+
+
+def load_others(subwords: Subwords, decoding: DecodingConfig) -> list[Loaded]:
+    """Return the other models of an ensemble. CheckpointError also if one has another vocabulary than `subwords`."""
+    found = []
+    for run, config in others_of(decoding):
+        loaded = load_model(run, config)
+        if loaded.subwords.fingerprint != subwords.fingerprint:
+            raise CheckpointError(
+                f"decoding.ensemble: {run.path} has another vocabulary than the model that it should join; name runs "
+                "that were trained on the same prepared corpus"
+            )
+        found.append(loaded)
+    return found
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:

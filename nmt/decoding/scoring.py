@@ -18,6 +18,7 @@ from torch import Tensor
 from nmt.batch import EOS, Batch, Rows
 from nmt.data.held_out import HeldOut, eval_batches
 from nmt.data.subwords import Subwords, split_words
+from nmt.decoding.ensemble import mean_log_prob
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError
 from nmt.model.loss import token_log_probs
@@ -49,6 +50,11 @@ def score(model: Seq2Seq, batch: Batch, experts_per_token: int = 0) -> Scores:
     encoded, gates = model.encode(batch.source_N, batch.source, experts_per_token)
     scores = score_target(model, encoded, batch.target_in_N, batch.target_out_N, batch.target, experts_per_token)
     return scores._replace(gates=gates | scores.gates)
+
+
+def ensemble_log_probs(models: Sequence[Seq2Seq], batch: Batch, experts_per_token: int = 0) -> Tensor:
+    """Return log_prob_TB of `score`, by one model or by an ensemble."""
+    return mean_log_prob([score(model, batch, experts_per_token).log_prob_TB for model in models])
 
 
 def score_target(
@@ -127,18 +133,18 @@ def _perplexity(log_prob: float, count: int) -> float:
     return math.exp(min(-log_prob / count, _MOST_NATS))
 
 
-def pair_log_probs(model: Seq2Seq, held_out: HeldOut, experts_per_token: int = 0) -> list[list[float]]:
+def pair_log_probs(models: Sequence[Seq2Seq], held_out: HeldOut, experts_per_token: int = 0) -> list[list[float]]:
     """Return the log-probabilities of each target's subwords and its end, in the order of the pairs.
 
-    The model must be in evaluation mode. Results do not depend on the order of the pairs. MemoryLimitError if memory
-    does not suffice.
+    Several models score as an ensemble. All must be in evaluation mode and on one device. Results do not depend on the
+    order of the pairs. MemoryLimitError if memory does not suffice.
     """
     found: list[list[float]] = [[] for _ in held_out.sources]
     if not found:
         return found
     for batch in eval_batches(held_out.sources, held_out.targets, _BATCH_TOKENS):
         with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"), torch.inference_mode():
-            log_prob_BT = score(model, batch.to(model.device), experts_per_token).log_prob_TB.T.tolist()
+            log_prob_BT = ensemble_log_probs(models, batch.to(models[0].device), experts_per_token).T.tolist()
         for pair, log_prob_T in zip(batch.pairs_B.tolist(), log_prob_BT, strict=True):
             found[pair] = log_prob_T[: len(held_out.targets[pair]) + 1]
     return found

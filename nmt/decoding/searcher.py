@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nmt.batch import PAD, source_batch
+from nmt.decoding.ensemble import States, mean_step
 from nmt.decoding.rules import Rules
 from nmt.decoding.sampling import Sampling, stream_of
 from nmt.decoding.scoring import NOT_FINITE
@@ -60,11 +61,11 @@ class _State(NamedTuple):
 
 
 class Searcher:
-    """A model on its device. Nothing here changes, so several threads may share it."""
+    """A model, or an ensemble, on its device. Nothing here changes, so several threads may share it."""
 
-    def __init__(self, model: Seq2Seq, device: torch.device, forbidden: Sequence[int]) -> None:
-        """Keep a model in the precision of its products (`WorkingWeights`). `forbidden` subwords are never output."""
-        self.model, self.device = model, device
+    def __init__(self, models: Sequence[Seq2Seq], device: torch.device, forbidden: Sequence[int]) -> None:
+        """Keep models in the precision of their products (`WorkingWeights`). `forbidden` subwords are never output."""
+        self.models, self.device = list(models), device
         self._forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -75,14 +76,15 @@ class Searcher:
         progress: Callable[[float], None] | None = None,
         prefixes: Sources = (),
     ) -> list[list[Hypothesis]]:
-        """Return the best hypotheses for each source, in order; each list is best first.
+        """Return the best hypotheses for each source, in order; each list is best first. Draws are in order of drawing.
 
         `prefixes` has the subwords that each translation begins with; empty: none has a prefix. A batch for which
         memory does not suffice is halved and searched again. `progress` is called after each batch with the fraction
         of the work that is done. CheckpointError if the model's outputs are not finite. MemoryLimitError if memory does
         not suffice for a single sentence. ValueError for options that the model does not allow.
         """
-        self.model.check_experts_per_token(options.experts_per_token)
+        for model in self.models:
+            model.check_experts_per_token(options.experts_per_token)
         draws = options.n_best if options.temperature else 1
         asked = [
             _Asked(source, prefix, stream_of(options.seed, draw, source) if options.temperature else 0)
@@ -100,8 +102,7 @@ class Searcher:
                 progress(done / todo)
         if not options.temperature:
             return results
-        drawn = [[best for (best,) in results[first : first + draws]] for first in range(0, len(results), draws)]
-        return [sorted(each, key=lambda hypothesis: -hypothesis.score) for each in drawn]
+        return [[best for (best,) in results[first : first + draws]] for first in range(0, len(results), draws)]
 
     def _search_any(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
         """Return the hypotheses of a batch, searched in halves if memory does not suffice for the whole."""
@@ -121,8 +122,6 @@ class Searcher:
     def _search_batch(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
         source_N, rows = source_batch([each.source for each in asked])
         source_N, rows = source_N.to(self.device), rows.map(lambda tensor: tensor.to(self.device))
-        encoded, _ = self.model.encode(source_N, rows, options.experts_per_token)
-        memory = self.model.memory(encoded)
         position_S1 = torch.arange(rows.num_positions, device=self.device)[:, None]
         sampling = Sampling(options.temperature, options.top_k, options.top_p) if options.temperature else None
         settings = BeamSettings(
@@ -133,9 +132,14 @@ class Searcher:
             attention=options.attention,
             margin=0.0 if sampling else options.prune_margin,
         )
+        steps, states = [], []
+        for model in self.models:
+            memory = model.memory(model.encode(source_N, rows, options.experts_per_token)[0])
+            steps.append(partial(_step, model, options.experts_per_token))
+            states.append(_State(memory, model.start(settings.beam_size * len(asked))))
         found = beam_search(
-            partial(self._step, options.experts_per_token),
-            _State(memory, self.model.start(settings.beam_size * len(asked))),
+            mean_step(steps) if len(steps) > 1 else steps[0],
+            States(tuple(states)) if len(states) > 1 else states[0],
             # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
             wanted_BS=(position_S1 < rows.length_B - 1).T,
             rules=self._rules(asked, options),
@@ -172,15 +176,16 @@ class Searcher:
             stream_B=torch.tensor([each.stream for each in asked], device=self.device) if options.temperature else None,
         )
 
-    def _step(self, experts_per_token: int, previous_KB: Tensor, state: _State) -> StepOutput:
-        beam_size, sentences = previous_KB.shape
-        decoded = self.model.step(previous_KB.reshape(-1), state.memory, state.decoder, experts_per_token)
-        logits_RV = self.model.logits(decoded.x_RD)
-        return StepOutput(
-            logits_RV.view(beam_size, sentences, -1),
-            decoded.weights_RS.view(beam_size, sentences, -1),
-            decoded.state,
-        )
+
+def _step(model: Seq2Seq, experts_per_token: int, previous_KB: Tensor, state: _State) -> StepOutput:
+    beam_size, sentences = previous_KB.shape
+    decoded = model.step(previous_KB.reshape(-1), state.memory, state.decoder, experts_per_token)
+    logits_RV = model.logits(decoded.x_RD)
+    return StepOutput(
+        logits_RV.view(beam_size, sentences, -1),
+        decoded.weights_RS.view(beam_size, sentences, -1),
+        decoded.state,
+    )
 
 
 def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:

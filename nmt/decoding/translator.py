@@ -17,7 +17,7 @@ from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, words
-from nmt.decoding.loading import known_symbols, load_model, longest_source
+from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.trace import Hypothesis
@@ -82,20 +82,20 @@ class Translator:
         steps: Sequence[int] = (),
         symbols: Collection[str] = (),
         language: str = "",
+        others: Sequence[Seq2Seq] = (),
     ) -> None:
         """Prepare a trained model for translation.
 
         `longest_seen` is `longest_source` of its run; 0 if unknown. `steps` are the training steps whose parameters, or
         mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. `language` is
-        that of the source, for the ends of its sentences. ValueError if `decoding` is not possible with the model.
+        that of the source, for the ends of its sentences. `others` are models that translate with this one as an
+        ensemble. ValueError if `decoding` is not possible with the models.
         """
-        model.check_experts_per_token(decoding.experts_per_token)
-        dtype = search_dtype(device, decoding)
-        self.model = WorkingWeights(model, device, dtype).model
-        quantized = decoding.quantize == "int8"
-        if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
-            self.model = with_packed_weights(self.model, torch.int8 if quantized else dtype)
-        self.searcher = Searcher(self.model, device, subwords.forbidden_ids)
+        self.models = [_prepared(each, device, decoding) for each in (model, *others)]
+        """All models of the ensemble, or the one model."""
+        self.model = self.models[0]
+        """The first model, which has the run's experts."""
+        self.searcher = Searcher(self.models, device, subwords.forbidden_ids)
         self.subwords = subwords
         self.options = Options.of(decoding)
         """Default options of a call."""
@@ -110,15 +110,18 @@ class Translator:
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
         """Return the translator of a run, with the checkpoint of `config.decoding`, or of an exported model.
 
-        CheckpointError as for `load_model`.
+        CheckpointError as for `load_model` and `load_others`.
         """
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
         loaded = load_model(run, config)
+        others = [each.model for each in load_others(loaded.subwords, config.decoding)]
         corpus = run.corpus_info()
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
         language = config.corpus.source_language
-        return cls(loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols, language)
+        return cls(
+            loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols, language, others
+        )
 
     def max_pieces(self, options: Options | None = None) -> int:
         """Return the most subwords that are translated as a whole; no more than the longest training line has."""
@@ -208,20 +211,24 @@ class Translator:
             # Strip the parts, as `join_at` adds the blanks between them.
             stripped = [text.strip() for text in shown]
             ranked.append((shown[0], [0]) if alone else join_at(texts, stripped, options.paragraphs))
-        hypotheses = tuple(self._hypothesis(*ranked[rank], rank, texts, parts, options) for rank in range(count))
+        hypotheses = [self._hypothesis(*ranked[rank], rank, texts, parts, options) for rank in range(count)]
+        if options.temperature:
+            # Draws of parts are joined in the order of drawing, so that those of the line are independent.
+            hypotheses.sort(key=lambda each: -each.score)
         best = hypotheses[0] if hypotheses else None
+        text = best.text if best else ranked[0][0]
         finished = best.finished if best else True
         unlearned = "".join(part.unlearned for part in parts)
         read = [part.source for part in parts if part.hypotheses] if options.attention else []
         return Translation(
-            text=ranked[0][0],
+            text=text,
             score=best.score if best else 0.0,
             num_parts=len(parts),
             finished=finished,
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
-            hypotheses=hypotheses,
-            flags=check("".join(texts), ranked[0][0], unlearned=unlearned, cut=not finished),
+            hypotheses=tuple(hypotheses),
+            flags=check("".join(texts), text, unlearned=unlearned, cut=not finished),
         )
 
     def _hypothesis(
@@ -282,6 +289,17 @@ class Translator:
     def _fit(self, most: int, texts: Sequence[str]) -> list[bool]:
         """Return which texts have at most `most` subwords."""
         return [len(pieces) <= most for pieces in self.subwords.encode_batch(texts)]
+
+
+def _prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:
+    """Return a model in the form that searches use. ValueError if `decoding` is not possible with it."""
+    model.check_experts_per_token(decoding.experts_per_token)
+    dtype = search_dtype(device, decoding)
+    prepared = WorkingWeights(model, device, dtype).model
+    quantized = decoding.quantize == "int8"
+    if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
+        return with_packed_weights(prepared, torch.int8 if quantized else dtype)
+    return prepared
 
 
 def _score(found: list[Hypothesis], alpha: float) -> float:

@@ -11,7 +11,7 @@ import torch
 from nmt.batch import Batch
 from nmt.data.held_out import HeldOut, encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
-from nmt.decoding.scoring import score
+from nmt.decoding.scoring import ensemble_log_probs
 from nmt.device import shortage_told
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
@@ -43,12 +43,14 @@ def perplexity(
     batch_tokens: int,
     world: World,
     experts_per_token: int = 0,
+    others: Sequence[Seq2Seq] = (),
 ) -> Perplexity:
     """Return the perplexity of `targets` given `sources`, computed by all processes together.
 
     The model must be in evaluation mode. It is used in its own precision (`WorkingWeights`). Each token has
-    `experts_per_token` active experts; 0: as many as in training. Very long pairs are cut, to bound memory
-    (`encode_pairs`). MemoryLimitError, which names the longest pair of the batch, if memory still runs out.
+    `experts_per_token` active experts; 0: as many as in training. With `others`, an ensemble predicts. Very long
+    pairs are cut, to bound memory (`encode_pairs`). MemoryLimitError, which names the longest pair of the batch, if
+    memory still runs out.
     """
     held_out = encode_pairs(subwords, sources, targets)
     batches = list(eval_batches(held_out.sources, held_out.targets, batch_tokens))
@@ -59,7 +61,7 @@ def perplexity(
         batch = batches[min(mine, len(batches) - 1)]
         longest = partial(_longest_pair, batch, held_out)
         with shortage_told(longest, "shorten or remove that line"):
-            log_prob_TB = score(model, batch.to(world.device), experts_per_token).log_prob_TB
+            log_prob_TB = ensemble_log_probs([model, *others], batch.to(world.device), experts_per_token)
         if mine < len(batches):
             nll -= log_prob_TB.sum(dtype=torch.float64)
     pieces = sum(batch.num_target_tokens for batch in batches)

@@ -61,5 +61,5 @@ def score_stream(
     encoded = (encode_pairs(translator.subwords, *window) for window in source)
     with Overlap(encoded, write_out, halt) as stages:
         for held_out in stages:
-            log_probs = pair_log_probs(translator.model, held_out, translator.options.experts_per_token)
+            log_probs = pair_log_probs(translator.models, held_out, translator.options.experts_per_token)
             stages.write((held_out, log_probs))
