@@ -8,7 +8,7 @@ checkpoints/      see nmt/checkpoint.py
 RUN_STATUS.json   state (running, finished, stopped or failed), exit status, step, newest checkpoint, and the process
                   that wrote it; a "running" run without that process has died. "Stopped" is by a signal, after saving
 metrics.jsonl     one line per logged step; tensorboard/ has the same as curves
-report/           output of nmt evaluate and nmt experts
+report/           output of nmt evaluate and nmt experts; tune.json: settings before nmt evaluate --tune changed them
 .lock             the process that is training the run (nmt/lock.py)
 
 A folder that `nmt export` wrote has the first three files. Instead of text and checkpoints, it has one set of
@@ -21,9 +21,9 @@ read up to a maximum size and checked for their expected structure. Nothing in t
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ _PLACES = (
 """All files and folders that commands read or write in a run or an exported model."""
 _CORPUS = {"name": str, "fingerprint": str, **FACTS}
 _STATUS = {"state": str, "code": (int, None), "message": str, "step": int, "checkpoint": (str, None)}
+_TUNED = {"started": {str: float}, "chosen": {str: float}}
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -96,6 +97,7 @@ class RunDirectory:
         self.metrics_path = path / "metrics.jsonl"
         self.tensorboard = path / "tensorboard"
         self.report = path / "report"
+        self.tuned_path = self.report / "tune.json"
 
     @classmethod
     def existing(cls, name: str) -> "RunDirectory":
@@ -223,6 +225,43 @@ class RunDirectory:
                 f"{self.config_path} is damaged ({problem}): restore it, or choose another run"
             ) from error
 
+    def write_tuned(self, chosen: Mapping[str, float], report: Mapping[str, Any]) -> None:
+        """Write settings `decoding.*` that were chosen by tuning to config.yaml, and `report` to report/tune.json.
+
+        Besides, the report records these settings as they were before any tuning ("started"), so that resuming the run
+        with its first settings keeps the chosen ones. StorageError if it cannot be written.
+        """
+        before = asdict(self._stored().decoding)
+        started = {name: before[name] for name in chosen} | self._tuned().get("started", {})
+        content = {**report, "started": started, "chosen": dict(chosen)}
+        try:
+            self.report.mkdir(exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"cannot write {self.report}: {error.strerror or error}") from error
+        write_atomically(self.tuned_path, json.dumps(content, indent=2).encode())
+        self._write_config(self._changed([f"decoding.{name}={value}" for name, value in chosen.items()]))
+
+    def _tuned(self) -> dict[str, dict[str, float]]:
+        """Return what `write_tuned` recorded; empty if nothing was tuned or if other settings were chosen since."""
+        try:
+            tuned = read_json(self.tuned_path, _TUNED)
+        except (OSError, ValueError):
+            return {}
+        now = asdict(self._stored().decoding)
+        return tuned if all(now.get(name) == value for name, value in tuned["chosen"].items()) else {}
+
+    def _keep_tuned(self, config: Config) -> Config:
+        """Return `config` with the tuned settings in place of those that the run was started with."""
+        tuned, settings = self._tuned(), config.to_dict()
+        for name, value in tuned.get("chosen", {}).items():
+            if settings["decoding"][name] == tuned["started"].get(name):
+                settings["decoding"][name] = value
+        return Config.from_dict(settings)
+
+    def _write_config(self, config: Config) -> None:
+        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config_path, text.encode())
+
     def chosen(self, decoding: DecodingConfig) -> list[Checkpoint]:
         """Return the checkpoints that `decoding.checkpoint` names; several if it names their mean.
 
@@ -240,10 +279,12 @@ class RunDirectory:
     def start_or_continue(self, config: Config, subwords_model: Path, corpus: dict[str, Any]) -> list[str]:
         """Create the run, or check that an existing one is resumed with the same settings, vocabulary and text.
 
-        Return a line for each changed setting that may differ. CheckpointError (settings, vocabulary) or DataError
-        (text), which name the difference.
+        Return a line for each changed setting that may differ. Tuned settings of decoding remain, unless `config` has
+        others than those the run was started with. CheckpointError (settings, vocabulary) or DataError (text), which
+        name the difference.
         """
         continued = self.config_path.exists()
+        config = self._keep_tuned(config) if continued else config
         changed = self.check_settings(config) if continued else []
         if continued:
             self._check_text(config, corpus)
@@ -262,8 +303,7 @@ class RunDirectory:
             write_atomically(self.subwords_path, subwords_model.read_bytes())
         write_atomically(self.corpus_path, json.dumps(corpus, indent=2).encode())
         # Last, because a folder with this file is a run.
-        text = yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
-        write_atomically(self.config_path, text.encode())
+        self._write_config(config)
         return changed
 
     def check_settings(self, config: Config) -> list[str]:

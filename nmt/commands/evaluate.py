@@ -20,6 +20,7 @@ from nmt.evaluation.results import SetResult, table
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, all_scores
 from nmt.evaluation.sets import EvaluationSet, Request, evaluation_sets, requests
 from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, misfit
+from nmt.evaluation.tune import FEW_SENTENCES, SURE, Point, tune
 from nmt.run import RunDirectory
 from nmt.wording import counted, steps_of
 
@@ -44,13 +45,15 @@ def parser() -> Parser:
         "Print BLEU, chrF and the paper's multi-bleu of a run's translations, and the perplexity of the references.\n"
         "Each set is --split, --set, or --source with one or more --reference; several sets may follow each other.\n"
         "With --hypothesis, score translations made elsewhere; RUN is then needed for its own sets only. With --dial,\n"
-        "compare scores and cost with fewer or more experts per token than in training.",
+        "compare scores and cost with fewer or more experts per token than in training. With --tune, choose settings\n"
+        "of the search by BLEU on the dev set, and write them into the run.",
         "  nmt evaluate runs/demo --show 10\n"
         "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8\n"
         "  nmt evaluate demo --source my.en --reference first.de --reference second.de --tokenize intl\n"
         "  nmt evaluate demo --split dev --split test --source my.en --reference my.de --json\n"
         "  nmt evaluate --hypothesis other.de --reference my.de --ter\n"
-        "  nmt evaluate demo --dial 1,2,4",
+        "  nmt evaluate demo --dial 1,2,4\n"
+        "  nmt evaluate demo --tune",
         takes_run=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, or its name in runs/")
@@ -78,15 +81,24 @@ def parser() -> Parser:
     parser.add_argument(
         "--dial", metavar="N,N,...", help="a table for these numbers of experts per token (report/dial.json)"
     )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="choose decoding.alpha, beta and beam_size on the dev set (or --source and --reference), and write them "
+        "to config.yaml (report/tune.json)",
+    )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -> None:
     """Score the sets, print the scores, and write those of the run's own translations to its report folder."""
-    wanted = requests(options.sets) or [Request(split="test")]
+    wanted = requests(options.sets) or [Request(split="dev" if options.tune else "test")]
     counts = [] if options.dial is None else dial_counts(options.dial, config)
     if counts:
         _check_alone("--dial", options, wanted)
+    if options.tune:
+        _check_alone("--tune", options, wanted)
+        _check_tunable(wanted[0], run, config)
     tokenizer = _tokenizer(options.tokenize, run, config)
     languages = (re.split("[-_]", code)[0] for code in (config.corpus.source_language, config.corpus.target_language))
     texts = evaluation_sets(wanted, run, "-".join(languages))
@@ -98,6 +110,9 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
     translator = Translator.load(run, config)
     if counts:
         _dial(counts, options.show, translator, texts[0], tokenizer, run, config)
+        return
+    if options.tune:
+        _tune(translator, texts[0], tokenizer, run)
         return
     results = []
     for text in texts:
@@ -114,10 +129,24 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
 def _check_alone(option: str, options: argparse.Namespace, wanted: Sequence[Request]) -> None:
     """Raise UserError unless an option has a single set that the run translates, and no option that it would ignore."""
     ignored = [name for name in ("ter", "lowercase", "json") if getattr(options, name)]
+    if option == "--tune":
+        ignored += [name for name in ("dial", "show") if getattr(options, name)]
     if ignored:
         raise UserError(f"{option} with --{ignored[0]}: leave out one of them")
     if len(wanted) > 1 or wanted[0].hypothesis is not None:
         raise UserError(f"{option} takes a single set, without --hypothesis")
+
+
+def _check_tunable(wanted: Request, run: RunDirectory | None, config: Config) -> None:
+    """Raise UserError if the run's test set would be tuned on, or if settings to be tuned are given."""
+    if wanted.split == "test":
+        raise UserError("--tune on the test set would make its scores worthless: leave out --split test")
+    if run is None:
+        return
+    stored = run.config().decoding
+    for name in Point._fields:
+        if getattr(config.decoding, name) != getattr(stored, name):
+            raise UserError(f"--tune chooses decoding.{name}: leave it out")
 
 
 def _tokenizer(name: str | None, run: RunDirectory | None, config: Config) -> Tokenizer:
@@ -226,3 +255,29 @@ def _dial(
     }
     name = text.report("dial", "json")
     keep(run, {name: json.dumps(result, indent=2)}, f"the table is in {run.report / name}")
+
+
+def _tune(translator: Translator, text: EvaluationSet, tokenizer: Tokenizer, run: RunDirectory) -> None:
+    """Choose settings of the search, print why, and write them into the run."""
+    found = tune(translator, text, tokenizer.name, say)
+    show(found.table())
+    show()
+    show(f"{counted(text.size, 'sentence')} of {text.title}, {steps_of(translator.steps)}")
+    show(tokenizer)
+    show(f"p and 95 %: paired bootstrap, {BOOTSTRAP_SAMPLES} samples; a value is changed if its gain has p < {SURE}")
+    show("\n".join(found.verdicts()))
+    if text.size < FEW_SENTENCES:
+        low, high = found.tried[0].bleu.system_interval
+        say(
+            f"{text.title} has only {counted(text.size, 'sentence')}: its BLEU is uncertain by "
+            f"{(high - low) / 2:.2f} either way, so small gains are not seen; 1,000 are better"
+        )
+    chosen = found.chosen._asdict()
+    if found.chosen == found.before:
+        say("nothing was changed")
+    elif run.exported:
+        given = " ".join(f"decoding.{name}={value}" for name, value in chosen.items())
+        say(f"{run.path} is an exported model, which is not changed: tune its run and export that, or give {given}")
+    else:
+        run.write_tuned(chosen, {**text.to_dict(), **found.to_dict()})
+        say(f"written to {run.config_path}; {run.tuned_path} has the old values and the table")

@@ -182,7 +182,8 @@ class DecodingConfig:
     """Active experts per token while translating, in all groups together; 0: as many as in training. Fewer are faster;
     more may translate better (`nmt evaluate RUN --dial 1,2,4` compares them)."""
     alpha: float = 0.2
-    """Exponent of the length normalisation lp(Y) = ((5+|Y|)/6)^alpha (GNMT eq. 14)."""
+    """Exponent of the length normalisation lp(Y) = ((5+|Y|)/6)^alpha (GNMT eq. 14). `nmt evaluate RUN --tune` chooses
+    alpha, beta and beam_size."""
     beta: float = 0.2
     """Weight of the coverage penalty (GNMT eq. 14)."""
     max_length_ratio: float = 2.0

@@ -32,6 +32,13 @@ class Measured:
     """Perplexity of the references by the first translator."""
 
 
+def timed(translator: Translator, sources: Sequence[str], options: Options) -> tuple[list[str], float]:
+    """Return (translations, seconds they took)."""
+    started = time.perf_counter()
+    hypotheses = [translation.text for translation in translator.translate(sources, options)]
+    return hypotheses, time.perf_counter() - started
+
+
 def measure(
     translator: Translator, text: EvaluationSet, scorer: Scorer, config: Config, options: Options | None = None
 ) -> Measured:
@@ -40,9 +47,7 @@ def measure(
     CheckpointError if the model's outputs are not finite.
     """
     options = options or translator.options
-    started = time.perf_counter()
-    hypotheses = [translation.text for translation in translator.translate(text.sources, options)]
-    seconds = time.perf_counter() - started
+    hypotheses, seconds = timed(translator, text.sources, options)
     scores = scorer(hypotheses, text.references)
     found = perplexity(
         translator.model,
