@@ -1,5 +1,6 @@
 """Three stages at the same time: order, overlap, bounds, and one error that ends everything."""
 
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -17,10 +18,10 @@ def run(
 
 
 @pytest.fixture(autouse=True)
-def _no_thread_stays() -> Iterator[None]:
-    before = threading.active_count()
+def _nothing_stays() -> Iterator[None]:
+    before = threading.active_count(), sys.getswitchinterval()
     yield
-    assert threading.active_count() == before
+    assert (threading.active_count(), sys.getswitchinterval()) == before
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 50])

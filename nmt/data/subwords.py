@@ -144,13 +144,14 @@ class Subwords:
                 raise ValueError
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             special = [self._processor.piece_to_id(piece) for piece in ("<pad>", "<unk>", "<s>", "</s>")]
-            pieces = self.pieces(range(self.size))
+            pieces = self._processor.id_to_piece([*range(self.size)])
             forbidden_ids = [number for number, piece in enumerate(pieces) if self._is_forbidden(number, piece)]
         # ValueError: a piece is not valid UTF-8, or is marked as a byte but does not name one.
         except (RuntimeError, OSError, ValueError) as error:
             raise DataError(f"{name} is damaged or not a SentencePiece model: prepare the corpus again") from error
         if special != [PAD, UNK, BOS, EOS] or self.size <= EOS:
             raise DataError(f"{name} is not a vocabulary of this program: prepare the corpus again")
+        self._pieces: list[str] = pieces
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.forbidden_ids = forbidden_ids
         """Ids that must never be output: PAD, UNK, BOS, the reserved symbols, and bytes of control characters."""
@@ -278,7 +279,7 @@ class Subwords:
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of these ids as SentencePiece writes them, with "▁" for a blank."""
-        return self._processor.id_to_piece([int(piece) for piece in ids])
+        return [self._pieces[piece] for piece in ids]
 
     def _is_forbidden(self, number: int, piece: str) -> bool:
         if self._processor.is_byte(number):

@@ -1,5 +1,6 @@
 """Run three stages at the same time: a thread reads ahead, the caller works, and another thread writes."""
 
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -12,6 +13,9 @@ _In = TypeVar("_In")
 _Out = TypeVar("_Out")
 # Items that may wait before the caller, and again before the writing thread.
 _AHEAD = 2
+# A thread that runs Python code gives way to waiting threads after this time. The default is 5 ms, which the caller
+# would wait each time that it comes back from its device.
+_SWITCH_SECONDS = 1e-4
 
 
 class Overlap(Generic[_In, _Out]):
@@ -43,6 +47,8 @@ class Overlap(Generic[_In, _Out]):
         ]
 
     def __enter__(self) -> "Overlap[_In, _Out]":
+        self._switch_seconds = sys.getswitchinterval()
+        sys.setswitchinterval(_SWITCH_SECONDS)
         for thread in self._threads:
             thread.start()
         return self
@@ -84,6 +90,7 @@ class Overlap(Generic[_In, _Out]):
             self._results.put([])
             for thread in self._threads:
                 thread.join()
+            sys.setswitchinterval(self._switch_seconds)
 
     def _wait_for_writing(self) -> None:
         while self._unwritten:
