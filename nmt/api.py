@@ -7,7 +7,7 @@ line (nmt/errors.py has the tree of errors).
 import difflib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
@@ -24,8 +24,12 @@ from nmt.experts.explain import Explanation, explain_sentence
 from nmt.experts.report import LayerReport, expert_report
 from nmt.extras import named_extras
 from nmt.run import RunDirectory
+from nmt.text.term_files import read_terms
+from nmt.text.terms import Terms
 
 Texts = list[str] | tuple[str, ...]
+Table = Mapping[str, str | None] | str | os.PathLike[str]
+"""Terms with their required translations, or the path of a file of them."""
 
 
 class TranslateOptions(TypedDict, total=False):
@@ -74,27 +78,42 @@ class Model:
         return list(self._translator.steps)
 
     @overload
-    def translate(self, text: str, *, prefix: str = "", **options: Unpack[TranslateOptions]) -> Translation: ...
+    def translate(
+        self, text: str, *, prefix: str = "", terms: Table | None = None, **options: Unpack[TranslateOptions]
+    ) -> Translation: ...
     @overload
     def translate(
-        self, text: Texts, *, prefix: Texts = (), **options: Unpack[TranslateOptions]
+        self, text: Texts, *, prefix: Texts = (), terms: Table | None = None, **options: Unpack[TranslateOptions]
     ) -> list[Translation]: ...
     def translate(
-        self, text: str | Texts, *, prefix: str | Texts = "", **options: Unpack[TranslateOptions]
+        self,
+        text: str | Texts,
+        *,
+        prefix: str | Texts = "",
+        terms: Table | None = None,
+        **options: Unpack[TranslateOptions],
     ) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
 
         `options` apply only to this call. A line without a letter or digit that the model knows is returned
         unchanged, and a line that is too long is translated in parts. The translation begins with `prefix`, a text for
-        each line, or an empty one; UserError if it cannot be kept exactly. CheckpointError if the model's outputs are
-        not finite.
+        each line, or an empty one; UserError if it cannot be kept exactly. `terms` has required translations:
+        {source term: translation}, with None for a term that is not translated, or the path of a .tsv, .csv or .tbx
+        file; DataError if it cannot be used. CheckpointError if the model's outputs are not finite.
         """
         lines = _texts("text", text)
         prefixes = _prefixes(text, prefix)
         with _typed_errors("nmt.Model.translate"):
             chosen = self._options(options)
-            found = self._translator.translate(lines, chosen, prefixes=prefixes)
+            tables = [[self._table(terms)]] * len(lines) if terms is not None else []
+            found = self._translator.translate(lines, chosen, prefixes=prefixes, terms=tables)
         return found[0] if isinstance(text, str) else found
+
+    def _table(self, terms: Table) -> Terms:
+        if isinstance(terms, str | os.PathLike):
+            corpus = self.config.corpus
+            return read_terms(Path(terms), corpus.source_language, corpus.target_language)
+        return Terms.of(terms)
 
     @overload
     def score(self, sources: str, targets: str, *, experts_per_token: int | None = None) -> PairScore: ...

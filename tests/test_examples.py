@@ -1,6 +1,7 @@
 """Training examples with reserved symbols: what is found, how it is written, and what nmt prepare makes of it."""
 
 import json
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -106,21 +107,50 @@ def test_equal_spans(source: str, target: str, expected: list[str]) -> None:
 
 def test_a_source_with_terms(subwords: Subwords) -> None:
     text = "The pump (valve) is"
-    matches = [Match(4, 8, "pump", "Pumpe"), Match(10, 15, "valve", "das Ventil")]
-    start, middle, end, mask = subwords.reserved_ids("term")
-    expected = ["The", start, " pump", middle, " Pumpe", end, " (", start, "valve", middle, " das Ventil", end, ") is"]
-    assert annotated(text, matches, subwords) == expected
-    masked = ["The", start, mask, middle, " Pumpe", end, " (", start, mask, middle, " das Ventil", end, ") is"]
-    assert annotated(text, matches, subwords, masked=True) == masked
+    matches = [Match(4, 8, "pump", "Pumpe"), Match(10, 15, "valve", "das Ventil", kept=True)]
+    start, _, end, _ = subwords.reserved_ids("term")
+    one, two, _ = slots = subwords.reserved_ids("slot")[:3]
+    marked = annotated(text, matches, slots, subwords)
+    expected = ["The", start, " pump", one, " Pumpe", end, " (", start, "valve", two, " das Ventil", end, ") is"]
+    assert marked.parts == expected
+    assert marked.fills == {one: "Pumpe", two: "das Ventil"}
+    assert [marked.begins(text) for text in ("Pumpe ist", "Die Pumpe", "das Ventil")] == [True, False, False]
     # But for the marks and the translations, the subwords are those of the text.
-    [ids] = subwords.encode_parts([annotated(text, matches[:1], subwords)])
-    marked = ids.tolist()
-    del marked[marked.index(middle) : marked.index(end) + 1]
-    assert [piece for piece in marked if piece != start] == subwords.encode(text).tolist()
+    [ids] = subwords.encode_parts([marked.parts])
+    found = ids.tolist()
+    for slot in (one, two):
+        first = found.index(slot)
+        del found[first : found.index(end, first) + 1]
+    assert [piece for piece in found if piece != start] == subwords.encode(text).tolist()
+    # Without enough slots, the last terms are left as they are.
+    assert annotated(text, matches, slots[:1], subwords).parts == [*expected[:6], " (valve) is"]
+
+
+def test_places_of_a_source_with_terms(subwords: Subwords) -> None:
+    text = "The pump  and the pump."
+    matches = [Match(4, 8, "pump", "Ventil"), Match(18, 22, "pump", "Pumpe")]
+    slots = subwords.reserved_ids("slot")
+    marked = annotated(text, matches, slots, subwords)
+    joined = "".join(part for part in marked.parts if isinstance(part, str))
+    assert len(marked.origin) == len(joined)
+    [ids] = subwords.encode_parts([marked.parts])
+    places = subwords.part_places(marked.parts)
+    assert len(places) == len(ids)
+    inside = False
+    for number, place, piece in zip(ids.tolist(), places.tolist(), subwords.pieces(ids), strict=True):
+        if number in slots or number in subwords.reserved_ids("term"):
+            assert place == -1
+            inside = number in slots
+            continue
+        assert joined[place:].startswith(piece.replace("▁", ""))
+        origin = marked.origin[place]
+        assert (origin in (4, 18)) if inside else text[origin] == joined[place]
+    assert marked.places(subwords).tolist() == [-1 if place < 0 else marked.origin[place] for place in places]
+    assert np.array_equal(subwords.part_places([text]), subwords.places(text))
 
 
 def test_slots_take_the_place_of_spans() -> None:
-    assert slotted("a 12 b 3", [(2, 4), (7, 8)], [36, 40]) == ["a ", 36, " b ", 40, ""]
+    assert slotted("a 12 b 3", [(7, 8), (2, 4)], [40, 36]) == ["a ", 36, " b ", 40, ""]
     assert slotted("a", [], []) == ["a"]
 
 
@@ -135,26 +165,29 @@ def test_examples_of_each_kind(subwords: Subwords) -> None:
     slots, terms = subwords.reserved_ids("slot"), subwords.reserved_ids("term")
     used: set[int] = set()
     for (source, target), example in found:
-        symbols = [[part for part in side if isinstance(part, int)] for side in (example.source, example.target)]
+        asked, given = ([part for part in side if part in slots] for side in (example.source, example.target))
+        assert sorted(map(int, asked)) == sorted(map(int, given))
+        assert len(set(asked)) == len(asked) > 0
+        used |= set(map(int, asked))
         if example.kind == "term":
-            assert example.target == [target]
-            assert len(symbols[0]) % 3 == symbols[0].count(terms[3]) % 3
-            assert set(symbols[0]) <= set(terms)
+            # <term:0> term, slot, required translation <term:2>
+            marks = [place for place, part in enumerate(example.source) if part == terms[0]]
+            assert [part for part in example.source if part in terms] == [terms[0], terms[2]] * len(asked)
+            fills = {example.source[place + 2]: str(example.source[place + 3]).strip() for place in marks}
+            rest = [part for place, part in enumerate(example.source) if place - 3 not in marks]
+            assert "".join(part for part in rest if isinstance(part, str)) == source
         else:
-            assert sorted(symbols[0]) == sorted(symbols[1])
-            assert len(set(symbols[0])) == len(symbols[0]) > 0
-            used |= set(symbols[0])
-            values = {}
-            for side, text in ((example.source, source), (example.target, target)):
-                rest = text
-                for before, slot in zip(side[::2], side[1::2], strict=False):
-                    assert rest.startswith(str(before))
-                    rest = rest[len(str(before)) :]
-                    value = next(each for each in (*PLACES, rest[:3]) if rest.startswith(each))
-                    assert values.setdefault(slot, value) == value
-                    rest = rest[len(value) :]
-                assert rest == side[-1]
+            values = [source, *(part for part in example.source if isinstance(part, str))]
+            fills = dict(zip(asked, _between(values[0], values[1:]), strict=True))
+        assert "".join(fills.get(part, str(part)) for part in example.target) == target
     assert used == set(slots)
+
+
+def _between(text: str, parts: list[str]) -> list[str]:
+    """What is between `parts` in a text."""
+    found = re.fullmatch("(.+)".join(map(re.escape, parts)), text)
+    assert found
+    return list(found.groups())
 
 
 # ----------------------------------------------------------------------------------------------------- preparing
@@ -179,7 +212,11 @@ def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
     counts = made.manifest["examples"]
     assert made.manifest["symbols"] == ["slot", "term"]
     assert sides == Counter(
-        {("slot", "source"): counts["slot"], ("slot", "target"): counts["slot"], ("term", "source"): counts["term"]}
+        {
+            ("slot", "source"): counts["slot"] + counts["term"],
+            ("slot", "target"): counts["slot"] + counts["term"],
+            ("term", "source"): counts["term"],
+        }
     )
     assert f"corpus: pairs rewritten with symbols: slot {counts['slot']}, term {counts['term']}" in log
     assert made.fingerprint != plain.fingerprint

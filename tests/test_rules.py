@@ -79,6 +79,24 @@ def test_without_rules_only_the_forbidden_ones_go() -> None:
     assert (after[:, :, :EOS] == NEVER).all()
 
 
+def test_slots_are_allowed_in_their_sentences() -> None:
+    """UNK and BOS as slots: what is forbidden otherwise keeps its logit where it is allowed."""
+    before = logits_of(0)
+    slots = [[BOS, PAD], [PAD, PAD], [UNK, BOS], [UNK, PAD], [PAD, PAD]]
+    rules = rules_of()._replace(slots_BG=torch.tensor(slots))
+    for chosen in (list(range(SENTENCES)), [3, 1]):
+        after = before[:, chosen].clone()
+        rules.select(torch.tensor(chosen)).forbid_(after, torch.tensor(1), torch.zeros(BEAM, len(chosen), 0))
+        for place, sentence in enumerate(chosen):
+            allowed = [
+                token for token in range(VOCAB) if token not in FORBIDDEN or token in set(slots[sentence]) - {PAD}
+            ]
+            expected = torch.full((BEAM, VOCAB), NEVER)
+            expected[:, allowed] = before[:, sentence, allowed]
+            assert torch.equal(after[:, place], expected)
+    assert not rules.same_for_all
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_repeats_are_named_and_nothing_else(n: int) -> None:
     for length in range(1, LONGEST + 2):

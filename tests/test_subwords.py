@@ -168,6 +168,22 @@ def test_symbols_in_any_text(subwords: Subwords, texts: list[str], number: int) 
     assert subwords.decode_parts(ids)[1::2] == [slot] * (len(texts) - 1)
 
 
+def test_slots_are_filled(subwords: Subwords) -> None:
+    first, last = subwords.symbol("slot", 0), subwords.symbol("slot", 15)
+    [ids] = subwords.encode_parts([["die grüne ", last, " Wiese ", first, first, " Ball"]])
+    text, places = subwords.filled(ids, {last: "東 X", first: "ß"})
+    assert text == "die grüne 東 X Wiese ßß Ball"
+    for number, place, piece in zip(ids, places, subwords.pieces(ids), strict=True):
+        shown = {last: "東", first: "ß"}.get(number, piece.replace("▁", ""))
+        assert text[place:].startswith(shown)
+    assert subwords.filled(ids, {})[0] == "die grüne  Wiese  Ball"
+    assert subwords.filled([], {})[0] == ""
+    plain = subwords.encode("die grüne Wiese")
+    text, places = subwords.filled(plain, {first: "x"})
+    assert text == "die grüne Wiese"
+    assert np.array_equal(places, subwords.decoded_places(plain))
+
+
 def test_text_cannot_pose_as_a_symbol(subwords: Subwords) -> None:
     slot = subwords.symbol("slot", 0)
     for number in range(0xFDD0, 0xFDF0):  # the place of a symbol is held by one of these

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
@@ -29,6 +30,7 @@ from nmt.streams.lines import Piece, Window, open_input, read_lines, read_record
 from nmt.streams.output import Output, open_output
 from nmt.streams.records import has_records, record_line
 from nmt.streams.translating import JoinedLines, translate_stream
+from nmt.text.term_files import read_terms
 from nmt.textfile import TextReader
 from nmt.wording import counted
 
@@ -100,12 +102,19 @@ def parser() -> Parser:
         action="store_true",
         help="in JSON Lines: these pairs of words, and the weights of all pairs",
     )
+    parser.add_argument(
+        "--terms",
+        metavar="FILE",
+        help="required translations of terms: a .tsv or .csv file of source terms and translations, or a .tbx file",
+    )
     return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
     lines, alignments = JoinedLines(_form(options)), AlignmentLines()
+    languages = config.corpus.source_language, config.corpus.target_language
+    terms = read_terms(Path(options.terms), *languages) if options.terms else None
     with (
         Halt() as halt,
         open_input(options.input) as source,
@@ -139,7 +148,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell)
+                translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell, terms)
         except BaseException as error:
             if output.partial and output.partial.num_lines:
                 say(f"{_lines(output.partial.num_lines)} kept in {output.partial.path}: the same command resumes")

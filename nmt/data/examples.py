@@ -9,6 +9,8 @@ import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
+import numpy as np
+
 from nmt.config import ExamplesConfig
 from nmt.data.association import Associations, Link, Pairs
 from nmt.data.subwords import Subwords
@@ -25,29 +27,57 @@ _WORD = re.compile(r"\S+")
 _BEFORE, _AFTER = "\"'“”„«»‚‘’(¿¡", "\"'“”„«»‘’),.;:!?…"
 
 
-def annotated(text: str, matches: Sequence[Match], subwords: Subwords, masked: bool = False) -> Parts:
-    """Return a source text with its terms and their required translations, marked with the symbols of terms.
+class Annotated(NamedTuple):
+    """A source text whose terms are marked with symbols, with their required translations."""
 
-    A mark comes before the blank that precedes a word, so that the words are encoded as ever. `masked` replaces the
-    term by the mask symbol.
+    parts: Parts
+    origin: np.ndarray
+    """int64, for each character of the text in `parts`: where in the source text it is. A required translation is where
+    its term begins."""
+    fills: dict[int, str]
+    """What takes the place of each slot in the translation, by the id of the slot."""
+    kept: frozenset[str]
+    """Those of `fills` that are not translated."""
+
+    def begins(self, text: str) -> bool:
+        """Return whether a translation begins with a required translation, whose first letter may become a capital."""
+        return any(text.startswith(fill) for fill in self.fills.values() if fill not in self.kept)
+
+    def places(self, subwords: Subwords) -> np.ndarray:
+        """Return where in the source text each subword of `parts` begins; -1 for a symbol."""
+        places = subwords.part_places(self.parts)
+        return np.where(places < 0, -1, np.append(self.origin, -1)[places])
+
+
+def annotated(text: str, matches: Sequence[Match], slots: Sequence[int], subwords: Subwords) -> Annotated:
+    """Return a source text with its terms marked; `slots` has the ids of slots. Terms beyond these are left unmarked.
+
+    A mark comes before the blank that precedes a word, so that the words are encoded as ever.
     """
-    start, middle, end, mask = subwords.reserved_ids("term")
+    start, end = subwords.symbol("term", 0), subwords.symbol("term", 2)
+    marked = list(zip(matches, slots, strict=False))
     parts: Parts = []
+    origin: list[int] = []
     place = 0
-    for match in matches:
-        before = text[place : match.start]
-        kept = before.rstrip()
-        term = mask if masked else before[len(kept) :] + text[match.start : match.end]
-        parts += [kept, start, term, middle, f" {match.target}", end]
+    for match, slot in marked:
+        begins = place + len(text[place : match.start].rstrip())
+        parts += [text[place:begins], start, text[begins : match.end], slot, f" {match.target}", end]
+        origin += [*range(place, match.end), *[match.start] * (1 + len(match.target))]
         place = match.end
-    return [*parts, text[place:]]
+    origin += range(place, len(text))
+    return Annotated(
+        [*parts, text[place:]],
+        np.array(origin, dtype=np.int64),
+        {slot: match.target for match, slot in marked},
+        frozenset(match.target for match, _ in marked if match.kept),
+    )
 
 
 def slotted(text: str, spans: Sequence[tuple[int, int]], slots: Sequence[int]) -> Parts:
-    """Return a text with the ids `slots` in place of its `spans` (start, end), which are in order."""
+    """Return a text with the ids `slots` in place of its `spans` (start, end), which do not overlap."""
     parts: Parts = []
     place = 0
-    for (start, end), slot in zip(spans, slots, strict=True):
+    for (start, end), slot in sorted(zip(spans, slots, strict=True)):
         parts += [text[place:start], slot]
         place = end
     return [*parts, text[place:]]
@@ -87,24 +117,23 @@ class ExampleWriter:
             return None
         # Others stay as they are, as in a text that has both numbers and placeholders.
         chosen = self._chosen(spans, len(self._subwords.reserved_ids("slot")))
-        # Slots are drawn at random so that all of them are learned.
-        slots = self._random.sample(self._subwords.reserved_ids("slot"), len(chosen))
-        by_target = sorted(range(len(chosen)), key=lambda number: chosen[number][1])
-        return Example(
-            "slot",
-            slotted(source, [span for span, _ in chosen], slots),
-            slotted(target, [chosen[number][1] for number in by_target], [slots[number] for number in by_target]),
-        )
+        slots = self._slots(len(chosen))
+        source_spans, target_spans = zip(*chosen, strict=True)
+        return Example("slot", slotted(source, source_spans, slots), slotted(target, target_spans, slots))
 
     def _with_terms(self, source: str, target: str, links: list[Link]) -> Example | None:
         if not links:
             return None
-        matches = [
-            Match(link.source.start, link.source.end, link.source.text, link.target.text)
-            for link in self._chosen(links, _MOST_TERMS)
-        ]
-        masked = self._random.random() < 0.5
-        return Example("term", annotated(source, matches, self._subwords, masked), [target])
+        chosen = self._chosen(links, _MOST_TERMS)
+        slots = self._slots(len(chosen))
+        matches = [Match(link.source.start, link.source.end, link.source.text, link.target.text) for link in chosen]
+        spans = [(link.target.start, link.target.end) for link in chosen]
+        marked = annotated(source, matches, slots, self._subwords)
+        return Example("term", marked.parts, slotted(target, spans, slots))
+
+    def _slots(self, count: int) -> list[int]:
+        """Return the ids of slots, drawn at random so that all of them are learned."""
+        return self._random.sample(self._subwords.reserved_ids("slot"), count)
 
     def _chosen(self, found: list[_Item], most: int) -> list[_Item]:
         """Return a random part of a list in its order: half of it on average, at least one, at most `most`."""

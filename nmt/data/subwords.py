@@ -12,7 +12,7 @@ import re
 import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -214,15 +214,20 @@ class Subwords:
         )
 
     def _with_symbols(self, ids: np.ndarray, symbols: list[int]) -> np.ndarray:
-        """Replace the bytes of each place holder in `ids` by one of `symbols`, in order."""
-        size = len(self._holder.encode())
-        found = np.lib.stride_tricks.sliding_window_view(ids, size)
-        holder = self._processor.encode(self._holder, out_type=int)[-size:]
-        places = np.flatnonzero((found == holder).all(1))
-        assert len(places) == len(symbols)
+        """Return `ids` with one of `symbols`, in order, in place of the bytes of each place holder."""
+        first, more = self._held_at(ids)
+        assert len(first) == len(symbols)
         ids = ids.copy()
-        ids[places] = symbols
-        return np.delete(ids, (places[:, None] + np.arange(1, size)).ravel())
+        ids[first] = symbols
+        return np.delete(ids, more)
+
+    def _held_at(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return where in `ids` the first bytes of place holders are, and where their other bytes are."""
+        size = len(self._holder.encode())
+        holder = self._processor.encode(self._holder, out_type=int)[-size:]
+        windows = np.lib.stride_tricks.sliding_window_view(np.pad(ids, (0, size)), size)
+        first = np.flatnonzero((windows == holder).all(1))
+        return first, (first[:, None] + np.arange(1, size)).ravel()
 
     def decode_parts(self, ids: Sequence[int]) -> list[str | int]:
         """Return the text of subword ids like `decode`, in an odd number of parts: text, id of a slot, text, and so on.
@@ -246,6 +251,28 @@ class Subwords:
         guard = self._processor.piece_to_id("<0x41>")
         return self.decode([guard, *ids])[1:]
 
+    def filled(self, ids: Sequence[int], fills: Mapping[int, str]) -> tuple[str, np.ndarray]:
+        """Return the text of ids with `fills` in place of slots, and where each id begins in it, like `decoded_places`.
+
+        A slot that is not in `fills` leaves nothing.
+        """
+        text = ""
+        places: list[np.ndarray] = []
+        start = 0
+        for end in [*(place for place, piece in enumerate(ids) if int(piece) in self._slots), len(ids)]:
+            # SentencePiece would leave out the first blank of a text.
+            guard = [self._processor.piece_to_id("<0x41>")] * bool(start)
+            pieces = [*guard, *map(int, ids[start:end])]
+            found = self._processor.decode(pieces, return_type="offset_mapping")
+            begins = _after_blanks(found["text"], [begin for begin, _ in found["offsets"]][len(guard) :])
+            places.append(begins - len(guard) + len(text))
+            text += one_line(found["text"][len(guard) :])
+            if end < len(ids):
+                places.append(np.full(1, len(text)))
+                text += fills.get(int(ids[end]), "")
+            start = end + 1
+        return text, np.concatenate(places)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of subword ids, always a single line. UNK becomes ⁇; invalid UTF-8 becomes U+FFFD.
 
@@ -258,6 +285,17 @@ class Subwords:
         """Return where in `text` each subword of `encode(text)` begins, blanks before it excepted (int64)."""
         found = self._processor.encode(_writable(text), return_type="offset_mapping")["offsets"]
         return _after_blanks(text, [begin for begin, _ in found])
+
+    def part_places(self, parts: Sequence[str | int]) -> np.ndarray:
+        """Return where in the text of `parts`, joined, each subword of `encode_parts` begins; -1 for a symbol."""
+        held = self._held(parts)
+        found = self._processor.encode(_writable(held), return_type="offset_mapping")
+        places = _after_blanks(held, [begin for begin, _ in found["offsets"]])
+        first, more = self._held_at(np.array(found["ids"], dtype=np.int32))
+        holders = np.flatnonzero([character == self._holder for character in held])
+        places -= np.searchsorted(holders, places)
+        places[first] = -1
+        return np.delete(places, more)
 
     def decoded_places(self, ids: Sequence[int]) -> np.ndarray:
         """Return where in `decode(ids)` each subword begins, like `places`. None of `ids` is PAD, BOS or EOS."""

@@ -31,7 +31,7 @@ def known_symbols(corpus: Mapping[str, Any]) -> frozenset[str]:
     Models of older versions know none. CheckpointError if the record is not a list of names.
     """
     kinds = corpus.get("symbols", [])
-    if not isinstance(kinds, list) or not all(kind in RESERVED for kind in kinds):
+    if not isinstance(kinds, list) or not all(kind in [*RESERVED] for kind in kinds):
         raise CheckpointError(f"corpus.json is damaged: symbols={kinds!r} is not a list of kinds of symbols")
     return frozenset(kinds)
 

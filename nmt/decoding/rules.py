@@ -5,7 +5,7 @@ whole position of a search can be recorded and replayed. `length` is the number 
 on the device.
 
 Letters: B sentences, K hypotheses (the beam), C candidates, V vocabulary, F subwords that are never output, P longest
-prefix, L longest translation, W places where a repetition could begin.
+prefix, G most slots of a sentence, L longest translation, W places where a repetition could begin.
 """
 
 from typing import NamedTuple
@@ -26,11 +26,12 @@ class Rules(NamedTuple):
     prefix_BP: Tensor | None = None  # int64, the subwords that each translation begins with, then PAD; None: no prefix
     no_repeat: int = 0  # n: no run of n subwords occurs twice in a translation; 0: any may
     stream_B: Tensor | None = None  # int64, the random stream of each sentence; only for sampling
+    slots_BG: Tensor | None = None  # int64, forbidden subwords that are allowed in each sentence, then PAD; None: none
 
     @property
     def same_for_all(self) -> bool:
         """True if the same subwords are forbidden everywhere, but for the end."""
-        return self.prefix_BP is None and not self.no_repeat
+        return self.prefix_BP is None and self.slots_BG is None and not self.no_repeat
 
     def forbid_(self, logits_KBV: Tensor, length: Tensor, history_KBL: Tensor) -> None:
         """Set to minus infinity, in place, the logits of subwords that may not be next.
@@ -39,12 +40,20 @@ class Rules(NamedTuple):
         kept even if it breaks the other rules.
         """
         prefix = None if self.prefix_BP is None else _Prefix.of(self.prefix_BP, logits_KBV, length)
+        slots = None if self.slots_BG is None else self._slot_logits(self.slots_BG, logits_KBV)
         logits_KBV.index_fill_(2, self.forbidden_F, NEVER)
+        if slots is not None:
+            logits_KBV.scatter_(2, *slots)
         logits_KBV[:, :, EOS].masked_fill_(length < self.min_length_B, NEVER)
         if self.no_repeat:
             logits_KBV.scatter_(2, repeats(history_KBL, length, self.no_repeat), NEVER)
         if prefix is not None:
             prefix.force_(logits_KBV)
+
+    def _slot_logits(self, slots_BG: Tensor, logits_KBV: Tensor) -> tuple[Tensor, Tensor]:
+        """Return slots_KBG and their logits, which are minus infinity for PAD."""
+        slots_KBG = slots_BG.expand(len(logits_KBV), -1, -1)
+        return slots_KBG, logits_KBV.gather(2, slots_KBG).masked_fill(slots_KBG == PAD, NEVER)
 
     def select(self, sentences_B: Tensor) -> "Rules":
         """Return the rules of these sentences."""
@@ -53,6 +62,7 @@ class Rules(NamedTuple):
             max_length_B=self.max_length_B[sentences_B],
             prefix_BP=None if self.prefix_BP is None else self.prefix_BP[sentences_B],
             stream_B=None if self.stream_B is None else self.stream_B[sentences_B],
+            slots_BG=None if self.slots_BG is None else self.slots_BG[sentences_B],
         )
 
 

@@ -6,7 +6,7 @@ mixture of lengths. Results do not depend on the batches, and are put back in or
 
 import gc
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -63,9 +63,15 @@ class _State(NamedTuple):
 class Searcher:
     """A model, or an ensemble, on its device. Nothing here changes, so several threads may share it."""
 
-    def __init__(self, models: Sequence[Seq2Seq], device: torch.device, forbidden: Sequence[int]) -> None:
-        """Keep models in the precision of their products (`WorkingWeights`). `forbidden` subwords are never output."""
+    def __init__(
+        self, models: Sequence[Seq2Seq], device: torch.device, forbidden: Sequence[int], slots: Collection[int] = ()
+    ) -> None:
+        """Keep models in the precision of their products (`WorkingWeights`).
+
+        `forbidden` subwords are never output, except that a translation may have those `slots` that its source has.
+        """
         self.models, self.device = list(models), device
+        self._slots = frozenset(slots)
         self._forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -167,6 +173,10 @@ class Searcher:
         prefix_BP = np.full((len(asked), prefix_B.max()), PAD)
         for row_P, each in zip(prefix_BP, asked, strict=True):
             row_P[: len(each.prefix)] = each.prefix
+        slots = [sorted(self._slots.intersection(each.source.tolist())) for each in asked]
+        slots_BG = np.full((len(asked), max(map(len, slots))), PAD)
+        for row_G, found in zip(slots_BG, slots, strict=True):
+            row_G[: len(found)] = found
         return Rules(
             torch.full((len(asked),), max(options.min_length, 1), device=self.device),
             torch.from_numpy(np.maximum(longest_B, prefix_B + 1)).to(self.device),
@@ -174,6 +184,7 @@ class Searcher:
             prefix_BP=torch.from_numpy(prefix_BP).to(self.device) if prefix_B.any() else None,
             no_repeat=options.no_repeat_ngram,
             stream_B=torch.tensor([each.stream for each in asked], device=self.device) if options.temperature else None,
+            slots_BG=torch.from_numpy(slots_BG).to(self.device) if any(slots) else None,
         )
 
 

@@ -15,11 +15,13 @@ import torch
 
 from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
+from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, words
 from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
+from nmt.decoding.terms import Attention, Placed, place_terms, terms_of_parts
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, search_dtype, set_float32_products
@@ -27,8 +29,9 @@ from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, with_packed_weights
 from nmt.run import RunDirectory
-from nmt.text.checks import check
+from nmt.text.checks import check, in_order
 from nmt.text.segment import join_at, split
+from nmt.text.terms import Match, Terms
 
 _MOST_SHOWN = 60
 _NOTHING = np.zeros(0, dtype=np.int32)
@@ -54,15 +57,23 @@ class Reading(NamedTuple):
     """Subword ids, without EOS, of the parts that have something to translate, by the number of the part."""
     prefixes: dict[int, np.ndarray]
     """Subword ids that the translation of a part begins with, by the number of the part."""
+    terms: dict[int, list[Match]]
+    """Terms with required translations, by the number of the part."""
+    marked: dict[int, Annotated]
+    """Texts of the parts whose terms the model reads with symbols, by the number of the part."""
 
 
 class _Part(NamedTuple):
     """A translated line, or a translated part of a line."""
 
     source: np.ndarray  # subword ids, without EOS
-    texts: list[str]  # of the hypotheses; if there are none, the source text
+    placed: list[Placed]  # texts of the hypotheses; if there are none, the source text
     hypotheses: list[Hypothesis]  # empty if there was nothing to translate
     unlearned: str
+
+    def ranked(self, rank: int) -> Placed:
+        """Return the text of hypothesis number `rank`, or of the last one."""
+        return self.placed[min(rank, len(self.placed) - 1)]
 
 
 class Translator:
@@ -95,7 +106,7 @@ class Translator:
         """All models of the ensemble, or the one model."""
         self.model = self.models[0]
         """The first model, which has the run's experts."""
-        self.searcher = Searcher(self.models, device, subwords.forbidden_ids)
+        self.searcher = Searcher(self.models, device, subwords.forbidden_ids, subwords.reserved_ids("slot"))
         self.subwords = subwords
         self.options = Options.of(decoding)
         """Default options of a call."""
@@ -135,15 +146,16 @@ class Translator:
         *,
         long: Collection[int] = (),
         prefixes: Mapping[int, str] | None = None,
+        terms: Sequence[Sequence[Terms]] = (),
         progress: Callable[[float], None] | None = None,
     ) -> list[Translation]:
         """Return the translation of each line, in order: `read`, `find` and `write` in turn.
 
-        `options`: None for `self.options`. `prefixes` and errors are as for `read`. `progress` is called after each
-        batch with the fraction of the work that is done. CheckpointError if the model's outputs are not finite.
+        `options`: None for `self.options`. `prefixes`, `terms` and errors are as for `read`. `progress` is called after
+        each batch with the fraction of the work that is done. CheckpointError if the model's outputs are not finite.
         MemoryLimitError. ValueError for options that the model does not allow.
         """
-        reading = self.read(lines, options, long, prefixes)
+        reading = self.read(lines, options, long, prefixes, terms)
         return self.write(reading, self.find(reading, progress))
 
     def read(
@@ -152,13 +164,14 @@ class Translator:
         options: Options | None = None,
         long: Collection[int] = (),
         prefixes: Mapping[int, str] | None = None,
+        terms: Sequence[Sequence[Terms]] = (),
     ) -> Reading:
         """Return lines ready to be searched. This is the host's work before a search.
 
         Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts, all lines with
         `paragraphs`. So are the lines whose indices are in `long`: each is a piece of a longer line. `prefixes` has the
         texts that translations begin with, by the index of the line. UserError for a prefix that cannot be kept
-        exactly.
+        exactly. `terms` has the tables of terms of each line, the most important one first; empty for none.
         """
         options = options or self.options
         fits = partial(self._fit, self.max_pieces(options))
@@ -169,7 +182,10 @@ class Translator:
         texts = [text for each in parts for text in each]
         unlearned = [self.subwords.unlearned(text) if has_words(text) else "" for text in texts]
         wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
-        encoded = self.subwords.encode_batch([texts[place] for place in wordy])
+        matches, marked = self._terms(parts, terms, self.max_pieces(options))
+        encoded = self.subwords.encode_parts(
+            [marked[place].parts if place in marked else [texts[place]] for place in wordy]
+        )
         sources = {place: pieces for place, pieces in zip(wordy, encoded, strict=True) if len(pieces)}
         first = list(accumulate(map(len, parts), initial=0))
         begun = {first[line]: self._prefix(text) for line, text in (prefixes or {}).items() if text}
@@ -178,12 +194,13 @@ class Translator:
                 f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
                 "prefix out"
             )
-        return Reading(options, parts, long, texts, unlearned, sources, begun)
+        return Reading(options, parts, long, texts, unlearned, sources, begun, matches, marked)
 
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
         prefixes = [reading.prefixes.get(place, _NOTHING) for place in reading.sources]
-        options = replace(reading.options, attention=reading.options.attention or reading.options.alignments)
+        options = reading.options
+        options = replace(options, attention=options.attention or options.alignments or bool(reading.terms))
         found = self.searcher.search(list(reading.sources.values()), options, progress, prefixes)
         return dict(zip(reading.sources, found, strict=True))
 
@@ -197,9 +214,50 @@ class Translator:
 
     def _part(self, reading: Reading, place: int, hypotheses: list[Hypothesis]) -> _Part:
         """Return the translation of part number `place`; a part without hypotheses keeps its text."""
-        decoded = [self.subwords.decode(each.tokens) for each in hypotheses]
-        source = reading.sources.get(place, _NOTHING)
-        return _Part(source, decoded or [one_line(reading.texts[place])], hypotheses, reading.unlearned[place])
+        text, matches = reading.texts[place], reading.terms.get(place, [])
+        placed = [self._placed(reading, place, each) for each in hypotheses]
+        return _Part(
+            reading.sources.get(place, _NOTHING),
+            placed or [place_terms(one_line(text), matches, None)],
+            hypotheses,
+            reading.unlearned[place],
+        )
+
+    def _placed(self, reading: Reading, place: int, hypothesis: Hypothesis) -> Placed:
+        """Return the text of a hypothesis for part number `place`, with its required terms."""
+        source, marked = reading.texts[place], reading.marked.get(place)
+        tokens, weight_TS = hypothesis.tokens, hypothesis.attention_TS
+        text, place_T = self.subwords.filled(tokens, marked.fills if marked else {})
+        if marked and marked.begins(text) and source.lstrip()[:1].isupper():
+            text = text[:1].upper() + text[1:]
+        attention = None
+        if weight_TS is not None:
+            place_S = marked.places(self.subwords) if marked else self.subwords.places(source)
+            end = np.full(1, -1)
+            attention = Attention(
+                np.append(place_S, end), np.append(place_T, end) if hypothesis.finished else place_T, weight_TS
+            )
+        return place_terms(text, reading.terms.get(place, []), attention)
+
+    def _terms(
+        self, parts: list[list[str]], tables: Sequence[Sequence[Terms]], most: int
+    ) -> tuple[dict[int, list[Match]], dict[int, Annotated]]:
+        """Return the terms of parts, and the texts that mark them for a model that has learned it, by part.
+
+        A text that is longer than `most` subwords with its marks is read without them.
+        """
+        matches = terms_of_parts(parts, tables)
+        if "term" not in self.symbols or not matches:
+            return matches, {}
+        texts = [text for each in parts for text in each]
+        # The first half of the slots is for placeholders.
+        slots = self.subwords.reserved_ids("slot")
+        slots = slots[len(slots) // 2 :]
+        marked = {place: annotated(texts[place], found, slots, self.subwords) for place, found in matches.items()}
+        encoded = self.subwords.encode_parts([each.parts for each in marked.values()])
+        return matches, {
+            place: each for (place, each), ids in zip(marked.items(), encoded, strict=True) if len(ids) <= most
+        }
 
     def _joined(self, texts: list[str], parts: list[_Part], cut: bool, options: Options) -> Translation:
         """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line."""
@@ -207,19 +265,22 @@ class Translator:
         alone = len(parts) == 1 and not cut
         ranked = []
         for rank in range(max(count, 1)):
-            shown = [part.texts[min(rank, len(part.texts) - 1)] for part in parts]
+            shown = [part.ranked(rank).text for part in parts]
             # Strip the parts, as `join_at` adds the blanks between them.
             stripped = [text.strip() for text in shown]
             ranked.append((shown[0], [0]) if alone else join_at(texts, stripped, options.paragraphs))
         hypotheses = [self._hypothesis(*ranked[rank], rank, texts, parts, options) for rank in range(count)]
+        order = list(range(count))
         if options.temperature:
             # Draws of parts are joined in the order of drawing, so that those of the line are independent.
-            hypotheses.sort(key=lambda each: -each.score)
-        best = hypotheses[0] if hypotheses else None
+            order.sort(key=lambda rank: -hypotheses[rank].score)
+        first = order[0] if order else 0
+        best = hypotheses[first] if hypotheses else None
         text = best.text if best else ranked[0][0]
         finished = best.finished if best else True
         unlearned = "".join(part.unlearned for part in parts)
         read = [part.source for part in parts if part.hypotheses] if options.attention else []
+        flags = check("".join(texts), text, unlearned=unlearned, cut=not finished)
         return Translation(
             text=text,
             score=best.score if best else 0.0,
@@ -227,8 +288,8 @@ class Translator:
             finished=finished,
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
-            hypotheses=tuple(hypotheses),
-            flags=check("".join(texts), text, unlearned=unlearned, cut=not finished),
+            hypotheses=tuple(hypotheses[rank] for rank in order),
+            flags=in_order([*flags, *(flag for part in parts for flag in part.ranked(first).flags)]),
         )
 
     def _hypothesis(
@@ -257,23 +318,16 @@ class Translator:
         """Return the attention between a line and its hypothesis number `rank`; arguments as for `_hypothesis`."""
         blocks = []
         before = [0, *accumulate(map(len, texts[:-1]))]
-        for part, source, first, start in zip(parts, texts, before, starts, strict=True):
+        for part, first, start in zip(parts, before, starts, strict=True):
             if not part.hypotheses:
                 continue
-            hypothesis = part.hypotheses[min(rank, len(part.hypotheses) - 1)]
-            shown = part.texts[min(rank, len(part.texts) - 1)]
+            shown, _, attention = part.ranked(rank)
             # Blanks at the beginning of a part are left out where it is joined to others.
             left_out = 0 if text.startswith(shown, start) else len(shown) - len(shown.lstrip())
-            target_T = self.subwords.decoded_places(hypothesis.tokens) - left_out + start
-            end = np.full(1, -1)
-            assert hypothesis.attention_TS is not None
-            blocks.append(
-                Block(
-                    np.append(self.subwords.places(source) + first, end),
-                    np.append(target_T, end) if hypothesis.finished else target_T,
-                    hypothesis.attention_TS,
-                )
-            )
+            assert attention is not None
+            source_S, target_T, weight_TS = attention
+            source_S = np.where(source_S < 0, -1, source_S + first)
+            blocks.append(Block(source_S, np.where(target_T < 0, -1, target_T - left_out + start), weight_TS))
         return Attended("".join(texts), text, tuple(blocks))
 
     def _prefix(self, text: str) -> np.ndarray:

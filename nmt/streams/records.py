@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from nmt.decoding.translation import RESULT_FIELDS
 from nmt.errors import DataError
+from nmt.text.terms import Terms
 
 _NAME = re.compile(r".*\.jsonl(\.(gz|xz|zst|bz2))?", re.IGNORECASE | re.DOTALL)
 
@@ -26,6 +27,8 @@ class Record(NamedTuple):
     """All fields of the object."""
     prefix: str = ""
     """What the translation begins with: the object's field "prefix"."""
+    terms: Terms | None = None
+    """The object's own terms, its field "terms"."""
 
 
 def has_records(path: str) -> bool:
@@ -36,8 +39,8 @@ def has_records(path: str) -> bool:
 def parse_record(line: str, where: str) -> Record:
     """Return the record of a line; a blank line has no fields and no text.
 
-    DataError, which begins with `where`, if the line is not an object, has no text, has a prefix that is no text, or
-    has a field of the result.
+    DataError, which begins with `where`, if the line is not an object, has no text, has a prefix that is no text, has a
+    field of the result, or has "terms" that are not an object of terms and translations.
     """
     raw = line.strip(" \t\r")
     if not raw:
@@ -57,7 +60,16 @@ def parse_record(line: str, where: str) -> Record:
         raise DataError(f'{where} has a "prefix" that is no text: write what the translation begins with')
     # An escape such as \ud800 may be half a character.
     text = fields["text"].encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return Record(raw, text, fields, prefix)
+    return Record(raw, text, fields, prefix, _terms(fields.get("terms"), where))
+
+
+def _terms(given: Any, where: str) -> Terms | None:
+    if given is None:
+        return None
+    try:
+        return Terms.of(given)
+    except DataError as error:
+        raise DataError(f"{where}: {error}") from error
 
 
 def record_line(record: Record | None, text: str, result: Mapping[str, Any]) -> str:

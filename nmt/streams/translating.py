@@ -10,6 +10,7 @@ from nmt.decoding.translator import Found, Reading, Translator
 from nmt.streams.lines import Piece, Window
 from nmt.streams.overlap import Overlap
 from nmt.text.segment import seam
+from nmt.text.terms import Terms
 
 
 @dataclass
@@ -66,12 +67,14 @@ def translate_stream(
     halt: Callable[[], None],
     options: Options | None = None,
     progress: Callable[[Window, float], None] | None = None,
+    terms: Terms | None = None,
 ) -> None:
     """Translate each window of `source`, and call `write` with its pieces and their translations, in order.
 
     Three stages overlap: a thread reads and encodes windows ahead, this thread searches, and another thread makes the
     text and writes it. `halt` must end any waiting of `source` and `write` (`Overlap`). `progress` is called with a
-    window and the fraction of it that is done. Errors are those of `Translator.translate`, `source` and `write`.
+    window and the fraction of it that is done. `terms` is for all lines; a record of JSON Lines may have its own, which
+    take precedence. Errors are those of `Translator.translate`, `source` and `write`.
     """
 
     def read() -> Iterator[tuple[Window, Reading]]:
@@ -80,7 +83,7 @@ def translate_stream(
             cut = {place for place, piece in enumerate(window.pieces) if not (piece.begins and piece.ends)}
             records = {place: piece.record for place, piece in enumerate(window.pieces) if piece.record}
             prefixes = {place: record.prefix for place, record in records.items() if record.prefix}
-            yield window, translator.read(texts, options, cut, prefixes)
+            yield window, translator.read(texts, options, cut, prefixes, _tables(window, terms))
 
     def write_out(result: tuple[Window, Reading, Found]) -> None:
         window, reading, found = result
@@ -95,3 +98,10 @@ def translate_stream(
 
         for window, reading in stages:
             stages.write((window, reading, translator.find(reading, partial(tell, window))))
+
+
+def _tables(window: Window, terms: Terms | None) -> list[list[Terms]]:
+    """Return the tables of terms of each piece: that of its record, then `terms`. Empty if no piece has any."""
+    tables = [[piece.record.terms if piece.record else None, terms] for piece in window.pieces]
+    kept = [[table for table in each if table is not None] for each in tables]
+    return kept if any(kept) else []

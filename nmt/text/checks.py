@@ -24,7 +24,7 @@ KINDS = {
     "length": "the translation is much longer or much shorter than its source",
     "loop": "the same words are repeated",
     "unknown": "a character is unknown to the model",
-    "term": "a required term is missing",
+    "term": "a required term is missing, or was put in the place of other words",
     "cut": "the translation was cut off at its maximum length",
     "retried": "the first translation repeated itself or was empty, so other settings were used",
 }

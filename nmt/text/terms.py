@@ -21,7 +21,7 @@ from nmt.text.normalisation import CONTROLS
 
 KEPT = "="
 """Target of a term that is not translated; an empty target means the same."""
-_MOST_SHOWN = 40  # characters of a term in an error
+_MOST_SHOWN = 60  # characters of a term in an error
 _SENTENCE_END = frozenset(".!?…:。！？")
 # Scripts without blanks between words: Thai to Tibetan, Burmese, Khmer, Chinese, Japanese.
 _ALONE = "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\u2fff\u3001-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff"
@@ -67,12 +67,17 @@ class Terms:
     def of(cls, entries: Mapping[str, str | None]) -> "Terms":
         """Return a table of {source: target}; None, "" and "=" mean that the term is not translated.
 
-        DataError, which names the term, if one is empty, has control characters or is there twice.
+        DataError, which names the term, if one is empty, has control characters or is there twice; or if `entries` is
+        not such a mapping.
         """
         terms = cls()
+        if not isinstance(entries, Mapping):
+            raise DataError(f"terms is not a table: give source terms with their translations, not {shown(entries)}")
         for source, target in entries.items():
             if not isinstance(source, str) or not isinstance(target, str | None):
-                raise DataError(f"terms[{source!r}]={target!r}: a source term and its translation are texts")
+                raise DataError(
+                    f"terms[{shown(source)}] is {shown(target)}: a source term and its translation are texts"
+                )
             terms.add(source, target or "", f"terms[{shown(source)}]")
         return terms
 
@@ -221,6 +226,7 @@ def _key(found: Sequence[Word]) -> Key:
     )
 
 
-def shown(term: str) -> str:
-    """Return a term for an error, quoted and not too long."""
-    return repr(term if len(term) <= _MOST_SHOWN else f"{term[:_MOST_SHOWN]}…")
+def shown(value: object) -> str:
+    """Return a term, or what was given in its place, for an error: quoted and not too long."""
+    text = repr(value)
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
