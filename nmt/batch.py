@@ -57,6 +57,12 @@ class Rows(NamedTuple):
         """Number of real rows; for a fitted side, this waits for its device."""
         return self.num_rows if self.real_N is None else int(self.real_N.sum())
 
+    def copy_(self, other: "Rows") -> None:
+        """Overwrite the tensors of these rows with those of rows of the same shape."""
+        for own, new in zip(self[1:], other[1:], strict=True):
+            if isinstance(own, Tensor) and isinstance(new, Tensor):
+                own.copy_(new, non_blocking=True)
+
     def map(self, change: Callable[[Tensor], Tensor]) -> "Rows":
         """Return this record with every tensor changed."""
         return Rows(self.alive, *(None if each is None else change(each) for each in self[1:]))  # type: ignore[arg-type]
@@ -248,6 +254,12 @@ def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Rows]:
     pieces_N, lengths_B = _end_to_end(sources)
     rows, order_N = make_rows(lengths_B + 1)
     return _packed(pieces_N, lengths_B, order_N, EOS), rows
+
+
+def fit_source(source_N: Tensor, rows: Rows, sentences: int, positions: int) -> tuple[Tensor, Rows]:
+    """Return the result of `source_batch`, padded to `sentences` of `positions` each; padding is as in `fit`."""
+    fitted, row_N = _fit_rows(rows, (sentences,) * positions, sentences)
+    return torch.full((fitted.num_rows,), PAD).index_copy_(0, row_N, source_N), fitted
 
 
 def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:

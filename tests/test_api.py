@@ -264,7 +264,7 @@ def test_too_little_memory_is_an_error_of_one_line(model: nmt.Model, monkeypatch
     def search(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(model._translator.searcher, "_search_batch", search)
+    monkeypatch.setattr(model._translator.searcher, "_search_live", search)
     for call in (model.translate, model.explain):
         assert "lower beam_size" in refused("the dog", of=call, kind=nmt.MemoryLimitError)
 

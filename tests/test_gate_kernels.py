@@ -10,7 +10,7 @@ from torch import Tensor
 from nmt.model import gating
 from nmt.model.gating import NoisyTopKGate, balance_loss
 from nmt.model.kernels.dispatch import plain_sort_slots
-from nmt.model.kernels.gate import Choice, plain_noisy_top_k
+from nmt.model.kernels.gate import Choice, plain_noisy_top_k, plain_top_k_gate
 from tests.kernels import DEVICE, SHARED_BYTES, compile_launches, needs_triton
 
 SIZES = [  # tokens, experts, k
@@ -43,6 +43,19 @@ def losses_of(choice: Choice) -> Tensor:
     generator = torch.Generator().manual_seed(2)
     parts = [part for part in (choice.gates_TK, choice.importance_E, choice.load_E) if part.requires_grad]
     return sum((part * torch.randn(part.shape, generator=generator).to(part)).sum() for part in parts)
+
+
+@needs_triton
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
+def test_the_fused_gate_without_noise_is_the_plain_one(num_tokens: int, num_experts: int, k: int, padded: bool):
+    from nmt.model.kernels.gate_triton import fused_top_k_gate
+
+    logits_T2E, _, real_T = random_logits(num_tokens, num_experts, padded)
+    logits_TE = logits_T2E[:, :num_experts].contiguous()
+    found, exact = (choose(logits_TE, k, real_T) for choose in (fused_top_k_gate, plain_top_k_gate))
+    for fused, plain in zip(found, exact, strict=True):
+        torch.testing.assert_close(fused, plain)
 
 
 @needs_triton

@@ -288,7 +288,7 @@ def test_too_little_memory_is_told_in_one_line(run: Path, cli: Cli, monkeypatch:
     def search(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(Searcher, "_search_batch", search)
+    monkeypatch.setattr(Searcher, "_search_live", search)
     source = str(run / "text" / "test.source")
     cli.refuses(6, "translate", str(run), source, says=("out of memory in translating", "lower beam_size"))
 

@@ -12,8 +12,8 @@ from tests.kernels import DEVICE, compile_launches, needs_triton
 
 @needs_triton
 @pytest.mark.parametrize(("rows", "vocabulary", "k"), [(3, 5000, 6), (2, 130, 10), (2, 9, 20), (1, 4096, 1)])
-@pytest.mark.parametrize("levels", [0, 5])
-def test_the_fused_selection_is_the_plain_one(rows: int, vocabulary: int, k: int, levels: int):
+@pytest.mark.parametrize(("levels", "biased"), [(0, False), (5, False), (0, True)])
+def test_the_fused_selection_is_the_plain_one(rows: int, vocabulary: int, k: int, levels: int, biased: bool):
     """With few levels, most logits have equals, and the lower index comes first in both."""
     from nmt.model.kernels.top_k_triton import fused_best
 
@@ -27,8 +27,11 @@ def test_the_fused_selection_is_the_plain_one(rows: int, vocabulary: int, k: int
     logits_RV[:, 0] = 20.0
     k = min(k, vocabulary, int(allowed_V.sum()) - 1)
     forbidden_F = (~allowed_V).nonzero().squeeze(1)
-    expected = plain_best(logits_RV.clone(), k, forbidden_F, ends_R, EOS)
-    found = fused_best(logits_RV.to(DEVICE), k, forbidden_F.to(DEVICE), ends_R.to(DEVICE), EOS)
+    bias_V = torch.randn(vocabulary) if biased else None
+    whole_RV = logits_RV.clone() if bias_V is None else logits_RV + bias_V
+    expected = plain_best(whole_RV, k, forbidden_F, ends_R, EOS)
+    bias_V = None if bias_V is None else bias_V.to(DEVICE)
+    found = fused_best(logits_RV.to(DEVICE), k, forbidden_F.to(DEVICE), ends_R.to(DEVICE), EOS, bias_V)
     assert torch.equal(found[0].cpu(), expected.values_RK)
     assert torch.equal(found[1].cpu(), expected.indexes_RK)
     torch.testing.assert_close(found[2].cpu(), expected.normaliser_R)

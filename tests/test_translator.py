@@ -15,6 +15,7 @@ from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, DecodingConfig
 from nmt.decoding.loading import longest_source
+from nmt.decoding.rules import Rules
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import batches
 from nmt.decoding.trace import Hypothesis
@@ -388,14 +389,14 @@ def test_a_batch_that_does_not_fit_in_memory_is_halved(
 ) -> None:
     translator = load(beam_size=2)
     expected = texts(translator.translate(lines))
-    search, tried = translator.searcher._search_batch, []
+    search, tried = translator.searcher._search_live, []
 
-    def short(sources: list[np.ndarray], options: Options) -> list[list[Hypothesis]]:
+    def short(sources: list[np.ndarray], rules: Rules, options: Options) -> list[list[Hypothesis]]:
         tried.append(len(sources))
         if len(sources) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        return search(sources, options)
+        return search(sources, rules, options)
 
-    monkeypatch.setattr(translator.searcher, "_search_batch", short)
+    monkeypatch.setattr(translator.searcher, "_search_live", short)
     assert texts(translator.translate(lines)) == expected
     assert max(tried) > 3 > min(tried)

@@ -8,6 +8,7 @@ Letters: B sentences, K hypotheses (the beam), C candidates, V vocabulary, F sub
 prefix, G most slots of a sentence, L longest translation, W places where a repetition could begin.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor, arange
@@ -54,6 +55,10 @@ class Rules(NamedTuple):
         """Return slots_KBG and their logits, which are minus infinity for PAD."""
         slots_KBG = slots_BG.expand(len(logits_KBV), -1, -1)
         return slots_KBG, logits_KBV.gather(2, slots_KBG).masked_fill(slots_KBG == PAD, NEVER)
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Rules":
+        """Return these rules with every tensor changed."""
+        return Rules(*(change(each) if isinstance(each, Tensor) else each for each in self))  # type: ignore[arg-type]
 
     def select(self, sentences_B: Tensor) -> "Rules":
         """Return the rules of these sentences."""

@@ -99,15 +99,27 @@ def coverage_penalty(coverage: Tensor, wanted: Tensor, beta: float) -> Tensor:
     return beta * log_coverage.masked_fill(~wanted, 0.0).sum(-1)
 
 
-def top_k(logits_KBV: Tensor, log_prob_KB: Tensor, rules: Rules, length: Tensor, history_KBL: Tensor) -> Candidates:
-    """Return the 2 K most probable continuations per sentence; a `Choose`. Even if K of them end, K others remain."""
+def top_k(
+    logits_KBV: Tensor,
+    log_prob_KB: Tensor,
+    rules: Rules,
+    length: Tensor,
+    history_KBL: Tensor,
+    bias_V: Tensor | None = None,
+) -> Candidates:
+    """Return the 2 K most probable continuations per sentence; a `Choose`. Even if K of them end, K others remain.
+
+    `bias_V` is added to the logits, if it is not None. To add it here saves a GPU from reading the logits once more.
+    """
     beam_size, sentences, _ = logits_KBV.shape
     # The best 2 K of each hypothesis include the best 2 K of all, so no log-softmax over the vocabulary is written.
     logits_RV = logits_KBV.flatten(0, 1)
     if rules.same_for_all:
         ends_R = (length >= rules.min_length_B).expand(beam_size, sentences).flatten()
-        found = kernel.best(logits_RV, 2 * beam_size, rules.forbidden_F, ends_R, EOS)
+        found = kernel.best(logits_RV, 2 * beam_size, rules.forbidden_F, ends_R, EOS, bias_V)
     else:
+        if bias_V is not None:
+            logits_RV.add_(bias_V)
         normaliser_R = kernel.log_sum_exp(logits_RV)
         rules.forbid_(logits_KBV, length, history_KBL)
         found = kernel.Best(*kernel.top_k(logits_RV, 2 * beam_size), normaliser_R)
@@ -177,6 +189,29 @@ class Search:
             length=torch.zeros((), dtype=torch.int64, device=device),
         )
         return cls(step, beam, wanted_BS, rules, settings, choose, most)
+
+    def restart(self, done_B: Tensor) -> None:
+        """Go back to before the first position, with sentences that are done from the start, such as padding."""
+        beam = self.beam
+        beam.state.restart_()
+        beam.previous_KB.fill_(BOS)
+        beam.log_prob_KB.fill_(NEVER)
+        beam.log_prob_KB[0] = 0.0
+        for tensor in (beam.coverage_KBS, beam.count_B, beam.length):
+            tensor.zero_()
+        beam.history_KBL.fill_(PAD)
+        beam.best_NB.fill_(NEVER)
+        beam.done_B.copy_(done_B)
+
+    def continue_(self, other: "Search", chosen_B: Tensor) -> None:
+        """Become the search of these sentences of another one, in place."""
+        part = other.shrink(chosen_B)
+        self.beam.state.copy_(part.beam.state)
+        for own, new in zip(self.beam[1:], part.beam[1:], strict=True):
+            own.copy_(new)
+        self.wanted_BS.copy_(part.wanted_BS)
+        self.rules.max_length_B.copy_(part.rules.max_length_B)
+        self.rules.min_length_B.copy_(part.rules.min_length_B)
 
     def advance(self) -> None:
         """Extend the hypotheses by one position."""

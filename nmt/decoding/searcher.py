@@ -7,15 +7,18 @@ mixture of lengths. Results do not depend on the batches, and are put back in or
 import gc
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
-from typing import NamedTuple
+from threading import Lock
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import PAD, source_batch
+from nmt.batch import PAD, Rows, source_batch
 from nmt.decoding.ensemble import States, mean_step
+from nmt.decoding.lanes import Lanes, Task, rounded_length, wanted_sources
 from nmt.decoding.rules import Rules
 from nmt.decoding.sampling import Sampling, stream_of
 from nmt.decoding.scoring import NOT_FINITE
@@ -25,6 +28,7 @@ from nmt.decoding.translation import Options
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, MemoryLimitError
 from nmt.model.attention import Memory
+from nmt.model.loss import output_logits
 from nmt.model.seq2seq import DecoderState, Seq2Seq
 
 # A translation may have this many more subwords than max_length_ratio allows, for the sake of short sentences.
@@ -37,6 +41,11 @@ _NOTHING = np.zeros(0, dtype=np.int32)
 
 Sources = Sequence[np.ndarray]
 """Subword ids of sentences, at least one each, without EOS."""
+
+Reader = Callable[[], list[list[Hypothesis]]]
+"""Reads the hypotheses of a batch that has been searched."""
+
+T = TypeVar("T")
 
 
 class _Asked(NamedTuple):
@@ -59,9 +68,19 @@ class _State(NamedTuple):
     def shrink(self, columns_R: Tensor, sentences_B: Tensor) -> "_State":
         return _State(self.memory.select(sentences_B), self.decoder.select(columns_R))
 
+    def restart_(self) -> None:
+        for tensor in self.decoder.tensors():
+            tensor.zero_()
+
+    def copy_(self, other: "_State") -> None:
+        for own, new in zip(self.memory, other.memory, strict=True):
+            own.copy_(new)
+        for own, new in zip(self.decoder.tensors(), other.decoder.tensors(), strict=True):
+            own.copy_(new)
+
 
 class Searcher:
-    """A model, or an ensemble, on its device. Nothing here changes, so several threads may share it."""
+    """A model, or an ensemble, on its device. Several threads may share it. On a GPU, they take turns."""
 
     def __init__(
         self, models: Sequence[Seq2Seq], device: torch.device, forbidden: Sequence[int], slots: Collection[int] = ()
@@ -72,7 +91,13 @@ class Searcher:
         """
         self.models, self.device = list(models), device
         self._slots = frozenset(slots)
-        self._forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
+        self.forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
+        # A gate whose tokens have different numbers of experts waits for the host.
+        waits = any(model.config.moe.k_is_average for model in self.models)
+        self.records = device.type == "cuda" and len(self.models) == 1 and not waits
+        """Whether searches are recorded and replayed."""
+        self._lanes: tuple[Options, Lanes] | None = None
+        self._turn = Lock()
 
     @torch.no_grad()
     def search(
@@ -97,119 +122,209 @@ class Searcher:
             for source, prefix in zip(sources, prefixes or [_NOTHING] * len(sources), strict=True)
             for draw in range(draws)
         ]
-        results: list[list[Hypothesis]] = [[] for _ in asked]
-        most = options.batch_tokens or _BATCH_TOKENS[self.device.type]
-        todo, done = sum(len(each.source) for each in asked), 0
-        for chosen in batches([len(each.source) + 1 for each in asked], most):
-            for index, found in zip(chosen, self._search_any([asked[i] for i in chosen], options), strict=True):
-                results[index] = found
-            done += sum(len(asked[index].source) for index in chosen)
-            if progress:
-                progress(done / todo)
+        with self._turn if self.records else nullcontext():
+            results = self._search_all(asked, options, progress)
         if not options.temperature:
             return results
         return [[best for (best,) in results[first : first + draws]] for first in range(0, len(results), draws)]
 
-    def _search_any(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
-        """Return the hypotheses of a batch, searched in halves if memory does not suffice for the whole."""
-        try:
-            with shortage_told(lambda: _described(asked, options), "lower beam_size or max_source_pieces"):
-                return self._search_batch(asked, options)
-        except MemoryLimitError:
-            if len(asked) == 1:
-                raise
-        # Outside of the handler, which would keep the tensors of the failed search alive.
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-        half = (len(asked) + 1) // 2
-        return [*self._search_any(asked[:half], options), *self._search_any(asked[half:], options)]
+    def _search_all(
+        self, asked: list[_Asked], options: Options, progress: Callable[[float], None] | None
+    ) -> list[list[Hypothesis]]:
+        results: list[list[Hypothesis]] = [[] for _ in asked]
+        lengths = [len(each.source) + 1 for each in asked]
+        most = options.batch_tokens or _BATCH_TOKENS[self.device.type]
+        todo, done = sum(lengths), 0
+        # The host reads the results of a batch while the device searches the next one.
+        chosen: list[int] = []
+        read: Reader = list
+        for following in [*batches(lengths, most, self.records), []]:
+            batch = [asked[index] for index in following]
+            finish = self._begin(batch, options) if batch else lambda: list
+            for index, found in zip(chosen, read(), strict=True):
+                results[index] = found
+            done += sum(lengths[index] for index in chosen)
+            if progress and chosen:
+                progress(done / todo)
+            chosen, read = following, finish()
+        return results
 
-    def _search_batch(self, asked: list[_Asked], options: Options) -> list[list[Hypothesis]]:
-        source_N, rows = source_batch([each.source for each in asked])
+    def _begin(self, batch: list[_Asked], options: Options) -> Callable[[], Reader]:
+        """Begin the search of a batch, and return a function that finishes it.
+
+        If memory does not suffice, the batch is searched in halves.
+        """
+
+        def finish() -> Reader:
+            if launched and (read := _within_memory(launched, batch, options)):
+                return read
+            gc.collect()
+            if self.device.type == "cuda":
+                self._lanes = None
+                torch.cuda.empty_cache()
+            half = (len(batch) + 1) // 2
+            found = [each for part in (batch[:half], batch[half:]) for each in self._begin(part, options)()()]
+            return lambda: found
+
+        launched = _within_memory(lambda: self._launch(batch, options), batch, options)
+        return finish
+
+    def _launch(self, batch: list[_Asked], options: Options) -> Callable[[], Reader]:
+        """Do what `_begin` does, for a batch that memory suffices for."""
+        rules = self._rules(batch, options)
+        if self.records and rules.same_for_all and not options.temperature:
+            running = self.lanes(options).begin([each.source for each in batch], rules)
+
+            def finish() -> Reader:
+                read = running.finish()
+                return lambda: _checked(batch, read(), options)
+
+            return finish
+        return lambda: partial(_checked, batch, self._search_live(batch, rules, options), options)
+
+    def _search_live(self, batch: list[_Asked], rules: Rules, options: Options) -> list[list[Hypothesis]]:
+        """Search a batch without a recording."""
+        source_N, rows = source_batch([each.source for each in batch])
         source_N, rows = source_N.to(self.device), rows.map(lambda tensor: tensor.to(self.device))
-        position_S1 = torch.arange(rows.num_positions, device=self.device)[:, None]
         sampling = Sampling(options.temperature, options.top_k, options.top_p) if options.temperature else None
-        settings = BeamSettings(
-            beam_size=1 if sampling else options.beam_size,
-            alpha=options.alpha,
-            beta=options.beta,
-            keep=1 if sampling else options.n_best,
-            attention=options.attention,
-            margin=0.0 if sampling else options.prune_margin,
-        )
-        steps, states = [], []
-        for model in self.models:
-            memory = model.memory(model.encode(source_N, rows, options.experts_per_token)[0])
-            steps.append(partial(_step, model, options.experts_per_token))
-            states.append(_State(memory, model.start(settings.beam_size * len(asked))))
-        found = beam_search(
+        settings, count = _settings(options), options.experts_per_token
+        steps = [partial(_step, model, count) for model in self.models]
+        states = [
+            _start(model, settings.beam_size, _encode(model, count, source_N, rows), len(batch))
+            for model in self.models
+        ]
+        return beam_search(
             mean_step(steps) if len(steps) > 1 else steps[0],
             States(tuple(states)) if len(states) > 1 else states[0],
-            # The coverage penalty is for the source's subwords only, not for its end-of-sentence position.
-            wanted_BS=(position_S1 < rows.length_B - 1).T,
-            rules=self._rules(asked, options),
+            wanted_BS=wanted_sources(rows),
+            rules=rules.map(lambda tensor: tensor.to(self.device)),
             settings=settings,
             choose=sampling.choose if sampling else top_k,
         )
-        # A sentence has no hypothesis if the outputs for it were never finite.
-        if not all(hypotheses and math.isfinite(hypotheses[0].score) for hypotheses in found):
-            raise CheckpointError(NOT_FINITE)
-        if not options.attention:
-            return found
-        # Remove padding, which depends on the other sentences of the batch.
-        return [
-            [_without_padding(hypothesis, len(each.source) + 1) for hypothesis in hypotheses]
-            for each, hypotheses in zip(asked, found, strict=True)
-        ]
+
+    def lanes(self, options: Options) -> Lanes:
+        """Return the lanes for these options. Those for other options are given up."""
+        if self._lanes is None or self._lanes[0] != options:
+            (model,), count = self.models, options.experts_per_token
+            task = Task(
+                encode=partial(_encode, model, count),
+                start=partial(_start, model, options.beam_size),
+                step=partial(_step, model, count, biased=False),
+                choose=partial(top_k, bias_V=model.output.bias),
+                settings=_settings(options),
+                forbidden_F=self.forbidden_F,
+                longest=lambda pieces: int(_longest(options, np.array(pieces), np.array(0))),
+            )
+            self._lanes = options, Lanes(task, self.device)
+        return self._lanes[1]
 
     def _rules(self, asked: list[_Asked], options: Options) -> Rules:
-        """Return the rules of a batch. The greatest length gives way to the least one, and both to a prefix."""
-        source_B = np.array([len(each.source) for each in asked])
+        """Return the rules of a batch, on the host but for the forbidden subwords."""
         prefix_B = np.array([len(each.prefix) for each in asked])
-        longest_B = (source_B * options.max_length_ratio).astype(np.int64) + _EXTRA_LENGTH
-        longest_B = np.maximum(longest_B, np.maximum(options.min_length, prefix_B + _EXTRA_LENGTH))
-        longest_B = np.minimum(longest_B, options.max_length or longest_B)
+        longest_B = _longest(options, np.array([len(each.source) for each in asked]), prefix_B)
         prefix_BP = np.full((len(asked), prefix_B.max()), PAD)
         for row_P, each in zip(prefix_BP, asked, strict=True):
             row_P[: len(each.prefix)] = each.prefix
-        slots = [sorted(self._slots.intersection(each.source.tolist())) for each in asked]
+        slots = [sorted(self._slots.intersection(each.source.tolist())) if self._slots else [] for each in asked]
         slots_BG = np.full((len(asked), max(map(len, slots))), PAD)
         for row_G, found in zip(slots_BG, slots, strict=True):
             row_G[: len(found)] = found
         return Rules(
-            torch.full((len(asked),), max(options.min_length, 1), device=self.device),
-            torch.from_numpy(np.maximum(longest_B, prefix_B + 1)).to(self.device),
-            self._forbidden_F,
-            prefix_BP=torch.from_numpy(prefix_BP).to(self.device) if prefix_B.any() else None,
+            torch.full((len(asked),), max(options.min_length, 1)),
+            torch.from_numpy(longest_B),
+            self.forbidden_F,
+            prefix_BP=torch.from_numpy(prefix_BP) if prefix_B.any() else None,
             no_repeat=options.no_repeat_ngram,
-            stream_B=torch.tensor([each.stream for each in asked], device=self.device) if options.temperature else None,
-            slots_BG=torch.from_numpy(slots_BG).to(self.device) if any(slots) else None,
+            stream_B=torch.tensor([each.stream for each in asked]) if options.temperature else None,
+            slots_BG=torch.from_numpy(slots_BG) if any(slots) else None,
         )
 
 
-def _step(model: Seq2Seq, experts_per_token: int, previous_KB: Tensor, state: _State) -> StepOutput:
+def _encode(model: Seq2Seq, experts_per_token: int, source_N: Tensor, rows: Rows) -> Memory:
+    return model.memory(model.encode(source_N, rows, experts_per_token)[0])
+
+
+def _start(model: Seq2Seq, beam_size: int, memory: Memory, sentences: int) -> _State:
+    return _State(memory, model.start(beam_size * sentences))
+
+
+def _step(
+    model: Seq2Seq, experts_per_token: int, previous_KB: Tensor, state: _State, *, biased: bool = True
+) -> StepOutput:
+    """Run a model for one position. Unless `biased`, the logits are without the softmax layer's bias."""
     beam_size, sentences = previous_KB.shape
     decoded = model.step(previous_KB.reshape(-1), state.memory, state.decoder, experts_per_token)
-    logits_RV = model.logits(decoded.x_RD)
+    x_RD = decoded.x_RD
+    logits_RV = model.logits(x_RD) if biased else output_logits(x_RD, model.output.weight, None)
     return StepOutput(
-        logits_RV.view(beam_size, sentences, -1),
-        decoded.weights_RS.view(beam_size, sentences, -1),
-        decoded.state,
+        logits_RV.view(beam_size, sentences, -1), decoded.weights_RS.view(beam_size, sentences, -1), decoded.state
     )
 
 
-def batches(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+def batches(lengths: Sequence[int], most: int, rounded: bool = False) -> Iterator[list[int]]:
     """Yield the indices of all sentences in batches, the longest first; sentences of equal length keep their order.
 
-    The longest sentence of a batch times the number of its sentences is at most `most`. A batch has at least one.
+    The longest sentence of a batch times the number of its sentences is at most `most`. A batch has at least one. With
+    `rounded`, this is so for the lane of the batch.
     """
     order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     start = 0
     while start < len(order):
-        size = max(1, most // max(lengths[order[start]], _LEAST_LENGTH))
+        longest = lengths[order[start]]
+        size = max(1, most // max(rounded_length(longest) if rounded else longest, _LEAST_LENGTH))
+        size = 1 << size.bit_length() - 1 if rounded else size
         yield order[start : start + size]
         start += size
+
+
+def _longest(options: Options, source_B: np.ndarray, prefix_B: np.ndarray) -> np.ndarray:
+    """Return the greatest lengths of translations, with their ends, by the subwords of sources and prefixes.
+
+    The greatest length gives way to the least one, and both to a prefix.
+    """
+    longest_B = (source_B * options.max_length_ratio).astype(np.int64) + _EXTRA_LENGTH
+    longest_B = np.maximum(longest_B, np.maximum(options.min_length, prefix_B + _EXTRA_LENGTH))
+    longest_B = np.minimum(longest_B, options.max_length or longest_B)
+    return np.maximum(longest_B, prefix_B + 1)
+
+
+def _settings(options: Options) -> BeamSettings:
+    """Return the settings of a search; draws are searches of one hypothesis each."""
+    if options.temperature:
+        return BeamSettings(1, options.alpha, options.beta, attention=options.attention)
+    return BeamSettings(
+        beam_size=options.beam_size,
+        alpha=options.alpha,
+        beta=options.beta,
+        keep=options.n_best,
+        attention=options.attention,
+        margin=options.prune_margin,
+    )
+
+
+def _within_memory(work: Callable[[], T], batch: list[_Asked], options: Options) -> T | None:
+    """Return the result of the work, or None if memory does not suffice for a batch of several sentences."""
+    try:
+        with shortage_told(lambda: _described(batch, options), "lower beam_size or max_source_pieces"):
+            return work()
+    except MemoryLimitError:
+        if len(batch) == 1:
+            raise
+    return None
+
+
+def _checked(batch: list[_Asked], found: list[list[Hypothesis]], options: Options) -> list[list[Hypothesis]]:
+    """Return what a search found. CheckpointError if the model's outputs are not finite."""
+    # A sentence has no hypothesis if the outputs for it were never finite.
+    if not all(hypotheses and math.isfinite(hypotheses[0].score) for hypotheses in found):
+        raise CheckpointError(NOT_FINITE)
+    if not options.attention:
+        return found
+    # Remove padding, which depends on the other sentences of the batch.
+    return [
+        [_without_padding(hypothesis, len(each.source) + 1) for hypothesis in hypotheses]
+        for each, hypotheses in zip(batch, found, strict=True)
+    ]
 
 
 def _described(asked: list[_Asked], options: Options) -> str:

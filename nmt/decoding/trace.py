@@ -51,6 +51,10 @@ class Record(NamedTuple):
             if whole is not None:
                 whole[:, : len(part)].index_copy_(0, index_1, part[None])
 
+    def on_host(self) -> "Record":
+        """Return a copy on the host."""
+        return Record(*(None if whole is None else whole.to("cpu", copy=True) for whole in self))  # type: ignore[arg-type]
+
     def part(self, first: int, end: int) -> "Record":
         """Return the record of positions from `first` to before `end`."""
         return Record(*(None if whole is None else whole[first:end] for whole in self))  # type: ignore[arg-type]
@@ -79,7 +83,7 @@ def empty_record(positions: int, log_prob_KB: Tensor, attention_KBS: Tensor | No
 class Stretch(NamedTuple):
     """Consecutive positions with the same sentences in the search."""
 
-    sentences: list[int]  # sentence of each column
+    sentences: list[int]  # sentence of each column; -1 for a column without one
     record: Record
 
 
@@ -142,7 +146,8 @@ def _on_host(stretch: Stretch, num_sentences: int) -> list[_Seen]:
     if not len(stretch.record.token_PCB):
         return []
     column_of = np.full(num_sentences, -1)
-    column_of[stretch.sentences] = np.arange(len(stretch.sentences))
+    real = [(sentence, column) for column, sentence in enumerate(stretch.sentences) if sentence >= 0]
+    column_of[[sentence for sentence, _ in real]] = [column for _, column in real]
     *whole, attention_PKBS = stretch.record
     arrays_P = [tensor.cpu().numpy() for tensor in whole if tensor is not None]
     attentions = [None] * len(arrays_P[0]) if attention_PKBS is None else attention_PKBS.cpu().numpy()

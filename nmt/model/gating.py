@@ -20,10 +20,10 @@ from nmt.model.kernels.gate import (
     MIN_NOISE_STD,
     Choice,
     count_tokens,
-    keep_top_k,
     mark_padding,
     noisy_top_k,
     prob_in_top_k,
+    top_k_gate,
     where_real,
 )
 from nmt.model.routes import grouped_product, sort_rows
@@ -129,13 +129,7 @@ def _with_noise(x_TD: Tensor, w_gate_DE: Tensor, w_noise_DE: Tensor, k: int, rea
 
 def _without_noise(logits_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
     """Return the decisions of softmax(KeepTopK(logits, k)); the load is the count."""
-    num_experts = logits_TE.shape[1]
-    gates_TK, expert_TK = keep_top_k(logits_TE, k)
-    gates_TK = where_real(gates_TK, real_T)
-    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
-    importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, gates_TK).sum(0)
-    expert_TK = mark_padding(expert_TK, num_experts, real_T)
-    count_E = count_tokens(expert_TK, num_experts)
+    gates_TK, expert_TK, importance_E, count_E = top_k_gate(logits_TE, k, real_T)
     return Choice(gates_TK, expert_TK, importance_E, count_E, count_E, logits_TE.new_zeros(()))
 
 

@@ -44,10 +44,11 @@ class DecoderState(NamedTuple):
 
     def take_(self, after: "DecoderState", columns_R: Tensor) -> None:
         """Become these columns of `after`, in place."""
-        for own, new in zip(self._tensors(), after._tensors(), strict=True):
+        for own, new in zip(self.tensors(), after.tensors(), strict=True):
             torch.index_select(new, 0, columns_R, out=own)
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors, in order."""
         query = [] if self.query_RD is None else [self.query_RD]
         return [*(tensor for layer in self.lstm for tensor in layer), *query]
 

@@ -8,9 +8,9 @@ Four pieces of work are recorded for a shape: the sums of a micro-batch's gates,
 first micro-batch of a step, one for those that add to it), and the optimiser's step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -19,12 +19,10 @@ from nmt.batch import Batch
 from nmt.config import Config
 from nmt.device import product_dtype
 from nmt.model.gating import GateSums
+from nmt.model.graph import Graph
 from nmt.model.one_pass import Gates
-from nmt.model.side_by_side import Later
 from nmt.parallel.mesh import World
 from nmt.training.optim import ClippedStep
-
-T = TypeVar("T")
 
 LayerSums = dict[str, GateSums]
 """Sums of each MoE layer over tokens, detached."""
@@ -61,31 +59,6 @@ def can_record(config: Config, world: World) -> bool:
     return world.device.type == "cuda" and world.size == 1 and in_bf16 and not config.model.moe.k_is_average
 
 
-class _Graph(Generic[T]):
-    """A recorded piece of work, whose results are always in the same tensors."""
-
-    def __init__(self, work: Callable[[], T], pool: Any) -> None:
-        self.graph = torch.cuda.CUDAGraph()
-        failure: BaseException | None = None
-        try:
-            # The thread that prepares batches may allocate page-locked memory meanwhile.
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                try:
-                    self.results = work()
-                except BaseException as error:
-                    failure = error
-                    raise
-        except BaseException as error:
-            Later.forget()
-            # The end of a recording that failed may raise an error of its own, which would hide the first.
-            raise failure or error from None
-
-    def replay(self) -> T:
-        """Do the work again."""
-        self.graph.replay()
-        return self.results
-
-
 class Recording:
     """`Steps` for fitted batches of one shape, which replay recordings of the steps of `live`."""
 
@@ -95,12 +68,12 @@ class Recording:
         device = parameters[0].device
         self.batch = micro_batches[0].to(device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.gates: _Graph[LayerSums] | None = None
+        self.gates: Graph[LayerSums] | None = None
         self.joined: LayerSums | None = None
         self.gradients: list[Tensor | None] = []
         """Gradients of the parameters, which all recordings share."""
-        self.learning: dict[bool, _Graph[Learned]] = {}
-        self.step: _Graph[ClippedStep] | None = None
+        self.learning: dict[bool, Graph[Learned]] = {}
+        self.step: Graph[ClippedStep] | None = None
         self._warm_up(device)
 
     def _warm_up(self, device: torch.device) -> None:
@@ -125,7 +98,7 @@ class Recording:
         """Return the sums of each layer over a micro-batch."""
         self.batch.copy_(batch)
         if self.gates is None:
-            self.gates = _Graph(lambda: self.live.gate_sums(self.batch), self.pool)
+            self.gates = Graph(lambda: self.live.gate_sums(self.batch), self.pool)
         return _cloned(self.gates.replay())
 
     def learn(self, batch: Batch, joined: LayerSums | None, more: bool = False) -> Learned:
@@ -139,7 +112,7 @@ class Recording:
         if more not in self.learning:
             fixed = None if joined is None else self.joined
             with self._gradients():
-                self.learning[more] = _Graph(lambda: self.live.learn(self.batch, fixed, more), self.pool)
+                self.learning[more] = Graph(lambda: self.live.learn(self.batch, fixed, more), self.pool)
         learned = self.learning[more].replay()
         return learned._replace(loss=learned.loss.clone(), nll=learned.nll.clone(), sums=_cloned(learned.sums))
 
@@ -147,7 +120,7 @@ class Recording:
         """Take the optimiser's step."""
         if self.step is None:
             with self._gradients():
-                self.step = _Graph(self.live.finish, self.pool)
+                self.step = Graph(self.live.finish, self.pool)
         return ClippedStep(*(figure.clone() for figure in self.step.replay()))
 
     @contextmanager

@@ -47,6 +47,31 @@ def noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | N
     return plain_noisy_top_k(logits_T2E, noise_TE, k, real_T)
 
 
+def top_k_gate(logits_TE: Tensor, k: int, real_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (gates_TK, expert_TK, importance_E, count_E) of `Choice` for softmax(KeepTopK(logits, k)), without noise.
+
+    On a GPU, passes without gradient are fused: plain, the sums take more launches than the experts.
+    """
+    num_experts = logits_TE.shape[1]
+    fits = num_experts <= _MAX_FUSED_EXPERTS and k <= _MAX_FUSED_K and len(logits_TE)
+    if logits_TE.is_cuda and logits_TE.dtype == torch.float32 and fits and not torch.is_grad_enabled():
+        from nmt.model.kernels.gate_triton import fused_top_k_gate
+
+        return fused_top_k_gate(logits_TE.contiguous(), k, real_T)
+    return plain_top_k_gate(logits_TE, k, real_T)
+
+
+def plain_top_k_gate(logits_TE: Tensor, k: int, real_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `top_k_gate` computed with PyTorch operations."""
+    num_experts = logits_TE.shape[1]
+    gates_TK, expert_TK = keep_top_k(logits_TE, k)
+    gates_TK = where_real(gates_TK, real_T)
+    # Scatter, then sum. Adding in place would have a different order on a GPU every time.
+    importance_E = torch.zeros_like(logits_TE).scatter(1, expert_TK, gates_TK).sum(0)
+    expert_TK = mark_padding(expert_TK, num_experts, real_T)
+    return gates_TK, expert_TK, importance_E, count_tokens(expert_TK, num_experts)
+
+
 def plain_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
     """Return `noisy_top_k` computed with PyTorch operations."""
     num_experts = noise_TE.shape[1]

@@ -143,6 +143,47 @@ def _choose(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _keep(  # type: ignore[no-untyped-def]
+    logits, real, gates, expert, sums, num_tokens, num_experts,
+    K: tl.constexpr, SLOTS: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`_choose` without noise and for a pass without gradient."""
+    column = tl.arange(0, BLOCK)[None, :]
+    slot = tl.arange(0, SLOTS)[None, :]
+    inside = column < num_experts
+    importance = tl.zeros([ROWS, BLOCK], tl.float32)
+    count = tl.zeros([ROWS, BLOCK], tl.float32)
+    for start in range(tl.program_id(0) * ROWS, num_tokens, tl.num_programs(0) * ROWS):
+        row, exists, counts = _rows(start, real, num_tokens, PADDED, ROWS)
+        clean = tl.load(logits + row[:, None] * num_experts + column, mask=exists[:, None] & inside)
+        key = _keys(clean, inside)
+        top = tl.zeros([ROWS, SLOTS], tl.float32)
+        at = tl.zeros([ROWS, SLOTS], tl.int32)
+        peak = tl.zeros([ROWS], tl.float32)
+        for j in tl.static_range(K):
+            best = tl.max(key, 1)
+            where = tl.min(tl.where(key == best[:, None], column, BLOCK), 1)
+            x = _flip(best).to(tl.float32, bitcast=True)
+            top = tl.where(slot == j, x[:, None], top)
+            at = tl.where(slot == j, where[:, None], at)
+            if j == 0:
+                peak = x
+            key = tl.where(column == where[:, None], _TAKEN, key)
+        weight = tl.where(slot < K, tl.exp(top - peak[:, None]), 0.0)
+        scale = 1.0 / tl.sum(weight, 1)[:, None]
+        kept = exists[:, None] & (slot < K)
+        tl.store(gates + row[:, None] * K + slot, tl.where(counts[:, None], weight * scale, 0.0), mask=kept)
+        tl.store(expert + row[:, None] * K + slot, tl.where(counts[:, None], at, num_experts).to(tl.int64), mask=kept)
+        selected = counts[:, None] & inside & (key == _TAKEN)
+        importance += tl.where(selected, tl.exp(clean - peak[:, None]) * scale, 0.0)
+        count += tl.where(selected, 1.0, 0.0)
+    number = tl.arange(0, BLOCK)
+    out = sums + tl.program_id(0).to(tl.int64) * 2 * num_experts + number
+    tl.store(out, tl.sum(importance, 0), mask=number < num_experts)
+    tl.store(out + num_experts, tl.sum(count, 0), mask=number < num_experts)
+
+
+@triton.jit
 def _gradient(  # type: ignore[no-untyped-def]
     logits, real, value, drawn, index, gates, grad_gates, grad_importance, grad_load, grad_logits,
     num_tokens, num_experts,
@@ -256,3 +297,18 @@ def fused_noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tens
     gates_TK, expert_TK, importance_E, load_E, count_E, std_E = found
     load_E = load_E if k < noise_TE.shape[1] else count_E
     return Choice(gates_TK, expert_TK, importance_E, load_E, count_E, mean_std(std_E, noise_TE, real_T))
+
+
+def fused_top_k_gate(logits_TE: Tensor, k: int, real_T: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the same as `plain_top_k_gate`, for float32 logits and at least one token."""
+    num_tokens, num_experts = logits_TE.shape
+    programs, tile = _shape(num_tokens, num_experts, logits_TE.device)
+    gates_TK = logits_TE.new_empty(num_tokens, k)
+    expert_TK = torch.empty_like(gates_TK, dtype=torch.int64)
+    sums_M2E = logits_TE.new_empty(programs, 2, num_experts)
+    arguments = (logits_TE, expert_TK if real_T is None else real_T, gates_TK, expert_TK, sums_M2E)
+    sizes = {"K": k, "SLOTS": triton.next_power_of_2(k), "PADDED": real_T is not None} | tile
+    warps = max(1, tile["ROWS"] * tile["BLOCK"] // 256)
+    _keep[(programs,)](*arguments, num_tokens, num_experts, num_warps=warps, **sizes)
+    importance_E, count_E = sums_M2E.sum(0)
+    return gates_TK, expert_TK, importance_E, count_E

@@ -43,8 +43,12 @@ class Best(NamedTuple):
 _MOST_FUSED, _MOST_VOCABULARY = 32, 2**17
 
 
-def best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int) -> Best:
+def best(
+    logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int, bias_V: Tensor | None = None
+) -> Best:
     """Return the `k` largest allowed logits of each row, or as many as there are logits, and the normalisers.
+
+    `bias_V` is added to the logits first.
 
     Subwords `forbidden_F` (int64) are not allowed. `ends_R` (bool) is False for rows that may not end: subword `eos` is
     then not allowed either. This may overwrite the logits of subwords that are not allowed.
@@ -53,8 +57,8 @@ def best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: in
     if logits_RV.is_cuda and real and k <= _MOST_FUSED and logits_RV.shape[1] <= _MOST_VOCABULARY:
         from nmt.model.kernels.top_k_triton import fused_best
 
-        return Best(*fused_best(logits_RV.contiguous(), k, forbidden_F, ends_R, eos))
-    return plain_best(logits_RV, k, forbidden_F, ends_R, eos)
+        return Best(*fused_best(logits_RV.contiguous(), k, forbidden_F, ends_R, eos, bias_V))
+    return plain_best(logits_RV if bias_V is None else logits_RV + bias_V, k, forbidden_F, ends_R, eos)
 
 
 def plain_best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int) -> Best:

@@ -20,7 +20,9 @@ def _blocks(  # type: ignore[no-untyped-def]
     ends,
     maxima,
     sums,
+    bias,
     V,
+    BIASED: tl.constexpr,
     EOS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCKS: tl.constexpr,
@@ -31,6 +33,8 @@ def _blocks(  # type: ignore[no-untyped-def]
     index = block[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
     inside = index < V
     x = tl.load(logits + row * V + index, mask=inside, other=float("-inf")).to(tl.float32)
+    if BIASED:
+        x += tl.load(bias + index, mask=inside, other=0.0)
     most = tl.max(tl.max(x, 1), 0)
     # A part of nothing but minus infinity has no sum.
     shift = tl.where(most == float("-inf"), 0.0, most)
@@ -52,10 +56,12 @@ def _best(  # type: ignore[no-untyped-def]
     values,
     indexes,
     normaliser,
+    bias,
     V,
     parts,
     blocks,
     K: tl.constexpr,
+    BIASED: tl.constexpr,
     EOS: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -85,6 +91,8 @@ def _best(  # type: ignore[no-untyped-def]
     free = tl.load(allowed + index, mask=inside, other=0) != 0
     free = free & ((index != EOS) | (tl.load(ends + row) != 0))
     x = tl.load(logits + row * V + index, mask=free, other=float("-inf")).to(tl.float32)
+    if BIASED:
+        x += tl.load(bias + index, mask=free, other=0.0)
     for k in range(K):
         largest = tl.max(tl.max(tl.where(inside, x, float("-inf")), 1), 0)
         first = tl.min(tl.min(tl.where(inside & (x == largest), index, _NONE), 1), 0)
@@ -94,7 +102,7 @@ def _best(  # type: ignore[no-untyped-def]
 
 
 def fused_best(
-    logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int
+    logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int, bias_V: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same as `plain_best`: (values_RK, indexes_RK, normaliser_R)."""
     rows, vocabulary = logits_RV.shape
@@ -107,21 +115,23 @@ def fused_best(
     indexes_RK = torch.empty(rows, k, dtype=torch.int64, device=logits_RV.device)
     normaliser_R = torch.empty(rows, dtype=torch.float32, device=logits_RV.device)
     given = logits_RV, allowed_V, ends_R, maxima_RN, sums_RP
-    _blocks[(rows, parts)](*given, vocabulary, EOS=eos, WIDTH=_WIDTH, BLOCKS=_BLOCKS, num_warps=4)
+    bias, constants = logits_RV if bias_V is None else bias_V, {"BIASED": bias_V is not None, "EOS": eos}
+    _blocks[(rows, parts)](*given, bias, vocabulary, WIDTH=_WIDTH, BLOCKS=_BLOCKS, num_warps=4, **constants)
     _best[(rows,)](
         *given,
         values_RK,
         indexes_RK,
         normaliser_R,
+        bias,
         vocabulary,
         parts,
         blocks,
         K=k,
-        EOS=eos,
         WIDTH=_WIDTH,
         PARTS=triton.next_power_of_2(parts),
         BLOCKS=triton.next_power_of_2(blocks),
         PLACES=triton.next_power_of_2(k),
         num_warps=4,
+        **constants,
     )
     return values_RK, indexes_RK, normaliser_R

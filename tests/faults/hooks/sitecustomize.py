@@ -262,7 +262,7 @@ def lean(fault: Fault) -> None:
 
     import nmt.model.gating
 
-    plain, noisy = nmt.model.gating.keep_top_k, nmt.model.gating.noisy_top_k
+    plain, noisy = nmt.model.gating.top_k_gate, nmt.model.gating.noisy_top_k
     noted = False
 
     def leaning(logits: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -274,13 +274,13 @@ def lean(fault: Fault) -> None:
         preference = torch.arange(num_experts, 0, -1, dtype=logits.dtype)
         return logits + torch.nn.functional.pad(fault["by"] * preference, (0, logits.shape[-1] - num_experts))
 
-    def keep_top_k(logits: torch.Tensor, k: int) -> object:
-        return plain(leaning(logits, logits.shape[-1]), k)
+    def top_k_gate(logits: torch.Tensor, *rest: Any) -> object:
+        return plain(leaning(logits, logits.shape[-1]), *rest)
 
     def noisy_top_k(logits: torch.Tensor, noise: torch.Tensor, *arguments: Any) -> object:
         return noisy(leaning(logits, noise.shape[-1]), noise, *arguments)
 
-    vars(nmt.model.gating).update(keep_top_k=keep_top_k, noisy_top_k=noisy_top_k)
+    vars(nmt.model.gating).update(top_k_gate=top_k_gate, noisy_top_k=noisy_top_k)
 
 
 KINDS = (in_step, in_validation, before_first_step, slow_steps, in_save, slow_save, full_disk, nan, fingerprints, lean)

@@ -1,0 +1,145 @@
+"""Recorded searches against live ones. A CPU replays a piece of work by doing it again."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from nmt.config import DecodingConfig, ModelConfig
+from nmt.decoding import lanes
+from nmt.decoding.lanes import rounded_count, rounded_length
+from nmt.decoding.searcher import Searcher
+from nmt.decoding.trace import Hypothesis
+from nmt.decoding.translation import Options
+from nmt.model.seq2seq import Seq2Seq
+
+VOCABULARY = 40
+OPTIONS = replace(Options.of(DecodingConfig()), beam_size=3, alpha=0.6, max_length_ratio=1.5, batch_tokens=600)
+CPU = torch.device("cpu")
+
+
+class Again:
+    """A recording that does the work again, and keeps nothing but what the work leaves in its tensors."""
+
+    made = 0
+
+    def __init__(self, work: Callable[[], Any], pool: Any) -> None:
+        type(self).made += 1
+        self.replay = work
+
+
+@pytest.fixture(params=["parallel", "feedback"])
+def model(request: pytest.FixtureRequest, tiny_config: Callable[..., ModelConfig]) -> Seq2Seq:
+    model = Seq2Seq(tiny_config(wiring=request.param), VOCABULARY).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def sources_of(*lengths: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(len(lengths))
+    return [rng.integers(4, VOCABULARY, length) for length in lengths]
+
+
+def recorded(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch) -> Searcher:
+    monkeypatch.setattr(lanes, "Graph", Again)
+    monkeypatch.setattr(lanes, "_LEAST_SENTENCES", 2)
+    Again.made = 0
+    searcher = Searcher([model], CPU, range(3))
+    searcher.records = True
+    return searcher
+
+
+def check_equal(found: list[list[Hypothesis]], expected: list[list[Hypothesis]]) -> None:
+    for ours, theirs in zip(found, expected, strict=True):
+        assert [each.tokens for each in ours] == [each.tokens for each in theirs]
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.finished == other.finished
+            assert one.token_log_probs == pytest.approx(other.token_log_probs, abs=1e-4)
+            assert one.score == pytest.approx(other.score, abs=1e-4)
+            if other.attention_TS is not None:
+                torch.testing.assert_close(torch.tensor(one.attention_TS), torch.tensor(other.attention_TS))
+
+
+@pytest.mark.parametrize("n_best", [1, 3])
+def test_a_recorded_search_is_a_live_one(model: Seq2Seq, n_best: int, monkeypatch: pytest.MonkeyPatch):
+    """Batches of several lanes, lanes that are used again, and lanes that pass on what is left of them."""
+    options = replace(OPTIONS, n_best=n_best, attention=n_best > 1)
+    sources = sources_of(*[3, 9, 30, 1, 8, 8, 7, 2] * 5, 70, 12)
+    searcher = recorded(model, monkeypatch)
+    passed: list[int] = []
+    continue_ = lanes.Search.continue_
+    monkeypatch.setattr(
+        lanes.Search,
+        "continue_",
+        lambda self, other, chosen: passed.append(len(chosen)) or continue_(self, other, chosen),
+    )
+    expected = Searcher([model], CPU, range(3)).search(sources, options)
+    for _ in range(2):
+        check_equal(searcher.search(sources, options), expected)
+    assert passed
+    made = Again.made
+    searcher.search(sources, options)
+    assert Again.made == made
+
+
+def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
+    searcher, live = recorded(model, monkeypatch), Searcher([model], CPU, range(3))
+    sources = sources_of(4, 9, 2)
+    for options in (OPTIONS, replace(OPTIONS, beam_size=1), replace(OPTIONS, alpha=0.0), OPTIONS):
+        check_equal(searcher.search(sources, options), live.search(sources, options))
+
+
+def test_old_lanes_are_given_up(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(lanes, "_MOST_LANES", 2)
+    searcher = recorded(model, monkeypatch)
+    sources = sources_of(4, 19, 2, 41, 60)
+    options = replace(OPTIONS, batch_tokens=16)
+    check_equal(searcher.search(sources, options), Searcher([model], CPU, range(3)).search(sources, options))
+    assert len(searcher._lanes[1].lanes) == 2
+
+
+def test_a_batch_too_large_for_memory_is_halved(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
+    sources = sources_of(*range(1, 12))
+    expected = Searcher([model], CPU, range(3)).search(sources, OPTIONS)
+    searcher, load = recorded(model, monkeypatch), lanes.Lane.load
+
+    def short(lane: lanes.Lane, batch: list[np.ndarray], rules: Any) -> None:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("out of memory")
+        load(lane, batch, rules)
+
+    monkeypatch.setattr(lanes.Lane, "load", short)
+    check_equal(searcher.search(sources, OPTIONS), expected)
+
+
+def test_shapes_are_few_and_hold_what_they_must():
+    lengths = [rounded_length(length) for length in range(1, 1000)]
+    assert all(rounded >= length for length, rounded in enumerate(lengths, start=1))
+    assert len(set(lengths)) < 30
+    assert [rounded_count(count) for count in (1, 2, 3, 4, 5, 64, 65)] == [1, 2, 4, 4, 8, 64, 128]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("experts", [0, 4])
+def test_a_search_on_a_gpu_is_that_on_a_cpu(tiny_config: Callable[..., ModelConfig], experts: int):
+    torch.manual_seed(0)
+    model = Seq2Seq(tiny_config(num_experts=experts), VOCABULARY).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)
+    sources, options = sources_of(*[3, 9, 30, 1, 8, 8, 7, 2] * 9, 70, 12), replace(OPTIONS, n_best=2, attention=True)
+    expected = Searcher([model], CPU, range(3)).search(sources, options)
+    on_gpu = Searcher([model.cuda()], torch.device("cuda"), range(3))
+    assert on_gpu.records
+    found = on_gpu.search(sources, options)
+    again = on_gpu.search(sources, options)
+    check_equal(again, found)
+    same = [ours[0].tokens == theirs[0].tokens for ours, theirs in zip(found, expected, strict=True)]
+    assert sum(same) >= 0.95 * len(same)
+    on_gpu.records = False
+    live = on_gpu.search(sources, options)
+    same = [ours[0].tokens == theirs[0].tokens for ours, theirs in zip(found, live, strict=True)]
+    assert sum(same) >= 0.95 * len(same)
