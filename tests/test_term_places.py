@@ -47,8 +47,10 @@ def test_a_term_of_several_words_replaces_a_run() -> None:
     placed = place("a heat pump is new", "eine warme Pumpe ist neu", {0: 0, 1: 1, 2: 2, 3: 3, 4: 4}, terms)
     assert placed.text == "eine Wärmepumpe ist neu"
     # Its words are far apart, so what is between them belongs to others.
-    placed = place("a heat pump is new", "Pumpe ist neu und warm", {0: 2, 1: 3, 2: 4, 3: 0, 4: 1}, terms)
-    assert placed.text == "Pumpe ist neu und warm"
+    placed = place("a heat pump is new", "pompe qui est à chaleur", {0: 2, 1: 3, 2: 3, 3: 4, 4: 1}, terms)
+    assert placed.text == "Wärmepumpe"
+    placed = place("a heat pump is new", "Pumpe ist neu und auch warm", {0: 2, 1: 3, 2: 4, 3: 0, 5: 1}, terms)
+    assert placed.text == "Pumpe ist neu und auch warm"
     assert placed.flags == (Flag("term", "heat pump: Wärmepumpe is missing"),)
 
 

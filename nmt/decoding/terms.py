@@ -17,7 +17,7 @@ from nmt.text.fields import find_fields
 from nmt.text.terms import Match, Terms, Word, find_terms, missing, occurrences, words
 
 _LEAST = 0.1  # attention of a word that is replaced
-_MOST_ADDED = 1  # words that may be replaced in addition to as many as the source term has
+_WIDEST = 2  # words that are replaced per word of a source term of several words, and one more: "soupe à l'oignon"
 
 
 class Attention(NamedTuple):
@@ -142,7 +142,7 @@ def _span(match: Match, attention: Attention, word_T: np.ndarray, free_W: np.nda
     if not best:
         return None
     first, last = min(best), max(best)
-    wide = last - first + 1 > len(parts) + _MOST_ADDED
+    wide = last - first > _WIDEST * len(parts)
     return None if wide or not free_W[first : last + 1].all() else (first, last)
 
 
