@@ -17,6 +17,7 @@ from nmt.data.subwords import Subwords
 from nmt.decoding.ensemble import mean_log_prob
 from nmt.decoding.loading import load_others
 from nmt.decoding.scoring import score
+from nmt.run import RunDirectory
 from tests.toy import Cli
 
 LINES = ["the small dog", "", "over a green meadow", "this morning and a dog", "a"]
@@ -102,6 +103,15 @@ def test_on_the_command_line(cli: Cli, run: Path, other: Path, both: nmt.Model, 
     for command in (["experts", str(run)], ["export", str(run), str(tmp_path / "new")]):
         cli.refuses(2, *command, setting, says=("takes one model, not an ensemble",))
     assert not (tmp_path / "new").exists()
+
+
+def test_its_perplexity_is_evaluated(cli: Cli, run: Path, other: Path, both: nmt.Model) -> None:
+    assert cli("evaluate", str(run), "--json", f"decoding.ensemble=[{other}]") == 0, cli.err
+    (found,) = (each["score"] for each in json.loads(cli.out) if each["name"] == "perplexity")
+    sources, targets, _ = RunDirectory(run).text("test")
+    scored = both.score(sources, targets)
+    log_probs = [log_prob for each in scored for log_prob in each.log_probs]
+    assert found == pytest.approx(math.exp(-sum(log_probs) / len(log_probs)), rel=1e-5)
 
 
 def test_what_cannot_be_an_ensemble(cli: Cli, run: Path, other: Path, both: nmt.Model, tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def measure(
         min(config.training.batch_tokens, _BATCH_TOKENS),
         World(translator.device),
         options.experts_per_token,
+        translator.models[1:],
     )
     if math.isnan(found.pieces):
         raise CheckpointError("the perplexity is not a number: choose other parameters with decoding.checkpoint=STEP")
