@@ -18,7 +18,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -33,7 +33,8 @@ MANIFEST = "manifest.json"
 EXPORTED_PARAMETERS = "model.safetensors"
 MODEL_CARD = "README.md"
 """Model card of an exported model. It is not in the manifest, so that users can add a licence or notes."""
-EXPORT_FORMAT = 1
+EXPORT_FORMAT, BF16_FORMAT = 1, 2
+"""Formats of exported models: parameters in float32, or those in bf16 that a translation in bf16 has in bf16."""
 _HEADER = "__metadata__"  # a name that no tensor of a safetensors file can have
 _HASH_BLOCK = 1 << 20
 _FOLDER = re.compile(r"step-([0-9]{8,18})")
@@ -115,6 +116,21 @@ class Checkpoint(NamedTuple):
                 return f"{path.relative_to(self.path)} does not belong to it"
         return None
 
+    @property
+    def verifies_experts(self) -> bool:
+        """True if each expert has a hash of its own, so that experts can be verified one by one."""
+        return self.exported and "experts" in self.manifest["files"][EXPORTED_PARAMETERS]
+
+    def verify_experts(self, parameter: str, experts: Iterable[int]) -> str | None:
+        """Return what is wrong with these experts in a parameter of an exported model, or None."""
+        path = self.path / EXPORTED_PARAMETERS
+        hashes = self.manifest["files"][EXPORTED_PARAMETERS]["experts"].get(parameter, [])
+        spans = _equal_parts(_tensor_places(path).get(parameter, (0, 0)), len(hashes))
+        wanted = sorted(experts)
+        if wanted and wanted[-1] >= len(hashes):
+            return f"{MANIFEST} has no hash of expert {wanted[-1]} of {parameter}"
+        return self._first_difference([_Span(path.name, *spans[expert], hashes[expert]) for expert in wanted])
+
     def _first_difference(self, spans: list["_Span"]) -> str | None:
         """Return what is wrong with the first span whose hash differs, or None."""
         hashes = _sha256_of_all([(self.path / span.file, span.first, span.end) for span in spans])
@@ -178,13 +194,23 @@ def _tensor_places(path: Path) -> dict[str, tuple[int, int]]:
         return {}
 
 
+def _equal_parts(place: tuple[int, int], parts: int) -> list[tuple[int, int]]:
+    """Return the spans of `parts` parts of equal size."""
+    first, end = place
+    size = (end - first) // max(parts, 1)
+    return [(first + part * size, first + (part + 1) * size) for part in range(parts)]
+
+
 def step_folder(folder: Path, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
     return folder / f"step-{step:08d}"
 
 
-def seal(folder: Path, facts: dict[str, Any]) -> None:
-    """Write a manifest with `facts` and the hashes of all files in a folder, except the model card; or OSError."""
+def seal(folder: Path, facts: dict[str, Any], experts: Mapping[str, int] | None = None) -> None:
+    """Write a manifest with `facts` and the hashes of all files in a folder, except the model card; or OSError.
+
+    `experts` has the number of experts in each parameter of an exported model that has any; each gets its own hash.
+    """
     found = [path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / MODEL_CARD]
     hashes = _sha256_of_all([(path, 0, path.stat().st_size) for path in found])
     files: dict[str, dict[str, Any]] = {}
@@ -196,6 +222,11 @@ def seal(folder: Path, facts: dict[str, Any]) -> None:
             places |= {_HEADER: _header(path)} if places else {}
             own = _sha256_of_all([(path, *place) for place in places.values()])
             files[name] |= {"tensors": dict(zip(places, own, strict=True))} if places else {}
+            each = {tensor: _equal_parts(places[tensor], count) for tensor, count in (experts or {}).items()}
+            if each:
+                files[name]["experts"] = {
+                    tensor: _sha256_of_all([(path, *span) for span in spans]) for tensor, spans in each.items()
+                }
     manifest = facts | {"torch": torch.__version__, "files": files}
     content = json.dumps(manifest | {"sha256": _manifest_sha256(manifest)}, indent=2)
     (folder / MANIFEST).write_text(content, encoding="utf-8")
@@ -219,7 +250,9 @@ def _read_manifest(path: Path, step: int | None) -> dict[str, Any] | None:
     written = manifest.pop("sha256")
     # A name such as ../secret would make readers read a file elsewhere.
     good = written == _manifest_sha256(manifest) and all(map(is_plain_name, manifest["files"]))
-    good = good and not any(differs(each.get("tensors", {}), {str: str}) for each in manifest["files"].values())
+    for each in manifest["files"].values():
+        good = good and not differs(each.get("tensors", {}), {str: str})
+        good = good and not differs(each.get("experts", {}), {str: [str]})
     return manifest if good and step in (None, manifest["step"]) else None
 
 
@@ -228,10 +261,10 @@ def exported_checkpoint(folder: Path) -> Checkpoint:
     manifest = _read_manifest(folder, None)
     if manifest is None:
         raise CheckpointError(f"{folder} is a damaged export ({MANIFEST} is missing or was changed): copy it again")
-    if manifest.get("format") != EXPORT_FORMAT:
+    if manifest.get("format") not in (EXPORT_FORMAT, BF16_FORMAT):
         raise CheckpointError(
-            f"{folder} has format {manifest.get('format')} of exported models, but this program reads format "
-            f"{EXPORT_FORMAT}: use the version of nmt that wrote it, or export the run again"
+            f"{folder} has format {manifest.get('format')} of exported models, but this program reads formats "
+            f"{EXPORT_FORMAT} and {BF16_FORMAT}: use the version of nmt that wrote it, or export the run again"
         )
     problem = differs(manifest, _EXPORT_MANIFEST)
     if problem or not manifest["steps"]:

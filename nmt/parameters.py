@@ -7,7 +7,7 @@ into memory instead of copied. Writing to it changes the process's own copy of a
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,11 +16,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from nmt.checkpoint import Checkpoint
+from nmt.checkpoint import BF16_FORMAT, Checkpoint
 from nmt.config import ModelConfig
 from nmt.errors import CheckpointError, StorageError
 from nmt.model.assemble import assemble, skeleton
+from nmt.model.experts import Experts
+from nmt.model.names import expert_matrix, is_expert, layer_prefix
 from nmt.model.seq2seq import Seq2Seq
+from nmt.model.working import precise_names
 
 Tensors = dict[str, Tensor]
 Shape = tuple[int, ...]
@@ -92,8 +95,16 @@ def _read(each: Stored, name: str) -> Tensor:
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def check_parameters(checkpoint: Checkpoint, found: Mapping[str, Stored], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise CheckpointError unless the stored tensors are float32 and have exactly these names and shapes."""
+def check_parameters(
+    checkpoint: Checkpoint,
+    found: Mapping[str, Stored],
+    shapes: Mapping[str, Sequence[int]],
+    in_bf16: Collection[str] = (),
+) -> None:
+    """Raise CheckpointError unless the stored tensors have exactly these names and shapes, and the right types.
+
+    The type is bf16 for the names `in_bf16`, and float32 for all others.
+    """
     for name in sorted(shapes.keys() | found.keys()):
         there, here = found.get(name), shapes.get(name)
         if there is None or here is None or there.shape != tuple(here):
@@ -101,9 +112,10 @@ def check_parameters(checkpoint: Checkpoint, found: Mapping[str, Stored], shapes
                 f"{checkpoint.path} does not fit the run's config.yaml (parameter {name}: {_shape(there)} there, "
                 f"{'none' if here is None else list(here)} by config.yaml): one of them was changed"
             )
-        if there.dtype != "F32":
+        dtype = "BF16" if name in in_bf16 else "F32"
+        if there.dtype != dtype:
             raise CheckpointError(
-                f"{checkpoint.path} is damaged (parameter {name} is {there.dtype}, not F32): choose or copy another"
+                f"{checkpoint.path} is damaged (parameter {name} is {there.dtype}, not {dtype}): choose or copy another"
             )
 
 
@@ -129,31 +141,64 @@ def check_vocabulary(checkpoint: Checkpoint, vocabulary: str) -> None:
         )
 
 
-def _check_hashes(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError unless the parameter files are as they were written."""
-    problem = checkpoint.verify("model")
+def _check_hashes(checkpoint: Checkpoint, tensors: Collection[str] | None = None) -> None:
+    """Raise CheckpointError unless the parameter files, or only these tensors in them, are as they were written."""
+    problem = checkpoint.verify("model", tensors)
     if problem:
-        again, other = "copy it again from its source", "choose another with decoding.checkpoint=STEP"
-        raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}")
+        raise CheckpointError(_damage(checkpoint, problem))
 
 
-def read_parameters(checkpoints: Sequence[Checkpoint], shapes: Mapping[str, Sequence[int]], vocabulary: str) -> Tensors:
+def _damage(checkpoint: Checkpoint, problem: str) -> str:
+    again, other = "copy it again from its source", "choose another with decoding.checkpoint=STEP"
+    return f"{checkpoint.path} is damaged ({problem}): {again if checkpoint.exported else other}"
+
+
+class _Waking:
+    """Verifies each expert of an exported model before its first product."""
+
+    def __init__(self, checkpoint: Checkpoint, layer: str, experts: Experts) -> None:
+        self._checkpoint, self._experts = checkpoint, experts
+        self._names = [layer_prefix(layer) + expert_matrix(place) for place in range(len(experts.weights))]
+        self._verified: set[int] = set()
+
+    def __call__(self, woken: Collection[int]) -> None:
+        """Raise CheckpointError if one of the experts `woken` is damaged."""
+        new = [expert for expert in woken if expert not in self._verified]
+        for name, w_EIO in zip(self._names, self._experts.weights, strict=True) if new else ():
+            problem = self._checkpoint.verify_experts(name, new)
+            if problem:
+                raise CheckpointError(_damage(self._checkpoint, problem))
+            for expert in new:
+                check_finite(self._checkpoint, name, w_EIO[expert].detach())
+        self._verified.update(new)
+
+
+def read_parameters(
+    checkpoints: Sequence[Checkpoint],
+    shapes: Mapping[str, Sequence[int]],
+    vocabulary: str,
+    in_bf16: Collection[str] = (),
+    asleep: Collection[str] = (),
+) -> Tensors:
     """Return the mean of the parameters of checkpoints, verified against their hashes, `shapes` and `vocabulary`.
 
-    CheckpointError if one is damaged or does not fit. Shapes are compared before any number is read.
+    `in_bf16` is as for `check_parameters`. Tensors `asleep` are mapped, but neither verified nor read. CheckpointError
+    if a checkpoint is damaged or does not fit. Shapes are compared before any number is read.
     """
     stores = []
     for checkpoint in checkpoints:
         check_vocabulary(checkpoint, vocabulary)
         try:
             stores.append(stored(checkpoint.parameters))
-            check_parameters(checkpoint, stores[-1], shapes)
+            check_parameters(checkpoint, stores[-1], shapes, in_bf16)
         except CheckpointError:
             _check_hashes(checkpoint)  # damage is the better explanation
             raise
+    awake = shapes.keys() - set(asleep)
     for checkpoint in checkpoints:
-        _check_hashes(checkpoint)
-    return {name: _mean(checkpoints, [store[name] for store in stores], name) for name in shapes}
+        _check_hashes(checkpoint, awake if asleep else None)
+    tensors = {name: _mean(checkpoints, [store[name] for store in stores], name) for name in awake}
+    return tensors | {name: _read(stores[0][name], name) for name in asleep}
 
 
 def _mean(checkpoints: Sequence[Checkpoint], stores: Sequence[Stored], name: str) -> Tensor:
@@ -167,14 +212,35 @@ def _mean(checkpoints: Sequence[Checkpoint], stores: Sequence[Stored], name: str
     return mean
 
 
-def read_model(checkpoints: Sequence[Checkpoint], config: ModelConfig, vocab_size: int, vocabulary: str) -> Seq2Seq:
+def read_model(
+    checkpoints: Sequence[Checkpoint],
+    config: ModelConfig,
+    vocab_size: int,
+    vocabulary: str,
+    in_place: Collection[str] = (),
+) -> Seq2Seq:
     """Return the network with the mean of the parameters of checkpoints, on the CPU, in evaluation mode.
 
-    Draws no random numbers and copies no files. CheckpointError as for `read_parameters`.
+    The caller uses experts that are stored in a type `in_place` (F32, BF16) where they are, so that not all of them
+    need to be read. If the checkpoint is an exported model with a hash for each expert, these are verified when they
+    are first used, which may then raise CheckpointError.
+
+    Draws no random numbers and copies no files. CheckpointError if one is damaged or does not fit. Shapes are compared
+    before any number is read.
     """
-    network = _skeleton_within(checkpoints[0], config, vocab_size)
+    first = checkpoints[0]
+    network = _skeleton_within(first, config, vocab_size)
     shapes = {name: parameter.shape for name, parameter in network.named_parameters()}
-    return assemble(config, vocab_size, read_parameters(checkpoints, shapes, vocabulary))
+    narrow = first.manifest.get("format") == BF16_FORMAT
+    in_bf16 = shapes.keys() - precise_names(network) if narrow else set()
+    lazily = len(checkpoints) == 1 and first.verifies_experts and ("BF16" if narrow else "F32") in in_place
+    asleep = [name for name in shapes if lazily and is_expert(name)]
+    tensors = read_parameters(checkpoints, shapes, vocabulary, in_bf16, asleep)
+    model = assemble(config, vocab_size, tensors)
+    if asleep:
+        for layer, moe in model.moe_layers().items():
+            moe.experts.when_woken = _Waking(first, layer, moe.experts)
+    return model
 
 
 def _skeleton_within(checkpoint: Checkpoint, config: ModelConfig, vocab_size: int) -> Seq2Seq:

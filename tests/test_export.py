@@ -293,8 +293,34 @@ def test_parameters_that_the_manifest_does_not_list_are_not_read(cli: Cli, expor
 def test_a_folder_of_another_format(cli: Cli, exported: Path) -> None:
     manifest = manifest_of(exported)
     del manifest["files"], manifest["sha256"]
-    seal(exported, manifest | {"format": 2})
-    cli.refuses(4, "cost", str(exported), says=("format 2", "reads format 1"))
+    seal(exported, manifest | {"format": 3})
+    cli.refuses(4, "cost", str(exported), says=("format 3", "reads formats 1 and 2"))
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_an_export_in_bf16_translates_as_the_run_does_in_bf16(
+    cli: Cli, run: Path, tmp_path: Path, exported: Path, precision: str
+) -> None:
+    assert cli("export", "--bf16", str(run), str(tmp_path / "half")) == 0, cli.err
+    sizes = [(folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", exported)]
+    assert sizes[0] < 0.8 * sizes[1]
+    card = " ".join((tmp_path / "half" / "README.md").read_text().split())
+    assert "in bf16 or, where precision counts, float32" in card
+    ours = translator(tmp_path / "half", f"decoding.precision={precision}")
+    theirs = translator(run, "decoding.precision=bf16")
+    mine, other = (dict(each.model.named_parameters()) for each in (ours, theirs))
+    for name, parameter in other.items():
+        assert torch.equal(mine[name].to(parameter.dtype), parameter), name
+        # Products in float32 have their weights in it, except experts: those are cast when they are needed.
+        if precision == "bf16" or "experts" in name:
+            assert mine[name].dtype == parameter.dtype, name
+        else:
+            assert mine[name].dtype == torch.float32, name
+    sources = RunDirectory(run).text("test")[0]
+    if precision == "bf16":
+        assert ours.translate(sources) == theirs.translate(sources)
+    else:
+        assert len(ours.translate(sources)) == len(sources)
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -6,15 +6,18 @@ import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import torch
 import yaml
 
-from nmt.checkpoint import EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
+from nmt.checkpoint import BF16_FORMAT, EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
 from nmt.commands import Parser, say, show
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.loading import Loaded, load_model
 from nmt.errors import StorageError, UserError
 from nmt.files import folder_atomically, read_json
 from nmt.lock import Held, locked
+from nmt.model.names import is_expert
+from nmt.model.working import WorkingWeights
 from nmt.pages.card import CardFacts, SetScores, model_card, own_sets
 from nmt.parameters import write_parameters
 from nmt.run import RunDirectory
@@ -45,6 +48,12 @@ def parser() -> Parser:
         "  nmt translate exports/demo input.en -o output.de",
     )
     parser.add_argument("folder", metavar="DIR", help="the folder to write: new, or empty")
+    parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="write in bf16 what a translation with decoding.precision=bf16 has in bf16: half the size, and experts\n"
+        "are read only when a token needs them",
+    )
     return parser
 
 
@@ -61,11 +70,12 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         {checkpoint.step: checkpoint.score for checkpoint in loaded.checkpoints},
         _reports(run),
         parameter_bytes=0,
+        bf16=options.bf16,
     )
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
         with locked(final.with_name(f".{final.name}.lock")), folder_atomically(final) as folder:
-            size = _write(folder, run, loaded, facts)
+            size = _write(folder, run, loaded, facts, BF16_FORMAT if options.bf16 else EXPORT_FORMAT)
     except Held as holder:
         raise UserError(f"{options.folder} is being written by {holder}: wait for it, or name another folder") from None
     except OSError as error:
@@ -140,10 +150,12 @@ def _reports(run: RunDirectory) -> list[SetScores]:
     return found
 
 
-def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) -> int:
-    """Write all files, the manifest last, and return the size of the parameters in bytes."""
+def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts, number: int) -> int:
+    """Write all files in format `number`, the manifest last, and return the size of the parameters in bytes."""
     parameters = folder / EXPORTED_PARAMETERS
-    write_parameters(loaded.model, parameters)
+    dtype = torch.bfloat16 if number == BF16_FORMAT else torch.float32
+    model = WorkingWeights(loaded.model, torch.device("cpu"), dtype).model
+    write_parameters(model, parameters)
     size = parameters.stat().st_size
     copy = RunDirectory(folder)
     text = yaml.safe_dump(facts.config.to_dict(), sort_keys=False, allow_unicode=True)
@@ -155,7 +167,7 @@ def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) ->
     (folder / MODEL_CARD).write_text(model_card(replace(facts, parameter_bytes=size)), encoding="utf-8")
     scores = list(facts.validations.values())
     manifest = {
-        "format": EXPORT_FORMAT,
+        "format": number,
         "step": max(loaded.steps),
         "steps": loaded.steps,
         # Lower is better: perplexity, or negative BLEU (training.best_by). A mean of several steps has no score.
@@ -164,5 +176,5 @@ def _write(folder: Path, run: RunDirectory, loaded: Loaded, facts: CardFacts) ->
         "vocabulary": facts.vocabulary,
         "scores": [asdict(each) for each in own_sets(facts)],
     }
-    seal(folder, manifest)
+    seal(folder, manifest, {name: len(each) for name, each in model.named_parameters() if is_expert(name)})
     return size

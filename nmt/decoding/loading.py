@@ -1,6 +1,6 @@
 """Load the model and the vocabulary of a run or an exported model."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -50,16 +50,18 @@ class Loaded(NamedTuple):
         return [step for checkpoint in self.checkpoints for step in checkpoint.steps]
 
 
-def load_model(run: RunDirectory, config: Config) -> Loaded:
+def load_model(run: RunDirectory, config: Config, in_place: Collection[str] = ()) -> Loaded:
     """Return the model of a run, with the checkpoint of `config.decoding`, or an exported model.
 
-    CheckpointError if the run, its checkpoint or its vocabulary is missing or damaged, or if they do not fit together.
+    `in_place` is as for `read_model`. CheckpointError if the run, its checkpoint or its vocabulary is missing or
+    damaged, or if they do not fit together.
     """
     subwords = load_vocabulary(run)
     chosen = run.chosen(config.decoding)
     while True:
         try:
-            return Loaded(read_model(chosen, config.model, subwords.size, subwords.fingerprint), subwords, chosen)
+            model = read_model(chosen, config.model, subwords.size, subwords.fingerprint, in_place)
+            return Loaded(model, subwords, chosen)
         except CheckpointError:
             # If the run is being trained, newer checkpoints may have replaced the selected ones: select again.
             listed, chosen = chosen, run.chosen(config.decoding)
@@ -83,11 +85,14 @@ def others_of(decoding: DecodingConfig) -> list[tuple[RunDirectory, Config]]:
     return found
 
 
-def load_others(subwords: Subwords, decoding: DecodingConfig) -> list[Loaded]:
-    """Return the other models of an ensemble. CheckpointError also if one has another vocabulary than `subwords`."""
+def load_others(subwords: Subwords, decoding: DecodingConfig, in_place: Collection[str] = ()) -> list[Loaded]:
+    """Return the other models of an ensemble, as `load_model` does.
+
+    CheckpointError also if one has another vocabulary than `subwords`.
+    """
     found = []
     for run, config in others_of(decoding):
-        loaded = load_model(run, config)
+        loaded = load_model(run, config, in_place)
         if loaded.subwords.fingerprint != subwords.fingerprint:
             raise CheckpointError(
                 f"decoding.ensemble: {run.path} has another vocabulary than the model that it should join; name runs "

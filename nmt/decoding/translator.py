@@ -27,7 +27,7 @@ from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, search_dtype, set_float32_products
 from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
-from nmt.model.working import WorkingWeights, with_packed_weights
+from nmt.model.working import WorkingWeights, types_in_place, with_packed_weights
 from nmt.run import RunDirectory
 from nmt.text.checks import check, in_order
 from nmt.text.segment import join_at, split
@@ -125,8 +125,10 @@ class Translator:
         """
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
-        loaded = load_model(run, config)
-        others = [each.model for each in load_others(loaded.subwords, config.decoding)]
+        # What a GPU or another precision needs a copy of is read at once.
+        in_place = () if device.type != "cpu" else types_in_place(search_dtype(device, config.decoding))
+        loaded = load_model(run, config, in_place)
+        others = [each.model for each in load_others(loaded.subwords, config.decoding, in_place)]
         corpus = run.corpus_info()
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
         language = config.corpus.source_language

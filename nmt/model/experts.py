@@ -8,7 +8,7 @@ Letters: T tokens, K slots per token, S = T * K slots, R routed rows (full slots
 D width, I and O inputs and outputs of one layer of an expert.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from itertools import pairwise
 from typing import NamedTuple, Protocol
 
@@ -47,6 +47,8 @@ class Experts(nn.Module):
         held = num_experts // share.size
         self.first = share.rank * held
         """Number of this share's first expert."""
+        self.when_woken: Callable[[Collection[int]], None] | None = None
+        """Called before products on a CPU with the experts that have rows, if their weights must be verified first."""
         self.weights = nn.ParameterList(torch.empty(held, inputs, outputs) for inputs, outputs in pairwise(sizes))
 
     def forward(self, rows_MD: Tensor, ends_E: Tensor, route: Route | None = None) -> Tensor:
@@ -57,6 +59,8 @@ class Experts(nn.Module):
         """
         num_rows, last = len(route.token_R if route else rows_MD), len(self.weights) - 1
         groups = group_rows(ends_E, num_rows, rows_MD.dtype)
+        if self.when_woken:
+            self.when_woken(groups.sizes)
         rows_RD: Tensor = rows_MD.contiguous()
         for layer, w_EIO in enumerate(self.weights):
             rows_RD = grouped_product(rows_RD, w_EIO, groups, None if layer else route, layer < last, layer > 0)

@@ -71,13 +71,13 @@ class _GroupedProduct(Function):
     ) -> Tensor:
         ctx.save_for_backward(rows_MI, w_EIO, *(route or ()))
         ctx.groups, ctx.follows_relu = groups, follows_relu
-        return grouped_matmul(rows_MI, w_EIO.to(rows_MI.dtype), groups, route.token_R if route else None, relu)
+        return grouped_matmul(rows_MI, w_EIO, groups, route.token_R if route else None, relu)
 
     @staticmethod
     def backward(ctx: Any, grad_RO: Tensor) -> tuple[Tensor | None, ...]:
         rows_MI, w_EIO, *saved = ctx.saved_tensors
         grad_RO, groups, route = grad_RO.contiguous(), ctx.groups, Route(*saved) if saved else None
-        w_EOI = w_EIO.to(grad_RO.dtype).transpose(1, 2)
+        w_EOI = w_EIO.transpose(1, 2)
         grad_MI = grouped_matmul(grad_RO, w_EOI, groups, relu_output_RO=rows_MI if ctx.follows_relu else None)
         if route:
             grad_MI = sum_rows(grad_MI, route.row_R, route.begin_T)

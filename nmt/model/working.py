@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from nmt.model.assemble import assemble
 from nmt.model.attention import Attention
 from nmt.model.gating import Gate
-from nmt.model.kernels.packed import PackedLSTM, PackedWeight
+from nmt.model.kernels.packed import PackedLinear, PackedLSTM, PackedWeight
 from nmt.model.lstm import LSTM
+from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 
 
@@ -36,27 +37,48 @@ class WorkingWeights:
 def _in_precision(model: Seq2Seq, device: torch.device, dtype: torch.dtype) -> Seq2Seq:
     """Return the model on `device`, with products in `dtype` outside autocast, for passes without gradient.
 
-    For float32, this is `model` itself, moved. For bf16, it is a copy in evaluation mode that computes the same as
-    `model` under autocast. The copy has each weight in the type of its products, so that no pass casts any.
-    Three kinds of weights stay float32: those used element by element (embeddings, the attention's vectors), the gates,
-    and on a CPU the softmax layer. A CPU has no product of bf16 inputs with float32 results. A model in bf16 is not
-    copied again.
+    If its weights have the right types, this is `model` itself, moved. Else it is a copy in evaluation mode. For bf16,
+    the copy computes the same as `model` under autocast, and has each weight in the type of its products, so that no
+    pass casts any. `precise_names` stay float32. On a GPU the softmax layer does not: a CPU has no product of bf16
+    inputs with float32 results. Experts in bf16 stay as they are on a CPU: products in float32 cast the few that have
+    rows, and there may be thousands of others that need not even be read.
     """
-    if dtype == torch.float32 or model.dtype == dtype:
+    on_gpu, precise = device.type == "cuda", precise_names(model)
+    types = {}
+    for name, parameter in model.named_parameters():
+        in_place = name in precise or (is_expert(name) and not on_gpu and parameter.dtype == torch.bfloat16)
+        widened = dtype == torch.float32 and parameter.dtype != torch.bfloat16
+        types[name] = parameter.dtype if in_place or widened else dtype
+    softmax = model.output.weight
+    softmax_type = dtype if on_gpu and dtype == torch.bfloat16 else softmax.dtype
+    same = all(parameter.dtype == types[name] for name, parameter in model.named_parameters())
+    if same and softmax.dtype == softmax_type:
         return model.to(device)
+    tensors = {name: parameter.detach().to(device, types[name]) for name, parameter in model.named_parameters()}
+    if softmax.dtype != softmax_type:
+        tensors["output.weight"] = softmax.detach().to(device, softmax_type)
+    return _sharing(model, tensors)
+
+
+def types_in_place(dtype: torch.dtype) -> tuple[str, ...]:
+    """Return the stored types (F32, BF16) of experts that a CPU uses without a copy for products in `dtype`."""
+    return ("F32", "BF16") if dtype == torch.float32 else ("BF16",)
+
+
+def precise_names(model: Seq2Seq) -> set[str]:
+    """Return the names of parameters that stay float32 in a model in bf16.
+
+    These are weights used element by element (embeddings, the attention's vectors), the gates and the softmax layer.
+    """
     precise = {
         id(parameter)
         for module in model.modules()
         if isinstance(module, Gate | Attention | nn.Embedding)
         for parameter in module.parameters(recurse=False)
     }
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        kept = id(parameter) in precise or name.startswith("output.")
-        tensors[name] = parameter.detach().to(device, parameter.dtype if kept else dtype)
-    if device.type == "cuda":
-        tensors["output.weight"] = model.output.weight.detach().to(device, dtype)
-    return _sharing(model, tensors)
+    return {
+        name for name, parameter in model.named_parameters() if id(parameter) in precise or name.startswith("output.")
+    }
 
 
 def with_packed_weights(model: Seq2Seq, dtype: torch.dtype) -> Seq2Seq:
@@ -69,6 +91,12 @@ def with_packed_weights(model: Seq2Seq, dtype: torch.dtype) -> Seq2Seq:
         if isinstance(module, LSTM):
             module.packed = PackedLSTM(module.weights(), dtype)
     packed.packed_output = PackedWeight(packed.output.weight, packed.output.bias, dtype)
+    if dtype == torch.int8:
+        # The products of every position; a linear layer in bf16 is as fast by itself.
+        decoder = packed.decoder
+        decoder.attention.query = PackedLinear(decoder.attention.query, dtype)  # type: ignore[assignment]
+        if decoder.attention_config.projects_context:
+            decoder.context = PackedLinear(decoder.context, dtype)  # type: ignore[assignment]
     return packed
 
 
@@ -76,5 +104,6 @@ def _sharing(model: Seq2Seq, tensors: dict[str, Tensor]) -> Seq2Seq:
     """Return a model with these parameters, and otherwise like `model`."""
     copy = assemble(model.config, model.output.out_features, tensors, model.share)
     for layer, moe in copy.moe_layers().items():
-        moe.dispatcher = model.moe_layers()[layer].dispatcher
+        original = model.moe_layers()[layer]
+        moe.dispatcher, moe.experts.when_woken = original.dispatcher, original.experts.when_woken
     return copy

@@ -56,13 +56,15 @@ class CardFacts:
     """Scores of the run's own sets, also those of other parameters."""
     parameter_bytes: int
     """Size of model.safetensors."""
+    bf16: bool = False
+    """True if it has in bf16 what a translation in bf16 has in bf16."""
 
 
 def model_card(facts: CardFacts) -> str:
     """Return the card as Markdown."""
     cost = model_cost(facts.config.model, facts.corpus["vocabulary_size"])
     sections = {
-        "Use": _use(facts.config),
+        "Use": _use(facts),
         "Network": _network(facts.config.model),
         "Training data": _data(facts),
         "Scores": _scores(facts),
@@ -104,8 +106,8 @@ def _origin(facts: CardFacts) -> str:
     return f"those after step {steps[0]:,} of run {run}, which was configured for {planned:,} steps"
 
 
-def _use(config: Config) -> Iterator[str]:
-    decoding = config.decoding
+def _use(facts: CardFacts) -> Iterator[str]:
+    config, decoding = facts.config, facts.config.decoding
     active = f", and activates {counted(decoding.experts_per_token, 'expert')} per token"
     yield "    nmt translate DIR input -o output"
     yield "    nmt evaluate DIR --source F --reference F"
@@ -121,7 +123,8 @@ def _use(config: Config) -> Iterator[str]:
     )
     yield ""
     yield (
-        "No file here is pickled or executed. `model.safetensors` has every parameter once, in float32. "
+        "No file here is pickled or executed. `model.safetensors` has every parameter once, in "
+        f"{'bf16 or, where precision counts, float32' if facts.bf16 else 'float32'}. "
         "`manifest.json` has the size and sha256 of all other files except this card; `nmt` rejects a file that "
         "differs. You may change this card: add a licence, or anything else that users of the model must know."
     )

@@ -56,11 +56,12 @@ def grouped_matmul(
 
     Row r is a[token[r]], or a[r] without `token_R` (int64). With `relu`, negative results become 0. So do results where
     `relu_output_RO` is not positive: the backward pass of the ReLU that computed it. `w_EIO` may be a transposed view.
+    It may have another type than the rows: then it is cast, by the plain form only for experts that have rows.
     """
     if groups.tiles_N2 is not None:
         from nmt.model.kernels.experts_triton import fused_matmul
 
-        return fused_matmul(a_MI, w_EIO, groups, token_R, relu, relu_output_RO)
+        return fused_matmul(a_MI, w_EIO.to(a_MI.dtype), groups, token_R, relu, relu_output_RO)
     return plain_matmul(a_MI, w_EIO, groups, token_R, relu, relu_output_RO)
 
 
@@ -76,14 +77,15 @@ def plain_matmul(
     out_RO = a_MI.new_empty(groups.num_rows, w_EIO.shape[2])
     *outs_RO, rest_RO = _by_expert(out_RO, groups)
     rest_RO.zero_()
-    rows_RI, weights_IO = _by_expert(a_MI if token_R is None else token_R, groups), w_EIO.unbind()
+    rows_RI = _by_expert(a_MI if token_R is None else token_R, groups)
     masks_RO = None if relu_output_RO is None else _by_expert(relu_output_RO, groups)
-    matrices_IO = [weights_IO[expert] for expert in groups.sizes]
+    # Only of these experts: the weights of others may not even be in memory.
+    matrices_IO = [w_EIO[expert] for expert in groups.sizes]
 
     def multiply(share: slice) -> None:
         for place in range(share.start, share.stop):
             a_RI = rows_RI[place] if token_R is None else a_MI.index_select(0, rows_RI[place])
-            part_RO = torch.mm(a_RI, matrices_IO[place], out=outs_RO[place])
+            part_RO = torch.mm(a_RI, matrices_IO[place].to(a_RI.dtype), out=outs_RO[place])
             if relu:
                 part_RO.relu_()
             if masks_RO:

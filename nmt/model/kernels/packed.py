@@ -14,7 +14,7 @@ Letters: R rows, I inputs, O outputs; N rows of a packed batch, B sentences, D i
 import warnings
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nmt.batch import Rows
 from nmt.model.kernels.lstm_cell import cell_step
@@ -78,6 +78,19 @@ def _quantised(weight_OI: Tensor, bias_O: Tensor | None) -> torch.ScriptObject:
         return packed
     finally:
         torch.backends.quantized.engine = before
+
+
+class PackedLinear(nn.Module):
+    """A linear layer that computes with packed weights, and has its parameters for those who ask for them."""
+
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.weight, self.bias = linear.weight, linear.bias
+        self._packed = PackedWeight(linear.weight, linear.bias, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x W^T + b, (..., I) -> (..., O)."""
+        return self._packed.product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
 
 
 class PackedLSTM:
