@@ -100,18 +100,19 @@ def test_a_result_has_the_documented_fields() -> None:
         "ein Hund", -0.12345678, True, ("▁ein", "</s>"), (-0.1000000004, 0.0), None, ((0, 1),), ((0, 1, 0.5),)
     )
     translation = Translation("ein Hund", -0.12345678, hypotheses=(best, best), flags=(Flag("end", "? became ."),))
-    everything = translation.to_dict(hypotheses=True, pieces=True, alignments=True)
+    everything = translation.to_dict(hypotheses=True, pieces=True, words=True, alignments=True)
     assert everything.keys() <= RESULT_FIELDS.keys()
     assert RESULT_FIELDS.keys() - everything.keys() == set()
     assert everything["score"] == -0.123457
     assert everything["log_probs"] == [-0.1, 0.0]
+    assert everything["words"] == [["ein", -0.1], ["</s>", 0.0]]
     assert (everything["alignment"], everything["soft_alignment"]) == ([[0, 1]], [[0, 1, 0.5]])
     assert everything["flags"] == [{"kind": "end", "detail": "? became ."}]
     assert [each.keys() <= everything.keys() for each in everything["hypotheses"]] == [True, True]
     assert json.loads(json.dumps(everything)) == everything
-    on_request = {"hypotheses", "pieces", "log_probs", "alignment", "soft_alignment"}
+    on_request = {"hypotheses", "pieces", "log_probs", "words", "alignment", "soft_alignment"}
     assert translation.to_dict().keys() == everything.keys() - on_request
-    untouched = Translation("-").to_dict(hypotheses=True, pieces=True, alignments=True)
+    untouched = Translation("-").to_dict(hypotheses=True, pieces=True, words=True, alignments=True)
     assert untouched.keys() == everything.keys()
     assert (untouched["parts"], untouched["pieces"], untouched["hypotheses"]) == (0, [], [])
 
@@ -178,7 +179,7 @@ def test_mistakes_in_json_lines_are_told(run: Path, tmp_path: Path, cli: Cli) ->
     cli.refuses(3, *command, "--strict", says=("line 2 has halves of characters",))
     broken.write_text('{"text": "%s"}\n' % ("a" * 5_000_000))
     cli.refuses(3, *command, says=("line 1 has more than 4,194,304 bytes",))
-    for option in (("--n-best", "2"), ("--pieces",)):
-        cli.refuses(2, "translate", str(run), str(broken), *option, says=("need JSON Lines", ".jsonl"))
+    for option in ("--pieces", "--words", "--soft-alignments"):
+        cli.refuses(2, "translate", str(run), str(broken), option, says=(f"{option} needs JSON Lines", ".jsonl"))
     cli.refuses(2, *command, "--n-best", "9", says=("n_best=9", "beam_size"))
     cli.refuses(2, *command, "--n-best", "0", says=("n_best=0",))

@@ -13,7 +13,7 @@ from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.halt import Halt, Sink, Source
-from nmt.streams.lines import open_input
+from nmt.streams.lines import open_input, shown
 from nmt.streams.output import open_output
 from nmt.streams.pairs import pair_windows, score_stream
 from nmt.streams.records import has_records
@@ -73,7 +73,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     ):
         translator = Translator.load(run, config)
         readers = [
-            TextReader(Source(stream, halt), "standard input" if path == "-" else path, strict=options.strict)
+            TextReader(Source(stream, halt), shown(path), strict=options.strict)
             for stream, path in ((source, options.source), (target, options.target))
         ]
         sink = Sink(output.stream, halt) if output.live else output.stream

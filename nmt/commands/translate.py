@@ -26,7 +26,18 @@ from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.alignments import AlignmentLines
 from nmt.streams.halt import Halt, Sink, Source
-from nmt.streams.lines import Piece, Window, open_input, read_lines, read_records, read_whole_lines, windows
+from nmt.streams.lines import (
+    Piece,
+    Window,
+    open_input,
+    read_lines,
+    read_records,
+    read_whole_lines,
+    shown,
+    windows,
+    with_prefixes,
+)
+from nmt.streams.nbest import NumberedLines
 from nmt.streams.output import Output, open_output
 from nmt.streams.records import has_records, record_line
 from nmt.streams.translating import JoinedLines, translate_stream
@@ -85,11 +96,29 @@ def parser() -> Parser:
         help='input and output are JSON Lines: an object per line, whose "text" is translated (default: those whose '
         "names end in .jsonl)",
     )
+    _add_results(parser)
+    return parser
+
+
+def _add_results(parser: Parser) -> None:
+    """Add the options on more results, and on text that translations must have."""
     parser.add_argument(
-        "--n-best", type=int, default=1, metavar="N", help="in JSON Lines: the N best translations of each line"
+        "--n-best",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the N best translations of each line, or N draws; in plain text, a line each: number ||| text ||| score",
     )
     parser.add_argument(
         "--pieces", action="store_true", help="in JSON Lines: subwords of translations with their log-probabilities"
+    )
+    parser.add_argument(
+        "--words", action="store_true", help="in JSON Lines: words of translations with their log-probabilities"
+    )
+    parser.add_argument(
+        "--prefixes",
+        metavar="FILE",
+        help="begin the translation of each line with a line of FILE; a blank one leaves it free",
     )
     parser.add_argument(
         "--alignments",
@@ -107,7 +136,6 @@ def parser() -> Parser:
         metavar="FILE",
         help="required translations of terms: a .tsv or .csv file of source terms and translations, or a .tbx file",
     )
-    return parser
 
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
@@ -118,7 +146,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     with (
         Halt() as halt,
         open_input(options.input) as source,
-        open_output(options.output, source, resume=options.resume) as output,
+        open_input(_prefixes(options)) as prefixes,
+        open_output(options.output, source, prefixes, resume=options.resume) as output,
         _second_output(options, source) as pairs,
     ):
         translator = Translator.load(run, config)
@@ -126,6 +155,9 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs, alignments=aligned)
         read = Source(source, halt)
         reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
+        if options.prefixes:
+            begun = TextReader(Source(prefixes, halt), shown(options.prefixes), strict=options.strict)
+            blocks = with_prefixes(blocks, reader, begun)
         if output.partial:
             output.partial.begin(_made_by(options, run, config, translator))
             blocks = output.partial.rest(blocks)
@@ -192,6 +224,17 @@ def _second_output(options: argparse.Namespace, source: BinaryIO) -> Iterator[Ou
         yield output
 
 
+def _prefixes(options: argparse.Namespace) -> str:
+    """Return the file of `--prefixes`, or an empty one."""
+    if options.prefixes is None:
+        return os.devnull
+    if _in_records(options):
+        raise UserError('--prefixes is for plain text: objects of JSON Lines have a field "prefix"')
+    if options.prefixes == options.input:
+        raise UserError(f"--prefixes {options.prefixes} is the input: name another file")
+    return str(options.prefixes)
+
+
 def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:
     """Return what decides the text of translations: a file is resumed only if all of it is the same."""
     models = [(run, config), *others_of(config.decoding)]
@@ -215,8 +258,12 @@ def _reading(
     """Return the function that reads the input, whose language is `language`."""
     if _in_records(options):
         return read_records
-    # A line of JSON Lines has all of its text.
-    return read_whole_lines if has_records(options.output) else partial(read_lines, language=language)
+    # A line of JSON Lines has all of its text, and so has each of several translations.
+    return (
+        read_whole_lines
+        if has_records(options.output) or options.n_best > 1
+        else partial(read_lines, language=language)
+    )
 
 
 def _form(options: argparse.Namespace) -> Callable[[Piece, Translation], str] | None:
@@ -225,12 +272,21 @@ def _form(options: argparse.Namespace) -> Callable[[Piece, Translation], str] | 
         return lambda piece, found: record_line(
             piece.record,
             piece.text,
-            found.to_dict(hypotheses=options.n_best > 1, pieces=options.pieces, alignments=options.soft_alignments),
+            found.to_dict(
+                hypotheses=options.n_best > 1,
+                pieces=options.pieces,
+                words=options.words,
+                alignments=options.soft_alignments,
+            ),
         )
-    if options.n_best > 1 or options.pieces or options.soft_alignments:
-        raise UserError(
-            "--n-best, --pieces and --soft-alignments need JSON Lines: name the output .jsonl, or give --jsonl"
-        )
+    for name in ("pieces", "words", "soft_alignments"):
+        if vars(options)[name]:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{option} needs JSON Lines: name the output .jsonl, or give --jsonl")
+    if options.n_best > 1:
+        if options.resume:
+            raise UserError("--resume with --n-best needs JSON Lines: name the output .jsonl")
+        return NumberedLines()
     # The text of a record may have line breaks.
     return (lambda _piece, found: one_line(found.text)) if has_records(options.input) else None
 

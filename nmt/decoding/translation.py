@@ -84,11 +84,13 @@ RESULT_FIELDS = {
     "flags": "what to check: a list of objects with `kind` and `detail`",
     "pieces": "subwords of the translation, with `</s>` at each end that the model chose (on request)",
     "log_probs": "log-probability of each of `pieces`, in nats (on request)",
+    "words": "pairs of a word of the translation, which blanks separate, and its log-probability; `</s>` is each end "
+    "that the model chose (on request)",
     "alignment": "pairs (word of the text, word of the translation) of words between blanks, from 0 on (on request)",
     "soft_alignment": "triples (word of the text, word of the translation, weight); the weights of a word of the "
     "translation add up to 1, but for those under 0.01 (on request)",
     "hypotheses": "the best translations, the first one included: objects with `translation`, `score`, `finished`, and "
-    "on request the other four (if more than one is requested)",
+    "on request the other five (if more than one is requested)",
 }
 """Names of the fields of `Translation.to_dict` and what they mean."""
 _DIGITS = 6  # of scores in results
@@ -124,20 +126,22 @@ class TextHypothesis:
         """Words of the translation, which blanks separate, and its ends, with their log-probabilities."""
         return word_scores(self.pieces, self.log_probs)
 
-    def to_dict(self, *, pieces: bool = False, alignments: bool = False) -> dict[str, Any]:
-        """Return the hypothesis as values of JSON; `pieces` and `alignments` as in `Translation.to_dict`."""
+    def to_dict(self, *, pieces: bool = False, words: bool = False, alignments: bool = False) -> dict[str, Any]:
+        """Return the hypothesis as values of JSON; options as in `Translation.to_dict`."""
         result: dict[str, Any] = {
             "translation": self.text,
             "score": round(self.score, _DIGITS),
             "finished": self.finished,
         }
-        return result | self.details(pieces, alignments)
+        return result | self.details(pieces, words, alignments)
 
-    def details(self, pieces: bool, alignments: bool) -> dict[str, Any]:
+    def details(self, pieces: bool, words: bool, alignments: bool) -> dict[str, Any]:
         """Return what `Translation.to_dict` adds on request."""
         result: dict[str, Any] = {}
         if pieces:
             result |= {"pieces": [*self.pieces], "log_probs": [round(each, _DIGITS) for each in self.log_probs]}
+        if words:
+            result["words"] = [[each.word, round(each.log_prob, _DIGITS)] for each in self.words]
         if alignments:
             result["alignment"] = [[*pair] for pair in self.alignment]
             result["soft_alignment"] = [[*triple] for triple in self.soft_alignment]
@@ -179,11 +183,13 @@ class Translation:
         """`TextHypothesis.soft_alignment` of this translation; empty for a line that was not translated."""
         return self.hypotheses[0].soft_alignment if self.hypotheses else ()
 
-    def to_dict(self, *, hypotheses: bool = False, pieces: bool = False, alignments: bool = False) -> dict[str, Any]:
+    def to_dict(
+        self, *, hypotheses: bool = False, pieces: bool = False, words: bool = False, alignments: bool = False
+    ) -> dict[str, Any]:
         """Return the result as values of JSON, as in JSON Lines. `RESULT_FIELDS` has the names and their meaning.
 
-        `hypotheses` adds the field of that name, `pieces` adds `pieces` and `log_probs`, and `alignments` adds
-        `alignment` and `soft_alignment`. Scores are rounded to 6 decimals.
+        `hypotheses` and `words` add the field of that name, `pieces` adds `pieces` and `log_probs`, and `alignments`
+        adds `alignment` and `soft_alignment`. Scores are rounded to 6 decimals.
         """
         result: dict[str, Any] = {
             "translation": self.text,
@@ -194,7 +200,9 @@ class Translation:
             "flags": [flag._asdict() for flag in self.flags],
         }
         best = self.hypotheses[0] if self.hypotheses else TextHypothesis(self.text, 0.0, True, (), ())
-        result |= best.details(pieces, alignments)
+        result |= best.details(pieces, words, alignments)
         if hypotheses:
-            result["hypotheses"] = [each.to_dict(pieces=pieces, alignments=alignments) for each in self.hypotheses]
+            result["hypotheses"] = [
+                each.to_dict(pieces=pieces, words=words, alignments=alignments) for each in self.hypotheses
+            ]
         return result

@@ -15,6 +15,7 @@ from nmt.streams.halt import Source
 from nmt.streams.records import Record, parse_record
 from nmt.text.segment import last_place
 from nmt.textfile import TextReader
+from nmt.wording import counted
 
 # Longest line that is read as one piece.
 _MOST_BYTES = 1 << 16
@@ -36,6 +37,8 @@ class Piece(NamedTuple):
     """True if the line ends with this piece."""
     record: Record | None = None
     """The object that has this text, if the line is one of JSON Lines."""
+    prefix: str = ""
+    """What the translation begins with."""
 
 
 def open_input(path: str) -> io.BufferedReader:
@@ -65,23 +68,50 @@ def read_lines(
 
     Very long lines come in pieces. `language` is that of the text, for the ends of its sentences.
     """
-    reader = TextReader(source, _shown(path), _MOST_BYTES, strict)
+    reader = TextReader(source, shown(path), _MOST_BYTES, strict)
     return reader, _pieces(reader, language)
 
 
 def read_whole_lines(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
     """Return the same as `read_lines`, but with whole lines only. Reading raises DataError for a very long one."""
-    reader = TextReader(source, _shown(path), strict=strict)
+    reader = TextReader(source, shown(path), strict=strict)
     return reader, ([Piece(line) for line in lines] for lines in reader.whole_blocks())
 
 
 def read_records(source: Source, path: str, strict: bool = False) -> tuple[TextReader, Iterator[list[Piece]]]:
     """Return (a reader of JSON Lines, their texts for `windows`). Reading raises DataError as `parse_record` does."""
-    reader = TextReader(source, _shown(path), strict=strict)
+    reader = TextReader(source, shown(path), strict=strict)
     return reader, _records(reader)
 
 
-def _shown(path: str) -> str:
+def with_prefixes(blocks: Iterator[list[Piece]], source: TextReader, prefixes: TextReader) -> Iterator[list[Piece]]:
+    """Yield the pieces of `blocks`, which `source` reads, each line with what its translation begins with.
+
+    Reading raises DataError if one of the files has more lines.
+    """
+    lines = iter(prefixes)
+    for pieces in blocks:
+        begun: list[Piece] = []
+        for piece in pieces:
+            prefix = next(lines, None) if piece.begins else ""
+            if prefix is None:
+                # The lines before it are translated.
+                yield begun
+                raise unequal(prefixes, source)
+            begun.append(piece._replace(prefix=prefix))
+        yield begun
+    if next(lines, None) is not None:
+        raise unequal(source, prefixes)
+
+
+def unequal(short: TextReader, long: TextReader) -> DataError:
+    """Return the error for files whose lines do not pair; `short` has been read to its end."""
+    ends = counted(short.num_lines, "line")
+    return DataError(f"{short.name} ends after {ends}, but {long.name} has more: they must pair line by line")
+
+
+def shown(path: str) -> str:
+    """Return the name of an input in messages."""
     return "standard input" if path == "-" else path
 
 
@@ -108,7 +138,7 @@ def _records(reader: TextReader) -> Iterator[list[Piece]]:
                 # The lines before it are translated.
                 yield pieces
                 raise
-            pieces.append(Piece(record.text, record=record))
+            pieces.append(Piece(record.text, record=record, prefix=record.prefix))
         yield pieces
 
 

@@ -5,10 +5,9 @@ from collections.abc import Callable, Iterator
 from nmt.data.held_out import HeldOut, encode_pairs
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translator import Translator
-from nmt.errors import DataError
+from nmt.streams.lines import unequal
 from nmt.streams.overlap import Overlap
 from nmt.textfile import TextReader
-from nmt.wording import counted
 
 # Most pairs in a window, and most characters of both sides.
 _MOST_PAIRS = 4096
@@ -36,11 +35,7 @@ def pair_windows(source: TextReader, target: TextReader) -> Iterator[Pairs]:
             side.append(line)
             size += len(line)
     if lines != [None, None]:
-        short, long = (source, target) if lines[0] is None else (target, source)
-        raise DataError(
-            f"{short.name} ends after {counted(short.num_lines, 'line')}, but {long.name} has more: they must pair "
-            "line by line"
-        )
+        raise unequal(*((source, target) if lines[0] is None else (target, source)))
 
 
 def score_stream(

@@ -107,7 +107,7 @@ class Partial:
         self._record.unlink(missing_ok=True)
 
     def _add(self, piece: Piece) -> None:
-        self._source.update((piece.record.raw if piece.record else piece.text).encode())
+        self._source.update((piece.record.raw if piece.record else piece.text + piece.prefix).encode())
         if piece.ends:
             self._source.update(b"\n")
 

@@ -81,8 +81,7 @@ def translate_stream(
         for window in source:
             texts = [piece.text for piece in window.pieces]
             cut = {place for place, piece in enumerate(window.pieces) if not (piece.begins and piece.ends)}
-            records = {place: piece.record for place, piece in enumerate(window.pieces) if piece.record}
-            prefixes = {place: record.prefix for place, record in records.items() if record.prefix}
+            prefixes = {place: piece.prefix for place, piece in enumerate(window.pieces) if piece.prefix}
             yield window, translator.read(texts, options, cut, prefixes, _tables(window, terms))
 
     def write_out(result: tuple[Window, Reading, Found]) -> None:
