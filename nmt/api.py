@@ -44,6 +44,7 @@ class TranslateOptions(TypedDict, total=False):
     min_length: int
     max_length: int
     no_repeat_ngram: int
+    retry: bool
     prune_margin: float
     temperature: float
     top_k: int

@@ -21,7 +21,7 @@ from nmt.decoding.searcher import batches
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Translator
-from nmt.errors import CheckpointError
+from nmt.errors import CheckpointError, MemoryLimitError
 from nmt.run import RunDirectory
 from nmt.text.segment import join, split
 
@@ -37,6 +37,8 @@ def run(run: Path) -> RunDirectory:
 def load(run: RunDirectory) -> Load:
     def build(**decoding: Any) -> Translator:
         config = run.config()
+        # The model is hardly trained, so it repeats itself all the time.
+        decoding = {"retry": False} | decoding
         return Translator.load(run, replace(config, decoding=replace(config.decoding, **decoding)))
 
     return build
@@ -56,12 +58,12 @@ def scores(found: list[Translation]) -> list[float]:
     return [translation.score for translation in found]
 
 
-@pytest.mark.parametrize("beam_size", [1, 3])
-def test_batches_do_not_matter(load: Load, lines: list[str], beam_size: int) -> None:
-    translator = load(beam_size=beam_size)
+@pytest.mark.parametrize(("beam_size", "retry"), [(1, True), (3, False)])
+def test_batches_do_not_matter(load: Load, lines: list[str], beam_size: int, retry: bool) -> None:
+    translator = load(beam_size=beam_size, retry=retry)
     alone = [translator.translate([line])[0] for line in lines]
     for batch_tokens in (1, 40, 100, 4000):
-        found = load(beam_size=beam_size, batch_tokens=batch_tokens).translate(lines)
+        found = load(beam_size=beam_size, batch_tokens=batch_tokens, retry=retry).translate(lines)
         assert texts(found) == texts(alone), batch_tokens
         assert scores(found) == pytest.approx(scores(alone), abs=1e-4), batch_tokens
 
@@ -151,6 +153,75 @@ def test_paragraphs_are_translated_sentence_by_sentence(load: Load) -> None:
     # One sentence is the same with and without.
     lines = ["The dog runs.", "", " ", "a cat", "?"]
     assert translator.translate(lines, paragraphs) == translator.translate(lines)
+
+
+def looping(monkeypatch: pytest.MonkeyPatch, translator: Translator, cured: bool) -> list[Options]:
+    """Make a search return "a meadow", but the first one a loop for "the dog" and nothing for "a cat"; with `cured`
+    False, the second one, too. Return the options of each search."""
+    search = translator.searcher.search
+    dog, cat, meadow = (translator.subwords.encode(text).tolist() for text in ("the dog", "a cat", "a meadow"))
+    asked: list[Options] = []
+
+    def replaced(sources: Any, options: Options, *others: Any) -> list[list[Hypothesis]]:
+        asked.append(options)
+        troubles = {tuple(dog): 4 * dog, tuple(cat): []} if options.retry or not cured else {}
+        chosen = [troubles.get(tuple(source.tolist()), meadow) for source in sources]
+        return [
+            [each[0]._replace(tokens=tokens)]
+            for each, tokens in zip(search(sources, options, *others), chosen, strict=True)
+        ]
+
+    monkeypatch.setattr(translator.searcher, "search", replaced)
+    return asked
+
+
+def test_loops_and_empty_translations_are_searched_again(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = load(beam_size=2, retry=True)
+    asked = looping(monkeypatch, translator, cured=True)
+    found = translator.translate(["a dog", "the dog", "a cat", "the dog", ""])
+    assert texts(found) == [*["a meadow"] * 4, ""]
+    assert [(each.beam_size, each.no_repeat_ngram) for each in asked] == [(2, 0), (4, 3)]
+    retried = [[flag.detail for flag in each.flags if flag.kind == "retried"] for each in found]
+    assert [len(each) for each in retried] == [0, 1, 1, 1, 0]
+    assert retried[1] == ["the translation had “the dog” 4 times; this one is from beam_size=4 and no_repeat_ngram=3"]
+    assert retried[2] == ["the translation was empty; this one is from beam_size=4 and no_repeat_ngram=3"]
+    assert found[1].flags == found[3].flags
+
+
+def test_a_second_translation_that_is_no_better_is_not_used(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = load(beam_size=2, retry=True)
+    looping(monkeypatch, translator, cured=False)
+    found = translator.translate(["the dog", "a cat"])
+    assert texts(found) == [translator.subwords.decode(4 * translator.subwords.encode("the dog").tolist()), ""]
+    for translation, kind in zip(found, ("loop", "length"), strict=True):
+        details = {flag.kind: flag.detail for flag in translation.flags}
+        assert kind in details
+        assert details["retried"].endswith("; beam_size=4 and no_repeat_ngram=3 did not help")
+
+
+def test_a_second_search_without_enough_memory_leaves_the_first(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = load(beam_size=2, retry=True)
+    looping(monkeypatch, translator, cured=False)
+    first = translator.searcher.search
+
+    def short(sources: Any, options: Options, *others: Any) -> list[list[Hypothesis]]:
+        if not options.retry:
+            raise MemoryLimitError("no memory")
+        return first(sources, options, *others)
+
+    monkeypatch.setattr(translator.searcher, "search", short)
+    (found,) = translator.translate(["the dog"])
+    assert {"loop", "retried"} <= {flag.kind for flag in found.flags}
+
+
+@pytest.mark.parametrize("options", [{"retry": False}, {"temperature": 1.0}])
+def test_a_second_search_is_not_for_everyone(
+    load: Load, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    translator = load(beam_size=2, retry=True)
+    asked = looping(monkeypatch, translator, cured=False)
+    translator.translate(["the dog"], replace(translator.options, **options))
+    assert len(asked) == 1
 
 
 def test_exactly_the_limit_is_not_long(load: Load) -> None:

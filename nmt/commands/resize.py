@@ -133,7 +133,7 @@ class _Bench:
 
     def translator(self, network: NetworkWeights) -> Translator:
         """Return a greedy translator with this network and as many active experts per token as in training."""
-        greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0)
+        greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0, retry=False)
         language = self.config.corpus.source_language
         return Translator(network.build(), self.subwords, greedy, self.device, self.longest, language=language)
 

@@ -195,6 +195,9 @@ class DecodingConfig:
     """Greatest subwords of a translation, with its end, beside `max_length_ratio`; 0: any."""
     no_repeat_ngram: int = 0
     """Length of runs of subwords that never occur twice in a translation; 0: any run may."""
+    retry: bool = True
+    """Search again for a translation that repeats itself or is empty, with twice the beam and without repeated runs of
+    3 subwords. The second translation is used if it does neither. Not used when sampling."""
     prune_margin: float = 0.0
     """GNMT's pruning margin, in nats: hypotheses this far below the best one are dropped (GNMT section 7, with 3.0); 0:
     none is. Not used when sampling."""

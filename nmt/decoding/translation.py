@@ -34,6 +34,7 @@ class Options:
     min_length: int
     max_length: int
     no_repeat_ngram: int
+    retry: bool
     prune_margin: float
     temperature: float
     top_k: int
@@ -59,7 +60,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
-        for name in ("attention", "paragraphs", "alignments"):
+        for name in ("retry", "attention", "paragraphs", "alignments"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not True or False")

@@ -19,6 +19,7 @@ from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, words
 from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
+from nmt.decoding.retry import Hypotheses, search_again
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.terms import Attention, Placed, place_terms, terms_of_parts
@@ -29,7 +30,7 @@ from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, types_in_place, with_packed_weights
 from nmt.run import RunDirectory
-from nmt.text.checks import check, in_order
+from nmt.text.checks import Flag, check, in_order
 from nmt.text.segment import join_at, split
 from nmt.text.terms import Match, Terms
 
@@ -37,8 +38,13 @@ _MOST_SHOWN = 60
 _NOTHING = np.zeros(0, dtype=np.int32)
 
 
-Found = dict[int, list[Hypothesis]]
-"""Hypotheses for the parts of a reading that have something to translate, by the number of the part, best first."""
+class Found(NamedTuple):
+    """What the search found for a reading."""
+
+    hypotheses: Hypotheses
+    """Those of the parts that have something to translate."""
+    retried: dict[int, str]
+    """Details of flags of the parts that were searched again, by the number of the part."""
 
 
 class Reading(NamedTuple):
@@ -70,6 +76,7 @@ class _Part(NamedTuple):
     placed: list[Placed]  # texts of the hypotheses; if there are none, the source text
     hypotheses: list[Hypothesis]  # empty if there was nothing to translate
     unlearned: str
+    retried: list[Flag]  # one if it was searched again
 
     def ranked(self, rank: int) -> Placed:
         """Return the text of hypothesis number `rank`, or of the last one."""
@@ -200,22 +207,34 @@ class Translator:
 
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
-        prefixes = [reading.prefixes.get(place, _NOTHING) for place in reading.sources]
-        options = reading.options
+        search = partial(self._search, reading)
+        found = search(reading.sources, reading.options, progress)
+        return Found(found, search_again(found, reading.options, reading.texts, self.subwords.decode, search))
+
+    def _search(
+        self,
+        reading: Reading,
+        places: Collection[int],
+        options: Options,
+        progress: Callable[[float], None] | None = None,
+    ) -> Hypotheses:
+        """Return what the search finds for the parts of these numbers."""
+        prefixes = [reading.prefixes.get(place, _NOTHING) for place in places]
         options = replace(options, attention=options.attention or options.alignments or bool(reading.terms))
-        found = self.searcher.search(list(reading.sources.values()), options, progress, prefixes)
-        return dict(zip(reading.sources, found, strict=True))
+        found = self.searcher.search([reading.sources[place] for place in places], options, progress, prefixes)
+        return dict(zip(places, found, strict=True))
 
     def write(self, reading: Reading, found: Found) -> list[Translation]:
         """Return the translation of each line. This is the host's work after a search."""
-        parts = iter([self._part(reading, place, found.get(place, [])) for place in range(len(reading.texts))])
+        parts = iter([self._part(reading, found, place) for place in range(len(reading.texts))])
         return [
             self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options)
             for line, texts in enumerate(reading.parts)
         ]
 
-    def _part(self, reading: Reading, place: int, hypotheses: list[Hypothesis]) -> _Part:
+    def _part(self, reading: Reading, found: Found, place: int) -> _Part:
         """Return the translation of part number `place`; a part without hypotheses keeps its text."""
+        hypotheses = found.hypotheses.get(place, [])
         text, matches = reading.texts[place], reading.terms.get(place, [])
         placed = [self._placed(reading, place, each) for each in hypotheses]
         return _Part(
@@ -223,6 +242,7 @@ class Translator:
             placed or [place_terms(one_line(text), matches, None)],
             hypotheses,
             reading.unlearned[place],
+            [Flag("retried", found.retried[place])] if place in found.retried else [],
         )
 
     def _placed(self, reading: Reading, place: int, hypothesis: Hypothesis) -> Placed:
@@ -291,7 +311,7 @@ class Translator:
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
             hypotheses=tuple(hypotheses[rank] for rank in order),
-            flags=in_order([*flags, *(flag for part in parts for flag in part.ranked(first).flags)]),
+            flags=in_order([*flags, *(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried))]),
         )
 
     def _hypothesis(

@@ -129,7 +129,9 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         self.stream = BatchStream(pairs, config.training, world.rank, world.size, on_gpu, can_record(config, world))
         # Experts as in training: validation scores must not depend on settings for translation.
-        self.greedy = replace(config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0)
+        self.greedy = replace(
+            config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0, retry=False
+        )
         self.longest = longest_source(prepared.manifest, config)
 
     # ------------------------------------------------------------------------------------------------- the loop
@@ -351,13 +353,9 @@ class Trainer:
         """Score the dev set and update the best score. Return the score: lower is better, None if there is none."""
         training = self.config.training
         # In bf16, the translator has a copy of the parameters, which is freed when this function returns.
+        language = self.config.corpus.source_language
         translator = Translator(
-            self.model.eval(),
-            self.subwords,
-            self.greedy,
-            self.device,
-            self.longest,
-            language=self.config.corpus.source_language,
+            self.model.eval(), self.subwords, self.greedy, self.device, self.longest, language=language
         )
         measured = perplexity(
             translator.model,
