@@ -2,7 +2,8 @@
 
 Models have random weights in bf16. Sources have 32 subwords with the end of sentence. No translation ends before
 position 40. `live` launches each kernel from the host; `recorded` is what `nmt translate` does. Both are in this run.
-The bytes that a position must read are the weights of its products, and of the experts that are active.
+The bound of a model with experts is the bytes of the experts that are active at a position, at the bandwidth of a copy
+measured in the same run.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Options
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights
+from scripts.bench.gpu import ceilings
 
 # Milliseconds per position of NVIDIA's PyTorch GNMT v2 code on one H100, the range of several runs.
 GNMT_V2 = {(128, 1): (1.74, 2.47), (128, 5): (2.39, 3.59), (512, 5): (4.04, 4.14), (1, 5): (2.12, 3.02)}
@@ -87,7 +89,22 @@ def kernels(run: Run) -> list[tuple[str, int, float]]:
     return sorted(rows, key=lambda row: -row[2])
 
 
-def bench(name: str, model: Seq2Seq, device: torch.device, shapes: list[tuple[int, int]], shown: int) -> list[dict]:
+def active_bytes(model: Seq2Seq, search: Search) -> int:
+    """Bytes of the experts that have a token at one position."""
+    state = search.beam.state
+    gates = model.step(search.beam.previous_KB.flatten(), state.memory, state.decoder).gates
+    found = 0
+    for layer, gate in gates.items():
+        weights = model.moe_layers()[layer].experts.weights
+        each = sum(w_EIO[0].numel() * w_EIO.element_size() for w_EIO in weights)
+        found += each * int((gate.sums.count_E > 0).sum())
+    return found
+
+
+def bench(
+    name: str, model: Seq2Seq, device: torch.device, shapes: list[tuple[int, int]], shown: int, copied: float
+) -> list[dict[str, Any]]:
+    """Time the positions of a model for these numbers of sentences and hypotheses; `copied`: bandwidth in TB/s."""
     searcher = Searcher([model], device, range(3))
     rows = []
     for sentences, beam in shapes:
@@ -97,11 +114,13 @@ def bench(name: str, model: Seq2Seq, device: torch.device, shapes: list[tuple[in
             times.append(milliseconds(run.lane.search, lambda run=run: run.lane.advance(POSITIONS - 4)))
         search = begin(searcher, sentences, beam).lane.search
         slow = milliseconds(search, lambda search=search: live(search))
-        woken = {}
-        row = {"model": name, "sentences": sentences, "beam": beam, "recorded": min(times), "live": slow, **woken}
-        rows.append(row)
+        active = active_bytes(model, search)
+        row = {"model": name, "sentences": sentences, "beam": beam, "recorded": min(times), "live": slow}
+        rows.append(row | {"active_bytes": active})
         peer = GNMT_V2.get((sentences, beam)) if name == "GNMT v2" else None
         told = f"   NVIDIA {peer[0]}-{peer[1]}" if peer else ""
+        if active:
+            told = f"   experts {active / 1e9:.2f} GB, {active / copied / 1e9:.3f} ms at {copied:.2f} TB/s"
         print(f"{name:<10} {sentences:>4} x {beam}  {min(times):7.3f} ms  live {slow:7.3f} ms{told}", flush=True)
         if shown:
             found = kernels(begin(searcher, sentences, beam))
@@ -120,15 +139,18 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
+    copied = ceilings(device)["copy_tbs"]
     rows = []
     for name in options.models.split(","):
         model = random_model(MODELS[name], device)
         shapes = [*GNMT_V2] if name == "GNMT v2" else [(128, 5)]
-        rows += bench(name, model, device, shapes, options.shown)
+        rows += bench(name, model, device, shapes, options.shown, copied)
         del model
         torch.cuda.empty_cache()
     if options.json:
-        options.json.write_text(json.dumps({"card": torch.cuda.get_device_name(), "rows": rows}, indent=1))
+        options.json.write_text(
+            json.dumps({"card": torch.cuda.get_device_name(), "copy_tbs": copied, "rows": rows}, indent=1)
+        )
 
 
 if __name__ == "__main__":
