@@ -91,6 +91,12 @@ def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest
     sources = sources_of(4, 9, 2)
     for options in (OPTIONS, replace(OPTIONS, beam_size=1), replace(OPTIONS, alpha=0.0), OPTIONS):
         check_equal(searcher.search(sources, options), live.search(sources, options))
+    made = Again.made
+    searcher.search(sources, replace(OPTIONS, max_source_pieces=7))
+    assert Again.made == made
+    for beam_size in range(1, 9):
+        searcher.search(sources, replace(OPTIONS, beam_size=beam_size))
+    assert len(searcher._lanes) == 4
 
 
 def test_old_lanes_are_given_up(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
@@ -99,7 +105,7 @@ def test_old_lanes_are_given_up(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch)
     sources = sources_of(4, 19, 2, 41, 60)
     options = replace(OPTIONS, batch_tokens=16)
     check_equal(searcher.search(sources, options), Searcher([model], CPU, range(3)).search(sources, options))
-    assert len(searcher._lanes[1].lanes) == 2
+    assert [len(each.lanes) for each in searcher._lanes.values()] == [2]
 
 
 def test_a_batch_too_large_for_memory_is_halved(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from threading import Lock
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,6 +38,9 @@ _BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Shorter sentences count as this long, since the scores of the vocabulary take memory for each sentence.
 _LEAST_LENGTH = 16
 _NOTHING = np.zeros(0, dtype=np.int32)
+
+# Kinds of searches whose recordings are kept. Lines with tags need the attention, and retries have other settings.
+_MOST_KINDS = 4
 
 Sources = Sequence[np.ndarray]
 """Subword ids of sentences, at least one each, without EOS."""
@@ -96,7 +99,7 @@ class Searcher:
         waits = any(model.config.moe.k_is_average for model in self.models)
         self.records = device.type == "cuda" and len(self.models) == 1 and not waits
         """Whether searches are recorded and replayed."""
-        self._lanes: tuple[Options, Lanes] | None = None
+        self._lanes: dict[tuple[Any, ...], Lanes] = {}
         self._turn = Lock()
 
     @torch.no_grad()
@@ -160,7 +163,7 @@ class Searcher:
                 return read
             gc.collect()
             if self.device.type == "cuda":
-                self._lanes = None
+                self._lanes.clear()
                 torch.cuda.empty_cache()
             half = (len(batch) + 1) // 2
             found = [each for part in (batch[:half], batch[half:]) for each in self._begin(part, options)()()]
@@ -203,9 +206,13 @@ class Searcher:
         )
 
     def lanes(self, options: Options) -> Lanes:
-        """Return the lanes for these options. Those for other options are given up."""
-        if self._lanes is None or self._lanes[0] != options:
-            (model,), count = self.models, options.experts_per_token
+        """Return the lanes for searches with these options; those for too many other options are given up."""
+        (model,), count = self.models, options.experts_per_token
+        lengths = options.max_length_ratio, options.min_length, options.max_length
+        kind = (_settings(options), count, *lengths)
+        if kind not in self._lanes:
+            while len(self._lanes) >= _MOST_KINDS:
+                del self._lanes[next(iter(self._lanes))]
             task = Task(
                 encode=partial(_encode, model, count),
                 start=partial(_start, model, options.beam_size),
@@ -215,8 +222,8 @@ class Searcher:
                 forbidden_F=self.forbidden_F,
                 longest=lambda pieces: int(_longest(options, np.array(pieces), np.array(0))),
             )
-            self._lanes = options, Lanes(task, self.device)
-        return self._lanes[1]
+            self._lanes[kind] = Lanes(task, self.device)
+        return self._lanes[kind]
 
     def _rules(self, asked: list[_Asked], options: Options) -> Rules:
         """Return the rules of a batch, on the host but for the forbidden subwords."""
