@@ -95,8 +95,8 @@ class Searcher:
         self.models, self.device = list(models), device
         self._slots = frozenset(slots)
         self.forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
-        # A gate whose tokens have different numbers of experts waits for the host.
-        waits = any(model.config.moe.k_is_average for model in self.models)
+        # Tokens with different numbers of experts, and experts of other processes, need the host.
+        waits = any(model.config.moe.k_is_average or model.share.size > 1 for model in self.models)
         self.records = device.type == "cuda" and len(self.models) == 1 and not waits
         """Whether searches are recorded and replayed."""
         self._lanes: dict[tuple[Any, ...], Lanes] = {}
