@@ -68,8 +68,9 @@ test-faults: $(READY)  ## inject faults into training and count what survives (Q
 bench: $(READY)  ## speed on this CPU, against plain torch parts
 	$(BIN)/python scripts/bench/cpu.py
 
-bench-gpu: $(READY)  ## speed on one GPU: whole models and the MoE layer
+bench-gpu: $(READY)  ## speed on one GPU: training, the MoE layer, and the positions of a search
 	$(BIN)/python scripts/bench/gpu.py
+	$(BIN)/python -m scripts.bench.decode
 
 clean:  ## remove caches and builds; runs and prepared corpora stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
