@@ -67,6 +67,7 @@ test-faults: $(READY)  ## inject faults into training and count what survives (Q
 
 bench: $(READY)  ## speed on this CPU, against plain torch parts
 	$(BIN)/python scripts/bench/cpu.py
+	$(BIN)/python scripts/bench/translate.py
 
 bench-gpu: $(READY)  ## speed on one GPU: training, the MoE layer, and the positions of a search
 	$(BIN)/python scripts/bench/gpu.py

@@ -109,7 +109,7 @@ class Translator:
         that of the source, for the ends of its sentences. `others` are models that translate with this one as an
         ensemble. ValueError if `decoding` is not possible with the models.
         """
-        self.models = [_prepared(each, device, decoding) for each in (model, *others)]
+        self.models = [prepared(each, device, decoding) for each in (model, *others)]
         """All models of the ensemble, or the one model."""
         self.model = self.models[0]
         """The first model, which has the run's experts."""
@@ -367,7 +367,7 @@ class Translator:
         return [len(pieces) <= most for pieces in self.subwords.encode_batch(texts)]
 
 
-def _prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:
+def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:
     """Return a model in the form that searches use. ValueError if `decoding` is not possible with it."""
     model.check_experts_per_token(decoding.experts_per_token)
     dtype = search_dtype(device, decoding)
