@@ -249,6 +249,8 @@ class Translator:
         """Return the text of a hypothesis for part number `place`, with its required terms."""
         source, marked = reading.texts[place], reading.marked.get(place)
         tokens, weight_TS = hypothesis.tokens, hypothesis.attention_TS
+        if not marked and weight_TS is None:
+            return Placed(self.subwords.decode(tokens), (), None)
         text, place_T = self.subwords.filled(tokens, marked.fills if marked else {})
         if marked and marked.begins(text) and source.lstrip()[:1].isupper():
             text = text[:1].upper() + text[1:]

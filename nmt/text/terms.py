@@ -150,7 +150,7 @@ def missing(matches: Sequence[Match], translation: str) -> list[Match]:
     A term that is not translated must be there exactly. Any other may be inflected, and its case does not count: see
     `is_form`.
     """
-    found = words(translation)
+    found = words(translation) if matches else []
     lacking = []
     for target, kept in dict.fromkeys((match.target, match.kept) for match in matches):
         asked = [match for match in matches if (match.target, match.kept) == (target, kept)]
