@@ -54,7 +54,7 @@ def byte_strings(seed: int, count: int) -> Iterator[bytes]:
 def translate(translator: Translator, content: bytes, batch_tokens: int, most_lines: int) -> bytes:
     written: list[bytes] = []
     lines = JoinedLines()
-    options = replace(translator.options, beam_size=1, max_length_ratio=0.1, batch_tokens=batch_tokens)
+    options = replace(translator.options, beam_size=1, max_length_ratio=0.1, retry=False, batch_tokens=batch_tokens)
     with Halt() as halt:
         source = Source(io.BytesIO(content), halt)
         _, blocks = read_lines(source, "bytes", language="en")

@@ -88,6 +88,13 @@ def test_lines_without_a_letter_or_digit_come_back_as_they_are(load: Load) -> No
     assert found[5].score < 0
 
 
+def test_a_long_line_without_words_is_not_cut(load: Load) -> None:
+    translator = load()
+    line = "\u3000 " + "- " * 200
+    assert translator.translate([line])[0] == Translation(line)
+    assert translator.translate([line], replace(translator.options, paragraphs=True))[0].text == line
+
+
 def test_unlearned_characters_are_named(load: Load) -> None:
     found = load().translate(["the dog", "🦆 the 東 dog 🦆", "🦆", "- 東京 -"])
     assert [each.unlearned for each in found] == ["", "🦆東🦆", "", "-東京-"]

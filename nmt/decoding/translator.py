@@ -184,8 +184,11 @@ class Translator:
         """
         options = options or self.options
         fits = partial(self._fit, self.max_pieces(options))
+        # A line without words is returned unchanged, even if it is long.
         parts = [
-            [line] if short and place not in long and not options.paragraphs else split(line, fits, self.language)
+            [line]
+            if place not in long and ((short and not options.paragraphs) or not has_words(line))
+            else split(line, fits, self.language)
             for place, (line, short) in enumerate(zip(lines, fits(lines), strict=True))
         ]
         texts = [text for each in parts for text in each]
