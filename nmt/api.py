@@ -17,7 +17,7 @@ from nmt.config import Config
 from nmt.data.held_out import encode_pairs
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Translator
+from nmt.decoding.translator import Rank, Translator
 from nmt.device import shortage_told
 from nmt.errors import Ended, StorageError, UserError
 from nmt.experts.explain import Explanation, explain_sentence
@@ -80,11 +80,23 @@ class Model:
 
     @overload
     def translate(
-        self, text: str, *, prefix: str = "", terms: Table | None = None, **options: Unpack[TranslateOptions]
+        self,
+        text: str,
+        *,
+        prefix: str = "",
+        terms: Table | None = None,
+        mbr: str | None = None,
+        **options: Unpack[TranslateOptions],
     ) -> Translation: ...
     @overload
     def translate(
-        self, text: Texts, *, prefix: Texts = (), terms: Table | None = None, **options: Unpack[TranslateOptions]
+        self,
+        text: Texts,
+        *,
+        prefix: Texts = (),
+        terms: Table | None = None,
+        mbr: str | None = None,
+        **options: Unpack[TranslateOptions],
     ) -> list[Translation]: ...
     def translate(
         self,
@@ -92,22 +104,25 @@ class Model:
         *,
         prefix: str | Texts = "",
         terms: Table | None = None,
+        mbr: str | None = None,
         **options: Unpack[TranslateOptions],
     ) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
 
         `options` apply only to this call. A line without a letter or digit that the model knows is returned
-        unchanged, and a line that is too long is translated in parts. The translation begins with `prefix`, a text for
-        each line, or an empty one; UserError if it cannot be kept exactly. `terms` has required translations:
+        unchanged, and a line that is too long is translated in parts. The translation begins with `prefix`, a text
+        for each line, or an empty one; UserError if it cannot be kept exactly. `terms` has required translations:
         {source term: translation}, with None for a term that is not translated, or the path of a .tsv, .csv or .tbx
-        file; DataError if it cannot be used. CheckpointError if the model's outputs are not finite.
+        file; DataError if it cannot be used. `mbr` is chrf or bleu: the best of the `n_best` hypotheses is then the
+        one that agrees most with all of them. CheckpointError if the model's outputs are not finite.
         """
         lines = _texts("text", text)
         prefixes = _prefixes(text, prefix)
         with _typed_errors("nmt.Model.translate"):
             chosen = self._options(options)
             tables = [[self._table(terms)]] * len(lines) if terms is not None else []
-            found = self._translator.translate(lines, chosen, prefixes=prefixes, terms=tables)
+            rank = None if mbr is None else self._rank(mbr, chosen)
+            found = self._translator.translate(lines, chosen, prefixes=prefixes, terms=tables, rank=rank)
         return found[0] if isinstance(text, str) else found
 
     def _table(self, terms: Table) -> Terms:
@@ -185,6 +200,18 @@ class Model:
         for model in self._translator.models:
             model.check_experts_per_token(options.experts_per_token)
         return options
+
+    def _rank(self, metric: str, options: Options) -> Rank:
+        """Return what orders the hypotheses of a line by agreement. UserError if there is nothing to choose."""
+        from nmt.evaluation.mbr import METRICS, by_agreement
+        from nmt.evaluation.tokenizers import bleu_tokenizer
+
+        if metric not in METRICS:
+            raise UserError(f"mbr={metric!r} is not one of {', '.join(METRICS)}")
+        if options.n_best == 1:
+            raise UserError("mbr chooses among n_best hypotheses: give n_best=32 and temperature=1.0, for example")
+        tokenizer = bleu_tokenizer(self.config.evaluation.tokenize, self.config.corpus.target_language)
+        return by_agreement(metric, tokenizer.name)
 
     def _check_experts(self) -> None:
         if len(self._translator.models) > 1:

@@ -21,7 +21,7 @@ from nmt.config import Config
 from nmt.data.subwords import list_characters, one_line
 from nmt.decoding.loading import others_of
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Translator
+from nmt.decoding.translator import Rank, Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.alignments import AlignmentLines
@@ -47,6 +47,7 @@ from nmt.wording import counted
 
 _NOT_OF_TEXT = ("run", "input", "output", "resume", "strict", "device", "batch_tokens")
 """Options and settings that do not change translations."""
+_SAMPLES = 32  # draws per line for --mbr
 
 
 def parser() -> Parser:
@@ -110,6 +111,13 @@ def _add_results(parser: Parser) -> None:
         help="the N best translations of each line, or N draws; in plain text, a line each: number ||| text ||| score",
     )
     parser.add_argument(
+        "--mbr",
+        choices=("chrf", "bleu"),
+        help="of several draws, choose the one that agrees most with all of them (minimum Bayes risk); needs "
+        "decoding.temperature",
+    )
+    parser.add_argument("--samples", type=int, metavar="N", help=f"draws for --mbr (default: {_SAMPLES})")
+    parser.add_argument(
         "--pieces", action="store_true", help="in JSON Lines: subwords of translations with their log-probabilities"
     )
     parser.add_argument(
@@ -152,7 +160,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     ):
         translator = Translator.load(run, config)
         aligned = pairs is not None or options.soft_alignments
-        chosen = replace(translator.options, n_best=options.n_best, paragraphs=options.paragraphs, alignments=aligned)
+        rank, n_best = _mbr(options, config)
+        chosen = replace(translator.options, n_best=n_best, paragraphs=options.paragraphs, alignments=aligned)
         read = Source(source, halt)
         reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
         if options.prefixes:
@@ -180,7 +189,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         started = time.perf_counter()
         try:
             with _Progress(source, output, options.output == "-") as progress:
-                translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell, terms)
+                translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell, terms, rank)
         except BaseException as error:
             if output.partial and output.partial.num_lines:
                 say(f"{_lines(output.partial.num_lines)} kept in {output.partial.path}: the same command resumes")
@@ -233,6 +242,24 @@ def _prefixes(options: argparse.Namespace) -> str:
     if options.prefixes == options.input:
         raise UserError(f"--prefixes {options.prefixes} is the input: name another file")
     return str(options.prefixes)
+
+
+def _mbr(options: argparse.Namespace, config: Config) -> tuple[Rank | None, int]:
+    """Return (what orders the translations of a line, None for their scores; how many there are)."""
+    if options.mbr is None:
+        if options.samples is not None:
+            raise UserError("--samples is for --mbr: give --mbr chrf too, or --n-best for several translations")
+        return None, options.n_best
+    if config.decoding.temperature == 0.0:
+        raise UserError("--mbr chooses among draws: set decoding.temperature=1, or another temperature")
+    if options.n_best > 1:
+        raise UserError("--mbr gives one translation: leave out --n-best; --samples is the number of draws")
+    # Imported here because they load sacreBLEU, which takes time.
+    from nmt.evaluation.mbr import by_agreement
+    from nmt.evaluation.tokenizers import bleu_tokenizer
+
+    tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language).name
+    return by_agreement(options.mbr, tokenizer), _SAMPLES if options.samples is None else options.samples
 
 
 def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:

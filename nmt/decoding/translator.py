@@ -47,6 +47,10 @@ class Found(NamedTuple):
     """Details of flags of the parts that were searched again, by the number of the part."""
 
 
+Rank = Callable[[Sequence[str]], Sequence[float]]
+"""rank(texts) returns how good each of several translations of a line is; the highest is the best."""
+
+
 class Reading(NamedTuple):
     """Lines that are ready to be searched."""
 
@@ -156,16 +160,17 @@ class Translator:
         long: Collection[int] = (),
         prefixes: Mapping[int, str] | None = None,
         terms: Sequence[Sequence[Terms]] = (),
+        rank: Rank | None = None,
         progress: Callable[[float], None] | None = None,
     ) -> list[Translation]:
         """Return the translation of each line, in order: `read`, `find` and `write` in turn.
 
-        `options`: None for `self.options`. `prefixes`, `terms` and errors are as for `read`. `progress` is called after
-        each batch with the fraction of the work that is done. CheckpointError if the model's outputs are not finite.
-        MemoryLimitError. ValueError for options that the model does not allow.
+        `options`: None for `self.options`. `prefixes`, `terms` and errors are as for `read`, `rank` as for `write`.
+        `progress` is called after each batch with the fraction of the work that is done. CheckpointError if the
+        model's outputs are not finite. MemoryLimitError. ValueError for options that the model does not allow.
         """
         reading = self.read(lines, options, long, prefixes, terms)
-        return self.write(reading, self.find(reading, progress))
+        return self.write(reading, self.find(reading, progress), rank)
 
     def read(
         self,
@@ -227,11 +232,14 @@ class Translator:
         found = self.searcher.search([reading.sources[place] for place in places], options, progress, prefixes)
         return dict(zip(places, found, strict=True))
 
-    def write(self, reading: Reading, found: Found) -> list[Translation]:
-        """Return the translation of each line. This is the host's work after a search."""
+    def write(self, reading: Reading, found: Found, rank: Rank | None = None) -> list[Translation]:
+        """Return the translation of each line. This is the host's work after a search.
+
+        `rank` orders the hypotheses of a line; None: their scores do.
+        """
         parts = iter([self._part(reading, found, place) for place in range(len(reading.texts))])
         return [
-            self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options)
+            self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options, rank)
             for line, texts in enumerate(reading.parts)
         ]
 
@@ -286,21 +294,24 @@ class Translator:
             place: each for (place, each), ids in zip(marked.items(), encoded, strict=True) if len(ids) <= most
         }
 
-    def _joined(self, texts: list[str], parts: list[_Part], cut: bool, options: Options) -> Translation:
+    def _joined(
+        self, texts: list[str], parts: list[_Part], cut: bool, options: Options, rank: Rank | None
+    ) -> Translation:
         """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line."""
         count = max(len(part.hypotheses) for part in parts)
         alone = len(parts) == 1 and not cut
         ranked = []
-        for rank in range(max(count, 1)):
-            shown = [part.ranked(rank).text for part in parts]
+        for place in range(max(count, 1)):
+            shown = [part.ranked(place).text for part in parts]
             # Strip the parts, as `join_at` adds the blanks between them.
             stripped = [text.strip() for text in shown]
             ranked.append((shown[0], [0]) if alone else join_at(texts, stripped, options.paragraphs))
-        hypotheses = [self._hypothesis(*ranked[rank], rank, texts, parts, options) for rank in range(count)]
+        hypotheses = [self._hypothesis(*ranked[place], place, texts, parts, options) for place in range(count)]
         order = list(range(count))
-        if options.temperature:
+        if hypotheses and (options.temperature or rank):
             # Draws of parts are joined in the order of drawing, so that those of the line are independent.
-            order.sort(key=lambda rank: -hypotheses[rank].score)
+            merits = rank([each.text for each in hypotheses]) if rank else [each.score for each in hypotheses]
+            order.sort(key=lambda place: -merits[place])
         first = order[0] if order else 0
         best = hypotheses[first] if hypotheses else None
         text = best.text if best else ranked[0][0]
@@ -315,7 +326,7 @@ class Translator:
             finished=finished,
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
-            hypotheses=tuple(hypotheses[rank] for rank in order),
+            hypotheses=tuple(hypotheses[place] for place in order),
             flags=in_order([*flags, *(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried))]),
         )
 

@@ -250,6 +250,12 @@ def _metrics(tokenizer: str, references: Sequence[list[str]] | None = None, ter:
     return metrics | ({"TER": sacrebleu.TER(references=references)} if ter else {})
 
 
+def tokenized(texts: Sequence[str], tokenizer: str) -> list[list[str]]:
+    """Return the tokens that BLEU counts in each text."""
+    split = sacrebleu.BLEU(tokenize=tokenizer).tokenizer
+    return [split(text.rstrip()).split() for text in texts]
+
+
 def _interval(result: Result) -> tuple[float, float]:
     assert result.mean is not None
     assert result.ci is not None

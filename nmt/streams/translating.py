@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Found, Reading, Translator
+from nmt.decoding.translator import Found, Rank, Reading, Translator
 from nmt.streams.lines import Piece, Window
 from nmt.streams.overlap import Overlap
 from nmt.text.segment import seam
@@ -68,13 +68,14 @@ def translate_stream(
     options: Options | None = None,
     progress: Callable[[Window, float], None] | None = None,
     terms: Terms | None = None,
+    rank: Rank | None = None,
 ) -> None:
     """Translate each window of `source`, and call `write` with its pieces and their translations, in order.
 
     Three stages overlap: a thread reads and encodes windows ahead, this thread searches, and another thread makes the
     text and writes it. `halt` must end any waiting of `source` and `write` (`Overlap`). `progress` is called with a
     window and the fraction of it that is done. `terms` is for all lines; a record of JSON Lines may have its own, which
-    take precedence. Errors are those of `Translator.translate`, `source` and `write`.
+    take precedence. `rank` and errors are as for `Translator.translate`; errors of `source` and `write` too.
     """
 
     def read() -> Iterator[tuple[Window, Reading]]:
@@ -86,7 +87,7 @@ def translate_stream(
 
     def write_out(result: tuple[Window, Reading, Found]) -> None:
         window, reading, found = result
-        write(window.pieces, translator.write(reading, found))
+        write(window.pieces, translator.write(reading, found, rank))
 
     with Overlap(read(), write_out, halt) as stages:
 
