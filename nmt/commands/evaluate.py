@@ -51,6 +51,7 @@ def parser() -> Parser:
         "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8\n"
         "  nmt evaluate demo --source my.en --reference first.de --reference second.de --tokenize intl\n"
         "  nmt evaluate demo --split dev --split test --source my.en --reference my.de --json\n"
+        "  nmt evaluate demo --set wmt14 --set wmt13\n"
         "  nmt evaluate --hypothesis other.de --reference my.de --ter\n"
         "  nmt evaluate demo --dial 1,2,4\n"
         "  nmt evaluate demo --tune",
