@@ -164,7 +164,7 @@ def test_pieces_of_windows_are_lines_again() -> None:
         [Piece("Three.", False, True), Piece("", True, True), Piece("東!", True, True)],
     ]
 
-    def read(texts: list[str], options: Any, cut: Any, prefixes: Any) -> list[str]:
+    def read(texts: list[str], options: Any, cut: Any, prefixes: Any, _terms: Any) -> list[str]:
         assert prefixes == {}
         cuts.append(cut)
         return texts

@@ -99,7 +99,7 @@ def test_a_result_has_the_documented_fields() -> None:
     best = TextHypothesis(
         "ein Hund", -0.12345678, True, ("▁ein", "</s>"), (-0.1000000004, 0.0), None, ((0, 1),), ((0, 1, 0.5),)
     )
-    translation = Translation("ein Hund", -0.12345678, hypotheses=(best, best), flags=(Flag("end", "? became ."),))
+    translation = Translation("ein Hund", -0.12345678, hypotheses=(best, best), noted=(Flag("end", "? became ."),))
     everything = translation.to_dict(hypotheses=True, pieces=True, words=True, alignments=True)
     assert everything.keys() <= RESULT_FIELDS.keys()
     assert RESULT_FIELDS.keys() - everything.keys() == set()
@@ -112,6 +112,8 @@ def test_a_result_has_the_documented_fields() -> None:
     assert json.loads(json.dumps(everything)) == everything
     on_request = {"hypotheses", "pieces", "log_probs", "words", "alignment", "soft_alignment"}
     assert translation.to_dict().keys() == everything.keys() - on_request
+    compared = Translation("Die Katze.", source="The cat 7?", noted=(Flag("numbers", "noted"), Flag("term", "noted")))
+    assert [flag.kind for flag in compared.flags] == ["numbers", "numbers", "end", "term"]
     untouched = Translation("-").to_dict(hypotheses=True, pieces=True, words=True, alignments=True)
     assert untouched.keys() == everything.keys()
     assert (untouched["parts"], untouched["pieces"], untouched["hypotheses"]) == (0, [], [])

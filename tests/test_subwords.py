@@ -182,6 +182,7 @@ def test_slots_are_filled(subwords: Subwords) -> None:
     text, places = subwords.filled(plain, {first: "x"})
     assert text == "die grüne Wiese"
     assert np.array_equal(places, subwords.decoded_places(plain))
+    assert subwords.decode_batch([plain.tolist(), [], ids[:2].tolist()]) == [text, "", subwords.decode(ids[:2])]
 
 
 def test_text_cannot_pose_as_a_symbol(subwords: Subwords) -> None:

@@ -1,7 +1,7 @@
 """A line's translation depends on the line alone: not on its batch, its place or its neighbours."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nmt.batch import EOS, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, DecodingConfig
 from nmt.decoding.loading import longest_source
+from nmt.decoding.retry import loops
 from nmt.decoding.rules import Rules
 from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import batches
@@ -117,10 +120,14 @@ def test_the_search_never_outputs_what_is_forbidden(load: Load) -> None:
         assert not set(found.tokens) & set(forbidden)
 
 
+def fit(translator: Translator, most: int, texts: Sequence[str]) -> list[bool]:
+    return [len(pieces) <= most for pieces in translator.subwords.encode_batch(texts)]
+
+
 def test_a_long_line_is_its_parts(load: Load) -> None:
     translator = load(max_source_pieces=8, beam_size=2)
     sentences = ["The small dog runs over a meadow. ", "A cat! "]
-    parts = split("".join(sentences), partial(translator._fit, 8))
+    parts = split("".join(sentences), partial(fit, translator, 8))
     assert len(parts) > 2
     assert parts[-1] == sentences[-1]
     alone = translator.translate(parts)
@@ -135,7 +142,7 @@ def test_a_long_line_is_its_parts(load: Load) -> None:
 def test_the_score_of_parts_is_that_of_one_translation(load: Load, alpha: float, beta: float) -> None:
     translator = load(max_source_pieces=8, alpha=alpha, beta=beta)
     line = "The dog. A cat! The small dog runs over a green meadow."
-    parts = split(line, partial(translator._fit, 8))
+    parts = split(line, partial(fit, translator, 8))
     found = [
         best for (best,) in translator.searcher.search(translator.subwords.encode_batch(parts), translator.options)
     ]
@@ -193,6 +200,19 @@ def test_loops_and_empty_translations_are_searched_again(load: Load, monkeypatch
     assert retried[1] == ["the translation had “the dog” 4 times; this one is from beam_size=4 and no_repeat_ngram=3"]
     assert retried[2] == ["the translation was empty; this one is from beam_size=4 and no_repeat_ngram=3"]
     assert found[1].flags == found[3].flags
+
+
+@given(
+    st.lists(st.lists(st.integers(0, 2), max_size=12), max_size=6),
+    st.lists(st.integers(3, 5), max_size=4),
+)
+def test_loops_are_phrases_three_times_in_a_row(sequences: list[list[int]], phrase: list[int]) -> None:
+    def repeats(ids: list[int]) -> bool:
+        starts = [(start, size) for size in range(1, len(ids) // 3 + 1) for start in range(len(ids) - 3 * size + 1)]
+        return any(ids[start : start + 3 * size] == 3 * ids[start : start + size] for start, size in starts)
+
+    sequences = [*sequences, 3 * phrase, 2 * phrase + phrase[:-1]]
+    assert loops(sequences) == [repeats(each) for each in sequences]
 
 
 def test_a_second_translation_that_is_no_better_is_not_used(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -376,7 +396,7 @@ def test_pieces_with_log_probabilities_and_attention(load: Load) -> None:
             # Every part of the source has a row that looks at it.
             assert (one.attention.max(0) > 0).all()
     ends = [place for place, piece in enumerate(found[0].source_pieces) if piece == "</s>"]
-    spoken = [each for each in split(lines[0], partial(translator._fit, 8)) if each.strip(" .")]
+    spoken = [each for each in split(lines[0], partial(fit, translator, 8)) if each.strip(" .")]
     assert len(ends) == len(spoken)
     assert translator.translate(lines[:1])[0].hypotheses[0].attention is None
 

@@ -38,7 +38,7 @@ _MOST_BYTES = 1 << 28  # of a vocabulary file
 _QUIET = 2  # SentencePiece's log level: errors only
 # The unigram model's sums depend on the number of threads. A fixed number gives the same vocabulary on any machine.
 _TRAINING_THREADS = 8
-_ENCODING_THREADS = min(os.cpu_count() or 1, 16)
+_THREADS = min(os.cpu_count() or 1, 16)
 _STRETCH = 1000  # characters per stretch of text in training
 # SentencePiece silently skips longer sentences. A character has at most 4 bytes of UTF-8; boundaries add 6 per digit.
 _MAX_SENTENCE_BYTES = 10 * _STRETCH
@@ -155,9 +155,8 @@ class Subwords:
         self.fingerprint = hashlib.sha256(model).hexdigest()
         self.forbidden_ids = forbidden_ids
         """Ids that must never be output: PAD, UNK, BOS, the reserved symbols, and bytes of control characters."""
-        learned = "".join(re.escape(piece) for piece in pieces if len(piece) == 1 and piece != _BLANK_PIECE)
-        self._unlearned = re.compile(f"[^ {learned}]")
-        self._holder = next(chr(number) for number in _PLACE_HOLDERS if chr(number) not in learned)
+        self._learned = frozenset(piece for piece in pieces if len(piece) == 1 and piece != _BLANK_PIECE) | {" "}
+        self._holder = next(chr(number) for number in _PLACE_HOLDERS if chr(number) not in self._learned)
         self._slots = frozenset(self.reserved_ids("slot"))
 
     @classmethod
@@ -190,7 +189,7 @@ class Subwords:
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the subword ids of many texts, encoded on several threads."""
-        ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=_ENCODING_THREADS)
+        ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=_THREADS)
         return [np.array(sequence, dtype=np.int32) for sequence in ids]
 
     def encode_parts(self, texts: Sequence[Sequence[str | int]]) -> list[np.ndarray]:
@@ -278,8 +277,12 @@ class Subwords:
 
         Other special ids are skipped. Control characters except the tab become blanks.
         """
-        kept = [int(piece) for piece in ids if piece not in (PAD, BOS, EOS)]
-        return one_line(self._processor.decode(kept))
+        return self.decode_batch([[int(piece) for piece in ids if piece not in (PAD, BOS, EOS)]])[0]
+
+    def decode_batch(self, ids: Sequence[list[int]]) -> list[str]:
+        """Return the texts of many sequences like `decode`, on several threads. None of `ids` is PAD, BOS or EOS."""
+        texts = self._processor.decode(list(ids), num_threads=_THREADS) if ids else []
+        return [one_line(text) for text in texts]
 
     def places(self, text: str) -> np.ndarray:
         """Return where in `text` each subword of `encode(text)` begins, blanks before it excepted (int64)."""
@@ -311,13 +314,13 @@ class Subwords:
 
         `text` is normalised first, which can replace unknown characters with known ones.
         """
-        if not self._unlearned.search(text):
+        if self._learned.issuperset(text):
             return ""
-        return "".join(self._unlearned.findall(self.normalise(text)))
+        return "".join(character for character in self.normalise(text) if character not in self._learned)
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of these ids as SentencePiece writes them, with "▁" for a blank."""
-        return [self._pieces[piece] for piece in ids]
+        return list(map(self._pieces.__getitem__, ids))
 
     def _is_forbidden(self, number: int, piece: str) -> bool:
         if self._processor.is_byte(number):
@@ -357,7 +360,8 @@ def _spelled(pieces: Sequence[str]) -> str:
 
 def one_line(text: str) -> str:
     """Return `text` with its control characters and line breaks, but not tabs, replaced by blanks."""
-    return text.translate(_TO_BLANK)
+    # Most texts have none of them, which is faster to see.
+    return text if text.isprintable() else text.translate(_TO_BLANK)
 
 
 def list_characters(counts: Counter[str], most: int = 20) -> str:

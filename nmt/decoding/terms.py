@@ -73,7 +73,7 @@ def place_terms(text: str, matches: Sequence[Match], attention: Attention | None
 
     Words that are a required translation already are never replaced. Without `attention`, none is.
     """
-    lacking = missing(matches, text)
+    lacking = missing(matches, text) if matches else []
     if not lacking or attention is None:
         return Placed(text, tuple(map(_missing, lacking)), attention)
     found = words(text)

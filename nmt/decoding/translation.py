@@ -1,6 +1,7 @@
 """Options and results of the translator."""
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import numpy as np
 from nmt.config import DecodingConfig
 from nmt.config.checks import at_least, check_search
 from nmt.decoding.scoring import WordScore, word_scores
-from nmt.text.checks import Flag
+from nmt.text.checks import Flag, check, in_order
 
 _WHOLE = (
     *("beam_size", "experts_per_token", "max_source_pieces", "batch_tokens", "n_best"),
@@ -171,8 +172,19 @@ class Translation:
     """The `n_best` best; the first is this translation. Empty for a line that was not translated. For several parts,
     hypothesis n joins hypothesis n of each part, or its last one if it has fewer; a later one may then have a higher
     score, as `score` is no sum over parts."""
-    flags: tuple[Flag, ...] = ()
-    """What to check in this translation, in the order of `KINDS` in nmt/text/checks.py."""
+    source: str = field(default="", compare=False, repr=False)
+    """The line, for `flags`."""
+    noted: tuple[Flag, ...] = ()
+    """Flags that come from translating the line: what the two texts do not show."""
+
+    @cached_property
+    def flags(self) -> tuple[Flag, ...]:
+        """What to check in this translation, in the order of `KINDS` in nmt/text/checks.py.
+
+        The texts are compared when this is first read, since most lines of a file are never asked for it.
+        """
+        found = check(self.source, self.text, unlearned=self.unlearned, cut=not self.finished)
+        return in_order([*found, *self.noted])
 
     @property
     def alignment(self) -> Alignment:

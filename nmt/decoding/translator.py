@@ -7,7 +7,7 @@ translated in parts (nmt/text/segment.py). A translation has a line break only w
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, islice
+from itertools import accumulate, chain, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, types_in_place, with_packed_weights
 from nmt.run import RunDirectory
-from nmt.text.checks import Flag, check, in_order
+from nmt.text.checks import Flag
 from nmt.text.segment import join_at, split
 from nmt.text.terms import Match, Terms
 
@@ -188,7 +188,15 @@ class Translator:
         exactly. `terms` has the tables of terms of each line, the most important one first; empty for none.
         """
         options = options or self.options
-        fits = partial(self._fit, self.max_pieces(options))
+        most = self.max_pieces(options)
+        encoded: dict[str, np.ndarray] = {}
+
+        def fits(some: Sequence[str]) -> list[bool]:
+            # All parts pass through here, so that no text is encoded twice.
+            ids = self.subwords.encode_batch(some)
+            encoded.update(zip(some, ids, strict=True))
+            return [len(each) <= most for each in ids]
+
         # A line without words is returned unchanged, even if it is long.
         parts = [
             [line]
@@ -199,11 +207,9 @@ class Translator:
         texts = [text for each in parts for text in each]
         unlearned = [self.subwords.unlearned(text) if has_words(text) else "" for text in texts]
         wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
-        matches, marked = self._terms(parts, terms, self.max_pieces(options))
-        encoded = self.subwords.encode_parts(
-            [marked[place].parts if place in marked else [texts[place]] for place in wordy]
-        )
-        sources = {place: pieces for place, pieces in zip(wordy, encoded, strict=True) if len(pieces)}
+        matches, marked, marked_ids = self._terms(parts, terms, most)
+        pieces = {place: marked_ids.get(place, encoded[texts[place]]) for place in wordy}
+        sources = {place: ids for place, ids in pieces.items() if len(ids)}
         first = list(accumulate(map(len, parts), initial=0))
         begun = {first[line]: self._prefix(text) for line, text in (prefixes or {}).items() if text}
         for place in begun.keys() - sources.keys():
@@ -217,7 +223,7 @@ class Translator:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
         search = partial(self._search, reading)
         found = search(reading.sources, reading.options, progress)
-        return Found(found, search_again(found, reading.options, reading.texts, self.subwords.decode, search))
+        return Found(found, search_again(found, reading.options, reading.texts, self.subwords.decode_batch, search))
 
     def _search(
         self,
@@ -237,17 +243,30 @@ class Translator:
 
         `rank` orders the hypotheses of a line; None: their scores do.
         """
-        parts = iter([self._part(reading, found, place) for place in range(len(reading.texts))])
+        decoded = self._decoded(found.hypotheses)
+        parts = iter([self._part(reading, found, place, decoded) for place in range(len(reading.texts))])
         return [
             self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options, rank)
             for line, texts in enumerate(reading.parts)
         ]
 
-    def _part(self, reading: Reading, found: Found, place: int) -> _Part:
-        """Return the translation of part number `place`; a part without hypotheses keeps its text."""
+    def _decoded(self, found: Hypotheses) -> dict[int, list[str]]:
+        """Return the texts of the hypotheses without attention, which need no places of subwords, decoded at once."""
+        plain = {place: each for place, each in found.items() if each and each[0].attention_TS is None}
+        texts = iter(self.subwords.decode_batch([each.tokens for ranked in plain.values() for each in ranked]))
+        return {place: list(islice(texts, len(ranked))) for place, ranked in plain.items()}
+
+    def _part(self, reading: Reading, found: Found, place: int, decoded: Mapping[int, list[str]]) -> _Part:
+        """Return the translation of part number `place`; a part without hypotheses keeps its text.
+
+        `decoded` is what `_decoded` returns.
+        """
         hypotheses = found.hypotheses.get(place, [])
         text, matches = reading.texts[place], reading.terms.get(place, [])
-        placed = [self._placed(reading, place, each) for each in hypotheses]
+        if place in decoded:
+            placed = [place_terms(each, matches, None) for each in decoded[place]]
+        else:
+            placed = [self._placed(reading, place, each) for each in hypotheses]
         return _Part(
             reading.sources.get(place, _NOTHING),
             placed or [place_terms(one_line(text), matches, None)],
@@ -257,42 +276,39 @@ class Translator:
         )
 
     def _placed(self, reading: Reading, place: int, hypothesis: Hypothesis) -> Placed:
-        """Return the text of a hypothesis for part number `place`, with its required terms."""
+        """Return the text of a hypothesis, with its attention, for part number `place`, with its required terms."""
         source, marked = reading.texts[place], reading.marked.get(place)
-        tokens, weight_TS = hypothesis.tokens, hypothesis.attention_TS
-        if not marked and weight_TS is None:
-            return Placed(self.subwords.decode(tokens), (), None)
-        text, place_T = self.subwords.filled(tokens, marked.fills if marked else {})
+        text, place_T = self.subwords.filled(hypothesis.tokens, marked.fills if marked else {})
         if marked and marked.begins(text) and source.lstrip()[:1].isupper():
             text = text[:1].upper() + text[1:]
-        attention = None
-        if weight_TS is not None:
-            place_S = marked.places(self.subwords) if marked else self.subwords.places(source)
-            end = np.full(1, -1)
-            attention = Attention(
-                np.append(place_S, end), np.append(place_T, end) if hypothesis.finished else place_T, weight_TS
-            )
+        place_S = marked.places(self.subwords) if marked else self.subwords.places(source)
+        end = np.full(1, -1)
+        assert hypothesis.attention_TS is not None
+        attention = Attention(
+            np.append(place_S, end),
+            np.append(place_T, end) if hypothesis.finished else place_T,
+            hypothesis.attention_TS,
+        )
         return place_terms(text, reading.terms.get(place, []), attention)
 
     def _terms(
         self, parts: list[list[str]], tables: Sequence[Sequence[Terms]], most: int
-    ) -> tuple[dict[int, list[Match]], dict[int, Annotated]]:
-        """Return the terms of parts, and the texts that mark them for a model that has learned it, by part.
+    ) -> tuple[dict[int, list[Match]], dict[int, Annotated], dict[int, np.ndarray]]:
+        """Return (terms, texts that mark them for a model that has learned it, subword ids of these) by part.
 
         A text that is longer than `most` subwords with its marks is read without them.
         """
         matches = terms_of_parts(parts, tables)
         if "term" not in self.symbols or not matches:
-            return matches, {}
+            return matches, {}, {}
         texts = [text for each in parts for text in each]
         # The first half of the slots is for placeholders.
         slots = self.subwords.reserved_ids("slot")
         slots = slots[len(slots) // 2 :]
         marked = {place: annotated(texts[place], found, slots, self.subwords) for place, found in matches.items()}
         encoded = self.subwords.encode_parts([each.parts for each in marked.values()])
-        return matches, {
-            place: each for (place, each), ids in zip(marked.items(), encoded, strict=True) if len(ids) <= most
-        }
+        short = {place: ids for place, ids in zip(marked, encoded, strict=True) if len(ids) <= most}
+        return matches, {place: marked[place] for place in short}, short
 
     def _joined(
         self, texts: list[str], parts: list[_Part], cut: bool, options: Options, rank: Rank | None
@@ -318,7 +334,6 @@ class Translator:
         finished = best.finished if best else True
         unlearned = "".join(part.unlearned for part in parts)
         read = [part.source for part in parts if part.hypotheses] if options.attention else []
-        flags = check("".join(texts), text, unlearned=unlearned, cut=not finished)
         return Translation(
             text=text,
             score=best.score if best else 0.0,
@@ -327,7 +342,8 @@ class Translator:
             unlearned=unlearned,
             source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
             hypotheses=tuple(hypotheses[place] for place in order),
-            flags=in_order([*flags, *(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried))]),
+            source="".join(texts),
+            noted=tuple(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried)),
         )
 
     def _hypothesis(
@@ -336,14 +352,13 @@ class Translator:
         """Return hypothesis number `rank` of a line from those of its parts, which begin at `starts` in its `text`."""
         found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
         attention = [each.attention_TS for each in found if each.attention_TS is not None]
+        ids = [*chain.from_iterable((*each.tokens, EOS) if each.finished else each.tokens for each in found)]
         hypothesis = TextHypothesis(
             text=text,
             score=_score(found, options.alpha),
             finished=all(each.finished for each in found),
-            pieces=tuple(
-                piece for each in found for piece in self.subwords.pieces([*each.tokens, *[EOS] * each.finished])
-            ),
-            log_probs=tuple(log_prob for each in found for log_prob in each.token_log_probs),
+            pieces=tuple(self.subwords.pieces(ids)),
+            log_probs=tuple(chain.from_iterable(each.token_log_probs for each in found)),
             attention=_block_diagonal(attention) if options.attention else None,
         )
         if not options.alignments:
@@ -377,10 +392,6 @@ class Translator:
                 f"prefix {_shown(text)} cannot be kept exactly: the subwords of the vocabulary make it {_shown(kept)}"
             )
         return pieces
-
-    def _fit(self, most: int, texts: Sequence[str]) -> list[bool]:
-        """Return which texts have at most `most` subwords."""
-        return [len(pieces) <= most for pieces in self.subwords.encode_batch(texts)]
 
 
 def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:

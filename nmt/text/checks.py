@@ -8,6 +8,7 @@ import html
 import re
 from collections import Counter
 from collections.abc import Iterable
+from operator import eq
 from typing import NamedTuple
 
 from nmt.text.fields import Field, find_fields
@@ -178,7 +179,9 @@ _IS_IDEOGRAPH = re.compile(_IDEOGRAPH)
 _IDEOGRAPH_LENGTH = 2.5  # letters of Latin script with as much text as one such character
 _LENGTH_RATIO, _LENGTH_DIFFERENCE = 2.2, 20
 _COPIED_WORDS, _COPIED_SHARE = 4, 0.8
-_LEAST_REPEATS, _LONGEST_PHRASE = 3, 12
+LEAST_REPEATS = 3
+"""How often the same words follow one another in a loop, at least."""
+_LONGEST_PHRASE = 12
 _LONG_WORD = 12  # letters
 _LOOP_IN_WORD = re.compile(r"(\w{2,12}?)\1{3,}|([^\W\d_])\2{5,}")
 
@@ -211,13 +214,15 @@ def _letters(text: str) -> float:
 
 def loop(source: str, translation: str) -> str:
     """Return which words the translation repeats, although the source does not; empty if it repeats none."""
-    return _loop(_WORD.findall(source), _WORD.findall(translation))
+    given = _WORD.findall(translation)
+    # Most texts repeat nothing, whatever their sources do.
+    return _loop(_WORD.findall(source), given) if _loop([], given) else ""
 
 
 def _loop(words: list[str], given: list[str]) -> str:
-    if max(Counter(given).values(), default=0) >= _LEAST_REPEATS:
+    if max(Counter(given).values(), default=0) >= LEAST_REPEATS:
         repeats, phrase = _most_repeated(given)
-        if repeats >= _LEAST_REPEATS and repeats > _most_repeated(words)[0]:
+        if repeats >= LEAST_REPEATS and repeats > _most_repeated(words)[0]:
             return f"“{phrase}” {repeats} times"
     long, known = (" ".join(word for word in each if len(word) >= _LONG_WORD) for each in (given, words))
     within = _LOOP_IN_WORD.search(long)
@@ -231,8 +236,8 @@ def _most_repeated(words: list[str]) -> tuple[int, str]:
     """Return the highest number of times that a phrase is repeated in a row, and the phrase."""
     best, phrase = 1, ""
     for length in range(1, min(_LONGEST_PHRASE, len(words) // 2) + 1):
-        again = [word == before for word, before in zip(words[length:], words, strict=False)]
-        if True not in again:
+        again = list(map(eq, words[length:], words))
+        if sum(again) < length:
             continue
         run = longest = end = 0
         for place, same in enumerate(again):
