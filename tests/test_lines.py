@@ -169,7 +169,7 @@ def test_pieces_of_windows_are_lines_again() -> None:
         cuts.append(cut)
         return texts
 
-    def write(texts: list[str], found: list[str]) -> list[Translation]:
+    def write(texts: list[str], found: list[str], _rank: Any) -> list[Translation]:
         return [
             Translation(text, finished=source != "Two. ", unlearned="東" * ("東" in source))
             for source, text in zip(texts, found, strict=True)
@@ -334,7 +334,7 @@ def in_second_window(monkeypatch: pytest.MonkeyPatch, do: Callable[[], None]) ->
 
     monkeypatch.setattr(Translator, "read", lambda _self, texts, *_: texts)
     monkeypatch.setattr(Translator, "find", find)
-    monkeypatch.setattr(Translator, "write", lambda _self, texts, _found: [Translation(text) for text in texts])
+    monkeypatch.setattr(Translator, "write", lambda _self, texts, _found, _rank: [Translation(text) for text in texts])
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGINT])
