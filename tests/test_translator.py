@@ -363,7 +363,7 @@ def test_the_best_few(load: Load, lines: list[str]) -> None:
 
 
 def test_a_part_with_fewer_hypotheses_gives_its_last(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
-    translator = load(beam_size=3)
+    translator = load(beam_size=3, prune_margin=0.0)
     (first, second), (third, _) = translator.searcher.search(
         translator.subwords.encode_batch(["the dog", "a cat"]), replace(translator.options, n_best=2)
     )
