@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nmt.evaluation.content import content_kept
 from nmt.text.checks import KEPT, KINDS, Flag, check, in_order, kept, loop
 from nmt.text.numbers import compare_numbers
 
@@ -190,6 +191,13 @@ def test_checks_never_take_long(part: str) -> None:
     text = part * (30_000 // len(part))
     check(text, text[1:])
     check("dog", text)
+
+
+def test_what_a_set_keeps() -> None:
+    sources = ["5 dogs, 7 cats", "see {a} and {b}", "nothing"]
+    found = content_kept(sources, ["5 Hunde", "siehe {a} und {b}", "nichts"])
+    assert found == {"numbers": (1, 2), "placeholder": (2, 2)}
+    assert [each.percent for each in found.values()] == [50.0, 100.0]
 
 
 def test_a_changed_digit_is_always_found() -> None:

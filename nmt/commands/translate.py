@@ -8,7 +8,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from nmt.decoding.translator import Rank, Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.alignments import AlignmentLines
+from nmt.streams.flagged import FlaggedLines
 from nmt.streams.halt import Halt, Sink, Source
 from nmt.streams.lines import (
     Piece,
@@ -129,6 +130,12 @@ def _add_results(parser: Parser) -> None:
         help="begin the translation of each line with a line of FILE; a blank one leaves it free",
     )
     parser.add_argument(
+        "--checks",
+        metavar="FILE",
+        help="write the lines with flags, what to check in them: JSON Lines with line, source, translation and flags; "
+        "counts per kind are printed",
+    )
+    parser.add_argument(
         "--alignments",
         metavar="FILE",
         help="write which words come from which, a line for each line: 0-1 is source word 0 and output word 1 (the "
@@ -148,7 +155,8 @@ def _add_results(parser: Parser) -> None:
 
 def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
-    lines, alignments = JoinedLines(_form(options)), AlignmentLines()
+    lines = JoinedLines(_form(options))
+    alignments, flagged = AlignmentLines(), FlaggedLines()
     languages = config.corpus.source_language, config.corpus.target_language
     terms = read_terms(Path(options.terms), *languages) if options.terms else None
     with (
@@ -156,10 +164,10 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         open_input(options.input) as source,
         open_input(_prefixes(options)) as prefixes,
         open_output(options.output, source, prefixes, resume=options.resume) as output,
-        _second_output(options, source) as pairs,
+        _side_files(options, source) as beside,
     ):
         translator = Translator.load(run, config)
-        aligned = pairs is not None or options.soft_alignments
+        aligned = "alignments" in beside or options.soft_alignments
         rank, n_best = _mbr(options, config)
         chosen = replace(translator.options, n_best=n_best, paragraphs=options.paragraphs, alignments=aligned)
         read = Source(source, halt)
@@ -182,8 +190,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
                 output.partial.write(pieces, text)
             else:
                 sink.write(text)
-            if pairs:
-                pairs.stream.write(alignments.add(pieces, found).encode())
+            for name, file in beside.items():
+                file.write((alignments if name == "alignments" else flagged).add(pieces, found).encode())
             num_written = lines.num_lines
 
         started = time.perf_counter()
@@ -198,6 +206,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
                 say(f"{_lines(num_written)} translated so far; {kept}")
             raise
     _report(lines, reader, translator, chosen, time.perf_counter() - started)
+    if options.checks:
+        say(flagged.summary())
 
 
 def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chosen: Options, seconds: float) -> None:
@@ -220,17 +230,21 @@ def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chos
 
 
 @contextmanager
-def _second_output(options: argparse.Namespace, source: BinaryIO) -> Iterator[Output | None]:
-    """Open the file of `--alignments`, if one is asked for."""
-    if options.alignments is None:
-        yield None
-        return
-    if os.path.realpath(options.alignments) == os.path.realpath(options.output):
-        raise UserError(f"--alignments {options.alignments} is the output: name another file")
-    if options.resume:
-        raise UserError("--alignments with --resume would lack the lines that are there already: leave one of them out")
-    with open_output(options.alignments, source) as output:
-        yield output
+def _side_files(options: argparse.Namespace, source: BinaryIO) -> Iterator[dict[str, BinaryIO]]:
+    """Open the files of --alignments and --checks, as far as they are asked for."""
+    given = [(name, getattr(options, name)) for name in ("alignments", "checks") if getattr(options, name) is not None]
+    taken = {os.path.realpath(options.output): "the output"}
+    with ExitStack() as stack:
+        opened: dict[str, BinaryIO] = {}
+        for name, path in given:
+            place = os.path.realpath(path)
+            if place in taken:
+                raise UserError(f"--{name} {path} is {taken[place]}: name another file")
+            if options.resume:
+                raise UserError(f"--{name} with --resume would lack the lines that are there already: leave one out")
+            taken[place] = f"the file of --{name}"
+            opened[name] = stack.enter_context(open_output(path, source)).stream
+        yield opened
 
 
 def _prefixes(options: argparse.Namespace) -> str:

@@ -2,11 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from nmt.evaluation.content import content_kept
 from nmt.evaluation.measure import Measured
 from nmt.evaluation.scores import Score
 from nmt.evaluation.sets import EvaluationSet
+from nmt.text.checks import Kept
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,11 @@ class SetResult:
     measured: Measured | None = None
     """What was measured while the run translated; None for translations made elsewhere."""
 
+    @cached_property
+    def kept(self) -> dict[str, Kept]:
+        """How many numbers, placeholders, tags and URLs of the sources the translations have; empty without sources."""
+        return content_kept(self.text.sources, self.hypotheses) if self.text.sources else {}
+
     def cells(self) -> dict[str, str]:
         """Return the row of the table, by heading."""
         row = {
@@ -26,6 +34,7 @@ class SetResult:
             "sentences": f"{self.text.size:,}",
             "references": f"{len(self.text.references)}",
             **{score.name: f"{score.value:.2f}" for score in self.scores},
+            **{f"{kind} kept": f"{each.percent:.1f} %" for kind, each in self.kept.items()},
         }
         if self.measured:
             found = self.measured.perplexity
@@ -40,7 +49,8 @@ class SetResult:
     def json_scores(self) -> list[dict[str, Any]]:
         """Return one object per score: sacreBLEU's keys, and the set."""
         figures = {name: value for name, value in self.figures().items() if name in _NAMES}
-        others = [{"name": _NAMES[name], "score": value} for name, value in figures.items()]
+        others = [{"name": f"{kind} kept", "score": each.percent} for kind, each in self.kept.items()]
+        others += [{"name": _NAMES[name], "score": value} for name, value in figures.items()]
         return [{"set": self.text.title, **each} for each in (*(score.to_dict() for score in self.scores), *others)]
 
     def figures(self) -> dict[str, float]:
@@ -58,7 +68,8 @@ class SetResult:
     def report(self) -> dict[str, Any]:
         """Return the report of the set, as JSON has it."""
         scores = {score.name: score.to_dict() for score in self.scores}
-        return {**self.text.to_dict(), "sentences": self.text.size, "scores": scores, **self.figures()}
+        kept = {kind: each._asdict() for kind, each in self.kept.items()}
+        return {**self.text.to_dict(), "sentences": self.text.size, "scores": scores, "kept": kept, **self.figures()}
 
 
 _NAMES = {

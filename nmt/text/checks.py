@@ -49,6 +49,11 @@ class Kept(NamedTuple):
     kept: int
     total: int
 
+    @property
+    def percent(self) -> float:
+        """Share of those kept; 100 if there are none."""
+        return 100.0 * self.kept / self.total if self.total else 100.0
+
 
 def check(source: str, translation: str, *, unlearned: str = "", cut: bool = False) -> tuple[Flag, ...]:
     """Return the flags of a translation, in the order of `KINDS`.
