@@ -16,11 +16,11 @@ def test_flagged_lines_are_numbered_and_counted_by_kind() -> None:
     lines = FlaggedLines()
     first = lines.add(
         [Piece("5 a."), Piece("b"), Piece("c, ", ends=False)],
-        [Translation("A", flags=(NUMBER, END)), Translation("B"), Translation("C,", flags=(LOOP,))],
+        [Translation("A", noted=(NUMBER, END)), Translation("B"), Translation("C,", noted=(LOOP,))],
     )
     second = lines.add(
         [Piece("d, ", begins=False, ends=False), Piece("e", begins=False), Piece("f.")],
-        [Translation("D,"), Translation("E", flags=(LOOP, LOOP)), Translation("F", flags=(END,))],
+        [Translation("D,"), Translation("E", noted=(LOOP, LOOP)), Translation("F", noted=(END,))],
     )
     found = [json.loads(line) for line in (first + second).splitlines()]
     assert [each["line"] for each in found] == [1, 3, 3, 4]
