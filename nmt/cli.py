@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NoReturn
 # Set before PyTorch is loaded: waiting OpenMP threads should sleep soon. Spinning made training ten times slower on
 # shared cores; never spinning makes it slower by a third on unshared ones.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-# oneDNN keeps the code of its last 1,024 products, one per shape. A search has so many shapes that this took 300 MB.
+# oneDNN keeps the code of its last 1,024 products, one per shape. A search has thousands, and they took 300 MB.
 os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "256")
 # PyTorch warns in each process that it finds no unused parameters; nmt/training/update.py explains why it looks.
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
