@@ -123,7 +123,9 @@ def test_nothing_allowed_has_no_probability() -> None:
 def test_the_noise_is_gumbel_s_and_differs_everywhere() -> None:
     """Mean and variance; and no two of streams, positions and subwords share their noise."""
     streams_B = streams_of(40)
-    values = torch.stack([gumbel(streams_B, torch.tensor(length), 500) for length in range(1, 6)]).flatten()
+    values = torch.stack(
+        [gumbel(streams_B, torch.tensor(length), torch.arange(500)) for length in range(1, 6)]
+    ).flatten()
     assert values.isfinite().all()
     error = math.sqrt(math.pi**2 / 6 / len(values))
     assert float(values.mean()) == pytest.approx(0.5772157, abs=4 * error)
@@ -138,6 +140,24 @@ def test_the_noise_is_gumbel_s_and_differs_everywhere() -> None:
         size = noise_LBV.shape[dim] - 1
         products = noise_LBV.narrow(dim, 0, size) * noise_LBV.narrow(dim, 1, size)
         assert abs(float(products.mean())) < 4 * math.pi**2 / 6 / math.sqrt(products.numel())
+
+
+def test_noise_belongs_to_the_subword_wherever_it_is() -> None:
+    streams_B, length, token_BJ = streams_of(3), torch.tensor(2), torch.tensor([[5, 0, 7], [1, 2, 3], [7, 7, 0]])
+    whole_BV = gumbel(streams_B, length, torch.arange(9))
+    assert torch.equal(gumbel(streams_B, length, token_BJ), whole_BV.gather(1, token_BJ))
+
+
+def test_a_large_vocabulary_is_cut_off_by_its_own_probabilities() -> None:
+    """`top_p` counts the probability of all subwords, although it sorts only the most probable ones."""
+    logits_BV = torch.tensor(np.random.default_rng(3).standard_normal((2, 5000)), dtype=torch.float32)
+    log_weight_BJ, token_BJ = Sampling(0.8, 0, 0.2).log_weights(logits_BV)
+    assert token_BJ.shape == (2, 1000)
+    for b in range(2):
+        share_V = (logits_BV[b] / 0.8).softmax(0)
+        order = share_V.argsort(descending=True)
+        count = int((share_V[order].cumsum(0) < 0.2).sum()) + 1
+        assert set(token_BJ[b, log_weight_BJ[b] > NEVER].tolist()) == set(order[:count].tolist())
 
 
 def test_streams() -> None:

@@ -207,7 +207,8 @@ class DecodingConfig:
     top_k: int = 0
     """Draw each subword from this many most probable ones; 0: from all."""
     top_p: float = 1.0
-    """Draw each subword from the fewest most probable ones that have this probability together; 1: from all."""
+    """Draw each subword from the fewest most probable ones that have this probability together, of 1,000 at most; 1:
+    from all."""
     seed: int = 1
     """Seed of draws. The same line, seed and model give the same draw in any batch and at any place."""
     max_source_pieces: int = 250
