@@ -55,6 +55,7 @@ class TranslateOptions(TypedDict, total=False):
     attention: bool
     paragraphs: bool
     alignments: bool
+    markup: bool
 
 
 class Model:

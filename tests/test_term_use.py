@@ -148,7 +148,9 @@ def test_slots_become_the_required_translations(
 
 
 def test_fields_are_no_terms(load: Load) -> None:
-    reading = load().read(["<dog> dog http://dog.example", "dog"], terms=[[TABLE], []])
+    translator = load()
+    options = replace(translator.options, markup=False)
+    reading = translator.read(["<dog> dog http://dog.example", "dog"], options, terms=[[TABLE], []])
     assert {place: [match.start for match in found] for place, found in reading.terms.items()} == {0: [6]}
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from nmt.config import DecodingConfig
 from nmt.config.checks import at_least, check_search
+from nmt.decoding.alignment import Attended
 from nmt.decoding.scoring import WordScore, word_scores
 from nmt.text.checks import Flag, check, in_order
 
@@ -49,6 +50,9 @@ class Options:
     paragraphs: bool = False
     """True to translate each sentence of a line by itself. LF and CR LF between sentences become LF in the
     translation. False: only a line that is too long is translated in parts."""
+    markup: bool = True
+    """True to keep tags, placeholders, URLs and e-mail addresses as they are (nmt/decoding/keeping.py). False: they are
+    translated like other text."""
     alignments: bool = False
     """True to return which words of a translation come from which words of its source (nmt/decoding/alignment.py)."""
 
@@ -61,7 +65,7 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, int | float) or isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not a number")
-        for name in ("retry", "attention", "paragraphs", "alignments"):
+        for name in ("retry", "attention", "paragraphs", "markup", "alignments"):
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not True or False")
@@ -122,6 +126,8 @@ class TextHypothesis:
     soft_alignment: SoftAlignment = ()
     """(source word, target word, weight) of all weights of at least 0.01, if alignments were requested; in the order of
     target words. The weights of a target word add up to 1, but for those left out."""
+    attended: Attended | None = field(default=None, compare=False, repr=False)
+    """The attention with the places of subwords, from which alignments are read and tags are placed."""
 
     @property
     def words(self) -> tuple[WordScore, ...]:

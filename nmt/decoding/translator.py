@@ -4,6 +4,7 @@ A line is returned unchanged if it has no letters or digits that are in the voca
 translated in parts (nmt/text/segment.py). A translation has a line break only with `paragraphs`.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,10 +18,10 @@ from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
 from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
-from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, words
+from nmt.decoding.keeping import Kept, gather, protect, spread, with_alignments
 from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
+from nmt.decoding.parts import Part, attended_of, block_diagonal, score_of
 from nmt.decoding.retry import Hypotheses, search_again
-from nmt.decoding.search import length_penalty
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.terms import Attention, Placed, place_terms, terms_of_parts
 from nmt.decoding.trace import Hypothesis
@@ -31,10 +32,12 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, types_in_place, with_packed_weights
 from nmt.run import RunDirectory
 from nmt.text.checks import Flag
+from nmt.text.markup import SLOTS
 from nmt.text.segment import join_at, split
 from nmt.text.terms import Match, Terms
 
 _MOST_SHOWN = 60
+_SLOT = re.compile(f"([{SLOTS}])")
 _NOTHING = np.zeros(0, dtype=np.int32)
 
 
@@ -56,9 +59,9 @@ class Reading(NamedTuple):
 
     options: Options
     parts: list[list[str]]
-    """The parts of each line, in order. Most lines have one."""
+    """The parts of each line, in order. Most lines have one. A line with tags or fields may be here several times."""
     cut: Collection[int]
-    """Numbers of lines that are pieces of longer lines."""
+    """Numbers of those that are pieces of longer lines."""
     texts: list[str]
     """All parts in order."""
     unlearned: list[str]
@@ -71,20 +74,15 @@ class Reading(NamedTuple):
     """Terms with required translations, by the number of the part."""
     marked: dict[int, Annotated]
     """Texts of the parts whose terms the model reads with symbols, by the number of the part."""
+    origin: list[int]
+    """The number of the line that each of `parts` is translated for."""
+    kept: dict[int, Kept]
+    """Lines with tags or fields, by their numbers."""
 
-
-class _Part(NamedTuple):
-    """A translated line, or a translated part of a line."""
-
-    source: np.ndarray  # subword ids, without EOS
-    placed: list[Placed]  # texts of the hypotheses; if there are none, the source text
-    hypotheses: list[Hypothesis]  # empty if there was nothing to translate
-    unlearned: str
-    retried: list[Flag]  # one if it was searched again
-
-    def ranked(self, rank: int) -> Placed:
-        """Return the text of hypothesis number `rank`, or of the last one."""
-        return self.placed[min(rank, len(self.placed) - 1)]
+    @property
+    def attends(self) -> bool:
+        """Whether the attention is needed."""
+        return self.options.attention or self.options.alignments or bool(self.kept or self.terms)
 
 
 class Translator:
@@ -127,6 +125,9 @@ class Translator:
         self.language = language
         self.symbols = frozenset(symbols)
         """Kinds of reserved symbols that the model has learned: "slot", "term"."""
+        self._slot_of: dict[str, int] = {}
+        if "slot" in self.symbols:
+            self._slot_of = dict(zip(SLOTS, subwords.reserved_ids("slot"), strict=False))
 
     @classmethod
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
@@ -184,16 +185,23 @@ class Translator:
 
         Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts, all lines with
         `paragraphs`. So are the lines whose indices are in `long`: each is a piece of a longer line. `prefixes` has the
-        texts that translations begin with, by the index of the line. UserError for a prefix that cannot be kept
-        exactly. `terms` has the tables of terms of each line, the most important one first; empty for none.
+        texts that translations begin with, by the index of the line: its tags and fields are translated like text.
+        UserError for a prefix that cannot be kept exactly. `terms` has the tables of terms of each line, the most
+        important one first; empty for none.
         """
         options = options or self.options
+        kept = self._kept(lines, prefixes or {}) if options.markup else {}
+        lines, origin = spread(lines, kept)
+        long = {place for place, line in enumerate(origin) if line in long}
+        terms = [terms[line] for line in origin] if terms else terms
+        place_of = {line: place for place, line in enumerate(origin)}
+        prefixes = {place_of[line]: text for line, text in (prefixes or {}).items()}
         most = self.max_pieces(options)
         encoded: dict[str, np.ndarray] = {}
 
         def fits(some: Sequence[str]) -> list[bool]:
             # All parts pass through here, so that no text is encoded twice.
-            ids = self.subwords.encode_batch(some)
+            ids = self.subwords.encode_parts([self._slotted(text) for text in some])
             encoded.update(zip(some, ids, strict=True))
             return [len(each) <= most for each in ids]
 
@@ -205,19 +213,19 @@ class Translator:
             for place, (line, short) in enumerate(zip(lines, fits(lines), strict=True))
         ]
         texts = [text for each in parts for text in each]
-        unlearned = [self.subwords.unlearned(text) if has_words(text) else "" for text in texts]
+        unlearned = [self.subwords.unlearned(_SLOT.sub("", text)) if has_words(text) else "" for text in texts]
         wordy = [place for place, text in enumerate(texts) if has_words(text, unlearned[place])]
         matches, marked, marked_ids = self._terms(parts, terms, most)
         pieces = {place: marked_ids.get(place, encoded[texts[place]]) for place in wordy}
         sources = {place: ids for place, ids in pieces.items() if len(ids)}
         first = list(accumulate(map(len, parts), initial=0))
-        begun = {first[line]: self._prefix(text) for line, text in (prefixes or {}).items() if text}
+        begun = {first[line]: self._prefix(text) for line, text in prefixes.items() if text}
         for place in begun.keys() - sources.keys():
             raise UserError(
                 f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
                 "prefix out"
             )
-        return Reading(options, parts, long, texts, unlearned, sources, begun, matches, marked)
+        return Reading(options, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept)
 
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
@@ -234,7 +242,7 @@ class Translator:
     ) -> Hypotheses:
         """Return what the search finds for the parts of these numbers."""
         prefixes = [reading.prefixes.get(place, _NOTHING) for place in places]
-        options = replace(options, attention=options.attention or options.alignments or bool(reading.terms))
+        options = replace(options, attention=reading.attends)
         found = self.searcher.search([reading.sources[place] for place in places], options, progress, prefixes)
         return dict(zip(places, found, strict=True))
 
@@ -245,10 +253,12 @@ class Translator:
         """
         decoded = self._decoded(found.hypotheses)
         parts = iter([self._part(reading, found, place, decoded) for place in range(len(reading.texts))])
-        return [
+        joined = [
             self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options, rank)
             for line, texts in enumerate(reading.parts)
         ]
+        translations = gather(joined, reading.origin, reading.kept)
+        return [with_alignments(each) for each in translations] if reading.options.alignments else translations
 
     def _decoded(self, found: Hypotheses) -> dict[int, list[str]]:
         """Return the texts of the hypotheses without attention, which need no places of subwords, decoded at once."""
@@ -256,7 +266,7 @@ class Translator:
         texts = iter(self.subwords.decode_batch([each.tokens for ranked in plain.values() for each in ranked]))
         return {place: list(islice(texts, len(ranked))) for place, ranked in plain.items()}
 
-    def _part(self, reading: Reading, found: Found, place: int, decoded: Mapping[int, list[str]]) -> _Part:
+    def _part(self, reading: Reading, found: Found, place: int, decoded: Mapping[int, list[str]]) -> Part:
         """Return the translation of part number `place`; a part without hypotheses keeps its text.
 
         `decoded` is what `_decoded` returns.
@@ -267,7 +277,7 @@ class Translator:
             placed = [place_terms(each, matches, None) for each in decoded[place]]
         else:
             placed = [self._placed(reading, place, each) for each in hypotheses]
-        return _Part(
+        return Part(
             reading.sources.get(place, _NOTHING),
             placed or [place_terms(one_line(text), matches, None)],
             hypotheses,
@@ -278,10 +288,11 @@ class Translator:
     def _placed(self, reading: Reading, place: int, hypothesis: Hypothesis) -> Placed:
         """Return the text of a hypothesis, with its attention, for part number `place`, with its required terms."""
         source, marked = reading.texts[place], reading.marked.get(place)
-        text, place_T = self.subwords.filled(hypothesis.tokens, marked.fills if marked else {})
+        substitutes = {symbol: character for character, symbol in self._slot_of.items()}
+        text, place_T = self.subwords.filled(hypothesis.tokens, substitutes | (marked.fills if marked else {}))
         if marked and marked.begins(text) and source.lstrip()[:1].isupper():
             text = text[:1].upper() + text[1:]
-        place_S = marked.places(self.subwords) if marked else self.subwords.places(source)
+        place_S = marked.places(self.subwords) if marked else self._places(source)
         end = np.full(1, -1)
         assert hypothesis.attention_TS is not None
         attention = Attention(
@@ -305,13 +316,17 @@ class Translator:
         # The first half of the slots is for placeholders.
         slots = self.subwords.reserved_ids("slot")
         slots = slots[len(slots) // 2 :]
-        marked = {place: annotated(texts[place], found, slots, self.subwords) for place, found in matches.items()}
+        marked = {
+            place: annotated(texts[place], found, slots, self.subwords)
+            for place, found in matches.items()
+            if not _SLOT.search(texts[place])
+        }
         encoded = self.subwords.encode_parts([each.parts for each in marked.values()])
         short = {place: ids for place, ids in zip(marked, encoded, strict=True) if len(ids) <= most}
         return matches, {place: marked[place] for place in short}, short
 
     def _joined(
-        self, texts: list[str], parts: list[_Part], cut: bool, options: Options, rank: Rank | None
+        self, texts: list[str], parts: list[Part], cut: bool, options: Options, rank: Rank | None
     ) -> Translation:
         """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line."""
         count = max(len(part.hypotheses) for part in parts)
@@ -347,41 +362,41 @@ class Translator:
         )
 
     def _hypothesis(
-        self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[_Part], options: Options
+        self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[Part], options: Options
     ) -> TextHypothesis:
         """Return hypothesis number `rank` of a line from those of its parts, which begin at `starts` in its `text`."""
         found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
         attention = [each.attention_TS for each in found if each.attention_TS is not None]
         ids = [*chain.from_iterable((*each.tokens, EOS) if each.finished else each.tokens for each in found)]
-        hypothesis = TextHypothesis(
+        return TextHypothesis(
             text=text,
-            score=_score(found, options.alpha),
+            score=score_of(found, options.alpha),
             finished=all(each.finished for each in found),
             pieces=tuple(self.subwords.pieces(ids)),
             log_probs=tuple(chain.from_iterable(each.token_log_probs for each in found)),
-            attention=_block_diagonal(attention) if options.attention else None,
+            attention=block_diagonal(attention) if options.attention else None,
+            attended=attended_of(text, starts, rank, texts, parts) if attention else None,
         )
-        if not options.alignments:
-            return hypothesis
-        attended = self._attended(text, starts, rank, texts, parts)
-        between = weights(attended, words(attended.source), words(text))
-        return replace(hypothesis, alignment=links(between), soft_alignment=soft_links(between))
 
-    def _attended(self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[_Part]) -> Attended:
-        """Return the attention between a line and its hypothesis number `rank`; arguments as for `_hypothesis`."""
-        blocks = []
-        before = [0, *accumulate(map(len, texts[:-1]))]
-        for part, first, start in zip(parts, before, starts, strict=True):
-            if not part.hypotheses:
-                continue
-            shown, _, attention = part.ranked(rank)
-            # Blanks at the beginning of a part are left out where it is joined to others.
-            left_out = 0 if text.startswith(shown, start) else len(shown) - len(shown.lstrip())
-            assert attention is not None
-            source_S, target_T, weight_TS = attention
-            source_S = np.where(source_S < 0, -1, source_S + first)
-            blocks.append(Block(source_S, np.where(target_T < 0, -1, target_T - left_out + start), weight_TS))
-        return Attended("".join(texts), text, tuple(blocks))
+    def _slotted(self, text: str) -> list[str | int]:
+        """Return a text with the symbols of slots in place of their substitutes, for `Subwords.encode_parts`."""
+        return [self._slot_of.get(part, part) for part in _SLOT.split(text)] if self._slot_of else [text]
+
+    def _places(self, text: str) -> np.ndarray:
+        """Return where each subword of a text begins, like `Subwords.places`, and each slot."""
+        parts = self._slotted(text)
+        if len(parts) == 1:
+            return self.subwords.places(text)
+        places = self.subwords.part_places(parts)
+        places[places < 0] = [match.start() for match in _SLOT.finditer(text)]
+        return places
+
+    def _kept(self, lines: Sequence[str], prefixes: Mapping[int, str]) -> dict[int, Kept]:
+        """Return the lines with tags or fields, by their numbers, except for those with a prefix."""
+        found = {
+            place: protect(line, bool(self._slot_of)) for place, line in enumerate(lines) if not prefixes.get(place)
+        }
+        return {place: kept for place, kept in found.items() if kept}
 
     def _prefix(self, text: str) -> np.ndarray:
         """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
@@ -403,27 +418,6 @@ def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> 
     if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
         return with_packed_weights(prepared, torch.int8 if quantized else dtype)
     return prepared
-
-
-def _score(found: list[Hypothesis], alpha: float) -> float:
-    """Return the score (GNMT eq. 14) of one or more hypotheses taken as one."""
-    if len(found) == 1:
-        return found[0].score
-    lengths = [len(each.token_log_probs) for each in found]
-    coverage = sum(
-        each.score - each.log_prob / length_penalty(length, alpha) for each, length in zip(found, lengths, strict=True)
-    )
-    return float(sum(each.log_prob for each in found) / length_penalty(sum(lengths), alpha) + coverage)
-
-
-def _block_diagonal(blocks: list[np.ndarray]) -> np.ndarray:
-    """Return a matrix with these blocks from the upper left to the lower right, and 0 elsewhere."""
-    whole = np.zeros(np.sum([block.shape for block in blocks], axis=0), dtype=np.float32)
-    row = column = 0
-    for block in blocks:
-        whole[row : row + len(block), column : column + block.shape[1]] = block
-        row, column = row + len(block), column + block.shape[1]
-    return whole
 
 
 def _shown(text: str) -> str:
