@@ -45,6 +45,7 @@ class TranslateOptions(TypedDict, total=False):
     max_length: int
     no_repeat_ngram: int
     retry: bool
+    markup: bool
     prune_margin: float
     temperature: float
     top_k: int
@@ -55,7 +56,6 @@ class TranslateOptions(TypedDict, total=False):
     attention: bool
     paragraphs: bool
     alignments: bool
-    markup: bool
 
 
 class Model:

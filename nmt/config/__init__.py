@@ -198,6 +198,8 @@ class DecodingConfig:
     retry: bool = True
     """Search again for a translation that repeats itself or is empty, with twice the beam and without repeated runs of
     3 subwords. The second translation is used if it does neither. Not used when sampling."""
+    markup: bool = True
+    """Keep tags, placeholders, URLs and e-mail addresses as they are. false: translate them like other text."""
     prune_margin: float = 0.0
     """GNMT's pruning margin, in nats: hypotheses this far below the best one are dropped (GNMT section 7, with 3.0); 0:
     none is. Not used when sampling."""

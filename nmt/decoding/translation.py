@@ -37,6 +37,7 @@ class Options:
     max_length: int
     no_repeat_ngram: int
     retry: bool
+    markup: bool
     prune_margin: float
     temperature: float
     top_k: int
@@ -50,9 +51,6 @@ class Options:
     paragraphs: bool = False
     """True to translate each sentence of a line by itself. LF and CR LF between sentences become LF in the
     translation. False: only a line that is too long is translated in parts."""
-    markup: bool = True
-    """True to keep tags, placeholders, URLs and e-mail addresses as they are (nmt/decoding/keeping.py). False: they are
-    translated like other text."""
     alignments: bool = False
     """True to return which words of a translation come from which words of its source (nmt/decoding/alignment.py)."""
 
