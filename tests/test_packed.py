@@ -56,6 +56,18 @@ def test_exact_products_of_bf16_are_not_rounded_to_bf16() -> None:
     assert float((found_RO.double() - exact_RO).abs().max()) < rounded / 100
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_quantised_row_has_the_same_product_in_any_company(bias: bool) -> None:
+    torch.manual_seed(5)
+    x_RI, weight_OI, bias_O = torch.randn(70, 96), torch.randn(40, 96), torch.randn(40)
+    x_RI[3], x_RI[5] = 1000.0 * x_RI[3], 0.0
+    packed = PackedWeight(weight_OI, bias_O if bias else None, torch.int8)
+    whole_RO = packed.product(x_RI)
+    for rows in ([0], [5], [1, 2], list(range(6, 50))):
+        assert torch.equal(packed.product(x_RI[rows]), whole_RO[rows])
+    assert relative_error(whole_RO[0], x_RI[0] @ weight_OI.T + (bias_O if bias else 0.0)) < 3 * ERROR[torch.int8]
+
+
 def test_weights_of_zeros_give_the_bias() -> None:
     bias_O = torch.randn(8)
     found_RO = PackedWeight(torch.zeros(8, 16), bias_O, torch.int8).product(torch.randn(3, 16))

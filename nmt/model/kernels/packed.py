@@ -3,8 +3,8 @@
 Two kinds of numbers:
 
 - bf16. oneDNN multiplies them in the matrix units of processors that have them (AMX).
-- 8-bit integers, times a factor per output. The inputs of a product are rounded to 8 bits too, with one factor for all
-  rows: so results depend a little on the other rows. PyTorch calls this dynamic quantisation.
+- 8-bit integers, times a factor per output. The inputs of a product are rounded to 8 bits too, times a factor per row:
+  so a row has the same results in any company. PyTorch calls this dynamic quantisation, with a factor for all rows.
 
 PyTorch's LSTM would lay out weights in bf16 anew at every position of a search.
 
@@ -31,20 +31,30 @@ class PackedWeight:
         self.outputs = len(weight_OI)
         self._bf16 = dtype == torch.bfloat16
         weight_OI = weight_OI.detach()
+        self._bias_O = None if bias_O is None else bias_O.detach().to(dtype if self._bf16 else torch.float32)
         if self._bf16:
-            self._bias_O = None if bias_O is None else bias_O.detach().to(dtype)
             self._weight = torch.ops.mkldnn._reorder_linear_weight(weight_OI.to(dtype).contiguous(), _ROWS)
         else:
-            self._weight = _quantised(weight_OI.float(), None if bias_O is None else bias_O.detach().float())
+            self._weight = _quantised(weight_OI.float())
 
     def product(self, x_RI: Tensor) -> Tensor:
         """Return x W^T + b, (R, O): for bf16, in bf16; for int8, in float32."""
         if self._bf16:
             multiply = torch.ops.mkldnn._linear_pointwise
             out_RO: Tensor = multiply(x_RI.bfloat16(), self._weight, self._bias_O, "none", [], "")
-        else:
-            out_RO = torch.ops.quantized.linear_dynamic(x_RI.float(), self._weight, not _has_vnni())
-        return out_RO
+            return out_RO
+        return self._quantised_product(x_RI.float())
+
+    def _quantised_product(self, x_RI: Tensor) -> Tensor:
+        """Return x W^T + b, computed with each row divided by its largest number."""
+        rows, tiny = len(x_RI), torch.finfo(torch.float32).tiny
+        largest_R1 = x_RI.abs().amax(1, keepdim=True).clamp_min_(tiny)
+        # PyTorch rounds by the range of the whole matrix. One more row, with 1 and -1, makes that the same always.
+        scaled_MI = x_RI.new_zeros(rows + 1, x_RI.shape[1])
+        torch.div(x_RI, largest_R1, out=scaled_MI[:rows])
+        scaled_MI[rows, 0], scaled_MI[rows, -1] = 1.0, -1.0
+        out_RO: Tensor = torch.ops.quantized.linear_dynamic(scaled_MI, self._weight, not _has_vnni())[:rows]
+        return out_RO.mul_(largest_R1) if self._bias_O is None else torch.addcmul(self._bias_O, out_RO, largest_R1)
 
     def exact_product(self, x_RI: Tensor) -> Tensor:
         """Return x W^T + b in float32, for bf16 as exact as if sums of products had not been rounded to bf16."""
@@ -62,7 +72,7 @@ def _has_vnni() -> bool:
     return bool(torch.cpu._is_vnni_supported())
 
 
-def _quantised(weight_OI: Tensor, bias_O: Tensor | None) -> torch.ScriptObject:
+def _quantised(weight_OI: Tensor) -> torch.ScriptObject:
     """Return the weights for PyTorch's product with dynamic quantisation, with a factor for each output."""
     factor_O = weight_OI.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * 127) / 127
     before = torch.backends.quantized.engine
@@ -74,7 +84,7 @@ def _quantised(weight_OI: Tensor, bias_O: Tensor | None) -> torch.ScriptObject:
             warnings.simplefilter("ignore", UserWarning)
             zero_O = torch.zeros(len(weight_OI), dtype=torch.int64)
             quantised_OI = torch.quantize_per_channel(weight_OI, factor_O, zero_O, 0, torch.qint8)
-        packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantised_OI, bias_O)
+        packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantised_OI, None)
         return packed
     finally:
         torch.backends.quantized.engine = before
