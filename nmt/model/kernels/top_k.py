@@ -86,10 +86,11 @@ def top_k(logits_RV: Tensor, k: int) -> Top:
 def log_sum_exp(logits_RV: Tensor) -> Tensor:
     """Return log sum_v exp(logit_v) of each row, float32 or better: log P of subword v is its logit minus this."""
     exact = torch.promote_types(logits_RV.dtype, torch.float32)
-    if logits_RV.is_cuda or logits_RV.numel() <= _CACHED_LOGITS:
+    cached = _CACHED_LOGITS * torch.get_num_threads()
+    if logits_RV.is_cuda or logits_RV.numel() <= cached:
         return logits_RV.to(exact).logsumexp(dim=1)
     # A few rows at a time, so that the tensors in between stay in the cache and no new memory is needed for them.
-    rows = max(1, _CACHED_LOGITS // logits_RV.shape[1])
+    rows = max(1, cached // logits_RV.shape[1])
     return torch.cat([part_MV.to(exact).logsumexp(dim=1) for part_MV in logits_RV.split(rows)])
 
 
