@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import PAD
-
 
 class Candidates(NamedTuple):
     """Possible continuations of the hypotheses of each sentence, best first."""
@@ -102,27 +100,35 @@ class Hypothesis(NamedTuple):
         return sum(self.token_log_probs)
 
 
-class _End(NamedTuple):
-    """End of a hypothesis."""
+class _Ends(NamedTuple):
+    """Ends of hypotheses: of each sentence in turn, best first."""
 
-    score: float
-    position: int
-    candidate: int
-    finished: bool
+    sentence_H: np.ndarray  # int64
+    position_H: np.ndarray  # int64
+    candidate_H: np.ndarray  # int64
+    score_H: np.ndarray  # float32
+    finished_H: np.ndarray  # bool
 
 
 class _Seen(NamedTuple):
-    """Record of one position on the host, with the column of each sentence (-1: it had left the search)."""
+    """Record of a stretch on the host."""
 
-    column_of: np.ndarray
-    log_prob_CB: np.ndarray
-    token_log_prob_CB: np.ndarray
-    hypothesis_CB: np.ndarray
-    token_CB: np.ndarray
-    score_CB: np.ndarray
-    finished_KB: np.ndarray
-    pick_KB: np.ndarray
-    attention_KBS: np.ndarray | None
+    first: int  # number of its first position in the whole search
+    sentence_B: np.ndarray  # sentence of each column; -1: none
+    column_of: np.ndarray  # column of each sentence; -1: it had left the search
+    log_prob_PCB: np.ndarray
+    token_log_prob_PCB: np.ndarray
+    hypothesis_PCB: np.ndarray
+    token_PCB: np.ndarray
+    score_PCB: np.ndarray
+    finished_PKB: np.ndarray
+    pick_PKB: np.ndarray
+    attention_PKBS: np.ndarray | None
+
+    @property
+    def end(self) -> int:
+        """Number of the position after its last one."""
+        return self.first + len(self.token_PCB)
 
 
 def follow_back(stretches: list[Stretch], max_lengths: list[int], keep: int) -> list[list[Hypothesis]]:
@@ -130,85 +136,105 @@ def follow_back(stretches: list[Stretch], max_lengths: list[int], keep: int) -> 
 
     Hypotheses with equal scores are in the order in which they were found. A sentence without finite scores has none.
     """
-    seen = [position for stretch in stretches for position in _on_host(stretch, len(max_lengths))]
-    ends = _finished(seen, len(max_lengths))
-    for sentence, found in enumerate(ends):
-        # Positions beyond a sentence's maximum length do not count: the search checks for the end only now and then.
-        if not found and max_lengths[sentence] <= len(seen):
-            found += _unfinished(seen, sentence, max_lengths[sentence] - 1)
-    best = [sorted(found, key=lambda end: -end.score)[:keep] for found in ends]
-    hypotheses = iter(_follow(seen, [(sentence, end) for sentence, found in enumerate(best) for end in found]))
-    return [[next(hypotheses) for _ in found] for found in best]
-
-
-def _on_host(stretch: Stretch, num_sentences: int) -> list[_Seen]:
-    """Return the positions of a stretch on the host, with one copy for all of them."""
-    if not len(stretch.record.token_PCB):
-        return []
-    column_of = np.full(num_sentences, -1)
-    real = [(sentence, column) for column, sentence in enumerate(stretch.sentences) if sentence >= 0]
-    column_of[[sentence for sentence, _ in real]] = [column for _, column in real]
-    *whole, attention_PKBS = stretch.record
-    arrays_P = [tensor.cpu().numpy() for tensor in whole if tensor is not None]
-    attentions = [None] * len(arrays_P[0]) if attention_PKBS is None else attention_PKBS.cpu().numpy()
-    return [_Seen(column_of, *row) for row in zip(*arrays_P, attentions, strict=True)]
-
-
-def _finished(seen: list[_Seen], num_sentences: int) -> list[list[_End]]:
-    """Return the ends of each sentence's finished hypotheses, in the order in which they were found."""
-    ends: list[list[_End]] = [[] for _ in range(num_sentences)]
-    for position, here in enumerate(seen):
-        if not here.finished_KB.any():
-            continue
-        sentence_of = {column: sentence for sentence, column in enumerate(here.column_of.tolist())}
-        for candidate, column in np.argwhere(here.finished_KB).tolist():
-            score = float(here.score_CB[candidate, column])
-            ends[sentence_of[column]].append(_End(score, position, candidate, True))
-    return ends
-
-
-def _unfinished(seen: list[_Seen], sentence: int, position: int) -> list[_End]:
-    """Return the ends of the unfinished hypotheses in the beam of a sentence after this position, if there are any."""
-    here, column = seen[position], seen[position].column_of[sentence]
-    if column < 0:
-        return []
-    picks = here.pick_KB[:, column].tolist()
-    ends = [_End(float(here.score_CB[pick, column]), position, pick, False) for pick in picks]
-    return [end for end in ends if np.isfinite(end.score)]
-
-
-def _follow(seen: list[_Seen], wanted: list[tuple[int, _End]]) -> list[Hypothesis]:
-    """Return the hypotheses with these ends. All are followed back together."""
-    num_positions, num_wanted = len(seen), len(wanted)
-    sentence_H = np.array([sentence for sentence, _ in wanted], dtype=np.int64)
-    last_H = np.array([end.position for _, end in wanted], dtype=np.int64)
-    end_H = np.array([end.candidate for _, end in wanted], dtype=np.int64)
-    slot_H = np.zeros(num_wanted, dtype=np.int64)
-    token_HL = np.full((num_wanted, num_positions), PAD)
-    log_prob_HL = np.zeros((num_wanted, num_positions), dtype=np.float32)
-    attention = seen[0].attention_KBS
-    attention_HLS = None if attention is None else np.zeros((num_wanted, num_positions, attention.shape[2]), np.float32)
-    for position in range(num_positions - 1, -1, -1):
-        here = seen[position]
-        begun_G = np.flatnonzero(last_H >= position)
-        column_G = here.column_of[sentence_H[begun_G]]
-        ends_G = last_H[begun_G] == position
-        candidate_G = np.where(ends_G, end_H[begun_G], here.pick_KB[slot_H[begun_G], column_G])
-        slot_H[begun_G] = slot_G = here.hypothesis_CB[candidate_G, column_G]
-        token_HL[begun_G, position] = here.token_CB[candidate_G, column_G]
-        log_prob_HL[begun_G, position] = here.token_log_prob_CB[candidate_G, column_G]
-        if attention_HLS is not None and here.attention_KBS is not None:
-            attention_HLS[begun_G, position] = here.attention_KBS[slot_G, column_G]
-    found = []
-    for row, (_, end) in enumerate(wanted):
-        length = end.position + 1
-        found.append(
-            Hypothesis(
-                tokens=token_HL[row, : length - end.finished].tolist(),
-                score=end.score,
-                token_log_probs=log_prob_HL[row, :length].tolist(),
-                attention_TS=None if attention_HLS is None else attention_HLS[row, :length].copy(),
-                finished=end.finished,
-            )
-        )
+    seen: list[_Seen] = []
+    for stretch in stretches:
+        if len(stretch.record.token_PCB):
+            seen.append(_on_host(stretch, seen[-1].end if seen else 0, len(max_lengths)))
+    finished = [_finished(each) for each in seen]
+    # Positions beyond a sentence's maximum length do not count: the search checks for the end only now and then.
+    last_B = np.array(max_lengths) - 1
+    open_B = np.ones(len(max_lengths), dtype=bool)
+    for ends in finished:
+        open_B[ends.sentence_H] = False
+    ends = _best([*finished, *(_unfinished(each, last_B, open_B) for each in seen)], keep)
+    found: list[list[Hypothesis]] = [[] for _ in max_lengths]
+    for sentence, hypothesis in zip(ends.sentence_H.tolist(), _follow(seen, ends), strict=True):
+        found[sentence].append(hypothesis)
     return found
+
+
+def _on_host(stretch: Stretch, first: int, num_sentences: int) -> _Seen:
+    """Return a stretch on the host, with one copy for all of its positions."""
+    sentence_B = np.array(stretch.sentences)
+    column_of = np.full(num_sentences, -1)
+    real = np.flatnonzero(sentence_B >= 0)
+    column_of[sentence_B[real]] = real
+    arrays = [None if tensor is None else tensor.cpu().numpy() for tensor in stretch.record]
+    return _Seen(first, sentence_B, column_of, *arrays)  # type: ignore[arg-type]
+
+
+def _finished(here: _Seen) -> _Ends:
+    """Return the ends of the hypotheses that finish in a stretch, in the order in which they were found."""
+    # In one dimension, numpy finds them several times faster.
+    where = np.flatnonzero(here.finished_PKB)
+    position_H, candidate_H, column_H = np.unravel_index(where, here.finished_PKB.shape)
+    score_H = here.score_PCB[position_H, candidate_H, column_H]
+    finished_H = np.ones(len(score_H), dtype=bool)
+    return _Ends(here.sentence_B[column_H], here.first + position_H, candidate_H, score_H, finished_H)
+
+
+def _unfinished(here: _Seen, last_B: np.ndarray, open_B: np.ndarray) -> _Ends:
+    """Return the ends of the unfinished hypotheses in the beams of sentences whose last position is in a stretch.
+
+    `last_B` is the last position of each sentence. Those that are `open_B` count, with finite scores.
+    """
+    inside_B = (here.first <= last_B) & (last_B < here.end) & (here.column_of >= 0)
+    sentence_B = np.flatnonzero(inside_B & open_B)
+    position_B1, column_B1 = (last_B - here.first)[sentence_B, None], here.column_of[sentence_B, None]
+    candidate_BK = here.pick_PKB[position_B1, np.arange(here.pick_PKB.shape[1]), column_B1]
+    score_BK = here.score_PCB[position_B1, candidate_BK, column_B1]
+    row_H, hypothesis_H = np.isfinite(score_BK).nonzero()
+    return _Ends(
+        sentence_B[row_H],
+        last_B[sentence_B[row_H]],
+        candidate_BK[row_H, hypothesis_H],
+        score_BK[row_H, hypothesis_H],
+        np.zeros(len(row_H), dtype=bool),
+    )
+
+
+def _best(found: list[_Ends], keep: int) -> _Ends:
+    """Return the `keep` best of each sentence."""
+    every = _Ends(*(np.concatenate(parts) for parts in zip(*found, strict=True)))
+    order = np.lexsort((-every.score_H, every.sentence_H))  # equal ones keep their order
+    sentence_H = every.sentence_H[order]
+    rank_H = np.arange(len(order)) - np.searchsorted(sentence_H, sentence_H)
+    return _Ends(*(part[order[rank_H < keep]] for part in every))
+
+
+def _follow(seen: list[_Seen], ends: _Ends) -> list[Hypothesis]:
+    """Return the hypotheses with these ends. All are followed back together, one position after another.
+
+    Where a hypothesis has not begun from behind, at positions after its end, what is read means nothing.
+    """
+    num_wanted, num_positions = len(ends.sentence_H), seen[-1].end
+    slot_H = np.zeros(num_wanted, dtype=np.int64)
+    token_HL = np.empty((num_wanted, num_positions), dtype=np.int64)
+    log_prob_HL = np.empty((num_wanted, num_positions), dtype=np.float32)
+    attention = seen[0].attention_PKBS
+    attention_HLS = None if attention is None else np.empty((num_wanted, num_positions, attention.shape[3]), np.float32)
+    for here in reversed(seen):
+        column_H = here.column_of[ends.sentence_H]
+        candidate_PH = np.empty((len(here.token_PCB), num_wanted), dtype=np.int64)
+        slot_PH = np.empty_like(candidate_PH)
+        for place in range(len(candidate_PH) - 1, -1, -1):
+            ends_H = ends.position_H == here.first + place
+            candidate_PH[place] = np.where(ends_H, ends.candidate_H, here.pick_PKB[place][slot_H, column_H])
+            slot_PH[place] = slot_H = here.hypothesis_PCB[place][candidate_PH[place], column_H]
+        place_P1, positions = np.arange(len(candidate_PH))[:, None], slice(here.first, here.end)
+        token_HL[:, positions] = here.token_PCB[place_P1, candidate_PH, column_H].T
+        log_prob_HL[:, positions] = here.token_log_prob_PCB[place_P1, candidate_PH, column_H].T
+        if attention_HLS is not None and here.attention_PKBS is not None:
+            attention_HLS[:, positions] = here.attention_PKBS[place_P1, slot_PH, column_H].swapaxes(0, 1)
+    return [
+        Hypothesis(
+            tokens=token_HL[row, : length - finished].tolist(),
+            score=score,
+            token_log_probs=log_prob_HL[row, :length].tolist(),
+            attention_TS=None if attention_HLS is None else attention_HLS[row, :length].copy(),
+            finished=finished,
+        )
+        for row, (length, score, finished) in enumerate(
+            zip((ends.position_H + 1).tolist(), ends.score_H.tolist(), ends.finished_H.tolist(), strict=True)
+        )
+    ]
