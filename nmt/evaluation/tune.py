@@ -157,14 +157,15 @@ class _Trial:
         if point not in self._found:
             options: Options = replace(self._translator.options, **point._asdict())
             self._found[point] = timed(self._translator, self._text.sources, options)
-            self._say(f"{point}: {self._text.size / self._found[point][1]:,.1f} sentences/s")
         return self._found[point]
 
     def compare(self, setting: str, point: Point, against: Point) -> Tried:
         """Return the results of a point beside those of another."""
-        references = self._text.references
+        references, first = self._text.references, point not in self._found
         hypotheses, seconds = self.translations(point)
         compared = paired_bootstrap(self.translations(against)[0], hypotheses, references, self._tokenizer)
+        if first:
+            self._say(f"{point}: BLEU {compared[0].system:.2f}, {self._text.size / seconds:,.1f} sentences/s")
         length = sum(map(len, hypotheses)) / max(sum(map(len, references[0])), 1)
         return Tried(setting, point, against, compared, length, self._text.size / seconds)
 
