@@ -2,6 +2,7 @@
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -137,6 +138,12 @@ def test_an_entity_may_become_its_character() -> None:
 )
 def test_a_mistake_is_flagged(source: str, translation: str, kind: str) -> None:
     assert kind in {flag.kind for flag in check(source, translation)}
+
+
+def test_the_page_has_every_kind_with_its_meaning() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "decoding.md").read_text()
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", page[page.index("## Checks") :], flags=re.MULTILINE)[: len(KINDS)]
+    assert {kind: meaning.replace("`", "") for kind, meaning in rows} == KINDS
 
 
 def test_facts_of_the_search_are_flagged() -> None:

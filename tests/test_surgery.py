@@ -120,7 +120,7 @@ def test_a_search_finds_the_same(tiny_config: Configs) -> None:
     found = []
     for each in (before, grow(before, 8, 1), grow(grow(before, 8, 1), 16, 2)):
         model = in_precision(each, torch.float64).build()
-        subwords: Any = SimpleNamespace(forbidden_ids=[PAD, UNK, BOS])
+        subwords: Any = SimpleNamespace(forbidden_ids=[PAD, UNK, BOS], reserved_ids=lambda kind: range(0))
         translator = Translator(model, subwords, DecodingConfig(beam_size=3), torch.device("cpu"))
         found.append([best for (best,) in translator.searcher.search(sources, translator.options)])
     for other in found[1:]:

@@ -48,7 +48,7 @@ def translations(
         with torch.no_grad():
             for parameter in model.decoder.upper.parameters():
                 parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
-    subwords: Any = SimpleNamespace(forbidden_ids=(0, 1, 2))
+    subwords: Any = SimpleNamespace(forbidden_ids=(0, 1, 2), reserved_ids=lambda kind: range(0))
     translator = Translator(model, subwords, replace(GREEDY, precision=precision), world.device)
     with independent_passes(translator.model):
         found = translator.searcher.search(sources()[share], translator.options)

@@ -340,7 +340,8 @@ def decoding_speed(config: Config, sentences: int = 256) -> dict[str, Figures]:
     rng = np.random.default_rng(2)
     sources = [rng.integers(NUM_SPECIAL, vocabulary, size=length) for length in rng.integers(5, 20, sentences)]
     # The search itself never asks the vocabulary.
-    subwords = cast(Subwords, SimpleNamespace(size=vocabulary, forbidden_ids=[PAD, UNK, BOS]))
+    stand_in = SimpleNamespace(size=vocabulary, forbidden_ids=[PAD, UNK, BOS], reserved_ids=lambda kind: range(0))
+    subwords = cast(Subwords, stand_in)
     works: dict[str, Work] = {}
     for name, beam_size in (("greedy", 1), ("beam 4", 4)):
         decoding = DecodingConfig(beam_size=beam_size, max_length_ratio=1.0)
