@@ -96,3 +96,8 @@ def test_other_prefixes_are_not_resumed(cli: Cli, run: Path, tmp_path: Path) -> 
     assert cli(*command) == 0
     assert "resuming after" in cli.err
     assert (tmp_path / "out").read_text().count("\n") == 300
+
+
+def test_both_limits_of_lengths_are_named(cli: Cli, run: Path, source: Path) -> None:
+    assert cli("translate", str(run), str(source), GREEDY, "decoding.max_length=2") == 0
+    assert "cut off at the maximum length (decoding.max_length_ratio=2, decoding.max_length=2)" in cli.err

@@ -205,6 +205,7 @@ def test_a_prefix_that_cannot_be_kept_is_refused(load: Load, line: str, prefix: 
         ({"temperature": 1.0, "top_p": 0.0}, "top_p=0.0 must be greater than 0"),
         ({"temperature": 1.0, "top_p": 1.5}, "top_p=1.5 must be at most 1"),
         ({"temperature": 1.0, "top_k": -1}, "top_k=-1 must be at least 0"),
+        ({"min_length": 10_001}, "min_length=10001 must be at most 10000"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": 2**63}, "seed=9223372036854775808 must be at most"),
     ],

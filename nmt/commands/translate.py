@@ -225,8 +225,9 @@ def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chos
         why = "decoding.max_source_pieces" if longest == asked else "the longest line of the training text"
         say(f"{_lines(lines.num_long)} longer than {longest} subwords ({why}) translated in parts")
     if lines.num_cut_off:
-        ratio = f"decoding.max_length_ratio={chosen.max_length_ratio:g}"
-        say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({ratio}), maybe repetitive: check them")
+        limit = f"decoding.max_length_ratio={chosen.max_length_ratio:g}"
+        limit += f", decoding.max_length={chosen.max_length}" if chosen.max_length else ""
+        say(f"{_lines(lines.num_cut_off)} cut off at the maximum length ({limit}), maybe repetitive: check them")
 
 
 @contextmanager

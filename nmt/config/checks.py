@@ -24,7 +24,7 @@ MOST = {
     "decoding.alpha": 10,
     "decoding.beta": 1_000,
     "decoding.max_length_ratio": 100,
-    "decoding.min_length": 1_000_000,
+    "decoding.min_length": 10_000,
     "decoding.max_length": 1_000_000,
     "decoding.no_repeat_ngram": 1_000,
     "decoding.prune_margin": 1_000_000,
