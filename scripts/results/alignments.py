@@ -12,11 +12,16 @@ Links of words outside of values are not counted: nothing is known about them.
 
     error rate = 1 - (sure links found + possible links found) / (links found + sure links)   (Och and Ney 2003)
 
+Tags and placeholders are measured on lines with one value that has a tag around, after or before it, or that a
+placeholder or URL replaces. The same is done to its translation, which the translation must equal. Values are those
+that are composed, and single words.
+
 Then run `python scripts/results/pages.py`.
 """
 
 import argparse
 import json
+import random
 import re
 import subprocess
 from collections.abc import Iterator
@@ -24,8 +29,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import sacrebleu
+
 from nmt.corpus.lexicon import LANGUAGES, Words, read_lexicon
 from nmt.corpus.phrasebook import Phrase, Slot, phrasebook_slots
+from nmt.decoding import keeping
 from nmt.decoding.alignment import Span, words
 from nmt.decoding.translator import Translator
 from nmt.resources import resource_dir
@@ -101,11 +109,80 @@ def count(pairs: Iterator[tuple[Known, tuple[Span, ...]]]) -> Counts:
     return total
 
 
-def measure(path: str) -> dict[str, Any]:
-    """Return the row of a run."""
+TAGS = {"around": ("<b>", "</b>"), "after": ("", "<n/>"), "before": ("<n/>", "")}
+"""Tags at a value, by their row: what is put before it and after it."""
+FIELDS = ("{name}", "%1$s", "[X0X]", "https://example.org/a?b=1", "{0}", "info@example.org")
+WAYS = {"attention": (), "a number of 4 digits": (4,), "numbers of 4, 3 and 2 digits": (4, 3, 2)}
+"""Digits of the numbers that replace a field, by the name of the row."""
+
+
+def simple(phrase: Phrase, slots: list[Slot], closed: set[str]) -> list[Slot]:
+    """Return the values that are composed, or one word on both sides."""
+    return [
+        slot
+        for slot in slots
+        if slot.kind not in closed
+        or len(phrase.source[slice(*slot.source)].split()) == len(phrase.target[slice(*slot.target)].split()) == 1
+    ]
+
+
+def changed(text: str, span: Span, before: str, value: str, after: str) -> str:
+    """Return a text with something before, in place of and after one of its values."""
+    return text[: span[0]] + before + (value or text[slice(*span)]) + after + text[span[1] :]
+
+
+def tag_rows(translator: Translator, pairs: list[tuple[Phrase, Slot]], languages: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each of `TAGS`; the plain sentences of `pairs` are translated as the phrasebook does."""
+    for name, (before, after) in TAGS.items():
+        lines = [changed(phrase.source, slot.source, before, "", after) for phrase, slot in pairs]
+        wanted = [changed(phrase.target, slot.target, before, "", after) for phrase, slot in pairs]
+        found = [each.text for each in translator.translate(lines)]
+        right = sum(one == two for one, two in zip(found, wanted, strict=True))
+        yield {"languages": languages, "tag": name, "right": round(right / len(lines), 4), "lines": len(lines)}
+
+
+def field_rows(translator: Translator, pairs: list[tuple[Phrase, Slot]], languages: str) -> Iterator[dict[str, Any]]:
+    """Yield a row for each way to translate a line with a field."""
+    drawn = random.Random(SEED)
+    fields = [drawn.choice(FIELDS) for _ in pairs]
+    cases = list(zip(pairs, fields, strict=True))
+    lines = [changed(phrase.source, slot.source, "", field, "") for (phrase, slot), field in cases]
+    wanted = [changed(phrase.target, slot.target, "", field, "") for (phrase, slot), field in cases]
+    sides = [side for line, field in zip(lines, fields, strict=True) for side in line.split(field)]
+    halves = [each.text for each in translator.translate(sides)]
+    plain = replace(translator.options, markup=False)
+    ways = {
+        "like text": [each.text for each in translator.translate(lines, plain)],
+        "cut": [
+            f"{left} {field} {right}" for left, field, right in zip(halves[::2], fields, halves[1::2], strict=True)
+        ],
+    }
+    for way, digits in WAYS.items():
+        keeping._DIGITS = digits
+        ways[way] = [each.text for each in translator.translate(lines)]
+    for way, found in ways.items():
+        # A field counts like a word of four letters.
+        shown, asked = (
+            [text.replace(field, 4 * "\u2588") for text, field in zip(texts, fields, strict=True)]
+            for texts in (found, wanted)
+        )
+        yield {
+            "languages": languages,
+            "way": way,
+            "kept": round(
+                sum(text.count(field) == 1 for text, field in zip(found, fields, strict=True)) / len(lines), 4
+            ),
+            "equal": round(sum(one == two for one, two in zip(found, wanted, strict=True)) / len(lines), 4),
+            "chrf": round(sacrebleu.corpus_chrf(shown, [asked]).score, 1),
+        }
+
+
+def measure(path: str) -> list[list[dict[str, Any]]]:
+    """Return the rows of a run in each table."""
     run = RunDirectory.existing(path)
     config = run.config()
     languages = config.corpus.source_language, config.corpus.target_language
+    shown = f"{NAMES[languages[0]]} to {NAMES[languages[1]]}"
     kinds = read_lexicon(resource_dir("data/phrasebook"))
     closed = {name for name, kind in kinds.items() if isinstance(kind, Words)}
     translator = Translator.load(run, config)
@@ -116,23 +193,31 @@ def measure(path: str) -> dict[str, Any]:
         for (phrase, slots), each in zip(pairs, found, strict=True)
         if each.text == phrase.target
     ]
-    return {
-        "languages": f"{NAMES[languages[0]]} to {NAMES[languages[1]]}",
+    values = [
+        (phrase, slot)
+        for (phrase, slots), each in zip(pairs, found, strict=True)
+        if each.text == phrase.target
+        for slot in simple(phrase, slots, closed)[:1]
+    ][:400]
+    alignment = {
+        "languages": shown,
         "wiring": config.model.attention.wiring,
         "sentences": len(equal),
         **{name: round(value, 4) for name, value in count(iter(equal)).row().items()},
     }
+    return [[alignment], [*tag_rows(translator, values, shown)], [*field_rows(translator, values, shown)]]
 
 
 def main() -> None:
     """Measure the runs that are named, and write the file of results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN")
-    rows = [measure(path) for path in parser.parse_args().runs]
+    tables = zip(*(measure(path) for path in parser.parse_args().runs), strict=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
     result = json.loads(RESULTS.read_text())
     result["commit"] = commit.stdout.strip()
-    result["tables"][0]["rows"] = rows
+    for table, rows in zip(result["tables"], tables, strict=True):
+        table["rows"] = [row for each in rows for row in each]
     RESULTS.write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
 
 
