@@ -12,6 +12,7 @@ from nmt.decoding.translator import Translator
 from nmt.run import RunDirectory
 from nmt.text.fields import find_fields
 from nmt.text.markup import SLOTS
+from nmt.text.terms import Terms
 from tests.toy import Cli
 
 Load = Callable[..., Translator]
@@ -93,3 +94,28 @@ def test_fields_through_the_command(run: Path, tmp_path: Path, cli: Cli) -> None
     source.write_text("".join(f"{line}\n" for line in LINES))
     assert cli("translate", str(run), str(source)) == 0
     assert [fields(line) for line in cli.out.splitlines()] == [fields(line) for line in LINES]
+
+
+def test_only_lines_that_need_attention_are_searched_with_it(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+    translator = load(beam_size=2, retry=False)
+    plain = ["the small dog", "a green meadow"]
+    search = translator.searcher.search
+    searched: list[tuple[int, bool]] = []
+
+    def counted(sources: Any, options: Any, *others: Any) -> Any:
+        searched.append((len(sources), options.attention))
+        return search(sources, options, *others)
+
+    monkeypatch.setattr(translator.searcher, "search", counted)
+    told: list[float] = []
+    translator.translate([plain[0], "the <b>dog</b>", plain[1]], progress=told.append)
+    assert searched == [(2, False), (1, True)]
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    table = Terms.of({"dog": "Hund"})
+    searched.clear()
+    translator.translate(plain, terms=[[table], [table]])
+    assert searched == [(1, False), (1, True)]
+    searched.clear()
+    translator.translate(plain, replace(translator.options, alignments=True))
+    assert searched == [(2, True)]

@@ -1,6 +1,7 @@
 """nmt translate: translate a file line by line."""
 
 import argparse
+import gc
 import io
 import os
 import shutil
@@ -167,6 +168,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         _side_files(options, source) as beside,
     ):
         translator = Translator.load(run, config)
+        # A third of the host's time for a line would go to looking again at what stays until the end.
+        gc.freeze()
         aligned = "alignments" in beside or options.soft_alignments
         rank, n_best = _mbr(options, config)
         chosen = replace(translator.options, n_best=n_best, paragraphs=options.paragraphs, alignments=aligned)

@@ -1,15 +1,62 @@
-"""The parts of a line that are translated one by one, and what they make together."""
+"""The parts of lines that are translated one by one, before and after the search, and what they make together."""
 
+from collections.abc import Collection
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
+from nmt.data.examples import Annotated
 from nmt.decoding.alignment import Attended, Block
+from nmt.decoding.keeping import Kept
 from nmt.decoding.search import length_penalty
 from nmt.decoding.terms import Placed
 from nmt.decoding.trace import Hypothesis
+from nmt.decoding.translation import Options
 from nmt.text.checks import Flag
+from nmt.text.terms import Match
+
+
+class Reading(NamedTuple):
+    """Lines that are ready to be searched."""
+
+    options: Options
+    parts: list[list[str]]
+    """The parts of each line, in order. Most lines have one. A line with tags or fields may be here several times."""
+    cut: Collection[int]
+    """Numbers of those that are pieces of longer lines."""
+    texts: list[str]
+    """All parts in order."""
+    unlearned: list[str]
+    """Characters of each part that are not in the vocabulary."""
+    sources: dict[int, np.ndarray]
+    """Subword ids, without EOS, of the parts that have something to translate, by the number of the part."""
+    prefixes: dict[int, np.ndarray]
+    """Subword ids that the translation of a part begins with, by the number of the part."""
+    terms: dict[int, list[Match]]
+    """Terms with required translations, by the number of the part."""
+    marked: dict[int, Annotated]
+    """Texts of the parts whose terms the model reads with symbols, by the number of the part."""
+    origin: list[int]
+    """The number of the line that each of `parts` is translated for."""
+    kept: dict[int, Kept]
+    """Lines with tags or fields, by their numbers."""
+
+    @property
+    def attended(self) -> Collection[int]:
+        """Numbers of the parts whose attention is needed: those of lines with terms, tags or fields, or all."""
+        if self.options.attention or self.options.alignments:
+            return range(len(self.texts))
+        if not (self.kept or self.terms):
+            return ()
+        ends = accumulate(map(len, self.parts))
+        of_line = [range(end - len(texts), end) for end, texts in zip(ends, self.parts, strict=True)]
+        return {
+            place
+            for line, places in zip(self.origin, of_line, strict=True)
+            if line in self.kept or not self.terms.keys().isdisjoint(places)
+            for place in places
+        }
 
 
 class Part(NamedTuple):

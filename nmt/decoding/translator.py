@@ -20,7 +20,7 @@ from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
 from nmt.decoding.keeping import Kept, gather, protect, spread, with_alignments
 from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
-from nmt.decoding.parts import Part, attended_of, block_diagonal, score_of
+from nmt.decoding.parts import Part, Reading, attended_of, block_diagonal, score_of
 from nmt.decoding.retry import Hypotheses, search_again
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.terms import Attention, Placed, place_terms, terms_of_parts
@@ -52,37 +52,6 @@ class Found(NamedTuple):
 
 Rank = Callable[[Sequence[str]], Sequence[float]]
 """rank(texts) returns how good each of several translations of a line is; the highest is the best."""
-
-
-class Reading(NamedTuple):
-    """Lines that are ready to be searched."""
-
-    options: Options
-    parts: list[list[str]]
-    """The parts of each line, in order. Most lines have one. A line with tags or fields may be here several times."""
-    cut: Collection[int]
-    """Numbers of those that are pieces of longer lines."""
-    texts: list[str]
-    """All parts in order."""
-    unlearned: list[str]
-    """Characters of each part that are not in the vocabulary."""
-    sources: dict[int, np.ndarray]
-    """Subword ids, without EOS, of the parts that have something to translate, by the number of the part."""
-    prefixes: dict[int, np.ndarray]
-    """Subword ids that the translation of a part begins with, by the number of the part."""
-    terms: dict[int, list[Match]]
-    """Terms with required translations, by the number of the part."""
-    marked: dict[int, Annotated]
-    """Texts of the parts whose terms the model reads with symbols, by the number of the part."""
-    origin: list[int]
-    """The number of the line that each of `parts` is translated for."""
-    kept: dict[int, Kept]
-    """Lines with tags or fields, by their numbers."""
-
-    @property
-    def attends(self) -> bool:
-        """Whether the attention is needed."""
-        return self.options.attention or self.options.alignments or bool(self.kept or self.terms)
 
 
 class Translator:
@@ -240,11 +209,22 @@ class Translator:
         options: Options,
         progress: Callable[[float], None] | None = None,
     ) -> Hypotheses:
-        """Return what the search finds for the parts of these numbers."""
-        prefixes = [reading.prefixes.get(place, _NOTHING) for place in places]
-        options = replace(options, attention=reading.attends)
-        found = self.searcher.search([reading.sources[place] for place in places], options, progress, prefixes)
-        return dict(zip(places, found, strict=True))
+        """Return what the search finds for the parts of these numbers.
+
+        Those that need no attention are searched by themselves: a few tags in a file do not slow all of it.
+        """
+        attended = reading.attended
+        groups = [[place for place in places if (place in attended) == attention] for attention in (False, True)]
+        found: Hypotheses = {}
+        for attention, some in enumerate(groups):
+            if not some:
+                continue
+            sources = [reading.sources[place] for place in some]
+            prefixes = [reading.prefixes.get(place, _NOTHING) for place in some]
+            told = progress and partial(_tell, progress, len(found), len(some), len(places))
+            hypotheses = self.searcher.search(sources, replace(options, attention=bool(attention)), told, prefixes)
+            found |= zip(some, hypotheses, strict=True)
+        return {place: found[place] for place in places}
 
     def write(self, reading: Reading, found: Found, rank: Rank | None = None) -> list[Translation]:
         """Return the translation of each line. This is the host's work after a search.
@@ -335,8 +315,9 @@ class Translator:
         for place in range(max(count, 1)):
             shown = [part.ranked(place).text for part in parts]
             # Strip the parts, as `join_at` adds the blanks between them.
-            stripped = [text.strip() for text in shown]
-            ranked.append((shown[0], [0]) if alone else join_at(texts, stripped, options.paragraphs))
+            ranked.append(
+                (shown[0], [0]) if alone else join_at(texts, [text.strip() for text in shown], options.paragraphs)
+            )
         hypotheses = [self._hypothesis(*ranked[place], place, texts, parts, options) for place in range(count)]
         order = list(range(count))
         if hypotheses and (options.temperature or rank):
@@ -407,6 +388,11 @@ class Translator:
                 f"prefix {_shown(text)} cannot be kept exactly: the subwords of the vocabulary make it {_shown(kept)}"
             )
         return pieces
+
+
+def _tell(progress: Callable[[float], None], before: int, count: int, total: int, done: float) -> None:
+    """Report the fraction of all parts that is done, given the fraction of `count` parts that follow those `before`."""
+    progress((before + count * done) / total)
 
 
 def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:

@@ -50,15 +50,15 @@ _PATTERNS = {
     ),
 }
 _FIELD = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _PATTERNS.items()))
-# What every field has: text without it needs no closer look, which takes ten times as long.
-_MAYBE = re.compile(r"[%{<&@]|\[X|://|[wW]{3}\.")
+# Every field has one of these, or begins with "www.": text without them needs no closer look, which takes longer.
+_MAYBE = ("%", "{", "<", "&", "@", "[X", "://")
 # Marks after a URL belong to the sentence around it.
 _AFTER_URL = ".,;:!?…'’»”)]}"
 
 
 def find_fields(text: str) -> list[Field]:
     """Return the fields of a text, in order."""
-    if not _MAYBE.search(text):
+    if not any(map(text.__contains__, _MAYBE)) and "www." not in text.lower():
         return []
     found = []
     for match in _FIELD.finditer(text):
