@@ -66,6 +66,12 @@ def test_two_numbers(left: str, right: str) -> None:
         assert found.missing or found.added
 
 
+def test_numbers_written_the_same_belong_together() -> None:
+    # 5.000 may be read as 5,000 or as 5.
+    assert compare_numbers("5,000 5", "5 5.000 5.00001")[1:] == ([], ["5.00001"])
+    assert compare_numbers("5,000 5.000 5", "5 5.000")[1:] == (["5,000"], [])
+
+
 def test_numbers_are_counted_and_named() -> None:
     assert compare_numbers("5 and 5 and 1,000", "5 und 99") == (3, ["5", "1,000"], ["99"])
 

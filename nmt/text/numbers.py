@@ -99,7 +99,7 @@ class Numbers(NamedTuple):
 
 class _Token(NamedTuple):
     text: str
-    readings: frozenset[str]  # as `_plain` writes them
+    readings: tuple[str, ...]  # the text itself, and its values as `_plain` writes them
 
     @property
     def parts(self) -> list[str]:
@@ -116,6 +116,8 @@ def compare_numbers(source: str, translation: str) -> Numbers:
     if written == _NUMBER.findall(translation):
         return Numbers(total, [], [])
     missing, added = _tokens(source), _tokens(translation)
+    # Numbers that are written the same belong together, before others can take their partners.
+    missing, added = _unmatched(missing, added, _text, _text)
     missing, added = _unmatched(missing, added, _readings, _readings)
     if missing and added:
         missing, added = _without_split(missing, added)
@@ -139,24 +141,24 @@ def _tokens(text: str) -> list[_Token]:
     return found
 
 
-def _read(text: str, scale: int) -> frozenset[str]:
+def _read(text: str, scale: int) -> tuple[str, ...]:
     """Return the readings of a number; `scale` is the value of the word after it, such as 1000, or 0."""
     compact = re.sub(_BLANK, "", text)
     marks, groups = re.findall(r"\D", compact), re.split(r"\D", compact)
-    found = set()
+    found = []
     if set(marks) <= {".", ","}:
         in_groups = len(groups[0]) <= 3 and all(len(group) == 3 for group in groups[1:])
         if not marks or (len(set(marks)) == 1 and in_groups):
-            found.add(_plain("".join(groups)))
+            found.append(_plain("".join(groups)))
         if len(marks) == 1 or (marks and marks[-1] not in marks[:-1]):
-            found.add(_plain("".join(groups[:-1]), groups[-1]))
+            found.append(_plain("".join(groups[:-1]), groups[-1]))
     if scale and len(text) <= _LONGEST_SCALED:
-        found |= {_plain(*f"{Decimal(number) * scale:f}".split(".")) for number in found}
+        found += [_plain(*f"{Decimal(number) * scale:f}".split(".")) for number in found]
     # A time of day: 14.30, 14:30, 14h30; the full hour is the hour alone.
     if len(groups) == 2 and len(groups[0]) <= 2 and len(groups[1]) == 2 and marks != [","]:
         hour, minute = map(int, groups)
-        found.add(f"{hour}:{minute:02}" if minute else str(hour))
-    return frozenset((text, *found))
+        found.append(f"{hour}:{minute:02}" if minute else str(hour))
+    return (text, *found)
 
 
 def _plain(whole: str, part: str = "") -> str:
@@ -191,6 +193,10 @@ def _unmatched(
         else:
             alone.append(left)
     return alone, [right for place, right in enumerate(rights) if place not in used]
+
+
+def _text(token: _Token) -> Iterable[str]:
+    return (token.text,)
 
 
 def _readings(token: _Token) -> Iterable[str]:
@@ -238,7 +244,7 @@ def _not_in_words(tokens: list[_Token], text: str) -> list[_Token]:
         found |= _VALUES_OF.get(word, set())
         for length in range(_SHORTEST_BEGINNING, min(_LONGEST_BEGINNING, len(word) - 1) + 1):
             found |= _VALUES_OF.get(word[:length], set())
-    return [token for token in tokens if not token.readings & found]
+    return [token for token in tokens if found.isdisjoint(token.readings)]
 
 
 def _roman(numeral: str) -> str:
