@@ -148,22 +148,24 @@ class Lanes:
         positions = rounded_length(max(map(len, sources)) + 1)
         lane = self.lane(rounded_count(len(sources)), positions)
         lane.load(sources, rules)
-        return Run(self, lane, rules.max_length_B.tolist())
+        # Few translations are done at half of the shortest source's length, so the host need not look before it.
+        return Run(self, lane, rules.max_length_B.tolist(), max(min(map(len, sources)) // 2, _LOOK_EVERY))
 
 
 class Run:
     """The search of one batch."""
 
-    def __init__(self, lanes: Lanes, lane: Lane, lengths: list[int]) -> None:
+    def __init__(self, lanes: Lanes, lane: Lane, lengths: list[int], before: int) -> None:
+        """Begin with this many positions, while the host has time for other work."""
         self.lanes, self.lane, self.lengths = lanes, lane, lengths
         self.sentences = [*range(len(lengths)), *[-1] * (lane.sentences - len(lengths))]
         """The sentence of each column of the lane; -1 for padding."""
         self.stretches: list[Stretch] = []
         self.first = self.length = 0
-        self._advance()
+        self._advance(before)
 
-    def _advance(self) -> None:
-        steps = min(_LOOK_EVERY, max(self.lengths) - self.length)
+    def _advance(self, positions: int = _LOOK_EVERY) -> None:
+        steps = min(positions, max(self.lengths) - self.length)
         self.lane.advance(steps)
         self.length += steps
 

@@ -93,7 +93,7 @@ class Searcher:
         `forbidden` subwords are never output, except that a translation may have those `slots` that its source has.
         """
         self.models, self.device = list(models), device
-        self._slots = frozenset(slots)
+        self._slots = np.array(sorted(slots), dtype=np.int64)
         self.forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
         # Tokens with different numbers of experts, and experts of other processes, need the host.
         waits = any(model.config.moe.k_is_average or model.share.size > 1 for model in self.models)
@@ -229,22 +229,28 @@ class Searcher:
         """Return the rules of a batch, on the host but for the forbidden subwords."""
         prefix_B = np.array([len(each.prefix) for each in asked])
         longest_B = _longest(options, np.array([len(each.source) for each in asked]), prefix_B)
-        prefix_BP = np.full((len(asked), prefix_B.max()), PAD)
-        for row_P, each in zip(prefix_BP, asked, strict=True):
-            row_P[: len(each.prefix)] = each.prefix
-        slots = [sorted(self._slots.intersection(each.source.tolist())) if self._slots else [] for each in asked]
-        slots_BG = np.full((len(asked), max(map(len, slots))), PAD)
-        for row_G, found in zip(slots_BG, slots, strict=True):
-            row_G[: len(found)] = found
+        # Most batches have no slots, which is seen for all sentences at once.
+        whole_N = np.concatenate([each.source for each in asked])
+        slots = []
+        if np.isin(whole_N, self._slots).any():
+            slots = [np.intersect1d(each.source, self._slots) for each in asked]
         return Rules(
             torch.full((len(asked),), max(options.min_length, 1)),
             torch.from_numpy(longest_B),
             self.forbidden_F,
-            prefix_BP=torch.from_numpy(prefix_BP) if prefix_B.any() else None,
+            prefix_BP=_padded([each.prefix for each in asked]) if prefix_B.any() else None,
             no_repeat=options.no_repeat_ngram,
             stream_B=torch.tensor([each.stream for each in asked]) if options.temperature else None,
-            slots_BG=torch.from_numpy(slots_BG) if any(slots) else None,
+            slots_BG=_padded(slots) if slots else None,
         )
+
+
+def _padded(rows: Sources) -> Tensor:
+    """Return rows of subwords as one tensor, with PAD at their ends."""
+    padded = np.full((len(rows), max(map(len, rows))), PAD)
+    for row, pieces in zip(padded, rows, strict=True):
+        row[: len(pieces)] = pieces
+    return torch.from_numpy(padded)
 
 
 def _encode(model: Seq2Seq, experts_per_token: int, source_N: Tensor, rows: Rows) -> Memory:
