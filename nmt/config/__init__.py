@@ -218,7 +218,7 @@ class DecodingConfig:
     text, are translated in parts and joined again. They are split at ends of sentences, or of clauses or words if a
     sentence is too long. A note reports their number."""
     batch_tokens: int = 0
-    """Source subwords per search batch, including padding; 0: 2048 on a CPU, 16384 on a GPU. A sentence counts as at
+    """Source subwords per search batch, including padding; 0: 4096 on a CPU, 16384 on a GPU. A sentence counts as at
     least 16. Memory grows with this number times `beam_size`. A batch that does not fit in memory is halved."""
     device: str = "auto"
     """cuda, cpu, or auto: cuda if there is a GPU."""

@@ -34,7 +34,7 @@ from nmt.model.seq2seq import DecoderState, Seq2Seq
 # A translation may have this many more subwords than max_length_ratio allows, for the sake of short sentences.
 _EXTRA_LENGTH = 10
 # Subwords per batch, by the device, if `decoding.batch_tokens` is 0.
-_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
+_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # Shorter sentences count as this long, since the scores of the vocabulary take memory for each sentence.
 _LEAST_LENGTH = 16
 _NOTHING = np.zeros(0, dtype=np.int32)
