@@ -392,7 +392,14 @@ def test_the_translation_is_the_one_that_is_explained(run: Path) -> None:
     translator = Translator.load(directory, directory.config())
     sentence = directory.text("test")[0][0]
     found = explain_sentence(translator, sentence)
-    assert found.translation == translator.translate([sentence])[0].text
+    # The first search is explained, not one that another search replaces.
+    plain = replace(translator.options, retry=False, attention=True)
+    (translated,) = translator.translate([sentence], plain)
+    assert found.translation == translated.text
+    np.testing.assert_array_equal(found.attention, translated.hypotheses[0].attention)
+    map_of = ElementTree.fromstring(explanation_page(found)).findall(".//div[@class='map']/svg/rect")
+    assert len(map_of) == len(found.attention) * len(found.source_pieces)
+    assert explanation_page(replace(found, attention=[])).count("<rect") == 0
     assert len(found.piece_log_probabilities) == len(found.target_pieces)
     source = translator.subwords.encode(sentence)
     batch = make_batch(

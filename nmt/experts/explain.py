@@ -22,7 +22,7 @@ rows of a layer in time-major order, K slots of a token, D width.
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -105,6 +105,8 @@ class Explanation:
     precision: str
     """Precision of the computation: fp32 or bf16."""
     layers: list[LayerExplanation]
+    attention: list[list[float]] = field(default_factory=list)
+    """A row for each target subword that the model wrote: its attention to each source subword. A row sums to 1."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as dictionaries and lists, for JSON."""
@@ -316,7 +318,9 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
             f"the sentence has {counted(len(source), 'subword')}, more than decoding.max_source_pieces={limit}: "
             "give a shorter one, or raise the setting"
         )
-    target = translator.searcher.search([source], options)[0][0].tokens
+    best = translator.searcher.search([source], replace(options, attention=True))[0][0]
+    target = best.tokens
+    assert best.attention_TS is not None
     scorer = Scorer(
         translator.model,
         source,
@@ -332,4 +336,5 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
         piece_log_probabilities=scorer.log_probability_T.tolist(),
         precision=scorer.precision,
         layers=explain_pair(scorer),
+        attention=best.attention_TS.tolist(),
     )

@@ -117,6 +117,29 @@ HEAT_KEY = '<p class="key"><i class="cold"></i>rarer than chance<i class="hot"><
 """Key to the colours of `heat_map`."""
 
 
+def weight_map(rows: Sequence[str], columns: Sequence[str], weights: Sequence[Sequence[float]], label: str) -> str:
+    """Return a heat map of weights from 0 to 1: the stronger the colour, the larger the weight."""
+    left = 8 + 7 * max(map(len, rows))
+    size = min((_WIDTH - left) / len(columns), 30)
+    top = 12 + 6.8 * min(_MAX_NAME, max(map(len, columns)))
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {top + size * len(rows):.0f}" role="img" aria-label="{text(label)}">']
+    for i, name in enumerate(columns):
+        x, y = left + (i + 0.5) * size + 4, top - 6
+        turn = f'transform="rotate(-90 {x:.1f} {y:.1f})"'
+        parts.append(f'<text x="{x:.1f}" y="{y:.1f}" {turn}>{text(name[:_MAX_NAME])}</text>')
+    for j, name in enumerate(rows):
+        y = top + j * size
+        parts.append(f'<text x="{left - 6}" y="{y + size / 2 + 4:.1f}" text-anchor="end">{text(name)}</text>')
+        for i, column in enumerate(columns):
+            weight = weights[j][i]
+            place = f'x="{left + i * size:.1f}" y="{y:.1f}" width="{size - 1:.1f}" height="{size - 1:.1f}"'
+            parts.append(
+                f'<rect class="cold" fill-opacity="{weight:.2f}" {place}>'
+                f"<title>{text(name)} from {text(column)}: {percent(weight)}</title></rect>"
+            )
+    return "".join(parts) + "</svg>"
+
+
 def meter(width: str, kind: str = "") -> str:
     """Return a bar within a line, filled to a CSS width such as 25% of its track."""
     return f'<span class=bar><i class="{kind}" style="width:{width}"></i></span>'

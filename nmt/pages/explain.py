@@ -7,8 +7,9 @@ probable without it, orange if it would be more probable. The page is also well-
 from nmt.config import LayerName
 from nmt.data.subwords import BLANK_SIGN, END_SIGN, readable
 from nmt.experts.explain import ExpertTotal, Explanation, LayerExplanation, Slot, expert_name
+from nmt.pages.charts import weight_map
 from nmt.pages.document import document, text
-from nmt.pages.style import EXPLANATION
+from nmt.pages.style import CHARTS, EXPLANATION
 from nmt.wording import counted
 
 _MEANING = """
@@ -40,9 +41,22 @@ def explanation_page(explanation: Explanation) -> str:
         f"<span>width of a chip: its gate, and never less than its text</span>"
         f"<span>in a chip: expert, contribution</span>"
         f"<span>{BLANK_SIGN}: a blank; {END_SIGN}: the end of the sentence</span></p>\n"
-        f"{layers}"
+        f"{layers}{_attention(explanation)}"
     )
-    return document(f"Experts: {explanation.sentence}", body, EXPLANATION)
+    return document(f"Experts: {explanation.sentence}", body, CHARTS, EXPLANATION)
+
+
+def _attention(explanation: Explanation) -> str:
+    """Return the section with the attention; nothing if there is none."""
+    if not explanation.attention:
+        return ""
+    rows = [readable(piece) for piece in explanation.target_pieces[: len(explanation.attention)]]
+    columns = [readable(piece) for piece in explanation.source_pieces]
+    return (
+        '<section><h2>Attention</h2><p class="soft">Where each subword of the translation (row) was read from in the '
+        "source (column). A row sums to 1, which is the full colour.</p>\n"
+        f'<div class="map">{weight_map(rows, columns, explanation.attention, "attention")}</div></section>\n'
+    )
 
 
 def _layer(explanation: Explanation, layer: LayerExplanation) -> str:

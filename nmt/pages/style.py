@@ -115,6 +115,7 @@ td,th { padding:3px .75rem 3px 0; border-bottom:1px solid var(--line); vertical-
 .chip { display:block; flex:var(--gate, 0) 1 0; min-width:max-content; padding:1px 6px;
   border-radius:4px; font-size:.8rem; white-space:nowrap; overflow:hidden; background:var(--zero);
   background:color-mix(in oklab, var(--tint) var(--strength), var(--zero)) }
+.map { max-width:46rem } .map svg text { font-family:ui-monospace,monospace }
 .gain { --tint:var(--gain) } .loss { --tint:var(--loss) } .chip b { margin-right:.35rem }
 """
 """The explanation of a sentence: a row for each position, a chip for each expert."""
