@@ -99,6 +99,10 @@ def test_the_line_rule_for_some_bytes(translator: Translator) -> None:
         check_line_rule(translator, content)
 
 
+def test_line_breaks_beside_and_in_fields_are_blanks(translator: Translator) -> None:
+    check_line_rule(translator, "x the \x1c {name} dog\nx\u2028<b\x85>dog</b>\u2028%s\n\x1c {name}\n".encode())
+
+
 @pytest.mark.slow
 def test_the_line_rule_for_2000_byte_strings(translator: Translator) -> None:
     for content in byte_strings(seed=1, count=2000):

@@ -30,11 +30,13 @@ class Kept(NamedTuple):
     """The texts to translate, the preferred one first. None if the line has nothing to translate but fields."""
 
 
-def protect(line: str, slots: bool) -> Kept | None:
+def protect(line: str, slots: bool, keep_lines: bool = False) -> Kept | None:
     """Return a line with its tags and fields taken out; None if it has none.
 
-    `slots`: the model has learned the symbols of slots, which then replace fields.
+    `slots`: the model has learned the symbols of slots, which then replace fields. Control characters and line breaks
+    become blanks, also in tags and beside them; with `keep_lines`, LF stays.
     """
+    line = "\n".join(map(one_line, line.split("\n"))) if keep_lines else one_line(line)
     items = find_items(line)
     if not items:
         return None

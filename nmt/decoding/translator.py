@@ -159,7 +159,7 @@ class Translator:
         important one first; empty for none.
         """
         options = options or self.options
-        kept = self._kept(lines, prefixes or {}) if options.markup else {}
+        kept = self._kept(lines, prefixes or {}, options.paragraphs) if options.markup else {}
         lines, origin = spread(lines, kept)
         long = {place for place, line in enumerate(origin) if line in long}
         terms = [terms[line] for line in origin] if terms else terms
@@ -372,10 +372,12 @@ class Translator:
         places[places < 0] = [match.start() for match in _SLOT.finditer(text)]
         return places
 
-    def _kept(self, lines: Sequence[str], prefixes: Mapping[int, str]) -> dict[int, Kept]:
+    def _kept(self, lines: Sequence[str], prefixes: Mapping[int, str], keep_lines: bool) -> dict[int, Kept]:
         """Return the lines with tags or fields, by their numbers, except for those with a prefix."""
         found = {
-            place: protect(line, bool(self._slot_of)) for place, line in enumerate(lines) if not prefixes.get(place)
+            place: protect(line, bool(self._slot_of), keep_lines)
+            for place, line in enumerate(lines)
+            if not prefixes.get(place)
         }
         return {place: kept for place, kept in found.items() if kept}
 
