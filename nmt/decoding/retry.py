@@ -1,5 +1,6 @@
 """Translate a sentence again, with other settings, if its translation repeats itself or is empty.
 
+It repeats itself if the same subwords, and so the same words, are there three times in a row, but not in its source.
 The second translation is used if it does neither. The kind of flag is "retried" either way (nmt/text/checks.py).
 """
 
