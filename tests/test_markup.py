@@ -233,14 +233,6 @@ def test_tags_follow_their_words(line: str, translation: str, pairs: dict[int, i
     assert not found.flags
 
 
-@pytest.mark.parametrize("line", ["<a\x0b>r", "r <b\rc='\u2028'>\r</b> s", "{{\x0bx}} r"])
-def test_the_result_is_one_line(line: str) -> None:
-    items = find_items(line)
-    assert items
-    found = copied(items, mask(line, items, numbers_for(line, items, 4) or ()))
-    assert found.text.splitlines() == ["".join(" " if each.splitlines() == [""] else each for each in line)]
-
-
 def test_paragraphs_keep_their_line_breaks() -> None:
     line = "<p>one</p>\n<p>two</p>"
     items = find_items(line)

@@ -21,7 +21,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nmt.data.subwords import one_line
 from nmt.decoding.alignment import Attended, Span, Weights, weights
 from nmt.text.checks import Flag
 from nmt.text.markup import SLOTS, Item, Masked
@@ -232,7 +231,7 @@ def _written(
         text += _spaced(items, masked, waiting, translation[end : span[0]], text, translation[span[0] : span[0] + 1])
         waiting, end = [], span[1]
         runs.append((span[0], len(text)))
-        shown = one_line(items[found_at[span]].text) if span in found_at else translation[slice(*span)]
+        shown = items[found_at[span]].text if span in found_at else translation[slice(*span)]
         text += "" if shown in SLOTS else shown
     return text + _spaced(items, masked, waiting, translation[end:], text, ""), tuple(runs)
 
@@ -259,8 +258,6 @@ def _spaced(items: Sequence[Item], masked: Masked, numbers: list[int], gap: str,
     if not numbers:
         return gap
     chosen = [items[number] for number in numbers]
-    # A line break is kept where the translation has one.
-    shown = (lambda text: text) if "\n" in gap else one_line
     blanks = [chosen[0].before, *(one.after or two.before for one, two in pairwise(chosen)), chosen[-1].after]
     if not gap:
         # At an end of the line, a translation has lost the blanks that its source has there.
@@ -278,5 +275,4 @@ def _spaced(items: Sequence[Item], masked: Masked, numbers: list[int], gap: str,
         blanks[0] = blanks[0] or " "
     if chosen[-1].role == "kept" and right.isalnum():
         blanks[-1] = blanks[-1] or " "
-    blanks = [shown(blank) for blank in blanks]
-    return blanks[0] + "".join(one_line(item.text) + blank for item, blank in zip(chosen, blanks[1:], strict=True))
+    return blanks[0] + "".join(item.text + blank for item, blank in zip(chosen, blanks[1:], strict=True))
