@@ -256,10 +256,32 @@ def source_batch(sources: Sequence[np.ndarray]) -> tuple[Tensor, Rows]:
     return _packed(pieces_N, lengths_B, order_N, EOS), rows
 
 
-def fit_source(source_N: Tensor, rows: Rows, sentences: int, positions: int) -> tuple[Tensor, Rows]:
-    """Return the result of `source_batch`, padded to `sentences` of `positions` each; padding is as in `fit`."""
-    fitted, row_N = _fit_rows(rows, (sentences,) * positions, sentences)
-    return torch.full((fitted.num_rows,), PAD).index_copy_(0, row_N, source_N), fitted
+def source_rectangle(sources: Sequence[np.ndarray], sentences: int, positions: int) -> tuple[Tensor, Rows]:
+    """Return the result of `source_batch`, padded to `sentences` of `positions` each; padding is as in `fit`.
+
+    All sentences are at every position, so they keep their order.
+    """
+    length_B = np.zeros(sentences, dtype=np.int64)
+    length_B[: len(sources)] = [len(source) + 1 for source in sources]
+    pieces_BS = np.full((sentences, positions), PAD)
+    position_S = np.arange(positions)
+    pieces_BS[position_S < length_B[:, None] - 1] = np.concatenate(sources)
+    pieces_BS[np.arange(len(sources)), length_B[: len(sources)] - 1] = EOS
+    real_SB = position_S[:, None] < length_B
+    row_SB = np.arange(positions * sentences).reshape(positions, sentences)
+    turned_SB = (length_B - 1 - position_S[:, None]) * sentences + np.arange(sentences)
+    alive = (sentences,) * positions
+    rows = Rows(
+        alive=alive,
+        begin_L=torch.arange(positions + 1, dtype=torch.int32) * sentences,
+        rank_B=torch.arange(sentences, dtype=torch.int32),
+        length_B=torch.from_numpy(length_B.astype(np.int32)),
+        previous_N=_previous(alive),
+        turn_N=torch.from_numpy(np.where(real_SB, turned_SB, row_SB).astype(np.int32).reshape(-1)),
+        cell_N=torch.from_numpy(np.where(real_SB, row_SB, positions * sentences).reshape(-1)),
+        real_N=torch.from_numpy(real_SB.reshape(-1)),
+    )
+    return torch.from_numpy(np.ascontiguousarray(pieces_BS.T).reshape(-1)), rows
 
 
 def make_batch(pairs: np.ndarray, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> Batch:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from nmt.batch import EOS, PAD, _fit_rows, source_batch, source_rectangle
 from nmt.config import DecodingConfig, ModelConfig
 from nmt.decoding import lanes
 from nmt.decoding.lanes import rounded_count, rounded_length
@@ -84,6 +85,34 @@ def test_a_recorded_search_is_a_live_one(model: Seq2Seq, n_best: int, monkeypatc
     made = Again.made
     searcher.search(sources, options)
     assert Again.made == made
+
+
+def test_runs_that_may_not_repeat_are_recorded_too(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
+    options, sources = replace(OPTIONS, no_repeat_ngram=2), sources_of(*[3, 9, 30, 1, 8] * 3)
+    expected = Searcher([model], CPU, range(3)).search(sources, options)
+    searcher = recorded(model, monkeypatch)
+    check_equal(searcher.search(sources, options), expected)
+    assert Again.made
+
+
+def test_a_rectangle_is_a_padded_batch():
+    """Sentences keep their order, where a packed batch sorts them."""
+    sources = sources_of(3, 1, 6)
+    source_N, rows = source_rectangle(sources, 4, 9)
+    _, packed = source_batch(sources)
+    fitted = _fit_rows(packed, (4,) * 9, 4)[0]
+    order_B = fitted.rank_B.long().argsort()
+    for b, source in enumerate(sources):
+        assert source_N.view(9, 4)[:, b].tolist() == [*source, EOS, *[PAD] * (8 - len(source))]
+    for name in ("begin_L", "length_B", "previous_N"):
+        assert torch.equal(getattr(rows, name), getattr(fitted, name))
+    for name in ("turn_N", "real_N"):
+        found, expected = (getattr(each, name).view(9, 4) for each in (rows, fitted))
+        if name == "turn_N":
+            found, expected = found // 4, expected // 4  # the position that it leads to
+        assert torch.equal(found[:, order_B], expected)
+    assert torch.equal(rows.cell_N[rows.real_N].sort().values, fitted.cell_N[fitted.real_N].sort().values)
+    assert (rows.cell_N[~rows.real_N] == 36).all()
 
 
 def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):

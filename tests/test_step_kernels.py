@@ -40,14 +40,17 @@ def test_the_fused_selection_is_the_plain_one(rows: int, vocabulary: int, k: int
 
 @needs_triton
 @pytest.mark.parametrize("function", ["product", "additive"])
+@pytest.mark.parametrize("few", [1, 100])
 @pytest.mark.parametrize(
     ("queries", "sentences", "positions", "size", "width"), [(3, 2, 7, 24, 40), (1, 3, 33, 300, 20)]
 )
 def test_the_fused_attention_of_a_step_is_the_plain_one(
-    function: str, queries: int, sentences: int, positions: int, size: int, width: int
+    function: str, queries: int, sentences: int, positions: int, size: int, width: int, few: int, monkeypatch
 ):
+    from nmt.model.kernels import attention_step_triton
     from nmt.model.kernels.attention_step_triton import fused_attend_step
 
+    monkeypatch.setattr(attention_step_triton, "_FEW", few)
     query_TBA, keys_SBA = torch.randn(queries, sentences, size), torch.randn(positions, sentences, size)
     values_SBD, v_A = torch.randn(positions, sentences, width), torch.randn(size)
     padding_SB = torch.arange(positions)[:, None] >= torch.tensor([positions, 1, 3])[:sentences]

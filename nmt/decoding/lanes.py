@@ -2,7 +2,7 @@
 
 Launching the hundred kernels of a position takes the host ten times as long as a GPU needs to run them. A lane is a
 search for B sentences of up to S source positions. Encoding a batch, and each position of the search, are one launch.
-Shapes are rounded up to few sizes; sentences of padding are done from the start. A lane that has lost half of its
+Shapes are rounded up to few sizes; sentences of padding are done from the start. A lane that has lost most of its
 sentences passes the rest on to a smaller one.
 
 Nothing here depends on a GPU: a test replays by calling the work again.
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from nmt.batch import Rows, fit_source, source_batch
+from nmt.batch import Rows, source_rectangle
 from nmt.decoding.rules import Rules
 from nmt.decoding.search import BeamSettings, Choose, Search, SearchState, Step, best_of
 from nmt.decoding.trace import Hypothesis, Stretch
@@ -26,10 +26,12 @@ from nmt.model.graph import Graph
 
 # Positions between two looks at which sentences are done: each look waits for the GPU.
 _LOOK_EVERY = 4
+# A lane passes its sentences on when so many times fewer are left, since each lane takes time to make.
+_SHRINK = 4
 # A lane of fewer sentences takes hardly less time per position.
 _LEAST_SENTENCES = 32
 # Lanes that are kept. Each has tensors for its sentences, and shares the memory of its work with the others.
-_MOST_LANES = 32
+_MOST_LANES = 64
 
 
 class LaneState(SearchState, Protocol):
@@ -52,6 +54,7 @@ class Task(NamedTuple):
     choose: Choose
     settings: BeamSettings
     forbidden_F: Tensor
+    no_repeat: int
     longest: Callable[[int], int]
     """Returns the greatest length of any translation of a source of this many subwords, with its end."""
 
@@ -64,7 +67,7 @@ def wanted_sources(rows: Rows) -> Tensor:
 
 def rounded_length(length: int) -> int:
     """Return the source positions of the lane for sentences of this many: a few more, for few different lanes."""
-    unit = 8 if length <= 64 else 32 if length <= 256 else 128
+    unit = 8 if length <= 32 else 16 if length <= 64 else 32 if length <= 128 else 64 if length <= 256 else 128
     return -(-length // unit) * unit
 
 
@@ -76,20 +79,21 @@ def rounded_count(sentences: int) -> int:
 class Lane:
     """A recorded search for up to `sentences` of up to `positions` source subwords, with the end of sentence."""
 
-    def __init__(self, task: Task, sentences: int, positions: int, pool: Any) -> None:
-        """Allocate the tensors of the search, and do all of its work once, which compiles kernels."""
-        self.task, self.sentences, self.positions, self.pool = task, sentences, positions, pool
+    def __init__(self, task: Task, memory: Memory, pool: Any) -> None:
+        """Allocate the tensors of the search, and do a position once, which compiles kernels.
+
+        `memory` is the encoded source of a batch, in tensors that the lane may overwrite.
+        """
+        self.task, self.memory, self.pool = task, memory, pool
+        self.positions, self.sentences = positions, sentences = memory.padding_SB.shape
         device = task.forbidden_F.device
-        self.source_N, rows = self._fitted([np.zeros(1, dtype=np.int64)])
-        self.source_N = self.source_N.to(device)
-        self.rows = rows.map(lambda tensor: tensor.to(device))
-        self.memory = task.encode(self.source_N, self.rows)
+        self.sources: tuple[Tensor, Rows] | None = None
         shortest_B = torch.ones(sentences, dtype=torch.int64, device=device)
         self.search = Search.begin(
             task.step,
             task.start(self.memory, sentences),
             wanted_BS=torch.zeros(sentences, positions, dtype=torch.bool, device=device),
-            rules=Rules(shortest_B, shortest_B.clone(), task.forbidden_F),
+            rules=Rules(shortest_B, shortest_B.clone(), task.forbidden_F, no_repeat=task.no_repeat),
             settings=task.settings,
             choose=task.choose,
             most=task.longest(positions - 1),
@@ -98,24 +102,29 @@ class Lane:
         self.position: Graph[None] | None = None
         self.search.advance()
 
-    def _fitted(self, sources: Sequence[np.ndarray]) -> tuple[Tensor, Rows]:
-        return fit_source(*source_batch(sources), self.sentences, self.positions)
-
     def load(self, sources: Sequence[np.ndarray], rules: Rules) -> None:
-        """Begin the search of a batch. The rules are on the host, and the same subwords are forbidden everywhere."""
-        source_N, rows = self._fitted(sources)
-        self.source_N.copy_(source_N, non_blocking=True)
-        self.rows.copy_(rows)
+        """Begin the search of a batch. The rules are on the host, and fit all batches."""
+        source_N, rows = source_rectangle(sources, self.sentences, self.positions)
+        if self.sources is None:
+            device = self.task.forbidden_F.device
+            self.sources = source_N.to(device), rows.map(lambda tensor: tensor.to(device))
+            # Done once without a recording, which compiles kernels.
+            self._encode()
+            self.encoding = Graph(self._encode, self.pool)
+        own_N, own_rows = self.sources
+        own_N.copy_(source_N, non_blocking=True)
+        own_rows.copy_(rows)
         self.search.wanted_BS.copy_(wanted_sources(rows), non_blocking=True)
         own, missing = self.search.rules, self.sentences - len(sources)
         own.min_length_B.copy_(F.pad(rules.min_length_B, (0, missing), value=1), non_blocking=True)
         own.max_length_B.copy_(F.pad(rules.max_length_B, (0, missing), value=1), non_blocking=True)
-        self.search.restart(torch.arange(self.sentences, device=self.source_N.device) >= len(sources))
-        self.encoding = self.encoding or Graph(self._encode, self.pool)
+        self.search.restart(torch.arange(self.sentences, device=own_N.device) >= len(sources))
+        assert self.encoding is not None
         self.encoding.replay()
 
     def _encode(self) -> None:
-        for own, new in zip(self.memory, self.task.encode(self.source_N, self.rows), strict=True):
+        assert self.sources is not None
+        for own, new in zip(self.memory, self.task.encode(*self.sources), strict=True):
             own.copy_(new)
 
     def advance(self, positions: int) -> None:
@@ -132,6 +141,8 @@ class Lanes:
         self.task = task
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
         self.lanes: OrderedDict[tuple[int, int], Lane] = OrderedDict()
+        self.example: Memory | None = None
+        """The memory of some batch, for the widths and types of its tensors."""
 
     def lane(self, sentences: int, positions: int) -> Lane:
         """Return the lane of this shape."""
@@ -139,9 +150,23 @@ class Lanes:
         if shape not in self.lanes:
             while len(self.lanes) >= _MOST_LANES:
                 self.lanes.popitem(last=False)
-            self.lanes[shape] = Lane(self.task, sentences, positions, self.pool)
+            self.lanes[shape] = Lane(self.task, self._memory(sentences, positions), self.pool)
         self.lanes.move_to_end(shape)
         return self.lanes[shape]
+
+    def _memory(self, sentences: int, positions: int) -> Memory:
+        """Return the memory of a new lane, whose contents do not matter."""
+        if self.example is None:
+            source_N, rows = source_rectangle([np.zeros(1, dtype=np.int64)], 1, 2)
+            device = self.task.forbidden_F.device
+            self.example = self.task.encode(source_N.to(device), rows.map(lambda tensor: tensor.to(device)))
+        values_SBD, keys_SBA, padding_SB, v_A = self.example
+        return Memory(
+            values_SBD.new_zeros(positions, sentences, values_SBD.shape[2]),
+            keys_SBA.new_zeros(positions, sentences, keys_SBA.shape[2]),
+            padding_SB.new_zeros(positions, sentences),
+            v_A.clone(),
+        )
 
     def begin(self, sources: Sequence[np.ndarray], rules: Rules) -> "Run":
         """Begin the search of a batch of sources, whose work the device does while the host continues."""
@@ -176,8 +201,8 @@ class Run:
             num_going = int(going_B.sum())
             if not num_going:
                 break
-            if 2 * num_going <= self.lane.sentences and self.lane.sentences > _LEAST_SENTENCES:
-                self._pass_on(going_B)
+            if _SHRINK * num_going <= self.lane.sentences and self.lane.sentences > _LEAST_SENTENCES:
+                self._pass_on(going_B, num_going)
             self._advance()
         self._keep()
         return lambda: best_of(self.stretches, self.lengths, self.lanes.task.settings)
@@ -188,14 +213,15 @@ class Run:
         self.stretches.append(Stretch(self.sentences, record))
         self.first = self.length
 
-    def _pass_on(self, going_B: Tensor) -> None:
+    def _pass_on(self, going_B: Tensor, num_going: int) -> None:
         """Continue the sentences that are not done in a smaller lane, whose other columns are done."""
         self._keep()
-        half = self.lanes.lane(self.lane.sentences // 2, self.lane.positions)
-        while 2 * int(going_B.sum()) <= half.sentences > _LEAST_SENTENCES:
-            half = self.lanes.lane(half.sentences // 2, half.positions)
+        size = self.lane.sentences
+        while _SHRINK * num_going <= size > _LEAST_SENTENCES:
+            size //= _SHRINK
+        smaller = self.lanes.lane(max(size, 1), self.lane.positions)
         # Sentences that are done fill the rest.
-        chosen_B = going_B.int().argsort(descending=True, stable=True)[: half.sentences]
-        half.search.continue_(self.lane.search, chosen_B)
+        chosen_B = going_B.int().argsort(descending=True, stable=True)[: smaller.sentences]
+        smaller.search.continue_(self.lane.search, chosen_B)
         self.sentences = [self.sentences[column] for column in chosen_B.tolist()]
-        self.lane = half
+        self.lane = smaller

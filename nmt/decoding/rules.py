@@ -32,7 +32,12 @@ class Rules(NamedTuple):
     @property
     def same_for_all(self) -> bool:
         """True if the same subwords are forbidden everywhere, but for the end."""
-        return self.prefix_BP is None and self.slots_BG is None and not self.no_repeat
+        return self.fits_all and not self.no_repeat
+
+    @property
+    def fits_all(self) -> bool:
+        """True if the shapes of all tensors are the same for other sentences."""
+        return self.prefix_BP is None and self.slots_BG is None
 
     def forbid_(self, logits_KBV: Tensor, length: Tensor, history_KBL: Tensor) -> None:
         """Set to minus infinity, in place, the logits of subwords that may not be next.

@@ -28,6 +28,7 @@ from nmt.decoding.translation import Options
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, MemoryLimitError
 from nmt.model.attention import Memory
+from nmt.model.kernels.top_k import never_waits
 from nmt.model.loss import output_logits
 from nmt.model.seq2seq import DecoderState, Seq2Seq
 
@@ -175,7 +176,7 @@ class Searcher:
     def _launch(self, batch: list[_Asked], options: Options) -> Callable[[], Reader]:
         """Do what `_begin` does, for a batch that memory suffices for."""
         rules = self._rules(batch, options)
-        if self.records and rules.same_for_all and not options.temperature:
+        if self.records and self._recordable(rules, options):
             running = self.lanes(options).begin([each.source for each in batch], rules)
 
             def finish() -> Reader:
@@ -184,6 +185,11 @@ class Searcher:
 
             return finish
         return lambda: partial(_checked, batch, self._search_live(batch, rules, options), options)
+
+    def _recordable(self, rules: Rules, options: Options) -> bool:
+        """Return whether the search of a batch can be recorded."""
+        vocabulary = self.models[0].output.out_features
+        return rules.fits_all and not options.temperature and never_waits(vocabulary, 2 * options.beam_size)
 
     def _search_live(self, batch: list[_Asked], rules: Rules, options: Options) -> list[list[Hypothesis]]:
         """Search a batch without a recording."""
@@ -208,7 +214,7 @@ class Searcher:
     def lanes(self, options: Options) -> Lanes:
         """Return the lanes for searches with these options; those for too many other options are given up."""
         (model,), count = self.models, options.experts_per_token
-        lengths = options.max_length_ratio, options.min_length, options.max_length
+        lengths = options.max_length_ratio, options.min_length, options.max_length, options.no_repeat_ngram
         kind = (_settings(options), count, *lengths)
         if kind not in self._lanes:
             while len(self._lanes) >= _MOST_KINDS:
@@ -220,6 +226,7 @@ class Searcher:
                 choose=partial(top_k, bias_V=model.output.bias),
                 settings=_settings(options),
                 forbidden_F=self.forbidden_F,
+                no_repeat=options.no_repeat_ngram,
                 longest=lambda pieces: int(_longest(options, np.array(pieces), np.array(0))),
             )
             self._lanes[kind] = Lanes(task, self.device)

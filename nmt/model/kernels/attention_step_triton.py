@@ -14,8 +14,8 @@ from torch import Tensor
 
 from nmt.model.kernels.attention_triton import _approximate, _tanh
 
-# Numbers in a tile of keys or values, and most queries of a program.
-_TILE, _GROUP = 4096, 8
+# Numbers in a tile of keys or values, most queries of a program, and sentences from which programs have several.
+_TILE, _GROUP, _FEW = 4096, 8, 32
 
 
 @triton.jit
@@ -82,7 +82,8 @@ def fused_attend_step(
     context_TBD = torch.empty(queries, sentences, values, dtype=values_SBD.dtype, device=values_SBD.device)
     weights_TBS = torch.empty(queries, sentences, positions, dtype=torch.float32, device=values_SBD.device)
     held = max(16, triton.next_power_of_2(positions))
-    group = min(_GROUP, triton.next_power_of_2(queries))
+    # A few sentences do not fill the card, unless each of their queries has a program.
+    group = min(_GROUP, triton.next_power_of_2(queries)) if sentences >= _FEW else 1
     _attend[(sentences, triton.cdiv(queries, group))](
         *(each.contiguous() for each in (query_TBA, keys_SBA, values_SBD, padding_SB, v_A)),
         context_TBD,

@@ -43,6 +43,11 @@ class Best(NamedTuple):
 _MOST_FUSED, _MOST_VOCABULARY = 32, 2**17
 
 
+def never_waits(vocabulary: int, k: int) -> bool:
+    """Return whether a GPU selects `k` logits without the host, which a recording needs."""
+    return k <= _MOST_FUSED and vocabulary <= _MOST_VOCABULARY
+
+
 def best(
     logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, eos: int, bias_V: Tensor | None = None
 ) -> Best:
@@ -53,8 +58,8 @@ def best(
     Subwords `forbidden_F` (int64) are not allowed. `ends_R` (bool) is False for rows that may not end: subword `eos` is
     then not allowed either. This may overwrite the logits of subwords that are not allowed.
     """
-    k, real = min(k, logits_RV.shape[1]), logits_RV.dtype in (torch.float32, torch.bfloat16)
-    if logits_RV.is_cuda and real and k <= _MOST_FUSED and logits_RV.shape[1] <= _MOST_VOCABULARY:
+    k = min(k, logits_RV.shape[1])
+    if _fuses(logits_RV, k):
         from nmt.model.kernels.top_k_triton import fused_best
 
         return Best(*fused_best(logits_RV.contiguous(), k, forbidden_F, ends_R, eos, bias_V))
@@ -69,9 +74,20 @@ def plain_best(logits_RV: Tensor, k: int, forbidden_F: Tensor, ends_R: Tensor, e
     return Best(*top_k(logits_RV, k), normaliser_R)
 
 
+def _fuses(logits_RV: Tensor, k: int) -> bool:
+    real = logits_RV.dtype in (torch.float32, torch.bfloat16)
+    return logits_RV.is_cuda and real and never_waits(logits_RV.shape[1], k)
+
+
 def top_k(logits_RV: Tensor, k: int) -> Top:
     """Return the `k` largest logits of each row, or all V if there are fewer."""
     k = min(k, logits_RV.shape[1])
+    if _fuses(logits_RV, k):
+        from nmt.model.kernels.top_k_triton import fused_best
+
+        none_F = torch.zeros(0, dtype=torch.int64, device=logits_RV.device)
+        all_R = torch.ones(len(logits_RV), dtype=torch.bool, device=logits_RV.device)
+        return Top(*fused_best(logits_RV.contiguous(), k, none_F, all_R, 0)[:2])
     # The logit after the last one shows whether that one was selected among equals.
     values_RX, indexes_RX = _selected(logits_RV, min(k + 1, logits_RV.shape[1]))
     equal_RX = (values_RX[:, 1:] == values_RX[:, :-1]) & (values_RX[:, 1:] > -torch.inf)
