@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "quality": ("Quality", ["europarl", "experts_gain", "multi30k", "demo", "alignments"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
-    "speed": ("Speed", ["speed", "large", "tried", "factored", "loading", "cpu_training"]),
+    "speed": ("Speed", ["speed", "decoding", "large", "tried", "factored", "loading", "cpu_training"]),
     "scaling": ("Several GPUs", ["two_gpus", "step_time", "same_training", "processes"]),
 }
 """Pages by file name: the title, and the files of results that it shows."""
