@@ -26,7 +26,7 @@ from nmt.model.graph import Graph
 
 # Positions between two looks at which sentences are done: each look waits for the GPU.
 _LOOK_EVERY = 4
-# A lane passes its sentences on when so many times fewer are left, since each lane takes time to make.
+# A lane passes its sentences on when this many times fewer are left, since each lane takes time to make.
 _SHRINK = 4
 # A lane of fewer sentences takes hardly less time per position.
 _LEAST_SENTENCES = 32
