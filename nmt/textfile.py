@@ -219,7 +219,8 @@ def open_input(path: Path, key: str) -> io.BufferedReader:
         return open_regular(path)
     except FileNotFoundError as error:
         cause: Exception = error
-        problem = "does not exist: correct the name, or set corpus.root to the folder it is in"
+        problem = "does not exist: correct the name"
+        problem += ", or set corpus.root to the folder it is in" if key.startswith("corpus.") else ""
     except IsADirectoryError as error:
         cause, problem = error, "is a folder: name the files in it"
     except (OSError, ValueError) as error:

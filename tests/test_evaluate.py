@@ -127,6 +127,7 @@ def test_evaluate_says_which_tokeniser_and_why(cli: Cli, copy: Path) -> None:
     assert "BLEU tokeniser char: by --tokenize" in cli.out
     assert "tok:char" in json.loads((copy / "report" / "test.json").read_text())["scores"]["BLEU"]["signature"]
     cli.refuses(2, "evaluate", str(copy), "--tokenize", "moses", says=("--tokenize", "moses", "13a"))
+    cli.refuses(2, "evaluate", str(copy), "--show", "-1", says=("--show -1 must be at least 0",))
     cli.refuses(2, "evaluate", str(copy), "evaluation.tokenize=char", says=("only decoding.*", "--tokenize"))
 
 

@@ -75,8 +75,14 @@ def test_mistakes(cli: Cli, run: Path, source: Path, tmp_path: Path) -> None:
     cli.refuses(
         2, *command, "--n-best", "2", "--resume", "-o", str(tmp_path / "out"), says=("--resume with --n-best needs",)
     )
-    (tmp_path / "p").write_text("der \n\n\n\n")
-    cli.refuses(2, *command, "--prefixes", str(tmp_path / "p"), says=("prefix 'der ' cannot be kept exactly",))
+    cli.refuses(2, *command, "--n-best", "9", GREEDY, says=("--n-best 9 must be at most decoding.beam_size=2",))
+    (tmp_path / "p").write_text("der Hund\n\nder \n\n")
+    cli.refuses(
+        2, *command, "--prefixes", str(tmp_path / "p"), says=("p line 3: prefix 'der ' cannot be kept exactly",)
+    )
+    records = tmp_path / "in.jsonl"
+    records.write_text('{"text": "a"}\n{"text": "a", "prefix": "der "}\n')
+    cli.refuses(2, "translate", str(run), str(records), says=("in.jsonl line 2: prefix 'der ' cannot be kept",))
     cli.refuses(2, *command, "--prefixes", str(tmp_path / "p"), "-o", str(tmp_path / "p"), says=("is the input",))
 
 
@@ -92,6 +98,7 @@ def test_other_prefixes_are_not_resumed(cli: Cli, run: Path, tmp_path: Path) -> 
     prefixes.write_text("am Morgen\n" + "\n" * 299)
     assert cli(*command) == 3
     assert "has translations of another text" in cli.err
+    assert "the same command resumes" not in cli.err
     prefixes.write_text("der Hund\n" + "\n" * 299)
     assert cli(*command) == 0
     assert "resuming after" in cli.err

@@ -79,6 +79,24 @@ def test_any_losses_leave_the_translation_of_all_lines(
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_what_is_left_of_the_first_line_is_written_again(tmp_path: Path) -> None:
+    windows = windows_of("a|b\nc", [1])
+
+    def lose() -> None:
+        with open_partial(tmp_path / "out") as partial:
+            begin(partial, windows, 1)
+
+    with pytest.raises(PowerLoss):
+        lose()
+    assert (tmp_path / "out.part").read_text() == "A"
+    # No line is there that other settings could have made.
+    with open_partial(tmp_path / "out") as partial:
+        partial.begin(MADE_BY | {"decoding.beam_size": "8"})
+        assert partial.num_lines == 0
+        assert list(partial.rest(iter(windows))) == windows
+    assert (tmp_path / "out.part").read_text() == ""
+
+
 @pytest.fixture
 def kept(tmp_path: Path) -> Path:
     """A file of which two lines are complete."""

@@ -201,3 +201,19 @@ def test_mistakes_on_the_command_line(run: Path, tmp_path: Path, cli: Cli) -> No
     cli.refuses(3, "translate", str(run), "--terms", str(tmp_path / "no.tsv"), says=("no.tsv does not exist",))
     says = ("in.jsonl line 1: terms['dog'] is 3",)
     cli.refuses(3, "translate", str(run), str(tmp_path / "in.jsonl"), says=says)
+
+
+def test_other_terms_are_not_resumed(run: Path, tmp_path: Path, cli: Cli) -> None:
+    table, source = tmp_path / "t.tsv", tmp_path / "in.jsonl"
+    table.write_text("dog\tKatze\n")
+    source.write_text('{"text": "a"}\n' * 200 + "no object\n")
+    command = ("translate", str(run), str(source), "-o", str(tmp_path / "out.jsonl"), "--resume", "--terms", str(table))
+    command += ("decoding.beam_size=1", "decoding.max_length=3")
+    assert cli(*command) == 3
+    assert "the same command resumes" in cli.err
+    table.write_text("dog\tMaus\n")
+    cli.refuses(2, *command, says=("out.jsonl.part was begun with --terms=",))
+    table.write_text("dog\tKatze\n")
+    source.write_text('{"text": "a"}\n' * 200)
+    assert cli(*command) == 0, cli.err
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 200

@@ -222,7 +222,7 @@ def test_refusals(tmp_path: Path, name: str, text: str, part: str) -> None:
 
 
 def test_missing_files_and_tables_that_are_no_texts(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"terms: .*no\.tsv does not exist"):
+    with pytest.raises(DataError, match=r"terms: .*no\.tsv does not exist: correct the name$"):
         read_terms(tmp_path / "no.tsv", "en", "de")
     for entries, part in (({"": "x"}, "is empty"), ({"a": 3}, "are texts"), ({"a": "b", " a": "c"}, "is in terms")):
         with pytest.raises(DataError, match=part):

@@ -222,7 +222,7 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
         ("pipe", "is a pipe or a device"),
         ("/dev/zero", "is a pipe or a device"),
         ("folder", "is a folder"),
-        ("none", "does not exist"),
+        ("none", "does not exist: .*set corpus.root"),
         ("nul\x00", "cannot be read"),
     ):
         with pytest.raises(DataError, match=f"corpus.dev.source: .*{part}"):

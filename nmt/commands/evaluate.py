@@ -97,6 +97,8 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
     counts = [] if options.dial is None else dial_counts(options.dial, config)
     if counts:
         _check_alone("--dial", options, wanted)
+    if options.show < 0:
+        raise UserError(f"--show {options.show} must be at least 0")
     if options.tune:
         _check_alone("--tune", options, wanted)
         _check_tunable(wanted[0], run, config)

@@ -2,6 +2,7 @@
 
 import argparse
 import gc
+import hashlib
 import io
 import os
 import shutil
@@ -37,6 +38,7 @@ from nmt.streams.lines import (
     read_whole_lines,
     shown,
     windows,
+    with_kept_prefixes,
     with_prefixes,
 )
 from nmt.streams.nbest import NumberedLines
@@ -178,11 +180,13 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         if options.prefixes:
             begun = TextReader(Source(prefixes, halt), shown(options.prefixes), strict=options.strict)
             blocks = with_prefixes(blocks, reader, begun)
+        blocks = with_kept_prefixes(blocks, shown(options.prefixes or options.input), translator.encode_prefix)
         if output.partial:
             output.partial.begin(_made_by(options, run, config, translator))
             blocks = output.partial.rest(blocks)
             if output.partial.num_lines:
                 say(f"resuming after {_lines(output.partial.num_lines)} in {output.partial.path}")
+        num_before = output.partial.num_lines if output.partial else 0
         sink = Sink(output.stream, halt) if output.live else output.stream
         num_written = 0
 
@@ -202,7 +206,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
             with _Progress(source, output, options.output == "-") as progress:
                 translate_stream(translator, windows(blocks, read), write, halt.set, chosen, progress.tell, terms, rank)
         except BaseException as error:
-            if output.partial and output.partial.num_lines:
+            # After an error at the first new line, such as another input, the same command may never resume.
+            if output.partial and output.partial.num_lines > num_before:
                 say(f"{_lines(output.partial.num_lines)} kept in {output.partial.path}: the same command resumes")
             elif isinstance(error, KeyboardInterrupt):
                 kept = "they were written" if output.live else f"{options.output} was not written"
@@ -267,6 +272,9 @@ def _mbr(options: argparse.Namespace, config: Config) -> tuple[Rank | None, int]
     if options.mbr is None:
         if options.samples is not None:
             raise UserError("--samples is for --mbr: give --mbr chrf too, or --n-best for several translations")
+        most = config.decoding.beam_size
+        if config.decoding.temperature == 0.0 and options.n_best > most:
+            raise UserError(f"--n-best {options.n_best} must be at most decoding.beam_size={most}: raise that, too")
         return None, options.n_best
     if config.decoding.temperature == 0.0:
         raise UserError("--mbr chooses among draws: set decoding.temperature=1, or another temperature")
@@ -287,6 +295,8 @@ def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, tra
     steps = ", ".join(map(str, translator.steps))
     own = {f"--{key.replace('_', '-')}": value for key, value in vars(options).items() if key not in _NOT_OF_TEXT}
     settings = {f"decoding.{key}": value for key, value in asdict(config.decoding).items() if key not in _NOT_OF_TEXT}
+    if options.terms:
+        own["--terms"] += f" (sha256 {hashlib.sha256(Path(options.terms).read_bytes()).hexdigest()[:12]})"
     kind = "JSON Lines" if _in_records(options) else "text"
     made_by = {"checkpoint": f"step {steps} ({', '.join(hashes)})", "input": kind}
     return made_by | {key: str(value) for key, value in (own | settings).items()}

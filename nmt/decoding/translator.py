@@ -188,13 +188,23 @@ class Translator:
         pieces = {place: marked_ids.get(place, encoded[texts[place]]) for place in wordy}
         sources = {place: ids for place, ids in pieces.items() if len(ids)}
         first = list(accumulate(map(len, parts), initial=0))
-        begun = {first[line]: self._prefix(text) for line, text in prefixes.items() if text}
+        begun = {first[line]: self.encode_prefix(text) for line, text in prefixes.items() if text}
         for place in begun.keys() - sources.keys():
             raise UserError(
                 f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
                 "prefix out"
             )
         return Reading(options, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept)
+
+    def encode_prefix(self, text: str) -> np.ndarray:
+        """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
+        pieces = self.subwords.encode(text)
+        kept = self.subwords.decode(pieces.tolist())
+        if kept != text:
+            raise UserError(
+                f"prefix {_shown(text)} cannot be kept exactly: the subwords of the vocabulary make it {_shown(kept)}"
+            )
+        return pieces
 
     def find(self, reading: Reading, progress: Callable[[float], None] | None = None) -> Found:
         """Return what the search finds. This is the device's work. Errors are those of `translate`."""
@@ -380,16 +390,6 @@ class Translator:
             if not prefixes.get(place)
         }
         return {place: kept for place, kept in found.items() if kept}
-
-    def _prefix(self, text: str) -> np.ndarray:
-        """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
-        pieces = self.subwords.encode(text)
-        kept = self.subwords.decode(pieces.tolist())
-        if kept != text:
-            raise UserError(
-                f"prefix {_shown(text)} cannot be kept exactly: the subwords of the vocabulary make it {_shown(kept)}"
-            )
-        return pieces
 
 
 def _tell(progress: Callable[[float], None], before: int, count: int, total: int, done: float) -> None:

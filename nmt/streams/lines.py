@@ -6,11 +6,11 @@ memory does not grow with its length.
 
 import io
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, cast
 
-from nmt.errors import DataError
+from nmt.errors import DataError, UserError
 from nmt.streams.halt import Source
 from nmt.streams.records import Record, parse_record
 from nmt.text.segment import last_place
@@ -102,6 +102,24 @@ def with_prefixes(blocks: Iterator[list[Piece]], source: TextReader, prefixes: T
         yield begun
     if next(lines, None) is not None:
         raise unequal(source, prefixes)
+
+
+def with_kept_prefixes(
+    blocks: Iterator[list[Piece]], prefixes: str, check: Callable[[str], object]
+) -> Iterator[list[Piece]]:
+    """Yield `blocks`. UserError if `check` refuses a prefix, which names its line in the file called `prefixes`."""
+    line = 0
+    for pieces in blocks:
+        for place, piece in enumerate(pieces):
+            line += piece.begins
+            try:
+                if piece.prefix:
+                    check(piece.prefix)
+            except UserError as error:
+                # The lines before it are translated.
+                yield pieces[:place]
+                raise type(error)(f"{prefixes} line {line}: {error}") from error
+        yield pieces
 
 
 def unequal(short: TextReader, long: TextReader) -> DataError:

@@ -41,6 +41,8 @@ class Partial:
         """Go to the end of the complete lines. UserError if something else than `made_by` made them."""
         self._made_by = made_by
         if not self.stream.seek(0, os.SEEK_END):
+            # Without it, nobody could distinguish the beginning of a first line from lines whose record is lost.
+            self._keep(0)
             return
         again = f"remove {self.path} to start again"
         try:
@@ -48,7 +50,9 @@ class Partial:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"{self._record}, which {self.path} needs, cannot be read ({reason}): {again}") from error
-        for key in sorted(made_by.keys() | record["made_by"].keys()):
+        # Before the first line is complete, there is nothing that other settings made.
+        keys = made_by.keys() | record["made_by"].keys() if record["lines"] else set()
+        for key in sorted(keys):
             now, before = made_by.get(key, "nothing"), record["made_by"].get(key, "nothing")
             if now != before:
                 raise UserError(f"{self.path} was begun with {key}={before}, not {now}: give the same, or {again}")
@@ -57,6 +61,8 @@ class Partial:
         self.num_lines, self._num_bytes, self._expected = record["lines"], record["bytes"], record["source"]
         self.stream.truncate(self._num_bytes)
         self.stream.seek(self._num_bytes)
+        if not self.num_lines:
+            self._keep(0)
 
     def rest(self, blocks: Iterator[list[Piece]]) -> Iterator[list[Piece]]:
         """Yield the pieces of `blocks` after the complete lines. DataError if those lines translate other text."""
@@ -84,13 +90,7 @@ class Partial:
         self.num_lines += sum(piece.ends for piece in pieces)
         if ended:
             os.fsync(self.stream.fileno())
-            record = {
-                "lines": self.num_lines,
-                "bytes": self._num_bytes + text.rindex(b"\n") + 1,
-                "source": self._source.hexdigest(),
-                "made_by": self._made_by,
-            }
-            write_atomically(self._record, f"{json.dumps(record, indent=2)}\n".encode())
+            self._keep(self._num_bytes + text.rindex(b"\n") + 1)
         self._num_bytes += len(text)
         for piece in pieces[ended:]:
             self._add(piece)
@@ -105,6 +105,16 @@ class Partial:
         """Remove the kept lines and their record."""
         self.path.unlink(missing_ok=True)
         self._record.unlink(missing_ok=True)
+
+    def _keep(self, num_bytes: int) -> None:
+        """Record that the lines in the first `num_bytes` bytes are complete."""
+        record = {
+            "lines": self.num_lines,
+            "bytes": num_bytes,
+            "source": self._source.hexdigest(),
+            "made_by": self._made_by,
+        }
+        write_atomically(self._record, f"{json.dumps(record, indent=2)}\n".encode())
 
     def _add(self, piece: Piece) -> None:
         self._source.update((piece.record.raw if piece.record else piece.text + piece.prefix).encode())
