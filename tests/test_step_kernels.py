@@ -89,6 +89,7 @@ def launch_all() -> None:
 
 
 @needs_triton
+@pytest.mark.slow
 def test_the_kernels_compile_for_all_cards():
     kernels = compile_launches(launch_all)
     assert {kernel.kernel for kernel in kernels} == {"_blocks", "_best", "_attend", "_step"}

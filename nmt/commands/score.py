@@ -8,7 +8,7 @@ import time
 from nmt.commands import Parser, say
 from nmt.config import Config
 from nmt.data.held_out import LONGEST_SIDE
-from nmt.decoding.scoring import PairScore
+from nmt.decoding.scoring import PairScore, perplexity_per
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -113,7 +113,7 @@ class _Total:
         """Print speed, perplexity, and how many pairs were too long."""
         say(f"{counted(self.pairs, 'pair')} in {seconds:.1f} s ({self.pairs / max(seconds, 1e-9):,.1f} pairs/s)")
         if self.pairs:
-            per_piece, per_word = (math.exp(min(-self.log_prob / count, 700.0)) for count in (self.pieces, self.words))
+            per_piece, per_word = (perplexity_per(self.log_prob, count) for count in (self.pieces, self.words))
             say(f"perplexity {per_piece:,.3f} per subword, {per_word:,.2f} per word")
         if self.cut:
             long = f"more than {LONGEST_SIDE:,} subwords on a side"

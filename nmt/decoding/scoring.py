@@ -30,8 +30,9 @@ NOT_FINITE = (
     "the model's outputs are not finite (NaN or infinite), so its parameters are damaged: choose another "
     "decoding.checkpoint or model"
 )
+SCORE_DIGITS = 6
+"""Decimals of scores in JSON."""
 _BATCH_TOKENS = 4096  # per batch when scoring pairs, including padding
-_DIGITS = 6  # of scores in results
 _MOST_NATS = 700.0  # whose exp is finite
 
 
@@ -110,26 +111,27 @@ class PairScore:
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-probability per subword."""
-        return _perplexity(self.log_prob, len(self.pieces))
+        return perplexity_per(self.log_prob, len(self.pieces))
 
     @property
     def word_perplexity(self) -> float:
         """exp of the mean negative log-probability per word; the end of the sentence counts as one."""
-        return _perplexity(self.log_prob, len(self.words))
+        return perplexity_per(self.log_prob, len(self.words))
 
     def to_dict(self, *, words: bool = False) -> dict[str, Any]:
         """Return the score as values of JSON, rounded to 6 decimals; `words` adds the score of each word."""
         result: dict[str, Any] = {
-            "log_prob": round(self.log_prob, _DIGITS),
-            "word_perplexity": round(self.word_perplexity, _DIGITS),
+            "log_prob": round(self.log_prob, SCORE_DIGITS),
+            "word_perplexity": round(self.word_perplexity, SCORE_DIGITS),
             "complete": self.complete,
         }
         if words:
-            result["words"] = [[each.word, round(each.log_prob, _DIGITS)] for each in self.words]
+            result["words"] = [[each.word, round(each.log_prob, SCORE_DIGITS)] for each in self.words]
         return result
 
 
-def _perplexity(log_prob: float, count: int) -> float:
+def perplexity_per(log_prob: float, count: int) -> float:
+    """Return exp(-log P / count), which is finite for any probability."""
     return math.exp(min(-log_prob / count, _MOST_NATS))
 
 

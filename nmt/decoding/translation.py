@@ -9,7 +9,7 @@ import numpy as np
 from nmt.config import DecodingConfig
 from nmt.config.checks import at_least, check_search
 from nmt.decoding.alignment import Attended
-from nmt.decoding.scoring import WordScore, word_scores
+from nmt.decoding.scoring import SCORE_DIGITS, WordScore, word_scores
 from nmt.text.checks import Flag, check, in_order
 
 _WHOLE = (
@@ -97,7 +97,6 @@ RESULT_FIELDS = {
     "on request the other five (if more than one is requested)",
 }
 """Names of the fields of `Translation.to_dict` and what they mean."""
-_DIGITS = 6  # of scores in results
 Alignment = tuple[tuple[int, int], ...]
 SoftAlignment = tuple[tuple[int, int, float], ...]
 
@@ -136,7 +135,7 @@ class TextHypothesis:
         """Return the hypothesis as values of JSON; options as in `Translation.to_dict`."""
         result: dict[str, Any] = {
             "translation": self.text,
-            "score": round(self.score, _DIGITS),
+            "score": round(self.score, SCORE_DIGITS),
             "finished": self.finished,
         }
         return result | self.details(pieces, words, alignments)
@@ -145,9 +144,9 @@ class TextHypothesis:
         """Return what `Translation.to_dict` adds on request."""
         result: dict[str, Any] = {}
         if pieces:
-            result |= {"pieces": [*self.pieces], "log_probs": [round(each, _DIGITS) for each in self.log_probs]}
+            result |= {"pieces": [*self.pieces], "log_probs": [round(each, SCORE_DIGITS) for each in self.log_probs]}
         if words:
-            result["words"] = [[each.word, round(each.log_prob, _DIGITS)] for each in self.words]
+            result["words"] = [[each.word, round(each.log_prob, SCORE_DIGITS)] for each in self.words]
         if alignments:
             result["alignment"] = [[*pair] for pair in self.alignment]
             result["soft_alignment"] = [[*triple] for triple in self.soft_alignment]
@@ -210,7 +209,7 @@ class Translation:
         """
         result: dict[str, Any] = {
             "translation": self.text,
-            "score": round(self.score, _DIGITS),
+            "score": round(self.score, SCORE_DIGITS),
             "finished": self.finished,
             "parts": self.num_parts if self.hypotheses else 0,
             "unlearned": self.unlearned,
