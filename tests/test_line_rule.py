@@ -54,7 +54,7 @@ def byte_strings(seed: int, count: int) -> Iterator[bytes]:
 def translate(translator: Translator, content: bytes, batch_tokens: int, most_lines: int) -> bytes:
     written: list[bytes] = []
     lines = JoinedLines()
-    options = replace(translator.options, beam_size=1, max_length_ratio=0.1, retry=False, batch_tokens=batch_tokens)
+    options = replace(translator.options, beam_size=1, max_length=4, retry=False, batch_tokens=batch_tokens)
     with Halt() as halt:
         source = Source(io.BytesIO(content), halt)
         _, blocks = read_lines(source, "bytes", language="en")
@@ -104,7 +104,6 @@ def test_line_breaks_beside_and_in_fields_are_blanks(translator: Translator) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 9))
-def test_the_line_rule_for_2000_byte_strings(translator: Translator, seed: int) -> None:
-    for content in byte_strings(seed, count=250):
+def test_the_line_rule_for_many_bytes(translator: Translator) -> None:
+    for content in byte_strings(seed=1, count=200):
         check_line_rule(translator, content)

@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from nmt.evaluation.buckets import Grouping
+from nmt.evaluation.content import content_kept
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED, SystemScores
 from nmt.evaluation.sets import EvaluationSet
-from nmt.text.checks import KEPT, Kept, kept
+from nmt.text.checks import Kept
 from nmt.wording import counted
 
 LEAST_SENTENCES = 30
@@ -216,10 +217,5 @@ def _versus(baseline: Sequence[str], system: Sequence[str], before: Sequence[flo
 
 def _kept(sources: Sequence[str], systems: Sequence[System]) -> dict[str, list[Kept]]:
     """Return what each system kept of the sources, by kind, without the kinds that the sources do not have."""
-    counts: dict[str, list[Kept]] = {}
-    for system in systems:
-        found = [kept(source, text) for source, text in zip(sources, system.hypotheses, strict=True)]
-        for kind in KEPT:
-            sums = (sum(column) for column in zip(*(each[kind] for each in found), strict=True))
-            counts.setdefault(kind, []).append(Kept(*sums))
-    return {kind: each for kind, each in counts.items() if each[0].total}
+    found = [content_kept(sources, system.hypotheses) for system in systems]
+    return {kind: [each[kind] for each in found] for kind in found[0]}
