@@ -15,6 +15,7 @@ import pytest
 import nmt.evaluation.tune
 from nmt.config import DecodingConfig
 from nmt.decoding.translation import Options
+from nmt.evaluation.scores import paired_bootstrap
 from nmt.evaluation.sets import EvaluationSet
 from nmt.evaluation.tune import Point, Tuned, tune
 from nmt.run import RunDirectory
@@ -33,10 +34,16 @@ def search(mistakes: Mistakes, done: list[Point], _translator: Any, sources: Seq
     return ["that is wrong" if place < wrong else line for place, line in enumerate(sources)], 1.0
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch, mistakes: Mistakes, done: list[Point]) -> None:
+    """Replace the searches; 100 samples of the bootstrap are enough for the differences here."""
+    monkeypatch.setattr(nmt.evaluation.tune, "timed", partial(search, mistakes, done))
+    monkeypatch.setattr(nmt.evaluation.tune, "paired_bootstrap", partial(paired_bootstrap, samples=100))
+
+
 def tuned(monkeypatch: pytest.MonkeyPatch, mistakes: Mistakes, **decoding: Any) -> tuple[Tuned, list[Point]]:
     """What is chosen if searches make these mistakes, and which points were searched."""
     done: list[Point] = []
-    monkeypatch.setattr(nmt.evaluation.tune, "timed", partial(search, mistakes, done))
+    stand_in(monkeypatch, mistakes, done)
     translator: Any = SimpleNamespace(options=Options.of(DecodingConfig(**decoding)))
     text = EvaluationSet("dev", "dev", REFERENCES, [REFERENCES], [])
     return tune(translator, text, "13a", lambda line: None), done
@@ -122,7 +129,7 @@ def copy(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def mistakes(point: Point) -> int:
         return round(50 * min(away(point, alpha=0.6), 1.0))
 
-    monkeypatch.setattr(nmt.evaluation.tune, "timed", partial(search, mistakes, []))
+    stand_in(monkeypatch, mistakes, [])
     return path
 
 
