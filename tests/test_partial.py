@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import nmt.streams.lines
@@ -52,6 +52,7 @@ def begin(partial: Partial, windows: list[Window], lost_after: int = 99) -> None
         partial.write(window, translated(window))
 
 
+@example(text="a|b", sizes=[1], losses=[(1, b"")])
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text("ab|\n", max_size=40),

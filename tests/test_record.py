@@ -115,7 +115,7 @@ def test_the_studies_read_what_a_trainer_wrote(tmp_path: Path, run: Path) -> Non
     studies = load_script("scripts/results/studies.py")
     shutil.copy(run / "metrics.jsonl", tmp_path)
     (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "test.json").write_text('{"scores": {"BLEU": {"value": 12.5}}}')
+    (tmp_path / "report" / "test.json").write_text('{"scores": {"BLEU": {"score": 12.5}}}')
     row = studies.figures(tmp_path)
     written = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in written if line["kind"] == "train"]

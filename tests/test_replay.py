@@ -115,7 +115,7 @@ def test_replayed_steps_are_live_ones_to_the_bit(
         monkeypatch.setattr(torch.cuda, name, lambda *_: Stream())
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
-    monkeypatch.setattr(nmt.training.recording, "_Graph", Replayed)
+    monkeypatch.setattr(nmt.training.recording, "Graph", Replayed)
     # A batch that is recorded must not share its memory with the one that it was copied from.
     monkeypatch.setattr(Batch, "to", lambda batch, _: batch.map(torch.clone))
     settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights}
