@@ -183,5 +183,5 @@ def test_mistakes_in_json_lines_are_told(run: Path, tmp_path: Path, cli: Cli) ->
     cli.refuses(3, *command, says=("line 1 has more than 4,194,304 bytes",))
     for option in ("--pieces", "--words", "--soft-alignments"):
         cli.refuses(2, "translate", str(run), str(broken), option, says=(f"{option} needs JSON Lines", ".jsonl"))
-    cli.refuses(2, *command, "--n-best", "9", says=("n_best=9", "beam_size"))
+    cli.refuses(2, *command, "--n-best", "9", says=("--n-best 9", "beam_size"))
     cli.refuses(2, *command, "--n-best", "0", says=("n_best=0",))

@@ -21,7 +21,7 @@ _DIGITS = (4, 3, 2)
 """Lengths of the numbers in place of fields, in the order in which their translations are preferred."""
 
 
-class Kept(NamedTuple):
+class Protected(NamedTuple):
     """A line with tags or fields."""
 
     line: str
@@ -30,7 +30,7 @@ class Kept(NamedTuple):
     """The texts to translate, the preferred one first. None if the line has nothing to translate but fields."""
 
 
-def protect(line: str, slots: bool, keep_lines: bool = False) -> Kept | None:
+def protect(line: str, slots: bool, keep_lines: bool = False) -> Protected | None:
     """Return a line with its tags and fields taken out; None if it has none.
 
     `slots`: the model has learned the symbols of slots, which then replace fields. Control characters and line breaks
@@ -42,15 +42,15 @@ def protect(line: str, slots: bool, keep_lines: bool = False) -> Kept | None:
         return None
     bare = mask(line, items, without(items))
     if not any(map(str.isalnum, bare.text)):
-        return Kept(line, items, ())
+        return Protected(line, items, ())
     if all(without(items)):
-        return Kept(line, items, (bare,))
+        return Protected(line, items, (bare,))
     tried = [slots_for(line, items) if slots else None, *(numbers_for(line, items, digits) for digits in _DIGITS)]
     masked = [mask(line, items, substitutes) for substitutes in tried if substitutes is not None]
-    return Kept(line, items, (*filter(is_clear, masked), bare))
+    return Protected(line, items, (*filter(is_clear, masked), bare))
 
 
-def spread(lines: Sequence[str], kept: Mapping[int, Kept]) -> tuple[list[str], list[int]]:
+def spread(lines: Sequence[str], kept: Mapping[int, Protected]) -> tuple[list[str], list[int]]:
     """Return (the texts to translate, the number of the line of each); `kept` has lines by their numbers."""
     texts = [
         [each.text for each in kept[place].masked] if place in kept else [line] for place, line in enumerate(lines)
@@ -58,7 +58,7 @@ def spread(lines: Sequence[str], kept: Mapping[int, Kept]) -> tuple[list[str], l
     return [text for each in texts for text in each], [place for place, each in enumerate(texts) for _ in each]
 
 
-def gather(found: Sequence[Translation], origin: Sequence[int], kept: Mapping[int, Kept]) -> list[Translation]:
+def gather(found: Sequence[Translation], origin: Sequence[int], kept: Mapping[int, Protected]) -> list[Translation]:
     """Return one translation for each line, from those of `spread`."""
     of_line: dict[int, list[Translation]] = {}
     for translation, place in zip(found, origin, strict=True):
@@ -79,7 +79,7 @@ def _aligned(hypothesis: TextHypothesis) -> TextHypothesis:
     return replace(hypothesis, alignment=links(between), soft_alignment=soft_links(between))
 
 
-def _chosen(kept: Kept, found: Sequence[Translation]) -> Translation:
+def _chosen(kept: Protected, found: Sequence[Translation]) -> Translation:
     """Return the translation of a line, from those of its texts."""
     if not found:
         return Translation(one_line(kept.line), source=kept.line)
@@ -99,7 +99,7 @@ def _chosen(kept: Kept, found: Sequence[Translation]) -> Translation:
     )
 
 
-def _restored(kept: Kept, masked: Masked, hypothesis: TextHypothesis) -> tuple[TextHypothesis, Restored]:
+def _restored(kept: Protected, masked: Masked, hypothesis: TextHypothesis) -> tuple[TextHypothesis, Restored]:
     """Return a hypothesis with the tags and fields of its line."""
     attended = hypothesis.attended
     assert attended is not None

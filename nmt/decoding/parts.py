@@ -8,7 +8,7 @@ import numpy as np
 
 from nmt.data.examples import Annotated
 from nmt.decoding.alignment import Attended, Block
-from nmt.decoding.keeping import Kept
+from nmt.decoding.keeping import Protected
 from nmt.decoding.search import length_penalty
 from nmt.decoding.terms import Placed
 from nmt.decoding.trace import Hypothesis
@@ -39,7 +39,7 @@ class Reading(NamedTuple):
     """Texts of the parts whose terms the model reads with symbols, by the number of the part."""
     origin: list[int]
     """The number of the line that each of `parts` is translated for."""
-    kept: dict[int, Kept]
+    kept: dict[int, Protected]
     """Lines with tags or fields, by their numbers."""
 
     @property

@@ -18,7 +18,7 @@ from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig
 from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
-from nmt.decoding.keeping import Kept, gather, protect, spread, with_alignments
+from nmt.decoding.keeping import Protected, gather, protect, spread, with_alignments
 from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
 from nmt.decoding.parts import Part, Reading, attended_of, block_diagonal, score_of
 from nmt.decoding.retry import Hypotheses, search_again
@@ -382,7 +382,7 @@ class Translator:
         places[places < 0] = [match.start() for match in _SLOT.finditer(text)]
         return places
 
-    def _kept(self, lines: Sequence[str], prefixes: Mapping[int, str], keep_lines: bool) -> dict[int, Kept]:
+    def _kept(self, lines: Sequence[str], prefixes: Mapping[int, str], keep_lines: bool) -> dict[int, Protected]:
         """Return the lines with tags or fields, by their numbers, except for those with a prefix."""
         found = {
             place: protect(line, bool(self._slot_of), keep_lines)
