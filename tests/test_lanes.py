@@ -12,9 +12,10 @@ from nmt.batch import EOS, PAD, _fit_rows, source_batch, source_rectangle
 from nmt.config import DecodingConfig, ModelConfig
 from nmt.decoding import lanes
 from nmt.decoding.lanes import rounded_count, rounded_length
-from nmt.decoding.searcher import Searcher
+from nmt.decoding.searcher import Searcher, can_record
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options
+from nmt.model.experts import ExpertShard
 from nmt.model.seq2seq import Seq2Seq
 
 VOCABULARY = 40
@@ -93,6 +94,26 @@ def test_runs_that_may_not_repeat_are_recorded_too(model: Seq2Seq, monkeypatch: 
     searcher = recorded(model, monkeypatch)
     check_equal(searcher.search(sources, options), expected)
     assert Again.made
+
+
+def test_what_is_not_recorded(tiny_config: Callable[..., ModelConfig]):
+    gpu = torch.device("cuda")
+    with torch.device("meta"):
+        model = Seq2Seq(tiny_config(), VOCABULARY)
+        shared = Seq2Seq(tiny_config(), VOCABULARY, ExpertShard(0, 2))
+        uneven = Seq2Seq(tiny_config(gating="strictly_balanced"), VOCABULARY)
+    assert can_record([model], gpu)
+    for models, device in (([model], CPU), ([model, model], gpu), ([shared], gpu), ([uneven], gpu)):
+        assert not can_record(models, device)
+
+
+def test_wide_beams_are_not_recorded(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
+    """A GPU would ask the host about equal logits."""
+    searcher = recorded(model, monkeypatch)
+    searcher.search(sources_of(3, 2), replace(OPTIONS, beam_size=16))
+    made = Again.made
+    searcher.search(sources_of(3, 2), replace(OPTIONS, beam_size=17))
+    assert Again.made == made > 0
 
 
 def test_a_rectangle_is_a_padded_batch():

@@ -59,6 +59,17 @@ class Parser(argparse.ArgumentParser):
         if takes_run:
             self.add_argument("run", metavar="RUN", help="folder of a run, or its name in runs/")
 
+    def add_output(self) -> None:
+        """Add the option -o of commands that write lines."""
+        self.add_argument(
+            "-o",
+            "--output",
+            default="-",
+            metavar="OUTPUT",
+            help="a file, which appears when complete; .gz, .xz, .zst and .bz2 are compressed (default: standard "
+            "output)",
+        )
+
     def options(self) -> list[str]:
         """Return all options, long and short."""
         return list(self._option_string_actions)

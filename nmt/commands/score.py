@@ -35,13 +35,7 @@ def parser() -> Parser:
     )
     parser.add_argument("source", metavar="SOURCE", help="a file as for nmt translate; - is standard input")
     parser.add_argument("target", metavar="TARGET", help="the translations, line by line")
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="-",
-        metavar="OUTPUT",
-        help="a file, which appears when complete; .gz, .xz, .zst and .bz2 are compressed (default: standard output)",
-    )
+    parser.add_output()
     parser.add_argument(
         "--words",
         action="store_true",

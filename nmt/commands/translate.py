@@ -73,13 +73,7 @@ def parser() -> Parser:
         help="a file, which may be compressed with gzip, xz, zstd or bzip2 (default: standard input, whose lines are "
         "translated as soon as no more arrive)",
     )
-    parser.add_argument(
-        "-o",
-        "--output",
-        default="-",
-        metavar="OUTPUT",
-        help="a file, which appears when complete; .gz, .xz, .zst and .bz2 are compressed (default: standard output)",
-    )
+    parser.add_output()
     parser.add_argument(
         "--strict",
         action="store_true",

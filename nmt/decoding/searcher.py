@@ -96,9 +96,7 @@ class Searcher:
         self.models, self.device = list(models), device
         self._slots = np.array(sorted(slots), dtype=np.int64)
         self.forbidden_F = torch.tensor(forbidden, dtype=torch.int64, device=device)
-        # Tokens with different numbers of experts, and experts of other processes, need the host.
-        waits = any(model.config.moe.k_is_average or model.share.size > 1 for model in self.models)
-        self.records = device.type == "cuda" and len(self.models) == 1 and not waits
+        self.records = can_record(self.models, device)
         """Whether searches are recorded and replayed."""
         self._lanes: dict[tuple[Any, ...], Lanes] = {}
         self._turn = Lock()
@@ -279,6 +277,15 @@ def _step(
     return StepOutput(
         logits_RV.view(beam_size, sentences, -1), decoded.weights_RS.view(beam_size, sentences, -1), decoded.state
     )
+
+
+def can_record(models: Sequence[Seq2Seq], device: torch.device) -> bool:
+    """Return whether searches with these models can be recorded: a single one, on a GPU, that never needs the host.
+
+    Tokens with different numbers of experts, and experts of other processes, need it.
+    """
+    waits = any(model.config.moe.k_is_average or model.share.size > 1 for model in models)
+    return device.type == "cuda" and len(models) == 1 and not waits
 
 
 def batches(lengths: Sequence[int], most: int, rounded: bool = False) -> Iterator[list[int]]:
