@@ -35,9 +35,11 @@ class Again:
 
 @pytest.fixture(params=["parallel", "feedback"])
 def model(request: pytest.FixtureRequest, tiny_config: Callable[..., ModelConfig]) -> Seq2Seq:
-    model = Seq2Seq(tiny_config(wiring=request.param), VOCABULARY).eval()
+    model = Seq2Seq(tiny_config(wiring=request.param, output_bias=True), VOCABULARY).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
+    # So that some hypotheses end.
+    model.output.bias.data[EOS] = 2.0
     return model
 
 
@@ -80,6 +82,7 @@ def test_a_recorded_search_is_a_live_one(model: Seq2Seq, n_best: int, monkeypatc
         lambda self, other, chosen: passed.append(len(chosen)) or continue_(self, other, chosen),
     )
     expected = Searcher([model], CPU, range(3)).search(sources, options)
+    assert {each.finished for found in expected for each in found} == {True, False}
     for _ in range(2):
         check_equal(searcher.search(sources, options), expected)
     assert passed
@@ -139,7 +142,13 @@ def test_a_rectangle_is_a_padded_batch():
 def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
     searcher, live = recorded(model, monkeypatch), Searcher([model], CPU, range(3))
     sources = sources_of(4, 9, 2)
-    for options in (OPTIONS, replace(OPTIONS, beam_size=1), replace(OPTIONS, alpha=0.0), OPTIONS):
+    for options in (
+        OPTIONS,
+        replace(OPTIONS, beam_size=1),
+        replace(OPTIONS, alpha=0.0),
+        replace(OPTIONS, no_repeat_ngram=2),
+        OPTIONS,
+    ):
         check_equal(searcher.search(sources, options), live.search(sources, options))
     made = Again.made
     searcher.search(sources, replace(OPTIONS, max_source_pieces=7))
