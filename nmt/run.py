@@ -30,11 +30,11 @@ from typing import Any
 import yaml
 
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
-from nmt.config import Config, DecodingConfig, RunConfig
+from nmt.config import Config, DecodingConfig, Direction, RunConfig
 from nmt.config.reading import UnknownSettingError, parse_yaml, put_setting, read_value
 from nmt.data.prepared import FACTS
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
-from nmt.files import foreign_entry, read_json, read_regular, write_atomically
+from nmt.files import foreign_entry, read_json, read_regular, remove, write_atomically
 from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
@@ -353,11 +353,22 @@ class RunDirectory:
         except (OSError, ValueError):
             return {}
 
-    def write_text(self, split: str, sources: list[str], targets: list[str], domains: list[str]) -> None:
-        """Write a held-out split to the run, one sentence per line."""
+    def write_text(
+        self,
+        split: str,
+        sources: list[str],
+        targets: list[str],
+        domains: list[str],
+        directions: Sequence[Direction] = (),
+    ) -> None:
+        """Write a held-out split to the run, one sentence per line; `directions` if there are several."""
         folder = self.path / "text"
         folder.mkdir(exist_ok=True)
-        for side, lines in (("source", sources), ("target", targets), ("domain", domains)):
+        columns = {"source": sources, "target": targets, "domain": domains, "direction": list(map(str, directions))}
+        for side, lines in columns.items():
+            if side == "direction" and not lines:
+                remove(folder / f"{split}.{side}")
+                continue
             write_atomically(folder / f"{split}.{side}", "".join(f"{line}\n" for line in lines).encode())
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
@@ -365,27 +376,39 @@ class RunDirectory:
 
         There are as many domains as pairs, or none. CheckpointError, which names the file, if one is damaged.
         """
-        folder = self.path / "text"
-        columns = []
-        for side in ("source", "target", "domain"):
-            path = folder / f"{split}.{side}"
-            try:
-                text = read_regular(path).decode()
-            except FileNotFoundError:
-                text = ""
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is damaged ({_reason(error)}): {_RESTORE_TEXT}") from error
-            if text and not text.endswith("\n"):
-                raise CheckpointError(f"{path} is damaged (its last line has no end): {_RESTORE_TEXT}")
-            columns.append(text.split("\n")[:-1])
-        sources, targets, domains = columns
-        for side, lines in (("target", targets), ("domain", domains)):
-            if len(lines) != len(sources) and (lines or side == "target"):
-                raise CheckpointError(
-                    f"{folder / split}.{side} is damaged (it has {len(lines):,} lines, but {split}.source "
-                    f"{len(sources):,}): {_RESTORE_TEXT}"
-                )
+        sources = self._column(split, "source")
+        targets, domains = (self._beside(sources, split, side) for side in ("target", "domain"))
         return sources, targets, domains
+
+    def directions(self, split: str) -> list[Direction]:
+        """Return the direction of each pair of a split; empty if the run has a single one. Errors as for `text`."""
+        lines = self._beside(self._column(split, "source"), split, "direction")
+        try:
+            return [Direction.of(line) for line in lines]
+        except ValueError as error:
+            path = self.path / "text" / f"{split}.direction"
+            raise CheckpointError(f"{path} is damaged ({error}): {_RESTORE_TEXT}") from error
+
+    def _beside(self, sources: list[str], split: str, side: str) -> list[str]:
+        lines = self._column(split, side)
+        if len(lines) != len(sources) and (lines or side == "target"):
+            raise CheckpointError(
+                f"{self.path / 'text' / split}.{side} is damaged (it has {len(lines):,} lines, but {split}.source "
+                f"{len(sources):,}): {_RESTORE_TEXT}"
+            )
+        return lines
+
+    def _column(self, split: str, side: str) -> list[str]:
+        path = self.path / "text" / f"{split}.{side}"
+        try:
+            text = read_regular(path).decode()
+        except FileNotFoundError:
+            text = ""
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged ({_reason(error)}): {_RESTORE_TEXT}") from error
+        if text and not text.endswith("\n"):
+            raise CheckpointError(f"{path} is damaged (its last line has no end): {_RESTORE_TEXT}")
+        return text.split("\n")[:-1]
 
 
 def _reason(error: Exception) -> str:

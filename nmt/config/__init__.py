@@ -11,7 +11,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nmt.config.checks import above, at_least, check_search, fraction, one_of, plain_name
-from nmt.config.corpus import NUM_ADDED_PIECES, CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config.corpus import (
+    NUM_ADDED_PIECES,
+    CorpusConfig,
+    Direction,
+    ExamplesConfig,
+    FilesConfig,
+    FilterConfig,
+    SubwordConfig,
+)
 from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
 from nmt.config.reading import read_settings
 from nmt.errors import UserError
@@ -22,6 +30,7 @@ __all__ = [
     "Config",
     "CorpusConfig",
     "DecodingConfig",
+    "Direction",
     "EvaluationConfig",
     "ExamplesConfig",
     "FilesConfig",

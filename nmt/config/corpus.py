@@ -1,6 +1,7 @@
 """Settings of the corpus: where text comes from, which pairs are dropped, how text is split into subwords."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from nmt.config.checks import at_least, fraction, one_of, plain_name
 
@@ -8,6 +9,26 @@ SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
 NUM_ADDED_PIECES = 328
 """Pieces that every new vocabulary has in addition to the learned ones: 4 special, 68 reserved and 256 bytes."""
+
+
+class Direction(NamedTuple):
+    """From a source language to a target language, by their codes. As text, "en-de"."""
+
+    source: str
+    target: str
+
+    @classmethod
+    def of(cls, text: str) -> "Direction":
+        """Return the direction of a text such as "en-de". ValueError if it is not two different codes and a hyphen."""
+        source, hyphen, target = text.partition("-")
+        if not (source and hyphen and target) or "-" in target or source == target:
+            raise ValueError(
+                f"{text!r} is not a direction: give two different language codes, such as en-de or en-pt_BR"
+            )
+        return cls(source, target)
+
+    def __str__(self) -> str:
+        return f"{self.source}-{self.target}"
 
 
 @dataclass
@@ -148,6 +169,11 @@ class CorpusConfig:
     filters: FilterConfig = field(default_factory=FilterConfig)
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+
+    @property
+    def direction(self) -> Direction:
+        """Direction of a corpus in two languages."""
+        return Direction(self.source_language, self.target_language)
 
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)

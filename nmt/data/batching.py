@@ -1,7 +1,8 @@
 """Divide the training pairs into steps of micro-batches, and stream these to training.
 
-The order of the data is a pure function of (lengths, settings, seed, epoch). It does not depend on the number of GPUs,
-and two numbers, epoch and step, are enough to resume a run; where batches are fitted, with the shape of the epoch.
+The pairs of an epoch are a pure function of its number (`TrainingText`). Their order is one of (lengths, settings,
+seed, epoch). Neither depends on the number of GPUs, and two numbers, epoch and step, are enough to resume a run; where
+batches are fitted, with the shape of the epoch.
 """
 
 import heapq
@@ -12,13 +13,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from nmt.batch import Batch, Shape, covering, fit, make_flat_batch, sentences_at_positions
 from nmt.config import TrainingConfig
-from nmt.data.shards import ParallelShards
 
 QUEUE_STEPS = 4  # steps prepared ahead of training
 _ORDER = 3
@@ -31,6 +31,23 @@ _PLAN_AT = 0.75
 
 Step = list[np.ndarray]
 """One step: the pair numbers of each of its micro-batches."""
+
+
+class EpochText(Protocol):
+    """The pairs of one epoch, as arrays of subword ids without BOS and EOS. A pair may be there several times."""
+
+    source_lengths: np.ndarray
+    target_lengths: np.ndarray
+
+    def gather(self, side: str, pairs_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (concatenated subword ids of these pairs, their lengths), int64; `side` is "source" or "target"."""
+
+
+class TrainingText(Protocol):
+    """The training text: a pure function from the number of an epoch to its pairs."""
+
+    def epoch(self, number: int) -> EpochText:
+        """Return the pairs of an epoch, the same at every call."""
 
 
 def plan_epoch(
@@ -202,7 +219,7 @@ class BatchStream:
 
     def __init__(
         self,
-        shards: ParallelShards,
+        text: TrainingText,
         config: TrainingConfig,
         rank: int = 0,
         num_ranks: int = 1,
@@ -214,7 +231,7 @@ class BatchStream:
                 f"training.micro_batches={config.micro_batches} must be a multiple of {num_ranks}, "
                 "the number of processes"
             )
-        self._shards, self._config, self._pin_memory, self._fitted = shards, config, pin_memory, fitted
+        self._text, self._config, self._pin_memory, self._fitted = text, config, pin_memory, fitted
         self._share = slice(rank, None, num_ranks)
         self._position = _Position()
         self._stop: weakref.finalize[[threading.Thread, threading.Event], BatchStream] | None = None
@@ -257,7 +274,7 @@ class BatchStream:
         self._queue = queue.Queue(QUEUE_STEPS)
         stopped = threading.Event()
         # The thread must not reference the stream, or the stream would never be garbage-collected.
-        arguments = (self._shards, self._config, self._share, self._pin_memory, self._fitted, self._position)
+        arguments = (self._text, self._config, self._share, self._pin_memory, self._fitted, self._position)
         thread = threading.Thread(
             target=_work, args=(*arguments, self._queue, stopped), name="BatchStream", daemon=True
         )
@@ -287,7 +304,7 @@ def _end(thread: threading.Thread, stopped: threading.Event) -> None:
 
 
 def _work(
-    shards: ParallelShards,
+    text: TrainingText,
     config: TrainingConfig,
     share: slice,
     pin_memory: bool,
@@ -298,7 +315,7 @@ def _work(
 ) -> None:
     """Prepare steps until `stopped` is set; runs in the background thread."""
     try:
-        for micro_batches, after in _steps(shards, config, share, fitted, position):
+        for micro_batches, after in _steps(text, config, share, fitted, position):
             if pin_memory:
                 micro_batches = [batch.pin_memory() for batch in micro_batches]
             if not _put(out, _Ready(micro_batches, after), stopped):
@@ -319,21 +336,22 @@ def _put(out: "queue.Queue[_Ready]", ready: _Ready, stopped: threading.Event) ->
 
 
 def _steps(
-    shards: ParallelShards, config: TrainingConfig, share: slice, fitted: bool, position: _Position
+    text: TrainingText, config: TrainingConfig, share: slice, fitted: bool, position: _Position
 ) -> Iterator[tuple[list[Batch], _Position]]:
     """Yield (step, position after it), starting at the given position."""
     planner = ThreadPoolExecutor(1, thread_name_prefix="BatchStream-planner")
-    lengths = shards.source_lengths, shards.target_lengths
 
-    def plan(epoch: int) -> tuple[list[Step], Shape | None]:
+    def plan(epoch: int) -> tuple[EpochText, list[Step], Shape | None]:
+        pairs = text.epoch(epoch)
+        lengths = pairs.source_lengths, pairs.target_lengths
         steps = plan_epoch(*lengths, config, epoch)
-        return steps, common_shape(steps, *lengths) if fitted else None
+        return pairs, steps, common_shape(steps, *lengths) if fitted else None
 
     epoch, step, shape = position
     try:
         coming = planner.submit(plan, epoch)
         while True:
-            steps, needed = coming.result()
+            pairs, steps, needed = coming.result()
             if step >= len(steps):
                 raise ValueError(f"no step {step} in epoch {epoch}, which has {len(steps)}: the data has changed")
             shape = _with_room(needed, shape) if needed else None
@@ -342,7 +360,7 @@ def _steps(
                     # Planning millions of pairs takes seconds, for which training would otherwise wait.
                     coming = planner.submit(plan, epoch + 1)
                 ended = index + 1 == len(steps)
-                batches = [_batch(shards, pairs_B) for pairs_B in steps[index][share]]
+                batches = [_batch(pairs, pairs_B) for pairs_B in steps[index][share]]
                 after = _Position(epoch + ended, 0 if ended else index + 1, shape)
                 yield [fit(batch, shape) for batch in batches] if shape else batches, after
             epoch, step = epoch + 1, 0
@@ -350,5 +368,5 @@ def _steps(
         planner.shutdown(wait=False, cancel_futures=True)
 
 
-def _batch(shards: ParallelShards, pairs_B: np.ndarray) -> Batch:
-    return make_flat_batch(pairs_B, *shards.gather("source", pairs_B), *shards.gather("target", pairs_B))
+def _batch(pairs: EpochText, pairs_B: np.ndarray) -> Batch:
+    return make_flat_batch(pairs_B, *pairs.gather("source", pairs_B), *pairs.gather("target", pairs_B))

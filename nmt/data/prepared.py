@@ -6,11 +6,12 @@ import time
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from nmt.config import CorpusConfig, ExamplesConfig
+from nmt.config import CorpusConfig, Direction, ExamplesConfig
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
 from nmt.data.subwords import Subwords
+from nmt.data.symbols import Symbols
 from nmt.errors import DataError, StorageError
 from nmt.files import differs, read_json, read_regular, write_atomically
 
@@ -50,6 +51,19 @@ def prepared_path(corpus: CorpusConfig) -> Path:
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
     return Path(corpus.directory) / f"{corpus.name}-{fingerprint[:8]}"
+
+
+class Part(NamedTuple):
+    """The training pairs of one direction and tag."""
+
+    name: str
+    """Name for messages: the direction, and the tag if there is one, such as "en-de" or "en-de bt"."""
+    direction: Direction
+    tag: str
+    """Domain or origin; empty for none."""
+    shards: ParallelShards
+    prefix: tuple[int, ...]
+    """Ids of the symbols before every source sentence. They are not in the shards."""
 
 
 class Prepared:
@@ -103,6 +117,17 @@ class Prepared:
     def train(self) -> ParallelShards:
         """Map the encoded training pairs. DataError if their files do not fit the manifest."""
         return ParallelShards.open(self.path, "train")
+
+    @cached_property
+    def symbols(self) -> Symbols:
+        """Meanings of the corpus's reserved symbols. DataError if the manifest is damaged."""
+        return Symbols.of(self.manifest, str(self.path / MANIFEST))
+
+    def parts(self) -> list[Part]:
+        """Map the encoded training pairs, by direction and tag. DataError if their files do not fit the manifest."""
+        corpus = self.manifest["corpus"]
+        direction = Direction(corpus["source_language"], corpus["target_language"])
+        return [Part(str(direction), direction, "", self.train(), ())]
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
         """Return (source lines, target lines, domains) of "dev" or "test"; a list is empty if it has no file.

@@ -133,6 +133,10 @@ class ParallelShards:
     def __len__(self) -> int:
         return len(self.source_lengths)
 
+    def epoch(self, _number: int) -> "ParallelShards":
+        """Return the pairs of an epoch, which are these in all epochs (`nmt.data.batching.TrainingText`)."""
+        return self
+
     def source(self, pair: int) -> np.ndarray:
         """Return the source subwords of one pair."""
         return self._pieces["source"][self._offsets["source"][pair] : self._offsets["source"][pair + 1]]

@@ -1,0 +1,62 @@
+"""Which language or tag each reserved symbol of a corpus means, and the symbols before a source sentence.
+
+A model of several directions learns the target language from a symbol before the source (Johnson et al. 2017). A tag
+shows the domain or origin of a pair, such as "bt" for back-translated text (Caswell et al. 2019).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nmt.data.subwords import RESERVED, Subwords
+from nmt.errors import DataError
+
+
+@dataclass(frozen=True)
+class Symbols:
+    """The meanings, by number: `languages[n]` is the target language of "<language:n>", `tags[n]` that of "<tag:n>".
+
+    Text in two languages has no languages here: its sources have no symbol of the target language.
+    """
+
+    languages: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any], where: str) -> "Symbols":
+        """Return the meanings in a manifest or corpus.json; none if it is older. DataError, which names `where`."""
+        found = {}
+        for kind, key in (("language", "languages"), ("tag", "tags")):
+            names = record.get(key, [])
+            if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+                raise DataError(f"{where} is damaged: {key}={names!r} is not a list of names")
+            if len(set(names)) < len(names) or len(names) > RESERVED[kind]:
+                raise DataError(f"{where} is damaged: {key}={names!r} has a name twice or more than {RESERVED[kind]}")
+            found[key] = tuple(names)
+        return cls(**found)
+
+    def to_dict(self) -> dict[str, list[str]]:
+        """Return what `of` reads."""
+        return {"languages": list(self.languages), "tags": list(self.tags)}
+
+    def prefix(self, subwords: Subwords, target_language: str = "", tag: str = "") -> tuple[int, ...]:
+        """Return the ids before a source: the symbol of the target language, if the corpus has several, then the tag.
+
+        DataError for a language or a tag that has no symbol here, and if the vocabulary is older than symbols.
+        """
+        wanted = [("language", self.languages, target_language if self.languages else ""), ("tag", self.tags, tag)]
+        ids = []
+        for kind, names, name in wanted:
+            if not name:
+                continue
+            if name not in names:
+                raise DataError(f"{name} is none of the {kind}s that the text was prepared with: {_listed(names)}")
+            reserved = subwords.reserved_ids(kind)
+            if not reserved:
+                raise DataError(f"the vocabulary is older than symbols of {kind}s: prepare the corpus with a new one")
+            ids.append(reserved[names.index(name)])
+        return tuple(ids)
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    return ", ".join(names) or "none"
