@@ -25,6 +25,7 @@ from nmt.metrics.writer import MetricsWriter
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
 from nmt.run import RunDirectory
+from nmt.training.reports import Reports
 from nmt.training.trainer import Trainer
 from tests.toy import settings, train, write_corpus
 
@@ -121,7 +122,7 @@ def test_run_status_has_the_status_of_the_command(
     def fail(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(Trainer, "_introduce", fail)
+    monkeypatch.setattr(Reports, "introduce", fail)
     assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=1")]) == status
     told = json.loads((corpus / "a" / "RUN_STATUS.json").read_text())
     assert (told["state"], told["code"]) == ("failed", status)

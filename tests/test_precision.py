@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import nmt.training.trainer
+import nmt.training.validation
 from nmt.batch import BOS, Batch, source_batch
 from nmt.cli import main
 from nmt.config import ModelConfig
@@ -216,7 +216,7 @@ def test_a_run_translates_in_bf16_from_one_copy(run: RunDirectory) -> None:
     # Once a batch of sentences what every score takes from the attention: a vector, and no matrix.
     assert set(casts.of_weights) == {"decoder.attention.v_N"}
     exact = Translator.load(run, replace(config, decoding=replace(config.decoding, precision="fp32")))
-    world = nmt.training.trainer.World(CPU)
+    world = nmt.training.validation.World(CPU)
     arguments = translator.subwords, sources, targets, 500, world
     assert perplexity(translator.model, *arguments).pieces == pytest.approx(
         perplexity(exact.model, *arguments).pieces, rel=0.01
@@ -228,14 +228,14 @@ def test_validation_in_bf16_uses_a_copy_of_the_parameters_as_they_are_and_drops_
 ) -> None:
     copies: list[weakref.ref[Seq2Seq]] = []
     passed: list[Tensor] = []
-    original = nmt.training.trainer.perplexity
+    original = nmt.training.validation.perplexity
 
     def seen(model: Seq2Seq, *arguments: Any) -> Any:
         copies.append(weakref.ref(model))
         passed.append(model.decoder.attention.query.weight.clone())
         return original(model, *arguments)
 
-    monkeypatch.setattr(nmt.training.trainer, "perplexity", seen)
+    monkeypatch.setattr(nmt.training.validation, "perplexity", seen)
     changes = ("run.name=a", "training.max_steps=4", "training.validate_every=2", "training.precision=bf16")
     assert main(["train", *settings(corpus, *changes)]) == 0
     gc.collect()

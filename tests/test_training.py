@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nmt.training.trainer
+import nmt.training.validation
 from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
@@ -105,12 +105,12 @@ def test_lines_of_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> No
 
 
 def script_perplexity(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
-    measured, coming = nmt.training.trainer.perplexity, iter(scores)
+    measured, coming = nmt.training.validation.perplexity, iter(scores)
 
     def scripted(*arguments: object) -> object:
         return replace(measured(*arguments), pieces=next(coming))
 
-    monkeypatch.setattr(nmt.training.trainer, "perplexity", scripted)
+    monkeypatch.setattr(nmt.training.validation, "perplexity", scripted)
 
 
 def test_patience_stops_early_and_saves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

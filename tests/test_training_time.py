@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-import nmt.training.trainer
+import nmt.training.validation
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.commands.memory import check_memory
 from nmt.compose import compose_config
-from nmt.config import TrainingConfig
+from nmt.config import SCHEDULES, TrainingConfig
 from nmt.device import memory_bytes, shortage_told
 from nmt.errors import MemoryLimitError
 from nmt.metrics.forecast import first_forecast, seconds_left
@@ -29,6 +29,8 @@ from nmt.training import clock
 from nmt.training.ending import ending
 from nmt.training.interval import Interval
 from nmt.training.optim import learning_rate
+from nmt.training.progress import Progress
+from nmt.training.reports import Reports
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Trainer
 from nmt.wording import duration
@@ -205,6 +207,17 @@ def test_the_main_process_s_time_is_everyone_s() -> None:
     assert trainer.progress.seconds == 12.345678
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_after_a_change_of_the_network_the_rate_is_warmed_up_once_more(schedule: str) -> None:
+    training = TrainingConfig(schedule=schedule, learning_rate=1.0, warmup_steps=10, max_steps=100, hold_steps=5)
+    for step in range(41, 101):
+        rate = learning_rate(training, step)
+        assert learning_rate(training, step, warm_from=40) == pytest.approx(rate * min(1.0, (step - 40) / 10))
+    at_once = replace(training, warmup_steps=0)
+    assert learning_rate(at_once, 41, warm_from=40) == learning_rate(at_once, 41) > 0.0
+    assert Progress(step=44, warm_from=40).rate(training, 45) == learning_rate(training, 45, warm_from=40)
+
+
 @pytest.mark.parametrize("warmup", [0, 10])
 def test_with_both_limits_the_nearer_one_rules(warmup: int) -> None:
     training = TrainingConfig(
@@ -270,7 +283,7 @@ def test_after_ten_updates_the_whole_is_told(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    fake_time.passes(Trainer, "_introduce", 1e5, monkeypatch)
+    fake_time.passes(Reports, "introduce", 1e5, monkeypatch)
     train(corpus, "a", 15, "training.validate_every=4", "training.validation_sentences=0")
     told = [line for line in capfd.readouterr().err.splitlines() if " steps left: " in line]
     assert told == ["step 11: 2 s per step, 4 steps left: about 8.0 seconds, without validations"]
@@ -384,7 +397,7 @@ def test_a_validation_that_fails_loses_no_update(
 ) -> None:
     """What was trained before it is saved, so the same command gets past it."""
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.training.trainer, "perplexity", failure)
+        patch.setattr(nmt.training.validation, "perplexity", failure)
         assert main(["train", *settings(corpus, "run.name=a", "training.max_steps=6")]) == 6
     assert "Traceback" not in capfd.readouterr().err
     [checkpoint] = list_checkpoints(corpus / "a" / "checkpoints")

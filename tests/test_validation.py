@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-import nmt.training.trainer
+import nmt.training.validation
 from nmt.batch import NUM_SPECIAL
 from nmt.checkpoint import list_checkpoints
 from nmt.config import DecodingConfig, TrainingConfig
@@ -163,7 +163,7 @@ def test_too_low_a_bleu_chooses_nothing_and_costs_no_patience(
     capfd: pytest.CaptureFixture[str], corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     coming = iter([0.0, 0.4, 0.9, 3.0, 0.2, 2.0, 2.5])
-    monkeypatch.setattr(nmt.training.trainer, "validation_bleu", lambda *_: next(coming))
+    monkeypatch.setattr(nmt.training.validation, "validation_bleu", lambda *_: next(coming))
     changes = ("training.validate_every=1", "training.patience=2", "training.best_by=bleu")
     run = train(corpus, "a", 50, *changes, "training.checkpoint_every=1", "training.keep_checkpoints=99")
     scores = [each.score for each in list_checkpoints(run / "checkpoints")]

@@ -29,7 +29,7 @@ from nmt.parallel.saving import save_checkpoint
 from nmt.parameters import read_model, read_tensors
 from nmt.run import RunDirectory
 from nmt.training.optim import has_moments, state_shapes
-from nmt.training.trainer import Progress
+from nmt.training.progress import Progress
 
 
 class TrainedWeight(NamedTuple):

@@ -26,12 +26,15 @@ MASTER = "master"
 """Name of the float32 values of a bf16 parameter in the optimiser's state. Checkpoints have them as the parameter."""
 
 
-def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> float:
+def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0, warm_from: int = 0) -> float:
     """Return the learning rate of step `step`, counted from 1, which starts after `seconds` of training.
 
     inverse_sqrt: linear over warmup_steps, constant over hold_steps, then proportional to step^-1/2 (S17 appendix E).
     linear: linear over warmup_steps, then falling linearly to 0 at step max_steps + 1. With max_minutes, it is also at
     most learning_rate (1 - seconds / (60 max_minutes)), which is 0 when the time is up.
+
+    If the network was changed after step `warm_from`, such as by more experts, its new parts are warmed up: the rate of
+    any schedule is multiplied by min(1, (step - warm_from) / warmup_steps). 0: it was not changed.
     """
     if step <= training.warmup_steps:
         rate = training.learning_rate * step / training.warmup_steps
@@ -43,6 +46,8 @@ def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0) -> 
         rate = training.learning_rate * max(remaining, 0.0)
     if training.schedule == "linear" and training.max_minutes:
         rate = min(rate, training.learning_rate * max(1.0 - seconds / 60.0 / training.max_minutes, 0.0))
+    if warm_from and step < warm_from + training.warmup_steps:
+        rate *= (step - warm_from) / training.warmup_steps
     return rate
 
 

@@ -89,16 +89,16 @@ def in_step(fault: Fault) -> None:
 
 def in_validation(fault: Fault) -> None:
     """Act at the start of a validation."""
-    import nmt.training.trainer
+    import nmt.training.validation
 
-    before(nmt.training.trainer, "perplexity", lambda *_: act(fault, "validation"))
+    before(nmt.training.validation, "perplexity", lambda *_: act(fault, "validation"))
 
 
 def before_first_step(fault: Fault) -> None:
     """Act when the run is open and nothing is trained yet."""
-    from nmt.training.trainer import Trainer
+    from nmt.training.reports import Reports
 
-    before(Trainer, "_introduce", lambda *_: act(fault, "start"))
+    before(Reports, "introduce", lambda *_: act(fault, "start"))
 
 
 def slow_steps(fault: Fault) -> None:
