@@ -1,0 +1,71 @@
+"""The directions that a run translates, and which of them is meant.
+
+A direction that the run was not trained on is possible if its target language has a symbol: a zero-shot direction
+(Johnson et al. 2017, section 4.5).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from nmt.config import Direction
+from nmt.data.symbols import Symbols
+from nmt.errors import UserError
+
+
+@dataclass(frozen=True)
+class Directions:
+    """What a run translates."""
+
+    name: str
+    """Name of the run, for messages."""
+    trained: tuple[Direction, ...]
+    """The directions that it was trained on, at least one."""
+    symbols: Symbols = field(default_factory=Symbols)
+    """Meanings of its reserved symbols."""
+
+    @property
+    def languages(self) -> set[str]:
+        """All languages that the run knows, on either side."""
+        return {language for direction in self.trained for language in direction} | {*self.symbols.languages}
+
+    def is_zero_shot(self, direction: Direction) -> bool:
+        """Return whether the run was not trained on a direction."""
+        return direction not in self.trained
+
+    def check(self, direction: Direction) -> Direction:
+        """Return a direction that the run translates. UserError, which lists what it has, for any other."""
+        source, target = direction
+        possible = target in self.symbols.languages and source in self.languages and source != target
+        if self.is_zero_shot(direction) and not possible:
+            raise UserError(f"{self.name} does not translate {direction}; it has: {_listed(self.trained)}")
+        return direction
+
+    def only(self, how: str) -> Direction:
+        """Return the only direction of the run. UserError, with `how` to choose one, if it has several."""
+        if len(self.trained) > 1:
+            raise UserError(
+                f"{self.name} translates {len(self.trained)} directions: {how}; it has: {_listed(self.trained)}"
+            )
+        return self.trained[0]
+
+    def choose(self, source: str | None, target: str | None) -> Direction:
+        """Return the direction from --from `source` and --to `target`; None: not given.
+
+        One of them may be left out if a single direction fits, both if the run has a single one. UserError, which lists
+        what the run has, if no direction fits or several do.
+        """
+        if source is None and target is None:
+            return self.only("give --from and --to")
+        if source is not None and target is not None:
+            return self.check(Direction(source, target))
+        fitting = [each for each in self.trained if source in (None, each.source) and target in (None, each.target)]
+        if len(fitting) == 1:
+            return fitting[0]
+        given, lacking = (f"to {target}", "--from") if source is None else (f"from {source}", "--to")
+        if fitting:
+            raise UserError(f"{self.name} translates {_listed(fitting)}: give {lacking}, too")
+        raise UserError(f"{self.name} does not translate {given}; it has: {_listed(self.trained)}")
+
+
+def _listed(directions: Sequence[Direction]) -> str:
+    return ", ".join(map(str, directions))
