@@ -11,7 +11,7 @@ import pytest
 
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
 from nmt.data.prepare import prepare
-from nmt.data.prepared import Prepared
+from nmt.data.prepared import Prepared, find_prepared
 from nmt.data.shards import file_record
 from nmt.errors import DataError
 
@@ -183,3 +183,32 @@ def test_what_was_verified_is_not_read_again(folder: Path, monkeypatch: pytest.M
     assert not prepared.is_verified
     with pytest.raises(DataError, match=r"train\.source\.pieces has changed since nmt prepare wrote it"):
         prepared.verify()
+
+
+def test_a_prepared_corpus_is_found_by_its_folder_and_by_a_run(
+    shared_text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (wanted,) = (shared_text / "p").glob("toy-*")
+    assert find_prepared(str(wanted)).path == wanted
+    assert find_prepared(str(run)).path == wanted
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mine").symlink_to(run)
+    monkeypatch.chdir(tmp_path)
+    assert find_prepared("mine").path == wanted
+
+
+def test_a_corpus_that_is_not_found_is_told_in_one_line(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "copy").mkdir()
+    settings = tmp_path / "copy" / "config.yaml"
+    written = (run / "config.yaml").read_text()
+    for text, part in (
+        (None, "nowhere is neither a prepared corpus nor a run"),
+        (written.replace("name: toy", "name: other"), "corpus other is not prepared"),
+        (written.replace("root:", "rot:"), "unknown setting corpus.rot"),
+        ("run: {}", "it has no section corpus"),
+    ):
+        if text is not None:
+            settings.write_text(text)
+        with pytest.raises(DataError, match=part) as caught:
+            find_prepared(str(settings.parent if text else tmp_path / "nowhere"))
+        assert "\n" not in str(caught.value)

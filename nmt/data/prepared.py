@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from nmt.config import CorpusConfig, Direction, ExamplesConfig
+from nmt.config.reading import parse_yaml, read_settings
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
 from nmt.data.subwords import Subwords
 from nmt.data.symbols import Symbols
@@ -16,6 +17,8 @@ from nmt.errors import DataError, StorageError
 from nmt.files import differs, read_json, read_regular, write_atomically
 
 VOCABULARY = "subwords.model"
+_RUN_SETTINGS = "config.yaml"
+_MOST_SETTINGS_BYTES = 1 << 20
 FORMAT = 2  # version of the prepared folder's format
 # File systems have coarse clocks: a file that changed this recently could change again and keep its timestamp.
 _UNSURE_SECONDS = 2.0
@@ -51,6 +54,39 @@ def prepared_path(corpus: CorpusConfig) -> Path:
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
     return Path(corpus.directory) / f"{corpus.name}-{fingerprint[:8]}"
+
+
+def find_prepared(reference: str) -> "Prepared":
+    """Return the prepared corpus of this folder, or the one of a run, which is given by its folder or name in runs/.
+
+    DataError if there is no such folder or run, or if the corpus of the run is not prepared here.
+    """
+    for folder in (Path(reference), Path("runs") / reference):
+        # An exported model has both files.
+        if (folder / _RUN_SETTINGS).is_file():
+            corpus = _corpus_of(folder / _RUN_SETTINGS)
+            try:
+                return Prepared.open(prepared_path(corpus))
+            except DataError as error:
+                raise DataError(f"{reference}: {error}") from error
+        if (folder / MANIFEST).is_file():
+            return Prepared.open(folder)
+    raise DataError(
+        f"{reference} is neither a prepared corpus nor a run: give the folder that nmt prepare printed, or the folder "
+        "or name of a run"
+    )
+
+
+def _corpus_of(settings: Path) -> CorpusConfig:
+    """Return the corpus settings in the config.yaml of a run. DataError if they cannot be read."""
+    try:
+        sections = parse_yaml(read_regular(settings, _MOST_SETTINGS_BYTES).decode())
+        if not isinstance(sections, dict) or "corpus" not in sections:
+            raise ValueError("it has no section corpus")
+        return read_settings(CorpusConfig, sections["corpus"], "corpus")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"{settings} cannot be read ({reason}): restore it, or choose another run") from error
 
 
 class Part(NamedTuple):
