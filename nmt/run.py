@@ -38,9 +38,9 @@ from nmt.files import foreign_entry, read_json, read_regular, remove, write_atom
 from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
-# Settings that may be changed when a run is resumed. None changes what a step computes, except that schedule=linear
-# ends at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different tokenisers
-# cannot be compared across checkpoints.
+# Settings that may be changed when a run is resumed. None changes what a step computes, except that schedules linear
+# and wsd end at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different
+# tokenisers cannot be compared across checkpoints.
 _SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
 _SAFE_TRAINING = (
     "max_steps",

@@ -19,7 +19,7 @@ from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.compose import compose_config
-from nmt.config import Config, ModelConfig, TrainingConfig
+from nmt.config import SCHEDULES, Config, ModelConfig, TrainingConfig
 from nmt.metrics.record import DevLine
 from nmt.metrics.writer import MetricsWriter
 from nmt.model.gating import balance_loss
@@ -410,7 +410,23 @@ def test_linear_falls_to_zero_just_after_the_last_step() -> None:
     assert learning_rate(training, 500) == 0.0
 
 
-@pytest.mark.parametrize("schedule", ["inverse_sqrt", "linear"])
+def test_wsd_rises_holds_and_falls_to_zero_just_after_the_last_step() -> None:
+    training = TrainingConfig(learning_rate=0.8, schedule="wsd", warmup_steps=4, max_steps=20, decay_share=0.2)
+    rates = [learning_rate(training, step) for step in range(1, 22)]
+    assert rates == pytest.approx([0.2, 0.4, 0.6, *[0.8] * 14, 0.6, 0.4, 0.2, 0.0])
+    assert learning_rate(training, 500) == 0.0
+    # A decay that begins within the warm-up bounds it.
+    throughout = replace(training, decay_share=1.0, warmup_steps=16)
+    assert [learning_rate(throughout, step) for step in (4, 10, 16, 20)] == pytest.approx([0.2, 0.44, 0.2, 0.04])
+
+
+@pytest.mark.parametrize("share", [0.0, 1.01, math.nan])
+def test_a_share_of_decay_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"training\.decay_share="):
+        TrainingConfig(decay_share=share)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(("warmup", "hold"), [(0, 0), (0, 5), (5, 0), (300, 50), (1000, 0), (5000, 9)])
 def test_rates_are_positive_bounded_and_without_a_jump(schedule: str, warmup: int, hold: int) -> None:
     training = TrainingConfig(
@@ -418,8 +434,10 @@ def test_rates_are_positive_bounded_and_without_a_jump(schedule: str, warmup: in
     )
     rates = [learning_rate(training, step) for step in range(1, 1001)]
     assert all(0 < rate <= 1 for rate in rates)
-    # The steepest places: the warm-up, the first steps of the square root, and the whole fall of `linear`.
+    # The steepest places: the warm-up, the first steps of the square root, the whole fall of `linear`, that of `wsd`.
     steepest = max(1 / warmup if warmup else 0.0, 1 / (1001 - warmup) if warmup <= 1000 else 0.0)
+    if schedule == "wsd":
+        steepest = max(steepest, 1 / (training.decay_share * 1000))
     for step in range(1, 1000):
         allowed = max(steepest, 1 - math.sqrt(step / (step + 1)))
         assert abs(rates[step] - rates[step - 1]) <= allowed + 1e-12

@@ -228,6 +228,11 @@ def test_with_both_limits_the_nearer_one_rules(warmup: int) -> None:
         for seconds in (0.0, 60.0, 300.0, 599.0, 600.0, 900.0):
             assert learning_rate(training, step, seconds) == min(by_steps, max(1.0 - seconds / 600.0, 0.0))
     assert learning_rate(training, 50, 600.0) == 0.0
+    late = replace(training, schedule="wsd", decay_share=0.2)
+    for step in range(1, 101):
+        by_steps = learning_rate(replace(late, max_minutes=0.0), step)
+        for seconds, by_time in ((0.0, 1.0), (480.0, 1.0), (510.0, 0.75), (540.0, 0.5), (600.0, 0.0), (900.0, 0.0)):
+            assert learning_rate(late, step, seconds) == pytest.approx(min(by_steps, by_time))
     constant = TrainingConfig(schedule="inverse_sqrt", max_minutes=10.0)
     assert learning_rate(constant, 5000, 599.0) == constant.learning_rate
 
@@ -244,14 +249,31 @@ def test_minutes_that_are_none_are_refused(minutes: float) -> None:
 LINEAR = ("training.schedule=linear", "training.learning_rate=0.01")
 
 
-def test_a_later_end_says_how_the_learning_rate_jumps(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    train(corpus, "a", 4, *LINEAR)
+@pytest.mark.parametrize("schedule", ["linear", "wsd"])
+def test_a_later_end_says_how_the_learning_rate_jumps(
+    corpus: Path, capfd: pytest.CaptureFixture[str], schedule: str
+) -> None:
+    changes = (*LINEAR, f"training.schedule={schedule}")
+    train(corpus, "a", 4, *changes)
     capfd.readouterr()
-    run = train(corpus, "a", 9, *LINEAR)
+    run = train(corpus, "a", 9, *changes)
     [warning] = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: the learning rate")]
     rate = lines(run)[4].learning_rate
     assert f"of step 5 is {rate:.3g}, not 0 as planned" in warning
-    assert "training.schedule=linear now ends at training.max_steps=9" in warning
+    assert f"training.schedule={schedule} now ends at training.max_steps=9" in warning
+
+
+def test_an_end_that_moves_before_the_decay_begins_says_nothing(
+    corpus: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = (*LINEAR, "training.schedule=wsd", "run.name=a", "training.validate_every=99")
+    monkeypatch.setattr(Trainer, "_meet", lambda trainer: 15 if trainer.progress.step == 3 else 0)
+    with pytest.raises(SystemExit):
+        main(["train", *settings(corpus, *changes, "training.max_steps=50")])
+    monkeypatch.undo()
+    assert main(["train", *settings(corpus, *changes, "training.max_steps=10")]) == 0
+    assert "warning" not in capfd.readouterr().err
+    assert lines(corpus / "a")[-1].learning_rate == pytest.approx(0.005)  # the first of two steps of decay left
 
 
 @pytest.mark.parametrize("changes", [("training.schedule=inverse_sqrt",), (*LINEAR, "training.max_minutes=100")])

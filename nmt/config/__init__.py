@@ -45,7 +45,7 @@ __all__ = [
     "uses_bf16",
 ]
 
-SCHEDULES = ("inverse_sqrt", "linear")
+SCHEDULES = ("inverse_sqrt", "linear", "wsd")
 PRECISIONS = ("auto", "fp32", "bf16")
 QUANTIZATIONS = ("none", "int8")
 DEVICES = ("auto", "cpu", "cuda")
@@ -81,11 +81,15 @@ class TrainingConfig:
     """Peak learning rate."""
     schedule: str = "inverse_sqrt"
     """Learning rate over time. inverse_sqrt: linear warm-up, constant rate, then decay as step^-0.5 (S17 appendix E).
-    linear: linear warm-up, then linear decay to 0 at max_steps or max_minutes, whichever comes first."""
+    linear: linear warm-up, then linear decay to 0 at max_steps or max_minutes, whichever comes first. wsd: warm-up,
+    stable, decay (Hu et al. 2024): linear warm-up, constant rate, then linear decay to 0 over `decay_share` of
+    max_steps or max_minutes; for runs that will be trained further or have experts added."""
     warmup_steps: int = 2000
     """Steps of linear warm-up."""
     hold_steps: int = 8000
     """Steps at the peak learning rate, for schedule=inverse_sqrt."""
+    decay_share: float = 0.2
+    """Share of the whole training, its last part, in which the learning rate falls, for schedule=wsd."""
     adam_beta1: float = 0.9
     """Adam's decay rate of the first moment."""
     adam_beta2: float = 0.98
@@ -137,6 +141,7 @@ class TrainingConfig:
             raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
         above("training.learning_rate", self.learning_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
+        above("training.decay_share", self.decay_share, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
             fraction(f"training.{name}", getattr(self, name))
         one_of("training.schedule", self.schedule, SCHEDULES)

@@ -32,20 +32,28 @@ def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0, war
     inverse_sqrt: linear over warmup_steps, constant over hold_steps, then proportional to step^-1/2 (S17 appendix E).
     linear: linear over warmup_steps, then falling linearly to 0 at step max_steps + 1. With max_minutes, it is also at
     most learning_rate (1 - seconds / (60 max_minutes)), which is 0 when the time is up.
+    wsd (warm-up, stable, decay; Hu et al. 2024, "MiniCPM"): linear over warmup_steps, constant, then falling linearly
+    to 0 over the last decay_share of max_steps, or of max_minutes, as `linear` does over all. Hu et al. decay
+    exponentially.
 
     If the network was changed after step `warm_from`, such as by more experts, its new parts are warmed up: the rate of
     any schedule is multiplied by min(1, (step - warm_from) / warmup_steps). 0: it was not changed.
     """
+    peak, steps_left = training.learning_rate, training.max_steps + 1 - step
     if step <= training.warmup_steps:
-        rate = training.learning_rate * step / training.warmup_steps
+        rate = peak * step / training.warmup_steps
     elif training.schedule == "inverse_sqrt":
         held_until = max(training.warmup_steps + training.hold_steps, 1)
-        rate = training.learning_rate * min(1.0, math.sqrt(held_until / step))
+        rate = peak * min(1.0, math.sqrt(held_until / step))
+    elif training.schedule == "linear":
+        rate = peak * max(steps_left / (training.max_steps + 1 - training.warmup_steps), 0.0)
     else:
-        remaining = (training.max_steps + 1 - step) / (training.max_steps + 1 - training.warmup_steps)
-        rate = training.learning_rate * max(remaining, 0.0)
-    if training.schedule == "linear" and training.max_minutes:
-        rate = min(rate, training.learning_rate * max(1.0 - seconds / 60.0 / training.max_minutes, 0.0))
+        rate = peak
+    decay_share = training.decay_share if training.schedule == "wsd" else 1.0
+    if training.schedule == "wsd":
+        rate = min(rate, peak * max(steps_left, 0) / (decay_share * training.max_steps))
+    if training.schedule != "inverse_sqrt" and training.max_minutes:
+        rate = min(rate, peak * max(1.0 - seconds / 60.0 / training.max_minutes, 0.0) / decay_share)
     if warm_from and step < warm_from + training.warmup_steps:
         rate *= (step - warm_from) / training.warmup_steps
     return rate
