@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
+from nmt.model.dropout import drop_hidden
 from nmt.model.gating import GateOutput, make_gate
 from nmt.model.kernels.experts import group_rows
 from nmt.model.routes import Route, grouped_product, sort_rows
@@ -36,13 +37,20 @@ class Experts(nn.Module):
     """E feed-forward networks D -> H1 -> ... -> D with ReLU and no biases (S17 sections 2, C.1; Tables 7-8 fix it).
 
     `weights` has one tensor (E, inputs, outputs) per layer. Products are computed in the type of the rows, whatever the
-    type of the weights. With a share, whose size must divide E, only the experts of the share are created.
+    type of the weights. With a share, whose size must divide E, only the experts of the share are created. `dropout` is
+    the probability of `drop_hidden` in training.
     """
 
     def __init__(
-        self, num_experts: int, hidden_size: int, hidden_sizes: list[int], share: ExpertShard = ALL_EXPERTS
+        self,
+        num_experts: int,
+        hidden_size: int,
+        hidden_sizes: list[int],
+        share: ExpertShard = ALL_EXPERTS,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.dropout = dropout
         sizes = [hidden_size, *hidden_sizes, hidden_size]
         held = num_experts // share.size
         self.first = share.rank * held
@@ -64,6 +72,8 @@ class Experts(nn.Module):
         rows_RD: Tensor = rows_MD.contiguous()
         for layer, w_EIO in enumerate(self.weights):
             rows_RD = grouped_product(rows_RD, w_EIO, groups, None if layer else route, layer < last, layer > 0)
+            if self.dropout and self.training and layer < last:
+                rows_RD = drop_hidden(rows_RD, self.dropout)
         return rows_RD
 
 
@@ -103,7 +113,7 @@ class MoE(nn.Module):
     def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: ExpertShard = ALL_EXPERTS) -> None:
         super().__init__()
         self.gate = make_gate(hidden_size, num_experts, config)
-        self.experts = Experts(num_experts, hidden_size, config.hidden_sizes, share)
+        self.experts = Experts(num_experts, hidden_size, config.hidden_sizes, share, config.expert_dropout)
         self.num_experts = num_experts
         self.sigmoid_output = config.output == "sigmoid"
         self.dispatcher: Dispatcher = LocalDispatcher()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nmt.batch import Batch, Rows
 from nmt.config import LayerName, ModelConfig
 from nmt.model.attention import Attention, Memory
+from nmt.model.dropout import drop_tokens
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
 from nmt.model.kernels.packed import PackedWeight
@@ -356,5 +357,7 @@ class Seq2Seq(nn.Module):
     def _embed(self, embedding: nn.Embedding, ids_N: Tensor) -> Tensor:
         # LSTMs get inputs of unit scale, while the matrix keeps the scale that the softmax needs.
         x_ND = F.embedding(ids_N, embedding.weight) * self.config.hidden_size**0.5
+        if self.config.word_dropout and self.training:
+            x_ND = drop_tokens(x_ND, self.config.word_dropout)
         autocast = torch.is_autocast_enabled(x_ND.device.type)
         return self.dropout(x_ND.to(torch.get_autocast_dtype(x_ND.device.type) if autocast else self.dtype))
