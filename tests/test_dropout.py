@@ -1,4 +1,4 @@
-"""Dropout for small corpora: of words and of hidden units of experts."""
+"""Dropout for small corpora: of words, of experts' outputs and of their hidden units."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nmt.batch import Batch
 from nmt.config import ModelConfig, MoEConfig
-from nmt.model.dropout import drop_hidden, drop_tokens
+from nmt.model.dropout import drop_hidden, drop_tokens, mask_outputs
 from nmt.model.experts import MoE
 from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Seq2Seq
@@ -20,7 +20,7 @@ Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
 
 P = 0.3
-ALL = {"word_dropout": P, "expert_dropout": P}
+ALL = {"word_dropout": P, "output_masking": P, "expert_dropout": P}
 """Every switch on."""
 
 
@@ -134,6 +134,61 @@ def test_experts_without_rows_drop_nothing() -> None:
     assert not any(w_EIO.grad.any() for w_EIO in moe.experts.weights)
 
 
+# ---------------------------------------------------------------------------------------------- experts' outputs
+
+
+def test_the_share_of_outputs_left_out_and_no_scale_of_the_others() -> None:
+    gates_TK = torch.rand(8000, 3) + 0.1
+    masked_TK = mask_outputs(gates_TK, P)
+    assert_share(masked_TK == 0, P)
+    assert torch.equal(masked_TK[masked_TK != 0], gates_TK[masked_TK != 0])
+    # Slot by slot: all three of a token with P^3.
+    assert_share((masked_TK == 0).all(1), P**3)
+
+
+GATINGS: dict[str, dict[str, Any]] = {
+    "noisy_top_k": {},
+    "softmax_top_k": {},
+    "hierarchical": {"branching": 2, "k": 1},
+    "strictly_balanced": {},
+}
+
+
+@pytest.mark.parametrize("output", ["none", "sigmoid"])
+@pytest.mark.parametrize("gating", GATINGS)
+def test_masking_leaves_all_that_a_gate_decides_and_drops_terms_of_the_sum(gating: str, output: str) -> None:
+    settings = {"num_experts": 4, "k": 2, "gating": gating, "output": output, "hidden_sizes": [6]} | GATINGS[gating]
+    moe = MoE(5, 4, MoEConfig(**settings, output_masking=P)).double().train()
+    for parameter in moe.parameters():
+        nn.init.normal_(parameter)
+    x_TD = torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
+    torch.manual_seed(7)
+    y_TD, gate = moe(x_TD)
+    # The gate draws its noise first, so that it would draw the same without a mask.
+    torch.manual_seed(7)
+    expected = moe.gate(x_TD)
+    mask_TK = torch.empty_like(gate.gates_TK).bernoulli_(1 - P)
+    for found, own in zip(
+        [*gate[:2], *gate.sums.parts(), gate.own_loss],
+        [*expected[:2], *expected.sums.parts(), expected.own_loss],
+        strict=True,
+    ):
+        assert torch.equal(found, own)
+    outputs_ETD = torch.stack([(x_TD @ a).relu() @ b for a, b in zip(*moe.experts.weights, strict=True)])
+    padded_ETD = F.pad(outputs_ETD, (0, 0, 0, 0, 0, 1))
+    terms_TKD = padded_ETD[expected.expert_TK, torch.arange(40)[:, None]]
+    oracle_TD = ((expected.gates_TK * mask_TK)[:, :, None] * terms_TKD).sum(1)
+    oracle_TD = oracle_TD.sigmoid() if output == "sigmoid" else oracle_TD
+    torch.testing.assert_close(y_TD, oracle_TD)
+    balance = gate.sums.importance_E.square().sum() + gate.own_loss
+    own_balance = expected.sums.importance_E.square().sum() + expected.own_loss
+    leaves, direction_TD = [x_TD, *moe.parameters()], torch.randn_like(y_TD)
+    gradients = torch.autograd.grad((y_TD * direction_TD).sum() + balance, leaves, allow_unused=True)
+    oracles = torch.autograd.grad((oracle_TD * direction_TD).sum() + own_balance, leaves, allow_unused=True)
+    for gradient, oracle in zip(gradients, oracles, strict=True):
+        torch.testing.assert_close(gradient, oracle)
+
+
 # -------------------------------------------------------------------------------------------------------- all
 
 
@@ -152,7 +207,7 @@ def test_outside_training_every_switch_is_off(tiny_config: Configs, tiny_batch: 
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0])
-@pytest.mark.parametrize("key", ["model.word_dropout", "model.moe.expert_dropout"])
+@pytest.mark.parametrize("key", ["model.word_dropout", "model.moe.output_masking", "model.moe.expert_dropout"])
 def test_a_probability_lies_below_1(key: str, value: float) -> None:
     kind = MoEConfig if "moe" in key else ModelConfig
     with pytest.raises(ValueError, match=rf"^{key}={value} must lie in 0 <= value < 1"):

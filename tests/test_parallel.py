@@ -45,11 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
 def config_of(
     case: str, micro_batches: int, group: int = 0, training: bool = True, parallel: dict[str, bool] | None = None
 ) -> Config:
-    moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2} | CASES.get(case, {})
+    moe = {"num_experts": 8, "k": 2, "hidden_sizes": [7], "w_importance": 0.3, "w_load": 0.2}
+    moe |= {"output_masking": 0.2} | CASES.get(case, {})
     model = ModelConfig(
         hidden_size=6,
         cell_size=8,
         dropout=0.2 if training else 0.0,
+        word_dropout=0.1,
         attention=AttentionConfig(size=5),
         moe=MoEConfig(**moe),
     )
@@ -175,7 +177,7 @@ def _two_ranks() -> dict[str, Any]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one_with_two_micro_batches(case: str, two_ranks: list[dict[str, Any]]) -> None:
-    """With dropout and noise, which belong to the micro-batch and not to the process."""
+    """With dropout, masked outputs and noise, which belong to the micro-batch and not to the process."""
     assert_same([result["micro-batches"][case] for result in two_ranks], run_updates(case, 2), 2)
 
 

@@ -25,18 +25,23 @@ from tests.toy import saved, train, write_corpus
 # test_parallel.py compares outputs, gradients and a step of two processes with those of one, within seconds.
 pytestmark = pytest.mark.slow
 STEPS = 10
-# Four micro-batches an update, so that two processes accumulate; dropout and noise; more than an epoch; validations.
+# Four micro-batches an update, so that two processes accumulate; noise and dropout of all kinds that belong to
+# micro-batches; more than an epoch; validations.
 HARD = (
     "training.micro_batches=4",
     "training.batch_tokens=400",
     "training.validation_sentences=2",
     "training.patience=9",
+    "model.word_dropout=0.1",
+    "model.moe.output_masking=0.1",
 )
 HALF = 5
 # Ended by the clock, after a few updates or dozens.
 TIMED = ("training.schedule=linear", "training.max_minutes=0.01", "training.max_steps=1000000")
 TIMED += ("training.validate_every=1000000", "training.validation_sentences=0")
 FACTORED = ("training.expert_optimizer=factored",)
+# The units of an expert are drawn by the process that has it.
+EXPERT_DROPOUT = ("model.moe.expert_dropout=0.2",)
 
 
 class Job(NamedTuple):
@@ -123,6 +128,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     work(folder, by_one)
     by_two = [Job("two")]
     by_two += [Job("two-stopped", last) for last in (7, None)]
+    by_two += [Job("units", None, EXPERT_DROPOUT)]
+    by_two += [Job("units-stopped", last, EXPERT_DROPOUT) for last in (3, None)]
     by_two += [Job("one-two"), Job("two-one", HALF)]
     by_two += [Job("dense-drift", drift="decoder.bottom.lstm.weight_hh_l0")]
     replicas = ("parallel.expert_group_size=1",)
@@ -144,6 +151,11 @@ def test_two_processes_go_on_without_changing_a_bit(folder: Path) -> None:
     assert saved(run) == saved(folder / "two")
     assert _timeless(state(run)) == _timeless(state(folder / "two"))
     assert losses(run) == losses(folder / "two")
+
+
+def test_units_that_two_processes_drop_are_the_same_after_going_on(folder: Path) -> None:
+    assert saved(folder / "units-stopped") == saved(folder / "units")
+    assert saved(folder / "units")["model"] != saved(folder / "two")["model"]
 
 
 @pytest.mark.parametrize("run", ["two", "one-two", "two-one", "regrouped"])

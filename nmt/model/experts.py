@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nmt.config import MoEConfig
-from nmt.model.dropout import drop_hidden
+from nmt.model.dropout import drop_hidden, mask_outputs
 from nmt.model.gating import GateOutput, make_gate
 from nmt.model.kernels.experts import group_rows
 from nmt.model.routes import Route, grouped_product, sort_rows
@@ -107,7 +107,8 @@ class LocalDispatcher:
 class MoE(nn.Module):
     """y = sum_i G(x)_i E_i(x) over the K selected experts (S17 eq. 1); `output: sigmoid` as in appendix E.
 
-    For a token without experts (possible with strictly balanced gates), y = 0, which a sigmoid turns into 1/2.
+    For a token without experts (possible with strictly balanced gates), y = 0, which a sigmoid turns into 1/2. In
+    training, `output_masking` is the probability of `mask_outputs`.
     """
 
     def __init__(self, hidden_size: int, num_experts: int, config: MoEConfig, share: ExpertShard = ALL_EXPERTS) -> None:
@@ -116,6 +117,7 @@ class MoE(nn.Module):
         self.experts = Experts(num_experts, hidden_size, config.hidden_sizes, share, config.expert_dropout)
         self.num_experts = num_experts
         self.sigmoid_output = config.output == "sigmoid"
+        self.output_masking = config.output_masking
         self.dispatcher: Dispatcher = LocalDispatcher()
 
     def forward(
@@ -133,5 +135,9 @@ class MoE(nn.Module):
         gate = self.gate(x_TD, experts_per_token, real_T)
         if change_gate:
             gate = change_gate(gate)
-        y_TD = self.dispatcher.run(self.experts, x_TD, gate)
+        used = gate
+        if self.output_masking and self.training:
+            # The gate's decisions, sums and losses stay. Its process draws, whichever processes have the experts.
+            used = gate._replace(gates_TK=mask_outputs(gate.gates_TK, self.output_masking))
+        y_TD = self.dispatcher.run(self.experts, x_TD, used)
         return (y_TD.sigmoid() if self.sigmoid_output else y_TD), gate
