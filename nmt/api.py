@@ -13,7 +13,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack, overload
 
-from nmt.config import Config
+from nmt.config import Config, Direction
 from nmt.data.held_out import encode_pairs
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translation import Options, Translation
@@ -56,6 +56,8 @@ class TranslateOptions(TypedDict, total=False):
     attention: bool
     paragraphs: bool
     alignments: bool
+    direction: Direction | None
+    tag: str
 
 
 class Model:

@@ -172,10 +172,10 @@ def test_a_batch_too_large_for_memory_is_halved(model: Seq2Seq, monkeypatch: pyt
     expected = Searcher([model], CPU, range(3)).search(sources, OPTIONS)
     searcher, load = recorded(model, monkeypatch), lanes.Lane.load
 
-    def short(lane: lanes.Lane, batch: list[np.ndarray], rules: Any) -> None:
+    def short(lane: lanes.Lane, batch: list[np.ndarray], rules: Any, symbols: int) -> None:
         if len(batch) > 3:
             raise torch.OutOfMemoryError("out of memory")
-        load(lane, batch, rules)
+        load(lane, batch, rules, symbols)
 
     monkeypatch.setattr(lanes.Lane, "load", short)
     check_equal(searcher.search(sources, OPTIONS), expected)

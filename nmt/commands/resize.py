@@ -10,6 +10,7 @@ from nmt.commands import say, show
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
+from nmt.decoding.directions import Directions
 from nmt.decoding.loading import load_vocabulary, longest_source
 from nmt.decoding.translator import Translator
 from nmt.device import pick_device, set_float32_products
@@ -117,7 +118,9 @@ class _Bench:
 
     def __init__(self, run: RunDirectory, config: Config, subwords: Subwords) -> None:
         self.config, self.subwords = config, subwords
-        self.longest = longest_source(run.corpus_info(), config)
+        corpus = run.corpus_info()
+        self.longest = longest_source(corpus, config)
+        self.directions = Directions.of(config, corpus, run.path.name, str(run.corpus_path))
         self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(self.device, config.decoding.precision)
@@ -134,8 +137,7 @@ class _Bench:
     def translator(self, network: NetworkWeights) -> Translator:
         """Return a greedy translator with this network and as many active experts per token as in training."""
         greedy = replace(self.config.decoding, beam_size=1, experts_per_token=0, retry=False)
-        language = self.config.corpus.source_language
-        return Translator(network.build(), self.subwords, greedy, self.device, self.longest, language=language)
+        return Translator(network.build(), self.subwords, greedy, self.device, self.longest, directions=self.directions)
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Return the perplexity per subword of `count` pairs of the dev set."""

@@ -170,7 +170,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         rank, n_best = _mbr(options, config)
         chosen = replace(translator.options, n_best=n_best, paragraphs=options.paragraphs, alignments=aligned)
         read = Source(source, halt)
-        reader, blocks = _reading(options, translator.language)(read, options.input, options.strict)
+        reader, blocks = _reading(options, translator.language(chosen))(read, options.input, options.strict)
         if options.prefixes:
             begun = TextReader(Source(prefixes, halt), shown(options.prefixes), strict=options.strict)
             blocks = with_prefixes(blocks, reader, begun)

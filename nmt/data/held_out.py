@@ -23,17 +23,28 @@ class HeldOut(NamedTuple):
     """Encoded sentence pairs: arrays of subword ids."""
 
     sources: list[np.ndarray]
+    """With the symbols before each source."""
     targets: list[np.ndarray]
     cut: list[int]
     """Numbers, from 0, of the pairs with a side that was cut to `LONGEST_SIDE` subwords."""
 
 
-def encode_pairs(subwords: Subwords, sources: Sequence[str], targets: Sequence[str]) -> HeldOut:
-    """Encode sentence pairs, and cut each side to `LONGEST_SIDE` subwords."""
+def encode_pairs(
+    subwords: Subwords, sources: Sequence[str], targets: Sequence[str], *, prefixes: Sequence[Sequence[int]] = ()
+) -> HeldOut:
+    """Encode sentence pairs, and cut each side to `LONGEST_SIDE` subwords.
+
+    `prefixes` has the ids of symbols before each source (`Directions.prefix`), which do not count; empty: none has any.
+    """
     sides = subwords.encode_batch(list(sources)), subwords.encode_batch(list(targets))
     lengths = (max(len(source), len(target)) for source, target in zip(*sides, strict=True))
     cut = [pair for pair, length in enumerate(lengths) if length > LONGEST_SIDE]
     read = [[pieces[:LONGEST_SIDE] for pieces in side] for side in sides]
+    if any(map(len, prefixes)):
+        read[0] = [
+            np.concatenate([np.array(prefix, dtype=source.dtype), source])
+            for prefix, source in zip(prefixes, read[0], strict=True)
+        ]
     return HeldOut(read[0], read[1], cut)
 
 

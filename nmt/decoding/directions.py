@@ -4,10 +4,12 @@ A direction that the run was not trained on is possible if its target language h
 (Johnson et al. 2017, section 4.5).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from nmt.config import Direction
+from nmt.config import Config, Direction
+from nmt.data.subwords import Subwords
 from nmt.data.symbols import Symbols
 from nmt.errors import UserError
 
@@ -22,6 +24,14 @@ class Directions:
     """The directions that it was trained on, at least one."""
     symbols: Symbols = field(default_factory=Symbols)
     """Meanings of its reserved symbols."""
+
+    @classmethod
+    def of(cls, config: Config, record: Mapping[str, Any], name: str, where: str) -> "Directions":
+        """Return the directions of the run `name` with these settings, whose corpus.json or manifest is `record`.
+
+        DataError, which names the file by `where`, if its symbols are damaged.
+        """
+        return cls(name, (config.corpus.direction,), Symbols.of(record, where))
 
     @property
     def languages(self) -> set[str]:
@@ -39,6 +49,13 @@ class Directions:
         if self.is_zero_shot(direction) and not possible:
             raise UserError(f"{self.name} does not translate {direction}; it has: {_listed(self.trained)}")
         return direction
+
+    def prefix(self, subwords: Subwords, direction: Direction, tag: str = "") -> tuple[int, ...]:
+        """Return the ids before each source in a direction: the symbols of its target language and of the tag.
+
+        UserError as for `check`. DataError for a tag that has no symbol.
+        """
+        return self.symbols.prefix(subwords, self.check(direction).target, tag)
 
     def only(self, how: str) -> Direction:
         """Return the only direction of the run. UserError, with `how` to choose one, if it has several."""

@@ -59,10 +59,13 @@ class Task(NamedTuple):
     """Returns the greatest length of any translation of a source of this many subwords, with its end."""
 
 
-def wanted_sources(rows: Rows) -> Tensor:
-    """Return wanted_BS: the coverage penalty is for the source's subwords only, not for its end of sentence."""
+def wanted_sources(rows: Rows, symbols: int = 0) -> Tensor:
+    """Return wanted_BS: the coverage penalty is for the source's subwords only.
+
+    It is not for the end of sentence, nor for this many symbols before the subwords.
+    """
     position_S1 = torch.arange(rows.num_positions, device=rows.length_B.device)[:, None]
-    return (position_S1 < rows.length_B - 1).T
+    return ((position_S1 >= symbols) & (position_S1 < rows.length_B - 1)).T
 
 
 def rounded_length(length: int) -> int:
@@ -102,8 +105,11 @@ class Lane:
         self.position: Graph[None] | None = None
         self.search.advance()
 
-    def load(self, sources: Sequence[np.ndarray], rules: Rules) -> None:
-        """Begin the search of a batch. The rules are on the host, and fit all batches."""
+    def load(self, sources: Sequence[np.ndarray], rules: Rules, symbols: int) -> None:
+        """Begin the search of a batch. The rules are on the host, and fit all batches.
+
+        Each source begins with this many `symbols`, which need no coverage.
+        """
         source_N, rows = source_rectangle(sources, self.sentences, self.positions)
         if self.sources is None:
             device = self.task.forbidden_F.device
@@ -114,7 +120,7 @@ class Lane:
         own_N, own_rows = self.sources
         own_N.copy_(source_N, non_blocking=True)
         own_rows.copy_(rows)
-        self.search.wanted_BS.copy_(wanted_sources(rows), non_blocking=True)
+        self.search.wanted_BS.copy_(wanted_sources(rows, symbols), non_blocking=True)
         own, missing = self.search.rules, self.sentences - len(sources)
         own.min_length_B.copy_(F.pad(rules.min_length_B, (0, missing), value=1), non_blocking=True)
         own.max_length_B.copy_(F.pad(rules.max_length_B, (0, missing), value=1), non_blocking=True)
@@ -168,11 +174,14 @@ class Lanes:
             v_A.clone(),
         )
 
-    def begin(self, sources: Sequence[np.ndarray], rules: Rules) -> "Run":
-        """Begin the search of a batch of sources, whose work the device does while the host continues."""
+    def begin(self, sources: Sequence[np.ndarray], rules: Rules, symbols: int = 0) -> "Run":
+        """Begin the search of a batch of sources, whose work the device does while the host continues.
+
+        `symbols` is as for `Lane.load`.
+        """
         positions = rounded_length(max(map(len, sources)) + 1)
         lane = self.lane(rounded_count(len(sources)), positions)
-        lane.load(sources, rules)
+        lane.load(sources, rules, symbols)
         # Few translations are done at half of the shortest source's length, so the host need not look before it.
         return Run(self, lane, rules.max_length_B.tolist(), max(min(map(len, sources)) // 2, _LOOK_EVERY))
 

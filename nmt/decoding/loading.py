@@ -4,11 +4,15 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
+
 from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import RESERVED, Subwords
+from nmt.device import search_dtype
 from nmt.errors import CheckpointError
 from nmt.model.seq2seq import Seq2Seq
+from nmt.model.working import WorkingWeights, with_packed_weights
 from nmt.parameters import read_model
 from nmt.run import RunDirectory
 
@@ -100,6 +104,17 @@ def load_others(subwords: Subwords, decoding: DecodingConfig, in_place: Collecti
             )
         found.append(loaded)
     return found
+
+
+def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:
+    """Return a model in the form that searches use. ValueError if `decoding` is not possible with it."""
+    model.check_experts_per_token(decoding.experts_per_token)
+    dtype = search_dtype(device, decoding)
+    prepared = WorkingWeights(model, device, dtype).model
+    quantized = decoding.quantize == "int8"
+    if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
+        return with_packed_weights(prepared, torch.int8 if quantized else dtype)
+    return prepared
 
 
 def load_vocabulary(run: RunDirectory) -> Subwords:

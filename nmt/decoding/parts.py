@@ -21,6 +21,8 @@ class Reading(NamedTuple):
     """Lines that are ready to be searched."""
 
     options: Options
+    symbols: tuple[int, ...]
+    """Ids that the model reads before each part. No result shows them."""
     parts: list[list[str]]
     """The parts of each line, in order. Most lines have one. A line with tags or fields may be here several times."""
     cut: Collection[int]

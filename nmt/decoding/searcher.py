@@ -55,9 +55,15 @@ T = TypeVar("T")
 class _Asked(NamedTuple):
     """A sentence to search, or one of several draws of it."""
 
-    source: np.ndarray  # subword ids, at least one, without EOS
+    source: np.ndarray  # ids of symbols, then of subwords, at least one, without EOS
+    symbols: int  # number of symbols, as many as in all other sentences of the search
     prefix: np.ndarray  # subword ids that the translation begins with
     stream: int  # number of the random stream, for sampling
+
+    @property
+    def pieces(self) -> int:
+        """Number of subwords of the source."""
+        return len(self.source) - self.symbols
 
 
 class _State(NamedTuple):
@@ -108,20 +114,23 @@ class Searcher:
         options: Options,
         progress: Callable[[float], None] | None = None,
         prefixes: Sources = (),
+        symbols: Sequence[int] = (),
     ) -> list[list[Hypothesis]]:
         """Return the best hypotheses for each source, in order; each list is best first. Draws are in order of drawing.
 
-        `prefixes` has the subwords that each translation begins with; empty: none has a prefix. A batch for which
-        memory does not suffice is halved and searched again. `progress` is called after each batch with the fraction
-        of the work that is done. CheckpointError if the model's outputs are not finite. MemoryLimitError if memory does
-        not suffice for a single sentence. ValueError for options that the model does not allow.
+        `prefixes` has the subwords that each translation begins with; empty: none has a prefix. `symbols` are ids that
+        the model reads before each source. They need no coverage, and the attention has no columns for them. A batch
+        for which memory does not suffice is halved and searched again. `progress` is called after each batch with the
+        fraction of the work that is done. CheckpointError if the model's outputs are not finite. MemoryLimitError if
+        memory does not suffice for a single sentence. ValueError for options that the model does not allow.
         """
         for model in self.models:
             model.check_experts_per_token(options.experts_per_token)
         draws = options.n_best if options.temperature else 1
+        read = [np.concatenate([symbols, source], dtype=np.int64) for source in sources] if symbols else sources
         asked = [
-            _Asked(source, prefix, stream_of(options.seed, draw, source) if options.temperature else 0)
-            for source, prefix in zip(sources, prefixes or [_NOTHING] * len(sources), strict=True)
+            _Asked(source, len(symbols), prefix, stream_of(options.seed, draw, source) if options.temperature else 0)
+            for source, prefix in zip(read, prefixes or [_NOTHING] * len(sources), strict=True)
             for draw in range(draws)
         ]
         with self._turn if self.records else nullcontext():
@@ -175,7 +184,7 @@ class Searcher:
         """Do what `_begin` does, for a batch that memory suffices for."""
         rules = self._rules(batch, options)
         if self.records and self._recordable(rules, options):
-            running = self.lanes(options).begin([each.source for each in batch], rules)
+            running = self.lanes(options).begin([each.source for each in batch], rules, batch[0].symbols)
 
             def finish() -> Reader:
                 read = running.finish()
@@ -203,7 +212,7 @@ class Searcher:
         return beam_search(
             mean_step(steps) if len(steps) > 1 else steps[0],
             States(tuple(states)) if len(states) > 1 else states[0],
-            wanted_BS=wanted_sources(rows),
+            wanted_BS=wanted_sources(rows, batch[0].symbols),
             rules=rules.map(lambda tensor: tensor.to(self.device)),
             settings=settings,
             choose=sampling.choose if sampling else top_k,
@@ -233,7 +242,7 @@ class Searcher:
     def _rules(self, asked: list[_Asked], options: Options) -> Rules:
         """Return the rules of a batch, on the host but for the forbidden subwords."""
         prefix_B = np.array([len(each.prefix) for each in asked])
-        longest_B = _longest(options, np.array([len(each.source) for each in asked]), prefix_B)
+        longest_B = _longest(options, np.array([each.pieces for each in asked]), prefix_B)
         # Most batches have no slots, which is seen for all sentences at once.
         whole_N = np.concatenate([each.source for each in asked])
         slots = []
@@ -347,19 +356,22 @@ def _checked(batch: list[_Asked], found: list[list[Hypothesis]], options: Option
         raise CheckpointError(NOT_FINITE)
     if not options.attention:
         return found
-    # Remove padding, which depends on the other sentences of the batch.
     return [
-        [_without_padding(hypothesis, len(each.source) + 1) for hypothesis in hypotheses]
+        [_with_attention_of(each, hypothesis) for hypothesis in hypotheses]
         for each, hypotheses in zip(batch, found, strict=True)
     ]
 
 
 def _described(asked: list[_Asked], options: Options) -> str:
-    longest = max(len(each.source) for each in asked)
+    longest = max(each.pieces for each in asked)
     return f"translating {len(asked):,} of up to {longest:,} subwords with beam_size={options.beam_size}"
 
 
-def _without_padding(hypothesis: Hypothesis, num_positions: int) -> Hypothesis:
+def _with_attention_of(asked: _Asked, hypothesis: Hypothesis) -> Hypothesis:
+    """Return a hypothesis with the attention to the subwords of its source and their end.
+
+    What is left out is the attention to symbols, and padding, which depends on the other sentences of the batch.
+    """
     attention_TS = hypothesis.attention_TS
     assert attention_TS is not None
-    return hypothesis._replace(attention_TS=attention_TS[:, :num_positions].copy())
+    return hypothesis._replace(attention_TS=attention_TS[:, asked.symbols : len(asked.source) + 1].copy())

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from nmt.config import DecodingConfig
+from nmt.config import DecodingConfig, Direction
 from nmt.config.checks import at_least, check_search
 from nmt.decoding.alignment import Attended
 from nmt.decoding.scoring import SCORE_DIGITS, WordScore, word_scores
@@ -53,6 +53,10 @@ class Options:
     translation. False: only a line that is too long is translated in parts."""
     alignments: bool = False
     """True to return which words of a translation come from which words of its source (nmt/decoding/alignment.py)."""
+    direction: Direction | None = None
+    """Direction of the lines; None: the only one of the model."""
+    tag: str = ""
+    """Domain or origin that the model shall take the lines for, by a symbol that it has learned; empty: none."""
 
     def __post_init__(self) -> None:
         for name in _WHOLE:
@@ -67,6 +71,10 @@ class Options:
             value = getattr(self, name)
             if not isinstance(value, bool):
                 raise ValueError(f"{name}={value!r} is not True or False")
+        if self.direction is not None and not isinstance(self.direction, Direction):
+            raise ValueError(f"direction={self.direction!r} is not a Direction")
+        if not isinstance(self.tag, str):
+            raise ValueError(f"tag={self.tag!r} is not a text")
         check_search(self)
         at_least("n_best", self.n_best, 1)
         if self.temperature == 0.0 and self.n_best > self.beam_size:
@@ -116,7 +124,8 @@ class TextHypothesis:
     """log P of each subword given the source and the subwords before it, in nats."""
     attention: np.ndarray | None = field(default=None, compare=False)
     """Attention to the source at each output subword, if requested: float32, shape (pieces, source pieces). Each row
-    sums to 1. In a line of several parts, each part attends to itself only."""
+    sums to 1, less what goes to the symbols of a direction or tag, which are no pieces. In a line of several parts,
+    each part attends to itself only."""
     alignment: Alignment = ()
     """(source word, target word) of each link, if alignments were requested. Words are what blanks separate in the line
     and in `text`, counted from 0; in the order of target words, each with one link at most."""

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 
 from nmt.batch import EOS
-from nmt.config import Config, DecodingConfig
+from nmt.config import Config, DecodingConfig, Direction
 from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
+from nmt.data.symbols import Symbols
+from nmt.decoding.directions import Directions
 from nmt.decoding.keeping import Protected, gather, protect, spread, with_alignments
-from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source
+from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source, prepared
 from nmt.decoding.parts import Part, Reading, attended_of, block_diagonal, score_of
 from nmt.decoding.retry import Hypotheses, search_again
 from nmt.decoding.searcher import Searcher
@@ -29,7 +31,7 @@ from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.device import pick_device, search_dtype, set_float32_products
 from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
-from nmt.model.working import WorkingWeights, types_in_place, with_packed_weights
+from nmt.model.working import types_in_place
 from nmt.run import RunDirectory
 from nmt.text.checks import Flag
 from nmt.text.markup import SLOTS
@@ -70,15 +72,15 @@ class Translator:
         longest_seen: int = 0,
         steps: Sequence[int] = (),
         symbols: Collection[str] = (),
-        language: str = "",
+        directions: Directions | None = None,
         others: Sequence[Seq2Seq] = (),
     ) -> None:
         """Prepare a trained model for translation.
 
         `longest_seen` is `longest_source` of its run; 0 if unknown. `steps` are the training steps whose parameters, or
-        mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. `language` is
-        that of the source, for the ends of its sentences. `others` are models that translate with this one as an
-        ensemble. ValueError if `decoding` is not possible with the models.
+        mean of parameters, the model has; empty if unknown. `symbols` is `known_symbols` of its run. `directions` are
+        those of its run; None: a single one, between unknown languages. `others` are models that translate with this
+        one as an ensemble. ValueError if `decoding` is not possible with the models.
         """
         self.models = [prepared(each, device, decoding) for each in (model, *others)]
         """All models of the ensemble, or the one model."""
@@ -91,7 +93,7 @@ class Translator:
         self.device = device
         self.longest_seen = longest_seen
         self.steps = list(steps)
-        self.language = language
+        self.directions = directions
         self.symbols = frozenset(symbols)
         """Kinds of reserved symbols that the model has learned: "slot", "term"."""
         self._slot_of: dict[str, int] = {}
@@ -112,13 +114,44 @@ class Translator:
         others = [each.model for each in load_others(loaded.subwords, config.decoding, in_place)]
         corpus = run.corpus_info()
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
-        language = config.corpus.source_language
         return cls(
-            loaded.model, loaded.subwords, config.decoding, device, longest, loaded.steps, symbols, language, others
+            loaded.model,
+            loaded.subwords,
+            config.decoding,
+            device,
+            longest,
+            loaded.steps,
+            symbols,
+            Directions.of(config, corpus, run.path.name, str(run.corpus_path)),
+            others,
         )
 
+    def language(self, options: Options | None = None) -> str:
+        """Return the language of the sources of a call; empty if it is unknown. UserError as for `source_symbols`."""
+        direction = self._direction(options or self.options)
+        return direction.source if direction else ""
+
+    def source_symbols(self, options: Options | None = None) -> tuple[int, ...]:
+        """Return the ids that the model reads before each source: symbols of the target language and of the tag.
+
+        UserError for a direction that the model does not have, and for none if it has several. DataError for a tag that
+        it has no symbol of.
+        """
+        options = options or self.options
+        direction, known = self._direction(options), self.directions.symbols if self.directions else Symbols()
+        return known.prefix(self.subwords, direction.target if direction else "", options.tag)
+
+    def _direction(self, options: Options) -> Direction | None:
+        """Return the direction of a call; None if the model has a single one, between unknown languages."""
+        if not self.directions:
+            return options.direction
+        return self.directions.check(options.direction) if options.direction else self.directions.only("name one")
+
     def max_pieces(self, options: Options | None = None) -> int:
-        """Return the most subwords that are translated as a whole; no more than the longest training line has."""
+        """Return the most subwords that are translated as a whole; no more than the longest training line has.
+
+        Symbols of the direction and tag do not count.
+        """
         limit = (options or self.options).max_source_pieces
         return min(limit, self.longest_seen) if self.longest_seen else limit
 
@@ -155,10 +188,11 @@ class Translator:
         Any text counts as a line. Lines of more than `max_pieces` subwords are translated in parts, all lines with
         `paragraphs`. So are the lines whose indices are in `long`: each is a piece of a longer line. `prefixes` has the
         texts that translations begin with, by the index of the line: its tags and fields are translated like text.
-        UserError for a prefix that cannot be kept exactly. `terms` has the tables of terms of each line, the most
-        important one first; empty for none.
+        `terms` has the tables of terms of each line, the most important one first; empty for none. UserError for a
+        prefix that cannot be kept exactly. Errors for directions and tags are those of `source_symbols`.
         """
         options = options or self.options
+        symbols, language = self.source_symbols(options), self.language(options)
         kept = self._kept(lines, prefixes or {}, options.paragraphs) if options.markup else {}
         lines, origin = spread(lines, kept)
         long = {place for place, line in enumerate(origin) if line in long}
@@ -178,7 +212,7 @@ class Translator:
         parts = [
             [line]
             if place not in long and ((short and not options.paragraphs) or not has_words(line))
-            else split(line, fits, self.language)
+            else split(line, fits, language)
             for place, (line, short) in enumerate(zip(lines, fits(lines), strict=True))
         ]
         texts = [text for each in parts for text in each]
@@ -194,7 +228,7 @@ class Translator:
                 f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
                 "prefix out"
             )
-        return Reading(options, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept)
+        return Reading(options, symbols, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept)
 
     def encode_prefix(self, text: str) -> np.ndarray:
         """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
@@ -232,8 +266,8 @@ class Translator:
             sources = [reading.sources[place] for place in some]
             prefixes = [reading.prefixes.get(place, _NOTHING) for place in some]
             told = progress and partial(_tell, progress, len(found), len(some), len(places))
-            hypotheses = self.searcher.search(sources, replace(options, attention=bool(attention)), told, prefixes)
-            found |= zip(some, hypotheses, strict=True)
+            wanted = replace(options, attention=bool(attention))
+            found |= zip(some, self.searcher.search(sources, wanted, told, prefixes, reading.symbols), strict=True)
         return {place: found[place] for place in places}
 
     def write(self, reading: Reading, found: Found, rank: Rank | None = None) -> list[Translation]:
@@ -395,17 +429,6 @@ class Translator:
 def _tell(progress: Callable[[float], None], before: int, count: int, total: int, done: float) -> None:
     """Report the fraction of all parts that is done, given the fraction of `count` parts that follow those `before`."""
     progress((before + count * done) / total)
-
-
-def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:
-    """Return a model in the form that searches use. ValueError if `decoding` is not possible with it."""
-    model.check_experts_per_token(decoding.experts_per_token)
-    dtype = search_dtype(device, decoding)
-    prepared = WorkingWeights(model, device, dtype).model
-    quantized = decoding.quantize == "int8"
-    if device.type == "cpu" and (quantized or dtype == torch.bfloat16):
-        return with_packed_weights(prepared, torch.int8 if quantized else dtype)
-    return prepared
 
 
 def _shown(text: str) -> str:

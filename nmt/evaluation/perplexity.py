@@ -44,15 +44,16 @@ def perplexity(
     world: World,
     experts_per_token: int = 0,
     others: Sequence[Seq2Seq] = (),
+    prefixes: Sequence[Sequence[int]] = (),
 ) -> Perplexity:
     """Return the perplexity of `targets` given `sources`, computed by all processes together.
 
     The model must be in evaluation mode. It is used in its own precision (`WorkingWeights`). Each token has
-    `experts_per_token` active experts; 0: as many as in training. With `others`, an ensemble predicts. Very long
-    pairs are cut, to bound memory (`encode_pairs`). MemoryLimitError, which names the longest pair of the batch, if
-    memory still runs out.
+    `experts_per_token` active experts; 0: as many as in training. With `others`, an ensemble predicts.
+    `prefixes` are as for `encode_pairs`, which cuts very long pairs, to bound memory. MemoryLimitError, which names the
+    longest pair of the batch, if memory still runs out.
     """
-    held_out = encode_pairs(subwords, sources, targets)
+    held_out = encode_pairs(subwords, sources, targets, prefixes=prefixes)
     batches = list(eval_batches(held_out.sources, held_out.targets, batch_tokens))
     nll = torch.zeros((), dtype=torch.float64, device=world.device)
     for first in range(0, len(batches), world.size):

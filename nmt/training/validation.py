@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from nmt.config import Config, TrainingConfig
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.prepare import Prepared
+from nmt.decoding.directions import Directions
 from nmt.decoding.loading import longest_source
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
@@ -58,7 +59,7 @@ class Validation:
 
     def __init__(self, config: Config, prepared: Prepared, world: World) -> None:
         self._world, self._training = world, config.training
-        self._language = config.corpus.source_language
+        self._directions = Directions.of(config, prepared.manifest, config.run.name, str(prepared.path))
         self._subwords = prepared.subwords()
         self._sources, self._targets, _ = prepared.text("dev")
         self._tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
@@ -73,7 +74,7 @@ class Validation:
         """Score the dev set with a model in training, which is in training mode again after that."""
         # In bf16, the translator has a copy of the parameters, which is freed when this function returns.
         translator = Translator(
-            model.eval(), self._subwords, self._greedy, self._world.device, self._longest, language=self._language
+            model.eval(), self._subwords, self._greedy, self._world.device, self._longest, directions=self._directions
         )
         measured = perplexity(
             translator.model, self._subwords, self._sources, self._targets, self._training.batch_tokens, self._world

@@ -27,9 +27,9 @@ import torch
 from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK
 from nmt.compose import compose_config
 from nmt.config import DecodingConfig
+from nmt.decoding.loading import prepared
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Options
-from nmt.decoding.translator import prepared
 from nmt.model.seq2seq import Seq2Seq
 
 VOCABULARY, PIECES = 8000, 16
