@@ -84,14 +84,20 @@ def _whole(folder: Path, name: str, parts: list[_Part], dtypes: set[str]) -> Sto
 
 def read_tensors(folder: Path) -> Tensors:
     """Return all tensors of a folder on the CPU; those in one file are memory-mapped. CheckpointError if damaged."""
-    return {name: _read(each, name) for name, each in stored(folder).items()}
+    return {name: read_stored(each, name) for name, each in stored(folder).items()}
 
 
-def _read(each: Stored, name: str) -> Tensor:
+def read_stored(each: Stored, name: str, rows: range | None = None) -> Tensor:
+    """Return a stored tensor, or only these consecutive rows of it, on the CPU."""
     found = []
     for part in each.parts:
         with safe_open(part.path, framework="pt") as file:
-            found.append(file.get_tensor(name))
+            if rows is None:
+                found.append(file.get_tensor(name))
+                continue
+            first, size = part.offset[0], part.shape[0]
+            if (begin := max(rows.start - first, 0)) < (end := min(rows.stop - first, size)):
+                found.append(file.get_slice(name)[begin:end])
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
@@ -198,13 +204,13 @@ def read_parameters(
     for checkpoint in checkpoints:
         _check_hashes(checkpoint, awake if asleep else None)
     tensors = {name: _mean(checkpoints, [store[name] for store in stores], name) for name in awake}
-    return tensors | {name: _read(stores[0][name], name) for name in asleep}
+    return tensors | {name: read_stored(stores[0][name], name) for name in asleep}
 
 
 def _mean(checkpoints: Sequence[Checkpoint], stores: Sequence[Stored], name: str) -> Tensor:
     mean: Tensor | None = None
     for checkpoint, each in zip(checkpoints, stores, strict=True):
-        parameter = _read(each, name)
+        parameter = read_stored(each, name)
         check_finite(checkpoint, name, parameter)
         share = parameter if len(checkpoints) == 1 else parameter / len(checkpoints)
         mean = share if mean is None else mean.add_(share)

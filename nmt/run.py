@@ -30,18 +30,26 @@ from typing import Any
 import yaml
 
 from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
-from nmt.config import Config, DecodingConfig, Direction, RunConfig
+from nmt.config import Config, DecodingConfig, Direction
 from nmt.config.reading import UnknownSettingError, parse_yaml, put_setting, read_value
 from nmt.data.prepared import FACTS
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
-from nmt.files import foreign_entry, read_json, read_regular, remove, write_atomically
+from nmt.files import differs, foreign_entry, read_json, read_regular, remove, write_atomically
 from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
 # Settings that may be changed when a run is resumed. None changes what a step computes, except that schedules linear
 # and wsd end at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different
 # tokenisers cannot be compared across checkpoints.
-_SAFE_TO_CHANGE = ("run.", "parallel.", "decoding.", "corpus.directory", "corpus.root", "training.device")
+_SAFE_TO_CHANGE = (
+    "run.name",
+    "run.directory",
+    "parallel.",
+    "decoding.",
+    "corpus.directory",
+    "corpus.root",
+    "training.device",
+)
 _SAFE_TRAINING = (
     "max_steps",
     "max_minutes",
@@ -69,6 +77,9 @@ _PLACES = (
 )
 """All files and folders that commands read or write in a run or an exported model."""
 _CORPUS = {"name": str, "fingerprint": str, **FACTS}
+STARTED_FROM = "started_from"
+"""Key in corpus.json of the run or exported model that a run started from (`run.start_from`); others lack it."""
+_STARTED_FROM = {"name": str, "steps": [int], "fingerprint": str}
 _STATUS = {"state": str, "code": (int, None), "message": str, "step": int, "checkpoint": (str, None)}
 _TUNED = {"started": {str: float}, "chosen": {str: float}}
 
@@ -189,7 +200,7 @@ class RunDirectory:
         config = self._changed(changes)
         if (Path(config.run.directory) / config.run.name).resolve() != self.path.resolve():
             path = self.path if self.path.name else self.path.resolve()
-            config = replace(config, run=RunConfig(path.name, str(path.parent)))
+            config = replace(config, run=replace(config.run, name=path.name, directory=str(path.parent)))
         return config
 
     def _changed(self, changes: Sequence[str]) -> Config:
@@ -333,7 +344,10 @@ class RunDirectory:
     def corpus_info(self) -> dict[str, Any]:
         """Return the contents of corpus.json. CheckpointError if it is missing or damaged."""
         try:
-            return read_json(self.corpus_path, _CORPUS)
+            info: dict[str, Any] = read_json(self.corpus_path, _CORPUS)
+            if STARTED_FROM in info and (wrong := differs(info[STARTED_FROM], _STARTED_FROM, STARTED_FROM)):
+                raise ValueError(wrong)
+            return info
         except (OSError, ValueError) as error:
             problem = error.strerror if isinstance(error, OSError) else error
             raise CheckpointError(

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
@@ -20,9 +21,10 @@ from nmt.files import write_atomically
 from nmt.parallel.mesh import World
 from nmt.parallel.watchdog import watch_for_hangs
 from nmt.process import launched_rank
-from nmt.run import SHARED_MARK, RunDirectory
+from nmt.run import SHARED_MARK, STARTED_FROM, RunDirectory
 from nmt.training.stopping import StopRequest
 from nmt.training.trainer import Stopped, Trainer
+from nmt.training.transfer import Origin
 
 # Longest time for a network file system to show a new file to other hosts.
 _SEEN_SECONDS = 30.0
@@ -39,13 +41,13 @@ def train(config: Config) -> RunDirectory:
     asked = StopRequest()
     try:
         with ExitStack() as until_the_end, world.report_peer_failures(lambda: "before the first step"):
-            world.on_main(lambda: _open(run, config, prepared, until_the_end))
+            origin = world.on_main(lambda: _open(run, config, prepared, until_the_end))
             _check_that_all_see(run, world)
             # Handle signals before the status becomes "running", so that the end of the run is always recorded.
             with asked.noted(lambda: _is_lost(run, world)), _status(run, world):
                 _check_memory(config, prepared, world)
                 with shortage_told(lambda: "building the network", "choose a smaller model or fewer experts"):
-                    trainer = Trainer(config, prepared, run, world, asked)
+                    trainer = Trainer(config, prepared, run, world, asked, origin)
                 with watch_for_hangs(world, trainer.where, lambda error: _report_peer_failure(run, world, error)):
                     trained = trainer.train()
     except Stopped as stopped:
@@ -115,11 +117,12 @@ def _check_memory(config: Config, prepared: Prepared, world: World) -> None:
 
 
 def _check_resumable(run: RunDirectory, config: Config) -> None:
-    """Refuse settings with which the run cannot be resumed, before a corpus is prepared for them. Errors as `_open`."""
+    """Refuse settings with which the run cannot start or resume, before a corpus is prepared. Errors as `_open`."""
     run.check_places()
     if run.config_path.exists():
         run.check_settings(config)
     _check_steps(run, config)
+    _origin(run, config)
 
 
 def _check_steps(run: RunDirectory, config: Config) -> None:
@@ -137,19 +140,31 @@ def _is_lost(run: RunDirectory, world: World) -> bool:
     return world.size > 1 and run.status().get("state") == "failed"
 
 
-def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: ExitStack) -> None:
+def _origin(run: RunDirectory, config: Config) -> Origin | None:
+    """Return what `run.start_from` names; None if it names nothing, or if the run has a checkpoint of its own."""
+    return Origin.find(config, run) if config.run.start_from and not list_checkpoints(run.checkpoints) else None
+
+
+def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: ExitStack) -> Origin | None:
+    """Create the run or check that it can be resumed, and lock it. Return what it starts from, if it does."""
     run.check_places()
     until_the_end.enter_context(run.training())
     _check_steps(run, config)
-    corpus = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
+    corpus: dict[str, Any] = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
     corpus |= {name: prepared.manifest[name] for name in FACTS}
     if (longest := prepared.manifest.get("longest_source_pieces")) is not None:  # older preparations have none
         corpus["longest_source_pieces"] = longest
     corpus["symbols"] = prepared.manifest.get("symbols", [])
+    origin = _origin(run, config)
+    if origin:
+        corpus[STARTED_FROM] = origin.record()
+    elif run.config_path.exists() and (recorded := run.corpus_info().get(STARTED_FROM)):
+        corpus[STARTED_FROM] = recorded
     for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
         say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):
         run.write_text(split, *prepared.text(split))
+    return origin
 
 
 @contextmanager

@@ -52,6 +52,7 @@ DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
 EXPERT_WEIGHTS = ("float32", "bfloat16")
+PARTS = ("embeddings", "softmax", "encoder", "decoder", "attention", "lstms", "gates", "experts")
 TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 
 
@@ -278,6 +279,11 @@ class RunConfig:
     """Folder of the run inside `directory`. Training with the name of an existing run resumes it."""
     directory: str = "runs"
     """Folder that contains all runs."""
+    start_from: str = ""
+    """Run or exported model with whose parameters this run starts: a folder, or a name in runs/. Those of the same name
+    and shape are taken, from the best checkpoint. Subwords that the new vocabulary shares with the old one keep their
+    embeddings; others start with the mean of those into which the old one cuts them. Empty: all start with random
+    values."""
 
     def __post_init__(self) -> None:
         plain_name("run.name", self.name)

@@ -192,6 +192,22 @@ class Subwords:
         ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=_THREADS)
         return [np.array(sequence, dtype=np.int32) for sequence in ids]
 
+    def encode_within(self, text: str) -> list[int]:
+        """Return the ids of a text as it is encoded inside a line: no blank is added, and its own are kept."""
+        # SentencePiece adds a blank before a line, and removes those at its ends. No subword has the place holder.
+        found = self._processor.encode(f"{self._holder}{_writable(text)}{self._holder}", return_type="offset_mapping")
+        places = zip(found["ids"], (begin for begin, _ in found["offsets"]), strict=True)
+        return [piece for piece, begin in places if 0 < begin <= len(text)]
+
+    def texts(self) -> list[str | None]:
+        """Return the text of each id, with its blanks. Special and reserved symbols and bytes have None."""
+        plain = (
+            not (self._processor.is_control(each) or self._processor.is_unknown(each) or self._processor.is_byte(each))
+            for each in range(self.size)
+        )
+        pieces = zip(self._pieces, plain, strict=True)
+        return [piece.replace(_BLANK_PIECE, " ") if is_text else None for piece, is_text in pieces]
+
     def encode_parts(self, texts: Sequence[Sequence[str | int]]) -> list[np.ndarray]:
         """Return the subword ids of many texts, each in parts: text, and the ids of reserved symbols between.
 

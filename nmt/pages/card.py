@@ -9,6 +9,7 @@ from nmt.config import Config, LayerName, ModelConfig
 from nmt.cost.operations import Cost, model_cost
 from nmt.pages.markdown import code, plain, wrapped
 from nmt.pages.tables import markdown_table
+from nmt.run import STARTED_FROM
 from nmt.wording import counted, steps_of
 
 _BOTTOM = {
@@ -173,6 +174,7 @@ def _data(facts: CardFacts) -> Iterator[str]:
         + (f"{held_out:,} held out, " if held_out > 0 else "")
         + f"{sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else ""),
+        **_start(info),
         "text": f"{info['source_pieces']:,} subwords of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
         f"{plain(corpus.target_language)}",
         "fingerprint": code(info["fingerprint"]),
@@ -183,6 +185,15 @@ def _data(facts: CardFacts) -> Iterator[str]:
     yield from markdown_table(("", ""), rows.items())
     yield ""
     yield "`corpus.json` and `config.yaml` have all details. This folder has none of the text."
+
+
+def _start(info: dict[str, Any]) -> dict[str, str]:
+    """Return the row about the model whose parameters training started with, if it did."""
+    if STARTED_FROM not in info:
+        return {}
+    start = info[STARTED_FROM]
+    named = f"{code(start['name'])}, {steps_of(start['steps'])} (checkpoint {code(start['fingerprint'])})"
+    return {"started from": f"the parameters of {named}, trained on text that is not counted here"}
 
 
 def _source(config: Config) -> str:

@@ -41,9 +41,9 @@ class Reports:
         self._gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
 
     def introduce(
-        self, cost: Cost, num_pairs: int, doubts: list[str], resumed_from: Checkpoint | None, skipped: int | None
+        self, cost: Cost, num_pairs: int, notes: list[str], resumed_from: Checkpoint | None, skipped: int | None
     ) -> None:
-        """Print what is trained, from where, on how many pairs, and `doubts` about validation.
+        """Print what is trained, from where, on how many pairs, and `notes` about it.
 
         `skipped` is the epoch of `resumed_from` whose rest is skipped, since it was in another order; None: none is.
         If nothing is left to train, only print how to train longer.
@@ -67,8 +67,8 @@ class Reports:
             f"{num_pairs:,} pairs, {training.micro_batches} x {training.batch_tokens:,} tokens per step, "
             f"on {_name(self._world)}"
         )
-        for line in doubts:
-            out.say(f"validation: {line}")
+        for line in notes:
+            out.say(line)
 
     def _report_moved_rate(self) -> None:
         """Warn if a changed end of the schedule makes the learning rate jump."""

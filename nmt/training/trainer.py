@@ -39,6 +39,7 @@ from nmt.training.progress import Progress
 from nmt.training.recording import can_record
 from nmt.training.reports import Reports
 from nmt.training.stopping import StopRequest
+from nmt.training.transfer import Origin, start_from
 from nmt.training.update import Updater
 from nmt.training.validation import LEAST_BLEU, Validation
 
@@ -59,9 +60,20 @@ class Stopped(Exception):  # noqa: N818 - not an error
 
 
 class Trainer:
-    """Training of one run, from its newest checkpoint or from the start, to its end."""
+    """Training of one run, from its newest checkpoint or from the start, to its end.
 
-    def __init__(self, config: Config, prepared: Prepared, run: RunDirectory, world: World, asked: StopRequest) -> None:
+    A start is from new parameters, except those that are taken from `origin`. A run with a checkpoint has no `origin`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        prepared: Prepared,
+        run: RunDirectory,
+        world: World,
+        asked: StopRequest,
+        origin: Origin | None,
+    ) -> None:
         self.config, self.run, self.world, self.asked = config, run, world, asked
         self.device = world.device
         set_float32_products(self.device, config.training.precision)
@@ -74,7 +86,10 @@ class Trainer:
             vocabulary = self.subwords.size, self.subwords.fingerprint
             parameters = load_parameters(self.resumed_from, config, *vocabulary, world)
         torch.manual_seed(config.training.seed)
-        self.model = make_model(config, self.subwords.size, world, parameters).to(self.device)
+        model = make_model(config, self.subwords.size, world, parameters)
+        self.notes = start_from(model, origin, config, self.subwords, world) if origin else []
+        self.notes += [f"validation: {line}" for line in self.validation.doubts]
+        self.model = model.to(self.device)
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
         self.updater = Updater(self.model, self.optimizer, config, world)
@@ -97,7 +112,7 @@ class Trainer:
             self.stream,
         ):
             reports = Reports(self.config, self.run, self.world, out, self.progress)
-            reports.introduce(self.cost, self.num_pairs, self.validation.doubts, self.resumed_from, skipped)
+            reports.introduce(self.cost, self.num_pairs, self.notes, self.resumed_from, skipped)
             left = self.config.training.max_steps - self.progress.step
             every = min(self.config.training.checkpoint_every, self.config.training.validate_every)
             self.saver.check_space(checkpoint_bytes(self.config, self.cost), math.ceil(max(left, 0) / every))
