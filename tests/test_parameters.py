@@ -123,7 +123,7 @@ def test_a_config_that_asks_for_more_than_the_file_has_is_refused_before_anythin
     # Whatever bounds the settings have of their own.
     for name, value in changes.items():
         setattr(config if hasattr(config, name) else config.moe, name, value)
-    monkeypatch.setattr(nmt.parameters, "_read", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(nmt.parameters, "read_stored", lambda *_: pytest.fail("read"))
     with pytest.raises(CheckpointError, match=r"does not fit the run's config\.yaml"):
         read_model([checkpoint], config, TINY_VOCAB, "words")
 
