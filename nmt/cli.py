@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
 from nmt.commands import ON_RUNS, ON_SYSTEMS, PLAIN, is_setting, say, show
-from nmt.errors import ProcessError, UserError, exit_status
+from nmt.errors import DataError, ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
 from nmt.wording import counted
@@ -253,9 +253,16 @@ def _prepare(arguments: list[str]) -> None:
         return
 
     def job(job: "Job") -> None:
+        from nmt.data.mixture import Corpora
         from nmt.data.prepare import prepare
 
-        show(prepare(job.config.corpus, say).path)
+        corpus = job.config.corpus
+        prepared = prepare(corpus, say)
+        show(prepared.path)
+        try:
+            Corpora(corpus, prepared)
+        except DataError as error:
+            say(f"only {corpus.name} was prepared, and training would be refused: {error}")
 
     _do(_asked("prepare", arguments), job)
 

@@ -340,6 +340,11 @@ class RunDirectory:
                 f"{self.path} was trained on other text or another vocabulary than {config.corpus.name} now has "
                 f"({before['fingerprint'][:12]} then, {corpus['fingerprint'][:12]} now): choose another run.name"
             )
+        if before.get("mixture", []) != corpus.get("mixture", []):
+            raise DataError(
+                f"{self.path} was trained on other text than the corpora of corpus.mixture now have: choose another "
+                "run.name"
+            )
 
     def corpus_info(self) -> dict[str, Any]:
         """Return the contents of corpus.json. CheckpointError if it is missing or damaged."""

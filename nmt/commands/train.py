@@ -7,14 +7,14 @@ import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.commands.memory import check_memory
 from nmt.config import Config
-from nmt.data.prepare import Prepared, prepare
-from nmt.data.prepared import FACTS
+from nmt.data.mixture import Corpora, mixed_in
+from nmt.data.prepare import prepare
+from nmt.data.prepared import VOCABULARY
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
@@ -35,19 +35,20 @@ def train(config: Config) -> RunDirectory:
     run = run_of(config)
     _check_resumable(run, config)
     speaks = launched_rank() == 0
+    mixed_in(config.corpus)  # a mistake shows at once, and not after an hour
     # All processes call this: one prepares the corpus while the others wait for its lock.
-    prepared = prepare(config.corpus, say if speaks else _say_nothing)
+    corpora = Corpora(config.corpus, prepare(config.corpus, say if speaks else _say_nothing))
     world = World.start(config.training.device, config.parallel)
     asked = StopRequest()
     try:
         with ExitStack() as until_the_end, world.report_peer_failures(lambda: "before the first step"):
-            origin = world.on_main(lambda: _open(run, config, prepared, until_the_end))
+            origin = world.on_main(lambda: _open(run, config, corpora, until_the_end))
             _check_that_all_see(run, world)
             # Handle signals before the status becomes "running", so that the end of the run is always recorded.
             with asked.noted(lambda: _is_lost(run, world)), _status(run, world):
-                _check_memory(config, prepared, world)
+                _check_memory(config, corpora, world)
                 with shortage_told(lambda: "building the network", "choose a smaller model or fewer experts"):
-                    trainer = Trainer(config, prepared, run, world, asked, origin)
+                    trainer = Trainer(config, corpora, run, world, asked, origin)
                 with watch_for_hangs(world, trainer.where, lambda error: _report_peer_failure(run, world, error)):
                     trained = trainer.train()
     except Stopped as stopped:
@@ -110,8 +111,8 @@ def _write_token(mark: Path) -> str:
     return token
 
 
-def _check_memory(config: Config, prepared: Prepared, world: World) -> None:
-    warning = world.on_main(lambda: check_memory(config, prepared.manifest, world))
+def _check_memory(config: Config, corpora: Corpora, world: World) -> None:
+    warning = world.on_main(lambda: check_memory(config, corpora.record(), world))
     if warning and world.is_main:
         say(warning)
 
@@ -145,25 +146,22 @@ def _origin(run: RunDirectory, config: Config) -> Origin | None:
     return Origin.find(config, run) if config.run.start_from and not list_checkpoints(run.checkpoints) else None
 
 
-def _open(run: RunDirectory, config: Config, prepared: Prepared, until_the_end: ExitStack) -> Origin | None:
+def _open(run: RunDirectory, config: Config, corpora: Corpora, until_the_end: ExitStack) -> Origin | None:
     """Create the run or check that it can be resumed, and lock it. Return what it starts from, if it does."""
     run.check_places()
     until_the_end.enter_context(run.training())
     _check_steps(run, config)
-    corpus: dict[str, Any] = {"name": config.corpus.name, "fingerprint": prepared.fingerprint}
-    corpus |= {name: prepared.manifest[name] for name in FACTS}
-    if (longest := prepared.manifest.get("longest_source_pieces")) is not None:  # older preparations have none
-        corpus["longest_source_pieces"] = longest
-    corpus["symbols"] = prepared.manifest.get("symbols", [])
+    corpora.verify()
+    corpus = corpora.record()
     origin = _origin(run, config)
     if origin:
         corpus[STARTED_FROM] = origin.record()
     elif run.config_path.exists() and (recorded := run.corpus_info().get(STARTED_FROM)):
         corpus[STARTED_FROM] = recorded
-    for line in run.start_or_continue(config, prepared.path / "subwords.model", corpus):
+    for line in run.start_or_continue(config, corpora.own.path / VOCABULARY, corpus):
         say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):
-        run.write_text(split, *prepared.text(split))
+        run.write_text(split, *corpora.own.text(split))
     return origin
 
 

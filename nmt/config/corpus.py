@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from nmt.config.checks import at_least, fraction, one_of, plain_name
+from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
@@ -169,6 +169,17 @@ class CorpusConfig:
     filters: FilterConfig = field(default_factory=FilterConfig)
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Other corpora that a run is trained on together with this one, with their weights. With {general: 1}, the corpus
+    of the run general is mixed in, one pair of it for one of this corpus. A name is that of a run or the path of a
+    prepared folder. All have the same vocabulary."""
+    weight: float = 1.0
+    """Weight of this corpus in the mixture. With {general: 1} and 3 here, there are three pairs of this corpus for one
+    of general. Weights that are the numbers of pairs use each pair once per epoch."""
+    temperature: float = 1.0
+    """T: within a corpus of several directions or tags, a part of n pairs has a share in proportion to n^(1/T). 1: each
+    pair is used as often as any other. Higher values give small parts more: 5 is usual for many languages (Arivazhagan
+    et al. 2019)."""
 
     @property
     def direction(self) -> Direction:
@@ -177,6 +188,8 @@ class CorpusConfig:
 
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)
+        at_least("corpus.temperature", self.temperature, 1)
+        self._check_weights()
         plain_name("corpus.name", self.name)
         if not self.name:
             raise ValueError("corpus.name is empty: it becomes a folder")
@@ -196,6 +209,16 @@ class CorpusConfig:
                 )
         if self.train.from_train:
             raise ValueError("corpus.train.from_train must be 0: only dev and test can be held out of train")
+
+    def _check_weights(self) -> None:
+        for reference, weight in self.mixture.items():
+            above(f"corpus.mixture.{reference}", weight, 0.0)
+        above("corpus.weight", self.weight, 0.0)
+        if self.weight != 1.0 and not self.mixture:
+            raise ValueError(
+                f"corpus.weight={self.weight:g} is the weight of this corpus beside those of corpus.mixture, which is "
+                "empty: name another corpus there, such as {general: 1}, or leave out the weight"
+            )
 
 
 def _check_files(key: str, files: FilesConfig) -> None:

@@ -23,6 +23,8 @@ FORMAT = 2  # version of the prepared folder's format
 # File systems have coarse clocks: a file that changed this recently could change again and keep its timestamp.
 _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
+_OF_TRAINING = ("mixture", "weight", "temperature")
+"""Settings of the corpus that change how a run draws from prepared text, not the text."""
 FACTS = {
     "pairs_read": int,
     "pairs_kept": int,
@@ -43,12 +45,13 @@ TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*S
 
 
 def prepared_path(corpus: CorpusConfig) -> Path:
-    """Return the folder of the prepared corpus. Different corpus settings have different folders.
+    """Return the folder of the prepared corpus. Different settings of `nmt prepare` have different folders.
 
     A section that is newer than the first corpora counts only if it is used, so that those are still found.
     """
     section = asdict(corpus)
-    del section["directory"]
+    for name in ("directory", *_OF_TRAINING):
+        del section[name]
     if corpus.examples == ExamplesConfig():
         del section["examples"]
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))

@@ -20,7 +20,7 @@ from nmt.config import Config
 from nmt.cost.budget import checkpoint_bytes
 from nmt.cost.operations import model_cost
 from nmt.data.batching import BatchStream
-from nmt.data.prepare import Prepared
+from nmt.data.mixture import Corpora
 from nmt.device import set_float32_products, shortage_told
 from nmt.errors import CheckpointError, ProcessError
 from nmt.metrics.record import DevLine
@@ -68,7 +68,7 @@ class Trainer:
     def __init__(
         self,
         config: Config,
-        prepared: Prepared,
+        corpora: Corpora,
         run: RunDirectory,
         world: World,
         asked: StopRequest,
@@ -77,8 +77,8 @@ class Trainer:
         self.config, self.run, self.world, self.asked = config, run, world, asked
         self.device = world.device
         set_float32_products(self.device, config.training.precision)
-        self.subwords = prepared.subwords()
-        self.validation = Validation(config, prepared, world)
+        self.subwords = corpora.own.subwords()
+        self.validation = Validation(config, corpora.own, world)
         self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
         self.resumed_from = world.on_main(self._newest, self.saver.group)
         parameters: Tensors | None = None
@@ -96,10 +96,11 @@ class Trainer:
         self.progress = Progress()
         self.clock = Clock()
         self.rate = 0.0
-        pairs = prepared.train()
-        self.num_pairs = len(pairs)
+        mixture = corpora.mixture(config.training.seed)
+        self.num_pairs = mixture.num_pairs
+        self.notes += mixture.notes
         on_gpu = self.device.type == "cuda"
-        self.stream = BatchStream(pairs, config.training, world.rank, world.size, on_gpu, can_record(config, world))
+        self.stream = BatchStream(mixture, config.training, world.rank, world.size, on_gpu, can_record(config, world))
 
     # ------------------------------------------------------------------------------------------------- the loop
 
