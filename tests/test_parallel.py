@@ -39,6 +39,8 @@ CASES: dict[str, dict[str, Any]] = {
     "no experts": {"num_experts": 0},
     "sigmoid": {"output": "sigmoid"},
     "factored": {"hidden_sizes": [7, 5]},
+    "R-Drop": {},
+    "R-Drop, strictly balanced": {"gating": "strictly_balanced"},
 }
 
 
@@ -59,6 +61,8 @@ def config_of(
     training_config = TrainingConfig(
         micro_batches=micro_batches, precision="fp32", device="cpu", clip_norm=0.5, expert_optimizer=optimizer
     )
+    if case.startswith("R-Drop"):
+        training_config.r_drop = 3.0
     if case == BF16:
         training_config.expert_weights = "bfloat16"
     return Config(model=model, training=training_config, parallel=ParallelConfig(group, **parallel or {}))
@@ -163,7 +167,7 @@ def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def _two_ranks() -> dict[str, Any]:
-    joined = [case for case in CASES if case != "strictly_balanced"]
+    joined = [case for case in CASES if CASES[case].get("gating") != "strictly_balanced"]
     return {
         "micro-batches": run_cases(2, 0, True, list(CASES)),
         "more micro-batches": run_cases(4, 0, True, ["noisy_top_k", "hierarchical"]),
@@ -191,7 +195,7 @@ def test_replicas_of_bf16_experts_stay_equal(two_ranks: list[dict[str, Any]]) ->
     torch.testing.assert_close(several[0]["figures"], one["figures"], rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "strictly_balanced"])
+@pytest.mark.parametrize("case", [case for case in CASES if CASES[case].get("gating") != "strictly_balanced"])
 def test_two_processes_are_one_with_the_joined_batch(case: str, two_ranks: list[dict[str, Any]]) -> None:
     """Without dropout and noise. A strictly balanced gate fills its experts for each micro-batch, so it differs."""
     assert_same([result["joined"][case] for result in two_ranks], run_updates(case, 1, training=False), 2)

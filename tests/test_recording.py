@@ -24,6 +24,12 @@ CONFIGS = {
     "moe": ModelConfig(256, 512, attention=AttentionConfig(size=256), moe=MOE),
     "dense": ModelConfig(256, 256, moe=MoEConfig(0)),
     "gnmt_v2": ModelConfig(256, 256, moe=MoEConfig(0), attention=AttentionConfig("normalised", 256, "gnmt_v2")),
+    "every dropout": ModelConfig(
+        256,
+        256,
+        word_dropout=0.1,
+        moe=MoEConfig(num_experts=8, k=2, hidden_sizes=[256], output_masking=0.1, expert_dropout=0.2),
+    ),
     "feedback": ModelConfig(256, 256, moe=MOE, attention=AttentionConfig(wiring="feedback")),
 }
 
@@ -65,13 +71,14 @@ def figures_of(done: UpdateOutput) -> dict[str, Tensor]:
 @pytest.mark.parametrize("micro_batches", [1, 3])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    r_drop = 2.0 if name == "every dropout" else 0.0
     data = batches(4 * micro_batches, 3)
     shape = shape_for(data, 2)
     steps = [data[first : first + micro_batches] for first in range(0, len(data), micro_batches)]
-    recorded, updater = trained(CONFIGS[name], steps, shape)
+    recorded, updater = trained(CONFIGS[name], steps, shape, r_drop=r_drop)
     assert updater.recording is not None
     monkeypatch.setattr(nmt.training.update, "can_record", lambda *_: False)
-    plain, updater = trained(CONFIGS[name], steps, shape)
+    plain, updater = trained(CONFIGS[name], steps, shape, r_drop=r_drop)
     assert updater.recording is None
     for one, other in zip(recorded, plain, strict=True):
         assert one.keys() == other.keys()

@@ -81,8 +81,9 @@ def shape_for(data: list[Batch], more: int) -> Shape:
 def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int, **settings: Any) -> list[Any]:
     """Figures of six steps, the shape growing after three, and all that a checkpoint would have."""
     torch.manual_seed(1)
-    moe = MoEConfig(num_experts=4, k=2, hidden_sizes=[16])
-    config = Config(model=ModelConfig(16, 16, dropout=0.1, moe=moe), training=TrainingConfig(**settings))
+    moe = MoEConfig(num_experts=4, k=2, hidden_sizes=[16], output_masking=0.1, expert_dropout=0.1)
+    network = ModelConfig(16, 16, dropout=0.1, word_dropout=0.1, moe=moe)
+    config = Config(model=network, training=TrainingConfig(**settings))
     model = Seq2Seq(config.model, VOCAB).train()
     optimizer = make_optimizer(model, config.training)
     Replayed.parameters = list(model.parameters())
@@ -105,11 +106,13 @@ def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int,
     return [figures, {f"{part}.{name}": each for part, named in saved.items() for name, each in named.items()}]
 
 
-@pytest.mark.parametrize("expert_weights", ["float32", "bfloat16"])
-@pytest.mark.parametrize("expert_optimizer", ["adam", "factored"])
+@pytest.mark.parametrize(
+    ("expert_optimizer", "expert_weights", "r_drop"),
+    [("adam", "float32", 0.0), ("adam", "bfloat16", 0.0), ("factored", "float32", 0.0), ("factored", "bfloat16", 2.0)],
+)
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_replayed_steps_are_live_ones_to_the_bit(
-    micro_batches: int, expert_optimizer: str, expert_weights: str, monkeypatch: pytest.MonkeyPatch
+    micro_batches: int, expert_optimizer: str, expert_weights: str, r_drop: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: Stream())
@@ -118,7 +121,7 @@ def test_replayed_steps_are_live_ones_to_the_bit(
     monkeypatch.setattr(nmt.training.recording, "Graph", Replayed)
     # A batch that is recorded must not share its memory with the one that it was copied from.
     monkeypatch.setattr(Batch, "to", lambda batch, _: batch.map(torch.clone))
-    settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights}
+    settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights, "r_drop": r_drop}
     (figures, tensors), (expected, wanted) = (
         trained(monkeypatch, recorded, micro_batches, **settings) for recorded in (True, False)
     )

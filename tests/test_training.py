@@ -266,7 +266,7 @@ def test_the_pass_for_joint_sums_is_run_where_it_changes_something(
     model, config = fp64_model(tiny_config(num_experts=6, k=2, w_importance=importance, w_load=load))
     calls: list[int] = []
     gates = Seq2Seq.gates
-    monkeypatch.setattr(Seq2Seq, "gates", lambda self, batch: calls.append(1) or gates(self, batch))
+    monkeypatch.setattr(Seq2Seq, "gates", lambda *given, **named: calls.append(1) or gates(*given, **named))
     # As it is in either case: the sums of all micro-batches, which metrics read.
     _, done = gradient_of(model, config, micro_batches(2))
     assert len(calls) == passes

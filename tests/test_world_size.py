@@ -34,6 +34,7 @@ HARD = (
     "training.patience=9",
     "model.word_dropout=0.1",
     "model.moe.output_masking=0.1",
+    "training.r_drop=1",
 )
 HALF = 5
 # Ended by the clock, after a few updates or dozens.

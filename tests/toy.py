@@ -50,7 +50,7 @@ TINY_RUN = [
 
 # Micro-batches, noise and every kind of dropout; eight updates are more than an epoch.
 HARD = ("training.micro_batches=2", "training.batch_tokens=700", "training.validation_sentences=2")
-HARD += ("model.word_dropout=0.1", "model.moe.output_masking=0.1", "model.moe.expert_dropout=0.2")
+HARD += ("model.word_dropout=0.1", "model.moe.output_masking=0.1", "model.moe.expert_dropout=0.2", "training.r_drop=1")
 SHARED_TEXT = "shared_text"
 """A link to the folder whose text, prepared already, the runs beside the link are trained on."""
 

@@ -17,6 +17,7 @@ MOST = {
     "training.batch_tokens": 10**9,
     "training.micro_batches": 10**6,
     "training.max_steps": 10**12,
+    "training.r_drop": 1_000,
     "training.decay_share": 1,
     "training.seed": 2**63 - 1,
     "parallel.timeout_seconds": 10**7,

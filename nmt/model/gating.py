@@ -82,6 +82,14 @@ class GateOutput(NamedTuple):
     own_loss: Tensor  # float32 scalar, the gate's loss besides the balance losses: L_batchwise, else 0
     real_T: Tensor | None = None  # bool, False for padding: its slots are empty, no sum counts it; None: all are real
 
+    def with_second_pass(self, other: "GateOutput") -> "GateOutput":
+        """Return these decisions with the sums of both of two passes over the same tokens, and the mean `own_loss`.
+
+        Balance losses thus see both passes as one batch. Other losses keep the scale of one pass.
+        """
+        own_loss = (self.own_loss + other.own_loss) / 2
+        return self._replace(sums=self.sums.plus(other.sums), own_loss=own_loss)
+
     def detach(self) -> "GateOutput":
         """Return the same decisions without their graph."""
         return self._replace(

@@ -10,63 +10,84 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nmt.model.kernels.cross_entropy import softmax_gradient
+from nmt.model.kernels.cross_entropy import softmax_gradient, two_softmax_gradients
 
 # Logits per chunk: enough to fill a GPU, but not much larger than its cache.
 _PIECE_ELEMENTS = 2**26
 
 
 class _LinearCrossEntropy(Function):
-    """Losses. The forward pass also computes the gradients of their sum, while a chunk's logits are in memory."""
+    """Losses of one pass, or of two over the same tokens (`r_drop` = alpha).
+
+    The forward pass also computes the gradients of the sum, while a chunk's logits are in memory.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        x_ND: Tensor,
         weight_VD: Tensor,
         bias_V: Tensor | None,
         target_N: Tensor,
         label_smoothing: float,
         real_N: Tensor | None,
+        r_drop: float,
+        *passes_ND: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        weight = weight_VD.to(x_ND.dtype)
-        exact = torch.promote_types(x_ND.dtype, torch.float32)
-        num_tokens, vocabulary = x_ND.shape[0], weight.shape[0]
-        loss = x_ND.new_zeros((), dtype=exact)
-        nll = x_ND.new_zeros((), dtype=exact)
-        grads = ctx.needs_input_grad
-        x_grad_ND = torch.empty_like(x_ND) if grads[0] else None
-        weight_grad_VD = torch.zeros_like(weight, dtype=exact) if grads[1] else None
-        bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and grads[2] else None
-        piece = max(_PIECE_ELEMENTS // vocabulary, 1)
-        for start in range(0, num_tokens, piece):
-            x_MD, target_M = x_ND[start : start + piece], target_N[start : start + piece]
-            logits_MV = x_MD @ weight.T
-            if bias_V is not None:
-                logits_MV += bias_V.to(logits_MV.dtype)
-            nll_M, uniform_M, grad_MV = softmax_gradient(logits_MV, target_M, label_smoothing)
+        first_ND = passes_ND[0]
+        weight = weight_VD.to(first_ND.dtype)
+        exact = torch.promote_types(first_ND.dtype, torch.float32)
+        vocabulary = weight.shape[0]
+        loss = first_ND.new_zeros((), dtype=exact)
+        nll = first_ND.new_zeros((), dtype=exact)
+        wants_weight, wants_bias = ctx.needs_input_grad[:2]
+        wants_x = ctx.needs_input_grad[-len(passes_ND) :]
+        x_grads_ND = [torch.empty_like(x_ND) if wants else None for x_ND, wants in zip(passes_ND, wants_x, strict=True)]
+        weight_grad_VD = torch.zeros_like(weight, dtype=exact) if wants_weight else None
+        bias_grad_V = torch.zeros_like(bias_V, dtype=exact) if bias_V is not None and wants_bias else None
+        piece = max(_PIECE_ELEMENTS // len(passes_ND) // vocabulary, 1)
+        for start in range(0, len(target_N), piece):
+            here = slice(start, start + piece)
+            logits = [_logits(x_ND[here], weight, bias_V) for x_ND in passes_ND]
+            if len(logits) == 1:
+                nll_M, uniform_M, *grads_MV = softmax_gradient(logits[0], target_N[here], label_smoothing)
+                sums_M = [nll_M, uniform_M]
+            else:
+                *sums_M, first_MV, second_MV = two_softmax_gradients(
+                    logits[0], logits[1], target_N[here], label_smoothing, r_drop
+                )
+                grads_MV = [first_MV, second_MV]
             if real_N is not None:
-                padding_M = ~real_N[start : start + piece]
-                nll_M, uniform_M = nll_M.masked_fill(padding_M, 0.0), uniform_M.masked_fill(padding_M, 0.0)
-                grad_MV = grad_MV.masked_fill_(padding_M[:, None], 0.0)
-            piece_nll = nll_M.sum()
+                padding_M = ~real_N[here]
+                sums_M = [each_M.masked_fill(padding_M, 0.0) for each_M in sums_M]
+                grads_MV = [grad_MV.masked_fill_(padding_M[:, None], 0.0) for grad_MV in grads_MV]
+            piece_nll, uniform, *apart = (each_M.sum() for each_M in sums_M)
             nll += piece_nll
-            loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform_M.sum()
-            if bias_grad_V is not None:
-                bias_grad_V += grad_MV.sum(0)
-            if x_grad_ND is not None:
-                x_grad_ND[start : start + piece] = grad_MV @ weight
-            if weight_grad_VD is not None:
-                weight_grad_VD += grad_MV.T @ x_MD
-        ctx.save_for_backward(x_grad_ND, weight_grad_VD, bias_grad_V)
+            loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform
+            for each in apart:
+                loss += r_drop / 4 * each
+            for x_ND, x_grad_ND, grad_MV in zip(passes_ND, x_grads_ND, grads_MV, strict=True):
+                if bias_grad_V is not None:
+                    bias_grad_V += grad_MV.sum(0)
+                if x_grad_ND is not None:
+                    x_grad_ND[here] = grad_MV @ weight
+                if weight_grad_VD is not None:
+                    weight_grad_VD += grad_MV.T @ x_ND[here]
+        ctx.save_for_backward(weight_grad_VD, bias_grad_V, *x_grads_ND)
         ctx.mark_non_differentiable(nll)
         return loss, nll
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         # `grad_loss` stays on its device: reading its value would wait for the device.
-        scaled = (None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *scaled, None, None, None
+        scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
+        return *scaled[:2], None, None, None, None, *scaled[2:]
+
+
+def _logits(x_MD: Tensor, weight: Tensor, bias_V: Tensor | None) -> Tensor:
+    logits_MV = x_MD @ weight.T
+    if bias_V is not None:
+        logits_MV += bias_V.to(logits_MV.dtype)
+    return logits_MV
 
 
 def linear_cross_entropy(
@@ -83,11 +104,43 @@ def linear_cross_entropy(
     -log softmax, with s = label_smoothing. Only `loss` has a gradient. Products run in the precision of x, softmax and
     sums in float32.
     """
+    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, 0.0, x_ND)
+
+
+def r_drop_cross_entropy(
+    first_ND: Tensor,
+    second_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    alpha: float,
+    real_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, nll) of two passes with different dropout over the same N tokens: R-Drop (Liang et al. 2021).
+
+    nll is the mean of both passes. loss = the mean of both losses of `linear_cross_entropy`, plus
+    alpha / 4 sum(KL(p || q) + KL(q || p)) with the distributions p and q of the passes. Deviation from the paper: this
+    is half of its loss (eq. 4), which adds up the passes. So alpha has the paper's scale, and the loss has the scale of
+    one pass.
+    """
+    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, alpha, first_ND, second_ND)
+
+
+def _losses(
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    real_N: Tensor | None,
+    r_drop: float,
+    *passes_ND: Tensor,
+) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():
         # A Function sees which inputs are parameters, but not that gradients are off.
-        x_ND, weight_VD = x_ND.detach(), weight_VD.detach()
+        passes_ND, weight_VD = tuple(x_ND.detach() for x_ND in passes_ND), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(x_ND, weight_VD, bias_V, target_N, label_smoothing, real_N)
+    return _LinearCrossEntropy.apply(weight_VD, bias_V, target_N, label_smoothing, real_N, r_drop, *passes_ND)
 
 
 def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:

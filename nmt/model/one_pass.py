@@ -42,3 +42,8 @@ class Pass:
         own_change = partial(self.change_gate, layer) if self.change_gate else None
         y_ND, self.gates[layer] = moe(x_ND, self.experts_per_token, real_N, own_change)
         return y_ND
+
+
+def of_both_passes(first: Gates, second: Gates) -> Gates:
+    """Return the gates of a batch that was read twice, see `GateOutput.with_second_pass`."""
+    return {layer: gate.with_second_pass(second[layer]) for layer, gate in first.items()}

@@ -25,10 +25,10 @@ from nmt.model.dropout import drop_tokens
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
 from nmt.model.kernels.packed import PackedWeight
-from nmt.model.loss import linear_cross_entropy, output_logits
+from nmt.model.loss import linear_cross_entropy, output_logits, r_drop_cross_entropy
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
-from nmt.model.one_pass import ChangeGate, Gates, LastGate, Pass
+from nmt.model.one_pass import ChangeGate, Gates, LastGate, Pass, of_both_passes
 from nmt.model.side_by_side import side_by_side
 
 
@@ -242,7 +242,8 @@ class Seq2Seq(nn.Module):
     With a share, the other experts need another dispatcher: see `nmt.parallel.expert_parallel.make_model`.
 
     Arguments of several methods: `experts_per_token` is the number of active experts per token in a pass outside
-    training, 0 for as many as in training. `change_gate` can change the decisions of a gate, see `ChangeGate`.
+    training, 0 for as many as in training. `change_gate` can change the decisions of a gate, see `ChangeGate`. In
+    training, `r_drop` above 0 is the alpha of `r_drop_cross_entropy`: the batch is read twice.
     """
 
     def __init__(self, config: ModelConfig, vocab_size: int, share: ExpertShard = ALL_EXPERTS) -> None:
@@ -317,23 +318,33 @@ class Seq2Seq(nn.Module):
             return self.packed_output.exact_product(x.flatten(0, -2)).view(*x.shape[:-1], -1)
         return output_logits(x, self.output.weight, self.output.bias)
 
-    def forward(self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0) -> LossOutput:
+    def forward(
+        self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0, r_drop: float = 0.0
+    ) -> LossOutput:
         """Return the summed loss of predicting every target token from the source and the target tokens before it."""
+        softmax, real_N = (self.output.weight, self.output.bias, batch.target_out_N), batch.target.real_N
         through = Pass(experts_per_token)
         x_ND = self._read(batch, through)
-        loss, nll = linear_cross_entropy(
-            x_ND, self.output.weight, self.output.bias, batch.target_out_N, label_smoothing, batch.target.real_N
-        )
-        return LossOutput(loss, nll, through.gates)
+        if not (r_drop and self.training):
+            return LossOutput(*linear_cross_entropy(x_ND, *softmax, label_smoothing, real_N), through.gates)
+        second = Pass(experts_per_token)
+        losses = r_drop_cross_entropy(x_ND, self._read(batch, second), *softmax, label_smoothing, r_drop, real_N)
+        return LossOutput(*losses, of_both_passes(through.gates, second.gates))
 
-    def gates(self, batch: Batch, experts_per_token: int = 0) -> Gates:
+    def gates(self, batch: Batch, experts_per_token: int = 0, r_drop: float = 0.0) -> Gates:
         """Return the gates that `forward` would return, without computing anything after the last gate."""
         layers = self.config.moe_layer_names()
-        through = Pass(experts_per_token, last=layers[-1] if layers else "")
-        if layers:
-            with suppress(LastGate):
-                self._read(batch, through)
-        return through.gates
+        if not layers:
+            return {}
+        first = Pass(experts_per_token)
+        twice = r_drop and self.training
+        if twice:
+            # Read to its end, so that the second pass draws the same random numbers as in `forward`.
+            self._read(batch, first)
+        through = Pass(experts_per_token, last=layers[-1])
+        with suppress(LastGate):
+            self._read(batch, through)
+        return of_both_passes(first.gates, through.gates) if twice else through.gates
 
     def check_experts_per_token(self, count: int) -> None:
         """Raise ValueError if a layer cannot activate `count` experts per token; 0 (as in training) is always valid."""

@@ -121,7 +121,7 @@ class Updater:
     def gate_sums(self, batch: Batch) -> LayerSums:
         """Return the sums of each layer over a micro-batch."""
         with autocast(self.world.device, self.config.training.precision):
-            return _detached_sums(self.model.gates(batch))
+            return _detached_sums(self.model.gates(batch, r_drop=self.config.training.r_drop))
 
     def learn(self, batch: Batch, joined: LayerSums | None, _more: bool = False) -> Learned:
         """Add the gradient of a micro-batch to the parameters' gradients.
@@ -155,7 +155,8 @@ class Updater:
 
     def _forward(self, batch: Batch) -> LossOutput:
         with autocast(self.world.device, self.config.training.precision):
-            return self.forward(batch, label_smoothing=self.config.training.label_smoothing)
+            training = self.config.training
+            return self.forward(batch, label_smoothing=training.label_smoothing, r_drop=training.r_drop)
 
     def _seed(self, step: int, index: int) -> None:
         # Micro-batch i of this process is micro-batch rank + i * size of the step.

@@ -1,7 +1,8 @@
-"""Losses and logit gradients of the vocabulary softmax for one chunk of tokens.
+"""Losses and logit gradients of the vocabulary softmax for one chunk of tokens, read once or twice (R-Drop).
 
 `softmax_gradient` chooses between a plain and a fused implementation. The fused one runs on a GPU: it reads bf16 logits
 once from memory and overwrites them with the gradient. The plain one makes about ten passes over float32 logits.
+`two_softmax_gradients` is plain.
 
 Letters: M tokens, V vocabulary.
 """
@@ -33,3 +34,31 @@ def plain_softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing:
     gradient_MV = (exact_MV - lse_M[:, None]).exp_().sub_(label_smoothing / logits_MV.shape[1])
     gradient_MV[torch.arange(len(target_M), device=target_M.device), target_M] -= 1.0 - label_smoothing
     return nll_M, uniform_M, gradient_MV.to(logits_MV.dtype)
+
+
+def two_softmax_gradients(
+    first_MV: Tensor, second_MV: Tensor, target_M: Tensor, label_smoothing: float, alpha: float
+) -> tuple[Tensor, ...]:
+    """Return (nll_M, uniform_M, apart_M, first_gradient_MV, second_gradient_MV) for the logits of two passes.
+
+    nll and uniform are those of `softmax_gradient`, as means of both passes. apart is KL(p || q) + KL(q || p) for the
+    distributions p and q of the passes. The gradients, in the type of the logits, are those of
+    sum((1 - s) nll + s uniform + alpha / 4 apart); s is `label_smoothing`.
+    """
+    exact = torch.promote_types(first_MV.dtype, torch.float32)
+    log_p_MV, log_q_MV = (logits_MV.to(exact).log_softmax(1) for logits_MV in (first_MV, second_MV))
+    token_M = torch.arange(len(target_M), device=target_M.device)
+    nll_M = (log_p_MV[token_M, target_M] + log_q_MV[token_M, target_M]) / -2
+    uniform_M = (log_p_MV.mean(1) + log_q_MV.mean(1)) / -2
+    apart_M, gradients = torch.zeros_like(nll_M), []
+    for log_own_MV, log_other_MV in ((log_p_MV, log_q_MV), (log_q_MV, log_p_MV)):
+        own_MV, ratio_MV = log_own_MV.exp(), log_own_MV - log_other_MV
+        kl_M = (own_MV * ratio_MV).sum(1)
+        apart_M += kl_M
+        # d KL(p || q) / d logits of p = p (log p/q - KL(p || q)), and d KL(q || p) / d logits of p = p - q
+        gradient_MV = ratio_MV.sub_(kl_M[:, None] - 1.0).mul_(own_MV).sub_(log_other_MV.exp()).mul_(alpha / 4)
+        # d loss / d logits = half of softmax - smoothed target distribution
+        gradient_MV.add_(own_MV, alpha=0.5).sub_(label_smoothing / 2 / own_MV.shape[1])
+        gradient_MV[token_M, target_M] -= (1.0 - label_smoothing) / 2
+        gradients.append(gradient_MV.to(first_MV.dtype))
+    return nll_M, uniform_M, apart_M, *gradients
