@@ -42,7 +42,7 @@ FLAT = MoEConfig(8, k=2, hidden_sizes=[256])
 HIERARCHICAL = MoEConfig(64, k=2, hidden_sizes=[64], gating="hierarchical", branching=8, primary_k=2)
 
 
-def bytes_kept(config: ModelConfig, shape: BatchSize, bf16: bool = False) -> int:
+def bytes_kept(config: ModelConfig, shape: BatchSize, bf16: bool = False, r_drop: float = 0.0) -> int:
     """What autograd keeps of a forward pass: every storage once, parameters left out."""
     torch.manual_seed(1)
     model = Seq2Seq(config, VOCAB).train()
@@ -64,7 +64,7 @@ def bytes_kept(config: ModelConfig, shape: BatchSize, bf16: bool = False) -> int
         torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
         torch.autocast("cpu", torch.bfloat16, enabled=bf16),
     ):
-        output = model(batch, label_smoothing=0.1)
+        output = model(batch, label_smoothing=0.1, r_drop=r_drop)
     assert output.loss.requires_grad
     return sum(storage.nbytes() for storage in kept.values())
 
@@ -116,6 +116,18 @@ def test_bf16_activations_and_copies_of_weights_are_what_autograd_keeps() -> Non
     config, numbers = middling(cell_size=256, moe=FLAT), Precision(on_gpu=False, size=2)
     estimate = sum(saved_bytes(config, VOCAB, LONG, numbers).values()) + copied_bytes(config, LONG, numbers)
     assert estimate == pytest.approx(bytes_kept(config, LONG, bf16=True), rel=0.05)
+
+
+def test_the_second_pass_of_r_drop_keeps_as_much_again() -> None:
+    config, numbers = small(moe=FLAT), Precision(on_gpu=False, size=4)
+    estimate = sum(saved_bytes(config, VOCAB, LONG, numbers, passes=2).values())
+    assert estimate == pytest.approx(bytes_kept(config, LONG, r_drop=1.0), rel=0.05)
+
+
+def test_dropout_of_hidden_units_keeps_no_mask() -> None:
+    dropped = small(moe=replace(FLAT, hidden_sizes=[256, 128], expert_dropout=0.3))
+    plain = small(moe=replace(FLAT, hidden_sizes=[256, 128]))
+    assert bytes_kept(dropped, SHORT) == bytes_kept(plain, SHORT)
 
 
 # Some token has all four experts of the last one, twice the average: so wide are the tables that are assumed of it.
@@ -386,6 +398,12 @@ def test_time_is_operations_over_speed() -> None:
     assert budget.flops == pytest.approx(7 * 12 * flops)
     assert budget.flops_per_target_token == pytest.approx(flops / 2940)
     assert budget.seconds(50.0) == pytest.approx(7 * 12 * flops / (50e12 * 4))
+    twice = budget_of(4, training=TrainingConfig(max_steps=7, micro_batches=12, batch_tokens=3000, r_drop=1.0))
+    assert (twice.flops, twice.target_tokens) == (2 * budget.flops, budget.target_tokens)
+    assert twice.flops_per_target_token == 2 * budget.flops_per_target_token
+    before, after = (dict(rows_of(each)) for each in (budget, twice))
+    assert sum(after["activations"]) > 1.5 * sum(before["activations"])
+    assert [after[row] for row in ("weights", "optimiser")] == [before[row] for row in ("weights", "optimiser")]
 
 
 @pytest.mark.parametrize(("source", "target", "spread"), [(16, 16, 0.35), (32, 37, 0.55), (37, 32, 0.55)])

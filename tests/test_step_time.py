@@ -223,6 +223,11 @@ def test_one_gpu_has_no_network_and_an_endless_link_is_like_one_gpu() -> None:
     assert ms(MOE, two) == pytest.approx(ms(MOE, one))
 
 
+def test_a_second_pass_repeats_all_but_the_optimiser() -> None:
+    one, two = ({part.name: part.ms for part in step(DENSE, Machines(H100), r_drop=alpha)} for alpha in (0.0, 2.0))
+    assert two == pytest.approx({name: ms * (1 if name == "optimiser" else 2) for name, ms in one.items()})
+
+
 def test_rows_travel_four_times_and_gradients_twice() -> None:
     rates = RATES._replace(message_us=0.0)
     parts = {part.name: part.ms for part in step(MOE, Machines(H100, rates, gpus=4, group=4, link_gbs=100.0))}

@@ -157,6 +157,11 @@ class TrainingConfig:
         if self.best_by == "bleu" and self.validation_sentences == 0:
             raise ValueError("training.best_by=bleu needs training.validation_sentences of at least 1")
 
+    @property
+    def passes(self) -> int:
+        """Passes over each batch of a step: two with R-Drop."""
+        return 2 if self.r_drop else 1
+
     def experts_in_bf16(self, on_gpu: bool) -> bool:
         """Whether the experts' parameters and gradients are bf16, with or without float32 masters."""
         return self.expert_weights == "bfloat16" or (on_gpu and uses_bf16(self.precision, on_gpu))

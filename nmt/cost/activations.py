@@ -43,8 +43,13 @@ class Precision(NamedTuple):
     """Bytes of a number in matrix products: 2 (bf16) or 4 (float32). Gates and softmaxes are always float32."""
 
 
-def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision) -> dict[str, int]:
-    """Return bytes by part, without copies of weights. Padding counts like real positions."""
+def saved_bytes(
+    config: ModelConfig, vocab_size: int, shape: BatchSize, numbers: Precision, passes: int = 1
+) -> dict[str, int]:
+    """Return bytes by part, without copies of weights, of this many passes over the micro-batch (R-Drop has two).
+
+    Padding counts like real positions.
+    """
     saved: Counter[str] = Counter()
     mask = _mask(config, numbers)
     for side, lstms in lstm_sizes(config).items():
@@ -66,8 +71,9 @@ def saved_bytes(config: ModelConfig, vocab_size: int, shape: BatchSize, numbers:
     saved["attention"] = _attention(config, shape, numbers)
     # The loss computes its gradients in the forward pass: for its input, and in float32 for the softmax's parameters.
     weights = vocab_size * (config.hidden_size + config.output_bias)
-    saved["softmax"] = shape.sentences * shape.target * config.hidden_size * numbers.size + weights * _FLOAT
-    return dict(saved)
+    saved["softmax"] = shape.sentences * shape.target * config.hidden_size * numbers.size
+    each = {part: passes * count for part, count in saved.items()}
+    return each | {"softmax": each["softmax"] + weights * _FLOAT}
 
 
 def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int:

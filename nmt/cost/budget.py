@@ -67,6 +67,8 @@ class Budget:
     """Tokens of a mean micro-batch."""
     micro_batches: int
     """Number of micro-batches, over all steps and GPUs."""
+    passes: int
+    """Passes over each micro-batch."""
     gpus: int
     group: int
     """GPUs that share one copy of the experts."""
@@ -85,7 +87,7 @@ class Budget:
     @property
     def flops_per_target_token(self) -> float:
         """Training FLOPs per target token with its source: forward and backward, two per multiply-add."""
-        return self.cost.training_flops(*self.tokens) / self.tokens.target
+        return self.cost.training_flops(*self.tokens) * self.passes / self.tokens.target
 
     @property
     def target_tokens(self) -> float:
@@ -95,7 +97,7 @@ class Budget:
     @property
     def flops(self) -> float:
         """Training FLOPs of the whole training."""
-        return self.cost.training_flops(*self.tokens) * self.micro_batches
+        return self.cost.training_flops(*self.tokens) * self.passes * self.micro_batches
 
     def seconds(self, tflops: float) -> float:
         """Return seconds of the whole training at `tflops` 10^12 operations per second and GPU (S17 section 5.1)."""
@@ -117,6 +119,7 @@ def training_budget(config: Config, vocab_size: int, lengths: SentenceLengths, g
         cost=cost,
         tokens=_mean_tokens(training.batch_tokens, lengths),
         micro_batches=training.max_steps * training.micro_batches,
+        passes=training.passes,
         gpus=gpus,
         group=group,
         numbers=numbers,
@@ -170,7 +173,7 @@ def memory_of(
     cost = model_cost(config.model, vocab_size)
     experts = cost.num_expert_parameters // share
     dense = cost.num_parameters - cost.num_expert_parameters
-    saved = saved_bytes(config.model, vocab_size, shape, numbers)
+    saved = saved_bytes(config.model, vocab_size, shape, numbers, config.training.passes)
     of_experts = sum(count for part, count in saved.items() if part.endswith("experts"))
     remembered = _optimizer_numbers(config, cost)
     size, master = expert_bytes(config, numbers)

@@ -132,7 +132,7 @@ def step_parts(
         # Only a step on one GPU is recorded.
         launching = max(launching, _host_ms(model, batch, rates) - computing)
     parts += [Part("launching", launching, "launch"), *_exchanged(model, batch, machines)]
-    parts = [part._replace(ms=part.ms * micro_batches) for part in parts]
+    parts = [part._replace(ms=part.ms * micro_batches * config.training.passes) for part in parts]
     return _added([*parts, *_once(config, vocab_size, machines)])
 
 

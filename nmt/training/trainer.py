@@ -185,7 +185,8 @@ class Trainer:
         interval.watch(done.sums, done.gates)
         for batch in micro_batches:
             sizes = batch.num_source_tokens, batch.num_target_tokens
-            interval.count(*sizes, self.cost.training_flops(*sizes, batch.num_sentences))
+            flops = self.cost.training_flops(*sizes, batch.num_sentences) * self.config.training.passes
+            interval.count(*sizes, flops)
         progress.target_tokens += done.target_tokens
 
     # ------------------------------------------------------------------------------------------- validation
