@@ -1,6 +1,5 @@
 """Training examples with reserved symbols: what is found, how it is written, and what nmt prepare makes of it."""
 
-import json
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from nmt.config import CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.association import Associations
 from nmt.data.examples import ExampleWriter, annotated, equal_spans, slotted
-from nmt.data.prepare import prepare, prepared_path
+from nmt.data.prepare import prepare
 from nmt.data.subwords import Subwords
 from nmt.text.terms import Match
 
@@ -201,14 +200,16 @@ def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
     subwords = made.subwords()
     symbols = {kind: set(subwords.reserved_ids(kind)) for kind in ("slot", "term")}
     sides: Counter[tuple[str, str]] = Counter()
-    for pair in range(len(made.train())):
-        source, target = (set(side(pair).tolist()) for side in (made.train().source, made.train().target))
+    for pair in range(len(made.parts()[0].shards)):
+        source, target = (
+            set(side(pair).tolist()) for side in (made.parts()[0].shards.source, made.parts()[0].shards.target)
+        )
         for kind, ids in symbols.items():
             sides[kind, "source"] += bool(ids & source)
             sides[kind, "target"] += bool(ids & target)
         if not (source | target) & (symbols["slot"] | symbols["term"]):
-            assert np.array_equal(made.train().source(pair), plain.train().source(pair))
-            assert np.array_equal(made.train().target(pair), plain.train().target(pair))
+            assert np.array_equal(made.parts()[0].shards.source(pair), plain.parts()[0].shards.source(pair))
+            assert np.array_equal(made.parts()[0].shards.target(pair), plain.parts()[0].shards.target(pair))
     counts = made.manifest["examples"]
     assert made.manifest["symbols"] == ["slot", "term"]
     assert sides == Counter(
@@ -226,25 +227,12 @@ def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
 
 
 def test_an_example_that_is_too_long_is_left_out(corpus: CorpusConfig) -> None:
-    plain = prepare(corpus, lambda _: None).train()
+    plain = prepare(corpus, lambda _: None).parts()[0].shards
     longest = int(max(plain.source_lengths.max(), plain.target_lengths.max()))
     config = corpus_of(
         Path(corpus.root), examples=ExamplesConfig(terms=0.99), filters=FilterConfig(max_pieces=longest), name="short"
     )
     made = prepare(config, lambda _: None)
     assert made.manifest["pairs_kept"] == 600
-    assert made.train().source_lengths.max() <= longest
+    assert made.parts()[0].shards.source_lengths.max() <= longest
     assert 0 < made.manifest["examples"]["term"] < 590
-
-
-def test_old_corpora_are_still_found(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without examples, the folder has the name that versions without them gave it."""
-    path = prepared_path(corpus)
-    monkeypatch.setattr("nmt.data.prepared.asdict", lambda config: {"directory": "", "examples": "", **_old(config)})
-    assert prepared_path(corpus) == path
-
-
-def _old(config: CorpusConfig) -> dict[str, Any]:
-    section = json.loads(json.dumps(config, default=lambda value: vars(value)))
-    del section["examples"]
-    return section

@@ -51,7 +51,7 @@ def text_of(prepared: Prepared, split: str) -> list[tuple[str, str]]:
 
 
 def trained_on(prepared: Prepared) -> list[tuple[str, str]]:
-    subwords, shards = prepared.subwords(), prepared.train()
+    subwords, shards = prepared.subwords(), prepared.parts()[0].shards
     return [(subwords.decode(shards.source(pair)), subwords.decode(shards.target(pair))) for pair in range(len(shards))]
 
 

@@ -203,7 +203,7 @@ def test_settings_of_the_mixture_do_not_change_the_prepared_folder(shared_text: 
 
 
 def test_shares_of_corpora(shared_text: Path, own: Prepared, short: Prepared) -> None:
-    sizes = [len(each.train()) for each in (own, short)]
+    sizes = [len(each.parts()[0].shards) for each in (own, short)]
     assert 0 < sizes[1] < sizes[0]
     corpora = Corpora(corpus_of(shared_text, mixture={str(short.path): 1.0}, weight=3.0), own)
     mixture = corpora.mixture(1)
@@ -220,7 +220,7 @@ def test_shares_of_corpora(shared_text: Path, own: Prepared, short: Prepared) ->
 
 def test_without_a_mixture_nothing_changes(shared_text: Path, own: Prepared) -> None:
     corpora = Corpora(corpus_of(shared_text), own)
-    mixture, shards = corpora.mixture(3), own.train()
+    mixture, shards = corpora.mixture(3), own.parts()[0].shards
     epoch = mixture.epoch(4)
     lengths = shards.source_lengths, shards.target_lengths
     plans = [plan_epoch(*each, TRAINING, 4) for each in (lengths, (epoch.source_lengths, epoch.target_lengths))]

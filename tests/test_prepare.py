@@ -79,7 +79,7 @@ def test_contents(corpus: CorpusConfig) -> None:
     prepared = prepare(corpus, log)
     assert prepared.path == prepared_path(corpus)
     root = Path(corpus.root)
-    subwords, shards = prepared.subwords(), prepared.train()
+    subwords, shards = prepared.subwords(), prepared.parts()[0].shards
     lines = {side: (root / f"train.{side}").read_text().splitlines() for side in ("en", "de")}
     assert len(shards) == 400
     for pair in (0, 17, 399):
@@ -146,6 +146,13 @@ def test_changed_source_rebuilds(corpus: CorpusConfig) -> None:
     assert [file.name for file in second.path.parent.iterdir() if file.is_dir()] == [second.path.name]
 
 
+def test_corpora_of_older_versions_are_still_found() -> None:
+    """The folders that versions without examples, directions, tags and inherited vocabularies made."""
+    assert prepared_path(CorpusConfig()).name == "corpus-db9426fc"
+    files = FilesConfig(source=["a"], target=["b"])
+    assert prepared_path(CorpusConfig(source="files", train=files)).name == "corpus-f13160f6"
+
+
 def test_any_setting_but_the_directory_gives_another_folder(corpus: CorpusConfig, tmp_path: Path) -> None:
     path = prepared_path(corpus)
     assert prepared_path(corpus_of(tmp_path, directory="elsewhere")).name == path.name
@@ -207,7 +214,7 @@ def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
     shard = prepared.path / "train.target.pieces"
     shard.write_bytes(before[shard.name][:-2])
     with pytest.raises(ValueError, match=r"train\.target\.pieces has \d+ bytes instead of \d+") as caught:
-        prepared.train()
+        prepared.parts()
     assert "\n" not in str(caught.value)
     for name, data in before.items():
         if name != "manifest.json":
@@ -304,7 +311,7 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
         "dropped: 1 with a blank side (blank), 1 with more than 200 subwords (max_pieces)" in log
     )
     assert "toy: lines that were not valid UTF-8, invalid bytes replaced: train 1" in log
-    assert len(prepared.train()) == 403
+    assert len(prepared.parts()[0].shards) == 403
     assert prepared.manifest["dropped"]["max_pieces"] == 1
     assert prepared.manifest["invalid_utf8_lines"] == {"dev": 0, "test": 0, "train": 1}
     assert prepared.text("dev") == (["a b\u2028c\r"], ["d"], ["letters"])
@@ -324,7 +331,7 @@ def test_characters_without_a_piece_are_told(tmp_path: Path) -> None:
     assert prepared.manifest["characters_in_bytes"] == {"東": 2, "京": 1, "Ö": 1}
     told = "3 characters, in 2 lines, are not in the vocabulary and are encoded as bytes: 東 2, 京 1, Ö 1"
     assert told in log
-    shards = prepared.train()
+    shards = prepared.parts()[0].shards
     assert prepared.subwords().decode(shards.target(len(shards) - 3)) == "東京 Ö"
 
 
@@ -447,7 +454,7 @@ def test_real_text(tmp_path: Path) -> None:
     prepared = prepare(corpus, Log())
     with gzip.open(data / "val.de.gz", "rt", encoding="utf-8", newline="\n") as stream:
         lines = stream.read().split("\n")[:-1]
-    assert len(lines) == len(prepared.train()) == 1014
-    subwords, shards = prepared.subwords(), prepared.train()
+    assert len(lines) == len(prepared.parts()[0].shards) == 1014
+    subwords, shards = prepared.subwords(), prepared.parts()[0].shards
     exact = sum(subwords.decode(shards.target(n)) == " ".join(line.split()) for n, line in enumerate(lines))
     assert exact > 950

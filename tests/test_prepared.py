@@ -48,7 +48,7 @@ def use(folder: Path) -> None:
     prepared = Prepared.open(folder)
     prepared.verify()
     prepared.subwords()
-    prepared.train()
+    prepared.parts()
     prepared.text("dev")
 
 

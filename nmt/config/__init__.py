@@ -7,7 +7,7 @@ which combines the files; the rest of the program receives these plain objects.
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from nmt.config.checks import above, at_least, check_search, fraction, one_of, plain_name
@@ -308,6 +308,12 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     decoding: DecodingConfig = field(default_factory=DecodingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.run.start_from and self.corpus.subwords.vocabulary == "auto":
+            # A copy, because other configurations may have the same section.
+            subwords = replace(self.corpus.subwords, vocabulary=self.run.start_from)
+            self.corpus = replace(self.corpus, subwords=subwords)
 
     @classmethod
     def from_dict(cls, settings: Any) -> "Config":

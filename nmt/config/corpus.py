@@ -1,14 +1,22 @@
 """Settings of the corpus: where text comes from, which pairs are dropped, how text is split into subwords."""
 
+import re
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 
+SPLITS = ("train", "dev", "test")
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
 NUM_ADDED_PIECES = 328
 """Pieces that every new vocabulary has in addition to the learned ones: 4 special, 68 reserved and 256 bytes."""
+MOST_LANGUAGES = 32
+"""Target languages of a corpus at most: each has a reserved symbol of the vocabulary."""
+MOST_TAGS = 8
+"""Tags of a corpus at most, likewise."""
+# Languages and tags are parts of names of files.
+_PLAIN = re.compile(r"[A-Za-z0-9_]+")
 
 
 class Direction(NamedTuple):
@@ -26,6 +34,11 @@ class Direction(NamedTuple):
                 f"{text!r} is not a direction: give two different language codes, such as en-de or en-pt_BR"
             )
         return cls(source, target)
+
+    @property
+    def reverse(self) -> "Direction":
+        """The direction between the same languages the other way."""
+        return Direction(self.target, self.source)
 
     def __str__(self) -> str:
         return f"{self.source}-{self.target}"
@@ -50,9 +63,18 @@ class FilesConfig:
     .tsv and .csv files must then start with a line of names. Or give two numbers counted from 1, such as [1, 3], for
     files without a line of names. Empty: the columns named after the two languages, inside the column `translation` if
     there is one. A .tsv or .csv file without a line of names must then have two columns, source and target."""
+    texts: dict[str, list[str]] = field(default_factory=dict)
+    """Text files of each language, for `corpus.directions`: {en: [a.en, b.en], de: [a.de, b.de]}. Line n of all
+    languages belongs together; where a line is blank, that language is missing. Each language has as many files as the
+    others. Languages of no direction are not read."""
     domains: list[str] = field(default_factory=list)
-    """Kind of text in each file: one label per file of `source`, then one per file of `pairs`; empty: none.
-    `nmt experts` shows which domains an expert prefers. A column `domain` overrides the label."""
+    """Kind of text in each file: one label per file of `source`, then one per file of `pairs`; or one per file of each
+    language of `texts`; empty: none. `nmt experts` shows which domains an expert prefers. A column `domain` overrides
+    the label."""
+    tags: list[str] = field(default_factory=list)
+    """For train: tag of each file, in the order of `domains`, such as ["", bt] if the second one is back-translated;
+    empty: none. Each source of such a file begins with the symbol of its tag, so that the model can distinguish origins
+    or domains. There are 8 tags at most."""
     from_train: int = 0
     """For dev and test: hold out this many pairs of the training text instead of naming files. The choice depends on
     the pairs, not on their order. All copies of these pairs are removed from the training text."""
@@ -98,8 +120,19 @@ class SubwordConfig:
     training_sentences: int = 400000
     """Number of sentences, of both languages together, that the subwords are learned from. They are drawn evenly from
     the corpus."""
+    vocabulary: str = "auto"
+    """learn: a vocabulary learned from the training text. Or the vocabulary of a run, an exported model, a prepared
+    corpus (folder) or a .model file, taken as it is with the meanings of its symbols. Settings of learning, such as
+    vocab_size, then have no effect. auto: that of `run.start_from` if it is set, else learn."""
+
+    @property
+    def inherits(self) -> bool:
+        """Whether the vocabulary is taken from elsewhere."""
+        return self.vocabulary not in ("auto", "learn")
 
     def __post_init__(self) -> None:
+        if not self.vocabulary:
+            raise ValueError("corpus.subwords.vocabulary is empty: give auto, learn, a run, a corpus or a .model file")
         one_of("corpus.subwords.kind", self.kind, SUBWORD_KINDS)
         one_of("corpus.subwords.normalisation", self.normalisation, NORMALISATIONS)
         at_least("corpus.subwords.vocab_size", self.vocab_size, 16)
@@ -155,6 +188,11 @@ class CorpusConfig:
     """Language code. In text with columns, also the default name of the source column (see `train.columns`)."""
     target_language: str = "de"
     """Language code. In text with columns, also the default name of the target column (see `train.columns`)."""
+    directions: list[str] = field(default_factory=list)
+    """Directions of one model of many languages, such as [en-de, de-en, en-fr]; empty: source_language to
+    target_language. Text comes from `texts` of the splits, or from the phrasebook. Text in two languages can also come
+    from elsewhere; the two languages above then say which side is which. A symbol before each source names its target
+    language."""
     root: str = ""
     """Folder that the file names below are relative to; empty: the working directory."""
     train: FilesConfig = field(default_factory=FilesConfig)
@@ -165,7 +203,7 @@ class CorpusConfig:
     """Test text, given like `dev`. Empty: the split `test` of the hub, or none; `nmt evaluate` then needs --source and
     --reference."""
     max_pairs: int = 0
-    """Maximum number of training pairs to read; 0: all, or 30,000 of the phrasebook."""
+    """Maximum number of training pairs to read, or of lines of `texts`; 0: all, or 30,000 of the phrasebook."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
@@ -186,6 +224,23 @@ class CorpusConfig:
         """Direction of a corpus in two languages."""
         return Direction(self.source_language, self.target_language)
 
+    def all_directions(self) -> list[Direction]:
+        """Return the directions of the corpus: one for a corpus in two languages."""
+        return [Direction.of(text) for text in self.directions] or [self.direction]
+
+    def language_pairs(self) -> list[Direction]:
+        """Return one direction for each pair of languages: the first of its directions. Text is stored in these."""
+        found: list[Direction] = []
+        for direction in self.all_directions():
+            if direction not in found and direction.reverse not in found:
+                found.append(direction)
+        return found
+
+    @property
+    def languages(self) -> list[str]:
+        """Languages of all directions, in order of first appearance."""
+        return list(dict.fromkeys(language for direction in self.all_directions() for language in direction))
+
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)
         at_least("corpus.temperature", self.temperature, 1)
@@ -198,10 +253,10 @@ class CorpusConfig:
                 raise ValueError(f"corpus.{side} is empty: give a code of your choice, such as en")
         if self.source_language == self.target_language:
             raise ValueError(f"corpus.source_language and corpus.target_language are both {self.source_language!r}")
-        for split in ("train", "dev", "test"):
+        for split in SPLITS:
             files: FilesConfig = getattr(self, split)
             _check_files(f"corpus.{split}", files)
-            has_columns = files.pairs or (self.source not in ("files", "phrasebook") and not files.source)
+            has_columns = files.pairs or self._is_of_hub(files)
             if files.columns and not has_columns:
                 raise ValueError(
                     f"corpus.{split}.columns=[{', '.join(files.columns)}] is for corpus.{split}.pairs, which is empty: "
@@ -209,6 +264,74 @@ class CorpusConfig:
                 )
         if self.train.from_train:
             raise ValueError("corpus.train.from_train must be 0: only dev and test can be held out of train")
+        self._check_tags()
+        self._check_directions()
+
+    def _is_of_hub(self, files: FilesConfig) -> bool:
+        return self.source not in ("files", "phrasebook") and not (files.source or files.texts)
+
+    def _check_tags(self) -> None:
+        for split in ("dev", "test"):
+            files: FilesConfig = getattr(self, split)
+            if files.tags:
+                raise ValueError(f"corpus.{split}.tags must be empty: only training text has tags")
+            if files.from_train and self.train.tags and "" not in self.train.tags:
+                raise ValueError(
+                    f"corpus.{split}.from_train={files.from_train} holds out pairs without a tag, but in "
+                    f"corpus.train.tags every file has one: name files in corpus.{split}"
+                )
+        tags = {tag for tag in self.train.tags if tag}
+        if odd := sorted(tag for tag in tags if not _PLAIN.fullmatch(tag)):
+            raise ValueError(f"corpus.train.tags: {odd[0]!r} must be of letters, digits and _")
+        if len(tags) > MOST_TAGS:
+            raise ValueError(f"corpus.train.tags has {len(tags)} different tags: {MOST_TAGS} at most have a symbol")
+
+    def _check_directions(self) -> None:
+        given = f"corpus.directions=[{', '.join(self.directions)}]"
+        if not self.directions:
+            for split in SPLITS:
+                if getattr(self, split).texts:
+                    raise ValueError(
+                        f"corpus.{split}.texts is for corpus.directions, which is empty: name directions there, such "
+                        "as [en-de, de-en], or name the files in source and target"
+                    )
+            return
+        for number, text in enumerate(self.directions):
+            try:
+                direction = Direction.of(text)
+            except ValueError as error:
+                raise ValueError(f"corpus.directions: {error}") from error
+            if odd := [language for language in direction if not _PLAIN.fullmatch(language)]:
+                raise ValueError(f"corpus.directions: language {odd[0]!r} must be of letters, digits and _")
+            if text in self.directions[:number]:
+                raise ValueError(f"{given} has {text} twice")
+        if (count := len({direction.target for direction in self.all_directions()})) > MOST_LANGUAGES:
+            raise ValueError(f"corpus.directions has {count} target languages: {MOST_LANGUAGES} at most have a symbol")
+        if self.examples.terms:
+            raise ValueError(
+                f"corpus.examples.terms={self.examples.terms:g} marks the source side of a text that {given} may use "
+                "both ways: set it to 0"
+            )
+        for split in SPLITS:
+            self._check_languages(split, given)
+
+    def _check_languages(self, split: str, given: str) -> None:
+        """Raise ValueError if the text of a split is not in the languages of the directions."""
+        files: FilesConfig = getattr(self, split)
+        if files.from_train and len(self.languages) > 2:
+            raise ValueError(
+                f"corpus.{split}.from_train={files.from_train} holds out pairs, but {given} has {len(self.languages)} "
+                f"languages: name files in corpus.{split}.texts"
+            )
+        if lacking := [language for language in self.languages if files.texts and language not in files.texts]:
+            raise ValueError(f"corpus.{split}.texts has no files of {lacking[0]}, a language of {given}")
+        in_two = bool(files.source or files.pairs) or self._is_of_hub(files)
+        if in_two and not files.from_train and set(self.languages) != set(self.direction):
+            raise ValueError(
+                f"corpus.{split} is text in corpus.source_language={self.source_language} and corpus.target_language="
+                f"{self.target_language}, which are not the languages of {given}: set these two, or name the files of "
+                f"each language in corpus.{split}.texts"
+            )
 
     def _check_weights(self) -> None:
         for reference, weight in self.mixture.items():
@@ -227,7 +350,11 @@ def _check_files(key: str, files: FilesConfig) -> None:
     if bool(files.source) != bool(files.target):
         lacking, given = ("target", "source") if files.source else ("source", "target")
         raise ValueError(f"{key}.{lacking} is empty, but {key}.{given} is not: name its files")
-    if files.from_train and (files.source or files.pairs):
+    if files.texts and (files.source or files.pairs):
+        raise ValueError(
+            f"{key}.texts and {key}.{'source' if files.source else 'pairs'} name files: choose one of the two"
+        )
+    if files.from_train and (files.source or files.pairs or files.texts):
         raise ValueError(f"{key} names files and has from_train={files.from_train}: choose one of the two")
     if files.columns:
         numbers = [column.isascii() and column.isdigit() for column in files.columns]
@@ -238,9 +365,23 @@ def _check_files(key: str, files: FilesConfig) -> None:
             )
         if all(numbers) and "0" in (column.lstrip("0") or "0" for column in files.columns):
             raise ValueError(f"{key}.columns=[{', '.join(files.columns)}]: columns are counted from 1")
-    num_files = len(files.source) + len(files.pairs)
-    if files.domains and len(files.domains) != num_files:
-        raise ValueError(
-            f"{key}.domains has {len(files.domains)} labels for {num_files} files: give one for each of {key}.source, "
-            f"then one for each of {key}.pairs"
-        )
+    counts = {language: len(names) for language, names in files.texts.items()}
+    first = next(iter(counts), "")
+    for language, count in counts.items():
+        if not count:
+            raise ValueError(f"{key}.texts.{language} is empty: name its files, or leave {language} out")
+        if count != counts[first]:
+            raise ValueError(
+                f"{key}.texts has {count} files of {language} but {counts[first]} of {first}: give as many of each, "
+                "since line n of a file belongs to line n of its counterparts"
+            )
+    num_files = len(files.source) + len(files.pairs) + counts.get(first, 0)
+    for name in ("domains", "tags"):
+        labels = getattr(files, name)
+        if labels and len(labels) != num_files:
+            where = (
+                f"each file of a language in {key}.texts"
+                if counts
+                else f"each of {key}.source, then one for each of {key}.pairs"
+            )
+            raise ValueError(f"{key}.{name} has {len(labels)} labels for {num_files} files: give one for {where}")

@@ -20,7 +20,7 @@ class Filters:
 
     def keep(self, pair: SentencePair) -> bool:
         """Return whether the text of a pair passes."""
-        reason = self._refusal(pair.source, pair.target)
+        reason = self._refusal(pair)
         if reason:
             self.dropped[reason] += 1
         return not reason
@@ -50,13 +50,13 @@ class Filters:
         }
         return ", ".join(f"{count:,} {why[name]} ({name})" for name, count in self.dropped.items() if count)
 
-    def _refusal(self, source: str, target: str) -> str:
-        config = self.config
+    def _refusal(self, pair: SentencePair) -> str:
+        config, source, target = self.config, pair.source, pair.target
         if config.blank and not (source.strip() and target.strip()):
             return "blank"
         if config.identical and source.strip() == target.strip():
             return "identical"
-        if config.duplicates and self._is_duplicate(source, target):
+        if config.duplicates and self._is_duplicate(pair):
             return "duplicates"
         if config.max_words or config.max_length_ratio:
             fewer, more = sorted((len(source.split()), len(target.split())))
@@ -66,8 +66,10 @@ class Filters:
                 return "max_length_ratio"
         return ""
 
-    def _is_duplicate(self, source: str, target: str) -> bool:
-        fingerprint = _fingerprint(source, target)
+    def _is_duplicate(self, pair: SentencePair) -> bool:
+        # The same text in other languages is another pair.
+        source = f"{pair.direction}\n{pair.source}" if pair.direction else pair.source
+        fingerprint = _fingerprint(source, pair.target)
         if fingerprint in self._seen:
             return True
         self._seen.add(fingerprint)

@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from nmt.config import CorpusConfig, FilesConfig
+from nmt.config import CorpusConfig, Direction, FilesConfig
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES
 
@@ -15,6 +15,10 @@ class SentencePair(NamedTuple):
     source: str
     target: str
     domain: str = ""
+    tag: str = ""
+    """Tag of its file; empty for none."""
+    direction: Direction | None = None
+    """None for a corpus in two languages, without `corpus.directions`."""
 
 
 @dataclass
@@ -24,7 +28,8 @@ class ReadReport:
     invalid_lines: int = 0
     """Lines that were not valid UTF-8; U+FFFD replaces the broken bytes."""
     empty_rows: int = 0
-    """Rows of files of pairs and of datasets that were left out because they are blank, or null on one side."""
+    """Rows of files of pairs and of datasets that were left out because they are blank, or null on one side. In a
+    corpus with directions, also pairs with a blank side."""
     notes: list[str] = field(default_factory=list)
     """One line each."""
 

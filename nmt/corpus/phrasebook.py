@@ -16,7 +16,7 @@ those is held out by its combination of words.
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from itertools import islice
 from math import prod
@@ -244,18 +244,29 @@ def phrasebook_slots(
     split: str, source_language: str, target_language: str, num_pairs: int, seed: int = 0
 ) -> Iterator[tuple[Phrase, list[Slot]]]:
     """Yield what `phrasebook` does, and where the values of each pair are: those that each side has once."""
+    return map(_phrase, _sentences(split, (source_language, target_language), num_pairs, seed))
+
+
+def phrasebook_texts(
+    split: str, languages: Sequence[str], num_phrases: int, seed: int = 0
+) -> Iterator[tuple[list[str], str]]:
+    """Yield each phrase in all of `languages`, and its domain: the content of `phrasebook`. Errors as there."""
+    sentences = _sentences(split, tuple(languages), num_phrases, seed)
+    return (([rendered.text for rendered in sentence.rendered], sentence.domain) for sentence in sentences)
+
+
+def _sentences(split: str, languages: tuple[str, ...], num_pairs: int, seed: int) -> Iterator[_Sentence]:
     if split not in SPLITS:
         raise ValueError(f"split is {split!r}; it must be one of {', '.join(SPLITS)}")
-    for language in (source_language, target_language):
+    for language in languages:
         if language not in LANGUAGES:
             raise ValueError(f"phrasebook language is {language!r}; it must be one of {', '.join(LANGUAGES)}")
-    if source_language == target_language:
-        raise ValueError(f"source and target language are both {source_language!r}; they must differ")
+    if len(set(languages)) < len(languages):
+        raise ValueError(f"source and target language are both {languages[0]!r}; they must differ")
     if num_pairs < 1:
         raise ValueError(f"num_pairs is {num_pairs}; it must be at least 1")
     _load(resource_dir("data/phrasebook"))  # here, so that a broken frame is reported by the call itself
-    generated = islice(_generate(split, (source_language, target_language), seed), num_pairs)
-    return (_phrase(sentence) for sentence in generated)
+    return islice(_generate(split, languages, seed), num_pairs)
 
 
 def _phrase(sentence: _Sentence) -> tuple[Phrase, list[Slot]]:

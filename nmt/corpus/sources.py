@@ -5,10 +5,12 @@ a JSON, Parquet or hub row.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from nmt.config import CorpusConfig, FilesConfig
+from nmt.config import CorpusConfig, Direction, FilesConfig
+from nmt.config.corpus import SPLITS
 from nmt.corpus.hub import hub_files, hub_pairs
 from nmt.corpus.pairs import Columns, ReadReport, SentencePair
 from nmt.corpus.tables import read_table
@@ -16,29 +18,78 @@ from nmt.errors import DataError
 from nmt.resources import resource_dir
 from nmt.textfile import open_input, open_text
 
-SPLITS = ("train", "dev", "test")
 PHRASEBOOK_PAIRS = {"train": 30000, "dev": 500, "test": 1000}
+
+
+class _Row(NamedTuple):
+    """The texts of one line, by language."""
+
+    texts: Mapping[str, str]
+    domain: str
+    tag: str
 
 
 def read_pairs(corpus: CorpusConfig, split: str, report: ReadReport | None = None) -> Iterator[SentencePair]:
     """Yield the pairs of "train", "dev" or "test", unfiltered; nothing if the corpus has no such split.
 
     A split that is held out of the training text yields nothing here: its pairs are part of "train".
+
+    In a corpus with directions, each two languages of a line of "train" are one pair, in the direction of
+    `CorpusConfig.language_pairs`. A line of "dev" or "test" is a pair in each direction, before the next line. Pairs
+    with a blank side are left out and counted, because a line may lack a language.
     """
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
     _refuse_ignored_files(corpus)
     report = report or ReadReport()
+    limit = (corpus.max_pairs if split == "train" else 0) or None
     if getattr(corpus, split).from_train:
-        pairs: Iterator[SentencePair] = iter(())
-    elif corpus.source == "phrasebook":
-        pairs = _phrasebook_pairs(corpus, split)
-    elif corpus.source == "files" or _named_files(corpus, split):
-        pairs = _file_pairs(corpus, split, report)
-    else:
-        pairs = hub_pairs(corpus, split, report)
-    limit = corpus.max_pairs if split == "train" else 0
-    return itertools.islice(pairs, limit or None)
+        return iter(())
+    if not corpus.directions:
+        return itertools.islice(_pairs_in_two(corpus, split, report), limit)
+    directions = corpus.language_pairs() if split == "train" else corpus.all_directions()
+    return _in_directions(itertools.islice(_rows(corpus, split, report), limit), directions, report)
+
+
+def _pairs_in_two(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
+    """Yield the pairs of a split in the two languages of the settings."""
+    if corpus.source == "phrasebook":
+        from nmt.corpus.phrasebook import phrasebook
+
+        phrases = phrasebook(split, *corpus.direction, _num_phrases(corpus, split))
+        return (SentencePair(phrase.source, phrase.target, phrase.domain) for phrase in phrases)
+    if corpus.source == "files" or _named_files(corpus, split):
+        return _file_pairs(corpus, split, report)
+    return hub_pairs(corpus, split, report)
+
+
+def _rows(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[_Row]:
+    """Yield the lines of a split of a corpus with directions."""
+    if corpus.source == "phrasebook":
+        from nmt.corpus.phrasebook import phrasebook_texts
+
+        phrases = phrasebook_texts(split, corpus.languages, _num_phrases(corpus, split))
+        return (_Row(dict(zip(corpus.languages, texts, strict=True)), domain, "") for texts, domain in phrases)
+    if getattr(corpus, split).texts:
+        return _text_rows(corpus, split, report)
+    source, target = corpus.direction
+    pairs = _pairs_in_two(corpus, split, report)
+    return (_Row({source: pair.source, target: pair.target}, pair.domain, pair.tag) for pair in pairs)
+
+
+def _in_directions(rows: Iterable[_Row], directions: list[Direction], report: ReadReport) -> Iterator[SentencePair]:
+    for row in rows:
+        there = {language for language, text in row.texts.items() if text.strip()}
+        for direction in directions:
+            source, target = direction
+            if source in there and target in there:
+                yield SentencePair(row.texts[source], row.texts[target], row.domain, row.tag, direction)
+            else:
+                report.empty_rows += 1
+
+
+def _num_phrases(corpus: CorpusConfig, split: str) -> int:
+    return corpus.max_pairs if split == "train" and corpus.max_pairs else PHRASEBOOK_PAIRS[split]
 
 
 def source_files(corpus: CorpusConfig) -> list[Path]:
@@ -62,47 +113,47 @@ def _refuse_ignored_files(corpus: CorpusConfig) -> None:
     ignored = {"files": (), "phrasebook": SPLITS}.get(corpus.source, ("train",))
     for split in ignored:
         files: FilesConfig = getattr(corpus, split)
-        if files.source or files.target or files.pairs:
+        if files.source or files.target or files.pairs or files.texts:
             raise DataError(
                 f"corpus.{split} names files, but corpus.source={corpus.source} would not read them: "
                 f"set corpus.source=files or leave corpus.{split} empty"
             )
 
 
-def _phrasebook_pairs(corpus: CorpusConfig, split: str) -> Iterator[SentencePair]:
-    from nmt.corpus.phrasebook import phrasebook
-
-    num_pairs = PHRASEBOOK_PAIRS[split]
-    if split == "train" and corpus.max_pairs:
-        num_pairs = corpus.max_pairs
-    for phrase in phrasebook(split, corpus.source_language, corpus.target_language, num_pairs):
-        yield SentencePair(phrase.source, phrase.target, phrase.domain)
-
-
 # ------------------------------------------------------------------------------------------------ files
 
 
 def _named_files(corpus: CorpusConfig, split: str) -> list[tuple[Path, str]]:
-    """Return every file of a split with the configuration key that names it."""
+    """Return every file of a split that is read, with the configuration key that names it."""
     files: FilesConfig = getattr(corpus, split)
-    root = Path(corpus.root)
-    return [
-        (root / name, f"corpus.{split}.{side}")
-        for side in ("source", "target", "pairs")
-        for name in getattr(files, side)
-    ]
+    named = {"source": files.source, "target": files.target, "pairs": files.pairs}
+    named |= {f"texts.{language}": files.texts.get(language, []) for language in corpus.languages}
+    return [(Path(corpus.root) / name, f"corpus.{split}.{side}") for side, names in named.items() for name in names]
 
 
 def _check_readable(path: Path, key: str, corpus: CorpusConfig) -> None:
     try:
         open_input(path, key).close()
     except DataError as error:
-        _, split, side = key.split(".")
-        whole = ",".join(getattr(getattr(corpus, split), side))
+        _, split, *side = key.split(".")
+        files: FilesConfig = getattr(corpus, split)
+        whole = ",".join(files.texts[side[1]] if side[0] == "texts" else getattr(files, side[0]))
         # On the command line, an unquoted comma splits one name into two.
         if "," in whole and (Path(corpus.root) / whole).is_file():
             raise DataError(f"{error}; or if {whole} is one file, put quotes around it: {key}=['{whole}']") from error
         raise
+
+
+class _Label(NamedTuple):
+    """What the settings say about a file."""
+
+    domain: str
+    tag: str
+
+
+def _labels(files: FilesConfig, num_files: int) -> Iterator[_Label]:
+    blank = [""] * num_files
+    return map(_Label, files.domains or blank, files.tags or blank)
 
 
 def _file_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
@@ -110,39 +161,70 @@ def _file_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterato
     root = Path(corpus.root)
     for path, key in _named_files(corpus, split):
         _check_readable(path, key, corpus)
-    labels = iter(files.domains or [""] * (len(files.source) + len(files.pairs)))
-    sources = [(root / name, next(labels)) for name in files.source]
-    targets = [root / name for name in files.target]
-    # Lists of equal length are read file by file, so that an error names the file with the missing line.
-    if len(sources) == len(targets):
-        groups = [([source], [target]) for source, target in zip(sources, targets, strict=True)]
-    else:
-        groups = [(sources, targets)]
-    for source_group, target_group in groups:
-        yield from _aligned(source_group, target_group, split, report)
-    columns = Columns(corpus, split)
+    labels = _labels(files, len(files.source) + len(files.pairs))
+    columns = {
+        "source": [(root / name, next(labels)) for name in files.source],
+        "target": [(root / name, _Label("", "")) for name in files.target],
+    }
+    for (source, target), label in _aligned(columns, split, report):
+        yield SentencePair(source, target, *label)
+    table_columns = Columns(corpus, split)
     for name, label in zip(files.pairs, labels, strict=True):
-        for pair in read_table(root / name, f"corpus.{split}.pairs", columns, report):
-            yield pair if pair.domain else pair._replace(domain=label)
+        for pair in read_table(root / name, f"corpus.{split}.pairs", table_columns, report):
+            yield pair._replace(domain=pair.domain or label.domain, tag=label.tag)
 
 
-def _aligned(
-    sources: list[tuple[Path, str]], targets: list[Path], split: str, report: ReadReport
-) -> Iterator[SentencePair]:
-    """Pair line n of the source files, each given with its domain, with line n of the target files."""
-    source_lines = (
-        (line, domain) for path, domain in sources for line in _lines(path, f"corpus.{split}.source", report)
+def _text_rows(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[_Row]:
+    files: FilesConfig = getattr(corpus, split)
+    for path, key in _named_files(corpus, split):
+        _check_readable(path, key, corpus)
+    labels = list(_labels(files, len(files.texts[corpus.languages[0]])))
+    columns = {
+        f"texts.{language}": [
+            (Path(corpus.root) / name, label) for name, label in zip(files.texts[language], labels, strict=True)
+        ]
+        for language in corpus.languages
+    }
+    for texts, label in _aligned(columns, split, report):
+        yield _Row(dict(zip(corpus.languages, texts, strict=True)), *label)
+
+
+_Files = list[tuple[Path, _Label]]
+
+
+def _aligned(columns: dict[str, _Files], split: str, report: ReadReport) -> Iterator[tuple[tuple[str, ...], _Label]]:
+    """Yield line n of all columns of text, each in files, with the label of the first column's file."""
+    sides = list(columns)
+    # Lists of equal length are read file by file, so that an error names the file with the missing line.
+    if len({len(files) for files in columns.values()}) == 1:
+        groups: list[list[_Files]] = [[[file] for file in each] for each in zip(*columns.values(), strict=True)]
+    else:
+        groups = [list(columns.values())]
+    for group in groups:
+        readers = [
+            _labelled_lines(files, f"corpus.{split}.{side}", report) for side, files in zip(sides, group, strict=True)
+        ]
+        for number, lines in enumerate(itertools.zip_longest(*readers)):
+            if None in lines:
+                counts = [
+                    number + sum(1 for _ in itertools.chain([line] if line else [], reader))
+                    for line, reader in zip(lines, readers, strict=True)
+                ]
+                raise DataError(_misaligned(group, counts, split))
+            yield tuple(text for text, _ in lines), lines[0][1]
+
+
+def _misaligned(group: list[_Files], counts: list[int], split: str) -> str:
+    other = next(place for place, count in enumerate(counts) if count != counts[0])
+    names = [" + ".join(str(path) for path, _ in group[place]) for place in (0, other)]
+    return (
+        f"corpus.{split}: {counts[0]} lines in {names[0]} but {counts[other]} in {names[1]}: line n of one must "
+        "translate line n of the other"
     )
-    target_lines = (line for path in targets for line in _lines(path, f"corpus.{split}.target", report))
-    for number, (source, target) in enumerate(itertools.zip_longest(source_lines, target_lines)):
-        if source is None or target is None:
-            longer = number + 1 + sum(1 for _ in (target_lines if source is None else source_lines))
-            num_sources, num_targets = (number, longer) if source is None else (longer, number)
-            raise DataError(
-                f"corpus.{split}: {num_sources} lines in {' + '.join(str(path) for path, _ in sources)} but "
-                f"{num_targets} in {' + '.join(map(str, targets))}: line n of one must translate line n of the other"
-            )
-        yield SentencePair(source[0], target, source[1])
+
+
+def _labelled_lines(files: _Files, key: str, report: ReadReport) -> Iterator[tuple[str, _Label]]:
+    return ((line, label) for path, label in files for line in _lines(path, key, report))
 
 
 def _lines(path: Path, key: str, report: ReadReport) -> Iterator[str]:

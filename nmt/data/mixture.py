@@ -68,6 +68,7 @@ class Corpora:
         if all("longest_source_pieces" in manifest for manifest in manifests):  # older preparations have none
             record["longest_source_pieces"] = max(manifest["longest_source_pieces"] for manifest in manifests)
         record["symbols"] = [*dict.fromkeys(chain.from_iterable(each.get("symbols", []) for each in manifests))]
+        record |= self.symbols.to_dict()
         if self._corpus.mixture:
             record["mixture"] = [prepared.fingerprint for prepared in self._all[1:]]
         return record

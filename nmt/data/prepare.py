@@ -5,8 +5,7 @@ The folder is written whole or not at all (`nmt.files.folder_atomically`), so a 
 
 import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from itertools import chain, islice
@@ -16,18 +15,24 @@ from typing import Any
 import numpy as np
 
 from nmt.config import CorpusConfig, ExamplesConfig
+from nmt.config.corpus import SPLITS
 from nmt.corpus.filters import Filters, HoldOut
 from nmt.corpus.pairs import ReadReport, SentencePair
-from nmt.corpus.sources import SPLITS, read_pairs, source_files
+from nmt.corpus.sources import read_pairs, source_files
 from nmt.data.examples import SYMBOLS, ExampleWriter
 from nmt.data.held_out import describe_cut, encode_pairs
+from nmt.data.kinds import Kind, longest_source, part_records
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, ShardWriter, file_record
-from nmt.data.subwords import Subwords, list_characters, train_subwords
+from nmt.data.spools import Spools
+from nmt.data.subwords import Subwords, train_subwords
+from nmt.data.summary import Fit, summary
+from nmt.data.symbols import Symbols
+from nmt.data.vocabulary import Inherited, why_other
 from nmt.errors import DataError, StorageError
 from nmt.files import folder_atomically, remove
 from nmt.lock import Held, locked
-from nmt.wording import brief, counted
+from nmt.wording import counted
 
 HELD_OUT = ("dev", "test")
 _MOST_PAIRS = 1_000_000  # of dev or test
@@ -89,26 +94,29 @@ class _Preparation:
         self.filters = Filters(corpus.filters)
         self.hold_out = HoldOut(corpus.dev.from_train, corpus.test.from_train)
         self.reports = {split: ReadReport() for split in SPLITS}
-        self.characters_in_bytes: Counter[str] = Counter()
-        self.num_lines_in_bytes = 0
+        self.fit = Fit()
         self.num_examples = dict.fromkeys(SYMBOLS, 0)
-        self.spools = {side: folder / f"{side}.spool" for side in SIDES}
+        self.inherited = Inherited.of(corpus.subwords.vocabulary) if corpus.subwords.inherits else None
+        self.symbols = self.named_symbols()
+        self.spools = Spools(folder, Kind.of(corpus), self.hold_out)
 
     def run(self) -> None:
         """Prepare the corpus; each step writes its files into the folder."""
         sources = [(path, _stat(path)) for path in source_files(self.corpus)]
         # The small splits come first, so that a mistake in their settings shows at once and not after an hour.
         texts = [name for split in HELD_OUT for name in self.write_text(split)]
-        num_read, num_spooled = self.spool()
+        num_read = self.spool()
+        num_held = 0
         if self.hold_out.wanted:
-            texts += self.write_held_out(num_spooled)
-            num_spooled -= self.hold_out.num_copies
-        num_learnt = self.learn_subwords(num_spooled)
+            texts += self.write_held_out()
+            num_held = self.spools.hold_back()
+        vocabulary = self.make_vocabulary()
         subwords = Subwords.load(self.folder / VOCABULARY)
-        writer = self.encode(subwords, num_spooled)
-        for spool in self.spools.values():
-            spool.unlink()
-        self.check_kept(num_read, writer.num_pairs)
+        for part in part_records(self.corpus, self.spools.num_pairs):  # an old vocabulary may have no symbols
+            self.symbols.prefix(subwords, part["target"], part["tag"])
+        writers = self.encode(subwords)
+        self.spools.remove()
+        self.check_left(num_read, {kind: writer.num_pairs for kind, writer in writers.items()})
         self.warn_of_long_lines(subwords)
         seconds = time.monotonic() - self.started
         manifest = {
@@ -116,26 +124,49 @@ class _Preparation:
             "corpus": asdict(self.corpus),
             "sources": [_source_record(path, before) for path, before in sources],
             "pairs_read": num_read,
-            "pairs_kept": writer.num_pairs,
+            "pairs_kept": sum(writer.num_pairs for writer in writers.values()),
             "dropped": self.filters.dropped,
-            "held_out": self.hold_out.num_copies,
+            "held_out": num_held,
             "empty_rows": {split: report.empty_rows for split, report in self.reports.items()},
             "invalid_utf8_lines": {split: report.invalid_lines for split, report in self.reports.items()},
-            "source_pieces": writer.num_pieces["source"],
-            "target_pieces": writer.num_pieces["target"],
-            "longest_source_pieces": writer.longest["source"],
+            **{f"{side}_pieces": sum(writer.num_pieces[side] for writer in writers.values()) for side in SIDES},
+            "longest_source_pieces": longest_source(self.corpus, writers),
             "vocabulary_size": subwords.size,
-            "vocabulary_sentences": num_learnt,
-            "lines_in_bytes": self.num_lines_in_bytes,
-            "characters_in_bytes": dict(self.characters_in_bytes.most_common()),
+            **vocabulary,
+            "lines_in_bytes": self.fit.lines_in_bytes,
+            "characters_in_bytes": dict(self.fit.characters_in_bytes.most_common()),
             "examples": self.num_examples,
             "symbols": [kind for kind, count in self.num_examples.items() if count],
+            **self.meanings(writers),
             "files": {name: file_record(self.folder / name) for name in sorted((VOCABULARY, *texts))},
-            "shards": {"train": writer.record()},
+            "shards": {kind.shards: writer.record() for kind, writer in writers.items()},
             "seconds": round(seconds, 1),
         }
-        self.report(manifest)
+        notes = [note for report in self.reports.values() for note in report.notes]
+        for line in summary(self.corpus, manifest, self.filters.describe(), self.hold_out.wanted, notes, self.fit):
+            self.log(line)
         (self.folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
+
+    def named_symbols(self) -> Symbols:
+        """Return the meanings of the symbols: those of the inherited vocabulary come first.
+
+        A corpus in two languages names its target language only if the vocabulary has languages already.
+        """
+        before = self.inherited.symbols if self.inherited else Symbols()
+        languages: Iterable[str] = ()
+        if self.corpus.directions or before.languages:
+            languages = (direction.target for direction in self.corpus.all_directions())
+        try:
+            return before.extended(languages, filter(None, self.corpus.train.tags))
+        except DataError as error:
+            raise DataError(f"corpus.subwords.vocabulary={self.corpus.subwords.vocabulary}: {error}") from error
+
+    def meanings(self, kinds: Iterable[Kind]) -> dict[str, Any]:
+        """Return what the manifest records of symbols and parts: nothing for a corpus in two languages without tags."""
+        record: dict[str, Any] = self.symbols.to_dict() if self.symbols != Symbols() else {}
+        if self.corpus.directions or any(self.corpus.train.tags):
+            record["parts"] = part_records(self.corpus, kinds)
+        return record
 
     def write_text(self, split: str) -> list[str]:
         """Write dev or test as text, and return the names of its files.
@@ -152,20 +183,24 @@ class _Preparation:
         return names
 
     def write_pairs(self, split: str, pairs: Iterable[SentencePair]) -> list[str]:
-        """Write the text of dev or test: one file per side, and one of domains if there are any. Return their names."""
-        paths = [self.folder / f"{split}.{side}.txt" for side in (*SIDES, "domain")]
+        """Write the text of dev or test, and return the names of the files.
+
+        There is one file per side, one of domains if there are any, and one of directions in a corpus with directions.
+        """
+        paths = [self.folder / f"{split}.{side}.txt" for side in (*SIDES, "domain", "direction")]
         num_pairs = num_bytes = num_blank = 0
-        has_domains = False
+        used = {paths[0], paths[1], *(paths[3:] if self.corpus.directions else ())}
         with ExitStack() as files:
             streams = [files.enter_context(path.open("wb")) for path in paths]
             for pair in pairs:
-                lines = [f"{text}\n".encode() for text in pair]
+                lines = [f"{text}\n".encode() for text in (*pair[:3], pair.direction or "")]
                 for stream, line in zip(streams, lines, strict=True):
                     stream.write(line)
                 num_pairs += 1
                 num_bytes += sum(map(len, lines))
                 num_blank += not (pair.source.strip() and pair.target.strip())
-                has_domains |= bool(pair.domain)
+                if pair.domain:
+                    used.add(paths[2])
                 # A run loads this text into memory.
                 if num_pairs > _MOST_PAIRS or num_bytes > _MOST_BYTES:
                     raise DataError(
@@ -176,25 +211,33 @@ class _Preparation:
             raise DataError(f"corpus.{split}: all of its {num_pairs:,} pairs have a blank side: name other files")
         if num_blank:
             self.log(f"{self.corpus.name}: {num_blank:,} of {num_pairs:,} pairs of {split} have a blank side")
-        kept = paths if has_domains else paths[:2]
-        if not num_pairs:
-            kept = []
+        kept = [path for path in paths if path in used and num_pairs]
         for path in paths:
             if path not in kept:
                 path.unlink()
         return [path.name for path in kept]
 
-    def write_held_out(self, num_spooled: int) -> list[str]:
+    def write_held_out(self) -> list[str]:
         """Write the pairs held out from the training text as dev and test, and return the names of the files."""
         settings = [f"corpus.{split}.from_train={getattr(self.corpus, split).from_train}" for split in HELD_OUT]
-        if self.hold_out.num_copies >= num_spooled:
-            raise DataError(f"{' and '.join(settings)} leave none of {num_spooled:,} training pairs: hold out fewer")
+        if self.hold_out.num_copies >= self.spools.total:
+            raise DataError(
+                f"{' and '.join(settings)} leave none of {self.spools.total:,} training pairs: hold out fewer"
+            )
         names = []
         for split in HELD_OUT:
             if pairs := self.hold_out.pairs(split):
-                names += self.write_pairs(split, pairs)
+                names += self.write_pairs(split, chain.from_iterable(map(self.in_all_directions, pairs)))
                 self.log(f"{self.corpus.name}: {counted(len(pairs), 'pair')} held out of the training text for {split}")
         return names
+
+    def in_all_directions(self, pair: SentencePair) -> list[SentencePair]:
+        """Return a pair of the training text in each direction of the corpus between its languages."""
+        if pair.direction is None:
+            return [pair]
+        back = pair._replace(source=pair.target, target=pair.source, direction=pair.direction.reverse)
+        both = {pair.direction: pair, pair.direction.reverse: back}
+        return [both[direction] for direction in self.corpus.all_directions()]
 
     def warn_of_long_lines(self, subwords: Subwords) -> None:
         """Log which pairs of dev and test are too long to be scored whole."""
@@ -205,71 +248,72 @@ class _Preparation:
                 if told := describe_cut(encode_pairs(subwords, *texts).cut):
                     self.log(f"{self.corpus.name}: {split}: {told}")
 
-    def spool(self) -> tuple[int, int]:
-        """Write the filtered training text to one plain file per side. Return (pairs read, pairs written)."""
-        num_read = num_spooled = 0
-        with self.spools["source"].open("wb") as sources, self.spools["target"].open("wb") as targets:
+    def spool(self) -> int:
+        """Write the filtered training text to plain files. Return the number of pairs read."""
+        num_read = 0
+        with self.spools:
             for pair in read_pairs(self.corpus, "train", self.reports["train"]):
                 num_read += 1
                 if self.filters.keep(pair):
-                    num_spooled += 1
-                    sources.write(f"{pair.source}\n".encode())
-                    targets.write(f"{pair.target}\n".encode())
-                    if self.hold_out.wanted:
-                        self.hold_out.offer(pair)
+                    self.spools.append(pair)
                 if num_read % 10000 == 0:
                     self.progress(f"{num_read:,} pairs read")
-        self.check_kept(num_read, num_spooled)
-        return num_read, num_spooled
+        if not num_read:
+            named = ": name its files in corpus.train" if self.corpus.source == "files" else ""
+            raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}{named}")
+        self.check_left(num_read, self.spools.num_pairs)
+        return num_read
 
-    def learn_subwords(self, num_spooled: int) -> int:
-        """Learn the vocabulary from pairs spread evenly over the corpus. Return the number of sentences used."""
-        num_sampled = min(num_spooled, max(1, self.corpus.subwords.training_sentences // 2))
+    def make_vocabulary(self) -> dict[str, Any]:
+        """Learn the vocabulary from pairs spread evenly over the corpus, or take over another one.
+
+        Return what the manifest records: where it came from, or the number of sentences it was learned from.
+        """
+        if self.inherited:
+            (self.folder / VOCABULARY).write_bytes(self.inherited.model)
+            return {"vocabulary_sentences": 0, "vocabulary": self.inherited.record()}
+        num_sampled = min(self.spools.total, max(1, self.corpus.subwords.training_sentences // 2))
         self.log(f"{self.corpus.name}: learning the vocabulary from {2 * num_sampled:,} sentences")
-        sample = self.sample(num_sampled, num_spooled)
-        train_subwords(chain.from_iterable(sample), self.corpus.subwords, self.folder / VOCABULARY)
-        return 2 * num_sampled
+        sample = chain.from_iterable(self.spools.sample(num_sampled))
+        train_subwords(sample, self.corpus.subwords, self.folder / VOCABULARY)
+        return {"vocabulary_sentences": 2 * num_sampled}
 
-    def sample(self, num_sampled: int, num_spooled: int) -> Iterator[tuple[str, str]]:
-        """Yield `num_sampled` of the spooled pairs, spread evenly over them."""
-        taken = 0
-        for number, pair in enumerate(self.spooled()):
-            # After n pairs, the sample has n * num_sampled / num_spooled of them, rounded down.
-            if (number + 1) * num_sampled // num_spooled > taken:
-                taken += 1
-                yield pair
-
-    def encode(self, subwords: Subwords, num_spooled: int) -> ShardWriter:
-        """Encode the spooled pairs and write the training arrays. Return their writer, closed."""
-        pairs = self.spooled()
+    def encode(self, subwords: Subwords) -> dict[Kind, ShardWriter]:
+        """Encode the spooled pairs and write the training arrays. Return their writers, closed, by kind."""
+        examples = self.example_writer(subwords)
+        writers: dict[Kind, ShardWriter] = {}
         num_encoded = 0
-        examples = self.example_writer(subwords, num_spooled)
-        with ShardWriter(self.folder, subwords.size) as writer:
-            while chunk := list(islice(pairs, _CHUNK)):
-                sources = subwords.encode_batch([source for source, _ in chunk])
-                targets = subwords.encode_batch([target for _, target in chunk])
-                kept = [
-                    place
-                    for place, pair in enumerate(zip(sources, targets, strict=True))
-                    if self.filters.keep_encoded(len(pair[0]), len(pair[1]))
-                ]
-                if examples:
-                    self.put_examples(examples, subwords, chunk, kept, sources, targets)
-                writer.append([sources[place] for place in kept], [targets[place] for place in kept])
-                for line in chain.from_iterable(chunk):
-                    if unlearned := subwords.unlearned(line):
-                        self.characters_in_bytes.update(unlearned)
-                        self.num_lines_in_bytes += 1
-                num_encoded += len(chunk)
-                self.progress(f"{num_encoded:,} of {num_spooled:,} pairs encoded")
-        return writer
+        for kind in self.spools.num_pairs:
+            pairs = self.spools.pairs(kind)
+            with ShardWriter(self.folder, subwords.size, kind.shards) as writers[kind]:
+                while chunk := list(islice(pairs, _CHUNK)):
+                    self.encode_chunk(chunk, subwords, examples, writers[kind])
+                    num_encoded += len(chunk)
+                    self.progress(f"{num_encoded:,} of {self.spools.total:,} pairs encoded")
+        return writers
 
-    def example_writer(self, subwords: Subwords, num_spooled: int) -> ExampleWriter | None:
+    def encode_chunk(
+        self, chunk: list[tuple[str, str]], subwords: Subwords, examples: ExampleWriter | None, writer: ShardWriter
+    ) -> None:
+        """Encode some pairs and write those that pass the filters."""
+        sources = subwords.encode_batch([source for source, _ in chunk])
+        targets = subwords.encode_batch([target for _, target in chunk])
+        kept = [
+            place
+            for place, pair in enumerate(zip(sources, targets, strict=True))
+            if self.filters.keep_encoded(len(pair[0]), len(pair[1]))
+        ]
+        self.fit.add(subwords, chain.from_iterable(chunk), chain(sources, targets))
+        if examples:
+            self.put_examples(examples, subwords, chunk, kept, sources, targets)
+        writer.append([sources[place] for place in kept], [targets[place] for place in kept])
+
+    def example_writer(self, subwords: Subwords) -> ExampleWriter | None:
         """Return what rewrites pairs with symbols; None if the settings do not ask for any."""
         if self.corpus.examples == ExamplesConfig():
             return None
-        num_counted = min(num_spooled, _COUNTED)
-        return ExampleWriter(self.corpus.examples, subwords, lambda: self.sample(num_counted, num_spooled))
+        num_counted = min(self.spools.total, _COUNTED)
+        return ExampleWriter(self.corpus.examples, subwords, lambda: self.spools.sample(num_counted))
 
     def put_examples(
         self,
@@ -293,64 +337,21 @@ class _Preparation:
                 sources[place], targets[place] = source, target
                 self.num_examples[example.kind] += 1
 
-    def spooled(self) -> Iterator[tuple[str, str]]:
-        """Yield (source, target) of the filtered training text, without the pairs held out from it."""
-        with self.spools["source"].open("rb") as sources, self.spools["target"].open("rb") as targets:
-            for source, target in zip(sources, targets, strict=True):
-                pair = source[:-1].decode(), target[:-1].decode()
-                if not (self.hold_out.wanted and self.hold_out.holds(*pair)):
-                    yield pair
-
-    def check_kept(self, num_read: int, num_kept: int) -> None:
-        """Raise DataError if no training pair was read or kept."""
-        if not num_read:
-            named = ": name its files in corpus.train" if self.corpus.source == "files" else ""
-            raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}{named}")
-        if not num_kept:
+    def check_left(self, num_read: int, num_pairs: Mapping[Kind, int]) -> None:
+        """Raise DataError if no training pair is left, or none of two languages or of a tag."""
+        if not any(num_pairs.values()):
             raise DataError(f"corpus.filters leave none of {num_read:,} training pairs: {self.filters.describe()}")
+        if empty := [str(kind) or "text without a tag" for kind, count in num_pairs.items() if not count]:
+            raise DataError(
+                f"corpus.train has no pair of {empty[0]} that passes corpus.filters: give text for it, or leave it out "
+                "of corpus.directions and corpus.train.tags"
+            )
 
     def progress(self, text: str) -> None:
         """Log the progress, at most once every ten seconds."""
         if time.monotonic() - self.last_progress >= _PROGRESS_SECONDS:
             self.last_progress = time.monotonic()
             self.log(f"{self.corpus.name}: {text}")
-
-    def report(self, manifest: dict[str, Any]) -> None:
-        """Log a summary in a few lines."""
-        subwords, dropped = self.corpus.subwords, self.filters.describe()
-        self.log(
-            f"{self.corpus.name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
-            + (f", {manifest['held_out']:,} held out" if manifest["held_out"] else "")
-            + (f"; dropped: {dropped}" if dropped else "")
-        )
-        if manifest["held_out"] > self.hold_out.wanted:
-            more = manifest["held_out"] - self.hold_out.wanted
-            self.log(f"{self.corpus.name}: {more:,} copies of the held-out pairs removed from the training text")
-        if empty := _counts(manifest["empty_rows"]):
-            self.log(f"{self.corpus.name}: rows left out because they are blank or lack a text: {empty}")
-        if invalid := _counts(manifest["invalid_utf8_lines"]):
-            self.log(f"{self.corpus.name}: lines that were not valid UTF-8, invalid bytes replaced: {invalid}")
-        for note in (note for report in self.reports.values() for note in report.notes):
-            self.log(f"{self.corpus.name}: {note}")
-        self.log(
-            f"vocabulary: {manifest['vocabulary_size']:,} {subwords.kind} subwords from "
-            f"{manifest['vocabulary_sentences']:,} sentences"
-        )
-        if self.characters_in_bytes:
-            self.log(
-                f"{len(self.characters_in_bytes):,} characters, in {self.num_lines_in_bytes:,} lines, are not in the "
-                f"vocabulary and are encoded as bytes: {list_characters(self.characters_in_bytes)}"
-            )
-        if shown := _counts(self.num_examples):
-            self.log(f"{self.corpus.name}: pairs rewritten with symbols: {shown}")
-        self.log(
-            f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
-            f"subwords, {manifest['seconds']:.0f} s"
-        )
-
-
-def _counts(counts: dict[str, int]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
 def _stat(path: Path) -> tuple[int, int]:
@@ -386,7 +387,7 @@ def _why_stale(path: Path, corpus: CorpusConfig) -> str:
         )
         if not same:
             return f"{source} has changed"
-    return ""
+    return why_other(prepared.manifest["vocabulary"]) if "vocabulary" in prepared.manifest else ""
 
 
 def _is_verified(path: Path) -> bool:

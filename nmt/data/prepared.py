@@ -2,13 +2,16 @@
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import asdict
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from nmt.config import CorpusConfig, Direction, ExamplesConfig
+from nmt.config.corpus import SPLITS
 from nmt.config.reading import parse_yaml, read_settings
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
 from nmt.data.subwords import Subwords
@@ -25,6 +28,7 @@ _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
 _OF_TRAINING = ("mixture", "weight", "temperature")
 """Settings of the corpus that change how a run draws from prepared text, not the text."""
+_MEANINGS = ("languages", "tags")
 FACTS = {
     "pairs_read": int,
     "pairs_kept": int,
@@ -34,26 +38,41 @@ FACTS = {
     "vocabulary_size": int,
 }
 """Counts in a manifest that a run records too, with their types."""
+_OPTIONAL = {
+    "parts": [{"name": str, "source": str, "target": str, "tag": str, "shards": str, "swapped": bool}],
+    "vocabulary": {"from": str, "sha256": str},
+}
 _SHAPE = {
-    "corpus": {str: object},
+    "corpus": {"source_language": str, "target_language": str, str: object},
     "sources": [{"path": str, "mtime_ns": int, **_FILE}],
     **FACTS,
     "files": {VOCABULARY: _FILE, str: _FILE},
-    "shards": {"train": {"pairs": int, "dtype": str, "files": {str: _FILE}}},
+    "shards": {str: {"pairs": int, "dtype": str, "files": {str: _FILE}}},
 }
-TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*SIDES, "domain"))
+TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*SIDES, "domain", "direction"))
+_SHARDS = re.compile(r"train(\.[A-Za-z0-9_-]+)*")
+_NEWER: dict[str, tuple[Any, ...]] = {
+    "examples": (asdict(ExamplesConfig()),),
+    "directions": ([],),
+    "subwords.vocabulary": ("auto", "learn"),
+    **{f"{split}.{name}": (unused,) for split in SPLITS for name, unused in (("texts", {}), ("tags", []))},
+}
+"""Settings of a corpus that are newer than the first corpora, and their values if they are not used."""
 
 
 def prepared_path(corpus: CorpusConfig) -> Path:
     """Return the folder of the prepared corpus. Different settings of `nmt prepare` have different folders.
 
-    A section that is newer than the first corpora counts only if it is used, so that those are still found.
+    A setting that is newer than the first corpora counts only if it is used, so that those are still found.
     """
     section = asdict(corpus)
     for name in ("directory", *_OF_TRAINING):
         del section[name]
-    if corpus.examples == ExamplesConfig():
-        del section["examples"]
+    for key, unused in _NEWER.items():
+        *names, last = key.split(".")
+        inner = reduce(getitem, names, section)
+        if inner[last] in unused:
+            del inner[last]
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()
     return Path(corpus.directory) / f"{corpus.name}-{fingerprint[:8]}"
@@ -130,17 +149,21 @@ class Prepared:
             raise DataError(f"{path / MANIFEST} is damaged ({reason}): run nmt prepare again") from error
         if manifest["format"] != FORMAT:
             raise DataError(f"{path} was made by another version of this program: run nmt prepare again")
-        problem = differs(manifest, _SHAPE) or _strange_file(manifest["files"])
+        problem = differs(manifest, _SHAPE) or _strange_file(manifest["files"]) or _strange_part(manifest)
         if problem:
             raise DataError(f"{path / MANIFEST} is damaged ({problem}): run nmt prepare again")
         return cls(path, manifest)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Hash of the vocabulary and the training arrays. A run can only resume if these have not changed."""
-        files = self.manifest["files"] | self.manifest["shards"]["train"]["files"]
-        contents = [(name, files[name]["sha256"]) for name in sorted(files) if _is_trained_on(name)]
-        return hashlib.sha256(json.dumps(contents).encode()).hexdigest()
+        """Hash of the vocabulary, the meanings of its symbols, and the training arrays with their directions and tags.
+
+        A run can only resume if these have not changed.
+        """
+        files = self._files()
+        contents: list[Any] = [(name, files[name]["sha256"]) for name in sorted(files) if _is_trained_on(name)]
+        meanings = {key: self.manifest[key] for key in (*_MEANINGS, "parts") if self.manifest.get(key)}
+        return hashlib.sha256(json.dumps([*contents, meanings] if meanings else contents).encode()).hexdigest()
 
     def subwords(self) -> Subwords:
         """Load the vocabulary. DataError if it is damaged or does not fit the manifest."""
@@ -153,20 +176,35 @@ class Prepared:
             )
         return subwords
 
-    def train(self) -> ParallelShards:
-        """Map the encoded training pairs. DataError if their files do not fit the manifest."""
-        return ParallelShards.open(self.path, "train")
-
     @cached_property
     def symbols(self) -> Symbols:
         """Meanings of the corpus's reserved symbols. DataError if the manifest is damaged."""
         return Symbols.of(self.manifest, str(self.path / MANIFEST))
 
     def parts(self) -> list[Part]:
-        """Map the encoded training pairs, by direction and tag. DataError if their files do not fit the manifest."""
+        """Map the encoded training pairs, by direction and tag. DataError if their files do not fit the manifest.
+
+        Two directions between the same languages share their arrays.
+        """
         corpus = self.manifest["corpus"]
-        direction = Direction(corpus["source_language"], corpus["target_language"])
-        return [Part(str(direction), direction, "", self.train(), ())]
+        source, target = corpus["source_language"], corpus["target_language"]
+        whole = {"name": f"{source}-{target}", "source": source, "target": target, "tag": "", "swapped": False}
+        records = self.manifest.get("parts") or [whole | {"shards": "train"}]
+        opened = {name: ParallelShards.open(self.path, name) for name in self.manifest["shards"]}
+        subwords = self.subwords() if self.symbols != Symbols() else None
+        parts = []
+        for record in records:
+            shards, tag = opened[record["shards"]], record["tag"]
+            parts.append(
+                Part(
+                    record["name"],
+                    Direction(record["source"], record["target"]),
+                    tag,
+                    shards.swapped() if record["swapped"] else shards,
+                    self.symbols.prefix(subwords, record["target"], tag) if subwords else (),
+                )
+            )
+        return parts
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
         """Return (source lines, target lines, domains) of "dev" or "test"; a list is empty if it has no file.
@@ -181,6 +219,20 @@ class Prepared:
         if len(counts) > 1 or bool(sides[0]) != bool(sides[1]):
             raise DataError(f"{self.path}: the files of {split} have different numbers of lines: run nmt prepare again")
         return sides[0], sides[1], sides[2]
+
+    def directions(self, split: str) -> list[Direction]:
+        """Return the direction of each pair of "dev" or "test"; empty in a corpus without `corpus.directions`.
+
+        Errors as for `text`.
+        """
+        name = f"{split}.direction.txt"
+        lines = self._lines(name) if name in self.manifest["files"] else []
+        if lines and len(lines) != len(self.text(split)[0]):
+            raise DataError(f"{self.path}: the files of {split} have different numbers of lines: run nmt prepare again")
+        try:
+            return [Direction.of(line) for line in lines]
+        except ValueError as error:
+            raise DataError(f"{self.path / name} is damaged ({error}): run nmt prepare again") from error
 
     def _lines(self, name: str) -> list[str]:
         self._check(name, self.manifest["files"][name])
@@ -207,7 +259,9 @@ class Prepared:
         states = self._states()
         for name, record in self._files().items():
             self._check(name, record)
-        self.train().check_pieces(self.subwords().size)
+        size = self.subwords().size
+        for name in self.manifest["shards"]:
+            ParallelShards.open(self.path, name).check_pieces(size)
         if all(time.time() - state[3] / 1e9 > _UNSURE_SECONDS for state in states.values()):
             try:
                 write_atomically(self._record, json.dumps(states).encode())
@@ -219,7 +273,8 @@ class Prepared:
         return self.path.with_name(f".{self.path.name}.verified")
 
     def _files(self) -> dict[str, Any]:
-        return self.manifest["files"] | self.manifest["shards"]["train"]["files"]
+        shards = self.manifest["shards"].values()
+        return {name: record for files in (self.manifest, *shards) for name, record in files["files"].items()}
 
     def _states(self) -> dict[str, list[int]]:
         """Return (inode, size, mtime, ctime) by file. Any change of a file shows, since users cannot set its ctime."""
@@ -248,3 +303,15 @@ def _strange_file(names: dict[str, Any]) -> str:
     """Return a complaint about unknown file names, else "". A name must not lead out of the folder."""
     strange = [name for name in names if name not in (VOCABULARY, *TEXTS)]
     return f"files.{strange[0]} is not the name of one of its files" if strange else ""
+
+
+def _strange_part(manifest: dict[str, Any]) -> str:
+    """Return a complaint about arrays whose names lead elsewhere, or parts without arrays, else ""."""
+    if strange := [name for name in manifest["shards"] if not _SHARDS.fullmatch(name)]:
+        return f"shards.{strange[0]} is not the name of arrays"
+    for key, shape in _OPTIONAL.items():
+        if key in manifest and (problem := differs(manifest[key], shape, key)):
+            return problem
+    named = [part["shards"] for part in manifest.get("parts", [])] or ["train"]
+    missing = [name for name in named if name not in manifest["shards"]]
+    return f"shards.{missing[0]} is missing" if missing else ""

@@ -119,6 +119,14 @@ class ParallelShards:
             _check_offsets(folder / offsets_name, offsets[side], record["pairs"], len(pieces[side]))
         return cls(pieces, offsets)
 
+    def swapped(self) -> "ParallelShards":
+        """Return the same pairs, in the same arrays, from target to source."""
+        source, target = SIDES
+        return ParallelShards(
+            {source: self._pieces[target], target: self._pieces[source]},
+            {source: self._offsets[target], target: self._offsets[source]},
+        )
+
     def check_pieces(self, vocab_size: int) -> None:
         """Raise DataError if an id is not in a vocabulary of this size. Reads every page once."""
         for side, pieces_N in self._pieces.items():

@@ -4,7 +4,7 @@ A model of several directions learns the target language from a symbol before th
 shows the domain or origin of a pair, such as "bt" for back-translated text (Caswell et al. 2019).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,20 @@ class Symbols:
     def to_dict(self) -> dict[str, list[str]]:
         """Return what `of` reads."""
         return {"languages": list(self.languages), "tags": list(self.tags)}
+
+    def extended(self, languages: Iterable[str], tags: Iterable[str]) -> "Symbols":
+        """Return these meanings and, after them, those of new names. DataError if there are more than symbols."""
+        extended = {
+            "language": tuple(dict.fromkeys((*self.languages, *languages))),
+            "tag": tuple(dict.fromkeys((*self.tags, *tags))),
+        }
+        for kind, names in extended.items():
+            if len(names) > RESERVED[kind]:
+                raise DataError(
+                    f"the vocabulary has symbols for {RESERVED[kind]} {kind}s, but with those it has already there are "
+                    f"{len(names)} ({_listed(names)}): use fewer, or corpus.subwords.vocabulary=learn"
+                )
+        return Symbols(extended["language"], extended["tag"])
 
     def prefix(self, subwords: Subwords, target_language: str = "", tag: str = "") -> tuple[int, ...]:
         """Return the ids before a source: the symbol of the target language, if the corpus has several, then the tag.

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from nmt.config import Config
-from nmt.data.prepared import Prepared
-from nmt.data.shards import MANIFEST, ParallelShards
+from nmt.data.prepared import Part, Prepared
+from nmt.data.shards import MANIFEST
 from nmt.data.subwords import Subwords
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -39,17 +39,24 @@ def training_frequencies(run: RunDirectory, config: Config, subwords: Subwords) 
         try:
             prepared = Prepared.open(manifest.parent)
             if prepared.fingerprint == fingerprint:
-                return _counted(prepared.train(), run, subwords)
+                return _counted(prepared.parts(), run, subwords)
         except (OSError, UserError, IndexError):  # IndexError: a subword that the vocabulary does not have
             continue
     return None
 
 
-def _counted(pairs: ParallelShards, run: RunDirectory, subwords: Subwords) -> Frequencies:
-    chosen = np.unique(np.linspace(0, len(pairs) - 1, min(len(pairs), MOST_PAIRS)).astype(int))
-    counts = Counter(word for pair in chosen for word in words(subwords.decode(pairs.source(pair).tolist())))
-    part = "" if len(chosen) == len(pairs) else f"{len(chosen):,} of the "
-    return Frequencies(counts, f"the training text of {run.path.resolve().name} ({part}{len(pairs):,} sentences)")
+def _counted(parts: Sequence[Part], run: RunDirectory, subwords: Subwords) -> Frequencies:
+    total = sum(len(part.shards) for part in parts)
+    counts: Counter[str] = Counter()
+    num_chosen = 0
+    for part in parts:
+        most = min(len(part.shards), max(1, MOST_PAIRS * len(part.shards) // max(total, 1)))
+        chosen = np.unique(np.linspace(0, len(part.shards) - 1, most).astype(int))
+        num_chosen += len(chosen)
+        for pair in chosen:
+            counts.update(words(subwords.decode(part.shards.source(pair).tolist())))
+    share = "" if num_chosen == total else f"{num_chosen:,} of the "
+    return Frequencies(counts, f"the training text of {run.path.resolve().name} ({share}{total:,} sentences)")
 
 
 def source_frequencies(sources: Sequence[str]) -> Frequencies:
