@@ -8,7 +8,7 @@ import torch
 from nmt.config import MoEConfig
 from nmt.device import set_float32_products
 from nmt.model.experts import MoE
-from nmt.model.kernels.cross_entropy import plain_softmax_gradient
+from nmt.model.kernels.cross_entropy import plain_softmax_gradient, plain_two_softmax_gradients
 from nmt.model.kernels.row_sums import plain_sum_rows, sum_rows
 from tests.kernels import DEVICE, SHARED_BYTES, compile_launches, needs_triton
 
@@ -26,6 +26,23 @@ def test_the_fused_softmax_gradient_is_the_plain_one(vocabulary: int, smoothing:
     expected = plain_softmax_gradient(logits_MV.clone(), target_M, smoothing)
     found = fused_softmax_gradient(logits_MV.clone(), target_M, smoothing)
     for plain, fused in zip(expected, found, strict=True):
+        difference = (plain.float() - fused.float()).norm() / plain.float().norm()
+        assert difference < 1e-2 if plain.dtype == torch.bfloat16 else difference < 1e-5
+
+
+@needs_triton
+@pytest.mark.parametrize("vocabulary", [7, 1504, 2048, 32001])
+@pytest.mark.parametrize(("smoothing", "alpha"), [(0.0, 1.0), (0.1, 5.0)])
+def test_the_fused_gradients_of_two_passes_are_the_plain_ones(vocabulary: int, smoothing: float, alpha: float):
+    from nmt.model.kernels.cross_entropy_triton import fused_two_softmax_gradients
+
+    first_MV = (3 * torch.randn(5, vocabulary, device=DEVICE)).bfloat16()
+    second_MV = first_MV + (0.5 * torch.randn(5, vocabulary, device=DEVICE)).bfloat16()
+    target_M = torch.randint(vocabulary, (5,), device=DEVICE)
+    expected = plain_two_softmax_gradients(first_MV.clone(), second_MV.clone(), target_M, smoothing, alpha)
+    found = fused_two_softmax_gradients(first_MV.clone(), second_MV.clone(), target_M, smoothing, alpha)
+    for plain, fused in zip(expected, found, strict=True):
+        assert fused.dtype == plain.dtype
         difference = (plain.float() - fused.float()).norm() / plain.float().norm()
         assert difference < 1e-2 if plain.dtype == torch.bfloat16 else difference < 1e-5
 
@@ -75,10 +92,12 @@ def test_the_fused_sum_of_rows_is_the_plain_one(counts: list[int], dtype: torch.
 
 def launch_all() -> None:
     """Launch every fused function as training does."""
-    from nmt.model.kernels.cross_entropy_triton import fused_softmax_gradient
+    from nmt.model.kernels.cross_entropy_triton import fused_softmax_gradient, fused_two_softmax_gradients
     from nmt.model.kernels.row_sums_triton import fused_sum_rows
 
-    fused_softmax_gradient(torch.empty(64, 32000, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64), 0.1)
+    logits_MV, target_M = torch.empty(64, 32000, dtype=torch.bfloat16), torch.zeros(64, dtype=torch.int64)
+    fused_softmax_gradient(logits_MV, target_M, 0.1)
+    fused_two_softmax_gradients(logits_MV, logits_MV, target_M, 0.1, 2.0)
     rows_RD, row_R, begin_T, weight_R = random_rows([4] * 8, 512, "cpu")
     fused_sum_rows(rows_RD.bfloat16(), row_R, begin_T, weight_R.bfloat16())
     fused_sum_rows(rows_RD, row_R, begin_T, None)
@@ -88,7 +107,7 @@ def launch_all() -> None:
 def test_kernels_compile_for_every_supported_card():
     compiled = compile_launches(launch_all)
     assert {each.capability for each in compiled} == set(SHARED_BYTES)
-    assert {each.kernel for each in compiled} == {"_softmax_gradient", "_sum_rows"}
+    assert {each.kernel for each in compiled} == {"_softmax_gradient", "_two_softmax_gradients", "_sum_rows"}
     assert [each for each in compiled if each.spilled] == []
 
 

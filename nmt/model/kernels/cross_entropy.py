@@ -1,8 +1,8 @@
 """Losses and logit gradients of the vocabulary softmax for one chunk of tokens, read once or twice (R-Drop).
 
-`softmax_gradient` chooses between a plain and a fused implementation. The fused one runs on a GPU: it reads bf16 logits
-once from memory and overwrites them with the gradient. The plain one makes about ten passes over float32 logits.
-`two_softmax_gradients` is plain.
+`softmax_gradient` and `two_softmax_gradients` choose between a plain and a fused implementation. The fused one runs on
+a GPU: it reads bf16 logits once from memory and overwrites them with the gradient. The plain one makes about ten passes
+over float32 logits.
 
 Letters: M tokens, V vocabulary.
 """
@@ -41,10 +41,22 @@ def two_softmax_gradients(
 ) -> tuple[Tensor, ...]:
     """Return (nll_M, uniform_M, apart_M, first_gradient_MV, second_gradient_MV) for the logits of two passes.
 
+    It may overwrite the logits.
     nll and uniform are those of `softmax_gradient`, as means of both passes. apart is KL(p || q) + KL(q || p) for the
     distributions p and q of the passes. The gradients, in the type of the logits, are those of
     sum((1 - s) nll + s uniform + alpha / 4 apart); s is `label_smoothing`.
     """
+    if first_MV.is_cuda and first_MV.dtype == torch.bfloat16:
+        from nmt.model.kernels.cross_entropy_triton import fused_two_softmax_gradients
+
+        return fused_two_softmax_gradients(first_MV, second_MV, target_M, label_smoothing, alpha)
+    return plain_two_softmax_gradients(first_MV, second_MV, target_M, label_smoothing, alpha)
+
+
+def plain_two_softmax_gradients(
+    first_MV: Tensor, second_MV: Tensor, target_M: Tensor, label_smoothing: float, alpha: float
+) -> tuple[Tensor, ...]:
+    """Return `two_softmax_gradients` computed with PyTorch operations, in float32 or better."""
     exact = torch.promote_types(first_MV.dtype, torch.float32)
     log_p_MV, log_q_MV = (logits_MV.to(exact).log_softmax(1) for logits_MV in (first_MV, second_MV))
     token_M = torch.arange(len(target_M), device=target_M.device)
