@@ -36,11 +36,14 @@ from nmt.config.reading import (
     typed_settings,
     unknown_setting,
 )
-from nmt.errors import UserError
+from nmt.errors import CheckpointError, UserError
 from nmt.resources import resource_dir
+from nmt.run import RunDirectory
 
 OPTIONS = "--config-dir DIR, --multirun, --cfg job"
 """The options that `asked` reads, as messages name them."""
+INHERITED = "inherited"
+"""The choice in the group `model` that means the network of `run.start_from`."""
 _OWN = "nmt"
 """Hydra's name for the program's own folder."""
 _NAME = r"\w[\w.-]*"
@@ -236,8 +239,11 @@ def _composed(words: Sequence[str], places: list[_Place]) -> Config:
     groups = _groups()
     pairs = [(key, text) for key, _, text in (word.partition("=") for word in words)]
     # The values of ${...} may come from defaults.
-    files = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
+    files, model = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
     tree = Config().to_dict()
+    if model == INHERITED:
+        start_from = dict(pairs).get("run.start_from") or files.get("run", {}).get("start_from", "")
+        put_setting(Config, tree, "model", _model_of(start_from))
     for key, value in files.items():
         put_setting(Config, tree, key, value)
     for key, text in pairs:
@@ -249,14 +255,33 @@ def _composed(words: Sequence[str], places: list[_Place]) -> Config:
         raise ValueError(f"{error.full_key or 'a setting'}: its ${{...}} has no value ({_one_line(error)})") from error
 
 
-def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
-    """Return the settings of the chosen YAML files, combined by Hydra."""
+def _model_of(start_from: str) -> dict[str, Any]:
+    """Return the settings model.* of the run with whose parameters another one starts."""
+    if not start_from:
+        raise ValueError(
+            f"model={INHERITED} takes the network of another run: name that run with run.start_from, or choose another "
+            "model"
+        )
+    try:
+        model = RunDirectory.existing(start_from).config().to_dict()["model"]
+    except CheckpointError as error:
+        raise CheckpointError(f"run.start_from={start_from}: {error}") from error
+    assert isinstance(model, dict)
+    return model
+
+
+def _chosen(words: list[str], places: list[_Place]) -> tuple[dict[str, Any], str]:
+    """Return the settings of the chosen YAML files, combined by Hydra, and the choice in the group `model`."""
     _Places.places = places
     for plugin in (_Source, _Places):
         Plugins.instance().register(plugin)
     try:
         with hydra.initialize(config_path=None, version_base="1.3"):
-            tree = OmegaConf.to_container(hydra.compose("config", words))
+            composed = hydra.compose("config", words, return_hydra_config=True)
+            model = str(composed.hydra.runtime.choices["model"])
+            tree = OmegaConf.to_container(
+                OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+            )
     except MissingConfigException as error:
         missing = re.fullmatch(r"(?s)In '.+?': Could not find '([^/']+)/(.+?)'.*", str(error))
         problem = _no_choice(missing[1], missing[2], places) if missing else _one_line(error)
@@ -264,7 +289,7 @@ def _chosen(words: list[str], places: list[_Place]) -> dict[str, Any]:
     except (HydraException, OmegaConfBaseException) as error:
         raise ValueError(f"{' '.join(words)}: {_one_line(error)}") from error
     assert isinstance(tree, dict)
-    return {str(key): value for key, value in tree.items()}
+    return {str(key): value for key, value in tree.items()}, model
 
 
 def _one_line(error: Exception) -> str:

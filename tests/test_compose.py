@@ -1,6 +1,7 @@
 """From words to settings: text stays what was typed, nothing unknown is taken, every mistake is told in our words."""
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nmt.compose import Asked, asked, choices, compose_config, jobs, settings_te
 from nmt.config import Config
 from nmt.config.reading import parse_yaml, read_value, written
 from nmt.errors import UserError
+from nmt.run import RunDirectory
 
 TEXT = [
     "2024_11_26",
@@ -308,3 +310,26 @@ def test_the_advice_can_be_pasted() -> None:
     assert compose_config(shlex.split(advice)).run.name == "a,b"
     advice = refusal("corpus.train.pairs=a,b").rpartition("brackets, ")[2]
     assert compose_config(shlex.split(advice)).corpus.train.pairs == ["a", "b"]
+
+
+# --------------------------------------------------------------------------------------- the network of another run
+
+
+def test_an_inherited_network_is_that_of_the_run_with_changes_on_top(run: Path) -> None:
+    own = RunDirectory(run).config().model
+    start = f"run.start_from={run}"
+    assert compose_config(["model=inherited", start]).model == own
+    assert compose_config([start]).model == Config().model != own
+    changed = compose_config(["model.dropout=0.25", start, "model=inherited", "model.moe.output_masking=0.1"]).model
+    assert changed == replace(own, dropout=0.25, moe=replace(own.moe, output_masking=0.1))
+
+
+def test_a_network_can_be_inherited_in_a_file(run: Path, here: Path) -> None:
+    text = f"# @package _global_\ndefaults: [override /model: inherited]\nrun: {{start_from: {run}}}\n"
+    write(here / "conf" / "experiment" / "mine.yaml", f"{text}model: {{dropout: 0.75}}\n")
+    assert compose_config(["experiment=mine"]).model == replace(RunDirectory(run).config().model, dropout=0.75)
+
+
+def test_a_network_is_inherited_only_from_a_run(here: Path) -> None:
+    assert refusal("model=inherited").startswith("model=inherited takes the network of another run: name that run")
+    assert refusal("model=inherited", "run.start_from=gone").startswith("run.start_from=gone: gone is not a run")

@@ -2,13 +2,15 @@
 
 import re
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from nmt.compose import compose_config
+from nmt.compose import INHERITED, compose_config
 from nmt.cost.operations import model_cost
 from nmt.resources import resource_dir
+from nmt.run import RunDirectory
 from tests.own_conf import OWN
 
 CONF = resource_dir("conf")
@@ -29,7 +31,7 @@ def documented_counts(path: Path) -> tuple[float, float]:
     return parameters, operations
 
 
-@pytest.mark.parametrize("name", OWN["experiment"])
+@pytest.mark.parametrize("name", [name for name in OWN["experiment"] if name != "fine_tune"])
 def test_experiment(name: str) -> None:
     """Composes (which validates), is called after its file, and its model has the documented size."""
     config = compose_config([f"experiment={name}"])
@@ -50,7 +52,15 @@ def test_no_file_of_the_project_is_missed() -> None:
     assert sorted(listed.stdout.split()) == sorted([*own, "config.yaml"])
 
 
-@pytest.mark.parametrize(("group", "name"), [(group, name) for group in GROUPS for name in OWN[group]])
+def test_fine_tuning_takes_the_network_of_another_run(run: Path) -> None:
+    config = compose_config(["experiment=fine_tune", f"run.start_from={run}"])
+    assert config.run.name == "fine_tune"
+    assert config.model == replace(RunDirectory(run).config().model, dropout=0.3)
+
+
+@pytest.mark.parametrize(
+    ("group", "name"), [(group, name) for group in GROUPS for name in OWN[group] if name != INHERITED]
+)
 def test_group_file(group: str, name: str) -> None:
     """Composes and validates on top of the defaults."""
     config = compose_config([f"{group}={name}"])

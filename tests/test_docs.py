@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -90,8 +91,11 @@ def check(words: list[str]) -> None:
 
 
 @pytest.fixture
-def own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with the conf/corpus/mine.yaml that the README shows."""
+def own_text(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory with the conf/corpus/mine.yaml that the README shows, and the runs that others start from."""
+    for name in ("europarl", "general"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        shutil.copy(run / "config.yaml", tmp_path / "runs" / name)
     (settings,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     path = tmp_path / "conf" / "corpus" / "mine.yaml"
     path.parent.mkdir(parents=True)
