@@ -13,6 +13,7 @@ OWN = {
         "dense",
         "gnmt",
         "gnmt_v2",
+        "inherited",
         "medium",
         "moe",
         "moe_s17",
@@ -33,6 +34,7 @@ OWN = {
         "europarl_en_fr_moe_4",
         "europarl_en_fr_study",
         "europarl_en_fr_study_small",
+        "fine_tune",
         "multi30k_en_de_dense",
         "multi30k_en_de_moe_32",
         "multi30k_en_de_moe_4",
@@ -45,3 +47,6 @@ OWN = {
         "wmt14_en_fr_moe_2048",
     ),
 }
+
+COMPLETE = tuple(name for name in OWN["experiment"] if name != "fine_tune")
+"""The experiments that need no run to start from."""

@@ -11,7 +11,7 @@ from nmt.compose import INHERITED, compose_config
 from nmt.cost.operations import model_cost
 from nmt.resources import resource_dir
 from nmt.run import RunDirectory
-from tests.own_conf import OWN
+from tests.own_conf import COMPLETE, OWN
 
 CONF = resource_dir("conf")
 GROUPS = ("corpus", "model", "training", "decoding")
@@ -31,7 +31,7 @@ def documented_counts(path: Path) -> tuple[float, float]:
     return parameters, operations
 
 
-@pytest.mark.parametrize("name", [name for name in OWN["experiment"] if name != "fine_tune"])
+@pytest.mark.parametrize("name", COMPLETE)
 def test_experiment(name: str) -> None:
     """Composes (which validates), is called after its file, and its model has the documented size."""
     config = compose_config([f"experiment={name}"])

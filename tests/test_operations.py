@@ -20,7 +20,7 @@ from nmt.cost.operations import LayerCount, lstm_cost, lstm_sizes, model_cost, m
 from nmt.model.gating import balance_loss
 from nmt.model.seq2seq import Gates, Seq2Seq
 from tests.conftest import TINY_VOCAB
-from tests.own_conf import OWN
+from tests.own_conf import COMPLETE
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -109,7 +109,7 @@ def test_every_gate_and_deep_experts_have_the_parameters_of_the_real_network(tin
     assert_every_part_is_right(replace(tiny_config(encoder_moe_after=[1, 3], decoder_moe_after=[2]), moe=moe), 20)
 
 
-@pytest.mark.parametrize("name", OWN["experiment"])
+@pytest.mark.parametrize("name", COMPLETE)
 def test_every_experiment_has_the_parameters_of_its_network(name: str):
     config = compose_config([f"experiment={name}"])
     assert_every_part_is_right(config.model, config.corpus.subwords.num_pieces)
