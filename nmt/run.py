@@ -39,8 +39,8 @@ from nmt.lock import Held, locked
 from nmt.process import host_name, pid_to_signal
 
 # Settings that may be changed when a run is resumed. None changes what a step computes, except that schedules linear
-# and wsd end at max_steps or max_minutes. evaluation.* changes no step either, but BLEU scores with different
-# tokenisers cannot be compared across checkpoints.
+# and wsd end at max_steps or max_minutes, and that freeze decides what a step changes. evaluation.* changes no step
+# either, but BLEU scores with different tokenisers cannot be compared across checkpoints.
 _SAFE_TO_CHANGE = (
     "run.name",
     "run.directory",
@@ -59,6 +59,7 @@ _SAFE_TRAINING = (
     "checkpoint_every",
     "keep_checkpoints",
     "patience",
+    "freeze",
 )
 _ALWAYS_WRITTEN = ("run", "corpus", "model", "training", "decoding")
 """The sections that every version of the program has written to config.yaml, in this order."""

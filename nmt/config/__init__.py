@@ -21,11 +21,13 @@ from nmt.config.corpus import (
     SubwordConfig,
 )
 from nmt.config.model import AttentionConfig, LayerName, ModelConfig, MoEConfig
+from nmt.config.parts import PARTS, check_parts, expert_slice
 from nmt.config.reading import read_settings
 from nmt.errors import UserError
 
 __all__ = [
     "NUM_ADDED_PIECES",
+    "PARTS",
     "AttentionConfig",
     "Config",
     "CorpusConfig",
@@ -52,7 +54,6 @@ DEVICES = ("auto", "cpu", "cuda")
 BEST_BY = ("perplexity", "bleu")
 EXPERT_OPTIMIZERS = ("adam", "factored")
 EXPERT_WEIGHTS = ("float32", "bfloat16")
-PARTS = ("embeddings", "softmax", "encoder", "decoder", "attention", "lstms", "gates", "experts")
 TOKENIZERS = ("auto", "13a", "intl", "zh", "ja-mecab", "ko-mecab", "char", "none")
 
 
@@ -113,6 +114,11 @@ class TrainingConfig:
     and the loss has a term that makes the two predictions alike. A step takes twice as long. 0: no second pass."""
     clip_norm: float = 1.0
     """Maximum norm of the whole gradient; 0: no clipping."""
+    freeze: list[str] = field(default_factory=list)
+    """Parts of the network that stay as they are: embeddings, softmax, encoder, decoder, attention, lstms, gates,
+    experts. encoder and decoder are their LSTMs and attention; gates and experts in them are only frozen by their own
+    names. A matrix that is tied is frozen with either of its parts. experts[START:STOP:STEP] are some experts of every
+    MoE layer, numbered from 0 as in Python; write ["experts[::4]"]."""
     precision: str = "auto"
     """bf16, fp32, or auto: bf16 on a GPU, else fp32. bf16 is for matrix products; weights, gates, losses and optimiser
     stay in float32 (but see `expert_weights`)."""
@@ -148,6 +154,7 @@ class TrainingConfig:
         above("training.decay_share", self.decay_share, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):
             fraction(f"training.{name}", getattr(self, name))
+        check_parts("training.freeze", self.freeze)
         one_of("training.schedule", self.schedule, SCHEDULES)
         one_of("training.precision", self.precision, PRECISIONS)
         one_of("training.device", self.device, DEVICES)
@@ -314,6 +321,9 @@ class Config:
             # A copy, because other configurations may have the same section.
             subwords = replace(self.corpus.subwords, vocabulary=self.run.start_from)
             self.corpus = replace(self.corpus, subwords=subwords)
+        for part in self.training.freeze:
+            if (part in ("gates", "experts") or expert_slice(part)) and not self.model.moe_layer_names():
+                raise ValueError(f"training.freeze: {part} cannot be frozen, as the network has no MoE layer")
 
     @classmethod
     def from_dict(cls, settings: Any) -> "Config":

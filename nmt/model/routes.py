@@ -81,7 +81,9 @@ class _GroupedProduct(Function):
         grad_MI = grouped_matmul(grad_RO, w_EOI, groups, relu_output_RO=rows_MI if ctx.follows_relu else None)
         if route:
             grad_MI = sum_rows(grad_MI, route.row_R, route.begin_T)
-        grad_EIO = grouped_outer(rows_MI, grad_RO, groups, route.token_R if route else None, w_EIO.dtype)
+        grad_EIO = None
+        if ctx.needs_input_grad[1]:
+            grad_EIO = grouped_outer(rows_MI, grad_RO, groups, route.token_R if route else None, w_EIO.dtype)
         return grad_MI, grad_EIO, None, None, None, None
 
 

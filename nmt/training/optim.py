@@ -236,7 +236,9 @@ def _global_norm(optimizer: torch.optim.Optimizer, experts: Collection[Tensor], 
     groups = optimizer.param_groups[: None if measured is None else -1]
     parameters = [p for group in groups for p in group["params"] if p.grad is not None]
     shared = {id(parameter) for parameter in experts} if world else set()
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if id(p) not in shared], foreach=True)
+    gradients = [p.grad for p in parameters if id(p) not in shared]
+    # Without any, as when all but experts are frozen, the library's norm is on the host.
+    norm = torch.nn.utils.get_total_norm(gradients or [torch.zeros_like(groups[0]["lr"])], foreach=True)
     own = [p.grad for p in parameters if id(p) in shared]
     if own:
         measured = torch.nn.utils.get_total_norm(own, foreach=True).square()

@@ -33,6 +33,7 @@ from nmt.parameters import Tensors, stored
 from nmt.run import RunDirectory
 from nmt.terminal import printable
 from nmt.training.clock import Clock
+from nmt.training.freezing import Frozen
 from nmt.training.interval import Interval
 from nmt.training.optim import has_moments, make_optimizer, state_shapes, tensors_to_save
 from nmt.training.progress import Progress
@@ -90,9 +91,11 @@ class Trainer:
         self.notes = start_from(model, origin, config, self.subwords, world) if origin else []
         self.notes += [f"validation: {line}" for line in self.validation.doubts]
         self.model = model.to(self.device)
+        self.frozen = Frozen(self.model, config.training.freeze) if config.training.freeze else None
+        self.notes += [str(self.frozen)] if self.frozen else []
         self.cost = model_cost(config.model, self.subwords.size)
         self.optimizer = make_optimizer(self.model, config.training)
-        self.updater = Updater(self.model, self.optimizer, config, world)
+        self.updater = Updater(self.model, self.optimizer, config, world, self.frozen)
         self.progress = Progress()
         self.clock = Clock()
         self.rate = 0.0
@@ -239,13 +242,17 @@ class Trainer:
         self.progress = Progress.of(checkpoint)
         same_order = self.stream.load_state_dict(checkpoint.state()["data"])
         kind = self.config.training.expert_optimizer
-        shapes = {name: state_shapes(name, each.shape, kind) for name, each in self.model.named_parameters()}
+        parameters = dict(self.model.named_parameters())
+        # A parameter that is frozen only now has moments in the checkpoint, which are left there.
+        shapes = {name: state_shapes(name, each.shape, kind) for name, each in parameters.items() if each.requires_grad}
         trained = has_moments(checkpoint, stored(checkpoint.path / "training"), shapes)
         moments = {f"{moment}.{name}": torch.empty(size) for name in trained for moment, size in shapes[name].items()}
         read_share(checkpoint.path / "training", moments, self.world)
-        for name, parameter in self.model.named_parameters():
-            own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name] if name in trained}
-            self.optimizer.state[parameter].update(own)
+        for name in trained:
+            own = {moment: moments[f"{moment}.{name}"].to(self.device) for moment in shapes[name]}
+            if self.frozen:
+                self.frozen.clear_moments(name, own)
+            self.optimizer.state[parameters[name]].update(own)
         return None if same_order else self.stream.state_dict()["epoch"]
 
     def _newest(self) -> Checkpoint | None:

@@ -19,6 +19,7 @@ from nmt.model.one_pass import Gates
 from nmt.model.seq2seq import LossOutput, Seq2Seq
 from nmt.model.side_by_side import Later
 from nmt.parallel.mesh import World
+from nmt.training.freezing import Frozen
 from nmt.training.optim import ClippedStep, clipped_step, set_rate
 from nmt.training.recording import LayerSums, Learned, Recording, Steps, can_record
 
@@ -64,8 +65,16 @@ class Updater:
     graphs, and later steps replay them. They compute the same as a step that is not recorded.
     """
 
-    def __init__(self, model: Seq2Seq, optimizer: torch.optim.Optimizer, config: Config, world: World) -> None:
+    def __init__(
+        self,
+        model: Seq2Seq,
+        optimizer: torch.optim.Optimizer,
+        config: Config,
+        world: World,
+        frozen: Frozen | None = None,
+    ) -> None:
         self.model, self.optimizer, self.config, self.world = model, optimizer, config, world
+        self.frozen = frozen
         layers = config.model.moe_layer_names()
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
@@ -75,7 +84,8 @@ class Updater:
         self.recording: Recording | None = None
         self.forward: Callable[..., LossOutput] = model
         self.no_grad_sync: Callable[[], Any] = nullcontext
-        if world.size > 1:
+        dense = (parameter for name, parameter in model.named_parameters() if not is_expert(name))
+        if world.size > 1 and any(parameter.requires_grad for parameter in dense):
             wrapped = _data_parallel(model, config.parallel.overlap, world)
             self.forward, self.no_grad_sync = wrapped, wrapped.no_sync
 
@@ -149,6 +159,8 @@ class Updater:
         for parameter in self.experts:
             if parameter.grad is not None:
                 self.world.sum_over_replicas(parameter.grad)
+        if self.frozen:
+            self.frozen.clear_gradients()
         done = clipped_step(self.optimizer, self.config.training.clip_norm, None, self.experts, self.world)
         self.optimizer.zero_grad(set_to_none=True)
         return done
