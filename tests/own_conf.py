@@ -3,7 +3,9 @@
 OWN = {
     "corpus": (
         "europarl_en_fr",
+        "europarl_en_fr_both",
         "files",
+        "multi30k",
         "multi30k_en_de",
         "phrasebook",
         "wmt14_en_de",
@@ -35,6 +37,7 @@ OWN = {
         "europarl_en_fr_study",
         "europarl_en_fr_study_small",
         "fine_tune",
+        "multi30k_12_directions",
         "multi30k_en_de_dense",
         "multi30k_en_de_moe_32",
         "multi30k_en_de_moe_4",

@@ -17,6 +17,8 @@ from nmt.corpus.sources import read_pairs, source_files
 from nmt.data.prepare import prepare, prepared_path
 from nmt.data.prepared import Prepared
 from nmt.errors import DataError
+from nmt.run import RunDirectory
+from tests.toy import train
 
 WORDS = {
     "en": ["the", "small", "dog", "runs", "over", "a", "green", "meadow"],
@@ -250,6 +252,28 @@ def test_a_direction_without_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "train.fr").write_text("\n" * 60)
     with pytest.raises(DataError, match=r"corpus.train has no pair of en-fr that passes corpus.filters"):
         prepare(corpus_of(tmp_path), Log())
+
+
+def test_a_run_has_the_text_and_the_symbols_of_all_directions(tmp_path: Path) -> None:
+    write_texts(tmp_path, 40)
+    texts = [
+        f"corpus.{split}.{name}"
+        for split in ("train", "dev", "test")
+        for name in ("source=[]", "target=[]", f"texts={{{', '.join(f'{each}: [{split}.{each}]' for each in WORDS)}}}")
+    ]
+    changes = (*texts, f"corpus.directions=[{','.join(ALL)}]", "training.batch_tokens=700")
+    folder = train(tmp_path, "many", 4, *changes)
+    run = RunDirectory(folder)
+    prepared = prepare(run.config().corpus, Log())
+    assert (run.corpus_info()["languages"], run.corpus_info()["tags"]) == (["de", "fr", "en"], [])
+    for split in ("dev", "test"):
+        assert run.directions(split) == prepared.directions(split) != []
+        assert run.text(split) == prepared.text(split)
+    # A further run on it has the vocabulary, and its symbols mean the same.
+    more = train(tmp_path, "more", 2, *changes[:-2], "corpus.directions=[de-en]", f"run.start_from={folder}")
+    assert (more / "subwords.model").read_bytes() == (folder / "subwords.model").read_bytes()
+    assert RunDirectory(more).corpus_info()["languages"] == ["de", "fr", "en"]
+    assert RunDirectory(more).config().corpus.subwords.vocabulary == str(folder)
 
 
 # ------------------------------------------------------------------------------------------------ two languages

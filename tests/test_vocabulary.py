@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from nmt.config import Config, CorpusConfig, FilesConfig, RunConfig, SubwordConfig
+from nmt.config import NUM_ADDED_PIECES, Config, CorpusConfig, FilesConfig, RunConfig, SubwordConfig
 from nmt.data.prepare import prepare
 from nmt.data.subwords import Subwords, train_subwords
+from nmt.data.vocabulary import vocabulary_size
 from nmt.errors import DataError
 from tests.test_many_languages import Log, corpus_of, in_two, pairs_of, prepared_from, texts_of, write_texts
 
@@ -22,6 +23,12 @@ TWO: dict[str, Any] = {"directions": [], **{split: in_two(split) for split in ("
 
 
 # ------------------------------------------------------------------------------------------------ inherited
+
+
+def test_the_size_of_an_inherited_vocabulary_is_known_beforehand(run: Path) -> None:
+    size = Subwords.load(run / "subwords.model").size
+    assert vocabulary_size(SubwordConfig(vocabulary=str(run), vocab_size=999)) == size
+    assert vocabulary_size(SubwordConfig(vocab_size=999)) == 999 + NUM_ADDED_PIECES
 
 
 def test_a_corpus_takes_the_vocabulary_and_its_languages(tmp_path: Path) -> None:

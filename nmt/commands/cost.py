@@ -16,6 +16,7 @@ from nmt.cost.budget import Budget, SentenceLengths, expert_bytes, training_budg
 from nmt.cost.cards import CARDS, GPUS_PER_HOST, NETWORK_GBS
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.cost.step import SPENT_ON, Part, Prediction, bound_of, predict_step
+from nmt.data.vocabulary import vocabulary_size
 from nmt.errors import UserError
 from nmt.metrics.record import TrainLine, read_lines
 from nmt.run import RunDirectory
@@ -120,7 +121,7 @@ def estimate(options: argparse.Namespace, config: Config) -> None:
     tflops, tflops_from = _speed(options, on_gpu)
     basis = CostBasis(
         name=config.run.name or "this configuration",
-        vocab_size=config.corpus.subwords.num_pieces,
+        vocab_size=vocabulary_size(config.corpus.subwords),
         lengths=SentenceLengths(),
         lengths_from="assumed",
         on_gpu=on_gpu,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nmt.config import SubwordConfig
 from nmt.data.prepared import VOCABULARY
 from nmt.data.shards import MANIFEST
 from nmt.data.subwords import Subwords
@@ -57,6 +58,11 @@ class Inherited:
         """Return what the manifest of a corpus records of the vocabulary that it took."""
         sha256 = hashlib.sha256(self.model).hexdigest()
         return {"from": self.reference, "sha256": sha256, **self.symbols.to_dict()}
+
+
+def vocabulary_size(config: SubwordConfig) -> int:
+    """Return the number of subwords of a corpus that may not be prepared yet. DataError as `Inherited.of`."""
+    return Subwords(Inherited.of(config.vocabulary).model).size if config.inherits else config.num_pieces
 
 
 def why_other(recorded: Mapping[str, Any]) -> str:
