@@ -74,6 +74,9 @@ class Recording:
         """Gradients of the parameters, which all recordings share."""
         self.learning: dict[bool, Graph[Learned]] = {}
         self.step: Graph[ClippedStep] | None = None
+        # With R-Drop, the gradients of a weight in the two passes come from different streams (`Later`). The engine
+        # waits for both, and needs not warn of it.
+        torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         self._warm_up(device)
 
     def _warm_up(self, device: torch.device) -> None:
