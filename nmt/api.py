@@ -15,6 +15,7 @@ from typing import Any, TypedDict, Unpack, overload
 
 from nmt.config import Config, Direction
 from nmt.data.held_out import encode_pairs
+from nmt.decoding.directions import Directions
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translation import Options, Translation
 from nmt.decoding.translator import Rank, Translator
@@ -56,8 +57,6 @@ class TranslateOptions(TypedDict, total=False):
     attention: bool
     paragraphs: bool
     alignments: bool
-    direction: Direction | None
-    tag: str
 
 
 class Model:
@@ -72,9 +71,20 @@ class Model:
         """The configuration of the run."""
 
     def __repr__(self) -> str:
-        corpus = self.config.corpus
         steps = ", ".join(map(str, self.steps))
-        return f"<nmt.Model {self.path}: {corpus.source_language} to {corpus.target_language}, step {steps}>"
+        found = [Direction.of(each) for each in self.directions]
+        shown = ", ".join(f"{source} to {target}" for source, target in found)
+        return f"<nmt.Model {self.path}: {shown}, step {steps}>"
+
+    @property
+    def directions(self) -> list[str]:
+        """The directions that the model was trained on, such as ["en-de", "de-en"]."""
+        return list(map(str, self._known.trained))
+
+    @property
+    def _known(self) -> Directions:
+        assert self._translator.directions is not None
+        return self._translator.directions
 
     @property
     def steps(self) -> list[int]:
@@ -89,6 +99,8 @@ class Model:
         prefix: str = "",
         terms: Table | None = None,
         mbr: str | None = None,
+        direction: str | None = None,
+        tag: str = "",
         **options: Unpack[TranslateOptions],
     ) -> Translation: ...
     @overload
@@ -99,6 +111,8 @@ class Model:
         prefix: Texts = (),
         terms: Table | None = None,
         mbr: str | None = None,
+        direction: str | None = None,
+        tag: str = "",
         **options: Unpack[TranslateOptions],
     ) -> list[Translation]: ...
     def translate(
@@ -108,6 +122,8 @@ class Model:
         prefix: str | Texts = "",
         terms: Table | None = None,
         mbr: str | None = None,
+        direction: str | None = None,
+        tag: str = "",
         **options: Unpack[TranslateOptions],
     ) -> Translation | list[Translation]:
         """Translate a line, or each line of a list: one result per line, in order.
@@ -117,43 +133,68 @@ class Model:
         for each line, or an empty one; UserError if it cannot be kept exactly. `terms` has required translations:
         {source term: translation}, with None for a term that is not translated, or the path of a .tsv, .csv or .tbx
         file; DataError if it cannot be used. `mbr` is chrf or bleu: the best of the `n_best` hypotheses is then the
-        one that agrees most with all of them. CheckpointError if the model's outputs are not finite.
+        one that agrees most with all of them. `direction`, such as "en-fr", is needed if the model has several;
+        UserError for one that it does not translate. CheckpointError if the model's outputs are not finite.
         """
         lines = _texts("text", text)
         prefixes = _prefixes(text, prefix)
         with _typed_errors("nmt.Model.translate"):
-            chosen = self._options(options)
-            tables = [[self._table(terms)]] * len(lines) if terms is not None else []
+            chosen = self._options(options, direction, tag)
+            tables = [[self._table(terms, chosen)]] * len(lines) if terms is not None else []
             rank = None if mbr is None else self._rank(mbr, chosen)
             found = self._translator.translate(lines, chosen, prefixes=prefixes, terms=tables, rank=rank)
         return found[0] if isinstance(text, str) else found
 
-    def _table(self, terms: Table) -> Terms:
+    def _table(self, terms: Table, options: Options) -> Terms:
         if isinstance(terms, str | os.PathLike):
-            corpus = self.config.corpus
-            return read_terms(Path(terms), corpus.source_language, corpus.target_language)
+            return read_terms(Path(terms), *self._direction(options))
         return Terms.of(terms)
 
     @overload
-    def score(self, sources: str, targets: str, *, experts_per_token: int | None = None) -> PairScore: ...
-    @overload
-    def score(self, sources: Texts, targets: Texts, *, experts_per_token: int | None = None) -> list[PairScore]: ...
     def score(
-        self, sources: str | Texts, targets: str | Texts, *, experts_per_token: int | None = None
+        self,
+        sources: str,
+        targets: str,
+        *,
+        experts_per_token: int | None = None,
+        direction: str | None = None,
+        tag: str = "",
+    ) -> PairScore: ...
+    @overload
+    def score(
+        self,
+        sources: Texts,
+        targets: Texts,
+        *,
+        experts_per_token: int | None = None,
+        direction: str | None = None,
+        tag: str = "",
+    ) -> list[PairScore]: ...
+    def score(
+        self,
+        sources: str | Texts,
+        targets: str | Texts,
+        *,
+        experts_per_token: int | None = None,
+        direction: str | None = None,
+        tag: str = "",
     ) -> PairScore | list[PairScore]:
         """Score a given translation, or each of a list: log P(target | source), for each subword.
 
-        MemoryLimitError if there is not enough memory.
+        `direction` and `tag` are as for `translate`. MemoryLimitError if there is not enough memory.
         """
         pairs = _pairs(sources, targets)
         with _typed_errors("nmt.Model.score"):
-            count = self._options(_given(experts_per_token)).experts_per_token
-            held_out = encode_pairs(self._translator.subwords, *pairs)
-            log_probs = pair_log_probs(self._translator.models, held_out, count)
+            options = self._options(_given(experts_per_token), direction, tag)
+            symbols = [self._translator.source_symbols(options)] * len(pairs[0])
+            held_out = encode_pairs(self._translator.subwords, *pairs, prefixes=symbols)
+            log_probs = pair_log_probs(self._translator.models, held_out, options.experts_per_token)
             found = list(pair_scores(self._translator.subwords, held_out, log_probs))
         return found[0] if isinstance(sources, str) else found
 
-    def explain(self, text: str, **options: Unpack[TranslateOptions]) -> Explanation:
+    def explain(
+        self, text: str, *, direction: str | None = None, tag: str = "", **options: Unpack[TranslateOptions]
+    ) -> Explanation:
         """Translate a sentence, and report for each subword which experts were chosen and what each contributed.
 
         DataError if the text is too long, or has no letter or digit that the model knows. UserError if the model has
@@ -163,7 +204,7 @@ class Model:
             raise UserError(f"text is {_kind(text)}: give one sentence as a str")
         self._check_experts()
         with _typed_errors("nmt.Model.explain"):
-            chosen = self._options(options)
+            chosen = self._options(options, direction, tag)
             with shortage_told(lambda: "explaining a sentence", "lower beam_size, or explain a shorter one"):
                 return explain_sentence(self._translator, text, chosen)
 
@@ -173,25 +214,42 @@ class Model:
         targets: Texts,
         domains: Texts = (),
         *,
+        directions: Texts = (),
         experts_per_token: int | None = None,
+        tag: str = "",
     ) -> list[LayerReport]:
         """Report how the experts of each MoE layer share the tokens of sentence pairs.
 
-        `domains` may have a label for each pair; the report then has the domains that each expert prefers. UserError
-        if the model has no experts or there are no pairs.
+        `domains` may have a label for each pair; the report then has the domains that each expert prefers. For a model
+        of several directions, `directions` has that of each pair, such as "en-fr", and the report has the languages
+        that each expert prefers. UserError if the model has no experts or there are no pairs.
         """
         pairs = _pairs(sources, targets)
-        labels = _texts("domains", domains)
+        labels, of_pair = _texts("domains", domains), _texts("directions", directions)
         if not pairs[0] or isinstance(sources, str):
             raise UserError("sources is empty: give a list of sentences, and a list of their translations")
         if labels and len(labels) != len(pairs[0]):
             raise UserError(f"{len(labels)} domains for {len(pairs[0])} sentence pairs: give one each, or none")
+        if of_pair and len(of_pair) != len(pairs[0]):
+            raise UserError(f"{len(of_pair)} directions for {len(pairs[0])} sentence pairs: give one each, or none")
         self._check_experts()
         with _typed_errors("nmt.Model.experts"):
-            count = self._options(_given(experts_per_token)).experts_per_token
-            return expert_report(self._translator.model, self._translator.subwords, *pairs, labels, count)
+            given = _given(experts_per_token)
+            asked: list[str | None] = [*of_pair] or [None] * len(pairs[0])
+            options = {each: self._options(given, each, tag) for each in dict.fromkeys(asked)}
+            symbols = {each: self._translator.source_symbols(chosen) for each, chosen in options.items()}
+            return expert_report(
+                self._translator.model,
+                self._translator.subwords,
+                *pairs,
+                labels,
+                options[asked[0]].experts_per_token,
+                [Direction.of(each) for each in of_pair],
+                [symbols[each] for each in asked],
+                self._translator.shown_symbols(),
+            )
 
-    def _options(self, given: TranslateOptions) -> Options:
+    def _options(self, given: TranslateOptions, direction: str | None, tag: str) -> Options:
         known = [each.name for each in fields(Options)]
         for name in given:
             if name not in known:
@@ -199,10 +257,19 @@ class Model:
                 close = begun or difflib.get_close_matches(name, known, 1)
                 hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
                 raise UserError(f"unknown option {name}; {hint}")
-        options = replace(self._translator.options, **given)
+        if direction is not None and not isinstance(direction, str):
+            raise UserError(f'direction is {_kind(direction)}: give a str such as "en-fr"')
+        asked = None if direction is None else Direction.of(direction)
+        options = replace(self._translator.options, **given, direction=asked, tag=tag)
         for model in self._translator.models:
             model.check_experts_per_token(options.experts_per_token)
         return options
+
+    def _direction(self, options: Options) -> Direction:
+        """Return the direction of a call. UserError if the model does not have it, or has several and none is given."""
+        if options.direction is None:
+            return self._known.only("give direction")
+        return self._known.check(options.direction)
 
     def _rank(self, metric: str, options: Options) -> Rank:
         """Return what orders the hypotheses of a line by agreement. UserError if there is nothing to choose."""
@@ -213,7 +280,7 @@ class Model:
             raise UserError(f"mbr={metric!r} is not one of {', '.join(METRICS)}")
         if options.n_best == 1:
             raise UserError("mbr chooses among n_best hypotheses: give n_best=32 and temperature=1.0, for example")
-        tokenizer = bleu_tokenizer(self.config.evaluation.tokenize, self.config.corpus.target_language)
+        tokenizer = bleu_tokenizer(self.config.evaluation.tokenize, self._direction(options).target)
         return by_agreement(metric, tokenizer.name)
 
     def _check_experts(self) -> None:

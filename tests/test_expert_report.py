@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from nmt.batch import BOS, EOS, Batch
+from nmt.config import Direction
 from nmt.data.held_out import eval_batches
 from nmt.experts.information import Z, expected_pairs, information, least_rate, rank_in_runs
 from nmt.experts.report import (
@@ -17,6 +18,7 @@ from nmt.experts.report import (
     ExpertRow,
     LayerReport,
     expert_report,
+    preferred,
 )
 from nmt.model.gating import GateOutput, GateSums
 
@@ -262,6 +264,33 @@ def test_a_split_by_domain_is_pure_and_a_random_one_is_not() -> None:
     assert split.chance_max_share < 0.1
     assert random is not None
     assert random.share < 2 * random.chance_max_share < 0.03
+
+
+def test_languages_are_labels_beside_domains() -> None:
+    """Experts chosen by the target language reveal it, and what it says of the source language; lifts are counts."""
+    lines = sentences(240)
+    directions = [Direction.of(("en-de", "en-fr", "de-en")[i % 3]) for i in range(240)]
+    domains = ["news" if i % 2 else "talk" for i in range(240)]
+    experts = {"de": 0, "fr": 1, "en": 2}
+    router = Router(lambda _, v, s, t: {experts[directions[s].target]: 1.0}, encoder_1=3)
+    [report] = expert_report(router, Words(*lines), lines, lines, domains, 0, directions)
+    assert report.language_purity["target language"].share == pytest.approx(1.0)
+    assert 0.4 < report.language_purity["source language"].share / 0.92 < 1.2
+    assert report.domain_purity is not None
+    assert report.domain_purity.share < 0.01
+    tokens = Counter[str]()
+    for line, direction in zip(lines, directions, strict=True):
+        tokens.update({direction.target: len(line.split()) + 1})
+    total = sum(tokens.values())
+    english = report.experts[experts["en"]]
+    assert english.languages == pytest.approx(
+        {"from de": total / tokens["en"], "from en": 0.0, "to de": 0.0, "to en": total / tokens["en"], "to fr": 0.0}
+    )
+    assert [name for name, _ in preferred(english)] == ["from de", "to en"]
+    [alone] = expert_report(router, Words(*lines), lines, lines, domains)
+    assert alone.domain_purity == report.domain_purity
+    assert alone.language_purity == {}
+    assert [row.domains for row in alone.experts] == [row.domains for row in report.experts]
 
 
 def test_domain_labels_are_shuffled_over_sentences() -> None:

@@ -37,7 +37,7 @@ def commands(cli: Cli, command: str) -> list[list[str]]:
 def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A working directory where the examples' runs and exports are."""
     monkeypatch.chdir(tmp_path)
-    for name in ("demo", "demo-32"):
+    for name in ("demo", "demo-32", "many"):
         shutil.copytree(run, tmp_path / "runs" / name)
     assert main(["export", "runs/demo", "exports/demo"]) == 0
     return tmp_path

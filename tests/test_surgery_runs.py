@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-import nmt.commands.resize
+import nmt.commands.dev_pairs
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, ModelConfig, MoEConfig
 from nmt.decoding.loading import load_vocabulary
@@ -287,7 +287,7 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
     task: tuple[str, str],
 ) -> None:
     falls = Comparison("BLEU", 31.0, 29.66, 0.01, (30.0, 32.0), (28.0, 31.0))
-    monkeypatch.setattr(nmt.commands.resize, "paired_bootstrap", lambda *_: [falls])
+    monkeypatch.setattr(nmt.commands.dev_pairs, "paired_bootstrap", lambda *_: [falls])
     arguments = ("experts", str(run), *task, "-o", str(tmp_path / "new"))
     assert cli(*arguments) == 2
     line = cli.err.splitlines()[-1]

@@ -70,6 +70,16 @@ class Parser(argparse.ArgumentParser):
             "output)",
         )
 
+    def add_direction(self) -> None:
+        """Add the options that choose a direction of a run, and a tag (`nmt.commands.direction`)."""
+        self.add_argument(
+            "--from", metavar="LANGUAGE", help="language of the source, for a run of several directions, such as en"
+        )
+        self.add_argument("--to", metavar="LANGUAGE", help="language of the translation, such as fr")
+        self.add_argument(
+            "--tag", default="", metavar="NAME", help="domain or origin of the text, for a run that has learned tags"
+        )
+
     def options(self) -> list[str]:
         """Return all options, long and short."""
         return list(self._option_string_actions)

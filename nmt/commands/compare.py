@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nmt.commands import Parser, is_setting, say, show
+from nmt.commands.direction import asked_direction, directions_of, is_given
 from nmt.commands.keep import keep
-from nmt.config import TOKENIZERS, Config, LayerName
+from nmt.config import TOKENIZERS, Config, Direction, LayerName
 from nmt.decoding.loading import load_vocabulary
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, DataError, UserError
@@ -19,7 +20,7 @@ from nmt.evaluation.compare import KEPT_NAMES, Compared, System, compare
 from nmt.evaluation.frequency import source_frequencies, training_frequencies
 from nmt.evaluation.kept import kept_translations
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, RANDOMISATION_TRIALS, SEED
-from nmt.evaluation.sets import EvaluationSet, evaluation_set, read_lines
+from nmt.evaluation.sets import EvaluationSet, by_direction, evaluation_set, read_lines
 from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, misfit
 from nmt.experts.observe import most_used
 from nmt.files import write_atomically
@@ -52,7 +53,8 @@ def parser() -> Parser:
         "  nmt compare runs/demo runs/demo-32\n"
         "  nmt compare demo demo,decoding.beam_size=1 demo,decoding.checkpoint=last -o beams.html\n"
         "  nmt compare first.de second.de --source my.en --reference my.de -o page.html --json scores.json\n"
-        "  nmt compare demo other.de --source my.en --reference my.de --domains my.domains decoding.beam_size=8",
+        "  nmt compare demo other.de --source my.en --reference my.de --domains my.domains decoding.beam_size=8\n"
+        "  nmt compare many demo --from en --to de",
         takes_run=False,
     )
     parser.add_argument("systems", metavar="SYSTEM", nargs="+", help="run, or file of translations; the baseline first")
@@ -65,6 +67,7 @@ def parser() -> Parser:
         help="their translations, line by line; repeat it for several references",
     )
     parser.add_argument("--split", choices=("test", "dev"), default="test", help="which of the run's own sets")
+    parser.add_direction()
     parser.add_argument("--domains", metavar="F", help="the domain of each sentence, line by line")
     parser.add_argument("--layer", metavar="NAME", help="MoE layer of the first system, for buckets by expert")
     parser.add_argument(
@@ -90,13 +93,13 @@ def run(options: argparse.Namespace) -> None:
         raise UserError("files of translations need --source F and --reference F, the text that they translate")
     if first is None and changes:
         raise UserError(f"{changes[0]}: settings are for runs, and all systems are files; leave it out")
-    text = evaluation_set(options.source, options.reference, options.split, first.run if first else None)
+    text = _text(options, candidates, first)
     if len(text.sources) > _MOST_SENTENCES:
         raise DataError(
             f"{text.title} has {len(text.sources):,} sentences: compare at most {_MOST_SENTENCES:,}, as the tests keep "
             "all samples in memory; cut the files"
         )
-    tokenizer = _tokenizer(options.tokenize, first)
+    tokenizer = _tokenizer(options.tokenize, first, text.direction)
     doubt = misfit(tokenizer.name, text.references[0], "--tokenize ")
     if doubt:
         say(doubt)
@@ -109,9 +112,30 @@ def run(options: argparse.Namespace) -> None:
     _write(options, compared, first.run if first else None)
 
 
-def _tokenizer(name: str | None, first: _Candidate | None) -> Tokenizer:
+def _text(options: argparse.Namespace, candidates: Sequence[_Candidate], first: _Candidate | None) -> EvaluationSet:
+    """Return the test set, in a direction that all runs translate. `first` is the first run."""
+    text = evaluation_set(options.source, options.reference, options.split, first.run if first else None)
+    runs = [(each.run, each.config) for each in candidates if each.run is not None]
+    if not runs:
+        if is_given(options) or options.tag:
+            raise UserError("--from, --to and --tag are for runs, and all systems are files: leave them out")
+        return text
+    known = {run.path: directions_of(run, config) for run, config in runs}
+    found = [(directions, asked_direction(options, directions)) for directions in known.values()]
+    directions, direction = found[0]
+    for other, theirs in found:
+        if theirs != direction:
+            raise UserError(
+                f"{directions.name} translates {direction}, but {other.name} {theirs}: give --from and --to"
+            )
+    # A run of a single direction takes its name, too.
+    several = next((each for each, _ in found if each.are_several), directions)
+    return by_direction(text, several, direction, options.tag)[0]
+
+
+def _tokenizer(name: str | None, first: _Candidate | None, direction: Direction | None) -> Tokenizer:
     """Return the tokeniser with this name; None: that of the first run, if there is one."""
-    language = first.config.corpus.target_language if first else ""
+    language = (direction or first.config.corpus.direction).target if first else ""
     if name is not None:
         return bleu_tokenizer(name, language, "--tokenize ")
     return bleu_tokenizer(first.config.evaluation.tokenize if first else "auto", language)
@@ -164,8 +188,7 @@ def _system(candidate: _Candidate, text: EvaluationSet, split: str) -> System:
                 "they must pair line by line"
             )
         return System(candidate.name, f"file {candidate.path}", hypotheses)
-    own = run.text(split)[0] if text.own else []
-    if own and own != text.sources:
+    if text.own and not _has(run, text, split):
         say(f"{run.path} has another {split} set of its own: it translates that of the first run")
     steps = [step for checkpoint in run.chosen(config.decoding) for step in checkpoint.steps]
     origin = f"{run.path}, {steps_of(steps)}, beam {config.decoding.beam_size}, alpha {config.decoding.alpha}"
@@ -176,7 +199,16 @@ def _system(candidate: _Candidate, text: EvaluationSet, split: str) -> System:
         return System(candidate.name, origin, kept)
     say(f"{candidate.name}: translating {counted(len(text.sources), 'sentence')}, which nmt evaluate has not kept")
     translator = Translator.load(run, config)
-    return System(candidate.name, origin, [each.text for each in translator.translate(text.sources)])
+    translations = translator.translate(text.sources, text.options(translator.options))
+    return System(candidate.name, origin, [each.text for each in translations])
+
+
+def _has(run: RunDirectory, text: EvaluationSet, split: str) -> bool:
+    """Return whether a run has this text as its own, or none at all."""
+    sources, directions = run.text(split)[0], run.directions(split)
+    if directions:
+        sources = [source for source, each in zip(sources, directions, strict=True) if each == text.direction]
+    return not sources or sources == text.sources
 
 
 # ------------------------------------------------------------------------------------------------- buckets
@@ -220,7 +252,7 @@ def _groupings(
     sources, frequencies = text.sources, None
     if first is not None and first.run is not None:
         subwords = load_vocabulary(first.run)
-        frequencies = training_frequencies(first.run, first.config, subwords)
+        frequencies = training_frequencies(first.run, first.config, subwords, text.direction)
         if frequencies is not None:
             sources = [subwords.normalise(source) for source in sources]
     rare = by_rare_words(sources, *(frequencies or source_frequencies(sources)))
@@ -229,8 +261,16 @@ def _groupings(
         groupings.append(by_label("domain", "Domain", "Domains that the test set is labelled with.", domains))
     if layer is not None and baseline.run is not None:
         translator = Translator.load(baseline.run, baseline.config)
-        count = baseline.config.decoding.experts_per_token
-        found = most_used(translator.model, translator.subwords, text.sources, translated.hypotheses, layer, count)
+        prefix = translator.source_symbols(text.options(translator.options))
+        found = most_used(
+            translator.model,
+            translator.subwords,
+            text.sources,
+            translated.hypotheses,
+            layer,
+            baseline.config.decoding.experts_per_token,
+            [prefix] * len(text.sources),
+        )
         labels = ["no expert" if expert < 0 else f"expert {expert}" for expert in found]
         read = "source" if LayerName.of(layer).side == "encoder" else "translation by A"
         note = f"The expert of {layer} in A with the largest sum of gate values over the subwords of the {read}."

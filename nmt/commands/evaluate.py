@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from nmt.commands import Parser, say, show
+from nmt.commands.direction import asked_direction, check_tag, directions_of, is_given
 from nmt.commands.keep import keep
 from nmt.config import TOKENIZERS, Config
 from nmt.data.held_out import describe_cut
@@ -16,10 +17,10 @@ from nmt.errors import UserError
 from nmt.evaluation.dial import HEAD, dial, dial_counts
 from nmt.evaluation.kept import origin
 from nmt.evaluation.measure import Measured, Scorer, measure
-from nmt.evaluation.results import SetResult, table
+from nmt.evaluation.results import SetResult, means, table
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, all_scores
-from nmt.evaluation.sets import EvaluationSet, Request, evaluation_sets, requests
-from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, misfit
+from nmt.evaluation.sets import EvaluationSet, Request, by_direction, evaluation_sets, requests
+from nmt.evaluation.tokenizers import Tokenizer, bleu_tokenizer, describe, misfit
 from nmt.evaluation.tune import FEW_SENTENCES, SURE, Point, tune
 from nmt.run import RunDirectory
 from nmt.wording import counted, steps_of
@@ -46,7 +47,8 @@ def parser() -> Parser:
         "Each set is --split, --set, or --source with one or more --reference; several sets may follow each other.\n"
         "With --hypothesis, score translations made elsewhere; RUN is then needed for its own sets only. With --dial,\n"
         "compare scores and cost with fewer or more experts per token than in training. With --tune, choose settings\n"
-        "of the search by BLEU on the dev set, and write them into the run.",
+        "of the search by BLEU on the dev set, and write them into the run. The own sets of a run of several\n"
+        "directions have a line for each; --from and --to choose one, and say which one the files have.",
         "  nmt evaluate runs/demo --show 10\n"
         "  nmt evaluate demo --source newstest2014.en --reference newstest2014.de decoding.beam_size=8\n"
         "  nmt evaluate demo --source my.en --reference first.de --reference second.de --tokenize intl\n"
@@ -54,7 +56,8 @@ def parser() -> Parser:
         "  nmt evaluate demo --set wmt14 --set wmt13\n"
         "  nmt evaluate --hypothesis other.de --reference my.de --ter\n"
         "  nmt evaluate demo --dial 1,2,4\n"
-        "  nmt evaluate demo --tune",
+        "  nmt evaluate demo --tune\n"
+        "  nmt evaluate many --from en --to fr --source my.en --reference my.fr",
         takes_run=False,
     )
     parser.add_argument("run", metavar="RUN", nargs="?", help="folder of a run, or its name in runs/")
@@ -68,6 +71,7 @@ def parser() -> Parser:
         parser.add_argument(
             option, metavar=metavar, choices=choices, help=meaning, action=_Describe, dest="sets", default=[]
         )
+    parser.add_direction()
     parser.add_argument(
         "--tokenize",
         choices=TOKENIZERS,
@@ -102,23 +106,28 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
     if options.tune:
         _check_alone("--tune", options, wanted)
         _check_tunable(wanted[0], run, config)
-    tokenizer = _tokenizer(options.tokenize, run, config)
-    languages = (re.split("[-_]", code)[0] for code in (config.corpus.source_language, config.corpus.target_language))
-    texts = evaluation_sets(wanted, run, "-".join(languages))
-    for text in texts:
+    texts = _texts(options, wanted, run, config)
+    targets = [(text.direction or config.corpus.direction).target if run else "" for text in texts]
+    tokenizers = [_tokenizer(options.tokenize, target, config) for target in targets]
+    told = describe(dict(zip(targets, tokenizers, strict=True)))
+    for text, tokenizer in zip(texts, tokenizers, strict=True):
         _say_doubts(text, tokenizer)
     if run is None or all(text.hypotheses is not None for text in texts):
-        _print([_scored(text, tokenizer, options) for text in texts], options, [str(tokenizer)])
+        scored = [_scored(text, tokenizer, options) for text, tokenizer in zip(texts, tokenizers, strict=True)]
+        _print(scored, options, [told])
         return
+    if len(texts) > 1 and (counts or options.tune):
+        option = "--tune" if options.tune else "--dial"
+        raise UserError(f"{option} takes a single direction of {run.path}: give --from and --to")
     translator = Translator.load(run, config)
     if counts:
-        _dial(counts, options.show, translator, texts[0], tokenizer, run, config)
+        _dial(counts, options.show, translator, texts[0], tokenizers[0], run, config)
         return
     if options.tune:
-        _tune(translator, texts[0], tokenizer, run)
+        _tune(translator, texts[0], tokenizers[0], run)
         return
     results = []
-    for text in texts:
+    for text, tokenizer in zip(texts, tokenizers, strict=True):
         if text.hypotheses is not None:
             results.append(_scored(text, tokenizer, options))
             continue
@@ -126,7 +135,24 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
         _say_what_was_cut(text, found)
         results.append(SetResult(text, found.hypotheses, found.scores, found))
         _keep(results[-1], translator, run, config)
-    _print(results, options, [_decoding_line(translator), str(tokenizer)])
+    _print(results, options, [_decoding_line(translator), told])
+
+
+def _texts(
+    options: argparse.Namespace, wanted: Sequence[Request], run: RunDirectory | None, config: Config
+) -> list[EvaluationSet]:
+    """Return the sets, each in one direction."""
+    if run is None:
+        if is_given(options) or options.tag:
+            raise UserError("--from, --to and --tag are for a RUN: leave them out")
+        return evaluation_sets(wanted, run, "")
+    directions = directions_of(run, config)
+    check_tag(options, directions)
+    named = any(each.named for each in wanted)
+    asked = asked_direction(options, directions) if is_given(options) or named else None
+    languages = "-".join(re.split("[-_]", code)[0] for code in asked) if asked and named else ""
+    texts = evaluation_sets(wanted, run, languages)
+    return [part for text in texts for part in by_direction(text, directions, asked, options.tag)]
 
 
 def _check_alone(option: str, options: argparse.Namespace, wanted: Sequence[Request]) -> None:
@@ -152,8 +178,7 @@ def _check_tunable(wanted: Request, run: RunDirectory | None, config: Config) ->
             raise UserError(f"--tune chooses decoding.{name}: leave it out")
 
 
-def _tokenizer(name: str | None, run: RunDirectory | None, config: Config) -> Tokenizer:
-    language = config.corpus.target_language if run else ""
+def _tokenizer(name: str | None, language: str, config: Config) -> Tokenizer:
     if name is None:
         return bleu_tokenizer(config.evaluation.tokenize, language)
     return bleu_tokenizer(name, language, "--tokenize ")
@@ -181,7 +206,9 @@ def _scored(text: EvaluationSet, tokenizer: Tokenizer, options: argparse.Namespa
 def _print(results: Sequence[SetResult], options: argparse.Namespace, notes: Sequence[str]) -> None:
     """Print examples, scores and notes; with --json, the scores alone on standard output."""
     if options.json:
-        show(json.dumps([each for result in results for each in result.json_scores()], indent=1, ensure_ascii=False))
+        scored = [each for result in results for each in result.json_scores()]
+        scored += [each for mean in means(results) for each in mean.json_scores()]
+        show(json.dumps(scored, indent=1, ensure_ascii=False))
         for note in notes:
             say(note)
         return

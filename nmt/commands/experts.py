@@ -3,6 +3,7 @@
 import argparse
 
 from nmt.commands import Parser
+from nmt.commands.direction import is_given
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.run import RunDirectory
@@ -17,6 +18,7 @@ def parser() -> Parser:
         "  nmt experts runs/demo\n"
         "  nmt experts demo --source my.en --reference my.de\n"
         "  nmt experts demo --explain 'The train leaves at 14:35.'\n"
+        "  nmt experts many --explain 'The train leaves at 14:35.' --from en --to fr\n"
         "  nmt experts demo --grow 32 -o demo-32\n"
         "  nmt experts demo-32 --prune 8 -o demo-24\n"
         "  nmt experts demo-32 --prune idle -o demo-pruned --max-loss 0.3\n"
@@ -24,6 +26,7 @@ def parser() -> Parser:
     )
     parser.add_argument("--source", metavar="F", help="sentences for the report (default: the run's own test set)")
     parser.add_argument("--reference", metavar="F", help="their translations, line by line")
+    parser.add_direction()
     task = parser.add_mutually_exclusive_group()
     task.add_argument("--explain", metavar="SENTENCE", help="the experts of each token, and what each contributes")
     task.add_argument(
@@ -51,6 +54,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     resizing = options.grow is not None or options.prune is not None or options.merge is not None
     if resizing != (options.output is not None):
         raise UserError("-o NEWRUN goes with --grow, --prune or --merge" + (", which need it" if resizing else ""))
+    if resizing and (is_given(options) or options.tag):
+        raise UserError("--from, --to and --tag are for the report and --explain: leave them out")
     if resizing and run.exported:
         raise UserError(f"{run.path} is an exported model, which cannot be trained: give the run it was exported from")
     if not config.model.moe.num_experts and options.grow is None:

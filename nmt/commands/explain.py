@@ -4,8 +4,10 @@ import argparse
 import hashlib
 import json
 import re
+from dataclasses import replace
 
 from nmt.commands import show
+from nmt.commands.direction import asked_direction, directions_of
 from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.decoding.translator import Translator
@@ -25,10 +27,17 @@ def explain(options: argparse.Namespace, run: RunDirectory, config: Config) -> N
     sentence = options.explain.encode(errors="replace").decode()
     if not sentence.strip():
         raise DataError("the sentence of --explain is blank: give one with words")
-    explanation = explain_sentence(Translator.load(run, config), sentence)
+    directions = directions_of(run, config)
+    direction = asked_direction(options, directions)
+    translator = Translator.load(run, config)
+    chosen = replace(translator.options, direction=direction, tag=options.tag)
+    explanation = explain_sentence(translator, sentence, chosen)
     show(explanation)
     content = {**explanation.to_dict(), "decoding": config.to_dict()["decoding"]}
     name = f"explain-{slug(sentence)}"
+    if directions.are_several:
+        content |= {"direction": str(direction), "tag": options.tag}
+        name = "-".join([name, str(direction), *filter(None, [options.tag])])
     contents = {f"{name}.json": json.dumps(content, indent=2), f"{name}.html": explanation_page(explanation)}
     page = run.report / f"{name}.html"
     keep(run, contents, f"a page is in {page}, all digits are in {name}.json")

@@ -11,6 +11,7 @@ import yaml
 
 from nmt.checkpoint import BF16_FORMAT, EXPORT_FORMAT, EXPORTED_PARAMETERS, MODEL_CARD, seal
 from nmt.commands import Parser, say, show
+from nmt.commands.direction import directions_of
 from nmt.config import Config, CorpusConfig, DecodingConfig, FilesConfig, RunConfig
 from nmt.decoding.loading import Loaded, load_model
 from nmt.errors import StorageError, UserError
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         run.corpus_info(),
         loaded.subwords.fingerprint,
         {checkpoint.step: checkpoint.score for checkpoint in loaded.checkpoints},
-        _reports(run),
+        _reports(run, config),
         parameter_bytes=0,
         bf16=options.bf16,
     )
@@ -128,14 +129,20 @@ def _portable(config: Config, run: RunDirectory) -> Config:
 
 def _names_alone(files: FilesConfig) -> FilesConfig:
     source, target, pairs = ([Path(name).name for name in names] for names in (files.source, files.target, files.pairs))
-    return replace(files, source=source, target=target, pairs=pairs)
+    texts = {language: [Path(name).name for name in names] for language, names in files.texts.items()}
+    return replace(files, source=source, target=target, pairs=pairs, texts=texts)
 
 
-def _reports(run: RunDirectory) -> list[SetScores]:
-    """Return what `nmt evaluate` found on the run's own sets. Reports on other text are never part of a card."""
+def _reports(run: RunDirectory, config: Config) -> list[SetScores]:
+    """Return what `nmt evaluate` found on the run's own sets. Reports on other text are never part of a card.
+
+    A run of several directions has a report for each, and one on a zero-shot direction is no part of a card either.
+    """
     found = []
-    for split in ("dev", "test"):
-        path = run.report / f"{split}.json"
+    directions = directions_of(run, config)
+    parts = [f"-{direction}" for direction in directions.trained] if directions.are_several else [""]
+    for name in (f"{split}{part}" for split in ("dev", "test") for part in parts):
+        path = run.report / f"{name}.json"
         if not path.exists():
             continue
         try:
@@ -146,7 +153,7 @@ def _reports(run: RunDirectory) -> list[SetScores]:
             say(f"{path} is left out of the card ({error}): run nmt evaluate again")
             continue
         figures = report["steps"], report["scores"], report["perplexity"], report["decoding"]
-        found.append(SetScores(split, report["sentences"], *figures))
+        found.append(SetScores(name, report["sentences"], *figures))
     return found
 
 

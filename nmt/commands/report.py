@@ -2,14 +2,15 @@
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from nmt.commands import say, show
+from nmt.commands.direction import asked_direction, check_tag, directions_of, is_given
 from nmt.commands.keep import keep
 from nmt.config import Config
 from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.decoding.translator import Translator
-from nmt.evaluation.sets import evaluation_set
+from nmt.evaluation.sets import EvaluationSet, by_direction, evaluation_set
 from nmt.experts.report import expert_report
 from nmt.pages.experts import to_html, to_markdown
 from nmt.run import RunDirectory
@@ -21,8 +22,13 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     # Without a test set, use the dev set. If there is neither, the error names the test set.
     split = "dev" if run.text("dev")[0] and not run.text("test")[0] else "test"
     references = [] if options.reference is None else [options.reference]
-    text = evaluation_set(options.source, references, split, run)
+    text = _text(options, evaluation_set(options.source, references, split, run), run, config)
     translator = Translator.load(run, config)
+    lines = text.directions or [text.direction] * text.size
+    prefix_of = {
+        each: translator.source_symbols(replace(text.options(translator.options), direction=each))
+        for each in dict.fromkeys(lines)
+    }
     layers = expert_report(
         translator.model,
         translator.subwords,
@@ -30,17 +36,21 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         text.references[0],
         text.domains,
         config.decoding.experts_per_token,
+        text.directions,
+        [prefix_of[each] for each in lines],
+        translator.shown_symbols(),
     )
     told = describe_cut(encode_pairs(translator.subwords, text.sources, text.references[0]).cut)
     if told:
         say(told)
-    name = f"{split} set" if text.own else text.title
+    name = f"{text.title} set" if text.own else text.title
     subject = f"{name}, {counted(len(text.sources), 'sentence pair')}"
     subject += f", {counted(len(set(text.domains)), 'domain')}" if text.domains else ""
+    subject += f", {counted(len(set(text.directions)), 'direction')}" if text.directions else ""
     title = run.path.resolve().name
     result = {"split": split, **text.to_dict(), "set": name, "layers": [asdict(layer) for layer in layers]}
     # Files of reports on other text have the name of that text.
-    stem = "experts" if text.own else f"experts-{text.name}"
+    stem = "experts" if text.own and text.name == split else f"experts-{text.name}"
     contents = {
         f"{stem}.json": json.dumps(result, indent=2),
         f"{stem}.html": to_html(layers, title, subject),
@@ -49,3 +59,12 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     show("\n\n".join(str(layer) for layer in layers))
     page = run.report / f"{stem}.html"
     keep(run, contents, f"{page} shows what each expert is chosen for (also {stem}.md and {stem}.json)")
+
+
+def _text(options: argparse.Namespace, text: EvaluationSet, run: RunDirectory, config: Config) -> EvaluationSet:
+    """Return the text in the direction and with the tag that are asked for; without, a run's own set has all of its."""
+    directions = directions_of(run, config)
+    check_tag(options, directions)
+    if is_given(options) or not text.directions:
+        return by_direction(text, directions, asked_direction(options, directions), options.tag)[0]
+    return replace(text, name=f"{text.name}-{options.tag}", tag=options.tag) if options.tag else text

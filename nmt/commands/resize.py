@@ -5,8 +5,10 @@ import math
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from nmt.commands import say, show
+from nmt.commands.dev_pairs import DevPairs
 from nmt.config import Config, DecodingConfig, RunConfig
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
@@ -14,10 +16,8 @@ from nmt.decoding.directions import Directions
 from nmt.decoding.loading import load_vocabulary, longest_source
 from nmt.decoding.translator import Translator
 from nmt.device import pick_device, set_float32_products
-from nmt.errors import DataError, UserError
+from nmt.errors import UserError
 from nmt.evaluation.perplexity import perplexity
-from nmt.evaluation.scores import paired_bootstrap
-from nmt.evaluation.tokenizers import bleu_tokenizer
 from nmt.experts import shrink
 from nmt.experts.grow import grow
 from nmt.experts.observe import ExpertUse, Observation, observe, output_similarity
@@ -121,18 +121,9 @@ class _Bench:
         corpus = run.corpus_info()
         self.longest = longest_source(corpus, config)
         self.directions = Directions.of(config, corpus, run.path.name, str(run.corpus_path))
-        self.tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language)
         self.device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(self.device, config.decoding.precision)
-        self.sources, self.targets, _ = run.text("dev")
-        if not self.sources:
-            raise DataError(f"{run.path} has no dev set, which resizing measures with: give a run that has one")
-
-    def spread(self, count: int) -> tuple[list[str], list[str]]:
-        """Return at most `count` pairs, spread evenly over the dev set."""
-        size = len(self.sources)
-        places = [index * size // min(count, size) for index in range(min(count, size))]
-        return [self.sources[place] for place in places], [self.targets[place] for place in places]
+        self.pairs = DevPairs.of(run)
 
     def translator(self, network: NetworkWeights) -> Translator:
         """Return a greedy translator with this network and as many active experts per token as in training."""
@@ -141,21 +132,24 @@ class _Bench:
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Return the perplexity per subword of `count` pairs of the dev set."""
-        sources, targets = self.spread(count)
-        return perplexity(translator.model, self.subwords, sources, targets, 4096, World(self.device)).pieces
+        pairs, world = self.pairs.spread(count), World(self.device)
+        symbols = pairs.symbols(translator)
+        return perplexity(
+            translator.model, self.subwords, pairs.sources, pairs.targets, 4096, world, prefixes=symbols
+        ).pieces
 
     def show_that_nothing_changed(self, *networks: NetworkWeights) -> None:
         """Print the perplexity before and after."""
         before, after = (self.perplexity(self.translator(network), _COMPARED) for network in networks)
-        count = min(_COMPARED, len(self.sources))
+        count = len(self.pairs.spread(_COMPARED).sources)
         show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
 
     def shrink(self, options: argparse.Namespace, network: NetworkWeights) -> NetworkWeights:
         """Return the network with fewer experts. UserError if it loses more than --max-loss."""
         translator = self.translator(network)
-        texts = self.spread(_WATCHED)
-        say(f"observing the experts on {len(texts[0]):,} dev pairs")
-        seen = observe(translator.model, self.subwords, *texts)
+        pairs = self.pairs.spread(_WATCHED)
+        say(f"observing the experts on {len(pairs.sources):,} dev pairs")
+        seen = observe(translator.model, self.subwords, pairs.sources, pairs.targets, pairs.symbols(translator))
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
         else:
@@ -164,22 +158,26 @@ class _Bench:
         return changed
 
     def compare(self, before: Translator, after: Translator, max_loss: float) -> None:
-        """Print scores before and after; UserError if BLEU falls by more than `max_loss`."""
-        sources, references = self.spread(_TRANSLATED)
-        say(f"translating {len(sources)} dev sentences, before and after")
-        baseline, system = ([line.text for line in each.translate(sources)] for each in (before, after))
-        comparisons = paired_bootstrap(baseline, system, [references], self.tokenizer.name)
+        """Print scores before and after; UserError if (mean) BLEU falls by more than `max_loss`."""
+        pairs = self.pairs.spread(_TRANSLATED)
+        say(f"translating {len(pairs.sources)} dev sentences, before and after")
+        found, tokenizers = pairs.compared(pairs.translations(before), pairs.translations(after), self.config)
         show(f"\n{'':30}before     after  difference  p-value (paired bootstrap)")
-        for each in comparisons:
-            show(_score_line(each.name, each.baseline, each.system) + f"{each.p_value:9.3f}")
+        for direction, comparisons in found.items():
+            for each in comparisons:
+                name = f"{each.name} {direction}" if direction else each.name
+                show(_score_line(name, each.baseline, each.system) + f"{each.p_value:9.3f}")
+        bleu = [comparisons[0] for comparisons in found.values()]
+        first, second = fmean(each.baseline for each in bleu), fmean(each.system for each in bleu)
+        if len(found) > 1:
+            show(_score_line(f"BLEU, mean of {len(found)}", first, second))
         old, new = (self.perplexity(each, _TRANSLATED) for each in (before, after))
         show(_score_line("perplexity", old, new, digits=3))
-        show(f"{counted(len(sources), 'dev sentence')}, greedy search; {self.tokenizer}\n")
-        bleu = comparisons[0]
-        if not -bleu.difference <= max_loss:
-            enough = math.ceil(-10 * bleu.difference) / 10
+        show(f"{counted(len(pairs.sources), 'dev sentence')}, greedy search; {tokenizers}\n")
+        if not first - second <= max_loss:
+            enough = math.ceil(10 * (first - second)) / 10
             raise UserError(
-                f"BLEU falls by {-bleu.difference:.2f}, from {bleu.baseline:.2f} to {bleu.system:.2f}: more than "
+                f"BLEU falls by {first - second:.2f}, from {first:.2f} to {second:.2f}: more than "
                 f"--max-loss {max_loss:g}, so nothing was written; --max-loss {enough:g} allows it"
             )
 

@@ -4,8 +4,10 @@ import argparse
 import json
 import math
 import time
+from dataclasses import replace
 
 from nmt.commands import Parser, say
+from nmt.commands.direction import asked_direction, directions_of
 from nmt.config import Config
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.decoding.scoring import PairScore, perplexity_per
@@ -31,11 +33,13 @@ def parser() -> Parser:
         "separated by a tab. Line n of the output is for line n of both files.",
         "  nmt score runs/demo input.en translation.de\n"
         "  nmt score demo corpus.en.gz corpus.de.gz -o scores.tsv.gz --header\n"
-        "  nmt score demo input.en translation.de -o scores.jsonl --words",
+        "  nmt score demo input.en translation.de -o scores.jsonl --words\n"
+        "  nmt score many input.en translation.fr --from en --to fr",
     )
     parser.add_argument("source", metavar="SOURCE", help="a file as for nmt translate; - is standard input")
     parser.add_argument("target", metavar="TARGET", help="the translations, line by line")
     parser.add_output()
+    parser.add_direction()
     parser.add_argument(
         "--words",
         action="store_true",
@@ -58,6 +62,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     records = options.jsonl or has_records(options.output)
     if records and options.header:
         raise UserError("--header is for columns: the objects of JSON Lines name their fields")
+    direction = asked_direction(options, directions_of(run, config))
     total = _Total()
     with (
         Halt() as halt,
@@ -80,7 +85,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
             total.add(scores)
 
         started = time.perf_counter()
-        score_stream(translator, pair_windows(*readers), write, halt.set)
+        chosen = replace(translator.options, direction=direction, tag=options.tag)
+        score_stream(translator, pair_windows(*readers), write, halt.set, chosen)
     total.report(time.perf_counter() - started)
     for reader in readers:
         if reader.num_invalid:

@@ -19,7 +19,8 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from nmt.commands import Parser, say
-from nmt.config import Config
+from nmt.commands.direction import asked_direction, directions_of
+from nmt.config import Config, Direction
 from nmt.data.subwords import list_characters, one_line
 from nmt.decoding.loading import others_of
 from nmt.decoding.translation import Options, Translation
@@ -49,8 +50,8 @@ from nmt.text.term_files import read_terms
 from nmt.textfile import TextReader
 from nmt.wording import counted
 
-_NOT_OF_TEXT = ("run", "input", "output", "resume", "strict", "device", "batch_tokens")
-"""Options and settings that do not change translations."""
+_NOT_OF_TEXT = ("run", "input", "output", "resume", "strict", "device", "batch_tokens", "from", "to", "tag")
+"""Options and settings that do not change translations, or that `_made_by` names in another way."""
 _SAMPLES = 32  # draws per line for --mbr
 
 
@@ -63,7 +64,8 @@ def parser() -> Parser:
         "  nmt translate runs/demo input.en -o output.de\n"
         "  echo 'The train leaves at 14:35.' | nmt translate demo\n"
         "  nmt translate demo input.en.gz -o output.de.gz decoding.beam_size=8 decoding.checkpoint=average\n"
-        "  nmt translate demo input.jsonl -o output.jsonl --n-best 3",
+        "  nmt translate demo input.jsonl -o output.jsonl --n-best 3\n"
+        "  nmt translate many input.en -o output.fr --from en --to fr",
     )
     parser.add_argument(
         "input",
@@ -74,6 +76,7 @@ def parser() -> Parser:
         "translated as soon as no more arrive)",
     )
     parser.add_output()
+    parser.add_direction()
     parser.add_argument(
         "--strict",
         action="store_true",
@@ -154,8 +157,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
     """Translate `options.input` to `options.output`, window by window."""
     lines = JoinedLines(_form(options))
     alignments, flagged = AlignmentLines(), FlaggedLines()
-    languages = config.corpus.source_language, config.corpus.target_language
-    terms = read_terms(Path(options.terms), *languages) if options.terms else None
+    direction = asked_direction(options, directions_of(run, config))
+    terms = read_terms(Path(options.terms), *direction) if options.terms else None
     with (
         Halt() as halt,
         open_input(options.input) as source,
@@ -167,8 +170,9 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         # A third of the host's time for a line would go to looking again at what stays until the end.
         gc.freeze()
         aligned = "alignments" in beside or options.soft_alignments
-        rank, n_best = _mbr(options, config)
+        rank, n_best = _mbr(options, config, direction.target)
         chosen = replace(translator.options, n_best=n_best, paragraphs=options.paragraphs, alignments=aligned)
+        chosen = replace(chosen, direction=direction, tag=options.tag)
         read = Source(source, halt)
         reader, blocks = _reading(options, translator.language(chosen))(read, options.input, options.strict)
         if options.prefixes:
@@ -176,7 +180,7 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
             blocks = with_prefixes(blocks, reader, begun)
         blocks = with_kept_prefixes(blocks, shown(options.prefixes or options.input), translator.encode_prefix)
         if output.partial:
-            output.partial.begin(_made_by(options, run, config, translator))
+            output.partial.begin(_made_by(options, run, config, translator, direction))
             blocks = output.partial.rest(blocks)
             if output.partial.num_lines:
                 say(f"resuming after {_lines(output.partial.num_lines)} in {output.partial.path}")
@@ -261,8 +265,8 @@ def _prefixes(options: argparse.Namespace) -> str:
     return str(options.prefixes)
 
 
-def _mbr(options: argparse.Namespace, config: Config) -> tuple[Rank | None, int]:
-    """Return (what orders the translations of a line, None for their scores; how many there are)."""
+def _mbr(options: argparse.Namespace, config: Config, language: str) -> tuple[Rank | None, int]:
+    """Return (what orders the translations of a line into `language`, None for their scores; how many there are)."""
     if options.mbr is None:
         if options.samples is not None:
             raise UserError("--samples is for --mbr: give --mbr chrf too, or --n-best for several translations")
@@ -278,11 +282,13 @@ def _mbr(options: argparse.Namespace, config: Config) -> tuple[Rank | None, int]
     from nmt.evaluation.mbr import by_agreement
     from nmt.evaluation.tokenizers import bleu_tokenizer
 
-    tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language).name
+    tokenizer = bleu_tokenizer(config.evaluation.tokenize, language).name
     return by_agreement(options.mbr, tokenizer), _SAMPLES if options.samples is None else options.samples
 
 
-def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator) -> dict[str, str]:
+def _made_by(
+    options: argparse.Namespace, run: RunDirectory, config: Config, translator: Translator, direction: Direction
+) -> dict[str, str]:
     """Return what decides the text of translations: a file is resumed only if all of it is the same."""
     models = [(run, config), *others_of(config.decoding)]
     hashes = [checkpoint.fingerprint for run, config in models for checkpoint in run.chosen(config.decoding)]
@@ -293,6 +299,10 @@ def _made_by(options: argparse.Namespace, run: RunDirectory, config: Config, tra
         own["--terms"] += f" (sha256 {hashlib.sha256(Path(options.terms).read_bytes()).hexdigest()[:12]})"
     kind = "JSON Lines" if _in_records(options) else "text"
     made_by = {"checkpoint": f"step {steps} ({', '.join(hashes)})", "input": kind}
+    if translator.directions and translator.directions.are_several:
+        made_by["direction"] = str(direction)
+    if options.tag:
+        made_by["--tag"] = options.tag
     return made_by | {key: str(value) for key, value in (own | settings).items()}
 
 

@@ -71,6 +71,12 @@ class Symbols:
             ids.append(reserved[names.index(name)])
         return tuple(ids)
 
+    def shown(self, subwords: Subwords) -> dict[int, str]:
+        """Return what a reader sees for each symbol, by its id: "⟨to fr⟩" for a target language, "⟨bt⟩" for a tag."""
+        languages = zip(subwords.reserved_ids("language"), self.languages, strict=False)
+        tags = zip(subwords.reserved_ids("tag"), self.tags, strict=False)
+        return {symbol: f"⟨to {name}⟩" for symbol, name in languages} | {symbol: f"⟨{name}⟩" for symbol, name in tags}
+
 
 def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names) or "none"

@@ -31,12 +31,17 @@ class Directions:
 
         DataError, which names the file by `where`, if its symbols are damaged.
         """
-        return cls(name, (config.corpus.direction,), Symbols.of(record, where))
+        return cls(name, tuple(config.corpus.all_directions()), Symbols.of(record, where))
 
     @property
     def languages(self) -> set[str]:
         """All languages that the run knows, on either side."""
         return {language for direction in self.trained for language in direction} | {*self.symbols.languages}
+
+    @property
+    def are_several(self) -> bool:
+        """Whether a user can choose among directions."""
+        return len(self.trained) > 1 or bool(self.symbols.languages)
 
     def is_zero_shot(self, direction: Direction) -> bool:
         """Return whether the run was not trained on a direction."""

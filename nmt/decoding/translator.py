@@ -147,6 +147,10 @@ class Translator:
             return options.direction
         return self.directions.check(options.direction) if options.direction else self.directions.only("name one")
 
+    def shown_symbols(self) -> dict[int, str]:
+        """Return what a reader sees for the symbols before sources, by their ids (`Symbols.shown`)."""
+        return self.directions.symbols.shown(self.subwords) if self.directions else {}
+
     def max_pieces(self, options: Options | None = None) -> int:
         """Return the most subwords that are translated as a whole; no more than the longest training line has.
 

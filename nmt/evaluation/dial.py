@@ -113,7 +113,7 @@ def dial(
         except ValueError as error:
             raise UserError(f"--dial: {error}") from error
     # Warm up: the first batch of a process takes longer.
-    translator.translate(text.sources[:64])
+    translator.translate(text.sources[:64], text.options(translator.options))
     measured = []
     for count, trained in wanted:
         options = replace(translator.options, experts_per_token=0 if trained else count)

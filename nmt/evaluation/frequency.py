@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nmt.config import Config
+from nmt.config import Config, Direction
 from nmt.data.prepared import Part, Prepared
 from nmt.data.shards import MANIFEST
 from nmt.data.subwords import Subwords
@@ -28,8 +28,12 @@ class Frequencies(NamedTuple):
     """The text, for the reader."""
 
 
-def training_frequencies(run: RunDirectory, config: Config, subwords: Subwords) -> Frequencies | None:
+def training_frequencies(
+    run: RunDirectory, config: Config, subwords: Subwords, direction: Direction | None = None
+) -> Frequencies | None:
     """Return the frequencies of source words in the training text of a run; None if the text is not here.
+
+    `direction`: count in directions from its source only; None: in all.
 
     It is the prepared corpus in `corpus.directory` that has the fingerprint which the run recorded. Its sentences are
     subwords, so that words are counted as the vocabulary normalises them.
@@ -39,7 +43,10 @@ def training_frequencies(run: RunDirectory, config: Config, subwords: Subwords) 
         try:
             prepared = Prepared.open(manifest.parent)
             if prepared.fingerprint == fingerprint:
-                return _counted(prepared.parts(), run, subwords)
+                source = direction and direction.source
+                return _counted(
+                    [part for part in prepared.parts() if source in (None, part.direction.source)], run, subwords
+                )
         except (OSError, UserError, IndexError):  # IndexError: a subword that the vocabulary does not have
             continue
     return None

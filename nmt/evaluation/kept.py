@@ -33,8 +33,8 @@ def origin(hypotheses: Sequence[str], steps: Sequence[int], chosen: Sequence[Che
 def kept_translations(run: RunDirectory, text: EvaluationSet, decoding: DecodingConfig) -> list[str] | None:
     """Return the kept translations of `text`; None if there are none that this run would make now.
 
-    They must be of the same sources, by the same parameters, with the same settings, and unchanged. Nothing of this can
-    be known of reports by older versions. CheckpointError as for `RunDirectory.chosen`.
+    They must be of the same sources and direction, by the same parameters, with the same settings, and unchanged.
+    Nothing of this can be known of reports by older versions. CheckpointError as for `RunDirectory.chosen`.
     """
     parameters = _parameters_sha256(run.chosen(decoding))
     try:
@@ -42,8 +42,10 @@ def kept_translations(run: RunDirectory, text: EvaluationSet, decoding: Decoding
         hypotheses = read_regular(run.report / f"{text.name}.hypotheses").decode().split("\n")[:-1]
     except (OSError, ValueError):
         return None
+    wanted = text.to_dict()
     same = (
-        report["sources_sha256"] == sha256_of(text.sources)
+        all(report.get(name, "") == wanted.get(name, "") for name in ("direction", "tag"))
+        and report["sources_sha256"] == sha256_of(text.sources)
         and report["parameters_sha256"] == parameters
         and report["hypotheses_sha256"] == sha256_of(hypotheses)
         and _searched(report["decoding"]) == _searched(asdict(decoding))

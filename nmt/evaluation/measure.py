@@ -46,7 +46,7 @@ def measure(
 
     CheckpointError if the model's outputs are not finite.
     """
-    options = options or translator.options
+    options = text.options(options or translator.options)
     hypotheses, seconds = timed(translator, text.sources, options)
     scores = scorer(hypotheses, text.references)
     found = perplexity(
@@ -58,6 +58,7 @@ def measure(
         World(translator.device),
         options.experts_per_token,
         translator.models[1:],
+        [translator.source_symbols(options)] * text.size,
     )
     if math.isnan(found.pieces):
         raise CheckpointError("the perplexity is not a number: choose other parameters with decoding.checkpoint=STEP")

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import groupby
+from statistics import fmean
 from typing import Any
 
 from nmt.evaluation.content import content_kept
@@ -72,6 +74,56 @@ class SetResult:
         return {**self.text.to_dict(), "sentences": self.text.size, "scores": scores, "kept": kept, **self.figures()}
 
 
+@dataclass(frozen=True)
+class MeanResult:
+    """Means over the directions of a set; the BLEU of all lines together would mix languages."""
+
+    title: str
+    results: list[SetResult]
+
+    def cells(self) -> dict[str, str]:
+        """Return the row of the table, by heading."""
+        sentences = sum(result.text.size for result in self.results)
+        means = self.figures()
+        row = {"set": self.title, "sentences": f"{sentences:,}", "references": ""}
+        row |= {name: f"{means[name]:.2f}" for name in (score.name for score in self.results[0].scores)}
+        if seconds := means.get("seconds"):
+            row |= {
+                "perplexity": f"{means['perplexity']:,.3f}",
+                "per word": f"{means['word_perplexity']:,.2f}",
+                "bits/character": f"{means['bits_per_character']:.3f}",
+                "sentences/s": f"{sentences / (seconds * len(self.results)):,.1f}",
+            }
+        return row
+
+    def figures(self) -> dict[str, float]:
+        """Return the mean of each score and of each figure, by name."""
+        each = [{score.name: score.value for score in result.scores} | result.figures() for result in self.results]
+        return {name: fmean(figures[name] for figures in each) for name in each[0]}
+
+    def json_scores(self) -> list[dict[str, Any]]:
+        """Return one object per mean, as `SetResult.json_scores` does for scores."""
+        return [
+            {"set": self.title, "name": _NAMES.get(name, name), "score": value}
+            for name, value in self.figures().items()
+            if name != "seconds"
+        ]
+
+
+def means(results: Sequence[SetResult]) -> list[MeanResult]:
+    """Return the means over the directions of each set of several, apart for those that were not trained."""
+    found = []
+    parts = [result for result in results if result.text.part_of]
+    for title, group in groupby(parts, key=lambda result: result.text.part_of):
+        members = list(group)
+        for zero_shot in (False, True):
+            some = [result for result in members if result.text.zero_shot == zero_shot]
+            if len(some) > 1:
+                kind = "zero-shot directions" if zero_shot else "directions"
+                found.append(MeanResult(f"{title}, mean of {len(some)} {kind}", some))
+    return found
+
+
 _NAMES = {
     "perplexity": "perplexity",
     "word_perplexity": "perplexity per word",
@@ -80,8 +132,8 @@ _NAMES = {
 
 
 def table(results: Sequence[SetResult]) -> str:
-    """Return a table with a row per set, and the signatures of the scores."""
-    rows = [result.cells() for result in results]
+    """Return a table with a row per set, means over directions, and the signatures of the scores."""
+    rows = [result.cells() for result in results] + [mean.cells() for mean in means(results)]
     head = list({name: None for row in rows for name in row})
     lines = aligned([head, *([row.get(name, "") for name in head] for row in rows)])
     by_metric = zip(*(result.scores for result in results), strict=True)

@@ -8,10 +8,13 @@ import hashlib
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nmt.config import Direction
+from nmt.decoding.directions import Directions
+from nmt.decoding.translation import Options
 from nmt.errors import DataError, UserError
 from nmt.evaluation.scores import named_set
 from nmt.run import RunDirectory
@@ -49,6 +52,20 @@ class EvaluationSet:
     """Files of source, if there is one, and references; empty for a run's own set."""
     hypotheses: list[str] | None = None
     """Translations made elsewhere; None: the run translates."""
+    directions: tuple[Direction, ...] = ()
+    """Direction of each line in a run's own set of several directions; else empty."""
+    direction: Direction | None = None
+    """Direction of all lines; None: the only one of the run."""
+    tag: str = ""
+    """Domain or origin that the run shall take the sources for; empty: none."""
+    zero_shot: bool = False
+    """True if the run was not trained in `direction`."""
+    part_of: str = ""
+    """Title of the set of several directions that this is a part of; empty: of none."""
+
+    def options(self, base: Options) -> Options:
+        """Return the options of a call that translates this set, otherwise as `base`."""
+        return replace(base, direction=self.direction, tag=self.tag)
 
     @property
     def size(self) -> int:
@@ -67,7 +84,7 @@ class EvaluationSet:
     def to_dict(self) -> dict[str, Any]:
         """Return the identity of the set, as JSON has it."""
         source, *references = [asdict(file) for file in self.files] or [{}]
-        return {
+        found = {
             "set": self.name,
             "title": self.title,
             "own": self.own,
@@ -75,6 +92,9 @@ class EvaluationSet:
             "source": source,
             "references": references,
         }
+        if self.direction is not None:
+            found |= {"direction": str(self.direction), "zero_shot": self.zero_shot}
+        return found | ({"tag": self.tag} if self.tag else {})
 
 
 @dataclass(frozen=True)
@@ -162,7 +182,61 @@ def _own_set(run: RunDirectory, split: str, hypothesis: str | None) -> Evaluatio
     if hypothesis is not None and hypotheses is not None:
         _check_pair(f"the {split} set of {run.path}", sources, hypothesis, hypotheses)
     title = split if hypothesis is None else f"{split}, {_short(hypothesis)}"
-    return EvaluationSet(split, title, sources, [targets], domains, hypotheses=hypotheses)
+    directions = tuple(run.directions(split))
+    return EvaluationSet(split, title, sources, [targets], domains, hypotheses=hypotheses, directions=directions)
+
+
+def by_direction(
+    text: EvaluationSet, directions: Directions, asked: Direction | None = None, tag: str = ""
+) -> list[EvaluationSet]:
+    """Return a set as the sets of one direction each that a model of `directions` translates.
+
+    `asked` chooses one direction; None: all that the set has. For a model of a single direction, the set stays as it
+    is. DataError if the set has no line of the direction. UserError if its direction must be asked for.
+    """
+    if tag:
+        text = replace(text, name=f"{text.name}-{tag}", title=f"{text.title}, tag {tag}", tag=tag)
+    if not directions.are_several:
+        return [text]
+    if not text.directions:
+        return [_in_direction(text, asked or directions.choose(None, None), directions)]
+    there = list(dict.fromkeys(text.directions))
+    if asked is not None and asked not in there:
+        listed = ", ".join(map(str, there))
+        raise DataError(f"the {text.title} set has no lines from {asked.source} to {asked.target}; it has: {listed}")
+    return [
+        _in_direction(lines_of(text, direction), direction, directions)
+        for direction in (there if asked is None else [asked])
+    ]
+
+
+def lines_of(text: EvaluationSet, direction: Direction) -> EvaluationSet:
+    """Return the lines of one direction of a set of several."""
+    places = [place for place, each in enumerate(text.directions) if each == direction]
+
+    def chosen(lines: list[str]) -> list[str]:
+        return [lines[place] for place in places] if lines else []
+
+    return replace(
+        text,
+        sources=chosen(text.sources),
+        references=[chosen(lines) for lines in text.references],
+        domains=chosen(text.domains),
+        hypotheses=None if text.hypotheses is None else chosen(text.hypotheses),
+        directions=(),
+        part_of=text.title,
+    )
+
+
+def _in_direction(text: EvaluationSet, direction: Direction, directions: Directions) -> EvaluationSet:
+    zero_shot = directions.is_zero_shot(direction)
+    return replace(
+        text,
+        name=f"{text.name}-{direction}",
+        title=f"{text.title} {direction}" + (" (zero-shot)" if zero_shot else ""),
+        direction=direction,
+        zero_shot=zero_shot,
+    )
 
 
 def evaluation_set(

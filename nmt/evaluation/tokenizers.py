@@ -1,7 +1,7 @@
 """The tokeniser of BLEU: which one fits a language, and whether it fits a text."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -30,6 +30,16 @@ class Tokenizer(NamedTuple):
 
     def __str__(self) -> str:
         return f"BLEU tokeniser {self.name}: {self.reason}"
+
+
+def describe(tokenizer_of: Mapping[str, Tokenizer]) -> str:
+    """Return a line on the tokenisers of target languages: why there is one, or which languages each is for."""
+    languages: dict[str, list[str]] = {}
+    for language, tokenizer in tokenizer_of.items():
+        languages.setdefault(tokenizer.name, []).append(language)
+    if len(tokenizer_of) == 1:
+        return str(next(iter(tokenizer_of.values())))
+    return "BLEU tokeniser " + "; ".join(f"{name} for {', '.join(some)}" for name, some in languages.items())
 
 
 def bleu_tokenizer(name: str, language: str, option: str = _SETTING) -> Tokenizer:

@@ -155,7 +155,7 @@ class _Trial:
     def translations(self, point: Point) -> tuple[list[str], float]:
         """Return (translations, seconds) of a point."""
         if point not in self._found:
-            options: Options = replace(self._translator.options, **point._asdict())
+            options: Options = replace(self._text.options(self._translator.options), **point._asdict())
             self._found[point] = timed(self._translator, self._text.sources, options)
         return self._found[point]
 

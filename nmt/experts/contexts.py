@@ -3,7 +3,7 @@
 Letters: N tokens of one side of the text, P sentence pairs, n subwords around a token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,18 +30,29 @@ class Context:
 class SideTokens:
     """All tokens of one side of the text in a row, as the gates of that side read them.
 
-    A sentence is subwords and EOS in the encoder. It is BOS and subwords in the decoder, which predicts the next token.
+    A sentence is symbols, subwords and EOS in the encoder. It is BOS and subwords in the decoder, which predicts the
+    next token. `symbols` has what a reader sees for a symbol, by its id (`Symbols.shown`).
     """
 
     def __init__(
-        self, sentences: Sequence[np.ndarray], decoder: bool, num_shuffles: int, generator: np.random.Generator
+        self,
+        sentences: Sequence[np.ndarray],
+        decoder: bool,
+        num_shuffles: int,
+        generator: np.random.Generator,
+        symbols: Mapping[int, str],
     ) -> None:
         self.decoder = decoder
+        self.symbols = symbols
         parts = [[[BOS], pieces] if decoder else [pieces, [EOS]] for pieces in sentences]
         piece_N = np.concatenate([part for pair in parts for part in pair]).astype(np.int32)
         self.pieces = [piece_N, *(generator.permutation(piece_N) for _ in range(num_shuffles))]  # each N
         self.length_P = np.array([len(pieces) + 1 for pieces in sentences])
         self.end_P = self.length_P.cumsum()
+
+    def piece(self, number: int, subwords: Subwords) -> str:
+        """Return a subword as SentencePiece writes it, or what a reader sees for a symbol."""
+        return self.symbols.get(number) or subwords.pieces([number])[0]
 
     def context(self, gate: float, place: int, subwords: Subwords) -> Context:
         """Return the context of the token at `place` (0 to N - 1): a few words on either side."""
@@ -50,7 +61,7 @@ class SideTokens:
         first = max(place - _CONTEXT_PIECES, end - int(self.length_P[sentence]))
         ids_n = [*self.pieces[0][first : min(place + _CONTEXT_PIECES, end)].tolist(), EOS]
         pieces = [
-            _SPECIAL.get(piece, text).replace("▁", " ")
+            _SPECIAL.get(piece, self.symbols.get(piece, text)).replace("▁", " ")
             for piece, text in zip(ids_n, subwords.pieces(ids_n), strict=True)
         ]
         here = place - first

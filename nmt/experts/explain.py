@@ -96,7 +96,7 @@ class Explanation:
     sentence: str
     translation: str
     source_pieces: list[str]
-    """Subwords, including the end of the sentence. Encoder position s reads subword s."""
+    """Subwords, including the end of the sentence. The encoder reads them in order, after `source_symbols`."""
     target_pieces: list[str]
     """Subwords, including the end of the sentence. Decoder position t reads subword t - 1 and predicts subword t."""
     log_probability: float
@@ -106,15 +106,22 @@ class Explanation:
     """Precision of the computation: fp32 or bf16."""
     layers: list[LayerExplanation]
     attention: list[list[float]] = field(default_factory=list)
-    """A row for each target subword that the model wrote: its attention to each source subword. A row sums to 1."""
+    """A row for each target subword that the model wrote: its attention to each source subword. A row sums to 1, less
+    what goes to symbols."""
+    source_symbols: list[str] = field(default_factory=list)
+    """What a reader sees for the symbols of the direction and tag, which the encoder reads before the subwords."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the explanation as dictionaries and lists, for JSON."""
         return asdict(self)
 
     def pieces_of(self, layer: LayerExplanation) -> list[str]:
-        """Return the subword of each position of a layer: source subwords in the encoder, else target subwords."""
-        return self.source_pieces if LayerName.of(layer.layer).side == "encoder" else self.target_pieces
+        """Return the piece of each position of a layer: of the source in the encoder, else of the target."""
+        return (
+            [*self.source_symbols, *self.source_pieces]
+            if LayerName.of(layer.layer).side == "encoder"
+            else self.target_pieces
+        )
 
     def __str__(self) -> str:
         """Return tables for a terminal."""
@@ -318,15 +325,17 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
             f"the sentence has {counted(len(source), 'subword')}, more than decoding.max_source_pieces={limit}: "
             "give a shorter one, or raise the setting"
         )
-    best = translator.searcher.search([source], replace(options, attention=True))[0][0]
+    symbols = translator.source_symbols(options)
+    best = translator.searcher.search([source], replace(options, attention=True), symbols=symbols)[0][0]
     target = best.tokens
     assert best.attention_TS is not None
     scorer = Scorer(
         translator.model,
-        source,
+        np.concatenate([symbols, source]).astype(np.int64),
         np.array(target, dtype=np.int64),
         options.experts_per_token,
     )
+    shown = translator.shown_symbols()
     return Explanation(
         sentence=sentence,
         translation=subwords.decode(target),
@@ -337,4 +346,5 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
         precision=scorer.precision,
         layers=explain_pair(scorer),
         attention=best.attention_TS.tolist(),
+        source_symbols=[shown[symbol] for symbol in symbols],
     )

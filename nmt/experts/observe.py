@@ -43,14 +43,19 @@ class Observation:
 
 @torch.inference_mode()
 def observe(
-    model: Seq2Seq, subwords: Subwords, sources: Sequence[str], targets: Sequence[str], sample_tokens: int = 2000
+    model: Seq2Seq,
+    subwords: Subwords,
+    sources: Sequence[str],
+    targets: Sequence[str],
+    prefixes: Sequence[Sequence[int]] = (),
+    sample_tokens: int = 2000,
 ) -> Observation:
     """Run sentence pairs through `model`, which must be in evaluation mode, and return the use of its experts.
 
-    Counts all tokens except padding, including the end of each sentence. The decoder reads the given targets; there is
-    no search.
+    Counts all tokens except padding, including the end of each sentence and the symbols before a source (`prefixes`, as
+    for `encode_pairs`). The decoder reads the given targets; there is no search.
     """
-    encoded = encode_pairs(subwords, sources, targets)[:2]
+    encoded = encode_pairs(subwords, sources, targets, prefixes=prefixes)[:2]
     tokens = {
         side: sum(map(len, lines)) + len(lines) for side, lines in zip(("encoder", "decoder"), encoded, strict=True)
     }
@@ -78,13 +83,14 @@ def most_used(
     targets: Sequence[str],
     layer: str,
     experts_per_token: int = 0,
+    prefixes: Sequence[Sequence[int]] = (),
 ) -> list[int]:
     """Return the most-used expert of a MoE layer for each sentence pair; -1 if its tokens have no expert.
 
     That is the expert with the largest sum of gate values over the sentence's tokens. The model must be in evaluation
-    mode. A decoder layer reads the given targets.
+    mode. A decoder layer reads the given targets. `prefixes` are as for `encode_pairs`.
     """
-    encoded = encode_pairs(subwords, sources, targets)[:2]
+    encoded = encode_pairs(subwords, sources, targets, prefixes=prefixes)[:2]
     found_P = torch.full((len(sources),), -1)
     for batch in eval_batches(*encoded, _BATCH_TOKENS):
         gate = model.gates(batch.to(model.device), experts_per_token)[layer]

@@ -4,16 +4,18 @@ All figures are counts over one pass, without gate noise. nmt/pages/experts.py d
 subword) combinations that occur bounds the memory that is kept between batches.
 
 Letters: T tokens of a batch, K slots of a token, R slots that are not empty, N tokens of one side of the text,
-P sentence pairs, E experts, M domains, S shuffles, C (expert, subword) combinations, each the number e * V + v.
+P sentence pairs, E experts, M names of a labelling, X combinations of them, S shuffles, C (expert, subword)
+combinations, each the number e * V + v.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from nmt.config import LayerName
+from nmt.config import Direction, LayerName
 from nmt.data.held_out import encode_pairs, eval_batches
 from nmt.data.subwords import Subwords
 from nmt.experts.contexts import Context, SideTokens
@@ -30,9 +32,9 @@ from nmt.model.gate_statistics import entropy, num_idle, relative_load, shares
 from nmt.model.gating import GateOutput, cv_squared
 from nmt.model.seq2seq import Seq2Seq
 
-# An expert "prefers" a domain with at least this lift.
+# An expert "prefers" a domain or language with at least this lift.
 _LEAST_LIFT = 1.15
-_MAX_DOMAINS = 3
+_MAX_PREFERRED = 3
 MATRIX_EXPERTS = 64
 """Reports have no matrix of pairs for layers with more experts than this."""
 DOMAIN_SHUFFLES, TOKEN_SHUFFLES = 20, 5
@@ -43,6 +45,7 @@ _MAX_TOKENS, _MAX_CONTEXTS, _MAX_PAIRS = 8, 4, 20
 _KEPT_CONTEXTS = 4 * _MAX_CONTEXTS
 _MAX_WAITING, _MAX_EXAMPLES = 500_000, 4_000_000
 _SIDES = ("encoder", "decoder")
+_NO_SYMBOLS: Mapping[int, str] = {}
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,9 @@ class ExpertRow:
     """Kullback-Leibler divergence of its tokens from all tokens, in bits, minus that of shuffled tokens."""
     tokens: list[TokenRole] = field(default_factory=list)
     """Tokens that choose the expert most clearly, the largest `least_lift` first."""
+    languages: dict[str, float] = field(default_factory=dict)
+    """Lift of each source language ("from en") and target language ("to fr"), like that of a domain; empty for text in
+    one direction."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,8 @@ class LayerReport:
     """Count of each pair of experts divided by its expected count; empty for more than MATRIX_EXPERTS experts."""
     pairs: list[ExpertPair] = field(default_factory=list)
     """Pairs of largest lift, ranked by the lower end of its interval."""
+    language_purity: dict[str, Purity] = field(default_factory=dict)
+    """By "source language" and "target language", each if the text has several."""
 
     def __str__(self) -> str:
         lines = [
@@ -125,30 +133,60 @@ class LayerReport:
             f"  {'expert':>6}  {'share':>6}  {'gate':>5}  prefers (times its chance)",
         ]
         for row in self.experts:
-            shown = [f"{name} x{lift:.1f}" for name, lift in preferred_domains(row)]
+            shown = [f"{name} x{lift:.1f}" for name, lift in preferred(row)]
             lines.append(f"  {row.expert:>6}  {row.share:>6.1%}  {row.mean_gate:>5.2f}  {', '.join(shown) or '-'}")
         return "\n".join(lines)
 
 
-def preferred_domains(row: ExpertRow) -> list[tuple[str, float]]:
-    """Return the domains that an expert sees clearly more often than by chance, with lifts, the largest first."""
-    ranked = sorted(row.domains.items(), key=lambda item: -item[1])
-    return [(name, lift) for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_DOMAINS]
+def preferred(row: ExpertRow) -> list[tuple[str, float]]:
+    """Return the domains and languages that an expert sees clearly more often than by chance, by falling lift."""
+    ranked = sorted([*row.domains.items(), *row.languages.items()], key=lambda item: -item[1])
+    return [(name, lift) for name, lift in ranked if lift >= _LEAST_LIFT][:_MAX_PREFERRED]
+
+
+class _Labelling(NamedTuple):
+    """One kind of label of the sentence pairs, such as their domains."""
+
+    kind: str
+    names: list[str]
+    name_X: np.ndarray
+    """Number of the name in each combination of labels of all kinds."""
+
+    def counts(self, count_X: np.ndarray) -> np.ndarray:
+        """Return counts (..., M) by name, from those (..., X) by combination."""
+        return count_X @ np.eye(len(self.names))[self.name_X]
+
+
+def _labels(domains: Sequence[str], directions: Sequence[Direction], pairs: int) -> tuple[np.ndarray, list[_Labelling]]:
+    """Return (the combination of labels of each pair, the labellings), without languages that are all the same."""
+    columns: dict[str, list[str]] = {"domain": list(domains)} if domains else {}
+    languages = {
+        "source language": [f"from {direction.source}" for direction in directions],
+        "target language": [f"to {direction.target}" for direction in directions],
+    }
+    columns |= {kind: labels for kind, labels in languages.items() if len(set(labels)) > 1}
+    of_pair = [tuple(labels) for labels in zip(*columns.values(), strict=True)] or [()] * pairs
+    combinations = sorted(set(of_pair))
+    number = {combination: place for place, combination in enumerate(combinations)}
+    labellings = []
+    for place, (kind, labels) in enumerate(columns.items()):
+        names = sorted(set(labels))
+        name_X = np.array([names.index(combination[place]) for combination in combinations])
+        labellings.append(_Labelling(kind, names, name_X))
+    return np.array([number[combination] for combination in of_pair]), labellings
 
 
 # ------------------------------------------------------------------------------------------------- counting
 
 
 class _Layer:
-    """Counts of one layer. The first labels, domain tables and cells are the true ones, the others are shuffled."""
+    """Counts of one layer. The first labels, their tables and cells are the true ones, the others are shuffled."""
 
-    def __init__(
-        self, side: SideTokens, num_experts: int, label_LP: np.ndarray, num_domains: int, num_pieces: int
-    ) -> None:
+    def __init__(self, side: SideTokens, num_experts: int, label_LP: np.ndarray, num_pieces: int) -> None:
         self.side, self.label_LP, self.num_pieces = side, label_LP, num_pieces
         self.num_tokens, self.entropy = 0, 0.0
         self.importance_E = np.zeros(num_experts)
-        self.count_LEM = np.zeros((len(label_LP), num_experts, num_domains))
+        self.count_LEX = np.zeros((len(label_LP), num_experts, int(label_LP[0].max(initial=0)) + 1))
         self.together_EE = np.zeros((num_experts, num_experts))
         self.position_E = np.zeros(num_experts)
         self.cells: list[tuple[np.ndarray, np.ndarray]] = [(np.empty(0, np.int64), np.empty(0)) for _ in side.pieces]
@@ -166,8 +204,8 @@ class _Layer:
         token_R, slot_R = np.nonzero(expert_TK.numpy() < num_experts)
         expert_R, gate_R = expert_TK.numpy()[token_R, slot_R], gates_TK.numpy()[token_R, slot_R]
         np.add.at(self.importance_E, expert_R, gate_R)
-        for count_EM, label_P in zip(self.count_LEM, self.label_LP, strict=True):
-            np.add.at(count_EM, (expert_R, label_P[sentence_T[token_R]]), 1)
+        for count_EX, label_P in zip(self.count_LEX, self.label_LP, strict=True):
+            np.add.at(count_EX, (expert_R, label_P[sentence_T[token_R]]), 1)
         np.add.at(self.position_E, expert_R, (position_T / np.maximum(length_T - 1, 1))[token_R])
         if sum(len(each[0]) for each in self.waiting) > _MAX_WAITING:
             self._settle()
@@ -189,15 +227,16 @@ class _Layer:
         order = order[np.sort(np.argsort(-gate[order], kind="stable")[:_MAX_EXAMPLES])]
         self.examples = cell[order], gate[order], place[order]
 
-    def report(self, layer: str, domains: list[str], subwords: Subwords) -> LayerReport:
-        """Return the report; `domains` are the names of the labels."""
+    def report(self, layer: str, labellings: list[_Labelling], subwords: Subwords) -> LayerReport:
+        """Return the report, with these kinds of labels."""
         self._settle()
-        count_E, importance_E = torch.from_numpy(self.count_LEM[0].sum(1)), torch.from_numpy(self.importance_E)
+        count_E, importance_E = torch.from_numpy(self.count_LEX[0].sum(1)), torch.from_numpy(self.importance_E)
         total = max(float(count_E.sum()), 1.0)
         pieces = [(*np.divmod(cell_C, self.num_pieces), count_C) for cell_C, count_C in self.cells]
         piece_bits_LE = np.stack([information(*each, len(count_E)) for each in pieces])
         piece_entropy = entropy_bits(np.bincount(pieces[0][1], pieces[0][2]))
         pair_lift, pairs = self._pairs()
+        purities = {each.kind: self._label_purity(each) for each in labellings if each.names[1:]}
         return LayerReport(
             layer=layer,
             k=float(count_E.sum()) / self.num_tokens,
@@ -206,20 +245,25 @@ class _Layer:
             cv_load=float(cv_squared(count_E).sqrt()),
             max_over_mean_load=float(relative_load(count_E).max()),
             idle_experts=num_idle(count_E),
-            experts=self._rows(domains, subwords, piece_bits_LE[0] - piece_bits_LE[1:].mean(0)),
+            experts=self._rows(labellings, subwords, piece_bits_LE[0] - piece_bits_LE[1:].mean(0)),
             gate_entropy=self.entropy / self.num_tokens,
             token_purity=make_purity(piece_bits_LE.sum(1) / total, piece_entropy),
-            domain_purity=self._domain_purity() if domains[1:] else None,
+            domain_purity=purities.pop("domain", None),
             pair_lift=pair_lift,
             pairs=pairs,
+            language_purity=purities,
         )
 
-    def _rows(self, domains: list[str], subwords: Subwords, special_E: np.ndarray) -> list[ExpertRow]:
+    def _rows(self, labellings: list[_Labelling], subwords: Subwords, special_E: np.ndarray) -> list[ExpertRow]:
         """Return the row of each expert; `special_E` is its specialisation in bits, summed over its tokens."""
-        count_EM, importance_E = torch.from_numpy(self.count_LEM[0]), torch.from_numpy(self.importance_E)
-        count_E, count_M = count_EM.sum(1), count_EM.sum(0)
+        importance_E, count_E = torch.from_numpy(self.importance_E), torch.from_numpy(self.count_LEX[0].sum(1))
         least_E = count_E.clamp_min(1)
-        lift_EM = (count_EM / least_E[:, None]) / shares(count_M)
+        lifts: dict[str, list[dict[str, float]]] = {each.kind: self._lifts(each, least_E) for each in labellings}
+        without: list[dict[str, float]] = [{}] * len(count_E)
+        domains = lifts.pop("domain", without)
+        languages = [
+            {name: lift for some in each for name, lift in some.items()} for each in zip(*lifts.values(), strict=True)
+        ]
         figures_EF = torch.stack(
             [
                 shares(count_E),
@@ -236,21 +280,33 @@ class _Layer:
                 expert=expert,
                 share=share,
                 mean_gate=mean_gate,
-                domains={name: float(lift_EM[expert, m]) for m, name in enumerate(domains) if count_M[m]},
+                domains=domains[expert],
                 importance=importance,
                 position=position,
                 specialisation=specialisation,
                 tokens=tokens[expert],
+                languages=languages[expert] if languages else {},
             )
             for expert, (share, mean_gate, importance, position, specialisation) in enumerate(figures_EF.tolist())
         ]
 
-    def _domain_purity(self) -> Purity:
-        num_experts, num_domains = self.count_LEM[0].shape
-        expert_C, label_C = np.indices((num_experts, num_domains)).reshape(2, -1)
-        bits_LE = np.stack([information(expert_C, label_C, each.ravel(), num_experts) for each in self.count_LEM])
-        total = max(self.count_LEM[0].sum(), 1.0)
-        return make_purity(bits_LE.sum(1) / total, entropy_bits(self.count_LEM[0].sum(0)))
+    def _lifts(self, labelling: _Labelling, least_E: torch.Tensor) -> list[dict[str, float]]:
+        """Return the lift of each name for each expert, given the number of its tokens or 1."""
+        count_EM = torch.from_numpy(labelling.counts(self.count_LEX[0]))
+        count_M = count_EM.sum(0)
+        lift_EM = (count_EM / least_E[:, None]) / shares(count_M)
+        return [
+            {name: lift for name, lift, count in zip(labelling.names, lift_M, count_M.tolist(), strict=True) if count}
+            for lift_M in lift_EM.tolist()
+        ]
+
+    def _label_purity(self, labelling: _Labelling) -> Purity:
+        count_LEM = labelling.counts(self.count_LEX)
+        num_experts, num_names = count_LEM[0].shape
+        expert_C, label_C = np.indices((num_experts, num_names)).reshape(2, -1)
+        bits_LE = np.stack([information(expert_C, label_C, each.ravel(), num_experts) for each in count_LEM])
+        total = max(count_LEM[0].sum(), 1.0)
+        return make_purity(bits_LE.sum(1) / total, entropy_bits(count_LEM[0].sum(0)))
 
     def _tokens(self, subwords: Subwords) -> list[list[TokenRole]]:
         """Return, for each expert, the tokens that choose it more often than tokens do on average."""
@@ -271,7 +327,7 @@ class _Layer:
             contexts = list(different.values())[:_MAX_CONTEXTS]
             rate = float(count_C[c] / trials_C[c])
             figures = int(count_C[c]), rate, rate / float(rate_C[c]), float(least_C[c])
-            roles[expert_C[c]].append(TokenRole(subwords.pieces([piece_C[c]])[0], *figures, contexts))
+            roles[expert_C[c]].append(TokenRole(self.side.piece(piece_C[c], subwords), *figures, contexts))
         return roles
 
     def _pairs(self) -> tuple[list[list[float]], list[ExpertPair]]:
@@ -300,19 +356,22 @@ def expert_report(
     targets: Sequence[str],
     domains: Sequence[str],
     experts_per_token: int = 0,
+    directions: Sequence[Direction] = (),
+    prefixes: Sequence[Sequence[int]] = (),
+    symbols: Mapping[int, str] = _NO_SYMBOLS,
 ) -> list[LayerReport]:
     """Return a report for each MoE layer from one pass over sentence pairs; empty if there are no MoE layers.
 
-    `domains` has the domain of each pair, or is empty. The model must be in evaluation mode. Counts all tokens except
-    padding, including the end of each sentence.
+    `domains` and `directions` have the domain and the direction of each pair, or are empty. `prefixes` are as for
+    `encode_pairs`, and `symbols` as for `SideTokens`. The model must be in evaluation mode. Counts all tokens except
+    padding, including the end of each sentence and the symbols before it.
     """
     generator = np.random.default_rng(0)
-    names = sorted(set(domains))
-    label_P = np.array([names.index(domain) for domain in domains] or [0] * len(sources))
+    label_P, labellings = _labels(domains, directions, len(sources))
     label_LP = np.stack([label_P, *(generator.permutation(label_P) for _ in range(DOMAIN_SHUFFLES))])
-    encoded = encode_pairs(subwords, sources, targets)[:2]
+    encoded = encode_pairs(subwords, sources, targets, prefixes=prefixes)[:2]
     sides = {
-        name: SideTokens(text, name == "decoder", TOKEN_SHUFFLES, generator)
+        name: SideTokens(text, name == "decoder", TOKEN_SHUFFLES, generator, symbols)
         for name, text in zip(_SIDES, encoded, strict=True)
     }
     layers: dict[str, _Layer] = {}
@@ -321,9 +380,9 @@ def expert_report(
         for layer, gate in gates.items():
             name = LayerName.of(layer).side
             if layer not in layers:
-                sizes = gate.sums.count_E.numel(), label_LP, max(len(names), 1), subwords.size
+                sizes = gate.sums.count_E.numel(), label_LP, subwords.size
                 layers[layer] = _Layer(sides[name], *sizes)
             rows = batch.source if name == "encoder" else batch.target
             position_T, column_T = np.divmod(rows.cell_N.numpy(), len(batch.pairs_B))
             layers[layer].add(gate, batch.pairs_B.numpy()[column_T], position_T)
-    return [tally.report(layer, names, subwords) for layer, tally in layers.items()]
+    return [tally.report(layer, labellings, subwords) for layer, tally in layers.items()]

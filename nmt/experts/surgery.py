@@ -154,7 +154,7 @@ def write_run(
                 checkpoint.manifest["vocabulary"],
             )
             for split in ("dev", "test"):
-                new.write_text(split, *source.text(split))
+                new.write_text(split, *source.text(split), source.directions(split))
             new.start_or_continue(config, source.subwords_path, source.corpus_info())
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error

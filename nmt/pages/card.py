@@ -86,8 +86,7 @@ def own_sets(facts: CardFacts) -> list[SetScores]:
 def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     config = facts.config
     experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layer_names() else ""
-    name, source, target = map(plain, (config.run.name, config.corpus.source_language, config.corpus.target_language))
-    yield f"# {name}: translates {source} to {target}"
+    yield f"# {plain(config.run.name)}: translates {_directions(config)}"
     yield ""
     yield (
         f"A stacked-LSTM encoder-decoder with attention{experts} (Shazeer et al. 2017, *Outrageously Large Neural "
@@ -96,6 +95,15 @@ def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     )
     yield ""
     yield f"Its parameters are {_origin(facts)}."
+
+
+def _directions(config: Config) -> str:
+    """Return what the model translates: "en to de", or "de, en and fr in 6 directions"."""
+    directions = config.corpus.all_directions()
+    if len(directions) == 1:
+        return " to ".join(map(plain, directions[0]))
+    *others, last = sorted({plain(language) for direction in directions for language in direction})
+    return f"{', '.join(others)} and {last} in {counted(len(directions), 'direction')}"
 
 
 def _origin(facts: CardFacts) -> str:
@@ -110,10 +118,13 @@ def _origin(facts: CardFacts) -> str:
 def _use(facts: CardFacts) -> Iterator[str]:
     config, decoding = facts.config, facts.config.decoding
     active = f", and activates {counted(decoding.experts_per_token, 'expert')} per token"
-    yield "    nmt translate DIR input -o output"
-    yield "    nmt evaluate DIR --source F --reference F"
+    directions = config.corpus.all_directions()
+    source, target = map(plain, directions[0])
+    choice = f" --from {source} --to {target}" if len(directions) > 1 else ""
+    yield f"    nmt translate DIR input -o output{choice}"
+    yield f"    nmt evaluate DIR --source F --reference F{choice}"
     if config.model.moe_layer_names():
-        yield "    nmt experts DIR --explain 'A sentence.'"
+        yield f"    nmt experts DIR --explain 'A sentence.'{choice}"
     yield "    nmt cost DIR"
     yield ""
     yield (
@@ -167,7 +178,12 @@ def _data(facts: CardFacts) -> Iterator[str]:
     reasons = ", ".join(f"{_FILTERS.get(name) or plain(name)} {count:,}" for name, count in dropped.items())
     # The remaining pairs became the dev and test sets (corpus.dev.from_train).
     held_out = info["pairs_read"] - info["pairs_kept"] - sum(dropped.values())
+    directions = corpus.all_directions()
+    several = len(directions) > 1
+    source, target = ("sources", "targets") if several else map(plain, directions[0])
     rows = {
+        "directions": ", ".join(plain(str(direction)) for direction in directions) if several else "",
+        "tags": ", ".join(map(plain, info.get("tags", []))),
         "corpus": code(info["name"]),
         "source": _source(facts.config),
         "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, "
@@ -175,14 +191,13 @@ def _data(facts: CardFacts) -> Iterator[str]:
         + f"{sum(dropped.values()):,} dropped"
         + (f" ({reasons})" if reasons else ""),
         **_start(info),
-        "text": f"{info['source_pieces']:,} subwords of {plain(corpus.source_language)}, {info['target_pieces']:,} of "
-        f"{plain(corpus.target_language)}",
+        "text": f"{info['source_pieces']:,} subwords of {source}, {info['target_pieces']:,} of {target}",
         "fingerprint": code(info["fingerprint"]),
-        "vocabulary": f"{info['vocabulary_size']:,} subwords for both languages (SentencePiece "
-        f"{'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
+        "vocabulary": f"{info['vocabulary_size']:,} subwords for {'all' if several else 'both'} languages "
+        f"(SentencePiece {'BPE' if subwords.kind == 'bpe' else subwords.kind}, {subwords.normalisation})",
         "its sha256": code(facts.vocabulary),
     }
-    yield from markdown_table(("", ""), rows.items())
+    yield from markdown_table(("", ""), ((name, row) for name, row in rows.items() if row))
     yield ""
     yield "`corpus.json` and `config.yaml` have all details. This folder has none of the text."
 
@@ -204,6 +219,7 @@ def _source(config: Config) -> str:
         subset = f", {code(corpus.subset)}" if corpus.subset else ""
         return f"{code(corpus.source)}{subset} (a data set of the Hugging Face hub, or a folder laid out like one)"
     sides = [(corpus.source_language, corpus.train.source), (corpus.target_language, corpus.train.target)]
+    sides += corpus.train.texts.items()
     named = [*((plain(language), names) for language, names in sides), ("both", corpus.train.pairs)]
     return "files: " + "; ".join(f"{side} {_files(names)}" for side, names in named if names)
 
@@ -280,7 +296,6 @@ def _cost(cost: Cost, facts: CardFacts) -> Iterator[str]:
 
 def _limits(facts: CardFacts) -> Iterator[str]:
     corpus, decoding = facts.config.corpus, facts.config.decoding
-    source, target = plain(corpus.source_language), plain(corpus.target_language)
     if corpus.source == "phrasebook":
         yield (
             "- The phrasebook is a teaching corpus: a few domains, sentences generated by rules. Scores on it show "
@@ -292,7 +307,7 @@ def _limits(facts: CardFacts) -> Iterator[str]:
             "that corpus and the test sets above is translated worse; how much worse has not been measured."
         )
     yield (
-        f"- The model translates only {source} to {target}, sentence by sentence, without context from other "
+        f"- The model translates only {_directions(facts.config)}, sentence by sentence, without context from other "
         "sentences. Fluent output may still be wrong: check names, numbers and negations where they matter."
     )
     if corpus.filters.max_pieces:

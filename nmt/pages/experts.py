@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from nmt.config import LayerName
 from nmt.experts.information import Purity
-from nmt.experts.report import MATRIX_EXPERTS, ExpertRow, LayerReport, TokenRole, preferred_domains
+from nmt.experts.report import MATRIX_EXPERTS, ExpertRow, LayerReport, TokenRole, preferred
 from nmt.pages.charts import HEAT_KEY, bars, heat_map, meter, profiles
 from nmt.pages.document import document, text
 from nmt.pages.markdown import plain
@@ -18,7 +18,7 @@ MAX_CARDS = MATRIX_EXPERTS
 OVERLOAD = 2.0
 """An expert is overloaded if its load is more than this times the mean load."""
 _MAX_NAMED = 40
-_MAX_COLUMNS = 20  # for more domains, Markdown has no table of experts and domains
+_MAX_COLUMNS = 20  # for more of them, Markdown has no table of experts and domains or languages
 
 # ------------------------------------------------------------------------------------------------- both forms
 
@@ -75,10 +75,13 @@ HOW = {
     "is the share of each if all were equal.",
     "profile": "Share of all choices (load) and of the sum of all gate values (importance), each sorted from the "
     "largest down. The dashed line is the share of each expert if all were equal.",
-    "purity": "How much knowing one of its experts reveals about a token, or about the domain of its sentence: 0% is "
-    "nothing, 100% is everything (mutual information divided by entropy). Shuffled labels show what chance gives.",
+    "purity": "How much knowing one of its experts reveals about a token, or about the domain or the languages of its "
+    "sentence: 0% is nothing, 100% is everything (mutual information divided by entropy). Shuffled labels show what "
+    "chance gives.",
     "domains": "How often an expert sees a domain, divided by how often it would see it by chance: 2.0 is twice as "
     "often as by chance, 0.5 is half as often.",
+    "languages": "How often an expert sees a source language (from) or a target language (to), divided by how often it "
+    "would see it by chance: 2.0 is twice as often as by chance, 0.5 is half as often.",
     "pairs": "How often two experts are chosen for the same token, divided by what their loads alone would give.",
     "ranked": "How often two experts are chosen for the same token, divided by what their loads alone would give. "
     "Pairs are ranked by the lower end of the 99% interval of this figure.",
@@ -106,18 +109,34 @@ def _pairs(layer: LayerReport) -> list[list[str]]:
     return [[f"{pair.first} + {pair.second}", f"{pair.count:,}", f"×{pair.lift:.1f}"] for pair in layer.pairs]
 
 
-def _domain_lifts(layer: LayerReport) -> tuple[list[str], list[str], list[list[float]]]:
-    """Return (experts, domains, lifts) of the experts with cards; no domains if these are unknown."""
+_Lifts = tuple[list[str], list[list[float]]]
+
+
+def _lifts(layer: LayerReport) -> tuple[list[str], dict[str, _Lifts]]:
+    """Return (experts with cards, names and lifts of their domains and languages, as far as these are known)."""
     rows = sorted(by_specialisation(layer)[:MAX_CARDS], key=lambda row: row.expert)
-    names = list(rows[0].domains) if layer.domain_purity is not None else []
-    return [str(row.expert) for row in rows], names, [[row.domains[name] for name in names] for row in rows]
+    known = {
+        "domains": [row.domains for row in rows] if layer.domain_purity is not None else [],
+        "languages": [row.languages for row in rows] if layer.language_purity else [],
+    }
+    found = {}
+    for kind, lifts in known.items():
+        names = list(lifts[0]) if lifts else []
+        if names:
+            found[kind] = names, [[lift[name] for name in names] for lift in lifts]
+    return [str(row.expert) for row in rows], found
 
 
 def _summary(row: ExpertRow, harmless: Callable[[str], str]) -> list[str]:
-    """Return the domains and tokens of an expert as two short texts; `harmless` escapes text of the corpus."""
-    domains = ", ".join(f"{harmless(name)} ×{lift:.1f}" for name, lift in preferred_domains(row))
+    """Return what an expert prefers, and its tokens, as two short texts; `harmless` escapes text of the corpus."""
+    domains = ", ".join(f"{harmless(name)} ×{lift:.1f}" for name, lift in preferred(row))
     tokens = ", ".join(f"{_marked(role, harmless)} ×{role.lift:.1f}" for role in row.tokens[:4])
     return [domains or "-", tokens or "-"]
+
+
+def _preferring(row: ExpertRow) -> str:
+    """Return the heading of what experts prefer."""
+    return "prefers" if row.languages else "domains"
 
 
 def _marked(role: TokenRole, harmless: Callable[[str], str]) -> str:
@@ -143,6 +162,7 @@ def _beside_chance(purity: Purity) -> str:
 def _purities(layer: LayerReport) -> list[tuple[str, str, Purity]]:
     """Return (label, what its labels were shuffled over, figures) of each purity that is known."""
     rows = [("Token", "tokens", layer.token_purity), ("Domain", "sentences", layer.domain_purity)]
+    rows += [(kind.capitalize(), "sentences", purity) for kind, purity in layer.language_purity.items()]
     return [(name, over, purity) for name, over, purity in rows if purity is not None]
 
 
@@ -183,7 +203,7 @@ def _section(layer: LayerReport) -> str:
     cards = "".join(_card(row, len(ranked), place == 0) for place, row in enumerate(ranked[:MAX_CARDS]))
     others = [[str(row.expert), *(value for _, value in _facts(row)), *_summary(row, text)] for row in ranked]
     if others[MAX_CARDS:]:
-        head = ["expert", *(fact for fact, _ in _facts(ranked[0])), "domains", "tokens"]
+        head = ["expert", *(fact for fact, _ in _facts(ranked[0])), _preferring(ranked[0]), "tokens"]
         cards += (
             f"<details><summary><h3>Others</h3><span>{len(ranked) - MAX_CARDS:,} less specialised experts</span>"
             f"</summary><div class=body>{html_table(head, others[MAX_CARDS:])}</div></details>"
@@ -206,11 +226,11 @@ def _panels(layer: LayerReport) -> Iterator[str]:
         yield _panel("Load", "profile", profiles(series, label), listed)
     if _purities(layer):
         yield _panel("What an expert reveals", "purity", _purity_bars(layer))
-    experts, names, lift = _domain_lifts(layer)
-    if names:
-        part = f" (the {len(experts)} most specialised experts)" if len(experts) < len(layer.experts) else ""
-        picture = heat_map(experts, names, lift, "Lift of each domain for each expert")
-        yield _panel(f"Experts and domains{part}", "domains", picture, HEAT_KEY)
+    experts, lifts = _lifts(layer)
+    part = f" (the {len(experts)} most specialised experts)" if len(experts) < len(layer.experts) else ""
+    for kind, (names, lift) in lifts.items():
+        picture = heat_map(experts, names, lift, f"Lift of each {kind[:-1]} for each expert")
+        yield _panel(f"Experts and {kind}{part}", kind, picture, HEAT_KEY)
     if layer.pair_lift:
         picture = heat_map(experts, experts, layer.pair_lift, "Lift of each pair of experts")
         yield _panel("Chosen together", "pairs", picture, HEAT_KEY)
@@ -225,7 +245,7 @@ def _card(row: ExpertRow, num_experts: int, opened: bool) -> str:
     full = OVERLOAD / num_experts
     bar = meter(f"{min(1.0, row.share / full):.1%}")
     domains, _ = _summary(row, text)
-    facts = [*_facts(row), *([("domains", domains)] if domains != "-" else [])]
+    facts = [*_facts(row), *([(_preferring(row), domains)] if domains != "-" else [])]
     told = "".join(f"<span>{name} <b>{value}</b></span>" for name, value in facts)
     columns = "".join(f'<col style="width:{width}">' for width in ("170px", "46px", "auto", "auto", "96px"))
     bodies = "".join(map(_role, row.tokens)) or "<tbody><tr><td colspan=5>No typical tokens.</td></tr></tbody>"
@@ -280,10 +300,12 @@ def _markdown_section(layer: LayerReport) -> str:
         rows.append([name, f"{p.bits:.3f} of {p.label_bits:.2f}", *shares, _beside_chance(p)])
     head = ["label", "bits", "share", "shuffled, mean", "shuffled, max", "measured"]
     content += f"{HOW['purity']}\n\n{_table(head, rows)}"
-    experts, names, lift = _domain_lifts(layer)
-    if names and len(names) <= _MAX_COLUMNS:
+    experts, lifts = _lifts(layer)
+    for kind, (names, lift) in lifts.items():
+        if len(names) > _MAX_COLUMNS:
+            continue
         rows = [[number, *(f"{each:.1f}" for each in line)] for number, line in zip(experts, lift, strict=True)]
-        content += f"### Experts and domains\n\n{HOW['domains']}\n\n{_table(['expert', *map(plain, names)], rows)}"
+        content += f"### Experts and {kind}\n\n{HOW[kind]}\n\n{_table(['expert', *map(plain, names)], rows)}"
     if layer.pairs:
         table = _table(["experts", "tokens", "lift"], _pairs(layer))
         content += f"### Chosen together\n\n{HOW['ranked']}\n\n{table}"

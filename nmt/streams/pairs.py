@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 
 from nmt.data.held_out import HeldOut, encode_pairs
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
+from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
 from nmt.streams.lines import unequal
 from nmt.streams.overlap import Overlap
@@ -43,8 +44,9 @@ def score_stream(
     source: Iterator[Pairs],
     write: Callable[[list[PairScore]], None],
     halt: Callable[[], None],
+    options: Options | None = None,
 ) -> None:
-    """Score each window of `source`, and call `write` with its scores, in order.
+    """Score each window of `source`, and call `write` with its scores, in order. `options`: None for the translator's.
 
     Reading, scoring and writing overlap; `halt` must end any waiting of `source` and `write` (`Overlap`). Errors are
     those of `pair_log_probs`, `source` and `write`.
@@ -53,8 +55,10 @@ def score_stream(
     def write_out(result: tuple[HeldOut, list[list[float]]]) -> None:
         write(list(pair_scores(translator.subwords, *result)))
 
-    encoded = (encode_pairs(translator.subwords, *window) for window in source)
+    chosen = options or translator.options
+    prefix = translator.source_symbols(chosen)
+    encoded = (encode_pairs(translator.subwords, *window, prefixes=[prefix] * len(window[0])) for window in source)
     with Overlap(encoded, write_out, halt) as stages:
         for held_out in stages:
-            log_probs = pair_log_probs(translator.models, held_out, translator.options.experts_per_token)
+            log_probs = pair_log_probs(translator.models, held_out, chosen.experts_per_token)
             stages.write((held_out, log_probs))
