@@ -15,6 +15,7 @@ from nmt.batch import NUM_SPECIAL, Batch, Shape, covering, fit, make_batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.update import Updater
 
@@ -94,7 +95,8 @@ def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int,
         ]
     )
     monkeypatch.setattr(nmt.training.update, "can_record", lambda *_: recorded)
-    updater = Updater(model, optimizer, config, World(torch.device("cpu")))
+    frozen = Frozen(model, config.training.freeze)
+    updater = Updater(model, optimizer, config, World(torch.device("cpu")), frozen)
     data, figures = batches(6 * micro_batches), []
     for step in range(6):
         shape = shape_for(data, 2 if step < 3 else 4)
@@ -107,12 +109,22 @@ def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int,
 
 
 @pytest.mark.parametrize(
-    ("expert_optimizer", "expert_weights", "r_drop"),
-    [("adam", "float32", 0.0), ("adam", "bfloat16", 0.0), ("factored", "float32", 0.0), ("factored", "bfloat16", 2.0)],
+    ("expert_optimizer", "expert_weights", "r_drop", "freeze"),
+    [
+        ("adam", "float32", 0.0, []),
+        ("adam", "bfloat16", 0.0, ["embeddings", "experts[::2]"]),
+        ("factored", "float32", 0.0, []),
+        ("factored", "bfloat16", 2.0, ["encoder", "experts[1:]"]),
+    ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 3])
 def test_replayed_steps_are_live_ones_to_the_bit(
-    micro_batches: int, expert_optimizer: str, expert_weights: str, r_drop: float, monkeypatch: pytest.MonkeyPatch
+    micro_batches: int,
+    expert_optimizer: str,
+    expert_weights: str,
+    r_drop: float,
+    freeze: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("Stream", "current_stream"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: Stream())
@@ -121,10 +133,12 @@ def test_replayed_steps_are_live_ones_to_the_bit(
     monkeypatch.setattr(nmt.training.recording, "Graph", Replayed)
     # A batch that is recorded must not share its memory with the one that it was copied from.
     monkeypatch.setattr(Batch, "to", lambda batch, _: batch.map(torch.clone))
-    settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights, "r_drop": r_drop}
-    (figures, tensors), (expected, wanted) = (
-        trained(monkeypatch, recorded, micro_batches, **settings) for recorded in (True, False)
+    settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights}
+    both = (
+        trained(monkeypatch, recorded, micro_batches, **settings, r_drop=r_drop, freeze=freeze)
+        for recorded in (True, False)
     )
+    (figures, tensors), (expected, wanted) = both
     assert figures == expected
     assert tensors.keys() == wanted.keys()
     for name, value in wanted.items():

@@ -173,11 +173,11 @@ def test_experts_stay_behind_or_are_new(folder: Path, origin: str, experts: int)
     assert f"{taken} of {len(drawn)} tensors taken" in lines[0]
     layers = "encoder.1, decoder.1"
     told = {
-        ("moe", 0): f"; left behind: gates and experts of {layers}; the same",
-        ("dense", 4): f"; new: gates and experts of {layers}; the same",
-        ("moe", 8): f"; new, as the shape differs: gates and experts of {layers}; the same",
+        ("moe", 0): f"; left behind: gates and experts of {layers}; other",
+        ("dense", 4): f"; new: gates and experts of {layers}; other",
+        ("moe", 8): f"; new, as the shape differs: gates and experts of {layers}; other",
     }
-    assert told[origin, experts] in lines[0], lines
+    assert f"{told[origin, experts]} model.*: moe.num_experts; the same subwords" in lines[0], lines
 
 
 @pytest.mark.parametrize(("origin", "changes"), [("moe", UNTIED), ("untied", ()), ("untied", UNTIED), ("moe", ())])
@@ -197,7 +197,8 @@ def test_tied_and_untied_embeddings_with_another_vocabulary(
         assert torch.equal(model.get_parameter(name), expected)
     assert lines[1] == rows.told
     assert ("left behind: embeddings and softmax" in lines[0]) == (not tied and not changes), lines
-    assert "new" not in lines[0]
+    assert "new:" not in lines[0]
+    assert ("other model.*: tie_embeddings" in lines[0]) == (tied != (not changes))
 
 
 def test_nothing_that_fits_is_an_error(folder: Path, cli: Cli) -> None:

@@ -12,7 +12,7 @@ Letters: V subwords of the new vocabulary, U of the old one, D width.
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +29,7 @@ from nmt.model.names import EMBEDDING, PIECE_ROWS, TIED, is_expert, summary
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parameters import Stored, check_finite, check_vocabulary, read_stored, stored
-from nmt.run import RunDirectory
+from nmt.run import RunDirectory, flatten
 from nmt.wording import brief, steps_of
 
 
@@ -165,7 +165,9 @@ def start_from(model: Seq2Seq, origin: Origin, config: Config, subwords: Subword
             f"run.start_from={config.run.start_from}: no parameter of this network has the name and shape of one "
             "there; give the settings model.* of that run, or leave run.start_from out"
         )
-    return _report(origin, whole, taken, found, pieces)
+    here, there_before = (flatten(asdict(each)) for each in (config.model, source.config().model))
+    differing = [key for key, value in here.items() if value != there_before.get(key)]
+    return _report(origin, whole, taken, found, pieces, differing)
 
 
 def _report(
@@ -174,8 +176,13 @@ def _report(
     taken: Mapping[str, int],
     found: Mapping[str, Stored],
     pieces: PieceRows | None,
+    differing: list[str],
 ) -> list[str]:
-    """Return the lines to print. `whole` and `taken` have the numbers in each tensor, and how many of them were set."""
+    """Return the lines to print.
+
+    `whole` and `taken` have the numbers in each tensor, and how many of them were set. `differing` are the settings of
+    the network that differ: not all of them show in a shape.
+    """
     told = (
         f"starting from {origin.path}, {steps_of(origin.steps)}: {len(taken)} of {len(whole)} tensors taken, "
         f"{brief(sum(taken.values()))} of {brief(sum(whole.values()))} parameters"
@@ -187,6 +194,7 @@ def _report(
         "left behind": found.keys() - whole.keys(),
     }
     told += "".join(f"; {what}: {summary(names)}" for what, names in parts.items() if names)
+    told += f"; other model.*: {', '.join(differing)}" if differing else ""
     if pieces is None:
         return [f"{told}; the same subwords"]
     return [told, pieces.told] if any(name in taken for name in PIECE_ROWS) else [told]
