@@ -172,7 +172,7 @@ def test_the_next_epoch_is_planned_before_this_one_ends(
     ahead = QUEUE_STEPS + 2  # made while another is used
     assert length > 4 * ahead
     with BatchStream(shards, config) as stream:
-        stream.load_state_dict({"order": 3, "epoch": 0, "step": int(0.75 * length) - ahead})
+        stream.load_state_dict({"order": 3, "epoch": 0, "step": int(0.25 * length) - ahead})
         next(stream)
         assert not planned[1].is_set()
         for _ in range(ahead):

@@ -124,6 +124,11 @@ class SubwordConfig:
     """learn: a vocabulary learned from the training text. Or the vocabulary of a run, an exported model, a prepared
     corpus (folder) or a .model file, taken as it is with the meanings of its symbols. Settings of learning, such as
     vocab_size, then have no effect. auto: that of `run.start_from` if it is set, else learn."""
+    sampling: float = 0.0
+    """0: training text always has the same subwords. Above 0: they are drawn anew in each epoch. With a vocabulary of
+    kind bpe, this is the probability that a merge is left out (BPE-dropout, Provilkov et al. 2020); 0.1 is usual. With
+    one of kind unigram, it is the exponent alpha of the probability of a segmentation (Kudo 2018). There, 0.2 is usual,
+    and smaller numbers give more variety."""
 
     @property
     def inherits(self) -> bool:
@@ -139,6 +144,7 @@ class SubwordConfig:
         at_least("corpus.subwords.training_sentences", self.training_sentences, 1)
         if not 0.9 <= self.character_coverage <= 1.0:
             raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0")
+        fraction("corpus.subwords.sampling", self.sampling)
 
     @property
     def num_pieces(self) -> int:

@@ -26,8 +26,8 @@ _ORDER = 3
 _POLL_SECONDS = 0.2
 # Mean share of `batch_tokens` that the first plan fills, on the longer side.
 _FILL = 0.985
-# The next epoch is planned after this share of an epoch.
-_PLAN_AT = 0.75
+# The next epoch is planned after this share of an epoch. Drawing its subwords anew may take most of the rest.
+_PLAN_AT = 0.25
 
 Step = list[np.ndarray]
 """One step: the pair numbers of each of its micro-batches."""

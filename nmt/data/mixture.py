@@ -14,6 +14,7 @@ import numpy as np
 from nmt.config import CorpusConfig
 from nmt.data.batching import EpochText
 from nmt.data.prepared import FACTS, VOCABULARY, Part, Prepared, find_prepared
+from nmt.data.shards import positions
 from nmt.data.symbols import Symbols
 from nmt.errors import DataError
 
@@ -170,8 +171,7 @@ class _Drawn:
             pairs = drawn[pairs_B[here_B] - (self._ends[number] - len(drawn))]
             ids, lengths = part.shards.gather(side, pairs)
             ids_N[first_B[here_B][:, None] + np.arange(len(prefix))] = prefix
-            starts = first_B[here_B] + len(prefix)
-            ids_N[np.repeat(starts - (np.cumsum(lengths) - lengths), lengths) + np.arange(len(ids))] = ids
+            ids_N[positions(first_B[here_B] + len(prefix), lengths)] = ids
         return ids_N, lengths_B
 
 

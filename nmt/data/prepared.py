@@ -26,7 +26,7 @@ FORMAT = 2  # version of the prepared folder's format
 # File systems have coarse clocks: a file that changed this recently could change again and keep its timestamp.
 _UNSURE_SECONDS = 2.0
 _FILE = {"bytes": int, "sha256": str}
-_OF_TRAINING = ("mixture", "weight", "temperature")
+_OF_TRAINING = ("mixture", "weight", "temperature", "subwords.sampling")
 """Settings of the corpus that change how a run draws from prepared text, not the text."""
 _MEANINGS = ("languages", "tags")
 FACTS = {
@@ -66,12 +66,10 @@ def prepared_path(corpus: CorpusConfig) -> Path:
     A setting that is newer than the first corpora counts only if it is used, so that those are still found.
     """
     section = asdict(corpus)
-    for name in ("directory", *_OF_TRAINING):
-        del section[name]
-    for key, unused in _NEWER.items():
+    for key in ("directory", *_OF_TRAINING, *_NEWER):
         *names, last = key.split(".")
         inner = reduce(getitem, names, section)
-        if inner[last] in unused:
+        if key not in _NEWER or inner[last] in _NEWER[key]:
             del inner[last]
     canonical = json.dumps(section, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     fingerprint = hashlib.sha256(canonical.encode(errors="surrogatepass")).hexdigest()

@@ -157,9 +157,13 @@ class ParallelShards:
         """Return (concatenated subword ids of these pairs, their lengths), int64; `side` is "source" or "target"."""
         starts_B = self._offsets[side][pairs_B]
         lengths_B = self._offsets[side][pairs_B + 1] - starts_B
-        first_B = np.cumsum(lengths_B) - lengths_B
-        positions_N = np.repeat(starts_B - first_B, lengths_B) + np.arange(lengths_B.sum())
-        return self._pieces[side][positions_N].astype(np.int64), lengths_B.astype(np.int64)
+        return self._pieces[side][positions(starts_B, lengths_B)].astype(np.int64), lengths_B.astype(np.int64)
+
+
+def positions(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
+    """Return the concatenated ranges start .. start + length - 1 (int64)."""
+    first_B = np.cumsum(lengths_B) - lengths_B
+    return np.repeat(starts_B - first_B, lengths_B) + np.arange(lengths_B.sum())
 
 
 def _check_offsets(path: Path, offsets: np.ndarray, num_pairs: int, num_pieces: int) -> None:

@@ -334,6 +334,22 @@ class Subwords:
             return ""
         return "".join(character for character in self.normalise(text) if character not in self._learned)
 
+    def learned(self) -> tuple[dict[str, int], np.ndarray]:
+        """Return the ids of the pieces learned from text, as SentencePiece writes them, and the scores of all pieces.
+
+        A score is a log probability, or the place of a merge in its order, negative (`is_bpe`).
+        """
+        is_other = (self._processor.is_control, self._processor.is_unknown, self._processor.is_byte)
+        ids = {piece: n for n, piece in enumerate(self._pieces) if not any(each(n) for each in is_other)}
+        return ids, np.array([self._processor.get_score(n) for n in range(self.size)], dtype=np.float64)
+
+    @property
+    def is_bpe(self) -> bool:
+        """Whether pieces are made by merges (byte-pair encoding) rather than chosen by probability (unigram)."""
+        ids, scores = self.learned()
+        found = scores[list(ids.values())]
+        return bool((found == np.round(found)).all())  # -0, -1, -2, ...; log probabilities are no whole numbers
+
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of these ids as SentencePiece writes them, with "▁" for a blank."""
         return list(map(self._pieces.__getitem__, ids))

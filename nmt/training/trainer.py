@@ -21,6 +21,7 @@ from nmt.cost.budget import checkpoint_bytes
 from nmt.cost.operations import model_cost
 from nmt.data.batching import BatchStream
 from nmt.data.mixture import Corpora
+from nmt.data.resampling import resampled
 from nmt.device import set_float32_products, shortage_told
 from nmt.errors import CheckpointError, ProcessError
 from nmt.metrics.record import DevLine
@@ -102,8 +103,9 @@ class Trainer:
         mixture = corpora.mixture(config.training.seed)
         self.num_pairs = mixture.num_pairs
         self.notes += mixture.notes
+        text = resampled(mixture, self.subwords, config.corpus, config.training.seed)
         on_gpu = self.device.type == "cuda"
-        self.stream = BatchStream(mixture, config.training, world.rank, world.size, on_gpu, can_record(config, world))
+        self.stream = BatchStream(text, config.training, world.rank, world.size, on_gpu, can_record(config, world))
 
     # ------------------------------------------------------------------------------------------------- the loop
 
