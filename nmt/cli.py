@@ -74,6 +74,7 @@ done before is not repeated. Corpora: {corpora}.
 
   nmt prepare corpus=phrasebook
   nmt prepare corpus=phrasebook corpus.target_language=fr
+  nmt prepare corpus=phrasebook 'corpus.directions=[en-de,de-en,en-fr,fr-en]'
   nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
   nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
   nmt prepare corpus=files corpus.name=mine 'corpus.train.pairs=[a.tsv]' corpus.dev.from_train=2000

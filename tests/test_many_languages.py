@@ -290,6 +290,20 @@ def test_both_ways_from_source_and_target(tmp_path: Path) -> None:
     assert prepared.symbols.languages == ("en", "de")
 
 
+def test_both_ways_from_a_folder_of_the_hub(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in ("train", "validation"):
+        rows = [{"translation": {"en": f"the {split} {number}", "de": f"das {split} {number}"}} for number in range(40)]
+        (folder / f"{split}.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    corpus = CorpusConfig(source=str(folder), directions=["de-en", "en-de"], max_pairs=30)
+    pairs = list(read_pairs(corpus, "train"))
+    assert len(pairs) == 30
+    assert pairs[7] == SentencePair("das train 7", "the train 7", direction=Direction("de", "en"))
+    assert [pair.source for pair in read_pairs(corpus, "dev")][:2] == ["das validation 0", "the validation 0"]
+    assert (corpus.direction, corpus.sides) == (("de", "en"), ("en", "de"))
+
+
 def test_what_is_held_out_is_in_no_direction(tmp_path: Path) -> None:
     write_texts(tmp_path, 200)
     held_out = {"train": in_two("train"), "dev": FilesConfig(from_train=9), "test": FilesConfig(from_train=7)}

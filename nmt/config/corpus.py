@@ -226,13 +226,18 @@ class CorpusConfig:
     et al. 2019)."""
 
     @property
-    def direction(self) -> Direction:
-        """Direction of a corpus in two languages."""
+    def sides(self) -> Direction:
+        """Languages of the two sides of text that is not in `texts`."""
         return Direction(self.source_language, self.target_language)
+
+    @property
+    def direction(self) -> Direction:
+        """The direction of a corpus that has a single one, else the first."""
+        return self.all_directions()[0]
 
     def all_directions(self) -> list[Direction]:
         """Return the directions of the corpus: one for a corpus in two languages."""
-        return [Direction.of(text) for text in self.directions] or [self.direction]
+        return [Direction.of(text) for text in self.directions] or [self.sides]
 
     def language_pairs(self) -> list[Direction]:
         """Return one direction for each pair of languages: the first of its directions. Text is stored in these."""
@@ -332,7 +337,7 @@ class CorpusConfig:
         if lacking := [language for language in self.languages if files.texts and language not in files.texts]:
             raise ValueError(f"corpus.{split}.texts has no files of {lacking[0]}, a language of {given}")
         in_two = bool(files.source or files.pairs) or self._is_of_hub(files)
-        if in_two and not files.from_train and set(self.languages) != set(self.direction):
+        if in_two and not files.from_train and set(self.languages) != set(self.sides):
             raise ValueError(
                 f"corpus.{split} is text in corpus.source_language={self.source_language} and corpus.target_language="
                 f"{self.target_language}, which are not the languages of {given}: set these two, or name the files of "

@@ -56,7 +56,7 @@ def _pairs_in_two(corpus: CorpusConfig, split: str, report: ReadReport) -> Itera
     if corpus.source == "phrasebook":
         from nmt.corpus.phrasebook import phrasebook
 
-        phrases = phrasebook(split, *corpus.direction, _num_phrases(corpus, split))
+        phrases = phrasebook(split, *corpus.sides, _num_phrases(corpus, split))
         return (SentencePair(phrase.source, phrase.target, phrase.domain) for phrase in phrases)
     if corpus.source == "files" or _named_files(corpus, split):
         return _file_pairs(corpus, split, report)
@@ -72,7 +72,7 @@ def _rows(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[_Row
         return (_Row(dict(zip(corpus.languages, texts, strict=True)), domain, "") for texts, domain in phrases)
     if getattr(corpus, split).texts:
         return _text_rows(corpus, split, report)
-    source, target = corpus.direction
+    source, target = corpus.sides
     pairs = _pairs_in_two(corpus, split, report)
     return (_Row({source: pair.source, target: pair.target}, pair.domain, pair.tag) for pair in pairs)
 
