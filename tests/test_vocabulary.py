@@ -59,6 +59,8 @@ def test_two_languages_have_the_symbol_of_a_vocabulary_with_languages(tmp_path: 
     several = prepared_from(corpus_of(tmp_path))
     [part] = prepared_from(inheriting(tmp_path, several.path, **TWO)).parts()
     assert part.prefix == (several.subwords().symbol("language", several.symbols.languages.index("de")),)
+    to_french = prepared_from(corpus_of(tmp_path, directions=["en-fr"], name="french"))
+    assert prepared_from(inheriting(tmp_path, to_french.path, **TWO)).symbols.languages == ("fr", "de")
     one = prepared_from(corpus_of(tmp_path, **TWO))
     assert [part.prefix for part in one.parts()] == [()]
     again = prepared_from(inheriting(tmp_path, one.path, **TWO))
