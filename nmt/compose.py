@@ -265,7 +265,9 @@ def _model_of(start_from: str) -> dict[str, Any]:
     try:
         model = RunDirectory.existing(start_from).config().to_dict()["model"]
     except CheckpointError as error:
-        raise CheckpointError(f"run.start_from={start_from}: {error}") from error
+        raise CheckpointError(
+            f"run.start_from={start_from}: {error} (a run that started from it before resumes with nmt train RUN)"
+        ) from error
     assert isinstance(model, dict)
     return model
 

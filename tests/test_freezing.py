@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,9 +19,10 @@ from nmt.model.names import Part, is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parameters import read_tensors
+from nmt.run import STARTED_FROM, RunDirectory
 from nmt.training.freezing import Frozen
 from tests.processes import run_ranks
-from tests.toy import Cli, saved, settings, toy_config, train
+from tests.toy import Cli, saved, settings, train
 
 Configs = Callable[..., ModelConfig]
 EVERY_STEP = ("training.checkpoint_every=1", "training.keep_checkpoints=9", "training.validation_sentences=0")
@@ -222,15 +222,18 @@ def train_shares(folder: Path, jobs: list[tuple[str, list[str]]]) -> None:
 
 @pytest.mark.parametrize("parts", [("lstms", "experts[::2]"), tuple(part for part in PARTS if part != "experts")])
 def test_two_processes_train_what_one_does(corpus: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
-    """Also where only experts are trained, of which no gradient is summed over processes."""
-    changes: list[Any] = [freeze(*parts), "training.micro_batches=2", *EVERY_STEP]
-    toy_config(corpus, *changes)
+    """Also where only experts are trained, of which no gradient is summed over processes. Both start from a run."""
+    origin = train(corpus, "origin", 1)
+    changes = [freeze(*parts), f"run.start_from={origin}", "training.micro_batches=2", *EVERY_STEP]
     one = train(corpus, "one", 3, *changes)
     run_ranks(2, tmp_path / "ranks", train_shares, corpus, [("two", changes)])
-    before, after, other = parameters(one, 1), parameters(one, 3), parameters(corpus / "two", 3)
+    before, after, other = parameters(origin, 1), parameters(one, 3), parameters(corpus / "two", 3)
     for name, value in after.items():
         torch.testing.assert_close(other[name], value, rtol=1e-4, atol=1e-6)
         kind = Part.of(name).kind
         assert torch.equal(value, before[name]) == (kind in parts), name
+        assert torch.equal(other[name], before[name]) == (kind in parts), name
         if "experts[::2]" in parts and is_expert(name):
             assert torch.equal(other[name][::2], before[name][::2])
+    for name in ("one", "two"):
+        assert RunDirectory(corpus / name).corpus_info()[STARTED_FROM]["name"] == "origin"
