@@ -46,7 +46,10 @@ _MANIFEST = {
     "files": {str: {"size": int, "sha256": str}},
 }
 _EXPORT_MANIFEST = {"steps": [int]}
-_STATE = {"progress": {"step": int, str: (float, None)}, "data": {"epoch": int, "step": int, str: (int, [int])}}
+_STATE = {
+    "progress": {"step": int, str: (float, None, {str: [float]})},
+    "data": {"epoch": int, "step": int, str: (int, [int])},
+}
 
 
 class Checkpoint(NamedTuple):

@@ -56,6 +56,7 @@ _SAFE_TRAINING = (
     "log_every",
     "validate_every",
     "validation_sentences",
+    "watch",
     "checkpoint_every",
     "keep_checkpoints",
     "patience",

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import nmt.training.validation
 from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
@@ -105,12 +104,13 @@ def test_lines_of_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> No
 
 
 def script_perplexity(monkeypatch: pytest.MonkeyPatch, *scores: float) -> None:
-    measured, coming = nmt.training.validation.perplexity, iter(scores)
+    measured, coming = Validation.run, iter(scores)
 
-    def scripted(*arguments: object) -> object:
-        return replace(measured(*arguments), pieces=next(coming))
+    def scripted(validation: Validation, model: Seq2Seq) -> tuple[Validated, dict[str, Validated]]:
+        own, watched = measured(validation, model)
+        return replace(own, perplexity=next(coming)), watched
 
-    monkeypatch.setattr(nmt.training.validation, "perplexity", scripted)
+    monkeypatch.setattr(Validation, "run", scripted)
 
 
 def test_patience_stops_early_and_saves(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,14 +12,15 @@ import torch
 import nmt.training.validation
 from nmt.batch import NUM_SPECIAL
 from nmt.checkpoint import list_checkpoints
-from nmt.config import DecodingConfig, TrainingConfig
+from nmt.config import DecodingConfig, Direction, TrainingConfig
+from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.evaluation.scores import corpus_scores
 from nmt.evaluation.tokenizers import Tokenizer
 from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
-from nmt.training.validation import doubts, validation_bleu
+from nmt.training.validation import DevPart, doubts, validation_bleu
 from tests.processes import run_ranks
 from tests.test_parallel import CASES, VOCABULARY, config_of, trained_model
 from tests.toy import Cli, settings, train, write_corpus
@@ -27,6 +28,7 @@ from tests.toy import Cli, settings, train, write_corpus
 # Of very different lengths, so that no process ends when another does.
 LENGTHS = [9, 1, 4, 2, 30, 1, 1, 6, 2]
 GREEDY = DecodingConfig(beam_size=1, batch_tokens=32, precision="fp32", device="cpu")
+OPTIONS = Options.of(GREEDY)
 SENTENCES = ["a b c d e f", "b c d e f g", "the dog runs over a meadow", "d", "e f g h i", "x y z u v w"]
 
 
@@ -55,7 +57,7 @@ def translations(
     return [torch.tensor(best.tokens) for (best,) in found]
 
 
-def echo(texts: list[str]) -> list[Any]:
+def echo(texts: list[str], _options: Any = None) -> list[Any]:
     """A translator that spoils some sentences."""
     return [SimpleNamespace(text=text.replace("dog", "cat").replace("x", "y")) for text in texts]
 
@@ -71,8 +73,8 @@ def _two_ranks() -> dict[str, Any]:
         "one has none": translations("noisy_top_k", slice(0, 5 * (1 - rank))),
         "bf16": translations("noisy_top_k", slice(0, 5 * (1 - rank)), precision="bf16"),
         "other weights": len(translations("noisy_top_k", own, disturb=True)),
-        "bleu": validation_bleu(stub, SENTENCES, SENTENCES, "13a", world),
-        "fewer sentences": validation_bleu(stub, SENTENCES[:1], SENTENCES[:1], "13a", world),
+        "bleu": validation_bleu(stub, SENTENCES, SENTENCES, "13a", world, OPTIONS),
+        "fewer sentences": validation_bleu(stub, SENTENCES[:1], SENTENCES[:1], "13a", world, OPTIONS),
     }
 
 
@@ -128,20 +130,28 @@ CHINESE = ["我们明天早上坐火车去北京。", "他昨天买了三本新�
 BY_BLEU = TrainingConfig(best_by="bleu")
 
 
+def part_of(tokenizer: Tokenizer, targets: list[str], translated: int = 500) -> list[DevPart]:
+    return [DevPart(Direction("en", "zh"), targets, targets, min(translated, len(targets)), tokenizer)]
+
+
 def test_a_bleu_that_means_nothing_never_steers() -> None:
     blind, fitting = Tokenizer("13a", "by evaluation.tokenize"), Tokenizer("zh", "the target language is zh")
     with pytest.raises(UserError, match=r"training.best_by=bleu: BLEU with tokeniser 13a means .*tokenize=zh, or"):
-        doubts(BY_BLEU, blind, CHINESE)
-    assert "means nothing" in doubts(TrainingConfig(), blind, CHINESE)[0]
-    assert doubts(TrainingConfig(validation_sentences=0), blind, CHINESE) == []
-    assert doubts(BY_BLEU, fitting, CHINESE) == ["BLEU tokeniser zh: the target language is zh"]
-    assert doubts(BY_BLEU, blind, ["ein Hund"]) == []
+        doubts(BY_BLEU, part_of(blind, CHINESE))
+    assert "means nothing" in doubts(TrainingConfig(), part_of(blind, CHINESE))[0]
+    assert doubts(TrainingConfig(validation_sentences=0), part_of(blind, CHINESE, 0)) == []
+    assert doubts(BY_BLEU, part_of(fitting, CHINESE)) == ["BLEU tokeniser zh: the target language is zh"]
+    assert doubts(BY_BLEU, part_of(blind, ["ein Hund"])) == []
+    both = [*part_of(fitting, CHINESE), *part_of(blind, ["ein Hund"]), *part_of(fitting, CHINESE)]
+    assert doubts(BY_BLEU, both) == ["BLEU tokeniser zh: the target language is zh"]
 
 
 def test_a_blank_dev_set_is_told() -> None:
-    (line,) = doubts(BY_BLEU, Tokenizer("13a", ""), ["", "  ", "\t"])
+    blank = Tokenizer("13a", "")
+    (line,) = doubts(BY_BLEU, part_of(blank, ["", "  ", "\t"]))
     assert "blank" in line
-    assert doubts(BY_BLEU, Tokenizer("13a", ""), ["", "ein Hund"]) == []
+    assert doubts(BY_BLEU, part_of(blank, ["", "ein Hund"])) == []
+    assert doubts(BY_BLEU, [*part_of(blank, ["", " "]), *part_of(blank, ["ein Hund"])]) == []
 
 
 def test_a_run_that_bleu_cannot_steer_is_refused_before_it_starts(cli: Cli, tmp_path: Path) -> None:

@@ -137,6 +137,9 @@ class TrainingConfig:
     best_by: str = "perplexity"
     """Score on the dev set that selects the best checkpoint: perplexity or bleu. BLEU below 1 is noise and never counts
     as best."""
+    watch: list[str] = field(default_factory=list)
+    """Other runs or prepared corpora whose dev text is scored, with this run's vocabulary, at every validation and
+    before the first step. A warning shows what training forgets. Folders, or names of runs in runs/."""
     patience: int = 0
     """Stop after this many validations without a new best; 0: never stop early."""
 

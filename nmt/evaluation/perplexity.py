@@ -17,6 +17,8 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.wording import counted
 
+_MOST_NATS = 50.0  # per subword or word, so that a perplexity is always a number
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -26,12 +28,39 @@ class Perplexity:
     so that models with different vocabularies can be compared. So can `bits`, for languages without blanks too.
     """
 
-    pieces: float
-    words: float
-    bits: float
-    """Negative log-likelihood in bits per character, where the end of a sentence counts as a character."""
+    nll: float
+    """Negative log-likelihood of all references, in nats."""
+    num_pieces: int
+    num_words: int
+    num_characters: int
+    """The ends of sentences are in each of these three numbers."""
     cut: tuple[int, ...] = ()
     """Numbers, from 0, of the pairs with a side that was cut to `nmt.data.held_out.LONGEST_SIDE` subwords."""
+
+    @property
+    def pieces(self) -> float:
+        """Per subword of the references."""
+        return math.exp(min(self.nll / self.num_pieces, _MOST_NATS))
+
+    @property
+    def words(self) -> float:
+        """Per blank-separated word of the references."""
+        return math.exp(min(self.nll / self.num_words, _MOST_NATS))
+
+    @property
+    def bits(self) -> float:
+        """Negative log-likelihood in bits per character, where the end of a sentence counts as a character."""
+        return self.nll / math.log(2.0) / self.num_characters
+
+    @classmethod
+    def of_all(cls, parts: Sequence["Perplexity"]) -> "Perplexity":
+        """Return the perplexity of several texts as one. `cut` is empty, since numbers count the pairs of one text."""
+        return cls(
+            math.fsum(each.nll for each in parts),
+            sum(each.num_pieces for each in parts),
+            sum(each.num_words for each in parts),
+            sum(each.num_characters for each in parts),
+        )
 
 
 @torch.inference_mode()
@@ -70,8 +99,7 @@ def perplexity(
     scored = _scored(subwords, targets, held_out)
     words = sum(len(target.split()) + 1 for target in scored)
     characters = sum(len(target) + 1 for target in scored)
-    per_piece, per_word = (math.exp(min(total / count, 50.0)) for count in (pieces, words))
-    return Perplexity(per_piece, per_word, total / math.log(2.0) / characters, tuple(held_out.cut))
+    return Perplexity(total, pieces, words, characters, tuple(held_out.cut))
 
 
 def _scored(subwords: Subwords, targets: Sequence[str], held_out: HeldOut) -> list[str]:

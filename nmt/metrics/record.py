@@ -1,7 +1,8 @@
 """Lines of metrics.jsonl, for the code that writes them and the code that reads them.
 
 A line is a flat JSON object. Its `kind` is "train" (means since the previous line) or "dev" (a validation). Figures of
-MoE layers have keys such as "encoder.1.cv_load".
+MoE layers have keys such as "encoder.1.cv_load". Those of a validation's directions and watched texts have keys such as
+"en-de/bleu".
 """
 
 import json
@@ -33,6 +34,8 @@ class Line:
             value = getattr(self, each.name)
             if each.name == "gates":
                 line |= {f"{layer}.{name}": figure for layer, own in value.items() for name, figure in own.items()}
+            elif each.name == "texts":
+                line |= {f"{text}/{name}": figure for text, own in value.items() for name, figure in own.items()}
             elif value is not None:
                 line[each.name] = value
         return line
@@ -43,7 +46,10 @@ class Line:
         known: dict[str, Any] = {}
         for each in fields(cls):
             if each.name == "gates":
-                known[each.name] = _gates_of(line)
+                known[each.name] = _nested(line, ".")
+                continue
+            if each.name == "texts":
+                known[each.name] = _nested(line, "/")
                 continue
             if each.name not in line and each.name not in _WITHOUT:
                 raise ValueError(f"it has no {each.name}")
@@ -103,7 +109,9 @@ class DevLine(Line):
     word_perplexity: float
     """Perplexity per word."""
     bleu: float | None = None
-    """Greedy BLEU; None with training.validation_sentences=0."""
+    """Greedy BLEU; None with training.validation_sentences=0. Of several directions, it is the mean."""
+    texts: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """Perplexity and BLEU of each direction, if there are several, and of each text of training.watch, by its name."""
 
 
 L = TypeVar("L", bound=Line)
@@ -146,10 +154,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _gates_of(line: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    gates: dict[str, dict[str, float]] = {}
-    for name, value in line.items():
-        layer, dot, figure = name.rpartition(".")
-        if dot and _is_number(value):
-            gates.setdefault(layer, {})[figure] = value
-    return gates
+def _nested(line: Mapping[str, Any], separator: str) -> dict[str, dict[str, float]]:
+    """Return the figures whose keys have a separator, by what is before it: the name of a layer or text."""
+    nested: dict[str, dict[str, float]] = {}
+    for key, value in line.items():
+        owner, found, name = key.rpartition(separator)
+        if found and _is_number(value):
+            nested.setdefault(owner, {})[name] = value
+    return nested

@@ -29,7 +29,8 @@ _BAR_COLUMNS = 60
 class MetricsWriter:
     """Writer of metrics.jsonl, TensorBoard curves and a progress bar (without a terminal, plain lines).
 
-    A run that resumes from step n first removes the lines of later steps, so that every step has one line. All methods
+    A run that resumes from step n first removes the lines of later steps, so that every step has one line; from the
+    start (step 0), it removes all. All methods
     raise StorageError if a file cannot be written.
     """
 
@@ -43,12 +44,12 @@ class MetricsWriter:
         if path.exists():
             with _writing(path):
                 text = read_regular(path).decode(errors="replace")
-            kept = [line for line in text.splitlines() if step_of(line) <= step]
+            kept = [line for line in text.splitlines() if step and step_of(line) <= step]
             write_atomically(path, "".join(f"{line}\n" for line in kept).encode())
         with _writing(path):
             self.file = path.open("a", encoding="utf-8")
         with _writing(tensorboard):
-            self.tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1)
+            self.tensorboard = SummaryWriter(str(tensorboard), purge_step=step + 1 if step else 0)
         self.bar = tqdm(
             total=max_steps,
             initial=step,

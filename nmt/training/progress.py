@@ -1,13 +1,14 @@
 """How far a run has come: the state of training besides tensors."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nmt.checkpoint import Checkpoint
 from nmt.config import TrainingConfig
 from nmt.errors import CheckpointError
 from nmt.training.ending import Ending, ending
 from nmt.training.optim import learning_rate
+from nmt.training.watching import Lowest
 
 
 @dataclass
@@ -25,12 +26,16 @@ class Progress:
     """Learning rate of the next step, as planned when this was saved; None if an older version saved it."""
     warm_from: int = 0
     """Step after which the learning rate is warmed up once more, because the network was changed; 0: it was not."""
+    lowest: dict[str, Lowest] = field(default_factory=dict)
+    """The lowest perplexity of each watched text, by its name."""
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> "Progress":
         """Return the progress saved in a checkpoint. CheckpointError if it has fields that this version lacks."""
         try:
-            return cls(**checkpoint.state()["progress"])
+            saved = dict(checkpoint.state()["progress"])
+            lowest = {name: Lowest(*each) for name, each in saved.pop("lowest", {}).items()}
+            return cls(**saved, lowest=lowest)
         except TypeError as error:
             raise CheckpointError(
                 f"{checkpoint.path / 'state.json'} was written by another version of this program: resume with that one"

@@ -43,7 +43,8 @@ from nmt.training.reports import Reports
 from nmt.training.stopping import StopRequest
 from nmt.training.transfer import Origin, start_from
 from nmt.training.update import Updater
-from nmt.training.validation import LEAST_BLEU, Validation
+from nmt.training.validation import LEAST_BLEU, Validated, Validation
+from nmt.training.watching import forgotten
 
 _SMALLER_BATCH = (
     "choose another run.name with a lower training.batch_tokens or corpus.filters.max_pieces, a smaller model, or "
@@ -142,6 +143,9 @@ class Trainer:
         training, progress = self.config.training, self.progress
         self.clock = Clock(progress.seconds)
         first, interval = progress.step + 1, self._interval()
+        if not self.resumed_from and (training.watch or self.config.run.start_from):
+            # What later validations are compared with.
+            self._validate_safely(out)
         while progress.ended(training) is None:
             with shortage_told(lambda: f"step {progress.step}", _SMALLER_BATCH):
                 self._update(next(self.stream), interval)
@@ -206,26 +210,40 @@ class Trainer:
                 raise
             except Exception:
                 # Several processes cannot save now: the others are still in the validation.
-                if self.world.size == 1:
+                if self.world.size == 1 and self.progress.step:
                     self._save(None)
                 raise
 
     def _validate(self, out: MetricsWriter) -> float | None:
-        """Score the dev set and update the best score. Return the score: lower is better, None if there is none."""
+        """Score the dev set and the watched texts, and update the best score. Return what `_rank` does."""
         progress = self.progress
-        done = self.validation.run(self.model)
-        out.write(DevLine(progress.step, done.perplexity, done.word_perplexity, done.bleu))
-        line = f"step {progress.step:,}: {done}"
+        done, watched = self.validation.run(self.model)
+        texts = {name: each.curves() for name, each in (*done.directions.items(), *watched.items())}
+        out.write(DevLine(progress.step, done.perplexity, done.word_perplexity, done.bleu, texts))
+        score, verdict = self._rank(done)
+        out.say(f"step {progress.step:,}: {done}{verdict}")
+        for name, each in watched.items():
+            out.say(f"step {progress.step:,}: {name}: {each}")
+            if warning := forgotten(progress.lowest, name, each.perplexity, progress.step):
+                out.say(warning)
+        return score
+
+    def _rank(self, done: Validated) -> tuple[float | None, str]:
+        """Update the best score. Return the new score (lower is better, None if there is none) and what to say of it.
+
+        What training starts with, before its first step, is no score of this run.
+        """
+        progress = self.progress
+        if not progress.step:
+            return None, " (before training)"
         score = done.score(self.config.training.best_by)
         if score is None:
-            out.say(f"{line}: below BLEU {LEAST_BLEU:g}, no checkpoint is best and training.patience does not count")
-            return None
+            return None, f": below BLEU {LEAST_BLEU:g}, no checkpoint is best and training.patience does not count"
         better = score < progress.best_score
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
         if better:
             progress.best_score = score
-        out.say(line + (" (best so far)" if better else ""))
-        return None if math.isnan(score) else score
+        return None if math.isnan(score) else score, " (best so far)" if better else ""
 
     # ------------------------------------------------------------------------------------- saving and resuming
 

@@ -1,0 +1,319 @@
+"""Texts of other domains at every validation: what is measured and warned of, and that training does not notice."""
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nmt.checkpoint import list_checkpoints
+from nmt.config import Config, Direction
+from nmt.data.prepared import Prepared, prepared_path
+from nmt.data.symbols import Symbols
+from nmt.decoding.directions import Directions
+from nmt.decoding.translator import Translator
+from nmt.errors import CheckpointError, DataError, UserError
+from nmt.evaluation.perplexity import Perplexity, perplexity
+from nmt.evaluation.scores import corpus_scores
+from nmt.metrics.record import DevLine, read_lines
+from nmt.parallel.mesh import World
+from nmt.run import RunDirectory
+from nmt.training.progress import Progress
+from nmt.training.validation import Validated, Validation
+from nmt.training.watching import Lowest, WatchedText, forgotten, watched_texts
+from tests.toy import HARD, Cli, saved, steps_logged, toy_config, train
+
+CPU = torch.device("cpu")
+
+
+def dev_lines(run: Path) -> dict[int, DevLine]:
+    return {line.step: line for line in read_lines(run / "metrics.jsonl", DevLine)}
+
+
+def progress(run: Path) -> Progress:
+    return Progress.of(list_checkpoints(run / "checkpoints")[-1])
+
+
+# -------------------------------------------------------------------------------------------- what is forgotten
+
+
+def test_a_warning_comes_with_each_tenth_above_the_lowest() -> None:
+    lowest: dict[str, Lowest] = {}
+    told = [
+        forgotten(lowest, "old", value, step)
+        for step, value in enumerate([5.0, 5.4, 5.51, 6.0, 6.07, 4.0, 4.3, 4.41, math.nan, 4.4])
+    ]
+    assert [bool(line) for line in told] == [False, False, True, False, True, False, False, True, False, False]
+    assert told[4].startswith("warning: dev perplexity of old is 6.07, 21 % above its best (5.00 at step 0): training")
+    assert "(4.00 at step 5)" in told[7]
+    assert lowest == {"old": Lowest(4.0, 5, 4.41)}
+
+
+def test_each_text_has_a_lowest_of_its_own() -> None:
+    lowest: dict[str, Lowest] = {}
+    for name, value in (("a", 2.0), ("b", 9.0), ("a", 2.1), ("b", 8.0)):
+        assert forgotten(lowest, name, value, 3) is None
+    assert {name: each.perplexity for name, each in lowest.items()} == {"a": 2.0, "b": 8.0}
+
+
+# ----------------------------------------------------------------------------------------------- what is watched
+
+
+def test_runs_and_corpora_are_found_with_their_text(run: Path, shared_text: Path) -> None:
+    prepared = prepared_path(toy_config(shared_text).corpus)
+    by_run, by_corpus = watched_texts([str(run), str(prepared)], [])
+    assert (by_run.name, by_corpus.name) == ("run", "toy")
+    assert by_run[1:] == by_corpus[1:]
+    assert by_run.sources == (shared_text / "dev.en").read_text().splitlines()
+    assert by_run.directions == [Direction("en", "de")] * 8
+
+
+def test_names_differ(run: Path, shared_text: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").symlink_to(run)
+    again = tmp_path / "run"
+    assert [each.name for each in watched_texts([str(run)], ["run"])] == [str(run)]
+    prepared = prepared_path(toy_config(shared_text).corpus)
+    (tmp_path / "copy").symlink_to(prepared)
+    references = [str(prepared), str(tmp_path / "copy"), str(again)]
+    assert [each.name for each in watched_texts(references, [])] == [*references[:2], "run"]
+    with pytest.raises(UserError, match=r"training.watch has \S+ more than once"):
+        watched_texts([str(run), str(run)], [])
+
+
+def test_what_cannot_be_watched(run: Path, cli: Cli, corpus: Path) -> None:
+    with pytest.raises(DataError, match=r"training.watch: nowhere is neither a prepared corpus nor a run"):
+        watched_texts(["nowhere"], [])
+    assert cli("export", str(run), str(corpus / "model")) == 0, cli.err
+    with pytest.raises(UserError, match=r"model has no dev text"):
+        watched_texts([str(corpus / "model")], [])
+    (corpus / "broken").mkdir()
+    (corpus / "broken" / "config.yaml").write_text("[")
+    with pytest.raises(CheckpointError, match=r"config.yaml is damaged"):
+        watched_texts([str(corpus / "broken")], [])
+
+
+def test_a_text_in_another_direction_is_refused_at_the_start(
+    shared_text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(shared_text, "run.name=new", "training.watch=[old]")
+    prepared = Prepared.open(prepared_path(config.corpus))
+    text = WatchedText("old", ["der Hund"], ["the dog"], [Direction("de", "en")])
+    monkeypatch.setattr("nmt.training.validation.watched_texts", lambda *_: [text])
+    with pytest.raises(UserError, match=r"training.watch: old is de-en, but this run translates en-de: "):
+        Validation(config, prepared, World(CPU))
+    # Its symbol is enough: the model reads all languages alike.
+    prepared.manifest["languages"] = ["de", "en"]
+    Validation(config, prepared, World(CPU))
+
+
+# ------------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture(scope="module")
+def watching(run: Path, tmp_path_factory: pytest.TempPathFactory, shared_text: Path) -> Path:
+    """Eight updates, with dropout and noise, that watch another run and its corpus."""
+    folder = tmp_path_factory.mktemp("watching")
+    (folder / "shared_text").symlink_to(shared_text)
+    return train(folder, "new", 8, *HARD, watch_of(run, shared_text), "training.checkpoint_every=4")
+
+
+def watch_of(run: Path, shared_text: Path) -> str:
+    return f"training.watch=[{run},{prepared_path(toy_config(shared_text).corpus)}]"
+
+
+def test_training_does_not_notice(watching: Path, corpus: Path) -> None:
+    plain = train(corpus, "plain", 8, *HARD, "training.checkpoint_every=4")
+    assert saved(plain) == saved(watching)
+    assert steps_logged(plain, "dev") == [4, 8]
+    assert steps_logged(watching, "dev") == [0, 4, 8]
+    before, after = dev_lines(plain), dev_lines(watching)
+    assert [replace(after[step], texts={}) for step in (4, 8)] == [before[step] for step in (4, 8)]
+
+
+def test_scores_are_those_of_an_evaluation(watching: Path, run: Path) -> None:
+    """The watched text is the run's dev text, read with the new vocabulary by the new model."""
+    directory = RunDirectory.existing(str(watching))
+    line = dev_lines(watching)[8]
+    assert list(line.texts) == ["run", "toy"]
+    translator = Translator.load(directory, directory.config(["decoding.checkpoint=8", "decoding.retry=false"]))
+    sources, targets, _ = RunDirectory.existing(str(run)).text("dev")
+    expected = perplexity(translator.model, translator.subwords, sources, targets, 700, World(CPU))
+    found = translator.translate(sources[:2], replace(translator.options, beam_size=1))
+    bleu = corpus_scores([each.text for each in found], [targets[:2]], "13a")[0].value
+    for name in ("run", "toy"):
+        assert line.texts[name] == {"perplexity": pytest.approx(expected.pieces, rel=1e-5), "bleu": bleu}
+
+
+def test_a_resumed_run_remembers_the_lowest(watching: Path, corpus: Path, run: Path, shared_text: Path) -> None:
+    watch = watch_of(run, shared_text)
+    train(corpus, "two", 4, *HARD, watch, "training.checkpoint_every=4")
+    two = train(corpus, "two", 8, *HARD, watch, "training.checkpoint_every=4")
+    assert steps_logged(two, "dev") == [0, 4, 8]
+    assert dev_lines(two) == dev_lines(watching)
+    assert progress(two).lowest == progress(watching).lowest
+    assert set(progress(two).lowest) == {"run", "toy"}
+    # What is watched may change on the way.
+    three = train(corpus, "two", 9, *HARD, f"training.watch=[{run}]", "training.checkpoint_every=4")
+    assert list(dev_lines(three)[9].texts) == ["run"]
+
+
+def test_a_start_from_the_beginning_has_one_line_of_each_step(watching: Path, corpus: Path, run: Path) -> None:
+    changes = (*HARD, f"training.watch=[{run}]", "training.checkpoint_every=99")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nmt.training.trainer.Trainer._update", _interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            train(corpus, "again", 4, *changes)
+    assert steps_logged(corpus / "again", "dev") == [0]
+    train(corpus, "again", 4, *changes)
+    assert steps_logged(corpus / "again", "dev") == [0, 4]
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_warning_is_printed_once(corpus: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    coming = iter([5.0, 5.4, 5.6, 5.7, 6.2])
+
+    def scores(_validation: Validation, _model: Any) -> tuple[Validated, dict[str, Validated]]:
+        return Validated(3.0, 4.0, 20.0, 0, 2), {"run": Validated(next(coming), 9.0, 12.5, 0, 2)}
+
+    changes = (f"training.watch=[{run}]", "training.validate_every=1", "training.checkpoint_every=1")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "run", scores)
+        train(corpus, "a", 2, *changes)
+        first = capfd.readouterr().err
+        train(corpus, "a", 4, *changes)
+    second = capfd.readouterr().err
+    assert "step 0: dev perplexity 3.00, greedy BLEU 20.0 of 2 sentences (before training)" in first
+    assert "step 1: run: dev perplexity 5.40, greedy BLEU 12.5 of 2 sentences" in first
+    warning = "warning: dev perplexity of run is 5.60, 12 % above its best (5.00 at step 0): training forgets it"
+    assert first.count("warning: dev perplexity") == 1
+    assert warning in first
+    # It is 5.70 at step 3: no tenth above what was warned of before the run was resumed.
+    assert second.count("warning: dev perplexity") == 1
+    assert "is 6.20, 24 % above" in second
+
+
+def test_a_baseline_is_not_the_best(corpus: Path, run: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Validation, "run", lambda *_: (Validated(3.0, 4.0, 20.0, 0, 2), {}))
+        new = train(corpus, "b", 4, f"training.watch=[{run}]", "training.best_by=bleu", "training.patience=5")
+    assert progress(new).best_score == -20.0
+    assert progress(new).validations_since_best == 0
+    assert [each.score for each in list_checkpoints(new / "checkpoints")] == [-20.0]
+
+
+def test_a_run_from_another_starts_with_a_validation(corpus: Path, run: Path) -> None:
+    new = train(corpus, "from", 4, f"run.start_from={run}")
+    lines = dev_lines(new)
+    assert list(lines) == [0, 4]
+    before = read_lines(run / "metrics.jsonl", DevLine)
+    best = min(before, key=lambda line: line.perplexity)
+    assert lines[0].perplexity == pytest.approx(best.perplexity, rel=1e-5)
+
+
+def test_old_checkpoints_have_no_lowest(watching: Path, corpus: Path) -> None:
+    run = train(corpus, "old", 4)
+    newest = list_checkpoints(run / "checkpoints")[-1]
+    state = newest.state()
+    assert state["progress"].pop("lowest") == {}
+    (newest.path / "state.json").write_text(json.dumps(state))
+    assert progress(run).lowest == {}
+    assert progress(watching).lowest["run"].step in (0, 4, 8)
+
+
+# ------------------------------------------------------------------------------------------------ several directions
+
+
+BOTH = Directions("both", (Direction("en", "de"), Direction("de", "en")), Symbols(("de", "en")))
+
+
+class BothWays(Prepared):
+    """The toy corpus, with its dev text in both directions in turn."""
+
+    def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
+        english, german, _ = super().text(split)
+        turns = [pair for two in zip(english, german, strict=True) for pair in (two, two[::-1])]
+        return [source for source, _ in turns], [target for _, target in turns], []
+
+    def directions(self, split: str) -> list[Direction]:
+        return [Direction("en", "de"), Direction("de", "en")] * (len(self.text(split)[0]) // 2)
+
+
+@pytest.fixture
+def config(shared_text: Path) -> Config:
+    return toy_config(shared_text, "run.name=both", "training.validation_sentences=5")
+
+
+@pytest.fixture
+def both_ways(config: Config) -> BothWays:
+    prepared = BothWays.open(prepared_path(config.corpus))
+    prepared.manifest["languages"] = ["de", "en"]
+    return prepared
+
+
+def test_directions_are_scored_apart_and_together(config: Config, both_ways: BothWays, run: Path) -> None:
+    directory = RunDirectory.existing(str(run))
+    translator = Translator.load(directory, directory.config(["decoding.retry=false"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("nmt.training.validation.Directions.of", lambda *_: BOTH)
+        validation = Validation(config, both_ways, World(CPU))
+    found, watched = validation.run(translator.model)
+    assert watched == {}
+    translator.model.eval()
+    assert list(found.directions) == ["en-de", "de-en"]
+    sources, targets, _ = both_ways.text("dev")
+    parts: list[Perplexity] = []
+    translator.directions = BOTH
+    for place, (name, scores) in enumerate(found.directions.items()):
+        options = replace(translator.options, direction=Direction.of(name), beam_size=1)
+        own = sources[place::2], targets[place::2]
+        prefixes = [translator.source_symbols(options)] * len(own[0])
+        assert len(prefixes[0]) == 1
+        parts.append(perplexity(translator.model, translator.subwords, *own, 90, World(CPU), prefixes=prefixes))
+        assert scores.perplexity == pytest.approx(parts[-1].pieces, rel=1e-5)
+        # Five lines, in turn: three of the first direction, two of the second.
+        count = 3 - place
+        texts = [each.text for each in translator.translate(own[0][:count], options)]
+        assert scores.bleu == corpus_scores(texts, [own[1][:count]], "13a")[0].value
+        assert scores.translated == count
+    nll, pieces = sum(each.nll for each in parts), sum(each.num_pieces for each in parts)
+    assert found.perplexity == pytest.approx(math.exp(nll / pieces), rel=1e-5)
+    assert found.perplexity == pytest.approx(Perplexity.of_all(parts).pieces, rel=1e-5)
+    assert found.word_perplexity == pytest.approx(Perplexity.of_all(parts).words, rel=1e-5)
+    assert found.bleu == pytest.approx(sum(each.bleu or 0.0 for each in found.directions.values()) / 2)
+    assert found.translated == 5
+
+
+def test_a_line_on_several_directions_is_short() -> None:
+    def scores(perplexity: float, bleu: float | None) -> Validated:
+        return Validated(perplexity, 9.0, bleu, 0, 40)
+
+    parts = {"en-de": scores(5.0, 24.1), "de-en": scores(7.0, 21.0), "cs-fr": scores(6.5, 17.9)}
+    whole = Validated(6.12, 9.0, 21.0, 0, 120, parts)
+    assert str(whole) == (
+        "dev perplexity 6.12, greedy BLEU 21.0 of 120 sentences (mean of 3 directions, en-de 24.1 the highest, "
+        "cs-fr 17.9 the lowest)"
+    )
+    parts = {name: replace(each, bleu=None) for name, each in parts.items()}
+    whole = replace(whole, bleu=None, directions=parts)
+    assert str(whole) == "dev perplexity 6.12 (3 directions, de-en 7.00 the highest, en-de 5.00 the lowest)"
+
+
+def test_curves_have_a_figure_for_each_text(watching: Path, cli: Cli) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    curves = EventAccumulator(str(watching / "tensorboard"))
+    curves.Reload()
+    assert {f"dev/{name}/{figure}" for name in ("run", "toy") for figure in ("perplexity", "bleu")} <= set(
+        curves.Tags()["scalars"]
+    )
+    steps = {event.step: event.value for event in curves.Scalars("dev/run/perplexity")}
+    expected = {step: line.texts["run"]["perplexity"] for step, line in dev_lines(watching).items()}
+    assert steps == pytest.approx(expected, rel=1e-6)
+    assert cli("runs", str(watching.parent)) == 0, cli.err
+    assert "new" in cli.out
