@@ -27,6 +27,7 @@ from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.update import Updater, seed_device
+from nmt.training.validation import Validated, Validation
 from tests.processes import Command
 from tests.toy import HARD, SHARED_TEXT, saved, settings, steps_logged, train
 

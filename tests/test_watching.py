@@ -10,10 +10,8 @@ import pytest
 import torch
 
 from nmt.checkpoint import list_checkpoints
-from nmt.config import Config, Direction
+from nmt.config import Direction
 from nmt.data.prepared import Prepared, prepared_path
-from nmt.data.symbols import Symbols
-from nmt.decoding.directions import Directions
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.perplexity import Perplexity, perplexity
@@ -24,7 +22,7 @@ from nmt.run import RunDirectory
 from nmt.training.progress import Progress
 from nmt.training.validation import Validated, Validation
 from nmt.training.watching import Lowest, WatchedText, forgotten, watched_texts
-from tests.toy import HARD, Cli, saved, steps_logged, toy_config, train
+from tests.toy import HARD, Cli, saved, steps_logged, toy_config, train, write_corpus
 
 CPU = torch.device("cpu")
 
@@ -229,64 +227,72 @@ def test_old_checkpoints_have_no_lowest(watching: Path, corpus: Path) -> None:
 # ------------------------------------------------------------------------------------------------ several directions
 
 
-BOTH = Directions("both", (Direction("en", "de"), Direction("de", "en")), Symbols(("de", "en")))
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
+    """Four updates in both directions, which watch a run in one of them."""
+    folder = tmp_path_factory.mktemp("both")
+    write_corpus(folder)
+    files = [
+        setting
+        for split in ("train", "dev", "test")
+        for setting in (
+            f"corpus.{split}.source=[]",
+            f"corpus.{split}.target=[]",
+            f"corpus.{split}.texts={{en: [{split}.en], de: [{split}.de]}}",
+        )
+    ]
+    changes = ("corpus.directions=[en-de,de-en]", "training.validation_sentences=5", f"training.watch=[{run}]")
+    return train(folder, "both", 4, *files, *changes)
 
 
-class BothWays(Prepared):
-    """The toy corpus, with its dev text in both directions in turn."""
-
-    def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
-        english, german, _ = super().text(split)
-        turns = [pair for two in zip(english, german, strict=True) for pair in (two, two[::-1])]
-        return [source for source, _ in turns], [target for _, target in turns], []
-
-    def directions(self, split: str) -> list[Direction]:
-        return [Direction("en", "de"), Direction("de", "en")] * (len(self.text(split)[0]) // 2)
-
-
-@pytest.fixture
-def config(shared_text: Path) -> Config:
-    return toy_config(shared_text, "run.name=both", "training.validation_sentences=5")
-
-
-@pytest.fixture
-def both_ways(config: Config) -> BothWays:
-    prepared = BothWays.open(prepared_path(config.corpus))
-    prepared.manifest["languages"] = ["de", "en"]
-    return prepared
-
-
-def test_directions_are_scored_apart_and_together(config: Config, both_ways: BothWays, run: Path) -> None:
-    directory = RunDirectory.existing(str(run))
-    translator = Translator.load(directory, directory.config(["decoding.retry=false"]))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nmt.training.validation.Directions.of", lambda *_: BOTH)
-        validation = Validation(config, both_ways, World(CPU))
-    found, watched = validation.run(translator.model)
-    assert watched == {}
-    translator.model.eval()
-    assert list(found.directions) == ["en-de", "de-en"]
-    sources, targets, _ = both_ways.text("dev")
+def test_directions_are_scored_apart_and_together(both: Path) -> None:
+    directory = RunDirectory.existing(str(both))
+    translator = Translator.load(directory, directory.config(["decoding.checkpoint=4", "decoding.retry=false"]))
+    sources, targets, _ = directory.text("dev")
+    order = directory.directions("dev")
+    assert order[:4] == [Direction("en", "de"), Direction("de", "en")] * 2
+    line = dev_lines(both)[4]
+    assert list(line.texts) == ["en-de", "de-en", "run"]
     parts: list[Perplexity] = []
-    translator.directions = BOTH
-    for place, (name, scores) in enumerate(found.directions.items()):
+    bleu: list[float] = []
+    for name in ("en-de", "de-en"):
         options = replace(translator.options, direction=Direction.of(name), beam_size=1)
-        own = sources[place::2], targets[place::2]
-        prefixes = [translator.source_symbols(options)] * len(own[0])
+        own = [place for place, each in enumerate(order) if str(each) == name]
+        texts = [sources[place] for place in own], [targets[place] for place in own]
+        prefixes = [translator.source_symbols(options)] * len(own)
         assert len(prefixes[0]) == 1
-        parts.append(perplexity(translator.model, translator.subwords, *own, 90, World(CPU), prefixes=prefixes))
-        assert scores.perplexity == pytest.approx(parts[-1].pieces, rel=1e-5)
-        # Five lines, in turn: three of the first direction, two of the second.
-        count = 3 - place
-        texts = [each.text for each in translator.translate(own[0][:count], options)]
-        assert scores.bleu == corpus_scores(texts, [own[1][:count]], "13a")[0].value
-        assert scores.translated == count
+        parts.append(perplexity(translator.model, translator.subwords, *texts, 90, World(CPU), prefixes=prefixes))
+        # The first five lines, in turn: three of the first direction, two of the second.
+        count = sum(place < 5 for place in own)
+        found = [each.text for each in translator.translate(texts[0][:count], options)]
+        bleu.append(corpus_scores(found, [texts[1][:count]], "13a")[0].value)
+        assert line.texts[name] == {"perplexity": pytest.approx(parts[-1].pieces, rel=1e-5), "bleu": bleu[-1]}
     nll, pieces = sum(each.nll for each in parts), sum(each.num_pieces for each in parts)
-    assert found.perplexity == pytest.approx(math.exp(nll / pieces), rel=1e-5)
-    assert found.perplexity == pytest.approx(Perplexity.of_all(parts).pieces, rel=1e-5)
-    assert found.word_perplexity == pytest.approx(Perplexity.of_all(parts).words, rel=1e-5)
-    assert found.bleu == pytest.approx(sum(each.bleu or 0.0 for each in found.directions.values()) / 2)
-    assert found.translated == 5
+    assert line.perplexity == pytest.approx(math.exp(nll / pieces), rel=1e-5)
+    assert line.perplexity == pytest.approx(Perplexity.of_all(parts).pieces, rel=1e-5)
+    assert line.word_perplexity == pytest.approx(Perplexity.of_all(parts).words, rel=1e-5)
+    assert line.bleu == pytest.approx(sum(bleu) / 2)
+    assert parts[0].pieces != pytest.approx(parts[1].pieces, rel=1e-3)
+
+
+def test_a_text_in_two_languages_is_watched_with_the_symbol_of_its_target(both: Path, run: Path) -> None:
+    directory = RunDirectory.existing(str(both))
+    translator = Translator.load(directory, directory.config(["decoding.checkpoint=4"]))
+    sources, targets, _ = RunDirectory.existing(str(run)).text("dev")
+    prefixes = [translator.directions.prefix(translator.subwords, Direction("en", "de"))] * len(sources)
+    scored = [
+        perplexity(translator.model, translator.subwords, sources, targets, 90, World(CPU), prefixes=each).pieces
+        for each in (prefixes, ())
+    ]
+    assert dev_lines(both)[4].texts["run"]["perplexity"] == pytest.approx(scored[0], rel=1e-5)
+    assert scored[0] != pytest.approx(scored[1], rel=1e-4)
+
+
+def test_pairs_of_all_directions_count_equally() -> None:
+    parts = [Perplexity(12.0, 4, 2, 20), Perplexity(3.0, 8, 4, 40, (7,))]
+    whole = Perplexity.of_all(parts)
+    assert (whole.pieces, whole.words) == (pytest.approx(math.exp(15 / 12)), pytest.approx(math.exp(15 / 6)))
+    assert whole.bits == pytest.approx(15 / 60 / math.log(2))
 
 
 def test_a_line_on_several_directions_is_short() -> None:
