@@ -2,12 +2,15 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from nmt.config import NUM_ADDED_PIECES, Config, CorpusConfig, FilesConfig, RunConfig, SubwordConfig
+from nmt.data.mixture import Corpora
 from nmt.data.prepare import prepare
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.data.vocabulary import vocabulary_size
@@ -178,6 +181,22 @@ def test_pairs_with_a_tag_are_a_part_of_their_own(tmp_path: Path) -> None:
     assert pairs["en-de web"] == [("the dog", "der Hund"), ("the meadow", "die Wiese")]
     assert "toy: pairs by tag: en-de 4, en-de bt 60, en-de web 2" in log
     assert prepared.directions("dev") == []
+
+
+def test_text_for_one_direction_is_mixed_into_a_corpus_of_several(tmp_path: Path) -> None:
+    """How back-translated text enters a model of many directions."""
+    write_texts(tmp_path)
+    corpus = corpus_of(tmp_path, directions=["en-de", "de-en"])
+    own = prepared_from(corpus)
+    back = FilesConfig(texts={language: [f"test.{language}"] for language in ("en", "de")}, tags=["bt"])
+    more = prepared_from(inheriting(tmp_path, own.path, directions=["en-de"], train=back))
+    corpora = Corpora(replace(corpus, mixture={str(more.path): 1.0}), own)
+    subwords, record = own.subwords(), corpora.record()
+    assert (record["languages"], record["tags"]) == (["de", "en"], ["bt"])
+    assert [part.prefix for part in more.parts()] == [(subwords.symbol("language", 0), subwords.symbol("tag", 0))]
+    epoch = corpora.mixture(1).epoch(0)
+    ids, _ = epoch.gather("source", np.arange(len(epoch.source_lengths)))
+    assert {subwords.symbol("language", 0), subwords.symbol("language", 1), subwords.symbol("tag", 0)} <= set(ids)
 
 
 def test_tags_come_after_those_of_the_vocabulary(tmp_path: Path) -> None:
