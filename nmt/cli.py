@@ -48,6 +48,8 @@ usage: nmt COMMAND ...
   nmt train [--processes N|gpu] experiment=NAME [key=value ...]
                                                  train a new run, or resume it
   nmt train RUN [key=value ...]                  resume a run with its own settings
+  nmt distill TEACHER experiment=NAME [key=value ...]
+                                                 train a student on a teacher's translations
   nmt translate RUN [INPUT] [-o OUTPUT] [decoding.key=value ...]
                                                  translate a file, line by line
   nmt score RUN SOURCE TARGET [-o OUTPUT]        log-probability of given translations, line by line
@@ -117,6 +119,7 @@ def main(arguments: list[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], None]] = {
         "prepare": _prepare,
         "train": _train,
+        "distill": _distill,
         **{name: partial(_run_command, name) for name in ON_RUNS},
         "cost": _cost,
         **{name: partial(_plain_command, name) for name in (*ON_SYSTEMS, *PLAIN)},
@@ -133,7 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             hint = f"; did you mean {close[0]}?" if close else "."
             raise UserError(f"unknown command {arguments[0]!r}{hint} Commands: {', '.join(commands)}")
         # Training handles signals itself: it saves before it ends.
-        ending = nullcontext() if arguments[0] == "train" else ended_by_signals()
+        ending = nullcontext() if arguments[0] in ("train", "distill") else ended_by_signals()
         with ending, named_extras(f"nmt {arguments[0]}"):
             commands[arguments[0]](arguments[1:])
             sys.stdout.flush()
@@ -299,6 +302,25 @@ def _train(arguments: list[str]) -> None:
         begin(RunDirectory.existing(name).training_config(changes), request.words)
     else:
         _do(request, lambda job: begin(job.config, job.arguments))
+
+
+def _distill(arguments: list[str]) -> None:
+    """Run `nmt distill` on a teacher and on settings as for `nmt train`, except for decoding.*: the teacher's."""
+    from nmt.commands import distill
+    from nmt.compose import asked
+
+    parser = distill.parser()
+    request = asked(arguments)
+    given, words = parser.sort(request.words)
+    if words and _is_change(words[0]):
+        raise UserError(f"{words[0]}: the teacher comes first, as in nmt distill RUN {words[0]}")
+    options = parser.parse_args([*given, "--", *words[:1]])
+    changes = [word for word in words[1:] if word.startswith("decoding.")]
+    settings = [word for word in words[1:] if word not in changes]
+    _do(
+        request._replace(words=settings),
+        lambda job: distill.distill(options, changes, job.config, job.arguments),
+    )
 
 
 def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]]:

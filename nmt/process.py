@@ -16,6 +16,14 @@ RENDEZVOUS = "NMT_RENDEZVOUS"
 LAUNCHER = "NMT_LAUNCHER"
 """Environment variable: id of the process that started them, which takes signals for all of them."""
 
+WORKER = "NMT_WORKER"
+"""Environment variable: number of a process among those that share the work of one command."""
+
+
+def worker() -> int:
+    """Return this process's number among those that share the work of one command; 0 if it works alone."""
+    return int(os.environ.get(WORKER, "0"))
+
 
 def launched() -> bool:
     """Return whether torchrun, or its agent in `nmt train --processes`, started this process."""

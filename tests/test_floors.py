@@ -34,6 +34,7 @@ FLOORS = {
     "decoding": 4,
     "streams": 5,
     "evaluation": 5,
+    "students": 6,
     "training": 6,
     "experts": 7,
     "pages": 8,

@@ -19,8 +19,8 @@ from nmt.config.reading import known_settings
 from nmt.errors import UserError
 from nmt.terminal import printable
 
-ON_SETTINGS = ("prepare", "train", "cost")
-"""Commands that compose their settings; train and cost also take RUN."""
+ON_SETTINGS = ("prepare", "train", "distill", "cost")
+"""Commands that compose their settings; train and cost also take RUN, and distill TEACHER."""
 ON_RUNS = ("translate", "score", "evaluate", "experts", "export")
 """Commands that take RUN."""
 ON_SYSTEMS = ("compare",)

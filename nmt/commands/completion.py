@@ -105,7 +105,7 @@ def parser() -> Parser:
 def run(options: argparse.Namespace) -> None:
     """Print the completion for `options.shell`."""
     commands = [*ON_SETTINGS, *ON_RUNS, *ON_SYSTEMS, *PLAIN]
-    with_runs, with_files = [*ON_RUNS, *ON_SYSTEMS, "train", "cost"], list(ON_SETTINGS)
+    with_runs, with_files = [*ON_RUNS, *ON_SYSTEMS, "train", "distill", "cost"], list(ON_SETTINGS)
     match options.shell:
         case "fish":
             text, join = _FISH, " ".join
@@ -118,7 +118,7 @@ def run(options: argparse.Namespace) -> None:
     cases = "\n".join(case.format(command, " ".join(words(command))) for command in commands)
     values = "\n".join(
         value.format(command, option.removeprefix("--"), " ".join(allowed))
-        for command in ("cost", *ON_RUNS, *ON_SYSTEMS)
+        for command in ("distill", "cost", *ON_RUNS, *ON_SYSTEMS)
         for option, allowed in _parser(command).choices().items()
     )
     names = {"values": values, "with_runs": join(with_runs), "with_files": join(with_files)}
@@ -137,8 +137,8 @@ def words(command: str) -> list[str]:
             return [*_COMPOSING, *_choices("experiment", "corpus"), *(f"{key}=" for key in keys if key[:6] == "corpus")]
         case "train":
             return ["--processes", *_COMPOSING, *_choices(), *(f"{key}=" for key in keys)]
-        case "cost":
-            return [*_options("cost"), *_COMPOSING[:-1], *_choices(), *(f"{key}=" for key in keys)]
+        case "distill" | "cost":
+            return [*_options(command), *_COMPOSING[:-1], *_choices(), *(f"{key}=" for key in keys)]
     taken = [
         f"{key}=" for key in keys if command in (*ON_RUNS, *ON_SYSTEMS) and key.startswith(("decoding.", "evaluation."))
     ]

@@ -13,7 +13,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from contextlib import suppress
 from tempfile import TemporaryDirectory
 
@@ -25,11 +28,12 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from nmt.commands.train import run_of
 from nmt.config import Config
 from nmt.errors import ProcessError, StorageError, UserError, same_error
-from nmt.process import LAUNCHER, RENDEZVOUS, host_name, pid_to_signal
+from nmt.process import LAUNCHER, RENDEZVOUS, WORKER, host_name, pid_to_signal
 from nmt.run import RunDirectory
 
 # Seconds between the signal to stop and the signal to kill, so that a large checkpoint can be written.
 _SAVING_SECONDS = 600
+_LOOK_SECONDS = 0.1
 
 
 def num_processes(wanted: str) -> int:
@@ -53,7 +57,7 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
             f"processes: give --processes {_divisor(config.training.micro_batches, processes)}, or another number of "
             "micro-batches"
         )
-    os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // processes, 1)))
+    os.environ.setdefault("OMP_NUM_THREADS", _threads(processes))
     _let_them_save()
     # The processes have reported their errors themselves.
     logging.disable()
@@ -72,6 +76,43 @@ def launch(config: Config, overrides: list[str], processes: int) -> None:
                 sys.exit(code or 128 + int(stopped.sigval))
         except ChildFailedError as failed:
             _end_like(run, before, failed, processes)
+
+
+def run_together(arguments: Sequence[str], processes: int) -> None:
+    """Run an nmt command, whose processes share its work by themselves, in several processes on this host.
+
+    Each has a GPU of its own, as far as there are any. Return when all have ended. If one fails, the others are stopped
+    and this program exits with its status, as it has reported the error. ProcessError if a signal ended one.
+    """
+    given = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    gpus = given.split(",") if given else [str(number) for number in range(torch.cuda.device_count())]
+    shared = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", _threads(processes))}
+    running: list[subprocess.Popen[bytes]] = []
+    try:
+        for number in range(processes):
+            own = {WORKER: str(number)} | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
+            command = [sys.executable, "-P", "-m", "nmt.cli", *arguments]
+            running.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=subprocess.DEVNULL))
+        while any(each.poll() is None for each in running) and not any(each.returncode for each in running):
+            time.sleep(_LOOK_SECONDS)
+        failed = next(((number, each.returncode) for number, each in enumerate(running) if each.returncode), None)
+    finally:
+        for each in running:
+            if each.poll() is None:
+                each.terminate()
+        for each in running:
+            each.wait()
+    if failed is None:
+        return
+    if failed[1] > 0:
+        sys.exit(failed[1])
+    raise ProcessError(
+        f"process {failed[0]} of {processes} was ended by signal {-failed[1]}: run the same command again to resume"
+    )
+
+
+def _threads(processes: int) -> str:
+    return str(max((os.cpu_count() or 1) // processes, 1))
 
 
 def _stay_at_home(folder: str) -> None:

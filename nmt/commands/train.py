@@ -33,7 +33,7 @@ _SEEN_SECONDS = 30.0
 def train(config: Config) -> RunDirectory:
     """Prepare the corpus if needed, create or open the run, train, record how it ended, and return the run."""
     run = run_of(config)
-    _check_resumable(run, config)
+    check_resumable(run, config)
     speaks = launched_rank() == 0
     mixed_in(config.corpus)  # a mistake shows at once, and not after an hour
     # All processes call this: one prepares the corpus while the others wait for its lock.
@@ -117,7 +117,7 @@ def _check_memory(config: Config, corpora: Corpora, world: World) -> None:
         say(warning)
 
 
-def _check_resumable(run: RunDirectory, config: Config) -> None:
+def check_resumable(run: RunDirectory, config: Config) -> None:
     """Refuse settings with which the run cannot start or resume, before a corpus is prepared. Errors as `_open`."""
     run.check_places()
     if run.config_path.exists():

@@ -36,21 +36,21 @@ def search_again(
     """
     if not options.retry or options.temperature > 0.0:
         return {}
-    troubles = _troubles(texts, found, decode)
-    if not troubles:
+    bad = troubles(texts, found, decode)
+    if not bad:
         return {}
     other = replace(
         options, beam_size=2 * options.beam_size, no_repeat_ngram=options.no_repeat_ngram or _NO_REPEAT, retry=False
     )
     try:
-        again = search(troubles, other)
+        again = search(bad, other)
     except MemoryLimitError:
         # A wider beam takes more memory. The first translations remain.
         again = {}
-    remaining = _troubles(texts, again, decode)
+    remaining = troubles(texts, again, decode)
     settings = f"beam_size={other.beam_size} and no_repeat_ngram={other.no_repeat_ngram}"
     details = {}
-    for place, trouble in troubles.items():
+    for place, trouble in bad.items():
         if place in again and place not in remaining:
             found[place] = again[place]
             details[place] = f"{trouble}; this one is from {settings}"
@@ -59,7 +59,7 @@ def search_again(
     return details
 
 
-def _troubles(
+def troubles(
     texts: Sequence[str], found: Hypotheses, decode: Callable[[Sequence[list[int]]], list[str]]
 ) -> dict[int, str]:
     """Return what is wrong with the best translations that need another one, by the number of the text."""
@@ -68,8 +68,8 @@ def _troubles(
     suspects = [place for place, suspect in zip(best, loops(list(best.values())), strict=True) if suspect]
     suspects += [place for place, tokens in best.items() if not tokens]
     decoded = decode([best[place] for place in suspects])
-    troubles = {place: _trouble(texts[place], each) for place, each in zip(suspects, decoded, strict=True)}
-    return {place: trouble for place, trouble in troubles.items() if trouble}
+    described = {place: _trouble(texts[place], each) for place, each in zip(suspects, decoded, strict=True)}
+    return {place: trouble for place, trouble in described.items() if trouble}
 
 
 def loops(sequences: Sequence[Sequence[int]]) -> list[bool]:

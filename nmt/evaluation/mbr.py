@@ -12,7 +12,7 @@ Letters: U different texts, as hypotheses (first) and as references (second); G 
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
@@ -37,6 +37,21 @@ def by_agreement(metric: str, tokenizer: str) -> Rank:
         return [float(dict(zip(different, utility_UU @ share_U, strict=True))[text]) for text in texts]
 
     return rank
+
+
+def likeness(metric: str, tokenizer: str) -> Callable[[Sequence[str], str], list[float]]:
+    """Return a function from texts and a reference to how like it each text is, by chrf or bleu, 0 to 100.
+
+    `tokenizer` is sacreBLEU's name of the tokeniser of BLEU.
+    """
+
+    def like(texts: Sequence[str], reference: str) -> list[float]:
+        every = [*texts, reference]
+        utility_UU = chrf(every) if metric == "chrf" else bleu(tokenized(every, tokenizer))
+        found: list[float] = utility_UU[:-1, -1].tolist()
+        return found
+
+    return like
 
 
 def chrf(texts: Sequence[str]) -> np.ndarray:

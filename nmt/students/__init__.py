@@ -1,0 +1,1 @@
+"""Students: training text whose targets are a teacher's translations (knowledge distillation)."""

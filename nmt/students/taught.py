@@ -1,0 +1,139 @@
+"""A prepared corpus whose targets are a teacher's: like the student's own corpus in everything else.
+
+It has the same vocabulary, the same pairs in the same order, and the same dev and test text. So it can be mixed with
+the student's own corpus (`corpus.mixture`), or take its place.
+"""
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nmt.config import Config
+from nmt.data.prepared import Part, Prepared
+from nmt.data.shards import MANIFEST, ParallelShards, ShardWriter
+from nmt.data.subwords import Subwords
+from nmt.decoding.loading import others_of
+from nmt.errors import StorageError, UserError
+from nmt.files import folder_atomically, remove
+from nmt.lock import locked
+from nmt.run import RunDirectory
+from nmt.students.parts import Log, Make, Parts
+from nmt.students.teacher import WHY_KEPT, Taught, Teacher
+
+_VERSION = 1
+"""Of what `Teacher.teach` makes of a pair."""
+_NOT_OF_TEXT = ("device", "batch_tokens")
+"""Settings `decoding.*` that do not change translations."""
+
+
+def lesson_of(prepared: Prepared, run: RunDirectory, config: Config, choose: str) -> dict[str, Any]:
+    """Return what decides the targets: text, vocabulary, checkpoints, settings of the search, and the choice."""
+    models = [(run, config), *others_of(config.decoding)]
+    decoding = {key: value for key, value in asdict(config.decoding).items() if key not in _NOT_OF_TEXT}
+    return {
+        "version": _VERSION,
+        "corpus": prepared.fingerprint,
+        "files": {name: record["sha256"] for name, record in sorted(prepared.manifest["files"].items())},
+        "checkpoints": [each.fingerprint for model, own in models for each in model.chosen(own.decoding)],
+        "decoding": decoding,
+        "choose": choose,
+    }
+
+
+def taught_path(prepared: Prepared, lesson: dict[str, Any]) -> Path:
+    """Return the folder of the taught corpus, beside the prepared one."""
+    fingerprint = hashlib.sha256(json.dumps(lesson, sort_keys=True).encode()).hexdigest()[:8]
+    return prepared.path.with_name(f"{prepared.manifest['corpus']['name']}-taught-{fingerprint}")
+
+
+def taught_corpus(prepared: Prepared, lesson: dict[str, Any], teacher: Callable[[], Make], log: Log) -> Prepared:
+    """Return the taught corpus. What is missing of it is made with `teacher()`, which loads it.
+
+    Several processes may call this at the same time: they share the parts, and one of them writes the folder. Errors
+    are those of `Parts` and of the teacher.
+    """
+    path = taught_path(prepared, lesson)
+    parts = Parts(path, len(prepared.train()))
+    if not path.exists():
+        if parts.num_done() < parts.count:
+            parts.fill(teacher(), log)
+        try:
+            with locked(path.with_name(f".{path.name}.lock"), lambda _other: None):
+                if not path.exists():
+                    _write(prepared, lesson, parts, path, log)
+                    remove(parts.folder)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    return Prepared.open(path)
+
+
+def only_part(prepared: Prepared) -> Part:
+    """Return the only part of a corpus. UserError if it has several."""
+    parts = prepared.parts()
+    if len(parts) > 1:
+        raise UserError(
+            f"{prepared.path} has {len(parts)} directions or tags, and nmt distill takes one: choose a corpus of one"
+        )
+    return parts[0]
+
+
+def lessons(teacher: Teacher, prepared: Prepared) -> Make:
+    """Return the function that translates pairs of a corpus."""
+    subwords, part = prepared.subwords(), only_part(prepared)
+
+    def make(pairs: range, progress: Callable[[float], None]) -> Taught:
+        sources, targets = ([side(pair) for pair in pairs] for side in (part.shards.source, part.shards.target))
+        return teacher.teach(sources, targets, subwords, part.direction.target, progress)
+
+    return make
+
+
+def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path, log: Log) -> None:
+    """Write the folder from the finished parts."""
+    subwords, shards = prepared.subwords(), prepared.train()
+    most = prepared.manifest["corpus"]["filters"]["max_pieces"]
+    kept = Counter[str]()
+    with folder_atomically(path) as folder:
+        for name in prepared.manifest["files"]:
+            shutil.copyfile(prepared.path / name, folder / name)
+        with ShardWriter(folder, subwords.size) as writer:
+            for number in range(parts.count):
+                _append(writer, shards, parts.pairs(number), parts.read(number), subwords, most, kept)
+        taught = lesson | {"pairs": parts.num_pairs, "kept": dict(kept)}
+        manifest = prepared.manifest | {
+            "sources": [],
+            "target_pieces": writer.num_pieces["target"],
+            "shards": {"train": writer.record()},
+            "taught": taught,
+        }
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
+    log(f"{path}: {parts.num_pairs - kept.total():,} of {parts.num_pairs:,} pairs have a target of the teacher")
+    for why, count in sorted(kept.items(), key=lambda each: -each[1]):
+        log(f"{count:,} keep their reference: those {WHY_KEPT[why]}")
+
+
+def _append(
+    writer: ShardWriter,
+    shards: ParallelShards,
+    pairs: range,
+    part: Taught,
+    subwords: Subwords,
+    most: int,
+    kept: Counter[str],
+) -> None:
+    """Write the pairs of a part, and count those that keep their reference."""
+    kept.update(part.kept)
+    new = [(pair, text) for pair, text in zip(pairs, part.texts, strict=True) if text is not None]
+    targets = {pair: shards.target(pair) for pair in pairs}
+    encoded = subwords.encode_batch([text for _, text in new])
+    for (pair, _), ids in zip(new, encoded, strict=True):
+        if most and len(ids) > most:
+            kept["filtered"] += 1
+        else:
+            targets[pair] = ids
+    writer.append([shards.source(pair) for pair in pairs], [*targets.values()])

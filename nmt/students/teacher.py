@@ -1,0 +1,151 @@
+"""A teacher: a model, or an ensemble, whose translations become the targets of a student's training text.
+
+A student of the teacher's translations gains more than one of references alone (Kim & Rush 2016, sequence level): they
+are more regular, and so easier to learn for a small model.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from nmt.config import Config, Direction
+from nmt.data.subwords import RESERVED, Subwords
+from nmt.data.symbols import Symbols
+from nmt.decoding.retry import search_again, troubles
+from nmt.decoding.trace import Hypothesis
+from nmt.decoding.translator import Translator
+from nmt.errors import UserError
+from nmt.evaluation.mbr import likeness
+from nmt.evaluation.tokenizers import bleu_tokenizer
+from nmt.run import RunDirectory
+
+CHOICES = ("best", "chrf", "bleu")
+"""Which of the translations in the beam is the target: the best, or the one most like the reference by this metric."""
+WHY_KEPT = {
+    "symbols": "with placeholders or marked terms",
+    "length": "with a source that is empty or too long for the teacher",
+    "trouble": "where the teacher repeats itself or gives nothing",
+    "cut": "where the teacher does not end",
+    "filtered": "where its translation is longer than corpus.filters.max_pieces",
+}
+"""Pairs that keep their reference, by the reason."""
+
+
+class Taught(NamedTuple):
+    """What a teacher makes of some pairs."""
+
+    texts: list[str | None]
+    """The new target of each pair; None: the reference stays."""
+    kept: dict[str, int]
+    """Number of pairs whose reference stays, by the key of `WHY_KEPT`."""
+
+
+class Teacher:
+    """A trained run, an exported model, or an ensemble."""
+
+    def __init__(self, run: RunDirectory, config: Config, choose: str) -> None:
+        """Load the run with `config.decoding`; `choose` is one of `CHOICES`. CheckpointError as `Translator.load`."""
+        self.translator = Translator.load(run, config)
+        self.symbols = symbols_of(run)
+        self.likeness: Callable[[Sequence[str], str], list[float]] | None = None
+        options = self.translator.options
+        if choose != "best":
+            tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language).name
+            self.likeness = likeness(choose, tokenizer)
+            options = replace(options, n_best=options.beam_size)
+        self.options = options
+
+    def teach(
+        self,
+        sources: Sequence[np.ndarray],
+        references: Sequence[np.ndarray],
+        subwords: Subwords,
+        target_language: str,
+        progress: Callable[[float], None] | None = None,
+    ) -> Taught:
+        """Return the new targets of pairs, given as subword ids of the vocabulary `subwords`.
+
+        Another vocabulary than the teacher's is no obstacle, as the text is what is translated. `progress` is called
+        with the fraction of the search that is done. Errors are those of `Searcher.search`.
+        """
+        texts = subwords.decode_batch([ids.tolist() for ids in sources])
+        own, kept = self._readable(sources, texts, subwords)
+        prefix = np.array(self.symbols.prefix(self.translator.subwords, target_language), dtype=np.int32)
+        found = self._search({pair: np.concatenate([prefix, ids]) for pair, ids in own.items()}, texts, progress)
+        good, troubled = self._good(found, texts)
+        kept.update(troubled)
+        targets: list[str | None] = [None] * len(sources)
+        for pair, candidates in good.items():
+            targets[pair] = candidates[0]
+            if self.likeness and len(candidates) > 1:
+                likeness = self.likeness(candidates, subwords.decode(references[pair].tolist()))
+                targets[pair] = candidates[int(np.argmax(likeness))]
+        return Taught(targets, dict(kept))
+
+    def _readable(
+        self, sources: Sequence[np.ndarray], texts: Sequence[str], subwords: Subwords
+    ) -> tuple[dict[int, np.ndarray], Counter[str]]:
+        """Return (the teacher's ids of the pairs that it can translate, how many others there are and why)."""
+        same = subwords.fingerprint == self.translator.subwords.fingerprint
+        own = sources if same else self.translator.subwords.encode_batch(texts)
+        symbols = np.array([each for kind in RESERVED for each in subwords.reserved_ids(kind)])
+        most, kept, readable = self.translator.max_pieces(), Counter[str](), {}
+        for pair, ids in enumerate(own):
+            if np.isin(sources[pair], symbols).any():
+                kept["symbols"] += 1
+            elif 0 < len(ids) <= most:
+                readable[pair] = ids
+            else:
+                kept["length"] += 1
+        return readable, kept
+
+    def _search(
+        self, sources: Mapping[int, np.ndarray], texts: Sequence[str], progress: Callable[[float], None] | None
+    ) -> dict[int, list[Hypothesis]]:
+        """Return the hypotheses of each pair, as `nmt translate` finds them: trouble is searched again."""
+        searcher = self.translator.searcher
+        found = dict(zip(sources, searcher.search([*sources.values()], self.options, progress), strict=True))
+        search_again(
+            found,
+            self.options,
+            texts,
+            self.translator.subwords.decode_batch,
+            lambda pairs, options: dict(
+                zip(pairs, searcher.search([sources[pair] for pair in pairs], options), strict=True)
+            ),
+        )
+        return found
+
+    def _good(
+        self, found: Mapping[int, list[Hypothesis]], texts: Sequence[str]
+    ) -> tuple[dict[int, list[str]], Counter[str]]:
+        """Return (the texts of the hypotheses that may be targets, best first; how many pairs have none, and why)."""
+        decode = self.translator.subwords.decode_batch
+        flat = [(pair, each) for pair, ranked in found.items() for each in ranked]
+        bad = troubles([texts[pair] for pair, _ in flat], {place: [each] for place, (_, each) in enumerate(flat)}, decode)
+        good: dict[int, list[str]] = {}
+        ended = set()
+        for place, text in enumerate(decode([each.tokens for _, each in flat])):
+            pair, hypothesis = flat[place]
+            if hypothesis.finished:
+                ended.add(pair)
+                if place not in bad and text.strip():
+                    good.setdefault(pair, []).append(text)
+        return good, Counter("trouble" if pair in ended else "cut" for pair in found if pair not in good)
+
+
+def symbols_of(run: RunDirectory) -> Symbols:
+    """Return the meanings of the reserved symbols of a run or an exported model."""
+    return Symbols.of(run.corpus_info(), str(run.corpus_path))
+
+
+def check_direction(run: RunDirectory, config: Config, direction: Direction) -> None:
+    """Raise UserError if a teacher in two languages translates in another direction."""
+    if not symbols_of(run).languages and config.corpus.direction != direction:
+        raise UserError(
+            f"{run.path} translates {config.corpus.direction}, but the student's corpus is {direction}: choose a "
+            "teacher of that direction"
+        )
