@@ -125,7 +125,9 @@ class Teacher:
         """Return (the texts of the hypotheses that may be targets, best first; how many pairs have none, and why)."""
         decode = self.translator.subwords.decode_batch
         flat = [(pair, each) for pair, ranked in found.items() for each in ranked]
-        bad = troubles([texts[pair] for pair, _ in flat], {place: [each] for place, (_, each) in enumerate(flat)}, decode)
+        bad = troubles(
+            [texts[pair] for pair, _ in flat], {place: [each] for place, (_, each) in enumerate(flat)}, decode
+        )
         good: dict[int, list[str]] = {}
         ended = set()
         for place, text in enumerate(decode([each.tokens for _, each in flat])):
