@@ -93,9 +93,10 @@ def run_together(arguments: Sequence[str], processes: int) -> None:
             own = {WORKER: str(number)} | ({"CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]} if gpus else {})
             command = [sys.executable, "-P", "-m", "nmt.cli", *arguments]
             running.append(subprocess.Popen(command, env=os.environ | shared | own, stdout=subprocess.DEVNULL))
-        while any(each.poll() is None for each in running) and not any(each.returncode for each in running):
+        # All are polled, not only the first that is still running.
+        while None in (codes := [each.poll() for each in running]) and not any(codes):
             time.sleep(_LOOK_SECONDS)
-        failed = next(((number, each.returncode) for number, each in enumerate(running) if each.returncode), None)
+        failed = next(((number, code) for number, code in enumerate(codes) if code), None)
     finally:
         for each in running:
             if each.poll() is None:
