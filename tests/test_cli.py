@@ -14,7 +14,7 @@ import nmt.cli
 import nmt.decoding.translator
 from tests.toy import Cli, settings, write_corpus
 
-COMMANDS = ("prepare", "train", "translate", "score", "evaluate", "experts", "export")
+COMMANDS = ("prepare", "train", "distill", "translate", "score", "evaluate", "experts", "export")
 
 
 @pytest.fixture

@@ -55,7 +55,7 @@ def check_nmt(command: str, words: list[str]) -> None:
         return
     parser = import_module(f"nmt.commands.{command}").parser()
     given, words = parser.sort(words)
-    settings = [word for word in words if is_setting(word) or word.startswith("experiment=")]
+    settings = [word for word in words if is_setting(word) or word.startswith(("experiment=", "model="))]
     if command in ON_A_RUN:
         for key, _, value in (setting.partition("=") for setting in settings):
             assert key.startswith(("decoding.", "evaluation."))

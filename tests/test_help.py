@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import nmt.commands.compare
+import nmt.commands.distill
 import nmt.commands.launch
 import nmt.commands.train
 import nmt.data.prepare
@@ -94,6 +95,19 @@ def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pyt
         for key, value in (word.split("=") for word in arguments if word.startswith("decoding.")):
             assert str(getattr(config.decoding, key.removeprefix("decoding."))) == value
     assert len(done) == len(examples)
+
+
+def test_examples_of_distill(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are read, the teacher is a run, and the settings of both are taken."""
+    done: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(nmt.commands.distill, "distill", lambda *arguments: done.append(arguments))
+    for arguments in commands(cli, "distill"):
+        assert cli(*arguments) == 0, cli.err
+        options, changes, config, words = done.pop()
+        own = RunDirectory.existing(options.teacher).config(changes)
+        assert all(RunDirectory.existing(other) for other in own.decoding.ensemble)
+        assert nmt.compose.compose_config(words) == config
+        assert config.run.name
 
 
 def test_examples_of_compare(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

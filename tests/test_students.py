@@ -17,15 +17,18 @@ from nmt.config import Direction
 from nmt.data.prepare import prepare
 from nmt.data.prepared import Prepared
 from nmt.data.subwords import Subwords
+from nmt.data.symbols import Symbols
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError, UserError
 from nmt.run import RunDirectory
 from nmt.students.parts import Parts
 from nmt.students.taught import lesson_of, lessons, taught_corpus, taught_path
-from nmt.students.teacher import Taught, Teacher, check_direction
+from nmt.students.teacher import Taught, Teacher
 from nmt.text.checks import loop
 from tests.toy import toy_config, train
+
+EN_DE = Direction("en", "de")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +40,8 @@ def teacher(shared_text: Path) -> Path:
 
 def lines_of(prepared: Prepared, side: str) -> list[str]:
     """The text of a side of the training pairs."""
-    shards = prepared.train()
+    [part] = prepared.parts()
+    shards = part.shards
     pairs = range(len(shards))
     return prepared.subwords().decode_batch([getattr(shards, side)(pair).tolist() for pair in pairs])
 
@@ -86,7 +90,7 @@ def taught(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Taught]:
         teacher.options = replace(teacher.options, retry=retry)
         subwords = teacher.translator.subwords
         teacher.translator.searcher = Search(subwords, found, unfinished)  # type: ignore[assignment]
-        return teacher.teach(*(subwords.encode_batch(side) for side in (sources, references)), subwords, "de")
+        return teacher.teach(*(subwords.encode_batch(side) for side in (sources, references)), subwords, EN_DE)
 
     return teach
 
@@ -141,7 +145,7 @@ def test_sources_that_a_teacher_cannot_read_keep_their_references(run: Path) -> 
     dog, slot = subwords.encode("the dog"), np.array([subwords.symbol("slot", 1)], dtype=np.int32)
     most = teacher.translator.max_pieces()
     sources = [dog, np.concatenate([dog, slot]), dog[:0], np.resize(dog, most + 1), np.resize(dog, most)]
-    found = teacher.teach(sources, sources, subwords, "de")
+    found = teacher.teach(sources, sources, subwords, EN_DE)
     assert {key: found.kept[key] for key in ("symbols", "length")} == {"symbols": 1, "length": 2}
     assert found.texts[1:4] == [None] * 3
 
@@ -150,21 +154,18 @@ def test_the_symbol_of_the_target_language_is_before_the_source(run: Path) -> No
     directory = RunDirectory(run)
     teacher = Teacher(directory, directory.config(), "best")
     subwords = teacher.translator.subwords
-    teacher.symbols = replace(teacher.symbols, languages=("en", "de"))
+    known = teacher.translator.directions
+    assert known
+    teacher.translator.directions = replace(known, symbols=Symbols(("en", "de"), ("bt",)))
     search = Search(subwords, [["Hund"]])
     teacher.translator.searcher = search  # type: ignore[assignment]
     dog = subwords.encode("dog")
-    teacher.teach([dog], [dog], subwords, "de")
-    assert search.sources[0].tolist() == [subwords.symbol("language", 1), *dog]
-    with pytest.raises(DataError, match="fr is none of the languages"):
-        teacher.teach([dog], [dog], subwords, "fr")
-
-
-def test_a_teacher_of_another_direction_is_refused(run: Path) -> None:
-    directory = RunDirectory(run)
-    check_direction(directory, directory.config(), Direction("en", "de"))
-    with pytest.raises(UserError, match="translates en-de, but the student's corpus is de-en"):
-        check_direction(directory, directory.config(), Direction("de", "en"))
+    for tag in ("", "bt", "captions"):  # the last is unknown to the teacher
+        teacher.teach([dog], [dog], subwords, EN_DE, tag)
+    language, bt = subwords.symbol("language", 1), subwords.symbol("tag", 0)
+    assert [each.tolist() for each in search.sources] == [[language, *dog], [language, bt, *dog], [language, *dog]]
+    with pytest.raises(UserError, match="does not translate en-fr; it has: en-de"):
+        teacher.teach([dog], [dog], subwords, Direction("en", "fr"))
 
 
 # ---------------------------------------------------------------------------------------------------------- parts
@@ -386,7 +387,7 @@ def test_a_translation_that_is_too_long_for_the_filter_is_not_taught(
 ) -> None:
     changes = ("corpus.filters.max_pieces=12", f"corpus.directory={tmp_path / 'p'}")
     small = prepare(toy_config(shared_text, f"corpus.root={shared_text}", *changes).corpus, lambda _line: None)
-    texts = ["Hund " * 3 if pair % 2 else "Hund " * 40 for pair in range(len(small.train()))]
+    texts = ["Hund " * 3 if pair % 2 else "Hund " * 40 for pair in range(len(small.parts()[0].shards))]
     monkeypatch.setattr(Teacher, "teach", lambda _self, sources, *_: Taught([texts.pop(0) for _ in sources], {}))
     taught = make_text(small, teacher)
     references = lines_of(small, "target")

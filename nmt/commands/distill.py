@@ -14,11 +14,12 @@ from nmt.commands.launch import launch, num_processes, run_together
 from nmt.commands.train import check_resumable, run_of, train
 from nmt.config import Config
 from nmt.data.prepare import prepare
+from nmt.decoding.directions import Directions
 from nmt.errors import UserError
 from nmt.process import ended_by_signals, worker
 from nmt.run import RunDirectory
 from nmt.students.taught import lesson_of, lessons, only_part, taught_corpus, taught_path
-from nmt.students.teacher import CHOICES, Teacher, check_direction
+from nmt.students.teacher import CHOICES, Teacher
 
 
 def parser() -> Parser:
@@ -69,7 +70,8 @@ def distill(options: argparse.Namespace, changes: Sequence[str], config: Config,
         run = RunDirectory.existing(options.teacher)
         own = run.config(changes)
         prepared = prepare(config.corpus, log)
-        check_direction(run, own, only_part(prepared).direction)
+        directions = Directions.of(own, run.corpus_info(), str(run.path), str(run.corpus_path))
+        directions.check(only_part(prepared).direction)
         lesson = lesson_of(prepared, run, own, options.choose)
         path = taught_path(prepared, lesson)
         config = _mixed(config, path)

@@ -58,7 +58,7 @@ def taught_corpus(prepared: Prepared, lesson: dict[str, Any], teacher: Callable[
     are those of `Parts` and of the teacher.
     """
     path = taught_path(prepared, lesson)
-    parts = Parts(path, len(prepared.train()))
+    parts = Parts(path, len(only_part(prepared).shards))
     if not path.exists():
         if parts.num_done() < parts.count:
             parts.fill(teacher(), log)
@@ -88,14 +88,14 @@ def lessons(teacher: Teacher, prepared: Prepared) -> Make:
 
     def make(pairs: range, progress: Callable[[float], None]) -> Taught:
         sources, targets = ([side(pair) for pair in pairs] for side in (part.shards.source, part.shards.target))
-        return teacher.teach(sources, targets, subwords, part.direction.target, progress)
+        return teacher.teach(sources, targets, subwords, part.direction, part.tag, progress)
 
     return make
 
 
 def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path, log: Log) -> None:
     """Write the folder from the finished parts."""
-    subwords, shards = prepared.subwords(), prepared.train()
+    subwords, shards = prepared.subwords(), only_part(prepared).shards
     most = prepared.manifest["corpus"]["filters"]["max_pieces"]
     kept = Counter[str]()
     with folder_atomically(path) as folder:
@@ -111,6 +111,8 @@ def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path,
             "shards": {"train": writer.record()},
             "taught": taught,
         }
+        if prepared.manifest.get("parts"):
+            manifest["parts"] = [prepared.manifest["parts"][0] | {"shards": "train", "swapped": False}]
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=True) + "\n")
     log(f"{path}: {parts.num_pairs - kept.total():,} of {parts.num_pairs:,} pairs have a target of the teacher")
     for why, count in sorted(kept.items(), key=lambda each: -each[1]):

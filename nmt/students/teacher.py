@@ -13,11 +13,9 @@ import numpy as np
 
 from nmt.config import Config, Direction
 from nmt.data.subwords import RESERVED, Subwords
-from nmt.data.symbols import Symbols
 from nmt.decoding.retry import search_again, troubles
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translator import Translator
-from nmt.errors import UserError
 from nmt.evaluation.mbr import likeness
 from nmt.evaluation.tokenizers import bleu_tokenizer
 from nmt.run import RunDirectory
@@ -49,7 +47,6 @@ class Teacher:
     def __init__(self, run: RunDirectory, config: Config, choose: str) -> None:
         """Load the run with `config.decoding`; `choose` is one of `CHOICES`. CheckpointError as `Translator.load`."""
         self.translator = Translator.load(run, config)
-        self.symbols = symbols_of(run)
         self.likeness: Callable[[Sequence[str], str], list[float]] | None = None
         options = self.translator.options
         if choose != "best":
@@ -63,18 +60,26 @@ class Teacher:
         sources: Sequence[np.ndarray],
         references: Sequence[np.ndarray],
         subwords: Subwords,
-        target_language: str,
+        direction: Direction,
+        tag: str = "",
         progress: Callable[[float], None] | None = None,
     ) -> Taught:
         """Return the new targets of pairs, given as subword ids of the vocabulary `subwords`.
 
         Another vocabulary than the teacher's is no obstacle, as the text is what is translated. `progress` is called
-        with the fraction of the search that is done. Errors are those of `Searcher.search`.
+        with the fraction of the search that is done. A `tag` that the teacher does not know is left out. UserError for
+        a direction that the teacher does not translate; other errors are those of `Searcher.search`.
         """
         texts = subwords.decode_batch([ids.tolist() for ids in sources])
         own, kept = self._readable(sources, texts, subwords)
-        prefix = np.array(self.symbols.prefix(self.translator.subwords, target_language), dtype=np.int32)
-        found = self._search({pair: np.concatenate([prefix, ids]) for pair, ids in own.items()}, texts, progress)
+        assert self.translator.directions
+        tag = tag if tag in self.translator.directions.symbols.tags else ""
+        prefix = self.translator.directions.prefix(self.translator.subwords, direction, tag)
+        found = self._search(
+            {pair: np.concatenate([np.array(prefix, dtype=np.int32), ids]) for pair, ids in own.items()},
+            texts,
+            progress,
+        )
         good, troubled = self._good(found, texts)
         kept.update(troubled)
         targets: list[str | None] = [None] * len(sources)
@@ -137,17 +142,3 @@ class Teacher:
                 if place not in bad and text.strip():
                     good.setdefault(pair, []).append(text)
         return good, Counter("trouble" if pair in ended else "cut" for pair in found if pair not in good)
-
-
-def symbols_of(run: RunDirectory) -> Symbols:
-    """Return the meanings of the reserved symbols of a run or an exported model."""
-    return Symbols.of(run.corpus_info(), str(run.corpus_path))
-
-
-def check_direction(run: RunDirectory, config: Config, direction: Direction) -> None:
-    """Raise UserError if a teacher in two languages translates in another direction."""
-    if not symbols_of(run).languages and config.corpus.direction != direction:
-        raise UserError(
-            f"{run.path} translates {config.corpus.direction}, but the student's corpus is {direction}: choose a "
-            "teacher of that direction"
-        )
