@@ -20,6 +20,7 @@ from nmt.data.prepare import prepare
 from nmt.data.prepared import Part, Prepared, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.data.symbols import Symbols
+from nmt.decoding.directions import Directions
 from nmt.errors import DataError
 from nmt.run import RunDirectory
 from tests.test_batching import equal
@@ -264,12 +265,8 @@ def test_meanings_of_symbols_must_agree(
     common: Symbols | None,
     tmp_path: Path,
 ) -> None:
-    copy = tmp_path / short.path.name
-    copy.mkdir()
-    for path in short.path.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    for prepared, symbols in ((Prepared.open(copy), theirs),):
-        (copy / "manifest.json").write_text(json.dumps(prepared.manifest | symbols.to_dict()))
+    copy = relabelled(short, tmp_path / "copy", "en", "de").path
+    (copy / "manifest.json").write_text(json.dumps(short.manifest | theirs.to_dict()))
     mine = Prepared(own.path, own.manifest | ours.to_dict())
     corpus = corpus_of(shared_text, mixture={str(copy): 1.0})
     if common is None:
@@ -277,6 +274,38 @@ def test_meanings_of_symbols_must_agree(
             Corpora(corpus, mine)
     else:
         assert Corpora(corpus, mine).symbols == common
+
+
+def relabelled(prepared: Prepared, path: Path, source: str, target: str) -> Prepared:
+    """A copy of a prepared corpus, said to be in other languages."""
+    path.mkdir()
+    for file in prepared.path.iterdir():
+        (path / file.name).write_bytes(file.read_bytes())
+    corpus = prepared.manifest["corpus"] | {"source_language": source, "target_language": target}
+    (path / "manifest.json").write_text(json.dumps(prepared.manifest | {"corpus": corpus}))
+    return Prepared.open(path)
+
+
+def test_the_run_has_the_directions_of_all_corpora(
+    shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path
+) -> None:
+    french = relabelled(short, tmp_path / "french", "fr", "de")
+    config = toy_config(shared_text, f"corpus.mixture={{{french.path}: 1}}")
+    record = Corpora(config.corpus, own).record()
+    assert Directions.of(config, record, "x", "corpus.json").trained == (Direction("en", "de"), Direction("fr", "de"))
+    assert "mixed_directions" not in Corpora(corpus_of(shared_text), own).record()
+    for damaged in ("en-de", [3], ["en"]):
+        with pytest.raises(DataError, match=r"corpus\.json is damaged: "):
+            Directions.of(config, record | {"mixed_directions": damaged}, "x", "corpus.json")
+
+
+def test_another_target_language_needs_symbols(
+    shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path
+) -> None:
+    back = relabelled(short, tmp_path / "back", "de", "en")
+    corpus = corpus_of(shared_text, mixture={str(back.path): 1.0})
+    with pytest.raises(DataError, match=r"back has the target language en, but .* de, and neither has symbols"):
+        Corpora(corpus, own)
 
 
 def test_weights_are_checked() -> None:

@@ -36,7 +36,8 @@ class Corpora:
     def __init__(self, corpus: CorpusConfig, prepared: Prepared) -> None:
         """Take `prepared`, which is that of `corpus`, and find the others.
 
-        DataError if one is not prepared, or if it has another vocabulary or other meanings of its reserved symbols.
+        DataError if one is not prepared, or if it has another vocabulary or other meanings of its reserved symbols. The
+        same if it has another target language, and no symbol tells the model which one is wanted.
         """
         self._corpus = corpus
         self.own = prepared
@@ -45,6 +46,8 @@ class Corpora:
         for other in self._all[1:]:
             _check_vocabulary(prepared, other)
         self.symbols = _common_symbols(self._all)
+        if not self.symbols.languages:
+            _check_target(self._all)
         """The meanings of the reserved symbols in all corpora."""
 
     def verify(self) -> None:
@@ -72,6 +75,8 @@ class Corpora:
         record |= self.symbols.to_dict()
         if self._corpus.mixture:
             record["mixture"] = [prepared.fingerprint for prepared in self._all[1:]]
+            directions = chain.from_iterable(prepared.trained_directions() for prepared in self._all)
+            record["mixed_directions"] = [*dict.fromkeys(map(str, directions))]
         return record
 
     def mixture(self, seed: int) -> "Mixture":
@@ -235,6 +240,17 @@ def _common_symbols(corpora: Sequence[Prepared]) -> Symbols:
             tables.append(max(ours, theirs, key=len))
         longest = Symbols(*tables)
     return longest
+
+
+def _check_target(corpora: Sequence[Prepared]) -> None:
+    """Raise DataError unless all corpora have the same target language."""
+    targets = [prepared.trained_directions()[0].target for prepared in corpora]
+    for other, target in zip(corpora, targets, strict=True):
+        if target != targets[0]:
+            raise DataError(
+                f"corpus.mixture: {other.path} has the target language {target}, but {corpora[0].path} {targets[0]}, "
+                "and neither has symbols that tell a model which one is wanted: prepare both with corpus.directions"
+            )
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -184,14 +184,10 @@ class Prepared:
 
         Two directions between the same languages share their arrays.
         """
-        corpus = self.manifest["corpus"]
-        source, target = corpus["source_language"], corpus["target_language"]
-        whole = {"name": f"{source}-{target}", "source": source, "target": target, "tag": "", "swapped": False}
-        records = self.manifest.get("parts") or [whole | {"shards": "train"}]
         opened = {name: ParallelShards.open(self.path, name) for name in self.manifest["shards"]}
         subwords = self.subwords() if self.symbols != Symbols() else None
         parts = []
-        for record in records:
+        for record in self._parts():
             shards, tag = opened[record["shards"]], record["tag"]
             parts.append(
                 Part(
@@ -203,6 +199,16 @@ class Prepared:
                 )
             )
         return parts
+
+    def trained_directions(self) -> list[Direction]:
+        """Return the directions of the training pairs."""
+        return list(dict.fromkeys(Direction(part["source"], part["target"]) for part in self._parts()))
+
+    def _parts(self) -> list[dict[str, Any]]:
+        corpus = self.manifest["corpus"]
+        source, target = corpus["source_language"], corpus["target_language"]
+        whole = {"name": f"{source}-{target}", "source": source, "target": target, "tag": "", "swapped": False}
+        return self.manifest.get("parts") or [whole | {"shards": "train"}]
 
     def text(self, split: str) -> tuple[list[str], list[str], list[str]]:
         """Return (source lines, target lines, domains) of "dev" or "test"; a list is empty if it has no file.

@@ -11,7 +11,7 @@ from typing import Any
 from nmt.config import Config, Direction
 from nmt.data.subwords import Subwords
 from nmt.data.symbols import Symbols
-from nmt.errors import UserError
+from nmt.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,17 @@ class Directions:
     def of(cls, config: Config, record: Mapping[str, Any], name: str, where: str) -> "Directions":
         """Return the directions of the run `name` with these settings, whose corpus.json or manifest is `record`.
 
-        DataError, which names the file by `where`, if its symbols are damaged.
+        A run on several corpora has the directions of all of them, its own first. DataError, which names the file by
+        `where`, if its symbols or directions are damaged.
         """
-        return cls(name, tuple(config.corpus.all_directions()), Symbols.of(record, where))
+        mixed = record.get("mixed_directions", [])
+        if not isinstance(mixed, list) or not all(isinstance(each, str) for each in mixed):
+            raise DataError(f"{where} is damaged: mixed_directions={mixed!r} is not a list of directions")
+        try:
+            trained = dict.fromkeys([*config.corpus.all_directions(), *map(Direction.of, mixed)])
+        except ValueError as error:
+            raise DataError(f"{where} is damaged: {error}") from error
+        return cls(name, tuple(trained), Symbols.of(record, where))
 
     @property
     def languages(self) -> set[str]:
