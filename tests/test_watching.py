@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nmt.checkpoint import list_checkpoints
-from nmt.config import Direction
+from nmt.config import Config, Direction
 from nmt.data.prepared import Prepared, prepared_path
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, DataError, UserError
@@ -20,7 +20,7 @@ from nmt.metrics.record import DevLine, read_lines
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.progress import Progress
-from nmt.training.validation import Validated, Validation
+from nmt.training.validation import Validated, Validation, dev_parts
 from nmt.training.watching import Lowest, WatchedText, forgotten, watched_texts
 from tests.toy import HARD, Cli, saved, steps_logged, toy_config, train, write_corpus
 
@@ -243,6 +243,21 @@ def both(tmp_path_factory: pytest.TempPathFactory, run: Path) -> Path:
     ]
     changes = ("corpus.directions=[en-de,de-en]", "training.validation_sentences=5", f"training.watch=[{run}]")
     return train(folder, "both", 4, *files, *changes)
+
+
+def test_directions_take_turns_in_what_is_translated() -> None:
+    config = Config.from_dict({"training": {"validation_sentences": 5}})
+    order = [Direction.of(name) for name in ("en-de", "de-zh", "en-fr") * 2]
+    parts = dev_parts(config, [*"abcdef"], [*"uvwxyz"], order)
+    assert [str(part.direction) for part in parts] == ["en-de", "de-zh", "en-fr"]
+    assert [(part.sources, part.targets) for part in parts] == [
+        (["a", "d"], ["u", "x"]),
+        (["b", "e"], ["v", "y"]),
+        (["c", "f"], ["w", "z"]),
+    ]
+    assert [part.translated for part in parts] == [2, 2, 1]
+    assert [part.tokenizer.name for part in parts] == ["13a", "zh", "13a"]
+    assert [part.translated for part in dev_parts(config, [*"ab"], [*"uv"], order[:2])] == [1, 1]
 
 
 def test_directions_are_scored_apart_and_together(both: Path) -> None:
