@@ -1,5 +1,6 @@
 """nmt distill: the text, the student, and how both resume."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -9,10 +10,15 @@ from typing import Any
 
 import pytest
 
+from nmt.cli import main
+from nmt.commands.launch import run_together
 from nmt.data.prepared import Prepared
+from nmt.decoding.translator import Translator
 from nmt.errors import ProcessError
+from nmt.evaluation.scores import corpus_scores
 from nmt.run import RunDirectory
 from nmt.students.teacher import Taught, Teacher
+from tests.scripts import load_script
 from tests.toy import Cli, saved, settings
 
 STUDENT = ("run.name=student", "training.max_steps=4", "model.moe.num_experts=0")
@@ -123,8 +129,6 @@ def test_a_student_with_other_settings_is_refused_before_the_text_is_made(cli: C
 def test_if_one_process_fails_the_others_are_stopped(
     code: str, ends: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    from nmt.commands.launch import run_together
-
     # In place of the command line of nmt: process 1 fails, and process 0 would wait for long.
     (tmp_path / "program").write_text(
         f'#!{sys.executable}\nimport os, time\nif os.environ["NMT_WORKER"] == "1":\n    {code}\ntime.sleep(100)\n'
@@ -136,3 +140,39 @@ def test_if_one_process_fails_the_others_are_stopped(
     error = ended.value
     assert (error.code if isinstance(error, SystemExit) else error.status) == ends
     assert isinstance(error, SystemExit) or "process 1 of 2 was ended by signal 9" in str(error)
+
+
+# ------------------------------------------------------------------------------------------------ the table of results
+
+
+def test_the_table_of_results(run: Path, tmp_path: Path) -> None:
+    students = load_script("scripts/results/students.py")
+    systems = ["--teacher", f"{run},{run}", "--student", str(run), "--plain", str(run)]
+    small = ["--sentences", "3", "--turns", "1", "--json", str(tmp_path / "out.json")]
+    assert students.main([*systems, *small]) == 0
+    table = json.loads((tmp_path / "out.json").read_text())
+    rows = table["systems"]
+    directory = RunDirectory(run)
+    translator = Translator.load(directory, directory.config(["decoding.beam_size=1"]))
+    sources, targets, _ = directory.text("test")
+    bleu, chrf = corpus_scores([each.text for each in translator.translate(sources)], [targets], "13a")
+    assert rows["student"]["beam_1"] == {"BLEU": round(bleu.value, 2), "chrF2": round(chrf.value, 2)}
+    assert rows["student"]["parameters"] == sum(each.numel() for each in translator.model.parameters())
+    assert main(["export", str(run), str(tmp_path / "export")]) == 0
+    exported = sum(path.stat().st_size for path in (tmp_path / "export").iterdir()) / 1e6
+    assert rows["student"]["export_mb"] == pytest.approx(exported, abs=0.002)
+    assert rows["student"]["export_bf16_mb"] < rows["student"]["export_mb"]
+    assert set(rows["plain"]["sentences_per_second"]) == {
+        f"{form}_beam_{beam}" for form in ("fp32", "int8") for beam in (4, 1)
+    }
+    # The same model twice is an ensemble of the same quality, and of twice the size.
+    assert rows["teacher"]["perplexity"] == pytest.approx(rows["plain"]["perplexity"], rel=1e-4)
+    assert rows["teacher"]["parameters"] == 2 * rows["plain"]["parameters"]
+
+
+@pytest.mark.parametrize(("teacher", "student", "share"), [(30.0, 25.0, 0.5), (30.0, 20.0, 0.0), (20.0, 25.0, None)])
+def test_the_share_of_the_gap(teacher: float, student: float, share: float | None) -> None:
+    students = load_script("scripts/results/students.py")
+    scores = {"teacher": teacher, "student": student, "plain": 20.0}
+    rows = {name: {"beam_4": {"BLEU": score}} for name, score in scores.items()}
+    assert students.kept_share(rows, 4, "BLEU") == share
