@@ -37,7 +37,7 @@ class Corpora:
         """Take `prepared`, which is that of `corpus`, and find the others.
 
         DataError if one is not prepared, or if it has another vocabulary or other meanings of its reserved symbols. The
-        same if it has another target language, and no symbol tells the model which one is wanted.
+        same if it has another target language, and no symbol shows the model which one is wanted.
         """
         self._corpus = corpus
         self.own = prepared
@@ -249,7 +249,7 @@ def _check_target(corpora: Sequence[Prepared]) -> None:
         if target != targets[0]:
             raise DataError(
                 f"corpus.mixture: {other.path} has the target language {target}, but {corpora[0].path} {targets[0]}, "
-                "and neither has symbols that tell a model which one is wanted: prepare both with corpus.directions"
+                "and neither has symbols that show a model which one is wanted: prepare both with corpus.directions"
             )
 
 
