@@ -92,14 +92,17 @@ def check(words: list[str]) -> None:
 
 @pytest.fixture
 def own_text(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory with the conf/corpus/mine.yaml that the README shows, and the runs that others start from."""
-    for name in ("europarl", "general"):
+    """A working directory with the files of conf/corpus/ that pages show, and the runs that others start from."""
+    for name in ("both", "europarl", "general"):
         (tmp_path / "runs" / name).mkdir(parents=True)
         shutil.copy(run / "config.yaml", tmp_path / "runs" / name)
     (settings,) = re.findall(r"^```yaml\n(.*?)^```$", (ROOT / "README.md").read_text(), flags=re.DOTALL | re.MULTILINE)
     path = tmp_path / "conf" / "corpus" / "mine.yaml"
     path.parent.mkdir(parents=True)
     path.write_text(settings)
+    training = (ROOT / "docs" / "training.md").read_text()
+    (settings,) = re.findall(r"^```yaml\n(name: mine_bt\n.*?)^```$", training, flags=re.DOTALL | re.MULTILINE)
+    path.with_name("mine_bt.yaml").write_text(settings)
     monkeypatch.chdir(tmp_path)
 
 
