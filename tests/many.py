@@ -46,7 +46,7 @@ def settings_of_many() -> list[str]:
 def train_many(folder: Path, steps: int = 4) -> Path:
     """Train the run `many` in `folder` on text that is written there."""
     write_texts(folder)
-    return train(folder, "many", steps, *settings_of_many(), "training.validation_sentences=0")
+    return train(folder, "many", steps, *settings_of_many())
 
 
 def lines_in(run: Path, direction: str, split: str = "test") -> tuple[list[str], list[str]]:

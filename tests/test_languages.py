@@ -342,6 +342,8 @@ def test_an_exported_model_translates_its_directions(cli: Cli, copy: Path, sourc
     assert "| directions | en-de, de-en, en-fr |" in card
     assert "nmt translate DIR input -o output --from en --to de" in card
     assert str(copy.parent) not in (export / "config.yaml").read_text()
+    assert RunDirectory(export).config().corpus.train.texts["fr"] == ["train.fr", "bt.fr"]
+    assert "| tags | bt |" in card
     given = []
     for run in (copy, export):
         assert cli("translate", str(run), source, "--to", "fr") == 0

@@ -122,7 +122,10 @@ def _portable(config: Config, run: RunDirectory) -> Config:
             train=_names_alone(corpus.train),
             dev=_names_alone(corpus.dev),
             test=_names_alone(corpus.test),
+            mixture={Path(name).name: weight for name, weight in corpus.mixture.items()},
+            subwords=replace(corpus.subwords, vocabulary=Path(corpus.subwords.vocabulary).name),
         ),
+        training=replace(config.training, watch=[Path(name).name for name in config.training.watch]),
         decoding=replace(config.decoding, checkpoint=DecodingConfig.checkpoint),
     )
 

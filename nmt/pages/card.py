@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nmt.config import Config, LayerName, ModelConfig
+from nmt.config import Config, Direction, LayerName, ModelConfig
 from nmt.cost.operations import Cost, model_cost
+from nmt.decoding.directions import Directions
 from nmt.pages.markdown import code, plain, wrapped
 from nmt.pages.tables import markdown_table
 from nmt.run import STARTED_FROM
@@ -60,6 +61,11 @@ class CardFacts:
     bf16: bool = False
     """True if it has in bf16 what a translation in bf16 has in bf16."""
 
+    @property
+    def directions(self) -> tuple[Direction, ...]:
+        """The directions that the model was trained on."""
+        return Directions.of(self.config, self.corpus, self.config.run.name, "corpus.json").trained
+
 
 def model_card(facts: CardFacts) -> str:
     """Return the card as Markdown."""
@@ -86,7 +92,7 @@ def own_sets(facts: CardFacts) -> list[SetScores]:
 def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     config = facts.config
     experts = ", and sparsely-gated mixtures of experts between its layers" if config.model.moe_layer_names() else ""
-    yield f"# {plain(config.run.name)}: translates {_directions(config)}"
+    yield f"# {plain(config.run.name)}: translates {_directions(facts.directions)}"
     yield ""
     yield (
         f"A stacked-LSTM encoder-decoder with attention{experts} (Shazeer et al. 2017, *Outrageously Large Neural "
@@ -97,9 +103,8 @@ def _head(facts: CardFacts, cost: Cost) -> Iterator[str]:
     yield f"Its parameters are {_origin(facts)}."
 
 
-def _directions(config: Config) -> str:
+def _directions(directions: Sequence[Direction]) -> str:
     """Return what the model translates: "en to de", or "de, en and fr in 6 directions"."""
-    directions = config.corpus.all_directions()
     if len(directions) == 1:
         return " to ".join(map(plain, directions[0]))
     *others, last = sorted({plain(language) for direction in directions for language in direction})
@@ -118,7 +123,7 @@ def _origin(facts: CardFacts) -> str:
 def _use(facts: CardFacts) -> Iterator[str]:
     config, decoding = facts.config, facts.config.decoding
     active = f", and activates {counted(decoding.experts_per_token, 'expert')} per token"
-    directions = config.corpus.all_directions()
+    directions = facts.directions
     source, target = map(plain, directions[0])
     choice = f" --from {source} --to {target}" if len(directions) > 1 else ""
     yield f"    nmt translate DIR input -o output{choice}"
@@ -178,7 +183,7 @@ def _data(facts: CardFacts) -> Iterator[str]:
     reasons = ", ".join(f"{_FILTERS.get(name) or plain(name)} {count:,}" for name, count in dropped.items())
     # The remaining pairs became the dev and test sets (corpus.dev.from_train).
     held_out = info["pairs_read"] - info["pairs_kept"] - sum(dropped.values())
-    directions = corpus.all_directions()
+    directions = facts.directions
     several = len(directions) > 1
     source, target = ("sources", "targets") if several else map(plain, directions[0])
     rows = {
@@ -186,6 +191,9 @@ def _data(facts: CardFacts) -> Iterator[str]:
         "tags": ", ".join(map(plain, info.get("tags", []))),
         "corpus": code(info["name"]),
         "source": _source(facts.config),
+        "mixed with": ", ".join(
+            f"{code(Path(name).name)} (weight {weight:g})" for name, weight in corpus.mixture.items()
+        ),
         "pairs": f"{info['pairs_read']:,} read, {info['pairs_kept']:,} kept, "
         + (f"{held_out:,} held out, " if held_out > 0 else "")
         + f"{sum(dropped.values()):,} dropped"
@@ -307,7 +315,7 @@ def _limits(facts: CardFacts) -> Iterator[str]:
             "that corpus and the test sets above is translated worse; how much worse has not been measured."
         )
     yield (
-        f"- The model translates only {_directions(facts.config)}, sentence by sentence, without context from other "
+        f"- The model translates only {_directions(facts.directions)}, sentence by sentence, without context from other "
         "sentences. Fluent output may still be wrong: check names, numbers and negations where they matter."
     )
     if corpus.filters.max_pieces:
