@@ -15,6 +15,7 @@ from nmt.batch import NUM_SPECIAL, Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.data.prepare import prepare
 from tests.kernels import interpret_without_gpu
+from tests.many import train_many
 from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus
 
 interpret_without_gpu()
@@ -96,6 +97,12 @@ def run(shared_text: Path) -> Path:
     """One run of 8 updates with checkpoints at 2, 4, 6 and 8, for all who only read it."""
     changes = ("training.checkpoint_every=2", "training.validate_every=2", "training.keep_checkpoints=9")
     return train(shared_text, "run", 8, *changes)
+
+
+@pytest.fixture(scope="session")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One run of several directions, for all who only read it."""
+    return train_many(tmp_path_factory.mktemp("many"))
 
 
 @pytest.fixture

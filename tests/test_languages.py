@@ -21,17 +21,12 @@ from nmt.evaluation.tokenizers import bleu_tokenizer, describe
 from nmt.experts.explain import explain_sentence
 from nmt.experts.observe import observe
 from nmt.run import RunDirectory
-from tests.many import DIRECTIONS, lines_in, train_many
+from tests.many import DIRECTIONS, lines_in
 from tests.toy import Cli
 
 HAS = "it has: en-de, de-en, en-fr"
 SENTENCES = ["the small dog runs", "", "over a green meadow this morning", "and looks"]
 GREEDY = "decoding.beam_size=1"
-
-
-@pytest.fixture(scope="session")
-def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_many(tmp_path_factory.mktemp("many"))
 
 
 @pytest.fixture

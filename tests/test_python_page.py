@@ -15,9 +15,9 @@ def python_of(page: Path) -> list[str]:
 
 
 @pytest.mark.usefixtures(own_text.__name__)
-def test_every_example_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "demo-en-de").symlink_to(run)
+def test_every_example_runs(run: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, path in (("demo-en-de", run), ("many", many)):
+        (tmp_path / "runs" / name).symlink_to(path)
     names: dict[str, Any] = {}
     code = python_of(ROOT / "docs" / "python.md")
     assert len(code) >= 6

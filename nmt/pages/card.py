@@ -315,8 +315,8 @@ def _limits(facts: CardFacts) -> Iterator[str]:
             "that corpus and the test sets above is translated worse; how much worse has not been measured."
         )
     yield (
-        f"- The model translates only {_directions(facts.directions)}, sentence by sentence, without context from other "
-        "sentences. Fluent output may still be wrong: check names, numbers and negations where they matter."
+        f"- The model translates only {_directions(facts.directions)}, sentence by sentence, without context from "
+        "other sentences. Fluent output may still be wrong: check names, numbers and negations where they matter."
     )
     if corpus.filters.max_pieces:
         yield f"- Sentences of more than {corpus.filters.max_pieces} subwords were not in the training data."
