@@ -245,7 +245,7 @@ def test_files_of_the_working_directory_and_of_config_dir(here: Path) -> None:
     assert asked(job.arguments) == Asked(["corpus=mine"], Path("other"))
     message = refusal("corpus=nine")
     assert "did you mean mine? conf/corpus has mine; " in message
-    assert "corpus has europarl_en_fr, files, " in message
+    assert "corpus has europarl_en_fr, europarl_en_fr_both, files, " in message
     assert choices("corpus").endswith("; mine (in conf/corpus)")
     with pytest.raises(UserError, match="--config-dir none is not a folder"):
         asked(["--config-dir", "none"])
