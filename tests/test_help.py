@@ -14,6 +14,7 @@ import nmt.commands.compare
 import nmt.commands.distill
 import nmt.commands.launch
 import nmt.commands.train
+import nmt.data.mixture
 import nmt.data.prepare
 from nmt.cli import main
 from nmt.commands import is_setting
@@ -63,6 +64,7 @@ def test_examples_on_settings(
         configs.append(config)
 
     monkeypatch.setattr(nmt.data.prepare, "prepare", prepare)
+    monkeypatch.setattr(nmt.data.mixture, "Corpora", lambda *_: None)
 
     def train(config: Config) -> RunDirectory:
         configs.append(config)
