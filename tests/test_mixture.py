@@ -210,7 +210,7 @@ def test_shares_of_corpora(shared_text: Path, own: Prepared, short: Prepared) ->
     mixture = corpora.mixture(1)
     assert mixture.counts == _rounded([3, 1], sum(sizes))
     share = 100 * mixture.counts[0] / sum(sizes)
-    assert f" epoch: toy {sizes[0]} ({share:.3g} %), short {sizes[1]} (" in mixture.notes[0]
+    assert f" epoch: toy {sizes[0]} ({share:.3g} %), {short.path.name} {sizes[1]} (" in mixture.notes[0]
     record = corpora.record()
     assert record["pairs_kept"] == sum(sizes)
     assert record["fingerprint"] == own.fingerprint
@@ -330,7 +330,7 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit(
     changes = (*HARD, f"corpus.mixture={{{short.path}: 1}}")
     whole = train(corpus, "whole", 6, *changes)
     told = capsys.readouterr().err
-    assert "pairs, and their share of an epoch: toy 80 (50 %), short " in told
+    assert "pairs, and their share of an epoch: toy 80 (50 %), short-" in told
     assert list_checkpoints(whole / "checkpoints")[-1].state()["data"]["epoch"] >= 1
     for steps in (1, 4, 6):
         stopped = train(corpus, "stopped", steps, *changes)

@@ -7,6 +7,7 @@ in proportion to n^(1/T) (temperature T, Arivazhagan et al. 2019). An epoch has 
 from collections import Counter
 from collections.abc import Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -84,11 +85,11 @@ class Corpora:
         parts: list[Part] = []
         shares: list[float] = []
         weights = [self._corpus.weight, *self._corpus.mixture.values()]
-        for prepared, weight in zip(self._all, weights, strict=True):
+        names = [self._corpus.name, *(Path(reference).name for reference in self._corpus.mixture)]
+        for name, prepared, weight in zip(names, self._all, weights, strict=True):
             found = prepared.parts()
             sizes = [len(part.shards) for part in found]
             shares += [weight * share for share in tempered(sizes, self._corpus.temperature)]
-            name = prepared.manifest["corpus"]["name"]
             several = len(found) > 1
             parts += [part._replace(name=f"{name} {part.name}" if several else name) for part in found]
         return Mixture(parts, shares, seed)
