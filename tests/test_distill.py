@@ -88,6 +88,13 @@ def test_only_text(cli: Cli, run: Path, own: Path) -> None:
     assert not (own / "student").exists()
 
 
+def test_the_student_starts_from_the_teacher(cli: Cli, run: Path, own: Path) -> None:
+    """It has the teacher's vocabulary then, and so has its text."""
+    assert cli(*arguments(run, own, f"run.start_from={run}", "corpus.name=other")) == 0, cli.err
+    assert f"starting from {run}, step 8" in cli.err
+    assert (own / "student" / "subwords.model").read_bytes() == (run / "subwords.model").read_bytes()
+
+
 @pytest.mark.slow
 def test_two_processes_make_the_text_of_one(cli: Cli, run: Path, own: Path) -> None:
     command = arguments(run, own, "--only-text")

@@ -23,9 +23,10 @@ from nmt.decoding.translator import Translator
 from nmt.errors import DataError, UserError
 from nmt.run import RunDirectory
 from nmt.students.parts import Parts
-from nmt.students.taught import lesson_of, lessons, taught_corpus, taught_path
+from nmt.students.taught import lesson_of, lessons, only_part, taught_corpus, taught_path
 from nmt.students.teacher import Taught, Teacher
 from nmt.text.checks import loop
+from tests.many import WORDS, settings_of_many, train_many, write_texts
 from tests.toy import toy_config, train
 
 EN_DE = Direction("en", "de")
@@ -63,8 +64,10 @@ class Search:
     def search(self, sources: list[np.ndarray], options: Any, _progress: Any = None) -> list[list[Hypothesis]]:
         if options.no_repeat_ngram:  # the second search
             return [self._hypotheses(["again"] * 2)[: options.n_best] for _ in sources]
+        first = len(self.sources)
         self.sources += sources
-        return [self._hypotheses(each)[: options.n_best] for each in self.found]
+        found = self.found[first : first + len(sources)]
+        return [self._hypotheses(each)[: options.n_best] for each in found]
 
     def _hypotheses(self, texts: list[str]) -> list[Hypothesis]:
         return [
@@ -157,7 +160,7 @@ def test_the_symbol_of_the_target_language_is_before_the_source(run: Path) -> No
     known = teacher.translator.directions
     assert known
     teacher.translator.directions = replace(known, symbols=Symbols(("en", "de"), ("bt",)))
-    search = Search(subwords, [["Hund"]])
+    search = Search(subwords, [["Hund"]] * 3)
     teacher.translator.searcher = search  # type: ignore[assignment]
     dog = subwords.encode("dog")
     for tag in ("", "bt", "captions"):  # the last is unknown to the teacher
@@ -402,3 +405,36 @@ def test_the_manifest_has_what_the_text_was_made_by(own: Prepared, teacher: Path
     assert taught["corpus"] == own.fingerprint
     assert taught["decoding"]["beam_size"] == 4
     assert len(taught["checkpoints"]) == 1
+
+
+# --------------------------------------------------------------------------------------------- several directions
+
+
+def test_a_teacher_of_many_directions_teaches_one(tmp_path: Path) -> None:
+    """The corpus of one direction, from other files than a teacher's, has its arrays under a name of its own."""
+    many = train_many(tmp_path)
+    texts = f"corpus.train.texts={{{', '.join(f'{code}: [train.{code}]' for code in WORDS)}}}"
+    vocabulary = f"corpus.subwords.vocabulary={many}"
+    one = (*settings_of_many(), texts, "corpus.train.tags=[]", "corpus.directions=[de-en]", vocabulary)
+    own = prepare(toy_config(tmp_path, *one).corpus, lambda _line: None)
+    directory = RunDirectory(many)
+    teacher = Teacher(directory, directory.config(), "best")
+    subwords = teacher.translator.subwords
+    sources = lines_of(own, "source")
+    targets = [[f"dog {pair}"] for pair in range(len(sources))]
+    teacher.translator.searcher = Search(subwords, targets)  # type: ignore[assignment]
+    lesson = lesson_of(own, directory, directory.config(), "best")
+    taught = taught_corpus(own, lesson, lambda: lessons(teacher, own), print)
+    [before], [after] = own.parts(), taught.parts()
+    assert (after.direction, after.prefix) == (before.direction, before.prefix)
+    assert after.direction == Direction("de", "en")
+    assert lines_of(taught, "source") == sources
+    assert [[line] for line in lines_of(taught, "target")] == targets
+    taught.verify()
+
+
+def test_a_corpus_of_several_directions_or_tags_is_refused(tmp_path: Path) -> None:
+    write_texts(tmp_path)
+    several = prepare(toy_config(tmp_path, *settings_of_many()).corpus, lambda _line: None)
+    with pytest.raises(UserError, match="has 6 directions or tags, and nmt distill takes one"):
+        only_part(several)
