@@ -38,7 +38,7 @@ class Resampled:
     """
 
     def __init__(self, text: TrainingText, subwords: Subwords, rate: float, most: int, seed: int) -> None:
-        """Cut the pairs of `text` anew. A side with more than `most` subwords keeps those of `text`; 0: none does.
+        """Cut the pairs of `text` anew. A side that would have more than `most` subwords keeps those of `text`; 0: none.
 
         `rate` is the probability of BPE-dropout or the alpha of a unigram model; `subwords` decides.
         """
@@ -67,7 +67,7 @@ class Resampled:
         for side in SIDES:
             old_N, old_B = drawn.gather(side, pairs_B)
             new_N, new_B = self._resegment(old_N, old_B, self._rate, generator)
-            kept_B = (new_B > self._most) & (new_B > old_B) & bool(self._most)
+            kept_B = (new_B > self._most) & bool(self._most)
             if kept_B.any():
                 new_N, new_B = _chosen(kept_B, (old_N, old_B), (new_N, new_B))
             sides.append((new_N.astype(self._dtype), new_B))
