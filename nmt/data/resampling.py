@@ -38,7 +38,7 @@ class Resampled:
     """
 
     def __init__(self, text: TrainingText, subwords: Subwords, rate: float, most: int, seed: int) -> None:
-        """Cut the pairs of `text` anew. A side that would have more than `most` subwords keeps those of `text`; 0: none.
+        """Cut the pairs of `text` anew. A side that would have more than `most` subwords keeps its own; 0: none does.
 
         `rate` is the probability of BPE-dropout or the alpha of a unigram model; `subwords` decides.
         """
