@@ -129,6 +129,12 @@ def test_a_student_with_other_settings_is_refused_before_the_text_is_made(cli: C
     assert taught_in(own) == []
 
 
+def test_processes_that_could_not_train_are_refused_before_the_text_is_made(cli: Cli, run: Path, own: Path) -> None:
+    says = ("training.micro_batches=1 cannot be split evenly over 2 processes",)
+    cli.refuses(2, *arguments(run, own, "--processes", "2"), says=says, progress=True)
+    assert taught_in(own) == []
+
+
 # ---------------------------------------------------------------------------------------------- several processes
 
 

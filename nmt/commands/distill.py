@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from nmt.commands import Parser, say, show
-from nmt.commands.launch import launch, num_processes, run_together
+from nmt.commands.launch import check_processes, launch, num_processes, run_together
 from nmt.commands.train import check_resumable, run_of, train
 from nmt.config import Config
 from nmt.data.prepare import prepare
@@ -78,6 +78,7 @@ def distill(options: argparse.Namespace, changes: Sequence[str], config: Config,
         if not options.only_text:
             # A mistake shows at once, and not when all is translated.
             check_resumable(run_of(config), config)
+            check_processes(config, processes)
         if path.exists():
             log(f"{path} has the teacher's text")
         elif processes > 1:

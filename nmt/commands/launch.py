@@ -46,17 +46,22 @@ def num_processes(wanted: str) -> int:
     return int(wanted)
 
 
-def launch(config: Config, overrides: list[str], processes: int) -> None:
-    """Train with the settings `overrides` in `processes` processes on this host.
-
-    If a signal stops the run, exit with the status of the run. If it fails, raise the cause as an error of one line.
-    """
+def check_processes(config: Config, processes: int) -> None:
+    """Raise UserError if the micro-batches of a step cannot be split evenly over this many processes."""
     if config.training.micro_batches % processes:
         raise UserError(
             f"training.micro_batches={config.training.micro_batches} cannot be split evenly over {processes} "
             f"processes: give --processes {_divisor(config.training.micro_batches, processes)}, or another number of "
             "micro-batches"
         )
+
+
+def launch(config: Config, overrides: list[str], processes: int) -> None:
+    """Train with the settings `overrides` in `processes` processes on this host.
+
+    If a signal stops the run, exit with the status of the run. If it fails, raise the cause as an error of one line.
+    """
+    check_processes(config, processes)
     os.environ.setdefault("OMP_NUM_THREADS", _threads(processes))
     _let_them_save()
     # The processes have reported their errors themselves.
