@@ -92,6 +92,12 @@ CASES = {
     "small, all experts": (small(moe=replace(FLAT, k=8)), SHORT),
     "small, deep experts with sigmoid": (small(moe=replace(FLAT, hidden_sizes=[128, 64, 96], output="sigmoid")), SHORT),
     "small, hierarchical": (small(moe=HIERARCHICAL), SHORT),
+    "small, biases": (small(moe=replace(FLAT, num_experts=256, bias_rate=0.001)), SHORT),
+    "small, straight through": (small(moe=replace(FLAT, num_experts=256, k=1, straight_through=True)), SHORT),
+    "small, both in groups": (
+        small(moe=replace(HIERARCHICAL, num_experts=512, k=1, straight_through=True, bias_rate=0.001)),
+        SHORT,
+    ),
     "small, softmax gate": (small(moe=replace(FLAT, gating="softmax_top_k")), SHORT),
     "small, strictly balanced": (small(moe=replace(FLAT, k=4, gating="strictly_balanced")), SHORT),
     "small, forward bottom": (small(bottom_layer="forward", moe=FLAT), SHORT),

@@ -63,7 +63,7 @@ def load_by_definition(clean_TE: Tensor, noisy_TE: Tensor, std_TE: Tensor, k: in
 
 
 def test_softmax_is_taken_over_the_kept_logits_only():
-    gates, experts = keep_top_k(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), 2)
+    gates, experts, _ = keep_top_k(torch.tensor([[1.0, 2.0, 3.0, 0.0]]), 2)
     assert experts.tolist() == [[2, 1]]
     expected = [math.exp(3) / (math.exp(3) + math.exp(2)), math.exp(2) / (math.exp(3) + math.exp(2))]
     assert gates[0].tolist() == pytest.approx(expected)
@@ -72,7 +72,7 @@ def test_softmax_is_taken_over_the_kept_logits_only():
 @pytest.mark.parametrize(("num_experts", "k"), [*SIZES, (4, 4)])
 def test_keep_top_k_equals_a_softmax_with_the_rest_at_minus_infinity(num_experts: int, k: int):
     logits_TE = torch.randn(50, num_experts, dtype=torch.float64)
-    gates_TK, expert_TK = keep_top_k(logits_TE, k)
+    gates_TK, expert_TK, _ = keep_top_k(logits_TE, k)
     kth_T1 = logits_TE.sort(dim=1, descending=True).values[:, k - 1 : k]
     expected_TE = logits_TE.masked_fill(logits_TE < kth_T1, -math.inf).softmax(dim=1)
     torch.testing.assert_close(torch.zeros_like(logits_TE).scatter(1, expert_TK, gates_TK), expected_TE)
@@ -96,7 +96,7 @@ def test_load_of_the_gate_is_the_definition_with_the_noise_it_drew(num_experts: 
     torch.manual_seed(7)
     out = gate(x_TD)
     torch.testing.assert_close(out.sums.load_E, load_by_definition(clean_TE, noisy_TE, std_TE, k).sum(0))
-    gates_TK, expert_TK = keep_top_k(noisy_TE, k)
+    gates_TK, expert_TK, _ = keep_top_k(noisy_TE, k)
     assert torch.equal(out.expert_TK, expert_TK)
     dense_TE = torch.zeros_like(noisy_TE).scatter(1, expert_TK, gates_TK)
     torch.testing.assert_close(out.sums.importance_E, dense_TE.sum(0))
@@ -180,7 +180,7 @@ def test_a_gate_that_learnt_away_its_noise_has_a_finite_load_and_gradient():
 def test_evaluation_has_no_noise_and_counts_hard():
     gate, x_TD = trained_gate(6, 8, 3).eval(), torch.randn(40, 6, dtype=torch.float64)
     out = gate(x_TD)
-    gates_TK, expert_TK = keep_top_k(x_TD @ gate.w_gate_DE, 3)
+    gates_TK, expert_TK, _ = keep_top_k(x_TD @ gate.w_gate_DE, 3)
     assert torch.equal(out.expert_TK, expert_TK)
     assert torch.equal(out.gates_TK, gates_TK)
     assert torch.equal(out.sums.load_E, out.sums.count_E)
@@ -270,7 +270,7 @@ def test_the_gate_stays_in_float32_under_autocast():
     torch.manual_seed(3)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = gate(x_TD)
-    gates_TK, expert_TK = keep_top_k(noisy_TE, 2)
+    gates_TK, expert_TK, _ = keep_top_k(noisy_TE, 2)
     assert torch.equal(out.expert_TK, expert_TK)
     torch.testing.assert_close(out.gates_TK, gates_TK)
     assert out.sums.load_E.dtype == out.sums.importance_E.dtype == torch.float32

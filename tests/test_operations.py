@@ -57,6 +57,8 @@ GATES = [
     MoEConfig(4, k=2, hidden_sizes=[7, 3], gating="strictly_balanced"),
     MoEConfig(12, k=2, hidden_sizes=[7], gating="hierarchical", branching=4, primary_k=2),
     MoEConfig(12, k=3, hidden_sizes=[4, 4], gating="hierarchical", branching=3, primary_k=1),
+    MoEConfig(9, k=4, hidden_sizes=[7], gating="noisy_top_k", bias_rate=0.001),
+    MoEConfig(15, k=1, hidden_sizes=[7], gating="hierarchical", branching=3, primary_k=2, bias_rate=0.001),
 ]
 
 

@@ -41,6 +41,7 @@ CASES: dict[str, dict[str, Any]] = {
     "factored": {"hidden_sizes": [7, 5]},
     "R-Drop": {},
     "R-Drop, strictly balanced": {"gating": "strictly_balanced"},
+    "biases": HIERARCHICAL | {"bias_rate": 0.1, "straight_through": True},
 }
 
 
@@ -98,7 +99,7 @@ def run_updates(
     model = trained_model(config, world).train(training)
     for name, parameter in model.named_parameters():
         # Without noise its weights take no part, which data parallelism must know beforehand.
-        parameter.requires_grad_(training or "w_noise" not in name)
+        parameter.requires_grad_(parameter.requires_grad and (training or "w_noise" not in name))
     optimizer = make_optimizer(model, config.training)
     updater = Updater(model, optimizer, config, world)
     gradients: dict[str, torch.Tensor] = {}

@@ -79,11 +79,13 @@ def shape_for(data: list[Batch], more: int) -> Shape:
     return covering(*(batch.shape for batch in data)).with_room(more)
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int, **settings: Any) -> list[Any]:
+def trained(
+    monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int, more: dict[str, Any], **settings: Any
+) -> list[Any]:
     """Figures of six steps, the shape growing after three, and all that a checkpoint would have."""
     torch.manual_seed(1)
-    moe = MoEConfig(num_experts=4, k=2, hidden_sizes=[16], output_masking=0.1, expert_dropout=0.1)
-    network = ModelConfig(16, 16, dropout=0.1, word_dropout=0.1, moe=moe)
+    small = {"num_experts": 4, "k": 2, "hidden_sizes": [16], "output_masking": 0.1, "expert_dropout": 0.1}
+    network = ModelConfig(16, 16, dropout=0.1, word_dropout=0.1, moe=MoEConfig(**small | more))
     config = Config(model=network, training=TrainingConfig(**settings))
     model = Seq2Seq(config.model, VOCAB).train()
     optimizer = make_optimizer(model, config.training)
@@ -108,13 +110,17 @@ def trained(monkeypatch: pytest.MonkeyPatch, recorded: bool, micro_batches: int,
     return [figures, {f"{part}.{name}": each for part, named in saved.items() for name, each in named.items()}]
 
 
+GROWN = {"gating": "hierarchical", "branching": 2, "k": 1, "straight_through": True, "bias_rate": 0.01}
+
+
 @pytest.mark.parametrize(
-    ("expert_optimizer", "expert_weights", "r_drop", "freeze"),
+    ("expert_optimizer", "expert_weights", "r_drop", "freeze", "more"),
     [
-        ("adam", "float32", 0.0, []),
-        ("adam", "bfloat16", 0.0, ["embeddings", "experts[::2]"]),
-        ("factored", "float32", 0.0, []),
-        ("factored", "bfloat16", 2.0, ["encoder", "experts[1:]"]),
+        ("adam", "float32", 0.0, [], {}),
+        ("adam", "bfloat16", 0.0, ["embeddings", "experts[::2]"], {}),
+        ("factored", "float32", 0.0, [], {}),
+        ("factored", "bfloat16", 2.0, ["encoder", "experts[1:]"], {}),
+        ("adam", "float32", 0.0, [], GROWN),
     ],
 )
 @pytest.mark.parametrize("micro_batches", [1, 3])
@@ -124,6 +130,7 @@ def test_replayed_steps_are_live_ones_to_the_bit(
     expert_weights: str,
     r_drop: float,
     freeze: list[str],
+    more: dict[str, Any],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for name in ("Stream", "current_stream"):
@@ -135,7 +142,7 @@ def test_replayed_steps_are_live_ones_to_the_bit(
     monkeypatch.setattr(Batch, "to", lambda batch, _: batch.map(torch.clone))
     settings = {"expert_optimizer": expert_optimizer, "expert_weights": expert_weights}
     both = (
-        trained(monkeypatch, recorded, micro_batches, **settings, r_drop=r_drop, freeze=freeze)
+        trained(monkeypatch, recorded, micro_batches, more, **settings, r_drop=r_drop, freeze=freeze)
         for recorded in (True, False)
     )
     (figures, tensors), (expected, wanted) = both

@@ -20,6 +20,7 @@ def parser() -> Parser:
         "  nmt experts demo --explain 'The train leaves at 14:35.'\n"
         "  nmt experts many --explain 'The train leaves at 14:35.' --from en --to fr\n"
         "  nmt experts demo --grow 32 -o demo-32\n"
+        "  nmt experts demo --grow 32 --redraw 0.5 -o demo-32\n"
         "  nmt experts demo-32 --prune 8 -o demo-24\n"
         "  nmt experts demo-32 --prune idle -o demo-pruned --max-loss 0.3\n"
         "  nmt experts demo-32 --merge 8 -o demo-merged",
@@ -37,6 +38,14 @@ def parser() -> Parser:
     )
     task.add_argument(
         "--merge", type=int, metavar="N", help="a new run with N pairs of similar experts per layer merged"
+    )
+    parser.add_argument(
+        "--redraw",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="with --grow, draw this share of the hidden units of each new copy again, such as 0.5: copies then differ "
+        "from the start, but the new run translates differently (default: 0)",
     )
     parser.add_argument("-o", "--output", metavar="NEWRUN", help="folder or name of the new run")
     parser.add_argument(
@@ -56,6 +65,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         raise UserError("-o NEWRUN goes with --grow, --prune or --merge" + (", which need it" if resizing else ""))
     if resizing and (is_given(options) or options.tag):
         raise UserError("--from, --to and --tag are for the report and --explain: leave them out")
+    if options.redraw and options.grow is None:
+        raise UserError("--redraw goes with --grow")
     if resizing and run.exported:
         raise UserError(f"{run.path} is an exported model, which cannot be trained: give the run it was exported from")
     if not config.model.moe.num_experts and options.grow is None:

@@ -41,8 +41,8 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     network, checkpoint = read_network(run, config, subwords.fingerprint, subwords.size)
     bench = _Bench(run, config, subwords)
     if options.grow is not None:
-        changed = grow(network, options.grow, config.training.seed + checkpoint.step)
-        bench.show_that_nothing_changed(network, changed)
+        changed = grow(network, options.grow, config.training.seed + checkpoint.step, options.redraw)
+        bench.show_perplexity(network, changed, options.redraw)
     else:
         changed = bench.shrink(options, network)
     decoding, notes = _own_decoding(run)
@@ -138,11 +138,12 @@ class _Bench:
             translator.model, self.subwords, pairs.sources, pairs.targets, 4096, world, prefixes=symbols
         ).pieces
 
-    def show_that_nothing_changed(self, *networks: NetworkWeights) -> None:
-        """Print the perplexity before and after."""
-        before, after = (self.perplexity(self.translator(network), _COMPARED) for network in networks)
+    def show_perplexity(self, old: NetworkWeights, new: NetworkWeights, redraw: float) -> None:
+        """Print the perplexity before and after growth: equal, unless a share `redraw` of the copies was drawn again."""
+        before, after = (self.perplexity(self.translator(network), _COMPARED) for network in (old, new))
         count = len(self.pairs.spread(_COMPARED).sources)
-        show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after")
+        jump = f" ({after / before - 1.0:+.1%}, by --redraw {redraw:g})" if redraw else ""
+        show(f"perplexity of {count} dev pairs: {before:.4f} before, {after:.4f} after{jump}")
 
     def shrink(self, options: argparse.Namespace, network: NetworkWeights) -> NetworkWeights:
         """Return the network with fewer experts. UserError if it loses more than --max-loss."""

@@ -79,7 +79,7 @@ class MoEConfig:
     """Number of experts in layers that differ from `num_experts`, as `nmt experts --prune` sets it: {encoder.2: 30}."""
     k: int = 4
     """Active experts per token; with gating=hierarchical, per token and selected group. The gate learns from the task
-    only with k >= 2 (S17 section 2.1)."""
+    only with k >= 2 (S17 section 2.1), or with straight_through."""
     hidden_sizes: list[int] = field(default_factory=lambda: [2048])
     """Sizes of the hidden layers of an expert (ReLU, no biases). The paper's experts have [2048], those of its
     MoE-1-Deep [1024, 1024, 1024, 1024]."""
@@ -91,6 +91,20 @@ class MoEConfig:
     """a, the number of groups of experts, for gating=hierarchical. Each group has num_experts / branching experts."""
     primary_k: int = 2
     """Groups selected per token, for gating=hierarchical."""
+    straight_through: bool = False
+    """Let the gate learn from the task with k=1 too. The softmax over one logit is always 1, so it has no gradient (S17
+    section 2.1). With this setting, the gate's value is still 1, but it has the gradient of log p, where p is the
+    probability of the chosen expert among all (of its group). It is no part of the paper. `nmt experts --grow` sets
+    it."""
+    bias_rate: float = 0.0
+    """Balance by biases instead of losses: gamma of DeepSeek-V3, which has 0.001; 0: no biases. A bias per expert is
+    added to the logits when experts are chosen, but not in the gate values. After each step, it rises by gamma if the
+    expert had fewer tokens than the mean, and falls by gamma if it had more (Wang et al. 2024). For gates that choose
+    the top k; w_importance=0 and w_load=0 leave balancing to the biases alone."""
+    copies: int = 1
+    """How many experts `nmt experts --grow` made of each earlier one: it sets this, and nothing is computed from it.
+    Experts with numbers that are multiples of `copies` are the earlier ones, the others are new. 1: nothing was
+    copied, or experts were pruned or merged since."""
     output: str = "none"
     """Function on the layer's output before dropout and residual: none, or sigmoid as in S17 appendix E."""
     w_importance: float = 0.01
@@ -126,6 +140,18 @@ class MoEConfig:
             at_least(f"model.moe.{name}", getattr(self, name) or 0.0, 0)
         for name in ("output_masking", "expert_dropout"):
             fraction(f"model.moe.{name}", getattr(self, name))
+        at_least("model.moe.bias_rate", self.bias_rate, 0)
+        at_least("model.moe.copies", self.copies, 1)
+        if self.bias_rate and self.k_is_average:
+            raise ValueError(
+                f"model.moe.bias_rate={self.bias_rate:g} cannot balance gating={self.gating}, whose experts get equally "
+                "many tokens in training: leave it out"
+            )
+        if self.straight_through and (self.k != 1 or self.k_is_average) and self.num_experts:
+            raise ValueError(
+                f"model.moe.straight_through is for k=1 and gates that choose the top k, not for k={self.k} with "
+                f"gating={self.gating}: leave it out"
+            )
         counts = {"num_experts": self.num_experts}
         counts |= {f"num_experts_at.{layer}": count for layer, count in self.num_experts_at.items()}
         for name, count in counts.items() if self.num_experts else ():

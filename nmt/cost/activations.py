@@ -178,11 +178,18 @@ def _gate(moe: MoEConfig, num_experts: int, on_gpu: bool) -> int:
         # Per expert: logarithm, softmax over the selected, difference of the masks; the mask and its complement.
         # The table of experts and gates is as wide as the busiest token needs, taken as twice the average.
         return num_experts * (3 * _FLOAT + 2 * _BOOL) + 2 * slots
+    # Gates with biases, or with a straight-through gradient, are plain, and each keeps one more number per expert.
+    more = (moe.bias_rate > 0) + moe.straight_through
     if moe.is_hierarchical:
         # A secondary gate is plain everywhere. Its rows have three indices and a group each, and tokens an index.
-        secondary = moe.primary_k * (_noisy(num_experts // moe.branching, moe.k, False) + 4 * _INDEX) + _INDEX
-        return _noisy(moe.branching, moe.primary_k, on_gpu) + secondary + moe.experts_per_token * _FLOAT
-    return _noisy(num_experts, moe.k, on_gpu) if moe.is_noisy else slots
+        of_group = _noisy(num_experts // moe.branching, moe.k, False, more) + 4 * _INDEX
+        secondary = moe.primary_k * of_group + _INDEX
+        more -= moe.straight_through and moe.primary_k > 1
+        primary = _noisy(moe.branching, moe.primary_k, on_gpu and not more, more)
+        return primary + secondary + moe.experts_per_token * _FLOAT
+    if moe.is_noisy:
+        return _noisy(num_experts, moe.k, on_gpu and not more, more)
+    return slots + more * num_experts * _FLOAT
 
 
 def _joint_weights(config: ModelConfig, num_experts: int) -> int:
@@ -191,13 +198,13 @@ def _joint_weights(config: ModelConfig, num_experts: int) -> int:
     return 2 * config.hidden_size * columns * _FLOAT if config.moe.is_noisy else 0
 
 
-def _noisy(num_experts: int, k: int, fused: bool) -> int:
-    """Return the bytes per token of a noisy top-k gate, which has two logits per expert."""
+def _noisy(num_experts: int, k: int, fused: bool, more: int) -> int:
+    """Return the bytes per token of a noisy top-k gate, which has two logits and keeps `more` numbers per expert."""
     if fused:
         # Also the gates, and the values, noise and numbers of the largest k + 1.
         return (2 * num_experts + k + 3 * min(k + 1, num_experts)) * _FLOAT
     # Noise and its logit; distance to the threshold, standard deviation and their quotient, unless all are selected.
-    numbers = 5 if k < num_experts else 2
+    numbers = more + (5 if k < num_experts else 2)
     return (numbers * num_experts + k) * _FLOAT + min(k + 1, num_experts) * _INDEX
 
 

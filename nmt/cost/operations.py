@@ -100,7 +100,8 @@ def moe_cost(width: int, moe: MoEConfig, num_experts: int) -> MoELayerCount:
     if moe.is_hierarchical:
         groups, compared = moe.branching, moe.primary_k * num_experts // moe.branching
     thresholds = num_experts if moe.k_is_average else 0
-    gates = LayerCount(column * (groups + num_experts) + thresholds, column * (groups + compared))
+    biases = groups + num_experts if moe.bias_rate else 0
+    gates = LayerCount(column * (groups + num_experts) + thresholds + biases, column * (groups + compared))
     return MoELayerCount(LayerCount(num_experts * expert, moe.experts_per_token * expert), gates)
 
 

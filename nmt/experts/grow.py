@@ -1,12 +1,15 @@
-"""Add experts to a trained network without changing what it computes.
+"""Add experts to a trained network without changing what it computes, unless part of the copies is redrawn.
 
 Right after growth, the network translates exactly as before (outside training, up to rounding). Only the training that
 follows makes the new experts differ.
 
-Letters: D width, A groups of B experts before growth, C copies of each expert.
+Letters: D width, A groups of B experts before growth, C copies of each expert, H hidden units, I and O inputs and
+outputs of one layer of an expert.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -15,32 +18,51 @@ from torch import Tensor
 from nmt.config import ModelConfig
 from nmt.errors import UserError
 from nmt.experts.surgery import NetworkWeights, TrainedWeight, Weights, select_experts
-from nmt.model.names import expert_matrix
+from nmt.model.names import expert_dim, expert_matrix, is_expert
 from nmt.model.seq2seq import Seq2Seq
 
 
-def grow(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights:
+FIRST_MOMENT = "exp_avg"
+
+
+def grow(network: NetworkWeights, num_experts: int, seed: int, redraw: float = 0.0) -> NetworkWeights:
     """Return `network` with `num_experts` experts in each MoE layer. UserError if that cannot be done exactly.
 
     - From no experts: the network gets the experts and noisy top-k gates of a new network. The last matrix of every
-      expert is zero, so the layer adds 0 to its input. Gates start at zero, as in every new network.
+      expert is zero, so the layer adds 0 to its input. Gates start at zero, as in every new network. The first step
+      moves the last matrices, and every later step all of the layer.
     - From E experts under a noisy top-k gate to C E: the gate becomes hierarchical. The old gate becomes the primary
       gate, which selects k of E groups. Group i has C copies of the old expert i, and each token activates one of them.
       As only one expert of a group is active, its gate within the group is 1, whichever copy it is.
     - From A groups of B experts under a hierarchical gate with k = 1, for example after an earlier growth: each group
       gets C copies of each of its experts.
 
-    Random columns u_1 .. u_C decide which copy a token activates. They are normal with std D^-1/2, which gives logits
-    of unit scale, a little above the noise. They are added to the gate's columns of the copies. Different tokens then
-    activate different copies, even without noise, so that training makes the copies differ. Without these columns, all
-    copies would tie, and translation would always use the first. Each group has C columns, the same for all its B old
-    experts j. The logit of copy c is x . w_j + x . u_c, so the largest logit belongs to a copy of the expert that was
-    chosen before, whatever u is.
+    Copy c of the old expert e is the new expert C e + c. Copy 0 stands for the old one.
 
-    Old parameters keep their optimiser moments, and copies get those of the original. New parameters have none.
+    A gate value that is always 1 has no gradient, so grown gates with k = 1 are `straight_through`. Random columns
+    u_1 .. u_C decide which copy a token activates. They are normal with std D^-1/2, which gives logits of unit scale, a
+    little above the noise. They are added to the gate's columns of the copies. Different tokens then activate different
+    copies, even without noise, so that training makes the copies differ. Without these columns, all copies would tie,
+    and translation would always use the first. Each group has C columns, the same for all its B old experts j. The
+    logit of copy c is x . w_j + x . u_c, so the largest logit belongs to a copy of the expert that was chosen before,
+    whatever u is.
+
+    Equal copies give the gate between them no gradient, and they separate slowly. `redraw` is the share of the hidden
+    units of each copy but copy 0 that are drawn again (Drop-Upcycling, Nakamura et al. 2025, with 0.5). The function
+    then changes. For these units, all weights that lead to and from them are drawn from a normal distribution with the
+    mean and the standard deviation of the same matrix of the old expert.
+
+    Old parameters keep their optimiser moments, and so does copy 0. Other copies get the second moments of the old
+    expert, but no first moment, which would move all copies in the same direction. Without second moments, they would
+    take steps that are far too large: Adam counts steps for all experts together, so it would no longer correct the
+    bias of a moment that starts at 0. New parameters have no moments and count their own steps.
     """
     moe = network.config.moe
+    if not 0.0 <= redraw <= 1.0:
+        raise UserError(f"--redraw {redraw:g}: give a share of the hidden units, from 0 to 1")
     if not moe.num_experts:
+        if redraw:
+            raise UserError("--redraw: the network has no experts, so there are no copies of which to redraw a part")
         return _first_experts(network, num_experts, seed)
     config = _grown_config(network.config, num_experts)
     # Mix in num_experts: a second growth with the same columns would add them to themselves.
@@ -54,6 +76,9 @@ def grow(network: NetworkWeights, num_experts: int, seed: int) -> NetworkWeights
         if not moe.is_hierarchical:
             weights = _as_groups_of_one(weights)
         layers[layer] = _copied(weights, u_DAC)
+    if redraw:
+        for weights in layers.values():
+            _redraw(weights, config.moe.copies, redraw, generator)
     return network.with_layers(config, layers)
 
 
@@ -64,7 +89,10 @@ def _first_experts(network: NetworkWeights, num_experts: int, seed: int) -> Netw
             "--grow: with model.moe.output=sigmoid, new experts would add 1/2 to every number, not 0: "
             "only a network with model.moe.output=none can grow its first experts"
         )
-    moe = replace(old, num_experts=num_experts, gating="noisy_top_k", branching=0)
+    straight_through = old.k == 1
+    moe = replace(
+        old, num_experts=num_experts, gating="noisy_top_k", branching=0, straight_through=straight_through, copies=1
+    )
     config = replace(network.config, moe=moe)
     if not config.moe_layer_names():
         raise UserError("--grow: model.encoder_moe_after and model.decoder_moe_after name no place for experts")
@@ -108,6 +136,8 @@ def _grown_config(config: ModelConfig, num_experts: int) -> ModelConfig:
         branching=branching,
         primary_k=primary_k,
         k=1,
+        straight_through=True,
+        copies=num_experts // before,
     )
     return replace(config, moe=grown)
 
@@ -117,7 +147,9 @@ def _as_groups_of_one(weights: Weights) -> Weights:
     renamed = {
         "gate.w_gate_DE": "gate.primary_w_gate_DA",
         "gate.w_noise_DE": "gate.primary_w_noise_DA",
+        "gate.bias_E": "gate.primary_bias_A",
     }
+    renamed = {name: primary for name, primary in renamed.items() if name in weights}
     grouped = {renamed.get(name, name): weight for name, weight in weights.items()}
     return grouped | {name: TrainedWeight.new(torch.zeros_like(weights[name].value)) for name in renamed}
 
@@ -128,7 +160,33 @@ def _copied(weights: Weights, u_DAC: Tensor) -> Weights:
     w_gate_DE = weights["gate.w_gate_DE"].value
     num_experts = w_gate_DE.shape[1]
     grown = select_experts(weights, torch.arange(num_experts).repeat_interleave(copies))
+    for name, weight in grown.items():
+        dim, first_moment = expert_dim(name), weight.moments.get(FIRST_MOMENT)
+        if dim is not None and first_moment is not None:
+            by_copy = first_moment.unflatten(dim, (num_experts, copies))  # a view
+            by_copy.narrow(dim + 1, 1, copies - 1).zero_()
     column = grown["gate.w_gate_DE"]
     u_DABC = u_DAC[:, :, None].expand(-1, -1, num_experts // groups, -1)
     value = column.value + u_DABC.reshape(column.value.shape).to(column.value.dtype)
     return grown | {"gate.w_gate_DE": column._replace(value=value)}
+
+
+def _redraw(weights: Weights, copies: int, share: float, generator: torch.Generator) -> None:
+    """Draw a share of the hidden units of all copies again, in place, except those of the copies that come first."""
+    matrices = [weight.value for name, weight in weights.items() if is_expert(name)]
+    for expert in range(len(matrices[0])):
+        if expert % copies:
+            _redraw_units([w_EIO[expert] for w_EIO in matrices], share, generator)
+
+
+def _redraw_units(matrices_IO: Sequence[Tensor], share: float, generator: torch.Generator) -> None:
+    """Draw a share of the units of each hidden layer of an expert again: columns of one matrix, rows of the next."""
+    drawn = []
+    for w_IO in matrices_IO:
+        new_IO = torch.randn(w_IO.shape, generator=generator)
+        drawn.append((new_IO * w_IO.std(correction=0) + w_IO.mean()).to(w_IO.dtype))
+    for place, (first_IH, second_HO) in enumerate(pairwise(matrices_IO)):
+        size = first_IH.shape[1]
+        unit_N = torch.randperm(size, generator=generator)[: round(share * size)]
+        first_IH[:, unit_N] = drawn[place][:, unit_N]
+        second_HO[unit_N] = drawn[place + 1][unit_N]

@@ -95,11 +95,12 @@ def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
     """Return `config` with `counts` experts by layer.
 
     num_experts is the most frequent count (on a tie, the larger one), and num_experts_at has the layers that differ.
+    copies is 1, since the numbers of experts no longer tell which were copied.
     """
     frequency = Counter(counts.values())
     usual = max(frequency, key=lambda count: (frequency[count], count))
     others = {layer: count for layer, count in counts.items() if count != usual}
-    return replace(config, moe=replace(config.moe, num_experts=usual, num_experts_at=others))
+    return replace(config, moe=replace(config.moe, num_experts=usual, num_experts_at=others, copies=1))
 
 
 # ------------------------------------------------------------------------------------------- reading and writing
@@ -138,6 +139,8 @@ def write_run(
     model = network.build()
     moments = {}
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         weight = network.weights[name]
         held = {"step": weight.step} | weight.moments
         for moment, shape in state_shapes(name, parameter.shape, config.training.expert_optimizer).items():

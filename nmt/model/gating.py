@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from nmt.config import MoEConfig
 from nmt.model.kernels.experts import group_rows
 from nmt.model.kernels.gate import (
+    AS_IN_S17,
     MIN_NOISE_STD,
     Choice,
+    Rule,
     count_tokens,
+    keep_top_k,
     mark_padding,
     noisy_top_k,
     prob_in_top_k,
@@ -127,17 +130,19 @@ def balance_loss(sums: GateSums, w_importance: float, w_load: float) -> Tensor:
     return w_importance * cv_squared(sums.importance_E) + w_load * cv_squared(sums.load())
 
 
-def _with_noise(x_TD: Tensor, w_gate_DE: Tensor, w_noise_DE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+def _with_noise(
+    x_TD: Tensor, w_gate_DE: Tensor, w_noise_DE: Tensor, k: int, real_T: Tensor | None, rule: Rule = AS_IN_S17
+) -> Choice:
     """Return the decisions of softmax(KeepTopK(x . w_gate + noise, k)) with noise drawn for each token and expert."""
     # One product, whose result is read once.
     logits_T2E = x_TD @ torch.cat([w_gate_DE, w_noise_DE], 1)
     noise_TE = torch.randn_like(logits_T2E[:, : w_gate_DE.shape[1]])
-    return noisy_top_k(logits_T2E, noise_TE, k, real_T)
+    return noisy_top_k(logits_T2E, noise_TE, k, real_T, rule)
 
 
-def _without_noise(logits_TE: Tensor, k: int, real_T: Tensor | None) -> Choice:
+def _without_noise(logits_TE: Tensor, k: int, real_T: Tensor | None, rule: Rule = AS_IN_S17) -> Choice:
     """Return the decisions of softmax(KeepTopK(logits, k)); the load is the count."""
-    gates_TK, expert_TK, importance_E, count_E = top_k_gate(logits_TE, k, real_T)
+    gates_TK, expert_TK, importance_E, count_E = top_k_gate(logits_TE, k, real_T, rule)
     return Choice(gates_TK, expert_TK, importance_E, count_E, count_E, logits_TE.new_zeros(()))
 
 
@@ -149,10 +154,26 @@ def _full_slots(choice: Choice, real_T: Tensor | None) -> GateOutput:
     return GateOutput(expert_TK, gates_TK, num_routed, sums, noise_std, gates_TK.new_zeros(()), real_T)
 
 
+def _bias(size: int) -> nn.Parameter:
+    return nn.Parameter(torch.zeros(size), requires_grad=False)
+
+
+def _move(bias_X: Tensor, count_X: Tensor, rate: float | Tensor) -> None:
+    """Move biases against the counts in the last dimension, in place. Counts equal to their mean move nothing."""
+    # Sums of counts are exact in float64, so that all processes get the same signs.
+    count_X = count_X.double()
+    direction_X = (count_X.mean(-1, keepdim=True) - count_X).sign()
+    bias_X.add_(direction_X.to(bias_X.dtype).view_as(bias_X) * rate)
+
+
 class Gate(nn.Module):
     """Base of all gates: the matrix w_gate_DE, and the number k of active experts per token.
 
     Outside training, a pass may set another number, `experts_per_token`; 0 means as many as in training.
+
+    Two deviations from the paper are for gates that choose the top k. `straight_through` gives gates with k = 1 a
+    gradient (`straight_through_factor`). With `biased`, `bias_E` is added to the logits by which experts are chosen.
+    `move_biases` changes it after each step; it has no gradient. Both are off unless `make_gate` sets them.
     """
 
     noisy: ClassVar[bool] = False
@@ -163,6 +184,26 @@ class Gate(nn.Module):
         self.k = k
         self.num_experts = num_experts
         self.w_gate_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
+        self.straight_through = False
+        self.bias_E: nn.Parameter | None = None
+
+    def add_biases(self) -> None:
+        """Create the biases, which are 0."""
+        self.bias_E = _bias(self.num_experts)
+
+    @torch.no_grad()
+    def move_biases(self, sums: GateSums, rate: float | Tensor) -> None:
+        """Move each bias by `rate` towards an equal number of tokens: b_e += rate sign(mean count - count_e).
+
+        Wang et al. 2024, algorithm 1. `sums` are those of all tokens of a step. Biases change in place, and the host
+        does not wait.
+        """
+        assert self.bias_E is not None, "for gates with biases"
+        _move(self.bias_E, sums.count_E, rate)
+
+    def rule(self) -> Rule:
+        """Return how experts are chosen and weighed."""
+        return Rule(self.bias_E, self.straight_through and self.training)
 
     def check_experts_per_token(self, count: int) -> None:
         """Raise ValueError if a pass cannot activate `count` experts per token; 0 is always possible."""
@@ -199,8 +240,10 @@ class NoisyTopKGate(Gate):
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         if not self.training:
-            return _full_slots(_without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T), real_T)
-        return _full_slots(_with_noise(x_TD, self.w_gate_DE, self.w_noise_DE, self.k, real_T), real_T)
+            choice = _without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T, self.rule())
+        else:
+            choice = _with_noise(x_TD, self.w_gate_DE, self.w_noise_DE, self.k, real_T, self.rule())
+        return _full_slots(choice, real_T)
 
 
 class SoftmaxTopKGate(Gate):
@@ -211,7 +254,8 @@ class SoftmaxTopKGate(Gate):
     """
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
-        return _full_slots(_without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T), real_T)
+        choice = _without_noise(x_TD @ self.w_gate_DE, experts_per_token or self.k, real_T, self.rule())
+        return _full_slots(choice, real_T)
 
 
 class HierarchicalGate(Gate):
@@ -232,6 +276,20 @@ class HierarchicalGate(Gate):
         self.w_noise_DE = nn.Parameter(torch.zeros(hidden_size, num_experts))
         self.primary_w_gate_DA = nn.Parameter(torch.zeros(hidden_size, branching))
         self.primary_w_noise_DA = nn.Parameter(torch.zeros(hidden_size, branching))
+        self.primary_bias_A: nn.Parameter | None = None
+
+    def add_biases(self) -> None:
+        """Create the biases of experts within their groups, and of groups; all are 0."""
+        super().add_biases()
+        self.primary_bias_A = _bias(self.branching)
+
+    @torch.no_grad()
+    def move_biases(self, sums: GateSums, rate: float | Tensor) -> None:
+        """Move the biases of groups as if these were experts, and those of experts by the mean of their group."""
+        assert self.bias_E is not None and self.primary_bias_A is not None, "for gates with biases"
+        assert sums.group_count_A is not None, "only training has it"
+        _move(self.primary_bias_A, sums.group_count_A, rate)
+        _move(self.bias_E, sums.count_E.view(self.branching, -1), rate)
 
     def check_experts_per_token(self, count: int) -> None:
         """Raise ValueError if `levels` cannot divide `count` over the groups."""
@@ -250,10 +308,12 @@ class HierarchicalGate(Gate):
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
         primary_k, k = self.levels(experts_per_token)
+        straight_through = self.straight_through and self.training
+        of_groups = Rule(self.primary_bias_A, straight_through and primary_k == 1)
         if self.training:
-            primary = _with_noise(x_TD, self.primary_w_gate_DA, self.primary_w_noise_DA, primary_k, real_T)
+            primary = _with_noise(x_TD, self.primary_w_gate_DA, self.primary_w_noise_DA, primary_k, real_T, of_groups)
         else:
-            primary = _without_noise(x_TD @ self.primary_w_gate_DA, primary_k, real_T)
+            primary = _without_noise(x_TD @ self.primary_w_gate_DA, primary_k, real_T, of_groups)
         # Padding has logits too, of the first group; nothing counts them.
         group_TP = where_real(primary.expert_TK, real_T)
         group_S = group_TP.flatten()
@@ -264,16 +324,18 @@ class HierarchicalGate(Gate):
         if self.training:
             std_TPB = F.softplus(noise_logit_TPB[0].contiguous()) + MIN_NOISE_STD
             noisy_TPB = clean_TPB + torch.randn_like(clean_TPB) * std_TPB
+        bias_TPB = None if self.bias_E is None else self.bias_E.view(self.branching, size)[group_TP]
+        rule = Rule(bias_TPB, straight_through)
         # The first K, and one more for the load. X is their number.
-        top_TPX, local_TPX = noisy_TPB.topk(min(k + 1, size), dim=2)
+        inner_TPK, local_TPX, top_TPX = keep_top_k(noisy_TPB, k, rule, spare=1)
         local_TPK = local_TPX[:, :, :k]
-        gates_TPK = primary.gates_TK[:, :, None] * top_TPX[:, :, :k].softmax(dim=2)
+        gates_TPK = primary.gates_TK[:, :, None] * inner_TPK
         importance_E = self._by_expert(torch.zeros_like(noisy_TPB).scatter(2, local_TPK, gates_TPK), group_S)
         expert_TK = (group_TP[:, :, None] * size + local_TPK).flatten(1)
         expert_TK = mark_padding(expert_TK, self.num_experts, real_T)
         count_E = load_E = count_tokens(expert_TK, self.num_experts)
         if self.training and k < size:
-            prob_TPB = prob_in_top_k(clean_TPB, std_TPB, top_TPX, local_TPX)
+            prob_TPB = prob_in_top_k(rule.biased(clean_TPB), std_TPB, top_TPX, local_TPX)
             load_E = self._by_expert(where_real(prob_TPB, real_T), group_S)
         choice = Choice(gates_TPK.flatten(1), expert_TK, importance_E, load_E, count_E, primary.noise_std)
         gate = _full_slots(choice, real_T)
@@ -357,6 +419,14 @@ class StrictlyBalancedGate(Gate):
 
 def make_gate(hidden_size: int, num_experts: int, config: MoEConfig) -> Gate:
     """Return a new gate of the kind `config.gating`."""
+    gate = _new_gate(hidden_size, num_experts, config)
+    gate.straight_through = config.straight_through
+    if config.bias_rate:
+        gate.add_biases()
+    return gate
+
+
+def _new_gate(hidden_size: int, num_experts: int, config: MoEConfig) -> Gate:
     match config.gating:
         case "noisy_top_k":
             return NoisyTopKGate(hidden_size, num_experts, config.k)

@@ -15,7 +15,7 @@ TIED = (EMBEDDING, "source_embedding.weight", "output.weight")
 """Names of the matrices with a row per subword. In a tied network, they are one parameter, with the first name."""
 PIECE_ROWS = (*TIED, "output.bias")
 """Names of all parameters with a row per subword of the vocabulary."""
-_DIM_OF_GATE = {"gate.threshold_E": 0, "gate.w_gate_DE": 1, "gate.w_noise_DE": 1}
+_DIM_OF_GATE = {"gate.threshold_E": 0, "gate.w_gate_DE": 1, "gate.w_noise_DE": 1, "gate.bias_E": 0}
 
 
 def layer_prefix(layer: str) -> str:

@@ -61,6 +61,8 @@ class Updater:
     micro-batches, this needs the sums of all of them before the first backward pass. An extra forward pass up to the
     last gate, with the same dropout and noise, computes them. If all balance weights are 0, there is no extra pass.
 
+    Biases of gates (`model.moe.bias_rate`) move by the counts of the same sums, after the optimiser's step.
+
     Fitted batches (`nmt.batch.fit`) on a GPU run as a recording: the first step with a shape is captured in CUDA
     graphs, and later steps replay them. They compute the same as a step that is not recorded.
     """
@@ -77,6 +79,8 @@ class Updater:
         self.frozen = frozen
         layers = config.model.moe_layer_names()
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
+        biased = config.model.moe.bias_rate > 0.0
+        self.biased = {layer: moe.gate for layer, moe in model.moe_layers().items() if biased}
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         exact = torch.promote_types(model.output.weight.dtype, torch.float32)
         self.target_tokens = torch.ones((), dtype=exact, device=world.device)
@@ -125,6 +129,7 @@ class Updater:
             # With one micro-batch and balance losses, these are sums over all processes already.
             joined = own if len(micro_batches) == 1 and self.balanced else self._summed(own)
         norm, skipped = steps.finish()
+        self._move_biases(joined, skipped)
         return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, learned.gates)
 
     @torch.no_grad()
@@ -164,6 +169,14 @@ class Updater:
         done = clipped_step(self.optimizer, self.config.training.clip_norm, None, self.experts, self.world)
         self.optimizer.zero_grad(set_to_none=True)
         return done
+
+    def _move_biases(self, sums: LayerSums, skipped: Tensor) -> None:
+        """Move the biases of all gates by the counts of the whole step, unless the step was skipped.
+
+        This comes after a recorded step, not in it, but the recordings read the biases where they are changed.
+        """
+        for layer, gate in self.biased.items():
+            gate.move_biases(sums[layer], self.config.model.moe.bias_rate * (1.0 - skipped))
 
     def _forward(self, batch: Batch) -> LossOutput:
         with autocast(self.world.device, self.config.training.precision):
