@@ -23,7 +23,7 @@ from nmt.model.kernels.gate import MIN_NOISE_STD, Rule
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer, tensors_to_save
-from nmt.training.update import Updater, UpdateOutput
+from nmt.training.update import UpdateOutput, Updater
 from tests.test_gates import (
     Decision,
     assert_all_close,
@@ -203,7 +203,10 @@ def test_padding_is_no_token_of_any_rule(choice: str) -> None:
     ("settings", "says"),
     [
         ({"bias_rate": -0.1}, "model.moe.bias_rate=-0.1"),
-        ({"bias_rate": 0.1, "gating": "strictly_balanced"}, "bias_rate=0.1 cannot balance gating=strictly_balanced"),
+        (
+            {"bias_rate": 0.1, "gating": "strictly_balanced"},
+            "bias_rate=0.1 is for .*, not for gating=strictly_balanced",
+        ),
         ({"straight_through": True}, "straight_through is for k=1 .* not for k=4"),
         (
             {"straight_through": True, "k": 1, "gating": "strictly_balanced"},

@@ -42,6 +42,8 @@ def network(config: ModelConfig, dtype: torch.dtype = torch.float64, kind: str =
 
     def weight(name: str, like: Tensor) -> TrainedWeight:
         value = torch.randn_like(like, dtype=dtype) * 0.4
+        if not like.requires_grad:
+            return TrainedWeight.new(value)
         shapes = state_shapes(name, like.shape, kind)
         moments = {moment: torch.rand(shape, dtype=dtype) for moment, shape in shapes.items() if moment != "step"}
         return TrainedWeight(value, moments, torch.tensor(9.0))
@@ -93,6 +95,9 @@ GROWTHS = {
     "deep from none": ({"num_experts": 0, "hidden_sizes": [7, 5]}, [4]),
     "hierarchical": (HIERARCHICAL, [12, 36]),
     "sigmoid": ({"output": "sigmoid"}, [8, 16]),
+    "biases": ({"bias_rate": 0.1}, [8, 24]),
+    "biases, one active": ({"bias_rate": 0.1, "k": 1, "straight_through": True}, [8]),
+    "biases of groups": (HIERARCHICAL | {"bias_rate": 0.1}, [12, 36]),
     "several layers": ({"encoder_moe_after": [1, 3], "decoder_moe_after": [1, 2]}, [12]),
 }
 
@@ -212,6 +217,8 @@ GATES = {
     "noisy": {"num_experts": 5},
     "hierarchical": HIERARCHICAL | {"num_experts": 9, "k": 2},
     "strictly balanced": {"gating": "strictly_balanced", "num_experts": 5},
+    "biases": {"num_experts": 5, "bias_rate": 0.1},
+    "hierarchical, biases": HIERARCHICAL | {"num_experts": 9, "bias_rate": 0.1},
 }
 
 
@@ -275,7 +282,7 @@ def test_pruning_experts_that_no_token_chooses_changes_nothing(
 @pytest.mark.parametrize("kind", GATES)
 def test_what_stays_keeps_weights_columns_and_moments(tiny_config: Configs, kind: str, optimizer: str) -> None:
     before = network(tiny_config(**GATES[kind]), kind=optimizer)
-    gone = [0, 5, 7] if kind == "hierarchical" else [1, 3]
+    gone = [0, 5, 7] if kind.startswith("hierarchical") else [1, 3]
     after = prune(before, dict.fromkeys(before.config.moe_layer_names(), gone))
     after.build()
     for layer in before.config.moe_layer_names():
@@ -381,7 +388,7 @@ def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
     layers = {layer: permuted_copy(before.layer(layer), 0, 2, orders) for layer in before.config.moe_layer_names()}
     before = before.with_layers(before.config, layers)
     merged = {layer: [MergePair(0, 2, 1.0, 0.3)] for layer in layers}
-    if kind == "hierarchical":
+    if kind.startswith("hierarchical"):
         merged = {
             layer: [MergePair(0, 2, 1.0, 0.3), MergePair(3, 4, 1.0, 0.6), MergePair(7, 8, 1.0, 0.5)] for layer in layers
         }
@@ -397,7 +404,7 @@ def test_an_expert_merged_with_a_permuted_copy_stays_exactly_what_it_was(
                 assert torch.equal(
                     *(part[0] if name.startswith("experts.") else part[..., 0] for part in (ours, theirs))
                 )
-            assert weight.step == 9
+            assert weight.step == (0 if "bias" in name else 9)
 
 
 @pytest.mark.parametrize("kind", ["adam", "factored"])

@@ -139,7 +139,7 @@ class _Bench:
         ).pieces
 
     def show_perplexity(self, old: NetworkWeights, new: NetworkWeights, redraw: float) -> None:
-        """Print the perplexity before and after growth: equal, unless a share `redraw` of the copies was drawn again."""
+        """Print the perplexity before and after growth, which is equal unless `redraw` is above 0."""
         before, after = (self.perplexity(self.translator(network), _COMPARED) for network in (old, new))
         count = len(self.pairs.spread(_COMPARED).sources)
         jump = f" ({after / before - 1.0:+.1%}, by --redraw {redraw:g})" if redraw else ""

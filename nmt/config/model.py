@@ -144,8 +144,8 @@ class MoEConfig:
         at_least("model.moe.copies", self.copies, 1)
         if self.bias_rate and self.k_is_average:
             raise ValueError(
-                f"model.moe.bias_rate={self.bias_rate:g} cannot balance gating={self.gating}, whose experts get equally "
-                "many tokens in training: leave it out"
+                f"model.moe.bias_rate={self.bias_rate:g} is for gates that choose the top k, not for "
+                f"gating={self.gating}, whose experts get equally many tokens in training: leave it out"
             )
         if self.straight_through and (self.k != 1 or self.k_is_average) and self.num_experts:
             raise ValueError(

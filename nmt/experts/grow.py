@@ -22,9 +22,6 @@ from nmt.model.names import expert_dim, expert_matrix, is_expert
 from nmt.model.seq2seq import Seq2Seq
 
 
-FIRST_MOMENT = "exp_avg"
-
-
 def grow(network: NetworkWeights, num_experts: int, seed: int, redraw: float = 0.0) -> NetworkWeights:
     """Return `network` with `num_experts` experts in each MoE layer. UserError if that cannot be done exactly.
 
@@ -161,7 +158,7 @@ def _copied(weights: Weights, u_DAC: Tensor) -> Weights:
     num_experts = w_gate_DE.shape[1]
     grown = select_experts(weights, torch.arange(num_experts).repeat_interleave(copies))
     for name, weight in grown.items():
-        dim, first_moment = expert_dim(name), weight.moments.get(FIRST_MOMENT)
+        dim, first_moment = expert_dim(name), weight.moments.get("exp_avg")
         if dim is not None and first_moment is not None:
             by_copy = first_moment.unflatten(dim, (num_experts, copies))  # a view
             by_copy.narrow(dim + 1, 1, copies - 1).zero_()

@@ -249,8 +249,8 @@ class NoisyTopKGate(Gate):
 class SoftmaxTopKGate(Gate):
     """Softmax over the top k of x . w_gate: S17 eq. 2 with the mask of eq. 16-17, which is eq. 3 without noise.
 
-    The load is the count, so only the importance loss can balance it. w_gate starts random instead of zero, because
-    nothing would break ties between equal experts.
+    The load is the count, so only the importance loss or biases can balance it. w_gate starts random instead of zero,
+    because nothing would break ties between equal experts.
     """
 
     def choose(self, x_TD: Tensor, experts_per_token: int, real_T: Tensor | None) -> GateOutput:
@@ -286,10 +286,11 @@ class HierarchicalGate(Gate):
     @torch.no_grad()
     def move_biases(self, sums: GateSums, rate: float | Tensor) -> None:
         """Move the biases of groups as if these were experts, and those of experts by the mean of their group."""
-        assert self.bias_E is not None and self.primary_bias_A is not None, "for gates with biases"
-        assert sums.group_count_A is not None, "only training has it"
-        _move(self.primary_bias_A, sums.group_count_A, rate)
-        _move(self.bias_E, sums.count_E.view(self.branching, -1), rate)
+        assert self.bias_E is not None, "for gates with biases"
+        assert self.primary_bias_A is not None, "for gates with biases"
+        count_AB = sums.count_E.view(self.branching, -1)
+        _move(self.primary_bias_A, count_AB.sum(1), rate)
+        _move(self.bias_E, count_AB, rate)
 
     def check_experts_per_token(self, count: int) -> None:
         """Raise ValueError if `levels` cannot divide `count` over the groups."""

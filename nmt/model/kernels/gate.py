@@ -56,9 +56,7 @@ class Rule(NamedTuple):
 AS_IN_S17 = Rule()
 
 
-def noisy_top_k(
-    logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | None, rule: Rule = AS_IN_S17
-) -> Choice:
+def noisy_top_k(logits_T2E: Tensor, noise_TE: Tensor, k: int, real_T: Tensor | None, rule: Rule = AS_IN_S17) -> Choice:
     """Return the decisions of G(x) = softmax(KeepTopK(H(x), k)), H(x) = clean + noise * std (S17 eq. 3-5).
 
     Row t of the logits has x . w_gate, then x . w_noise. The noise is N(0, 1); std = softplus(x . w_noise) plus
