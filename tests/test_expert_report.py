@@ -17,6 +17,7 @@ from nmt.experts.report import (
     MIN_COUNT,
     ExpertRow,
     LayerReport,
+    NewShare,
     expert_report,
     preferred,
 )
@@ -74,10 +75,10 @@ class Router:
 
 
 def measure(
-    rule: Rule, sources: list[str], targets: list[str], domains: Sequence[str] = (), **sizes: int
+    rule: Rule, sources: list[str], targets: list[str], domains: Sequence[str] = (), copies: int = 1, **sizes: int
 ) -> list[LayerReport]:
     router, words = Router(rule, **sizes), Words(*sources, *targets)
-    return expert_report(router, words, sources, targets, domains)
+    return expert_report(router, words, sources, targets, domains, copies=copies)
 
 
 def by_sentence(*choices: dict[int, float]) -> Rule:
@@ -111,6 +112,27 @@ def test_lift_of_an_expert_with_a_taste() -> None:
     assert "b x2.0" in text
     assert "never chose" not in text
     assert len(text.splitlines()) == 4
+
+
+def test_new_experts_and_the_domains_that_they_took() -> None:
+    """Experts 0 and 3 are earlier, 1, 2, 4 and 5 their copies."""
+    rule = by_sentence({0: 0.5, 1: 0.5}, {2: 0.5, 4: 0.5}, {3: 0.5, 5: 0.5}, {0: 0.5, 3: 0.5})
+    domains = ["news", "news", "talk", "talk"]
+    [report] = measure(rule, [""] * 4, [""] * 4, domains, copies=3, encoder_1=6)
+    assert [row.expert for row in report.experts if row.new] == [1, 2, 4, 5]
+    assert report.new == NewShare(4 / 8, {"news": 3 / 4, "talk": 1 / 4})
+    assert report.new_of_expert == [
+        NewShare(2 / 4, {"news": 2 / 3, "talk": 0.0}),
+        NewShare(2 / 4, {"news": 1.0, "talk": 1 / 3}),
+    ]
+    lines = str(report).splitlines()
+    assert lines[-1] == "  new experts (+) have 50.0% of all choices; by domain: news 75.0%, talk 25.0%"
+    assert [line.split()[0] for line in lines[2:-1]] == ["0", "1+", "2+", "3", "4+", "5+"]
+    [plain] = measure(rule, [""] * 4, [""] * 4, [], copies=3, encoder_1=6)
+    assert str(plain).endswith("new experts (+) have 50.0% of all choices")
+    [without] = measure(rule, [""] * 4, [""] * 4, domains, encoder_1=6)
+    assert (without.new, without.new_of_expert) == (None, [])
+    assert "new" not in str(without).replace("news", "")
 
 
 def sentences(count: int, vocabulary: int = 9, seed: int = 0, longest: int = 9) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 from nmt.cli import main
 from nmt.experts.contexts import Context
 from nmt.experts.information import Purity
-from nmt.experts.report import ExpertPair, ExpertRow, LayerReport, TokenRole
+from nmt.experts.report import ExpertPair, ExpertRow, LayerReport, NewShare, TokenRole
 from nmt.pages.experts import MAX_CARDS, by_specialisation, to_html, to_markdown
 
 EVIL = "<script>alert('x')</script> & \"quoted\" | *bold* [link](http://evil.example) `code`"
@@ -199,6 +199,23 @@ def test_without_domains_their_parts_disappear() -> None:
         assert "Experts and domains" in with_domains
         assert "Experts and domains" not in without
         assert "Domain" not in without
+
+
+def test_a_grown_layer_shows_which_domains_its_new_experts_took() -> None:
+    rows = [ExpertRow(expert, 0.25, 0.5, {"news": 1.0}, new=expert % 2 > 0) for expert in range(4)]
+    new = [NewShare(0.125, {"<news>": 0.5, "talk": 0.0625}), NewShare(0.75, {"talk": 0.8125})]
+    layer = layer_of(4, experts=rows, new=NewShare(0.375, {"<news>": 0.25, "talk": 0.4375}), new_of_expert=new)
+    page, markdown = Page(to_html([layer], "demo", "")), to_markdown([layer], "demo", "")
+    for text in (page.words(), markdown):
+        assert "New experts" in text
+        assert "Expert 1 (new)" in text
+        assert "Expert 2 (new)" not in text
+    assert "<news>" in page.words()
+    assert "<news>" not in markdown
+    lines = [line for line in markdown.split("### New experts")[1].splitlines() if line.startswith("|")]
+    assert lines[0].startswith("| earlier expert | all | ")
+    assert lines[2:5] == ["| all | 37.5% | 25% | 43.8% |", "| 0 | 12.5% | 50% | 6.25% |", "| 2 | 75% | - | 81.2% |"]
+    assert "New experts" not in to_html(LAYERS, "demo", "") + to_markdown(LAYERS, "demo", "")
 
 
 def test_many_experts_get_cards_only_if_specialised() -> None:

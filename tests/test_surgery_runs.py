@@ -184,7 +184,7 @@ def without_work(source: Path, new: Path, idle: dict[str, list[int]]) -> None:
         w_DE[:, 1] = -w_DE[:, 0]
         w_DE[:, experts] = 0.0
         layers[layer] = weights | {"gate.w_gate_DE": weights["gate.w_gate_DE"]._replace(value=w_DE)}
-    write_run(new, run, config, network.with_layers(config.model, layers), checkpoint)
+    write_run(new, run, config, network.with_layers(config.model, layers), checkpoint, False)
 
 
 @pytest.mark.slow

@@ -39,6 +39,7 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
         text.directions,
         [prefix_of[each] for each in lines],
         translator.shown_symbols(),
+        config.model.moe.copies,
     )
     told = describe_cut(encode_pairs(translator.subwords, text.sources, text.references[0]).cut)
     if told:

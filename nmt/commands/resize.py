@@ -51,7 +51,7 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     if checkpoint.step >= config.training.max_steps:
         notes.append(f"{run.path} has reached training.max_steps={config.training.max_steps}: give a larger number")
         command.append(f"training.max_steps={2 * checkpoint.step}")
-    write_run(path, run, new, changed, checkpoint)
+    write_run(path, run, new, changed, checkpoint, grown=options.grow is not None)
     show(_sizes(network, changed))
     for note in notes:
         say(note)

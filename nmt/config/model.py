@@ -158,6 +158,8 @@ class MoEConfig:
             self._check_choice(name, count)
 
     def _check_choice(self, name: str, count: int) -> None:
+        if count % self.copies:
+            raise ValueError(f"model.moe.copies={self.copies} must divide model.moe.{name}={count}: leave it out")
         if not self.is_hierarchical:
             if self.branching:
                 raise ValueError(

@@ -5,7 +5,8 @@ subword) combinations that occur bounds the memory that is kept between batches.
 
 Letters: T tokens of a batch, K slots of a token, R slots that are not empty, N tokens of one side of the text,
 P sentence pairs, E experts, M names of a labelling, X combinations of them, S shuffles, C (expert, subword)
-combinations, each the number e * V + v.
+combinations, each the number e * V + v. With E earlier
+experts, C copies of each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -88,6 +89,8 @@ class ExpertRow:
     languages: dict[str, float] = field(default_factory=dict)
     """Lift of each source language ("from en") and target language ("to fr"), like that of a domain; empty for text in
     one direction."""
+    new: bool = False
+    """Whether it is a copy that `nmt experts --grow` made, not one of the experts that were there before."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,15 @@ class ExpertPair:
     second: int
     count: int
     lift: float
+
+
+@dataclass(frozen=True)
+class NewShare:
+    """Share of choices that went to new experts (`model.moe.copies`) instead of earlier ones."""
+
+    share: float
+    by_domain: dict[str, float]
+    """The same among the tokens of each domain that has any."""
 
 
 @dataclass(frozen=True)
@@ -124,6 +136,10 @@ class LayerReport:
     """Pairs of largest lift, ranked by the lower end of its interval."""
     language_purity: dict[str, Purity] = field(default_factory=dict)
     """By "source language" and "target language", each if the text has several."""
+    new: NewShare | None = None
+    """Of all choices; None if no experts were copied (`nmt experts --grow`)."""
+    new_of_expert: list[NewShare] = field(default_factory=list)
+    """Of the choices of each earlier expert and its copies, in order; empty if no experts were copied."""
 
     def __str__(self) -> str:
         lines = [
@@ -134,7 +150,13 @@ class LayerReport:
         ]
         for row in self.experts:
             shown = [f"{name} x{lift:.1f}" for name, lift in preferred(row)]
-            lines.append(f"  {row.expert:>6}  {row.share:>6.1%}  {row.mean_gate:>5.2f}  {', '.join(shown) or '-'}")
+            number = f"{row.expert}+" if row.new else str(row.expert)
+            lines.append(f"  {number:>6}  {row.share:>6.1%}  {row.mean_gate:>5.2f}  {', '.join(shown) or '-'}")
+        if self.new is not None:
+            ranked = sorted(self.new.by_domain.items(), key=lambda item: -item[1])
+            domains = ", ".join(f"{name} {share:.1%}" for name, share in ranked)
+            told = f"  new experts (+) have {self.new.share:.1%} of all choices"
+            lines.append(f"{told}; by domain: {domains}" if domains else told)
         return "\n".join(lines)
 
 
@@ -227,8 +249,8 @@ class _Layer:
         order = order[np.sort(np.argsort(-gate[order], kind="stable")[:_MAX_EXAMPLES])]
         self.examples = cell[order], gate[order], place[order]
 
-    def report(self, layer: str, labellings: list[_Labelling], subwords: Subwords) -> LayerReport:
-        """Return the report, with these kinds of labels."""
+    def report(self, layer: str, labellings: list[_Labelling], copies: int, subwords: Subwords) -> LayerReport:
+        """Return the report, with these kinds of labels; `copies` is the setting."""
         self._settle()
         count_E, importance_E = torch.from_numpy(self.count_LEX[0].sum(1)), torch.from_numpy(self.importance_E)
         total = max(float(count_E.sum()), 1.0)
@@ -237,6 +259,10 @@ class _Layer:
         piece_entropy = entropy_bits(np.bincount(pieces[0][1], pieces[0][2]))
         pair_lift, pairs = self._pairs()
         purities = {each.kind: self._label_purity(each) for each in labellings if each.names[1:]}
+        domains = next((each for each in labellings if each.kind == "domain"), None)
+        names = domains.names if domains else []
+        count_EM = domains.counts(self.count_LEX[0]) if domains else self.count_LEX[0].sum(1, keepdims=True)
+        count_ECM = count_EM.reshape(-1, copies, count_EM.shape[1])
         return LayerReport(
             layer=layer,
             k=float(count_E.sum()) / self.num_tokens,
@@ -245,16 +271,20 @@ class _Layer:
             cv_load=float(cv_squared(count_E).sqrt()),
             max_over_mean_load=float(relative_load(count_E).max()),
             idle_experts=num_idle(count_E),
-            experts=self._rows(labellings, subwords, piece_bits_LE[0] - piece_bits_LE[1:].mean(0)),
+            experts=self._rows(labellings, copies, subwords, piece_bits_LE[0] - piece_bits_LE[1:].mean(0)),
             gate_entropy=self.entropy / self.num_tokens,
             token_purity=make_purity(piece_bits_LE.sum(1) / total, piece_entropy),
             domain_purity=purities.pop("domain", None),
             pair_lift=pair_lift,
             pairs=pairs,
             language_purity=purities,
+            new=_new_share(count_ECM.sum(0), names) if copies > 1 else None,
+            new_of_expert=[_new_share(count_CM, names) for count_CM in count_ECM] if copies > 1 else [],
         )
 
-    def _rows(self, labellings: list[_Labelling], subwords: Subwords, special_E: np.ndarray) -> list[ExpertRow]:
+    def _rows(
+        self, labellings: list[_Labelling], copies: int, subwords: Subwords, special_E: np.ndarray
+    ) -> list[ExpertRow]:
         """Return the row of each expert; `special_E` is its specialisation in bits, summed over its tokens."""
         importance_E, count_E = torch.from_numpy(self.importance_E), torch.from_numpy(self.count_LEX[0].sum(1))
         least_E = count_E.clamp_min(1)
@@ -286,6 +316,7 @@ class _Layer:
                 specialisation=specialisation,
                 tokens=tokens[expert],
                 languages=languages[expert] if languages else {},
+                new=expert % copies > 0,
             )
             for expert, (share, mean_gate, importance, position, specialisation) in enumerate(figures_EF.tolist())
         ]
@@ -348,6 +379,18 @@ class _Layer:
         return lift_EE.tolist() if len(lift_EE) <= MATRIX_EXPERTS else [], pairs
 
 
+def _new_share(count_CM: np.ndarray, domains: list[str]) -> NewShare:
+    """Return the share of all copies but the first in these counts of C copies by domain."""
+    of_domain = {
+        name: _share(count_CM[1:, m], count_CM[:, m]) for m, name in enumerate(domains) if count_CM[:, m].any()
+    }
+    return NewShare(_share(count_CM[1:], count_CM), of_domain)
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> float:
+    return float(part.sum() / max(whole.sum(), 1.0))
+
+
 @torch.inference_mode()
 def expert_report(
     model: Seq2Seq,
@@ -359,12 +402,13 @@ def expert_report(
     directions: Sequence[Direction] = (),
     prefixes: Sequence[Sequence[int]] = (),
     symbols: Mapping[int, str] = _NO_SYMBOLS,
+    copies: int = 1,
 ) -> list[LayerReport]:
     """Return a report for each MoE layer from one pass over sentence pairs; empty if there are no MoE layers.
 
     `domains` and `directions` have the domain and the direction of each pair, or are empty. `prefixes` are as for
-    `encode_pairs`, and `symbols` as for `SideTokens`. The model must be in evaluation mode. Counts all tokens except
-    padding, including the end of each sentence and the symbols before it.
+    `encode_pairs`, `symbols` as for `SideTokens`, and `copies` is the setting `model.moe.copies`. The model must be in
+    evaluation mode. Counts all tokens except padding, including the end of each sentence and the symbols before it.
     """
     generator = np.random.default_rng(0)
     label_P, labellings = _labels(domains, directions, len(sources))
@@ -385,4 +429,4 @@ def expert_report(
             rows = batch.source if name == "encoder" else batch.target
             position_T, column_T = np.divmod(rows.cell_N.numpy(), len(batch.pairs_B))
             layers[layer].add(gate, batch.pairs_B.numpy()[column_T], position_T)
-    return [tally.report(layer, labellings, subwords) for layer, tally in layers.items()]
+    return [tally.report(layer, labellings, copies, subwords) for layer, tally in layers.items()]

@@ -1,8 +1,8 @@
 """Read a trained network from its checkpoint, and write it to a new run after its experts were changed.
 
 nmt/experts/grow.py and shrink.py make the changes. Optimiser moments are copied, left out or averaged like the weights
-they belong to. The step and the position in the data stay the same, so that training resumes with the same learning
-rate and text.
+they belong to. The step and the position in the data stay the same, so that training resumes with the same text. The
+learning rate is the same too, but after growth it is warmed up once more.
 
 Letters: D width, E experts.
 """
@@ -127,15 +127,18 @@ def read_network(
 
 
 def write_run(
-    path: Path, source: RunDirectory, config: Config, network: NetworkWeights, checkpoint: Checkpoint
+    path: Path, source: RunDirectory, config: Config, network: NetworkWeights, checkpoint: Checkpoint, grown: bool
 ) -> None:
     """Write a run to `path` that resumes from `checkpoint` of the run `source` with another network.
 
     Writes the whole folder or nothing; StorageError if it cannot. Counters are copied, except those that compare
-    validations: the new run has its own scores and patience starts again. The checkpoint has no score.
+    validations: the new run has its own scores and patience starts again. The checkpoint has no score. If the network
+    has `grown`, the learning rate is warmed up from here, since copies must move apart before they take large steps.
     """
     state = checkpoint.state()
     progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
+    if grown:
+        progress = replace(progress, warm_from=checkpoint.step, next_rate=None)
     model = network.build()
     moments = {}
     for name, parameter in model.named_parameters():

@@ -82,6 +82,8 @@ HOW = {
     "often as by chance, 0.5 is half as often.",
     "languages": "How often an expert sees a source language (from) or a target language (to), divided by how often it "
     "would see it by chance: 2.0 is twice as often as by chance, 0.5 is half as often.",
+    "new": "nmt experts --grow made copies of earlier experts. This is the share of the choices of an earlier expert "
+    "and its copies that went to the copies. Domains with large shares are those that the new experts took.",
     "pairs": "How often two experts are chosen for the same token, divided by what their loads alone would give.",
     "ranked": "How often two experts are chosen for the same token, divided by what their loads alone would give. "
     "Pairs are ranked by the lower end of the 99% interval of this figure.",
@@ -93,6 +95,10 @@ HOW = {
     "the last.",
 }
 """Explanation of each part, for the reader."""
+
+
+def _title(row: ExpertRow) -> str:
+    return f"Expert {row.expert} (new)" if row.new else f"Expert {row.expert}"
 
 
 def _facts(row: ExpertRow) -> list[tuple[str, str]]:
@@ -107,6 +113,27 @@ def _facts(row: ExpertRow) -> list[tuple[str, str]]:
 
 def _pairs(layer: LayerReport) -> list[list[str]]:
     return [[f"{pair.first} + {pair.second}", f"{pair.count:,}", f"×{pair.lift:.1f}"] for pair in layer.pairs]
+
+
+def _new_shares(layer: LayerReport, harmless: Callable[[str], str]) -> tuple[list[str], list[list[str]]]:
+    """Return the head and the rows of the table of new experts: all experts, then each earlier one and its copies.
+
+    Of many, those whose copies have the largest share are left. `harmless` escapes text of the corpus.
+    """
+    assert layer.new is not None
+    copies = len(layer.experts) // len(layer.new_of_expert)
+    names = list(layer.new.by_domain)[:_MAX_COLUMNS]
+    found = sorted(enumerate(layer.new_of_expert), key=lambda each: -each[1].share)[:MAX_CARDS]
+    rows = [("all", layer.new), *((str(copies * place), each) for place, each in sorted(found))]
+    cells = [
+        [
+            name,
+            percent(each.share),
+            *(percent(each.by_domain[domain]) if domain in each.by_domain else "-" for domain in names),
+        ]
+        for name, each in rows
+    ]
+    return ["earlier expert", "all", *map(harmless, names)], cells
 
 
 _Lifts = tuple[list[str], list[list[float]]]
@@ -231,6 +258,8 @@ def _panels(layer: LayerReport) -> Iterator[str]:
     for kind, (names, lift) in lifts.items():
         picture = heat_map(experts, names, lift, f"Lift of each {kind[:-1]} for each expert")
         yield _panel(f"Experts and {kind}{part}", kind, picture, HEAT_KEY)
+    if layer.new is not None:
+        yield _panel("New experts", "new", html_table(*_new_shares(layer, text)))
     if layer.pair_lift:
         picture = heat_map(experts, experts, layer.pair_lift, "Lift of each pair of experts")
         yield _panel("Chosen together", "pairs", picture, HEAT_KEY)
@@ -250,7 +279,7 @@ def _card(row: ExpertRow, num_experts: int, opened: bool) -> str:
     columns = "".join(f'<col style="width:{width}">' for width in ("170px", "46px", "auto", "auto", "96px"))
     bodies = "".join(map(_role, row.tokens)) or "<tbody><tr><td colspan=5>No typical tokens.</td></tr></tbody>"
     return (
-        f"<details{' open' if opened else ''}><summary><h3>Expert {row.expert}</h3><span class=chips>{chips or '-'}"
+        f"<details{' open' if opened else ''}><summary><h3>{_title(row)}</h3><span class=chips>{chips or '-'}"
         f'</span><span class=share title="{_scale(num_experts)}">{bar}{percent(row.share)}</span></summary>'
         f"<div class=body><div class=facts>{told}</div><table class=kwic><colgroup>{columns}</colgroup>{bodies}</table>"
         "</div></details>"
@@ -306,6 +335,8 @@ def _markdown_section(layer: LayerReport) -> str:
             continue
         rows = [[number, *(f"{each:.1f}" for each in line)] for number, line in zip(experts, lift, strict=True)]
         content += f"### Experts and {kind}\n\n{HOW[kind]}\n\n{_table(['expert', *map(plain, names)], rows)}"
+    if layer.new is not None:
+        content += f"### New experts\n\n{HOW['new']}\n\n{_table(*_new_shares(layer, plain))}"
     if layer.pairs:
         table = _table(["experts", "tokens", "lift"], _pairs(layer))
         content += f"### Chosen together\n\n{HOW['ranked']}\n\n{table}"
@@ -313,7 +344,7 @@ def _markdown_section(layer: LayerReport) -> str:
     rows = [[str(row.expert), *(value for _, value in _facts(row)), *_summary(row, plain)] for row in ranked]
     head = ["expert", *(name for name, _ in _facts(ranked[0])), "domains", "tokens"]
     content += f"### What each expert is chosen for\n\n{HOW['roles']}\n\n{_table(head, rows)}"
-    cards = (f"#### Expert {row.expert} of {layer.layer}\n\n{_bullets(row)}\n" for row in ranked[:MAX_CARDS])
+    cards = (f"#### {_title(row)} of {layer.layer}\n\n{_bullets(row)}\n" for row in ranked[:MAX_CARDS])
     return content + "".join(cards)
 
 

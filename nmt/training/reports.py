@@ -38,7 +38,8 @@ class Reports:
         self._config, self._run, self._world, self._out, self._progress = config, run, world, out, progress
         self._first = progress.step + 1
         self._forecast_told = False
-        self._gate_watch = GateWatch(config.model.moe, config.training.warmup_steps)
+        # New gates of a grown network have to settle too.
+        self._gate_watch = GateWatch(config.model.moe, progress.warm_from + config.training.warmup_steps)
 
     def introduce(
         self, cost: Cost, num_pairs: int, notes: list[str], resumed_from: Checkpoint | None, skipped: int | None
