@@ -20,9 +20,11 @@ from nmt.evaluation.scores import Comparison
 from nmt.experts.grow import grow
 from nmt.experts.observe import most_used, observe
 from nmt.experts.surgery import read_network, with_counts, write_run
+from nmt.metrics.record import TrainLine, read_lines
 from nmt.model.gating import GateOutput
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
+from nmt.training.optim import learning_rate
 from tests.test_surgery import HIERARCHICAL, network
 from tests.toy import Cli, train
 
@@ -97,8 +99,16 @@ def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: st
     assert all(torch.equal(old[name], tensors[name]) for name in shared)
     w_gate = "exp_avg.encoder.moe_layers.moe.1.gate."
     assert torch.equal(tensors[f"{w_gate}primary_w_gate_DA"], old[f"{w_gate}w_gate_DE"])
+    assert config.model.moe.straight_through
+    assert config.model.moe.copies == 2
+    assert made.state()["progress"]["warm_from"] == step
     go_on(cli, new, 3)
     assert losses(new)[0] == pytest.approx(losses(run)[step - 1], rel=0.2)
+    # Warmed up over two steps once more.
+    rates = [line.learning_rate for line in read_lines(new / "metrics.jsonl", TrainLine)]
+    planned = [learning_rate(config.training, step + number) for number in (1, 2, 3)]
+    assert rates == pytest.approx([planned[0] / 2, planned[1], planned[2]])
+    assert "as planned" not in cli.err
     assert json.loads((new / "metrics.jsonl").read_text().splitlines()[0])["step"] == step + 1
 
 
@@ -106,6 +116,8 @@ def test_a_run_without_experts_gets_some(cli: Cli, corpus: Path) -> None:
     dense = train(corpus, "dense", 3, "model.moe.num_experts=0")
     assert cli("experts", str(dense), "--grow", "4", "-o", "sparse") == 0, cli.err
     assert "encoder.1 0 -> 4 experts, decoder.1 0 -> 4 experts" in cli.out
+    assert list_checkpoints(corpus / "sparse" / "checkpoints")[-1].state()["progress"]["warm_from"] == 3
+    assert "frozen" not in cli.out
     go_on(cli, corpus / "sparse", 3)
     steps = [
         float(value)
@@ -115,6 +127,32 @@ def test_a_run_without_experts_gets_some(cli: Cli, corpus: Path) -> None:
         if name.startswith("step.")
     ]
     assert set(steps) == {3.0, 6.0}
+
+
+def test_redrawing_says_what_it_costs_and_biases_grow_with_the_experts(cli: Cli, corpus: Path) -> None:
+    run = train(corpus, "a", 2, "model.moe.bias_rate=0.01")
+    assert cli("experts", str(run), "--grow", "8", "--redraw", "0.5", "-o", "b") == 0, cli.err
+    (found,) = re.findall(r"perplexity of 8 dev pairs: (\S+) before, (\S+) after \((\S+)%, by --redraw 0.5\)", cli.out)
+    before, after, jump = map(float, found)
+    assert before != after
+    assert jump == pytest.approx(100 * (after / before - 1), abs=0.06)
+    gate = "encoder.moe_layers.moe.1.gate."
+    old, new = (read_tensors(list_checkpoints(corpus / name / "checkpoints")[-1].path / "model") for name in "ab")
+    assert old[f"{gate}bias_E"].any()
+    assert torch.equal(new[f"{gate}primary_bias_A"], old[f"{gate}bias_E"])
+    assert not new[f"{gate}bias_E"].any()
+    go_on(cli, corpus / "b", 3)
+    after = read_tensors(list_checkpoints(corpus / "b" / "checkpoints")[-1].path / "model")
+    assert after[f"{gate}bias_E"].any()
+    assert cli("experts", str(corpus / "b"), "--prune", "4", "-o", "c", "--max-loss", "100") == 0, cli.err
+    assert printed_config(cli.out).model.moe.copies == 1
+    progress = list_checkpoints(corpus / "c" / "checkpoints")[-1].state()["progress"]
+    assert progress["warm_from"] == 2
+    go_on(cli, corpus / "c", 1)
+    assert cli("export", str(corpus / "c"), str(corpus / "exported")) == 0, cli.err
+    assert (
+        cli("translate", str(corpus / "exported"), str(run / "text" / "test.source"), "-o", str(corpus / "out")) == 0
+    ), cli.err
 
 
 @pytest.mark.slow
@@ -306,6 +344,8 @@ def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
         (["--grow", "8", "-o", ".."], ("name the folder",)),
         (["--grow", "8", "-o", ""], ("name the folder",)),
         (["--grow", "0"], ("--grow 0", "at least 1")),
+        (["--grow", "8", "--redraw", "2"], ("--redraw 2", "from 0 to 1")),
+        (["--prune", "1", "--redraw", "0.5"], ("--redraw goes with --grow",)),
         (["--grow", "6"], ("--grow 6", "4 experts can grow to 8, 12, 16")),
         (["--grow", "8", "decoding.checkpoint=average"], ("average", "no optimiser state")),
         (["--prune", "some"], ("--prune some", "or idle")),
