@@ -10,6 +10,7 @@ from statistics import fmean
 from nmt.commands import say, show
 from nmt.commands.dev_pairs import DevPairs
 from nmt.config import Config, DecodingConfig, RunConfig
+from nmt.config.reading import written
 from nmt.cost.operations import model_cost
 from nmt.data.subwords import Subwords
 from nmt.decoding.directions import Directions
@@ -55,7 +56,23 @@ def resize(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     show(_sizes(network, changed))
     for note in notes:
         say(note)
+    if options.grow is not None and changed.config.moe.copies > 1:
+        show(_for_another_domain(path, changed.config.moe.copies))
     show(f"{path} resumes from step {checkpoint.step:,} of {run.path} with\n  {shlex.join(command)}")
+
+
+def _for_another_domain(path: Path, copies: int) -> str:
+    """Return how to train the new experts of a grown run on other text."""
+    frozen = written([f"experts[::{copies}]"])
+    command = [
+        "nmt",
+        "train",
+        "run.name=NAME",
+        f"run.start_from={path}",
+        "model=inherited",
+        f"training.freeze={frozen}",
+    ]
+    return f"on another corpus, with the earlier experts frozen:\n  {shlex.join(command)} corpus=..."
 
 
 def _check_count(options: argparse.Namespace, config: Config) -> None:

@@ -48,7 +48,8 @@ class Frozen:
             held = len(parameter)
             left = 0 if parameter in whole else size - size // (held * share.size) * len(frozen_E)
             self._all, self._trained = self._all + size, self._trained + left
-            parameter.requires_grad_(left > 0)
+            # Biases of gates never take a gradient.
+            parameter.requires_grad_(left > 0 and parameter.requires_grad)
             places = [each - share.rank * held for each in frozen_E if each // held == share.rank]
             if left and places:
                 self._rows[name] = torch.tensor(places, device=parameter.device)

@@ -79,7 +79,7 @@ class Updater:
         self.frozen = frozen
         layers = config.model.moe_layer_names()
         self.balanced = any(weight for layer in layers for weight in config.model.moe.balance_weights(layer))
-        biased = config.model.moe.bias_rate > 0.0
+        biased = config.model.moe.bias_rate > 0.0 and "gates" not in config.training.freeze
         self.biased = {layer: moe.gate for layer, moe in model.moe_layers().items() if biased}
         self.experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
         exact = torch.promote_types(model.output.weight.dtype, torch.float32)

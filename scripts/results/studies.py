@@ -44,15 +44,6 @@ RUNS: dict[str, list[str]] = {
 }
 GROWN = "moe_8_to_32"
 GROWN_AT = 500
-GROWN_OVERRIDES = [
-    *KEEP_ALL,
-    *BALANCED,
-    "model.moe.num_experts=32",
-    "model.moe.gating=hierarchical",
-    "model.moe.branching=8",
-    "model.moe.primary_k=4",
-    "model.moe.k=1",
-]
 STUDIES: dict[str, tuple[str, list[str]]] = {
     "balance": (
         "Balance losses, 32 experts (S17 Table 6)",
@@ -91,7 +82,7 @@ def run_one(name: str, runs: Path, common: list[str]) -> None:
         if not (runs / GROWN).exists():
             chosen = f"decoding.checkpoint={GROWN_AT}"
             nmt("experts", str(runs / "moe_8"), "--grow", "32", "-o", str(runs / GROWN), chosen)
-        train(GROWN, runs, GROWN_OVERRIDES, common)
+        nmt("train", str(runs / GROWN), *common[1:])
     else:
         experiment = common[0].removeprefix("experiment=")
         train(name, runs, RUNS[name] + [wide(experiment)] * (name == "moe_1_wide"), common)
