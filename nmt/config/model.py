@@ -93,9 +93,8 @@ class MoEConfig:
     """Groups selected per token, for gating=hierarchical."""
     straight_through: bool = False
     """Let the gate learn from the task with k=1 too. The softmax over one logit is always 1, so it has no gradient (S17
-    section 2.1). With this setting, the gate's value is still 1, but it has the gradient of log p, where p is the
-    probability of the chosen expert among all (of its group). It is no part of the paper. `nmt experts --grow` sets
-    it."""
+    section 2.1). With this setting, the value is still 1, but it has the gradient of log p. Here, p is the probability
+    of the chosen expert among all (of its group). It is no part of the paper. `nmt experts --grow` sets it."""
     bias_rate: float = 0.0
     """Balance by biases instead of losses: gamma of DeepSeek-V3, which has 0.001; 0: no biases. A bias per expert is
     added to the logits when experts are chosen, but not in the gate values. After each step, it rises by gamma if the

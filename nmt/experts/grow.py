@@ -34,7 +34,7 @@ def grow(network: NetworkWeights, num_experts: int, seed: int, redraw: float = 0
     - From A groups of B experts under a hierarchical gate with k = 1, for example after an earlier growth: each group
       gets C copies of each of its experts.
 
-    Copy c of the old expert e is the new expert C e + c. Copy 0 stands for the old one.
+    Copy c of the old expert e is the new expert C e + c. Copy 0 is the old one.
 
     A gate value that is always 1 has no gradient, so grown gates with k = 1 are `straight_through`. Random columns
     u_1 .. u_C decide which copy a token activates. They are normal with std D^-1/2, which gives logits of unit scale, a

@@ -95,7 +95,7 @@ def with_counts(config: ModelConfig, counts: Mapping[str, int]) -> ModelConfig:
     """Return `config` with `counts` experts by layer.
 
     num_experts is the most frequent count (on a tie, the larger one), and num_experts_at has the layers that differ.
-    copies is 1, since the numbers of experts no longer tell which were copied.
+    copies is 1, since the numbers of experts no longer show which were copied.
     """
     frequency = Counter(counts.values())
     usual = max(frequency, key=lambda count: (frequency[count], count))

@@ -148,8 +148,8 @@ def straight_through_factor(chosen_T1: Tensor, chooses_TE: Tensor) -> Tensor:
     """Return p / stop_gradient(p), p = softmax(logits)_chosen: the value is 1, its gradient that of log p.
 
     It is for gates with k = 1. Their softmax over one logit is 1, so the task gives them no gradient (S17 section 2.1).
-    As p is that of the logits that chose, with noise and bias, experts are chosen about as often as p says. The mean
-    gradient of log p is then about 0: only differences between experts move the gate, not what all outputs have in
+    As p is that of the logits that chose, with noise and bias, experts are chosen about as often as p predicts. The
+    mean gradient of log p is then about 0: only differences between experts move the gate, not what all outputs have in
     common. Switch Transformer (Fedus et al. 2021) multiplies outputs by p instead. That would change the function of a
     network when it grows.
     """
