@@ -26,7 +26,7 @@ from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
 from nmt.training.optim import learning_rate
 from tests.test_surgery import HIERARCHICAL, network
-from tests.toy import Cli, train
+from tests.toy import Cli, settings, train
 
 
 @pytest.fixture
@@ -153,6 +153,32 @@ def test_redrawing_says_what_it_costs_and_biases_grow_with_the_experts(cli: Cli,
     assert (
         cli("translate", str(corpus / "exported"), str(run / "text" / "test.source"), "-o", str(corpus / "out")) == 0
     ), cli.err
+
+
+@pytest.mark.parametrize("more", [[], ["gates"]], ids=str)
+def test_new_experts_learn_another_corpus_by_the_printed_command(cli: Cli, corpus: Path, more: list[str]) -> None:
+    run = train(corpus, "a", 2, "model.moe.bias_rate=0.01")
+    assert cli("experts", str(run), "--grow", "12", "-o", "b") == 0, cli.err
+    lines = cli.out.splitlines()
+    printed = shlex.split(lines[lines.index("on another corpus, with the earlier experts frozen:") + 1])
+    freeze = next(word for word in printed if word.startswith("training.freeze="))
+    assert freeze == 'training.freeze=["experts[::3]"]'
+    assert f"run.start_from={corpus / 'b'}" in printed
+    own = [word for word in settings(corpus, "run.name=c", "training.max_steps=3") if not word.startswith("model")]
+    freeze = f'training.freeze=["experts[::3]"{"".join(f",{part}" for part in more)}]'
+    words = ["model=inherited", f"run.start_from={corpus / 'b'}", freeze, "training.checkpoint_every=1"]
+    assert cli("train", *own, *words) == 0, cli.err
+    old, new = (read_tensors(list_checkpoints(corpus / name / "checkpoints")[-1].path / "model") for name in "bc")
+    assert old.keys() == new.keys()
+    for name in old:
+        if "experts" in name:
+            same = [torch.equal(a, b) for a, b in zip(old[name], new[name], strict=True)]
+            assert same[::3] == [True] * 4
+            assert not all(same)
+        elif ".gate." in name and more:
+            assert torch.equal(old[name], new[name]), name
+        elif "bias_E" in name:
+            assert not torch.equal(old[name], new[name])
 
 
 @pytest.mark.slow
