@@ -1,5 +1,6 @@
 """Recorded steps compute what steps launched one kernel at a time compute: to the bit, with dropout and noise."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA grap
 
 VOCAB = 512
 MOE = MoEConfig(num_experts=8, k=2, hidden_sizes=[256])
+GROWN = replace(MOE, gating="hierarchical", branching=4, k=1, straight_through=True, bias_rate=0.01)
 CONFIGS = {
     "moe": ModelConfig(256, 512, attention=AttentionConfig(size=256), moe=MOE),
     "dense": ModelConfig(256, 256, moe=MoEConfig(0)),
@@ -31,6 +33,7 @@ CONFIGS = {
         word_dropout=0.1,
         moe=MoEConfig(num_experts=8, k=2, hidden_sizes=[256], output_masking=0.1, expert_dropout=0.2),
     ),
+    "grown": ModelConfig(256, 256, moe=GROWN),
     "feedback": ModelConfig(256, 256, moe=MOE, attention=AttentionConfig(wiring="feedback")),
 }
 
@@ -90,10 +93,11 @@ def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, m
             assert torch.equal(value, other[key]), key
 
 
-def test_a_recorded_step_does_not_wait_for_the_device() -> None:
+@pytest.mark.parametrize("name", ["moe", "grown"])
+def test_a_recorded_step_does_not_wait_for_the_device(name: str) -> None:
     data = batches(3, 4)
     shape = shape_for(data, 0)
-    _, updater = trained(CONFIGS["moe"], [data[:1]], shape, freeze=["experts[::2]"])
+    _, updater = trained(CONFIGS[name], [data[:1]], shape, freeze=["experts[::2]"])
     fitted = [fit(batch, shape).pin_memory() for batch in data[1:]]
     torch.cuda.set_sync_debug_mode("error")
     try:
