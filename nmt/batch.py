@@ -106,6 +106,8 @@ class Batch(NamedTuple):
     target_in_N: Tensor  # int64: BOS and pieces
     target_out_N: Tensor  # int64: pieces and EOS
     target: Rows
+    teacher_ids_NK: Tensor | None = None  # int64: the K most probable outputs by a teacher; None: no teacher
+    teacher_NK: Tensor | None = None  # float32: their probabilities; 0 in rows without a teacher
 
     @property
     def shape(self) -> Shape:
@@ -129,7 +131,11 @@ class Batch(NamedTuple):
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return this record with every tensor changed."""
-        return Batch._make(value.map(change) if isinstance(value, Rows) else change(value) for value in self)
+
+        def changed(value: Tensor | Rows | None) -> Tensor | Rows | None:
+            return value.map(change) if isinstance(value, Rows) else None if value is None else change(value)
+
+        return Batch._make(map(changed, self))
 
     def to(self, device: torch.device) -> "Batch":
         """Copy this batch to `device`, asynchronously if its memory is pinned."""
@@ -167,6 +173,11 @@ def fit(batch: Batch, shape: Shape) -> Batch:
     def ids(ids_N: Tensor, row_N: Tensor, rows: Rows) -> Tensor:
         return torch.full((rows.num_rows,), PAD).index_copy_(0, row_N, ids_N)
 
+    def of_teacher(values_NK: Tensor | None) -> Tensor | None:
+        if values_NK is None:
+            return None
+        return values_NK.new_zeros(target.num_rows, values_NK.shape[1]).index_copy_(0, target_row_N, values_NK)
+
     return Batch(
         pairs_B=F.pad(batch.pairs_B, (0, shape.sentences - len(batch.pairs_B)), value=-1),
         source_N=ids(batch.source_N, source_row_N, source),
@@ -174,6 +185,8 @@ def fit(batch: Batch, shape: Shape) -> Batch:
         target_in_N=ids(batch.target_in_N, target_row_N, target),
         target_out_N=ids(batch.target_out_N, target_row_N, target),
         target=target,
+        teacher_ids_NK=of_teacher(batch.teacher_ids_NK),
+        teacher_NK=of_teacher(batch.teacher_NK),
     )
 
 
@@ -295,10 +308,22 @@ def make_flat_batch(
     source_lengths_B: np.ndarray,
     target_pieces_N: np.ndarray,
     target_lengths_B: np.ndarray,
+    teacher_N: np.ndarray | None = None,
 ) -> Batch:
-    """Return the Batch of `make_batch` from concatenated sequences, as in shards, without a loop over sentences."""
+    """Return the Batch of `make_batch` from concatenated sequences, as in shards, without a loop over sentences.
+
+    `teacher_N` has a teacher's `ids` and `probabilities` for each target position, with EOS, as in shards.
+    """
     source, source_order_N = make_rows(source_lengths_B + 1)
     target, target_order_N = make_rows(target_lengths_B + 1)
+
+    def of_teacher(field: str, dtype: type) -> Tensor | None:
+        if teacher_N is None:
+            return None
+        packed_NK: np.ndarray = np.empty(teacher_N[field].shape, dtype=dtype)
+        packed_NK[target_order_N] = teacher_N[field]
+        return torch.from_numpy(packed_NK)
+
     return Batch(
         pairs_B=torch.from_numpy(np.asarray(pairs_B, dtype=np.int64)),
         source_N=_packed(source_pieces_N, source_lengths_B, source_order_N, EOS),
@@ -306,6 +331,8 @@ def make_flat_batch(
         target_in_N=_packed(target_pieces_N, target_lengths_B, target_order_N, BOS),
         target_out_N=_packed(target_pieces_N, target_lengths_B, target_order_N, EOS),
         target=target,
+        teacher_ids_NK=of_teacher("ids", np.int64),
+        teacher_NK=of_teacher("probabilities", np.float32),
     )
 
 

@@ -13,11 +13,13 @@ from nmt.commands import Parser, say, show
 from nmt.commands.launch import check_processes, launch, num_processes, run_together
 from nmt.commands.train import check_resumable, run_of, train
 from nmt.config import Config
+from nmt.data.mixture import check_teacher
 from nmt.data.prepare import prepare
 from nmt.decoding.directions import Directions
 from nmt.errors import UserError
 from nmt.process import ended_by_signals, worker
 from nmt.run import RunDirectory
+from nmt.students.parts import Make
 from nmt.students.taught import lesson_of, lessons, only_part, taught_corpus, taught_path
 from nmt.students.teacher import CHOICES, Teacher
 
@@ -32,6 +34,7 @@ def parser() -> Parser:
         "one.",
         "  nmt distill runs/demo experiment=demo run.name=student model.moe.num_experts=0\n"
         "  nmt distill demo experiment=demo run.name=student model=small decoding.beam_size=8 --choose chrf\n"
+        "  nmt distill demo experiment=demo run.name=student model=small --word-level training.teacher_weight=0.7\n"
         "  nmt distill --processes gpu demo experiment=demo run.name=student 'decoding.ensemble=[demo-32]'",
         takes_run=False,
     )
@@ -42,6 +45,12 @@ def parser() -> Parser:
         default="best",
         help="which translation in the teacher's beam becomes the target: the best, or the one most like the reference "
         "by chrF or BLEU (default: best)",
+    )
+    parser.add_argument(
+        "--word-level",
+        action="store_true",
+        help="store the teacher's most probable subwords at each position of the new targets too, for "
+        "training.teacher_weight. The teacher must have the student's vocabulary",
     )
     parser.add_argument("--only-text", action="store_true", help="make the text, print its folder and stop")
     parser.add_argument(
@@ -72,19 +81,25 @@ def distill(options: argparse.Namespace, changes: Sequence[str], config: Config,
         prepared = prepare(config.corpus, log)
         directions = Directions.of(own, run.corpus_info(), str(run.path), str(run.corpus_path))
         directions.check(only_part(prepared).direction)
-        lesson = lesson_of(prepared, run, own, options.choose)
+        lesson = lesson_of(prepared, run, own, options.choose, options.word_level)
         path = taught_path(prepared, lesson)
         config = _mixed(config, path)
         if not options.only_text:
             # A mistake shows at once, and not when all is translated.
             check_resumable(run_of(config), config)
             check_processes(config, processes)
+            if options.word_level:
+                check_teacher("--word-level stores a teacher's probabilities", config.corpus, config.training)
         if path.exists():
             log(f"{path} has the teacher's text")
         elif processes > 1:
-            chosen = ["--choose", options.choose, "--only-text"]
+            chosen = ["--choose", options.choose, "--only-text", *(["--word-level"] if options.word_level else [])]
             run_together(["distill", options.teacher, *words, *changes, *chosen], processes)
-        taught_corpus(prepared, lesson, lambda: lessons(Teacher(run, own, options.choose), prepared), log)
+
+        def teacher() -> Make:
+            return lessons(Teacher(run, own, options.choose), prepared, options.word_level)
+
+        taught_corpus(prepared, lesson, teacher, log)
     if options.only_text:
         show(path)
         return

@@ -38,6 +38,7 @@ def train(config: Config) -> RunDirectory:
     mixed_in(config.corpus)  # a mistake shows at once, and not after an hour
     # All processes call this: one prepares the corpus while the others wait for its lock.
     corpora = Corpora(config.corpus, prepare(config.corpus, say if speaks else _say_nothing))
+    corpora.check_training(config.training)
     world = World.start(config.training.device, config.parallel)
     asked = StopRequest()
     try:

@@ -112,6 +112,9 @@ class TrainingConfig:
     r_drop: float = 0.0
     """alpha of R-Drop (Liang et al. 2021), for small corpora: 1 to 5. Every batch is read twice with different dropout,
     and the loss has a term that makes the two predictions alike. A step takes twice as long. 0: no second pass."""
+    teacher_weight: float = 0.5
+    """Weight of a teacher's probabilities in the loss of a subword, against that of the target itself: 0 to 1. Only
+    text that `nmt distill --word-level` made has such probabilities. 0: they are not used."""
     clip_norm: float = 1.0
     """Maximum norm of the whole gradient; 0: no clipping."""
     freeze: list[str] = field(default_factory=list)
@@ -150,6 +153,7 @@ class TrainingConfig:
             at_least(f"training.{name}", getattr(self, name), 1)
         for name in ("warmup_steps", "hold_steps", "clip_norm", "validation_sentences", "patience", "seed", "r_drop"):
             at_least(f"training.{name}", getattr(self, name), 0)
+        at_least("training.teacher_weight", self.teacher_weight, 0)
         if not 0.0 <= self.max_minutes < math.inf:
             raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
         above("training.learning_rate", self.learning_rate, 0.0)

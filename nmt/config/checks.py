@@ -18,6 +18,7 @@ MOST = {
     "training.micro_batches": 10**6,
     "training.max_steps": 10**12,
     "training.r_drop": 1_000,
+    "training.teacher_weight": 1,
     "training.decay_share": 1,
     "training.seed": 2**63 - 1,
     "parallel.timeout_seconds": 10**7,

@@ -42,6 +42,12 @@ class EpochText(Protocol):
     def gather(self, side: str, pairs_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return (concatenated subword ids of these pairs, their lengths), int64; `side` is "source" or "target"."""
 
+    def teacher(self, pairs_B: np.ndarray) -> np.ndarray | None:
+        """Return a teacher's rows (`nmt.data.shards.teacher_dtype`) of all target positions of these pairs, with EOS.
+
+        None: no pair of any epoch has some. Otherwise pairs without have rows of zeros.
+        """
+
 
 class TrainingText(Protocol):
     """The training text: a pure function from the number of an epoch to its pairs."""
@@ -369,4 +375,5 @@ def _steps(
 
 
 def _batch(pairs: EpochText, pairs_B: np.ndarray) -> Batch:
-    return make_flat_batch(pairs_B, *pairs.gather("source", pairs_B), *pairs.gather("target", pairs_B))
+    sides = (*pairs.gather("source", pairs_B), *pairs.gather("target", pairs_B))
+    return make_flat_batch(pairs_B, *sides, pairs.teacher(pairs_B))

@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from nmt.config import CorpusConfig
+from nmt.config import CorpusConfig, TrainingConfig
 from nmt.data.batching import EpochText
 from nmt.data.prepared import FACTS, VOCABULARY, Part, Prepared, find_prepared
-from nmt.data.shards import positions
+from nmt.data.shards import DTYPES, has_teacher, positions, teacher_dtype
 from nmt.data.symbols import Symbols
-from nmt.errors import DataError
+from nmt.errors import DataError, UserError
 
 
 def mixed_in(corpus: CorpusConfig) -> list[Prepared]:
@@ -80,6 +80,12 @@ class Corpora:
             record["mixed_directions"] = [*dict.fromkeys(map(str, directions))]
         return record
 
+    def check_training(self, training: TrainingConfig) -> None:
+        """Raise UserError if a corpus has a teacher's probabilities, and `training` cannot use them."""
+        for prepared in self._all:
+            if any(map(has_teacher, prepared.manifest["shards"].values())):
+                check_teacher(f"{prepared.path} has a teacher's probabilities", self._corpus, training)
+
     def mixture(self, seed: int) -> "Mixture":
         """Map the training pairs of all corpora. DataError if their files do not fit the manifests."""
         parts: list[Part] = []
@@ -93,6 +99,18 @@ class Corpora:
             several = len(found) > 1
             parts += [part._replace(name=f"{name} {part.name}" if several else name) for part in found]
         return Mixture(parts, shares, seed)
+
+
+def check_teacher(reason: str, corpus: CorpusConfig, training: TrainingConfig) -> None:
+    """Raise UserError if a student with these settings cannot learn from a teacher's probabilities.
+
+    Other subwords than the teacher's have none, and R-Drop has another loss. `reason`: why probabilities are there.
+    """
+    for key, value in (("corpus.subwords.sampling", corpus.subwords.sampling), ("training.r_drop", training.r_drop)):
+        if value and training.teacher_weight:
+            raise UserError(
+                f"{reason}, which {key}={value} cannot use: set {key}=0, or training.teacher_weight=0 to leave them out"
+            )
 
 
 def tempered(sizes: Sequence[int], temperature: float) -> list[float]:
@@ -179,6 +197,22 @@ class _Drawn:
             ids_N[first_B[here_B][:, None] + np.arange(len(prefix))] = prefix
             ids_N[positions(first_B[here_B] + len(prefix), lengths)] = ids
         return ids_N, lengths_B
+
+    def teacher(self, pairs_B: np.ndarray) -> np.ndarray | None:
+        """Return the teacher's rows of the target positions of these pairs, zeros where a part has none."""
+        if not any(part.shards.has_teacher for part in self._parts):
+            return None
+        lengths_B = self.target_lengths[pairs_B].astype(np.int64) + 1
+        first_B = np.cumsum(lengths_B) - lengths_B
+        rows_N = np.zeros(lengths_B.sum(), dtype=teacher_dtype(DTYPES[-1]))
+        part_B = np.searchsorted(self._ends, pairs_B, side="right")
+        for number in np.unique(part_B):
+            here_B = part_B == number
+            drawn = self._drawn[number]
+            found = self._parts[number].shards.teacher(drawn[pairs_B[here_B] - (self._ends[number] - len(drawn))])
+            if found is not None:
+                rows_N[positions(first_B[here_B], lengths_B[here_B])] = found
+        return rows_N
 
 
 def _drawn(num_pairs: int, count: int, epoch: int, seed: tuple[int, int]) -> np.ndarray:

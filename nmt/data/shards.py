@@ -4,13 +4,16 @@ Each side of a split consists of two flat little-endian arrays. The first holds 
 concatenated: uint16 if the vocabulary is small enough, else int32. The second holds the int64 offsets at which
 sentences begin, and the end as its last value. The operating system reads pages on access and drops them when memory
 is short, so the corpus can be larger than the memory.
+
+A teacher's targets may have one more array. It has a row for each target position, those of sentences' ends included:
+the subwords that the teacher finds most probable there, and their probabilities.
 """
 
 import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,6 +25,9 @@ MANIFEST = "manifest.json"
 SIDES = ("source", "target")
 DTYPES = (np.dtype("<u2"), np.dtype("<i4"))
 """Types of subword ids: the first if all ids of the vocabulary fit."""
+TEACHER_BEST = 8
+"""Subwords of a teacher's distribution that are stored per target position: the most probable ones."""
+_TEACHER = ".teacher"
 _OFFSET_DTYPE = np.dtype("<i8")
 _CHECKED_PIECES = 1 << 24  # ids per check
 
@@ -33,15 +39,38 @@ def file_record(path: Path) -> dict[str, Any]:
         return {"bytes": stream.tell(), "sha256": digest}
 
 
+def ids_dtype(vocab_size: int) -> np.dtype:
+    """Return the type of the subword ids of a vocabulary."""
+    return DTYPES[vocab_size > 1 << 16]
+
+
+def teacher_dtype(ids: np.dtype) -> np.dtype:
+    """Return the type of a teacher's row: `ids`, of the given type, and `probabilities`, the most probable first.
+
+    Probabilities are in half precision: 32 bytes per row, or 48 if ids have 4 bytes.
+    """
+    return np.dtype([("ids", ids, (TEACHER_BEST,)), ("probabilities", "<f2", (TEACHER_BEST,))])
+
+
 def _names(split: str) -> dict[str, tuple[str, str]]:
     return {side: (f"{split}.{side}.pieces", f"{split}.{side}.offsets") for side in SIDES}
+
+
+def has_teacher(record: dict[str, Any]) -> bool:
+    """Return whether a split with this entry in the manifest has a teacher's rows."""
+    return any(name.endswith(_TEACHER) for name in record["files"])
+
+
+def _teacher_name(split: str) -> str:
+    return split + _TEACHER
 
 
 class ShardWriter:
     """Writer of the arrays of one split, chunk by chunk; its memory use does not grow with the corpus."""
 
-    def __init__(self, folder: Path, vocab_size: int, split: str = "train") -> None:
-        self.dtype = DTYPES[vocab_size > 1 << 16]
+    def __init__(self, folder: Path, vocab_size: int, split: str = "train", *, taught: bool = False) -> None:
+        """Open the files; `taught`: with a teacher's rows."""
+        self.dtype = ids_dtype(vocab_size)
         self.num_pairs = 0
         self.num_pieces = dict.fromkeys(SIDES, 0)
         self.longest = dict.fromkeys(SIDES, 0)
@@ -51,10 +80,17 @@ class ShardWriter:
         self._streams = {name: (folder / name).open("wb") for pair in _names(split).values() for name in pair}
         for _, offsets in _names(split).values():
             self._streams[offsets].write(np.zeros(1, _OFFSET_DTYPE).tobytes())
+        self._teacher: BinaryIO | None = None
+        if taught:
+            name = _teacher_name(split)
+            self._teacher = self._streams[name] = (folder / name).open("wb")
 
-    def append(self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> None:
-        """Write the subword ids of these pairs."""
+    def append(
+        self, sources: Sequence[np.ndarray], targets: Sequence[np.ndarray], teacher_N: np.ndarray | None = None
+    ) -> None:
+        """Write the subword ids of these pairs, and the teacher's rows for their target positions."""
         assert len(sources) == len(targets)
+        assert (teacher_N is None) == (self._teacher is None)
         if not sources:
             return
         for side, sequences in zip(SIDES, (sources, targets), strict=True):
@@ -66,6 +102,9 @@ class ShardWriter:
             self._streams[offsets_name].write(offsets.astype(_OFFSET_DTYPE).tobytes())
             self.num_pieces[side] = int(offsets[-1])
         self.num_pairs += len(sources)
+        if self._teacher and teacher_N is not None:
+            assert len(teacher_N) == sum(map(len, targets)) + len(targets)
+            self._teacher.write(teacher_N.astype(teacher_dtype(self.dtype)).tobytes())
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -92,9 +131,13 @@ class ShardWriter:
 class ParallelShards:
     """The pairs of one split as arrays of subword ids, without BOS and EOS."""
 
-    def __init__(self, pieces: dict[str, np.ndarray], offsets: dict[str, np.ndarray]) -> None:
+    def __init__(
+        self, pieces: dict[str, np.ndarray], offsets: dict[str, np.ndarray], teacher_N: np.ndarray | None = None
+    ) -> None:
+        """Take the arrays, by side; `teacher_N` has a row of `teacher_dtype` per target position, with EOS."""
         self._pieces = pieces
         self._offsets = offsets
+        self._teacher_N = teacher_N
         self.source_lengths, self.target_lengths = (
             np.diff(offsets[side]).astype(np.int32, copy=False) for side in SIDES
         )
@@ -105,7 +148,8 @@ class ParallelShards:
         record = read_json(folder / MANIFEST, {"shards": {split: object}})["shards"][split]
         dtype = {each.str: each for each in DTYPES}.get(record["dtype"])
         expected_names = {name for names in _names(split).values() for name in names}
-        if dtype is None or record["files"].keys() != expected_names:
+        teacher_name = _teacher_name(split)
+        if dtype is None or record["files"].keys() - {teacher_name} != expected_names:
             raise DataError(f"{folder / MANIFEST} does not describe the arrays of {split}: prepare the corpus again")
         for name, expected in record["files"].items():
             size = (folder / name).stat().st_size if (folder / name).is_file() else None
@@ -117,10 +161,17 @@ class ParallelShards:
             pieces[side] = _map(folder / pieces_name, dtype)
             offsets[side] = _map(folder / offsets_name, _OFFSET_DTYPE)
             _check_offsets(folder / offsets_name, offsets[side], record["pairs"], len(pieces[side]))
-        return cls(pieces, offsets)
+        teacher_N = None
+        if teacher_name in record["files"]:
+            teacher_N = _map(folder / teacher_name, teacher_dtype(dtype))
+            needed = len(pieces["target"]) + record["pairs"]
+            if len(teacher_N) != needed:
+                problem = f"{len(teacher_N):,} rows for {needed:,} target positions"
+                raise DataError(f"{folder / teacher_name} has {problem}: make the text again")
+        return cls(pieces, offsets, teacher_N)
 
     def swapped(self) -> "ParallelShards":
-        """Return the same pairs, in the same arrays, from target to source."""
+        """Return the same pairs, in the same arrays, from target to source. They have no teacher."""
         source, target = SIDES
         return ParallelShards(
             {source: self._pieces[target], target: self._pieces[source]},
@@ -128,7 +179,10 @@ class ParallelShards:
         )
 
     def check_pieces(self, vocab_size: int) -> None:
-        """Raise DataError if an id is not in a vocabulary of this size. Reads every page once."""
+        """Raise DataError if an id is not in a vocabulary of this size, or if a teacher's probability is not one.
+
+        Reads every page once.
+        """
         for side, pieces_N in self._pieces.items():
             for start in range(0, len(pieces_N), _CHECKED_PIECES):
                 part_N = pieces_N[start : start + _CHECKED_PIECES]
@@ -137,6 +191,17 @@ class ParallelShards:
                         f"the {side} side of the prepared corpus has subword ids outside 0..{vocab_size - 1}: prepare "
                         "the corpus again"
                     )
+        for start in range(0, 0 if self._teacher_N is None else len(self._teacher_N), _CHECKED_PIECES // TEACHER_BEST):
+            assert self._teacher_N is not None
+            part_N = self._teacher_N[start : start + _CHECKED_PIECES // TEACHER_BEST]
+            ids_NK, probability_NK = part_N["ids"], part_N["probabilities"]
+            # A comparison with NaN is false.
+            possible = ((probability_NK >= 0) & (probability_NK <= 1)).all()
+            if ids_NK.min() < 0 or ids_NK.max() >= vocab_size or not possible:
+                raise DataError(
+                    f"the teacher's rows of the prepared corpus have subword ids outside 0..{vocab_size - 1}, or "
+                    "probabilities outside 0..1: make the text again"
+                )
 
     def __len__(self) -> int:
         return len(self.source_lengths)
@@ -158,6 +223,19 @@ class ParallelShards:
         starts_B = self._offsets[side][pairs_B]
         lengths_B = self._offsets[side][pairs_B + 1] - starts_B
         return self._pieces[side][positions(starts_B, lengths_B)].astype(np.int64), lengths_B.astype(np.int64)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether the targets have a teacher's rows."""
+        return self._teacher_N is not None
+
+    def teacher(self, pairs_B: np.ndarray) -> np.ndarray | None:
+        """Return the teacher's rows (`teacher_dtype`) of the target positions of these pairs, with EOS; None: none."""
+        if self._teacher_N is None:
+            return None
+        starts_B = self._offsets["target"][pairs_B]
+        lengths_B = self._offsets["target"][pairs_B + 1] - starts_B
+        return self._teacher_N[positions(starts_B + pairs_B, lengths_B + 1)]
 
 
 def positions(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:

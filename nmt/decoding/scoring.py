@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ from nmt.data.subwords import Subwords, split_words
 from nmt.decoding.ensemble import mean_log_prob
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError
-from nmt.model.loss import token_log_probs
+from nmt.model.loss import SoftmaxInput, token_log_probs, top_probabilities
 from nmt.model.one_pass import ChangeGate, Gates
 from nmt.model.rows import unpack
 from nmt.model.seq2seq import Encoded, Seq2Seq
@@ -150,6 +151,35 @@ def pair_log_probs(models: Sequence[Seq2Seq], held_out: HeldOut, experts_per_tok
         for pair, log_prob_T in zip(batch.pairs_B.tolist(), log_prob_BT, strict=True):
             found[pair] = log_prob_T[: len(held_out.targets[pair]) + 1]
     return found
+
+
+def best_subwords(
+    models: Sequence[Seq2Seq], held_out: HeldOut, count: int, experts_per_token: int = 0
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Return (ids_TK, probability_TK) of each pair: the `count` most probable subwords at each target position.
+
+    The last position is that of EOS. Otherwise as `pair_log_probs`.
+    """
+    found: list[tuple[np.ndarray, np.ndarray]] = [(np.zeros(0), np.zeros(0))] * len(held_out.sources)
+    for batch in eval_batches(held_out.sources, held_out.targets, _BATCH_TOKENS) if found else ():
+        with shortage_told(lambda: "scoring sentence pairs", "score fewer or shorter ones"), torch.inference_mode():
+            best = _best_of_rows(models, batch.to(models[0].device), count, experts_per_token)
+        ids_NK, probability_NK = (each_NK.cpu().numpy() for each_NK in best)
+        begin_T, rank_B = batch.target.begin_L[:-1].numpy(), batch.target.rank_B.numpy()
+        for sentence, pair in enumerate(batch.pairs_B.tolist()):
+            row_T = begin_T[: len(held_out.targets[pair]) + 1] + rank_B[sentence]
+            found[pair] = ids_NK[row_T], probability_NK[row_T]
+    return found
+
+
+def _best_of_rows(models: Sequence[Seq2Seq], batch: Batch, count: int, experts_per_token: int) -> tuple[Tensor, Tensor]:
+    """Return (ids_NK, probability_NK) of the rows of a batch's target."""
+    inputs = []
+    for model in models:
+        encoded, _ = model.encode(batch.source_N, batch.source, experts_per_token)
+        x_ND, _ = model.decode(batch.target_in_N, batch.target, encoded, experts_per_token)
+        inputs.append(SoftmaxInput(x_ND, model.output.weight, model.output.bias))
+    return top_probabilities(inputs, count)
 
 
 def pair_scores(subwords: Subwords, held_out: HeldOut, log_probs: Sequence[Sequence[float]]) -> Iterator[PairScore]:

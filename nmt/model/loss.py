@@ -1,23 +1,35 @@
 """Softmax and cross-entropy over the vocabulary in chunks of tokens, so that no batch needs all its logits at once.
 
-Letters: N target tokens, D width, V vocabulary, M tokens per chunk.
+Letters: N target tokens, D width, V vocabulary, M tokens per chunk, K outputs with a teacher's probabilities.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from nmt.model.kernels.cross_entropy import softmax_gradient, two_softmax_gradients
+from nmt.model.kernels.cross_entropy import softmax_gradient, taught_softmax_gradient, two_softmax_gradients
 
 # Logits per chunk: enough to fill a GPU, but not much larger than its cache.
 _PIECE_ELEMENTS = 2**26
 
 
+class Lesson(NamedTuple):
+    """A teacher's probabilities for the tokens of a batch."""
+
+    ids_NK: Tensor
+    """Outputs, all different."""
+    probability_NK: Tensor
+    """Their probabilities, in any proportion: they are made to sum to 1. All 0: this token has no teacher."""
+    weight: float
+    """Weight of the teacher in the loss of a token, against that of the target: 0 to 1."""
+
+
 class _LinearCrossEntropy(Function):
-    """Losses of one pass, or of two over the same tokens (`r_drop` = alpha).
+    """Losses of one pass, with or without a teacher, or of two over the same tokens (`r_drop` = alpha).
 
     The forward pass also computes the gradients of the sum, while a chunk's logits are in memory.
     """
@@ -31,6 +43,7 @@ class _LinearCrossEntropy(Function):
         label_smoothing: float,
         real_N: Tensor | None,
         r_drop: float,
+        lesson: Lesson | None,
         *passes_ND: Tensor,
     ) -> tuple[Tensor, Tensor]:
         first_ND = passes_ND[0]
@@ -48,9 +61,13 @@ class _LinearCrossEntropy(Function):
         for start in range(0, len(target_N), piece):
             here = slice(start, start + piece)
             logits = [_logits(x_ND[here], weight, bias_V) for x_ND in passes_ND]
-            if len(logits) == 1:
+            if len(logits) == 1 and lesson is None:
                 nll_M, uniform_M, *grads_MV = softmax_gradient(logits[0], target_N[here], label_smoothing)
                 sums_M = [nll_M, uniform_M]
+            elif lesson is not None:
+                rest = lesson.ids_NK[here], lesson.probability_NK[here], lesson.weight
+                *sums_M, grad_MV = taught_softmax_gradient(logits[0], target_N[here], label_smoothing, *rest)
+                grads_MV = [grad_MV]
             else:
                 *sums_M, first_MV, second_MV = two_softmax_gradients(
                     logits[0], logits[1], target_N[here], label_smoothing, r_drop
@@ -64,7 +81,7 @@ class _LinearCrossEntropy(Function):
             nll += piece_nll
             loss += (1.0 - label_smoothing) * piece_nll + label_smoothing * uniform
             for each in apart:
-                loss += r_drop / 4 * each
+                loss += each if lesson else r_drop / 4 * each
             for x_ND, x_grad_ND, grad_MV in zip(passes_ND, x_grads_ND, grads_MV, strict=True):
                 if bias_grad_V is not None:
                     bias_grad_V += grad_MV.sum(0)
@@ -80,7 +97,7 @@ class _LinearCrossEntropy(Function):
     def backward(ctx: Any, grad_loss: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
         # `grad_loss` stays on its device: reading its value would wait for the device.
         scaled = [None if grad is None else grad * grad_loss.to(grad.dtype) for grad in ctx.saved_tensors]
-        return *scaled[:2], None, None, None, None, *scaled[2:]
+        return *scaled[:2], None, None, None, None, None, *scaled[2:]
 
 
 def _logits(x_MD: Tensor, weight: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -104,7 +121,26 @@ def linear_cross_entropy(
     -log softmax, with s = label_smoothing. Only `loss` has a gradient. Products run in the precision of x, softmax and
     sums in float32.
     """
-    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, 0.0, x_ND)
+    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, 0.0, None, x_ND)
+
+
+def taught_cross_entropy(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    target_N: Tensor,
+    label_smoothing: float,
+    lesson: Lesson,
+    real_N: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Return (loss, nll) with a teacher: word-level distillation (Kim & Rush 2016, section 3.1).
+
+    nll is that of `linear_cross_entropy`. The loss of a token is (1 - w) times that of `linear_cross_entropy`, plus
+    w times -sum_k p_k log softmax(x W^T + b)_k, with the teacher's probabilities p and its weight w. A token without a
+    teacher has w = 0. Labels are smoothed, but not the teacher's probabilities. Deviation from the
+    paper: p is not the whole distribution. It is made to sum to 1 over the outputs that are stored.
+    """
+    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, 0.0, lesson, x_ND)
 
 
 def r_drop_cross_entropy(
@@ -124,7 +160,7 @@ def r_drop_cross_entropy(
     is half of its loss (eq. 4), which adds up the passes. So alpha has the paper's scale, and the loss has the scale of
     one pass.
     """
-    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, alpha, first_ND, second_ND)
+    return _losses(weight_VD, bias_V, target_N, label_smoothing, real_N, alpha, None, first_ND, second_ND)
 
 
 def _losses(
@@ -134,13 +170,14 @@ def _losses(
     label_smoothing: float,
     real_N: Tensor | None,
     r_drop: float,
+    lesson: Lesson | None,
     *passes_ND: Tensor,
 ) -> tuple[Tensor, Tensor]:
     if not torch.is_grad_enabled():
         # A Function sees which inputs are parameters, but not that gradients are off.
         passes_ND, weight_VD = tuple(x_ND.detach() for x_ND in passes_ND), weight_VD.detach()
         bias_V = None if bias_V is None else bias_V.detach()
-    return _LinearCrossEntropy.apply(weight_VD, bias_V, target_N, label_smoothing, real_N, r_drop, *passes_ND)
+    return _LinearCrossEntropy.apply(weight_VD, bias_V, target_N, label_smoothing, real_N, r_drop, lesson, *passes_ND)
 
 
 def output_logits(x: Tensor, weight_VD: Tensor, bias_V: Tensor | None) -> Tensor:
@@ -169,3 +206,26 @@ def token_log_probs(x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targ
         logits_MV = output_logits(x_MD, weight_VD, bias_V)
         pieces.append(logits_MV.gather(1, target_M[:, None]).squeeze(1) - logits_MV.logsumexp(dim=1))
     return torch.cat(pieces)
+
+
+class SoftmaxInput(NamedTuple):
+    """What the softmax of a model reads: the decoder's output, the weights and the bias."""
+
+    x_ND: Tensor
+    weight_VD: Tensor
+    bias_V: Tensor | None
+
+
+def top_probabilities(inputs: Sequence[SoftmaxInput], count: int) -> tuple[Tensor, Tensor]:
+    """Return (ids_NK, probability_NK) of the `count` most probable outputs of each token, the most probable first.
+
+    Of several models, these are the means of their probabilities. The logits are the same as in a search, and only a
+    chunk of them is in memory at once. For passes without gradient.
+    """
+    piece = max(_PIECE_ELEMENTS // len(inputs) // inputs[0].weight_VD.shape[0], 1)
+    pieces = []
+    for start in range(0, len(inputs[0].x_ND), piece):
+        found = [output_logits(x_ND[start : start + piece], w_VD, b_V).softmax(1) for x_ND, w_VD, b_V in inputs]
+        pieces.append((sum(found[1:], found[0]) / len(found)).topk(count))
+    probabilities, ids = zip(*pieces, strict=True)
+    return torch.cat(ids), torch.cat(probabilities)

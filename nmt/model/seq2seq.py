@@ -25,7 +25,7 @@ from nmt.model.dropout import drop_tokens
 from nmt.model.experts import ALL_EXPERTS, ExpertShard, MoE
 from nmt.model.init import init_parameters
 from nmt.model.kernels.packed import PackedWeight
-from nmt.model.loss import linear_cross_entropy, output_logits, r_drop_cross_entropy
+from nmt.model.loss import Lesson, linear_cross_entropy, output_logits, r_drop_cross_entropy, taught_cross_entropy
 from nmt.model.lstm import LSTM, BidirectionalLSTM, LSTMState
 from nmt.model.names import layer_prefix
 from nmt.model.one_pass import ChangeGate, Gates, LastGate, Pass, of_both_passes
@@ -319,12 +319,25 @@ class Seq2Seq(nn.Module):
         return output_logits(x, self.output.weight, self.output.bias)
 
     def forward(
-        self, batch: Batch, label_smoothing: float = 0.0, experts_per_token: int = 0, r_drop: float = 0.0
+        self,
+        batch: Batch,
+        label_smoothing: float = 0.0,
+        experts_per_token: int = 0,
+        r_drop: float = 0.0,
+        teacher_weight: float = 0.0,
     ) -> LossOutput:
-        """Return the summed loss of predicting every target token from the source and the target tokens before it."""
+        """Return the summed loss of predicting every target token from the source and the target tokens before it.
+
+        If the batch has a teacher's probabilities, and `teacher_weight` is above 0, it is that of
+        `taught_cross_entropy`. There is none with R-Drop.
+        """
         softmax, real_N = (self.output.weight, self.output.bias, batch.target_out_N), batch.target.real_N
         through = Pass(experts_per_token)
         x_ND = self._read(batch, through)
+        if batch.teacher_ids_NK is not None and batch.teacher_NK is not None and teacher_weight:
+            assert not r_drop
+            lesson = Lesson(batch.teacher_ids_NK, batch.teacher_NK, teacher_weight)
+            return LossOutput(*taught_cross_entropy(x_ND, *softmax, label_smoothing, lesson, real_N), through.gates)
         if not (r_drop and self.training):
             return LossOutput(*linear_cross_entropy(x_ND, *softmax, label_smoothing, real_N), through.gates)
         second = Pass(experts_per_token)

@@ -4,11 +4,14 @@ Any number of processes, also on several hosts with one file system, may work at
 to one of them. A process that dies leaves no half of a file, and its part to the others.
 """
 
+import io
 import json
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+
+import numpy as np
 
 from nmt.errors import DataError, StorageError
 from nmt.files import read_json, write_atomically
@@ -71,8 +74,16 @@ class Parts:
     def _needless(self, number: int) -> bool:
         return self.path(number).exists() or self.whole.exists()
 
+    def _rows_path(self, number: int) -> Path:
+        return self.path(number).with_suffix(".npy")
+
     def _write(self, number: int, taught: Taught) -> None:
-        write_atomically(self.path(number), json.dumps(taught._asdict()).encode())
+        if taught.teacher_N is not None:
+            content = io.BytesIO()
+            np.save(content, taught.teacher_N, allow_pickle=False)
+            write_atomically(self._rows_path(number), content.getvalue())
+        # The last file: with it, a part is done.
+        write_atomically(self.path(number), json.dumps({"texts": taught.texts, "kept": taught.kept}).encode())
 
     def read(self, number: int) -> Taught:
         """Return a part that is done. DataError if its file is damaged."""
@@ -81,10 +92,22 @@ class Parts:
             if len(part.texts) != len(self.pairs(number)):
                 raise ValueError(f"it has {len(part.texts):,} texts for {len(self.pairs(number)):,} pairs")
         except (OSError, ValueError, TypeError) as error:
-            raise DataError(
-                f"{self.path(number)} is damaged ({error}): remove it, and run the same command again"
-            ) from error
+            raise self._damaged(self.path(number), error) from error
         return part
+
+    def read_rows(self, number: int, dtype: np.dtype, count: int) -> np.ndarray:
+        """Return a part's `count` teacher's rows, of type `dtype`. DataError if their file is missing or damaged."""
+        path = self._rows_path(number)
+        try:
+            rows_N: np.ndarray = np.load(path, allow_pickle=False)
+            if rows_N.dtype != dtype or rows_N.shape != (count,):
+                raise ValueError(f"it has {len(rows_N):,} rows for {count:,} target positions")
+        except (OSError, ValueError, EOFError, TypeError) as error:
+            raise self._damaged(self.path(number), error) from error
+        return rows_N
+
+    def _damaged(self, path: Path, error: Exception) -> DataError:
+        return DataError(f"{path} is damaged ({error}): remove it, and run the same command again")
 
 
 class _Progress:

@@ -1,38 +1,54 @@
 """A prepared corpus whose targets are a teacher's: like the student's own corpus in everything else.
 
 It has the same vocabulary, the same pairs in the same order, and the same dev and test text. So it can be mixed with
-the student's own corpus (`corpus.mixture`), or take its place.
+the student's own corpus (`corpus.mixture`), or take its place. At word level, the targets have the teacher's most
+probable subwords at each position too.
 """
 
 import hashlib
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nmt.config import Config
 from nmt.data.prepared import Part, Prepared
-from nmt.data.shards import MANIFEST, ParallelShards, ShardWriter
+from nmt.data.shards import MANIFEST, TEACHER_BEST, ShardWriter, ids_dtype, teacher_dtype
 from nmt.data.subwords import Subwords
-from nmt.decoding.loading import others_of
+from nmt.decoding.loading import load_vocabulary, others_of
 from nmt.errors import StorageError, UserError
 from nmt.files import folder_atomically, remove
 from nmt.lock import locked
 from nmt.run import RunDirectory
 from nmt.students.parts import Log, Make, Parts
 from nmt.students.teacher import WHY_KEPT, Taught, Teacher
+from nmt.wording import scaled
 
 _VERSION = 1
 """Of what `Teacher.teach` makes of a pair."""
 _NOT_OF_TEXT = ("device", "batch_tokens")
 """Settings `decoding.*` that do not change translations."""
+_BYTES = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1.0, "bytes"))
 
 
-def lesson_of(prepared: Prepared, run: RunDirectory, config: Config, choose: str) -> dict[str, Any]:
-    """Return what decides the targets: text, vocabulary, checkpoints, settings of the search, and the choice."""
+def lesson_of(
+    prepared: Prepared, run: RunDirectory, config: Config, choose: str, word_level: bool = False
+) -> dict[str, Any]:
+    """Return what decides the targets: text, vocabulary, checkpoints, settings of the search, and the choice.
+
+    At word level, this has the number of subwords per position, too. UserError then if the teacher has another
+    vocabulary, and CheckpointError if it has none.
+    """
+    if word_level and load_vocabulary(run).fingerprint != prepared.subwords().fingerprint:
+        raise UserError(
+            f"--word-level needs a teacher with the student's vocabulary, and {run.path} has another than "
+            f"{prepared.path}: give corpus.subwords.vocabulary={run.path}, or leave --word-level out"
+        )
     models = [(run, config), *others_of(config.decoding)]
     decoding = {key: value for key, value in asdict(config.decoding).items() if key not in _NOT_OF_TEXT}
     return {
@@ -42,7 +58,7 @@ def lesson_of(prepared: Prepared, run: RunDirectory, config: Config, choose: str
         "checkpoints": [each.fingerprint for model, own in models for each in model.chosen(own.decoding)],
         "decoding": decoding,
         "choose": choose,
-    }
+    } | ({"word_level": TEACHER_BEST} if word_level else {})
 
 
 def taught_path(prepared: Prepared, lesson: dict[str, Any]) -> Path:
@@ -58,9 +74,17 @@ def taught_corpus(prepared: Prepared, lesson: dict[str, Any], teacher: Callable[
     are those of `Parts` and of the teacher.
     """
     path = taught_path(prepared, lesson)
-    parts = Parts(path, len(only_part(prepared).shards))
+    shards = only_part(prepared).shards
+    parts = Parts(path, len(shards))
     if not path.exists():
         if parts.num_done() < parts.count:
+            if _is_word_level(lesson):
+                positions = int(shards.target_lengths.sum()) + len(shards)
+                size = positions * teacher_dtype(ids_dtype(prepared.subwords().size)).itemsize
+                log(
+                    f"the {TEACHER_BEST} most probable subwords at each target position need about "
+                    f"{scaled(size, _BYTES)} ({scaled(size / len(shards), _BYTES)} per pair)"
+                )
             parts.fill(teacher(), log)
         try:
             with locked(path.with_name(f".{path.name}.lock"), lambda _other: None):
@@ -82,13 +106,17 @@ def only_part(prepared: Prepared) -> Part:
     return parts[0]
 
 
-def lessons(teacher: Teacher, prepared: Prepared) -> Make:
-    """Return the function that translates pairs of a corpus."""
+def lessons(teacher: Teacher, prepared: Prepared, word_level: bool = False) -> Make:
+    """Return the function that translates pairs of a corpus, and at word level adds the teacher's rows."""
     subwords, part = prepared.subwords(), only_part(prepared)
 
     def make(pairs: range, progress: Callable[[float], None]) -> Taught:
         sources, targets = ([side(pair) for pair in pairs] for side in (part.shards.source, part.shards.target))
-        return teacher.teach(sources, targets, subwords, part.direction, part.tag, progress)
+        taught = teacher.teach(sources, targets, subwords, part.direction, part.tag, progress)
+        if not word_level:
+            return taught
+        targets, _ = _targets_of(taught, targets, subwords, _most_pieces(prepared))
+        return taught._replace(teacher_N=teacher.probabilities(sources, targets, subwords, part.direction, part.tag))
 
     return make
 
@@ -96,14 +124,22 @@ def lessons(teacher: Teacher, prepared: Prepared) -> Make:
 def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path, log: Log) -> None:
     """Write the folder from the finished parts."""
     subwords, shards = prepared.subwords(), only_part(prepared).shards
-    most = prepared.manifest["corpus"]["filters"]["max_pieces"]
     kept = Counter[str]()
     with folder_atomically(path) as folder:
         for name in prepared.manifest["files"]:
             shutil.copyfile(prepared.path / name, folder / name)
-        with ShardWriter(folder, subwords.size) as writer:
+        with ShardWriter(folder, subwords.size, taught=_is_word_level(lesson)) as writer:
             for number in range(parts.count):
-                _append(writer, shards, parts.pairs(number), parts.read(number), subwords, most, kept)
+                part, pairs = parts.read(number), parts.pairs(number)
+                references = [shards.target(pair) for pair in pairs]
+                targets, filtered = _targets_of(part, references, subwords, _most_pieces(prepared))
+                kept.update(part.kept)
+                kept.update(filtered)
+                rows_N = None
+                if _is_word_level(lesson):
+                    count = sum(map(len, targets)) + len(targets)
+                    rows_N = parts.read_rows(number, teacher_dtype(writer.dtype), count)
+                writer.append([shards.source(pair) for pair in pairs], targets, rows_N)
         taught = lesson | {"pairs": parts.num_pairs, "kept": dict(kept)}
         manifest = prepared.manifest | {
             "sources": [],
@@ -119,23 +155,25 @@ def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path,
         log(f"{count:,} keep their reference: those {WHY_KEPT[why]}")
 
 
-def _append(
-    writer: ShardWriter,
-    shards: ParallelShards,
-    pairs: range,
-    part: Taught,
-    subwords: Subwords,
-    most: int,
-    kept: Counter[str],
-) -> None:
-    """Write the pairs of a part, and count those that keep their reference."""
-    kept.update(part.kept)
-    new = [(pair, text) for pair, text in zip(pairs, part.texts, strict=True) if text is not None]
-    targets = {pair: shards.target(pair) for pair in pairs}
+def _is_word_level(lesson: dict[str, Any]) -> bool:
+    return "word_level" in lesson
+
+
+def _most_pieces(prepared: Prepared) -> int:
+    most: int = prepared.manifest["corpus"]["filters"]["max_pieces"]
+    return most
+
+
+def _targets_of(
+    taught: Taught, references: Sequence[np.ndarray], subwords: Subwords, most: int
+) -> tuple[list[np.ndarray], Counter[str]]:
+    """Return (the targets of pairs as subword ids, how many more keep their reference and why)."""
+    targets, filtered = [*references], Counter[str]()
+    new = [(pair, text) for pair, text in enumerate(taught.texts) if text is not None]
     encoded = subwords.encode_batch([text for _, text in new])
     for (pair, _), ids in zip(new, encoded, strict=True):
         if most and len(ids) > most:
-            kept["filtered"] += 1
+            filtered["filtered"] += 1
         else:
             targets[pair] = ids
-    writer.append([shards.source(pair) for pair in pairs], [*targets.values()])
+    return targets, filtered

@@ -12,8 +12,11 @@ from typing import NamedTuple
 import numpy as np
 
 from nmt.config import Config, Direction
+from nmt.data.held_out import HeldOut
+from nmt.data.shards import TEACHER_BEST, ids_dtype, teacher_dtype
 from nmt.data.subwords import RESERVED, Subwords
 from nmt.decoding.retry import search_again, troubles
+from nmt.decoding.scoring import best_subwords
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translator import Translator
 from nmt.evaluation.mbr import likeness
@@ -39,6 +42,8 @@ class Taught(NamedTuple):
     """The new target of each pair; None: the reference stays."""
     kept: dict[str, int]
     """Number of pairs whose reference stays, by the key of `WHY_KEPT`."""
+    teacher_N: np.ndarray | None = None
+    """The teacher's rows (`nmt.data.shards.teacher_dtype`) for all target positions, with EOS, of the pairs."""
 
 
 class Teacher:
@@ -72,14 +77,7 @@ class Teacher:
         """
         texts = subwords.decode_batch([ids.tolist() for ids in sources])
         own, kept = self._readable(sources, texts, subwords)
-        assert self.translator.directions
-        tag = tag if tag in self.translator.directions.symbols.tags else ""
-        prefix = self.translator.directions.prefix(self.translator.subwords, direction, tag)
-        found = self._search(
-            {pair: np.concatenate([np.array(prefix, dtype=np.int32), ids]) for pair, ids in own.items()},
-            texts,
-            progress,
-        )
+        found = self._search(self._with_symbols(own, direction, tag), texts, progress)
         good, troubled = self._good(found, texts)
         kept.update(troubled)
         targets: list[str | None] = [None] * len(sources)
@@ -89,6 +87,39 @@ class Teacher:
                 likeness = self.likeness(candidates, subwords.decode(references[pair].tolist()))
                 targets[pair] = candidates[int(np.argmax(likeness))]
         return Taught(targets, dict(kept))
+
+    def probabilities(
+        self,
+        sources: Sequence[np.ndarray],
+        targets: Sequence[np.ndarray],
+        subwords: Subwords,
+        direction: Direction,
+        tag: str = "",
+    ) -> np.ndarray:
+        """Return the rows (`nmt.data.shards.teacher_dtype`) of all positions of the targets, with EOS, pair by pair.
+
+        A row has the subwords that the teacher finds most probable there, after the target's subwords before it (word
+        level, Kim & Rush 2016). The rows of a source that the teacher cannot read are zeros. The vocabulary must be the
+        teacher's. Otherwise as `teach`.
+        """
+        own, _ = self._readable(sources, (), subwords)
+        read = self._with_symbols(own, direction, tag)
+        lengths = [len(target) + 1 for target in targets]
+        begins = np.cumsum([0, *lengths])
+        rows_N = np.zeros(begins[-1], dtype=teacher_dtype(ids_dtype(subwords.size)))
+        held_out = HeldOut([*read.values()], [targets[pair] for pair in read], [])
+        found = best_subwords(self.translator.models, held_out, TEACHER_BEST, self.options.experts_per_token)
+        for pair, best in zip(read, found, strict=True):
+            here = slice(begins[pair], begins[pair + 1])
+            rows_N["ids"][here], rows_N["probabilities"][here] = best
+        return rows_N
+
+    def _with_symbols(self, sources: Mapping[int, np.ndarray], direction: Direction, tag: str) -> dict[int, np.ndarray]:
+        """Return the sources with the symbols of the target language and of the tag before them."""
+        assert self.translator.directions
+        tag = tag if tag in self.translator.directions.symbols.tags else ""
+        prefix = np.array(self.translator.directions.prefix(self.translator.subwords, direction, tag), dtype=np.int32)
+        return {pair: np.concatenate([prefix, ids]) for pair, ids in sources.items()}
 
     def _readable(
         self, sources: Sequence[np.ndarray], texts: Sequence[str], subwords: Subwords

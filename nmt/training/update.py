@@ -181,7 +181,12 @@ class Updater:
     def _forward(self, batch: Batch) -> LossOutput:
         with autocast(self.world.device, self.config.training.precision):
             training = self.config.training
-            return self.forward(batch, label_smoothing=training.label_smoothing, r_drop=training.r_drop)
+            return self.forward(
+                batch,
+                label_smoothing=training.label_smoothing,
+                r_drop=training.r_drop,
+                teacher_weight=training.teacher_weight,
+            )
 
     def _seed(self, step: int, index: int) -> None:
         # Micro-batch i of this process is micro-batch rank + i * size of the step.

@@ -2,9 +2,9 @@
 
 `softmax_gradient` and `two_softmax_gradients` choose between a plain and a fused implementation. The fused one runs on
 a GPU: it reads bf16 logits once from memory and overwrites them with the gradient. The plain one makes about ten passes
-over float32 logits.
+over float32 logits. `taught_softmax_gradient` adds a teacher's probabilities to either of them.
 
-Letters: M tokens, V vocabulary.
+Letters: M tokens, V vocabulary, K outputs with a teacher's probabilities.
 """
 
 import torch
@@ -34,6 +34,45 @@ def plain_softmax_gradient(logits_MV: Tensor, target_M: Tensor, label_smoothing:
     gradient_MV = (exact_MV - lse_M[:, None]).exp_().sub_(label_smoothing / logits_MV.shape[1])
     gradient_MV[torch.arange(len(target_M), device=target_M.device), target_M] -= 1.0 - label_smoothing
     return nll_M, uniform_M, gradient_MV.to(logits_MV.dtype)
+
+
+def taught_softmax_gradient(
+    logits_MV: Tensor,
+    target_M: Tensor,
+    label_smoothing: float,
+    ids_MK: Tensor,
+    probability_MK: Tensor,
+    weight: float,
+) -> tuple[Tensor, ...]:
+    """Return (nll_M, uniform_M, apart_M, gradient_MV), and may overwrite `logits_MV`.
+
+    nll and uniform are those of `softmax_gradient`. With own = (1 - s) nll + s uniform, a teacher's probabilities p of
+    the outputs `ids_MK`, which are made to sum to 1, and w = `weight`:
+
+        taught = -sum_k p_k log softmax_k        apart = w (taught - own)
+
+    The gradient is that of sum(own + apart) = sum((1 - w) own + w taught). apart is 0 where all p are 0. The ids of a
+    token must differ from each other where p is above 0.
+    """
+    exact = torch.promote_types(logits_MV.dtype, torch.float32)
+    p_MK = probability_MK.to(exact)
+    mass_M = p_MK.sum(1)
+    p_MK = p_MK / mass_M.clamp(min=torch.finfo(exact).tiny)[:, None]
+    weight_M = weight * (mass_M > 0).to(exact)
+    # Read now: the gradient may overwrite them.
+    wanted_M = logits_MV.gather(1, target_M[:, None]).squeeze(1).to(exact)
+    logits_MK = logits_MV.gather(1, ids_MK).to(exact)
+    nll_M, uniform_M, gradient_MV = softmax_gradient(logits_MV, target_M, label_smoothing)
+    taught_M = (p_MK * ((nll_M + wanted_M)[:, None] - logits_MK)).sum(1)
+    apart_M = weight_M * (taught_M - ((1.0 - label_smoothing) * nll_M + label_smoothing * uniform_M))
+    # d apart / d logits = w (smoothed target distribution - p). Each of the additions changes a place at most once, so
+    # that a GPU adds in a fixed order.
+    dtype = gradient_MV.dtype
+    if label_smoothing:
+        gradient_MV += (weight_M * (label_smoothing / logits_MV.shape[1]))[:, None].to(dtype)
+    gradient_MV.scatter_add_(1, target_M[:, None], ((1.0 - label_smoothing) * weight_M)[:, None].to(dtype))
+    gradient_MV.scatter_add_(1, ids_MK, (-weight_M[:, None] * p_MK).to(dtype))
+    return nll_M, uniform_M, apart_M, gradient_MV
 
 
 def two_softmax_gradients(
