@@ -21,6 +21,7 @@ from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_mod
 from nmt.parallel.mesh import World
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
+from tests.lessons import with_teacher
 from tests.processes import mirrored, run_ranks
 
 VOCABULARY = 13
@@ -42,6 +43,7 @@ CASES: dict[str, dict[str, Any]] = {
     "R-Drop": {},
     "R-Drop, strictly balanced": {"gating": "strictly_balanced"},
     "biases": HIERARCHICAL | {"bias_rate": 0.1, "straight_through": True},
+    "a teacher": {},
 }
 
 
@@ -109,8 +111,11 @@ def run_updates(
 
     optimizer.register_step_pre_hook(keep)
     done = []
+    batches = micro_batches_of(total)
+    if case == "a teacher":
+        batches = [with_teacher(batch, VOCABULARY) for batch in batches]
     for step in (1, 2):
-        out = updater.update(micro_batches_of(total)[world.rank :: world.size], step, 0.01)
+        out = updater.update(batches[world.rank :: world.size], step, 0.01)
         losses = [balance_loss(sums, 0.3, 0.2) for sums in out.sums.values()]
         done.append((world.sum(out.nll.clone()), out.gradient_norm, *losses))
     with torch.no_grad():
