@@ -39,7 +39,7 @@ from nmt.run import RunDirectory
 from nmt.students.teacher import Taught, Teacher
 from tests.conftest import TINY_VOCAB
 from tests.lessons import with_teacher
-from tests.toy import Cli, saved, settings
+from tests.toy import Cli, saved, settings, train
 
 Configs = Callable[..., ModelConfig]
 Batches = Callable[..., Batch]
@@ -357,13 +357,17 @@ def taught_in(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "p").glob("toy-taught-*") if path.suffix != ".parts")
 
 
-def test_what_is_stored_are_the_teacher_s_probabilities_of_all_targets(cli: Cli, run: Path, own: Path) -> None:
+def test_what_is_stored_are_the_teacher_s_probabilities_of_all_targets(cli: Cli, shared_text: Path, own: Path) -> None:
+    # It has learned to end its translations, so that there are new targets and references.
+    rare = [f"training.{name}=1000" for name in ("validate_every", "checkpoint_every", "log_every")]
+    run = train(shared_text, "word-level-teacher", 60, "training.learning_rate=0.02", *rare)
     assert cli(*arguments(run, own, "--only-text")) == 0, cli.err
     assert "the 8 most probable subwords at each target position need about" in cli.err
     prepared = Prepared.open(*taught_in(own))
     prepared.verify()
     assert prepared.manifest["taught"]["word_level"] == 8
     shards = prepared.parts()[0].shards
+    assert 0 < sum(prepared.manifest["taught"]["kept"].values()) < len(shards)
     directory = RunDirectory(run)
     pairs = range(len(shards))
     held_out = HeldOut([shards.source(pair) for pair in pairs], [shards.target(pair) for pair in pairs], [])
