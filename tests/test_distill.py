@@ -96,8 +96,9 @@ def test_the_student_starts_from_the_teacher(cli: Cli, run: Path, own: Path) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_make_the_text_of_one(cli: Cli, run: Path, own: Path) -> None:
-    command = arguments(run, own, "--only-text")
+@pytest.mark.parametrize("level", [(), ("--word-level",)])
+def test_two_processes_make_the_text_of_one(cli: Cli, run: Path, own: Path, level: tuple[str, ...]) -> None:
+    command = arguments(run, own, "--only-text", *level)
     assert cli(*command) == 0, cli.err
     [taught] = taught_in(own)
     alone = {path.name: path.read_bytes() for path in taught.iterdir()}
