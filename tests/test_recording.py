@@ -17,6 +17,7 @@ from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer
 from nmt.training.recording import can_record
 from nmt.training.update import UpdateOutput, Updater
+from tests.lessons import with_teacher
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -34,6 +35,7 @@ CONFIGS = {
         moe=MoEConfig(num_experts=8, k=2, hidden_sizes=[256], output_masking=0.1, expert_dropout=0.2),
     ),
     "grown": ModelConfig(256, 256, moe=GROWN),
+    "taught": ModelConfig(256, 256, moe=MOE),
     "feedback": ModelConfig(256, 256, moe=MOE, attention=AttentionConfig(wiring="feedback")),
 }
 
@@ -80,6 +82,8 @@ def test_recorded_steps_are_the_same_to_the_bit(name: str, micro_batches: int, m
     # All of the encoder, so that no gradient passes its LSTMs, or some experts.
     freeze = {"moe": ["embeddings", "encoder"], "every dropout": ["experts[::2]", "attention"]}.get(name, [])
     data = batches(4 * micro_batches, 3)
+    if name == "taught":
+        data = [with_teacher(batch, VOCAB) for batch in data]
     shape = shape_for(data, 2)
     steps = [data[first : first + micro_batches] for first in range(0, len(data), micro_batches)]
     recorded, updater = trained(CONFIGS[name], steps, shape, r_drop=r_drop, freeze=freeze)

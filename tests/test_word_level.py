@@ -33,6 +33,8 @@ from nmt.decoding.scoring import best_subwords, pair_log_probs
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model import loss as loss_module
+from nmt.model.kernels import cross_entropy
+from nmt.model.kernels.cross_entropy import plain_softmax_gradient, taught_softmax_gradient
 from nmt.model.loss import Lesson, SoftmaxInput, linear_cross_entropy, taught_cross_entropy, top_probabilities
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
@@ -155,6 +157,20 @@ def test_half_precision_has_a_float32_loss() -> None:
     assert [gradient.dtype for gradient in gradients] == [each.dtype for each in halves]
     for gradient, each in zip(gradients, torch.autograd.grad(expected, halves), strict=True):
         torch.testing.assert_close(gradient.float(), each.float(), rtol=0.05, atol=0.1)
+
+
+def test_a_gradient_that_overwrites_the_logits_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the fused one does on a GPU."""
+    leaves, target_N, *said = problem()
+    logits_NV = F.linear(*leaves).detach()
+    expected = taught_softmax_gradient(logits_NV.clone(), target_N, 0.1, *said, 0.5)
+
+    def overwriting(logits_MV: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        nll_M, uniform_M, gradient_MV = plain_softmax_gradient(logits_MV, *rest)
+        return nll_M, uniform_M, logits_MV.copy_(gradient_MV)
+
+    monkeypatch.setattr(cross_entropy, "softmax_gradient", overwriting)
+    assert all(map(torch.equal, taught_softmax_gradient(logits_NV, target_N, 0.1, *said, 0.5), expected))
 
 
 # --------------------------------------------------------------------------------------------------- the network
