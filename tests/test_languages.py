@@ -366,3 +366,15 @@ def test_python_has_the_same_directions(model: nmt.Model) -> None:
     layers = model.experts(sources, targets, directions=["en-de", "de-en"])
     assert set(layers[0].experts[0].languages) == {"from de", "from en", "to de", "to en"}
     assert model.explain("the dog", direction="en-fr").source_symbols == ["⟨to fr⟩"]
+
+
+def test_an_ensemble_needs_symbols_that_mean_the_same(model: nmt.Model, many: Path, copy: Path) -> None:
+    both = nmt.load(many, ensemble=[copy])
+    texts = [[each.text for each in some.translate(SENTENCES, direction="en-fr")] for some in (both, model)]
+    assert texts[0] == texts[1]
+    corpus = json.loads((copy / "corpus.json").read_text())
+    (copy / "corpus.json").write_text(json.dumps(corpus | {"languages": ["fr", "en", "de"]}))
+    with pytest.raises(
+        nmt.CheckpointError, match=r"other target languages .* \(fr, en, de, bt instead of de, en, fr, bt\)"
+    ):
+        nmt.load(many, ensemble=[copy])

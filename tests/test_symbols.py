@@ -52,3 +52,29 @@ def test_directions_of_a_split_survive_in_a_run(tmp_path):
     assert run.directions("dev") == [("en", "de"), ("de", "en")]
     run.write_text("dev", ["a", "b"], ["c", "d"], [])
     assert run.directions("dev") == []
+
+
+@pytest.mark.parametrize(
+    ("other", "agrees"),
+    [
+        (Symbols(("de", "fr"), ("bt",)), True),
+        (Symbols(("de", "fr", "cs")), True),
+        (Symbols(("de",), ("bt", "news")), True),
+        (Symbols(("fr", "de")), False),
+        (Symbols(("de", "fr"), ("news",)), False),
+        (Symbols((), ("bt",)), False),
+    ],
+)
+def test_tables_agree_if_no_symbol_has_two_meanings(other, agrees):
+    mine = Symbols(("de", "fr"), ("bt",))
+    assert mine.agrees_with(other) == other.agrees_with(mine) == agrees
+    assert Symbols().agrees_with(Symbols(tags=("bt",)))
+
+
+def test_what_a_reader_sees_for_symbols(tmp_path):
+    train_subwords(["the cat sees the dog"] * 9, SubwordConfig(kind="bpe", vocab_size=20), tmp_path / "model")
+    subwords = Subwords.load(tmp_path / "model")
+    shown = Symbols(("de", "fr"), ("bt",)).shown(subwords)
+    assert shown[subwords.symbol("language", 1)] == "⟨to fr⟩"
+    assert shown[subwords.symbol("tag", 0)] == "⟨bt⟩"
+    assert len(shown) == 3

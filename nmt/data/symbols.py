@@ -71,6 +71,15 @@ class Symbols:
             ids.append(reserved[names.index(name)])
         return tuple(ids)
 
+    def agrees_with(self, other: "Symbols") -> bool:
+        """Return whether no symbol has different meanings in two tables. One of them may have more names.
+
+        A table with languages does not agree with one without: only the former's models read a symbol before sources.
+        """
+        pairs = (self.languages, other.languages), (self.tags, other.tags)
+        same = all(mine[: len(theirs)] == theirs[: len(mine)] for mine, theirs in pairs)
+        return same and bool(self.languages) == bool(other.languages)
+
     def shown(self, subwords: Subwords) -> dict[int, str]:
         """Return what a reader sees for each symbol, by its id: "⟨to fr⟩" for a target language, "⟨bt⟩" for a tag."""
         languages = zip(subwords.reserved_ids("language"), self.languages, strict=False)

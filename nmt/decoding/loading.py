@@ -9,6 +9,7 @@ import torch
 from nmt.checkpoint import Checkpoint
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import RESERVED, Subwords
+from nmt.data.symbols import Symbols
 from nmt.device import search_dtype
 from nmt.errors import CheckpointError
 from nmt.model.seq2seq import Seq2Seq
@@ -104,6 +105,21 @@ def load_others(subwords: Subwords, decoding: DecodingConfig, in_place: Collecti
             )
         found.append(loaded)
     return found
+
+
+def check_symbols(symbols: Symbols, decoding: DecodingConfig) -> None:
+    """Raise CheckpointError if the symbols of directions and tags mean something else in a model of an ensemble."""
+    for run, _ in others_of(decoding):
+        theirs = Symbols.of(run.corpus_info(), str(run.corpus_path))
+        if not symbols.agrees_with(theirs):
+            raise CheckpointError(
+                f"decoding.ensemble: {run.path} has other target languages or tags than the model that it should join "
+                f"({_listed(theirs)} instead of {_listed(symbols)}): name runs whose symbols mean the same"
+            )
+
+
+def _listed(symbols: Symbols) -> str:
+    return ", ".join((*symbols.languages, *symbols.tags)) or "none"
 
 
 def prepared(model: Seq2Seq, device: torch.device, decoding: DecodingConfig) -> Seq2Seq:

@@ -21,7 +21,7 @@ from nmt.data.subwords import Subwords, one_line
 from nmt.data.symbols import Symbols
 from nmt.decoding.directions import Directions
 from nmt.decoding.keeping import Protected, gather, protect, spread, with_alignments
-from nmt.decoding.loading import known_symbols, load_model, load_others, longest_source, prepared
+from nmt.decoding.loading import check_symbols, known_symbols, load_model, load_others, longest_source, prepared
 from nmt.decoding.parts import Part, Reading, attended_of, block_diagonal, score_of
 from nmt.decoding.retry import Hypotheses, search_again
 from nmt.decoding.searcher import Searcher
@@ -104,7 +104,7 @@ class Translator:
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
         """Return the translator of a run, with the checkpoint of `config.decoding`, or of an exported model.
 
-        CheckpointError as for `load_model` and `load_others`.
+        CheckpointError as for `load_model`, `load_others` and `check_symbols`.
         """
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
@@ -114,6 +114,8 @@ class Translator:
         others = [each.model for each in load_others(loaded.subwords, config.decoding, in_place)]
         corpus = run.corpus_info()
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
+        directions = Directions.of(config, corpus, run.path.name, str(run.corpus_path))
+        check_symbols(directions.symbols, config.decoding)
         return cls(
             loaded.model,
             loaded.subwords,
@@ -122,7 +124,7 @@ class Translator:
             longest,
             loaded.steps,
             symbols,
-            Directions.of(config, corpus, run.path.name, str(run.corpus_path)),
+            directions,
             others,
         )
 
