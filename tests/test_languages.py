@@ -191,6 +191,13 @@ def test_evaluation_by_direction_is_that_of_each_directions_lines(cli: Cli, copy
     assert not (copy / "report" / "test.json").exists()
 
 
+def test_perplexity_reads_the_symbols_of_the_direction(cli: Cli, copy: Path, model: nmt.Model) -> None:
+    assert cli("evaluate", str(copy), "--to", "fr", GREEDY) == 0
+    scores = model.score(*lines_in(copy, "en-fr"), direction="en-fr")
+    mean = sum(each.log_prob for each in scores) / sum(len(each.pieces) for each in scores)
+    assert report_of(copy, "test-en-fr")["perplexity"] == pytest.approx(np.exp(-mean), rel=1e-4)
+
+
 def test_json_has_every_direction_and_the_means(cli: Cli, copy: Path) -> None:
     assert cli("evaluate", str(copy), GREEDY, "--json") == 0
     found = {(each["set"], each["name"]): each["score"] for each in json.loads(cli.out)}
