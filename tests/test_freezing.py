@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, ModelConfig
+from nmt.config.model import ATTENTION_FUNCTIONS
 from nmt.config.parts import PARTS, expert_slice
 from nmt.errors import UserError
 from nmt.metrics.record import TrainLine, read_lines
@@ -49,6 +50,17 @@ def frozen_names(model: Seq2Seq) -> set[str]:
 
 
 # ------------------------------------------------------------------------------------------------ which
+
+
+@pytest.mark.parametrize("function", ATTENTION_FUNCTIONS)
+def test_every_network_can_be_frozen_in_part(tiny_config: Configs, function: str) -> None:
+    """Normalised attention has a gain, which is a parameter without dimensions."""
+    model = Seq2Seq(tiny_config(function=function), 13)
+    everything = sum(parameter.numel() for parameter in model.parameters())
+    Frozen(model, [])
+    assert frozen_names(model) == set()
+    assert f" of {everything:,} parameters" in str(Frozen(model, ["attention"]))
+    assert all(Part.of(name).belongs_to("attention") for name in frozen_names(model))
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -45,7 +45,7 @@ class Frozen:
             share = model.share if is_expert(name) else ALL_EXPERTS
             frozen_E = chosen[Part.of(name).place] if is_expert(name) else []
             size = parameter.numel() * share.size
-            held = len(parameter)
+            held = len(parameter) if is_expert(name) else 1
             left = 0 if parameter in whole else size - size // (held * share.size) * len(frozen_E)
             self._all, self._trained = self._all + size, self._trained + left
             # Biases of gates never take a gradient.
