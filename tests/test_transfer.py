@@ -12,7 +12,8 @@ from torch import Tensor
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, ModelConfig
 from nmt.data.prepare import prepare
-from nmt.data.subwords import Subwords
+from nmt.data.subwords import RESERVED, Subwords
+from nmt.data.symbols import Symbols
 from nmt.model.names import PIECE_ROWS, Part, is_expert, summary
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import make_model
@@ -25,6 +26,7 @@ from tests.toy import Cli, saved, settings, toy_config, train, write_corpus
 
 CPU = torch.device("cpu")
 Configs = Callable[..., ModelConfig]
+NO_SYMBOLS = Symbols()
 UNTIED = ("model.tie_embeddings=false",)
 
 
@@ -41,7 +43,9 @@ def parameters(run: Path) -> dict[str, Tensor]:
     return read_tensors(list_checkpoints(run / "checkpoints")[-1].path / "model")
 
 
-def started(config: Config, origin: Path, world: World | None = None) -> tuple[Seq2Seq, Seq2Seq, list[str], Subwords]:
+def started(
+    config: Config, origin: Path, world: World | None = None, symbols: Symbols = NO_SYMBOLS
+) -> tuple[Seq2Seq, Seq2Seq, list[str], Subwords]:
     """A model started from the run at `origin`, the same without that, what is said, and the vocabulary."""
     world = world or World(CPU)
     prepared = prepare(config.corpus, lambda _: None)
@@ -52,7 +56,7 @@ def started(config: Config, origin: Path, world: World | None = None) -> tuple[S
         models.append(make_model(config, subwords.size, world))
     config.run.start_from = str(origin)
     found = Origin.find(config, RunDirectory(Path(config.run.directory) / config.run.name))
-    lines = start_from(models[0], found, config, subwords, world)
+    lines = start_from(models[0], found, config, subwords, symbols, world)
     return models[0], models[1], lines, subwords
 
 
@@ -79,7 +83,7 @@ def vocabularies(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 def test_pieces_keep_their_rows_or_start_with_the_mean_of_their_parts(vocabularies: tuple[Subwords, Subwords]) -> None:
     old, new = vocabularies
-    rows = PieceRows.match(old, new)
+    rows = PieceRows.match(old, new, NO_SYMBOLS, NO_SYMBOLS)
     old_UD = torch.randn(old.size, 5)
     parameter_VD = torch.full((new.size, 5), torch.nan)
     assert rows.fill(parameter_VD, old_UD) == new.size * 5
@@ -186,7 +190,7 @@ def test_tied_and_untied_embeddings_with_another_vocabulary(
 ) -> None:
     model, _, lines, new = started(toy_config(other_text(tmp_path / "text"), "run.name=new", *changes), folder / origin)
     old = Subwords.load(folder / origin / "subwords.model")
-    rows = PieceRows.match(old, new)
+    rows = PieceRows.match(old, new, NO_SYMBOLS, NO_SYMBOLS)
     there = parameters(folder / origin)
     tied = "source_embedding.weight" not in there
     names = [name for name, _ in model.named_parameters() if name in PIECE_ROWS]
@@ -205,6 +209,45 @@ def test_nothing_that_fits_is_an_error(folder: Path, cli: Cli) -> None:
     changes = ("run.name=misfit", f"run.start_from={folder}/moe", "model.hidden_size=8", "model.cell_size=24")
     changes += ("model.attention.size=8", "model.moe.hidden_sizes=[24]", "training.max_steps=1")
     cli.refuses(2, "train", *settings(folder, *changes), says=("no parameter of this network",), progress=True)
+
+
+def test_languages_and_tags_match_by_meaning(vocabularies: tuple[Subwords, Subwords]) -> None:
+    old, new = vocabularies
+
+    def rows(ours: Symbols, theirs: Symbols) -> dict[str, list[int]]:
+        """The old ids from which each symbol of the new vocabulary is made, by its kind."""
+        matched = PieceRows.match(old, new, ours, theirs)
+        ends = [0, *matched.ends_V.tolist()]
+        found = [matched.old_ids[ends[each] : ends[each + 1]].tolist() for each in range(new.size)]
+        return {kind: [old for each in new.reserved_ids(kind) for old in found[each] or [-1]] for kind in RESERVED}
+
+    languages, tags = old.reserved_ids("language"), old.reserved_ids("tag")
+    by_number = {kind: [*old.reserved_ids(kind)] for kind in RESERVED}
+    assert rows(Symbols(), Symbols()) == by_number
+    # Nothing is known of the other table: by number.
+    assert rows(Symbols(("de", "fr"), ("bt",)), Symbols()) == by_number
+    assert rows(Symbols(), Symbols(("de", "fr"), ("bt",))) == by_number
+    found = rows(Symbols(("de", "fr", "es"), ("bt",)), Symbols(("fr", "en", "de"), ("news", "bt")))
+    assert found["language"][:4] == [languages[1], -1, languages[0], languages[3]]
+    assert found["tag"][:3] == [-1, tags[0], tags[2]]
+    assert found["slot"] == by_number["slot"]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "moved"), [(("de", "fr"), ("fr", "de"), True), (("de",), ("de", "fr"), False)]
+)
+def test_the_same_subwords_with_other_meanings(
+    folder: Path, tmp_path: Path, before: tuple[str, ...], now: tuple[str, ...], moved: bool
+) -> None:
+    shutil.copytree(folder / "moe", tmp_path / "old")
+    info = json.loads((tmp_path / "old" / "corpus.json").read_text())
+    (tmp_path / "old" / "corpus.json").write_text(json.dumps(info | Symbols(before).to_dict()))
+    model, _, lines, subwords = started(toy_config(folder, "run.name=new"), tmp_path / "old", symbols=Symbols(now))
+    there = parameters(tmp_path / "old")["target_embedding.weight"]
+    first, second, *_ = subwords.reserved_ids("language")
+    order = [second, first] if moved else [first, second]
+    assert torch.equal(model.get_parameter("target_embedding.weight")[[first, second]], there[order])
+    assert lines[0].endswith("the same subwords") == (not moved), lines
 
 
 # ------------------------------------------------------------------------------------------------ processes

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, Direction
+from nmt.data.mixture import Corpora
 from nmt.data.prepared import Prepared, prepared_path
 from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, DataError, UserError
 from nmt.evaluation.perplexity import Perplexity, perplexity
 from nmt.evaluation.scores import corpus_scores
 from nmt.metrics.record import DevLine, read_lines
+from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
 from nmt.training.progress import Progress
@@ -101,10 +104,37 @@ def test_a_text_in_another_direction_is_refused_at_the_start(
     text = WatchedText("old", ["der Hund"], ["the dog"], [Direction("de", "en")])
     monkeypatch.setattr("nmt.training.validation.watched_texts", lambda *_: [text])
     with pytest.raises(UserError, match=r"training.watch: old is de-en, but this run translates en-de: "):
-        Validation(config, prepared, World(CPU))
+        Validation(config, Corpora(config.corpus, prepared), World(CPU))
     # Its symbol is enough: the model reads all languages alike.
-    prepared.manifest["languages"] = ["de", "en"]
-    Validation(config, prepared, World(CPU))
+    changed = Prepared(prepared.path, prepared.manifest | {"languages": ["de", "en"]})
+    Validation(config, Corpora(config.corpus, changed), World(CPU))
+
+
+def test_validation_knows_what_all_corpora_of_a_mixture_have(
+    shared_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy_config(shared_text, "run.name=new", "training.watch=[old]", f"corpus.mixture={{{tmp_path}/more: 1}}")
+    prepared = Prepared.open(prepared_path(config.corpus))
+    shutil.copytree(prepared.path, tmp_path / "more")
+    longest = prepared.manifest["longest_source_pieces"] + 7
+    more = prepared.manifest | {"languages": ["de", "en"], "longest_source_pieces": longest}
+    (tmp_path / "more" / "manifest.json").write_text(json.dumps(more))
+    own = Prepared(prepared.path, prepared.manifest | {"languages": ["de"]})
+    text = WatchedText("old", ["der Hund"], ["the dog"], [Direction("de", "en")])
+    monkeypatch.setattr("nmt.training.validation.watched_texts", lambda *_: [text])
+    translators: list[dict[str, Any]] = []
+    made = Translator.__init__
+
+    def note(self: Translator, *arguments: Any, **named: Any) -> None:
+        translators.append({"longest": arguments[4], **named})
+        made(self, *arguments, **named)
+
+    monkeypatch.setattr(Translator, "__init__", note)
+    corpora = Corpora(config.corpus, own)
+    model = make_model(config, own.subwords().size, World(CPU))
+    Validation(config, corpora, World(CPU)).run(model)
+    assert translators[0]["longest"] == longest
+    assert translators[0]["directions"].symbols.languages == ("de", "en")
 
 
 # ------------------------------------------------------------------------------------------------------ whole runs

@@ -39,6 +39,8 @@ FACTS = {
 }
 """Counts in a manifest that a run records too, with their types."""
 _OPTIONAL = {
+    "symbols": [str],
+    "longest_source_pieces": int,
     "parts": [{"name": str, "source": str, "target": str, "tag": str, "shards": str, "swapped": bool}],
     "vocabulary": {"from": str, "sha256": str},
 }
@@ -274,7 +276,8 @@ class Prepared:
 
     @property
     def _record(self) -> Path:
-        return self.path.with_name(f".{self.path.name}.verified")
+        path = self.path.resolve()  # "." has no name
+        return path.with_name(f".{path.name}.verified")
 
     def _files(self) -> dict[str, Any]:
         shards = self.manifest["shards"].values()

@@ -71,14 +71,17 @@ class Symbols:
             ids.append(reserved[names.index(name)])
         return tuple(ids)
 
-    def agrees_with(self, other: "Symbols") -> bool:
-        """Return whether no symbol has different meanings in two tables. One of them may have more names.
-
-        A table with languages does not agree with one without: only the former's models read a symbol before sources.
-        """
+    def fits(self, other: "Symbols") -> bool:
+        """Return whether no symbol has different meanings in two tables. One of them may have more names, or all."""
         pairs = (self.languages, other.languages), (self.tags, other.tags)
-        same = all(mine[: len(theirs)] == theirs[: len(mine)] for mine, theirs in pairs)
-        return same and bool(self.languages) == bool(other.languages)
+        return all(mine[: len(theirs)] == theirs[: len(mine)] for mine, theirs in pairs)
+
+    def agrees_with(self, other: "Symbols") -> bool:
+        """Return whether models with these tables can read the same sources: `fits`, and both or none have languages.
+
+        Only models with languages read a symbol before sources.
+        """
+        return self.fits(other) and bool(self.languages) == bool(other.languages)
 
     def shown(self, subwords: Subwords) -> dict[int, str]:
         """Return what a reader sees for each symbol, by its id: "⟨to fr⟩" for a target language, "⟨bt⟩" for a tag."""

@@ -81,7 +81,7 @@ class Trainer:
         self.device = world.device
         set_float32_products(self.device, config.training.precision)
         self.subwords = corpora.own.subwords()
-        self.validation = Validation(config, corpora.own, world)
+        self.validation = Validation(config, corpora, world)
         self.saver = Saver(run.checkpoints, self.subwords.fingerprint, config.training.keep_checkpoints, world)
         self.resumed_from = world.on_main(self._newest, self.saver.group)
         parameters: Tensors | None = None
@@ -90,7 +90,7 @@ class Trainer:
             parameters = load_parameters(self.resumed_from, config, *vocabulary, world)
         torch.manual_seed(config.training.seed)
         model = make_model(config, self.subwords.size, world, parameters)
-        self.notes = start_from(model, origin, config, self.subwords, world) if origin else []
+        self.notes = start_from(model, origin, config, self.subwords, corpora.symbols, world) if origin else []
         self.notes += [f"validation: {line}" for line in self.validation.doubts]
         self.model = model.to(self.device)
         self.frozen = Frozen(self.model, config.training.freeze) if config.training.freeze else None

@@ -4,8 +4,9 @@ A parameter is taken if the other network has one of the same name and shape. Al
 they have in any new run. Only parameters are taken: moments, learning rate, schedule and place in the data start anew.
 
 If the vocabularies differ, the embeddings, softmax weights and biases of subwords are matched piece by piece. A piece
-that both have keeps its row. Special symbols, reserved symbols and bytes match by kind and number. A new piece starts
-with the mean of the rows of the pieces into which the old vocabulary cuts its text.
+that both have keeps its row. Special symbols, reserved symbols and bytes match by kind and number. But if both runs
+have symbols of languages, these match by language, whatever their numbers; tags likewise. A new piece starts with the
+mean of the rows of the pieces into which the old vocabulary cuts its text.
 
 Letters: V subwords of the new vocabulary, U of the old one, D width.
 """
@@ -23,6 +24,7 @@ from torch import Tensor
 from nmt.checkpoint import Checkpoint, exported_checkpoint, list_checkpoints
 from nmt.config import Config, DecodingConfig
 from nmt.data.subwords import Subwords
+from nmt.data.symbols import Symbols
 from nmt.decoding.loading import load_vocabulary
 from nmt.errors import CheckpointError, UserError
 from nmt.model.names import EMBEDDING, PIECE_ROWS, TIED, is_expert, summary
@@ -89,14 +91,14 @@ class PieceRows(NamedTuple):
     told: str
 
     @classmethod
-    def match(cls, old: Subwords, new: Subwords) -> "PieceRows":
-        """Match the pieces of two vocabularies."""
-        old_texts, new_texts = old.texts(), new.texts()
+    def match(cls, old: Subwords, new: Subwords, old_symbols: Symbols, new_symbols: Symbols) -> "PieceRows":
+        """Match the pieces of two vocabularies, given the meanings of their reserved symbols."""
         # A piece of text may be written like a symbol.
-        place = {(piece, text is None): each for each, (piece, text) in enumerate(_named(old, old_texts))}
+        named = enumerate(_named(old, old_symbols, new_symbols))
+        place = {(piece, text is None): each for each, (piece, text) in named}
         sources: list[list[int]] = []
         shared = 0
-        for piece, text in _named(new, new_texts):
+        for piece, text in _named(new, new_symbols, old_symbols):
             same = place.get((piece, text is None))
             shared += same is not None
             sources.append([same] if same is not None else [] if text is None else old.encode_within(text))
@@ -120,16 +122,26 @@ class PieceRows(NamedTuple):
         return int(known_V.sum()) * parameter[0].numel()
 
 
-def _named(subwords: Subwords, texts: list[str | None]) -> Iterator[tuple[str, str | None]]:
-    return zip(subwords.pieces(range(subwords.size)), texts, strict=True)
+def _named(subwords: Subwords, symbols: Symbols, others: Symbols) -> Iterator[tuple[str, str | None]]:
+    """Return the name and the text of each piece. A symbol is named by its meaning if both tables have some."""
+    names = subwords.pieces(range(subwords.size))
+    for kind, meanings, known in (
+        ("language", symbols.languages, others.languages),
+        ("tag", symbols.tags, others.tags),
+    ):
+        for place, meaning in zip(subwords.reserved_ids(kind), meanings if known else (), strict=False):
+            names[place] = f"<{kind}={meaning}>"
+    return zip(names, subwords.texts(), strict=True)
 
 
 @torch.no_grad()
-def start_from(model: Seq2Seq, origin: Origin, config: Config, subwords: Subwords, world: World) -> list[str]:
+def start_from(
+    model: Seq2Seq, origin: Origin, config: Config, subwords: Subwords, symbols: Symbols, world: World
+) -> list[str]:
     """Give a new model on the CPU, with its share of the experts, the parameters of `origin` that fit it.
 
-    `subwords` is the model's vocabulary. Return lines that report what was taken and what was not. CheckpointError if
-    the origin is damaged; UserError if nothing of it fits.
+    `subwords` is the model's vocabulary, in which reserved symbols have the meanings `symbols`. Return lines that
+    report what was taken and what was not. CheckpointError if the origin is damaged; UserError if nothing of it fits.
     """
     source, checkpoint = RunDirectory(origin.path), origin.checkpoint()
     problem = world.on_main(lambda: checkpoint.verify("model"))
@@ -137,7 +149,9 @@ def start_from(model: Seq2Seq, origin: Origin, config: Config, subwords: Subword
         raise CheckpointError(f"{checkpoint.path} is damaged ({problem}): choose another run.start_from")
     old = load_vocabulary(source)
     check_vocabulary(checkpoint, old.fingerprint)
-    pieces = None if old.fingerprint == subwords.fingerprint else PieceRows.match(old, subwords)
+    meant = Symbols.of(source.corpus_info(), str(source.corpus_path))
+    same = old.fingerprint == subwords.fingerprint and meant.fits(symbols)
+    pieces = None if same else PieceRows.match(old, subwords, meant, symbols)
     found = stored(checkpoint.parameters)
     there = dict.fromkeys(TIED, found[EMBEDDING]) | found if EMBEDDING in found else found
     whole: dict[str, int] = {}

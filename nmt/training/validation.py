@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from nmt.config import Config, Direction, TrainingConfig
 from nmt.data.held_out import LONGEST_SIDE
-from nmt.data.prepare import Prepared
+from nmt.data.mixture import Corpora
 from nmt.decoding.directions import Directions
 from nmt.decoding.loading import longest_source
 from nmt.decoding.translation import Options
@@ -114,10 +114,11 @@ class Validation:
     direction that the run does not know. Errors of watched texts are those of `watched_texts`.
     """
 
-    def __init__(self, config: Config, prepared: Prepared, world: World) -> None:
+    def __init__(self, config: Config, corpora: Corpora, world: World) -> None:
         self._world, self._training = world, config.training
+        prepared, record = corpora.own, corpora.record()
         self._subwords = prepared.subwords()
-        known = Directions.of(config, prepared.manifest, config.run.name, str(prepared.path))
+        known = Directions.of(config, record, config.run.name, str(prepared.path))
         sources, targets, _ = prepared.text("dev")
         own = prepared.directions("dev") or [known.only("")] * len(sources)
         self._own = dev_parts(config, sources, targets, own)
@@ -132,7 +133,7 @@ class Validation:
         self._greedy = replace(
             config.decoding, beam_size=1, precision=config.training.precision, experts_per_token=0, retry=False
         )
-        self._longest = longest_source(prepared.manifest, config)
+        self._longest = longest_source(record, config)
 
     def run(self, model: Seq2Seq) -> tuple[Validated, dict[str, Validated]]:
         """Return the scores of the dev set and of each watched text, by its name, with a model in training.

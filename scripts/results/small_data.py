@@ -9,7 +9,7 @@ translates test sets with that run. Its record, results/small_data/JOB.json, has
 hardware and seconds. A job with a record is not run again, nor is one whose time is up before it starts. Jobs run side
 by side where --jobs allows; each waits for the jobs that it needs.
 
-Folders that hold the text stand in the commands as {multi30k} and {europarl}: files of github.com/multi30k/dataset,
+Folders that hold the text are written in the commands as {multi30k} and {europarl}: files of github.com/multi30k/dataset,
 and those that scripts/make_europarl.py makes.
 """
 
@@ -53,7 +53,7 @@ class Job:
 
     name: str
     commands: list[list[str]]
-    """Arguments of nmt. {runs} stands for the folder of all runs, {run} for this job's."""
+    """Arguments of nmt. {runs} is the folder of all runs, {run} for this job's."""
     sets: tuple[str, ...] = ()
     """Keys of SETS, or languages such as multi30k:en-de."""
     needs: tuple[str, ...] = ()
