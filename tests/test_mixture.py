@@ -299,6 +299,42 @@ def test_the_run_has_the_directions_of_all_corpora(
             Directions.of(config, record | {"mixed_directions": damaged}, "x", "corpus.json")
 
 
+@pytest.mark.parametrize(("source", "target"), [("pt-BR", "de"), ("", "de")])
+def test_codes_of_languages_that_a_run_could_not_read_again(
+    shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path, source: str, target: str
+) -> None:
+    other = relabelled(short, tmp_path / "other", source, target)
+    corpus = corpus_of(shared_text, mixture={str(other.path): 1.0})
+    with pytest.raises(DataError, match=rf"corpus\.mixture: a corpus from '{source}' to 'de' cannot be mixed into"):
+        Corpora(corpus, own)
+    if source:
+        # A run's own codes are in its settings.
+        assert Corpora(replace(corpus, source_language=source), own).record()["mixed_directions"] == []
+
+
+@pytest.mark.parametrize(
+    "damage", [{"symbols": 5}, {"symbols": [["slot"]]}, {"longest_source_pieces": "9"}, {"longest_source_pieces": None}]
+)
+def test_damage_of_what_a_run_takes_from_manifests(short: Prepared, tmp_path: Path, damage: dict[str, Any]) -> None:
+    folder = relabelled(short, tmp_path / "copy", "en", "de").path
+    (folder / "manifest.json").write_text(json.dumps(short.manifest | damage))
+    with pytest.raises(DataError, match=rf"manifest\.json is damaged \({next(iter(damage))}.*: run nmt prepare again$"):
+        Prepared.open(folder)
+
+
+def test_the_folder_where_a_command_runs_can_be_verified(
+    short: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = relabelled(short, tmp_path / "copy", "en", "de").path
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("nmt.data.prepared._UNSURE_SECONDS", -1.0)
+    here = Prepared.open(Path())
+    here.verify()
+    assert here.is_verified
+    assert Prepared.open(folder).is_verified
+    assert (tmp_path / ".copy.verified").exists()
+
+
 def test_another_target_language_needs_symbols(
     shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path
 ) -> None:

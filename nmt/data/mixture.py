@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from nmt.config import CorpusConfig, TrainingConfig
+from nmt.config import CorpusConfig, Direction, TrainingConfig
 from nmt.data.batching import EpochText
 from nmt.data.prepared import FACTS, VOCABULARY, Part, Prepared, find_prepared
 from nmt.data.shards import DTYPES, has_teacher, positions, teacher_dtype
@@ -47,9 +47,11 @@ class Corpora:
         for other in self._all[1:]:
             _check_vocabulary(prepared, other)
         self.symbols = _common_symbols(self._all)
+        """The meanings of the reserved symbols in all corpora."""
         if not self.symbols.languages:
             _check_target(self._all)
-        """The meanings of the reserved symbols in all corpora."""
+        for direction in self._mixed_directions():
+            _check_codes(direction)
 
     def verify(self) -> None:
         """Compare every file of the other corpora with its manifest, unless that was done before.
@@ -76,9 +78,13 @@ class Corpora:
         record |= self.symbols.to_dict()
         if self._corpus.mixture:
             record["mixture"] = [prepared.fingerprint for prepared in self._all[1:]]
-            directions = chain.from_iterable(prepared.trained_directions() for prepared in self._all)
-            record["mixed_directions"] = [*dict.fromkeys(map(str, directions))]
+            record["mixed_directions"] = list(map(str, self._mixed_directions()))
         return record
+
+    def _mixed_directions(self) -> list[Direction]:
+        """Return the directions that only the other corpora have."""
+        directions = chain.from_iterable(prepared.trained_directions() for prepared in self._all[1:])
+        return [each for each in dict.fromkeys(directions) if each not in self._corpus.all_directions()]
 
     def check_training(self, training: TrainingConfig) -> None:
         """Raise UserError if a corpus has a teacher's probabilities, and `training` cannot use them."""
@@ -91,7 +97,7 @@ class Corpora:
         parts: list[Part] = []
         shares: list[float] = []
         weights = [self._corpus.weight, *self._corpus.mixture.values()]
-        names = [self._corpus.name, *(Path(reference).name for reference in self._corpus.mixture)]
+        names = [self._corpus.name, *(Path(reference).resolve().name for reference in self._corpus.mixture)]
         for name, prepared, weight in zip(names, self._all, weights, strict=True):
             found = prepared.parts()
             sizes = [len(part.shards) for part in found]
@@ -286,6 +292,17 @@ def _check_target(corpora: Sequence[Prepared]) -> None:
                 f"corpus.mixture: {other.path} has the target language {target}, but {corpora[0].path} {targets[0]}, "
                 "and neither has symbols that show a model which one is wanted: prepare both with corpus.directions"
             )
+
+
+def _check_codes(direction: Direction) -> None:
+    """Raise DataError if the text of a direction, which a run keeps, does not show where one code ends."""
+    try:
+        Direction.of(str(direction))
+    except ValueError as error:
+        raise DataError(
+            f"corpus.mixture: a corpus from {direction.source!r} to {direction.target!r} cannot be mixed into one in "
+            "other languages: prepare it with language codes without hyphens, such as pt_BR"
+        ) from error
 
 
 def _listed(names: Sequence[str]) -> str:

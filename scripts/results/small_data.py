@@ -9,7 +9,7 @@ translates test sets with that run. Its record, results/small_data/JOB.json, has
 hardware and seconds. A job with a record is not run again, nor is one whose time is up before it starts. Jobs run side
 by side where --jobs allows; each waits for the jobs that it needs.
 
-Folders that hold the text are written in the commands as {multi30k} and {europarl}: files of github.com/multi30k/dataset,
+Folders that hold the text are {multi30k} and {europarl} in the commands: files of github.com/multi30k/dataset,
 and those that scripts/make_europarl.py makes.
 """
 

@@ -1,7 +1,7 @@
 """What experts, gates and balance losses are worth: runs the studies of docs/results/studies.md by the nmt command.
 
   python scripts/results/studies.py run                                # all, on one GPU: about a minute per run
-  python scripts/results/studies.py run balance gates count optimizer growth     # the same by name
+  python scripts/results/studies.py run balance gates count optimizer      # the same by name
   python scripts/results/studies.py show                               # tables of what has been run
   python scripts/results/studies.py plot docs/results/experts.svg  # curves of the study `count` (needs .[plots])
 
@@ -21,8 +21,6 @@ from nmt.compose import compose_config
 from nmt.cost.operations import model_cost
 from nmt.metrics.record import DevLine, TrainLine, read_lines
 
-# Every validation may save: the one that is grown must still be there at the end.
-KEEP_ALL = ["training.checkpoint_every=500", "training.keep_checkpoints=8"]
 BALANCED = ["model.moe.w_importance=0.1", "model.moe.w_load=0.1"]
 
 # Runs by name. `moe_32` is the paper's network with 32 experts and both losses at 0.1.
@@ -40,10 +38,7 @@ RUNS: dict[str, list[str]] = {
     "moe_1_wide": ["model.moe.num_experts=1", "model.moe.k=1"],  # and as wide as four: see `wide`,
     "moe_4": [*BALANCED, "model.moe.num_experts=4"],
     "moe_128": [*BALANCED, "model.moe.num_experts=128"],
-    "moe_8": [*BALANCED, "model.moe.num_experts=8", *KEEP_ALL],
 }
-GROWN = "moe_8_to_32"
-GROWN_AT = 500
 STUDIES: dict[str, tuple[str, list[str]]] = {
     "balance": (
         "Balance losses, 32 experts (S17 Table 6)",
@@ -55,7 +50,6 @@ STUDIES: dict[str, tuple[str, list[str]]] = {
     ),
     "count": ("Number of experts, 4 per token", ["none", "moe_1_wide", "moe_4", "moe_32", "moe_128"]),
     "optimizer": ("Optimiser of 32 experts: Adam, and without first moment (S17 appendix D)", ["moe_32", "factored"]),
-    "growth": (f"8 experts grown to 32 at update {GROWN_AT}", ["moe_8", GROWN, "moe_32"]),
 }
 
 
@@ -77,15 +71,8 @@ def run_one(name: str, runs: Path, common: list[str]) -> None:
     """Whatever run `name` needs, if it does not exist yet."""
     if (runs / name / "report" / "test.json").exists():
         return
-    if name == GROWN:
-        run_one("moe_8", runs, common)
-        if not (runs / GROWN).exists():
-            chosen = f"decoding.checkpoint={GROWN_AT}"
-            nmt("experts", str(runs / "moe_8"), "--grow", "32", "-o", str(runs / GROWN), chosen)
-        nmt("train", str(runs / GROWN), *common[1:])
-    else:
-        experiment = common[0].removeprefix("experiment=")
-        train(name, runs, RUNS[name] + [wide(experiment)] * (name == "moe_1_wide"), common)
+    experiment = common[0].removeprefix("experiment=")
+    train(name, runs, RUNS[name] + [wide(experiment)] * (name == "moe_1_wide"), common)
     nmt("evaluate", str(runs / name), "decoding.batch_tokens=8192", "decoding.checkpoint=last")
 
 
