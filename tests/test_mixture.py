@@ -299,6 +299,18 @@ def test_the_run_has_the_directions_of_all_corpora(
             Directions.of(config, record | {"mixed_directions": damaged}, "x", "corpus.json")
 
 
+def test_the_own_text_of_a_run_keeps_its_direction(corpus: Path, short: Prepared, tmp_path: Path, cli: Cli) -> None:
+    french = relabelled(short, tmp_path / "french", "fr", "de")
+    run = train(corpus, "with_french", 1, f"corpus.mixture={{{french.path}: 1}}", "training.validate_every=1")
+    own = RunDirectory(run)
+    assert {*own.directions("dev"), *own.directions("test")} == {Direction("en", "de")}
+    assert len(own.directions("test")) == len(own.text("test")[0])
+    # Which of the run's directions its own text has is known without --from and --to.
+    assert cli("evaluate", str(run)) == 0
+    assert "BLEU" in cli.out
+    cli.refuses(2, "translate", str(run), str(corpus / "test.en"), says=("give --from and --to",))
+
+
 @pytest.mark.parametrize(("source", "target"), [("pt-BR", "de"), ("", "de")])
 def test_codes_of_languages_that_a_run_could_not_read_again(
     shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path, source: str, target: str

@@ -162,7 +162,7 @@ def _open(run: RunDirectory, config: Config, corpora: Corpora, until_the_end: Ex
     for line in run.start_or_continue(config, corpora.own.path / VOCABULARY, corpus):
         say(f"changed since the run was started: {line}")
     for split in ("dev", "test"):
-        run.write_text(split, *corpora.own.text(split), corpora.own.directions(split))
+        run.write_text(split, *corpora.own.text(split), corpora.directions(split))
     return origin
 
 

@@ -81,6 +81,16 @@ class Corpora:
             record["mixed_directions"] = list(map(str, self._mixed_directions()))
         return record
 
+    def directions(self, split: str) -> list[Direction]:
+        """Return the direction of each pair of "dev" or "test"; empty if the run has a single one.
+
+        Errors as for `Prepared.directions`.
+        """
+        found = self.own.directions(split)
+        if found or not self._mixed_directions():
+            return found
+        return [self._corpus.direction] * len(self.own.text(split)[0])
+
     def _mixed_directions(self) -> list[Direction]:
         """Return the directions that only the other corpora have."""
         directions = chain.from_iterable(prepared.trained_directions() for prepared in self._all[1:])

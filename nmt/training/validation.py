@@ -120,7 +120,7 @@ class Validation:
         self._subwords = prepared.subwords()
         known = Directions.of(config, record, config.run.name, str(prepared.path))
         sources, targets, _ = prepared.text("dev")
-        own = prepared.directions("dev") or [known.only("")] * len(sources)
+        own = corpora.directions("dev") or [config.corpus.direction] * len(sources)
         self._own = dev_parts(config, sources, targets, own)
         self.doubts = doubts(config.training, self._own)
         watched = watched_texts(config.training.watch, [str(part.direction) for part in self._own])
