@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from nmt.config import Config, Direction
+from nmt.decoding.directions import places_by_direction
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.evaluation.scores import Comparison, paired_bootstrap
@@ -29,10 +30,7 @@ class DevPairs(NamedTuple):
 
     def places(self) -> dict[Direction | None, list[int]]:
         """Return the places of the pairs of each direction."""
-        found: dict[Direction | None, list[int]] = {}
-        for place, direction in enumerate(self.directions):
-            found.setdefault(direction, []).append(place)
-        return found
+        return places_by_direction(self.directions)
 
     def spread(self, count: int) -> "DevPairs":
         """Return at most `count` pairs, or one of each direction, spread evenly over those of each direction."""

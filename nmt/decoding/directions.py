@@ -6,12 +6,14 @@ A direction that the run was not trained on is possible if its target language h
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from nmt.config import Config, Direction
 from nmt.data.subwords import Subwords
 from nmt.data.symbols import Symbols
 from nmt.errors import DataError, UserError
+
+Each = TypeVar("Each", bound=Direction | None)
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,14 @@ class Directions:
         if fitting:
             raise UserError(f"{self.name} translates {_listed(fitting)}: give {lacking}, too")
         raise UserError(f"{self.name} does not translate {given}; it has: {_listed(self.trained)}")
+
+
+def places_by_direction(directions: Sequence[Each]) -> dict[Each, list[int]]:
+    """Return the places of the pairs of each direction, given that of every pair; first directions come first."""
+    found: dict[Each, list[int]] = {}
+    for place, direction in enumerate(directions):
+        found.setdefault(direction, []).append(place)
+    return found
 
 
 def _listed(directions: Sequence[Direction]) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from nmt.config import Direction
-from nmt.decoding.directions import Directions
+from nmt.decoding.directions import Directions, places_by_direction
 from nmt.decoding.translation import Options
 from nmt.errors import DataError, UserError
 from nmt.evaluation.scores import named_set
@@ -200,19 +200,18 @@ def by_direction(
         return [text]
     if not text.directions:
         return [_in_direction(text, asked or directions.choose(None, None), directions)]
-    there = list(dict.fromkeys(text.directions))
+    there = places_by_direction(text.directions)
     if asked is not None and asked not in there:
         listed = ", ".join(map(str, there))
         raise DataError(f"the {text.title} set has no lines from {asked.source} to {asked.target}; it has: {listed}")
     return [
-        _in_direction(lines_of(text, direction), direction, directions)
+        _in_direction(_lines_at(text, there[direction]), direction, directions)
         for direction in (there if asked is None else [asked])
     ]
 
 
-def lines_of(text: EvaluationSet, direction: Direction) -> EvaluationSet:
-    """Return the lines of one direction of a set of several."""
-    places = [place for place, each in enumerate(text.directions) if each == direction]
+def _lines_at(text: EvaluationSet, places: Sequence[int]) -> EvaluationSet:
+    """Return the lines of one direction of a set of several, which are at these places."""
 
     def chosen(lines: list[str]) -> list[str]:
         return [lines[place] for place in places] if lines else []

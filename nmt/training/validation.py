@@ -8,7 +8,7 @@ from typing import NamedTuple
 from nmt.config import Config, Direction, TrainingConfig
 from nmt.data.held_out import LONGEST_SIDE
 from nmt.data.mixture import Corpora
-from nmt.decoding.directions import Directions
+from nmt.decoding.directions import Directions, places_by_direction
 from nmt.decoding.loading import longest_source
 from nmt.decoding.translation import Options
 from nmt.decoding.translator import Translator
@@ -93,8 +93,7 @@ def dev_parts(
     """
     count = config.training.validation_sentences
     parts = []
-    for direction in dict.fromkeys(directions):
-        own = [place for place, each in enumerate(directions) if each == direction]
+    for direction, own in places_by_direction(directions).items():
         parts.append(
             DevPart(
                 direction,
