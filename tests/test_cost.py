@@ -30,6 +30,7 @@ from nmt.model.attention import Attention
 from nmt.model.kernels.lstm import stepwise_lstm
 from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
+from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer
 from tests.kernels import DEVICE, needs_triton
 
@@ -380,6 +381,28 @@ def test_weights_moments_and_checkpoint_are_those_of_the_real_optimiser(
         assert rows_of(budget)[row] == (both - of_experts, of_experts)
         total += both if row == "optimiser" else sum(4 * tensor.numel() for each in tensors.values() for tensor in each)
     assert budget.checkpoint_bytes == total
+
+
+@pytest.mark.parametrize("kind", ["adam", "factored"])
+@pytest.mark.parametrize("part", ["experts", "experts[::2]"])
+def test_frozen_experts_need_no_gradients_and_moments(part: str, kind: str) -> None:
+    config, training = small(moe=FLAT), TrainingConfig(expert_optimizer=kind, freeze=[part], micro_batches=2)
+    model = Seq2Seq(config, VOCAB)
+    Frozen(model, training.freeze)
+    optimizer = make_optimizer(model, training)
+    experts = [parameter for name, parameter in model.named_parameters() if is_expert(name)]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    gradients = sum(parameter.grad.nbytes for parameter in experts if parameter.grad is not None)
+    optimizer.step()
+    moments = sum(
+        value.nbytes for each in experts for key, value in optimizer.state.get(each, {}).items() if key != "step"
+    )
+    whole = Config(model=config, training=training)
+    rows = rows_of(training_budget(whole, VOCAB, SentenceLengths(), 1, on_gpu=False))
+    assert rows["gradients"][1] == gradients
+    assert rows["optimiser"][1] == moments
+    assert (gradients == moments == 0) == (part == "experts")
 
 
 @pytest.mark.parametrize(

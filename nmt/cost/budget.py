@@ -150,14 +150,21 @@ def _optimizer_numbers(config: Config, cost: Cost) -> tuple[int, int]:
     """Return the numbers in the optimiser's state for (dense parameters, all experts), without its few step counts.
 
     Adam has two moments per parameter. The factored optimiser has I + O numbers per I x O matrix of an expert (S17
-    appendix D).
+    appendix D). Frozen experts have none. Other parts are counted as if they were trained: they are small beside them.
     """
     model, moe = config.model, config.model.moe
     experts = 2 * cost.num_expert_parameters
-    if config.training.expert_optimizer == "factored":
+    if _has_frozen_experts(config):
+        experts = 0
+    elif config.training.expert_optimizer == "factored":
         sides = sum(map(sum, pairwise([model.hidden_size, *moe.hidden_sizes, model.hidden_size])))
         experts = sum(map(moe.experts_at, model.moe_layer_names())) * sides
     return 2 * (cost.num_parameters - cost.num_expert_parameters), experts
+
+
+def _has_frozen_experts(config: Config) -> bool:
+    """Return whether no expert is trained. With only some frozen, their tensors have gradients and moments of all."""
+    return "experts" in config.training.freeze
 
 
 def memory_of(
@@ -182,7 +189,7 @@ def memory_of(
         MemoryRow("weights", dense * _FLOAT, experts * size),
         MemoryRow("masters", 0, experts * master),
         MemoryRow("optimiser", remembered[0] * _FLOAT, remembered[1] // share * _FLOAT),
-        MemoryRow("gradients", dense * _FLOAT, experts * size),
+        MemoryRow("gradients", dense * _FLOAT, 0 if _has_frozen_experts(config) else experts * size),
         MemoryRow("copies", copied_bytes(config.model, shape, numbers), 0),
         MemoryRow("activations", sum(saved.values()) - of_experts, of_experts),
         MemoryRow("working", *working_bytes(config.model, vocab_size, shape, numbers, share, size, not alone)),
