@@ -29,10 +29,10 @@ from typing import Any
 
 import yaml
 
-from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint
+from nmt.checkpoint import EXPORTED_PARAMETERS, MANIFEST, Checkpoint, choose, exported_checkpoint, list_checkpoints
 from nmt.config import Config, DecodingConfig, Direction
 from nmt.config.reading import UnknownSettingError, parse_yaml, put_setting, read_value
-from nmt.data.prepared import FACTS
+from nmt.data.prepared import FACTS, have_texts
 from nmt.errors import CheckpointError, DataError, StorageError, UserError
 from nmt.files import differs, foreign_entry, read_json, read_regular, remove, write_atomically
 from nmt.lock import Held, locked
@@ -321,17 +321,25 @@ class RunDirectory:
 
     def check_settings(self, config: Config) -> list[str]:
         """Return a line for each setting that differs from the run's own. CheckpointError if one may not differ."""
-        old = flatten(self._stored().to_dict())
-        new = flatten(config.to_dict())
+        stored = self._stored()
+        old, new = flatten(stored.to_dict()), flatten(config.to_dict())
         differing = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
         safe = (*_SAFE_TO_CHANGE, *(f"training.{name}" for name in _SAFE_TRAINING))
         if config.training.best_by != "bleu":
             safe += ("evaluation.",)
+        before, mixture = stored.corpus.mixture, config.corpus.mixture
+        same_weights = list(before.values()) == list(mixture.values())
+        if mixture != before and same_weights and have_texts(mixture, self.corpus_info().get("mixture", [])):
+            # The same texts by other names: the run that named one may have been renamed, moved or deleted.
+            safe += ("corpus.mixture.",)
         unsafe = [key for key in differing if not key.startswith(safe)]
         if unsafe:
             shown = "; ".join(f"{key} was {old.get(key)}, now {new.get(key)}" for key in unsafe)
+            # A start that failed has left settings, but nothing that was trained with them.
+            remedy = "" if list_checkpoints(self.checkpoints) else ", or delete this folder, which has no checkpoint"
             raise CheckpointError(
                 f"{self.path} was started with other settings ({shown}): choose another run.name, or give the old ones"
+                f"{remedy}"
             )
         return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in differing]
 

@@ -12,14 +12,14 @@ import pytest
 
 from nmt.cli import main
 from nmt.commands.launch import run_together
-from nmt.data.prepared import Prepared
+from nmt.data.prepared import Prepared, prepared_path
 from nmt.decoding.translator import Translator
 from nmt.errors import ProcessError
 from nmt.evaluation.scores import corpus_scores
 from nmt.run import RunDirectory
 from nmt.students.teacher import Taught, Teacher
 from tests.scripts import load_script
-from tests.toy import Cli, saved, settings
+from tests.toy import Cli, saved, settings, toy_config
 
 STUDENT = ("run.name=student", "training.max_steps=4", "model.moe.num_experts=0")
 
@@ -115,7 +115,9 @@ def test_mistakes(cli: Cli, run: Path, own: Path) -> None:
     cli.refuses(2, "distill", says=("TEACHER", "nmt distill --help"))
     cli.refuses(2, "distill", *words, says=("corpus=files: the teacher comes first",))
     cli.refuses(4, "distill", str(own / "none"), *words, says=("none is not a run",))
-    cli.refuses(2, "distill", str(run), *settings(own), says=("run.name is empty",), progress=True)
+    unnamed = settings(own, "corpus.name=unseen")
+    cli.refuses(2, "distill", str(run), *unnamed, says=("run.name is empty",))
+    assert not prepared_path(toy_config(own, "corpus.name=unseen").corpus).exists()
     cli.refuses(2, "distill", str(run), *words, "decoding.beam_sice=2", says=("did you mean decoding.beam_size",))
     cli.refuses(2, "distill", str(run), *words, "--choose", "ter", says=("invalid choice: 'ter'",))
     cli.refuses(2, "distill", str(run), *words, "corpus.mixture={a: 1}", says=("corpus.mixture is made by",))

@@ -1,6 +1,7 @@
 """Mixtures: how often each pair is seen, in which order, and which corpora fit together."""
 
 import json
+import shutil
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
@@ -394,6 +395,22 @@ def test_a_run_refuses_changed_text_of_another_corpus(
     record = json.loads((run / "corpus.json").read_text())
     (run / "corpus.json").write_text(json.dumps(record | {"mixture": ["0" * 64]}))
     cli.refuses(3, "train", str(run), "training.max_steps=2", says=("corpora of corpus.mixture",), progress=True)
+
+
+def test_a_corpus_may_get_another_name(
+    corpus: Path, own: Prepared, short: Prepared, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that named a corpus may be renamed or deleted. Another text or weight under a new name is refused."""
+    monkeypatch.chdir(tmp_path)
+    renamed = shutil.copytree(short.path, tmp_path / "moved_text")
+    same, other = f"corpus.mixture={{{renamed}: 1}}", f"corpus.mixture={{{own.path}: 1}}"
+    whole = train(corpus, "never_renamed", 4, f"corpus.mixture={{{short.path}: 1}}")
+    run = train(corpus, "renamed", 2, f"corpus.mixture={{{short.path}: 1}}")
+    for wrong in (other, same.replace("1}", "2}"), "corpus.mixture={nowhere: 1}", "corpus.mixture={}"):
+        cli.refuses(4, "train", str(run), wrong, says=("started with other settings", "corpus.mixture."), progress=True)
+    assert cli("train", str(run), "training.max_steps=4", same) == 0, cli.err
+    assert RunDirectory(run).config().corpus.mixture == {str(renamed): 1.0}
+    assert saved(run) == saved(whole)
 
 
 def test_what_is_missing_is_told_before_anything_is_prepared(corpus: Path) -> None:

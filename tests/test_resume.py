@@ -13,7 +13,7 @@ from nmt.config.reading import known_settings, put_setting
 from nmt.errors import UserError
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
-from tests.toy import Cli, train
+from tests.toy import Cli, settings, train
 
 
 @pytest.fixture
@@ -94,6 +94,17 @@ def test_a_section_sets_what_it_names(key: str) -> None:
 )
 def test_mistakes(cli: Cli, run: Path, words: list[str], status: int, says: tuple[str, ...]) -> None:
     cli.refuses(status, "train", str(run), *words, says=says, progress=True)
+
+
+def test_a_run_without_a_checkpoint_may_be_deleted(cli: Cli, corpus: Path, run: Path) -> None:
+    """A start that failed leaves settings; whoever corrects the others is told that nothing was trained there."""
+    words = settings(corpus, "run.name=failed", "training.max_steps=1")
+    says = ("training.freeze", "no MoE layer has experts")
+    cli.refuses(2, "train", *words, 'training.freeze=["experts[99:]"]', says=says, progress=True)
+    deletable = "or delete this folder, which has no checkpoint"
+    cli.refuses(4, "train", *words, "model.moe.k=1", says=("started with other settings", deletable), progress=True)
+    cli.refuses(4, "train", str(run), "model.moe.k=1", says=("started with other settings",), progress=True)
+    assert deletable not in cli.err
 
 
 @pytest.mark.parametrize("change", ["corpus.name=other", "model.hidden_size=6", "training.max_steps=3"])

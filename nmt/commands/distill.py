@@ -78,6 +78,9 @@ def distill(options: argparse.Namespace, changes: Sequence[str], config: Config,
     with ended_by_signals():
         run = RunDirectory.existing(options.teacher)
         own = run.config(changes)
+        if not options.only_text:
+            # A missing name shows before the corpus is prepared.
+            run_of(config)
         prepared = prepare(config.corpus, log)
         directions = Directions.of(own, run.corpus_info(), str(run.path), str(run.corpus_path))
         directions.check(only_part(prepared).direction)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import asdict
 from functools import cached_property, reduce
 from operator import getitem
@@ -97,6 +98,14 @@ def find_prepared(reference: str) -> "Prepared":
         f"{reference} is neither a prepared corpus nor a run: give the folder that nmt prepare printed, or the folder "
         "or name of a run"
     )
+
+
+def have_texts(references: Iterable[str], fingerprints: list[str]) -> bool:
+    """Say whether these corpora, which are given as to `find_prepared`, are found and have these fingerprints."""
+    try:
+        return [find_prepared(reference).fingerprint for reference in references] == fingerprints
+    except DataError:
+        return False
 
 
 def _corpus_of(settings: Path) -> CorpusConfig:
