@@ -60,12 +60,16 @@ class Search:
     def __init__(self, subwords: Subwords, found: list[list[str]], unfinished: tuple[str, ...] = ()) -> None:
         self.subwords, self.found, self.unfinished = subwords, found, unfinished
         self.sources: list[np.ndarray] = []
+        self.symbols: list[tuple[int, ...]] = []
 
-    def search(self, sources: list[np.ndarray], options: Any, _progress: Any = None) -> list[list[Hypothesis]]:
+    def search(
+        self, sources: list[np.ndarray], options: Any, _progress: Any = None, symbols: tuple[int, ...] = ()
+    ) -> list[list[Hypothesis]]:
         if options.no_repeat_ngram:  # the second search
             return [self._hypotheses(["again"] * 2)[: options.n_best] for _ in sources]
         first = len(self.sources)
         self.sources += sources
+        self.symbols += [symbols] * len(sources)
         found = self.found[first : first + len(sources)]
         return [self._hypotheses(each)[: options.n_best] for each in found]
 
@@ -166,9 +170,29 @@ def test_the_symbol_of_the_target_language_is_before_the_source(run: Path) -> No
     for tag in ("", "bt", "captions"):  # the last is unknown to the teacher
         teacher.teach([dog], [dog], subwords, EN_DE, tag)
     language, bt = subwords.symbol("language", 1), subwords.symbol("tag", 0)
-    assert [each.tolist() for each in search.sources] == [[language, *dog], [language, bt, *dog], [language, *dog]]
+    # Apart from the source, as nmt translate gives them: they need no coverage.
+    assert [each.tolist() for each in search.sources] == [[*dog]] * 3
+    assert search.symbols == [(language,), (language, bt), (language,)]
     with pytest.raises(UserError, match="does not translate en-fr; it has: en-de"):
         teacher.teach([dog], [dog], subwords, Direction("en", "fr"))
+
+
+def test_likeness_is_measured_in_the_target_language(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = RunDirectory(run)
+    teacher = Teacher(directory, directory.config(), "bleu")
+    subwords = teacher.translator.subwords
+    known = teacher.translator.directions
+    assert known
+    to_chinese = Direction("en", "zh")
+    teacher.translator.directions = replace(known, trained=(*known.trained, to_chinese))
+    teacher.translator.searcher = Search(subwords, [["Hund", "Wiese"]])  # type: ignore[assignment]
+    asked: list[str] = []
+    monkeypatch.setattr(
+        "nmt.students.teacher.likeness", lambda _, name: lambda texts, _: asked.append(name) or [1.0] * len(texts)
+    )
+    dog = subwords.encode("dog")
+    teacher.teach([dog], [dog], subwords, to_chinese)
+    assert asked == ["zh"]
 
 
 # ---------------------------------------------------------------------------------------------------------- parts

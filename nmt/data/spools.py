@@ -39,10 +39,12 @@ class Spools:
     def hold_back(self) -> int:
         """Take the pairs that are held out, and all their copies, out of the counts. Return how many they are."""
         before = self.total
-        for kind in self.num_pairs:
-            # Copies in text with a tag were not offered, so that only a look at the text counts them.
-            held = sum(1 for _ in self.pairs(kind)) if kind.tag else self.num_pairs[kind] - self._hold_out.num_copies
-            self.num_pairs[kind] = held
+        if len(self.num_pairs) == 1:
+            (kind,) = self.num_pairs
+            self.num_pairs[kind] -= self._hold_out.num_copies
+        else:
+            # Which kind a copy has is not known, and copies in text with a tag were not offered.
+            self.num_pairs = {kind: sum(1 for _ in self.pairs(kind)) for kind in self.num_pairs}
         return before - self.total
 
     def pairs(self, kind: Kind) -> Iterator[tuple[str, str]]:

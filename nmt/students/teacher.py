@@ -7,6 +7,7 @@ are more regular, and so easier to learn for a small model.
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -52,13 +53,9 @@ class Teacher:
     def __init__(self, run: RunDirectory, config: Config, choose: str) -> None:
         """Load the run with `config.decoding`; `choose` is one of `CHOICES`. CheckpointError as `Translator.load`."""
         self.translator = Translator.load(run, config)
-        self.likeness: Callable[[Sequence[str], str], list[float]] | None = None
+        self.choose, self._tokenize = choose, config.evaluation.tokenize
         options = self.translator.options
-        if choose != "best":
-            tokenizer = bleu_tokenizer(config.evaluation.tokenize, config.corpus.target_language).name
-            self.likeness = likeness(choose, tokenizer)
-            options = replace(options, n_best=options.beam_size)
-        self.options = options
+        self.options = options if choose == "best" else replace(options, n_best=options.beam_size)
 
     def teach(
         self,
@@ -77,15 +74,16 @@ class Teacher:
         """
         texts = subwords.decode_batch([ids.tolist() for ids in sources])
         own, kept = self._readable(sources, texts, subwords)
-        found = self._search(self._with_symbols(own, direction, tag), texts, progress)
+        found = self._search(own, self._symbols(direction, tag), texts, progress)
         good, troubled = self._good(found, texts)
         kept.update(troubled)
         targets: list[str | None] = [None] * len(sources)
         for pair, candidates in good.items():
             targets[pair] = candidates[0]
-            if self.likeness and len(candidates) > 1:
-                likeness = self.likeness(candidates, subwords.decode(references[pair].tolist()))
-                targets[pair] = candidates[int(np.argmax(likeness))]
+            if self.choose != "best" and len(candidates) > 1:
+                tokenizer = bleu_tokenizer(self._tokenize, direction.target).name
+                alike = likeness(self.choose, tokenizer)(candidates, subwords.decode(references[pair].tolist()))
+                targets[pair] = candidates[int(np.argmax(alike))]
         return Taught(targets, dict(kept))
 
     def probabilities(
@@ -103,7 +101,8 @@ class Teacher:
         teacher's. Otherwise as `teach`.
         """
         own, _ = self._readable(sources, (), subwords)
-        read = self._with_symbols(own, direction, tag)
+        symbols = np.array(self._symbols(direction, tag), dtype=np.int32)
+        read = {pair: np.concatenate([symbols, ids]) for pair, ids in own.items()}
         lengths = [len(target) + 1 for target in targets]
         begins = np.cumsum([0, *lengths])
         rows_N = np.zeros(begins[-1], dtype=teacher_dtype(ids_dtype(subwords.size)))
@@ -114,12 +113,11 @@ class Teacher:
             rows_N["ids"][here], rows_N["probabilities"][here] = best
         return rows_N
 
-    def _with_symbols(self, sources: Mapping[int, np.ndarray], direction: Direction, tag: str) -> dict[int, np.ndarray]:
-        """Return the sources with the symbols of the target language and of the tag before them."""
+    def _symbols(self, direction: Direction, tag: str) -> tuple[int, ...]:
+        """Return the symbols of the target language and of the tag, which the teacher reads before each source."""
         assert self.translator.directions
         tag = tag if tag in self.translator.directions.symbols.tags else ""
-        prefix = np.array(self.translator.directions.prefix(self.translator.subwords, direction, tag), dtype=np.int32)
-        return {pair: np.concatenate([prefix, ids]) for pair, ids in sources.items()}
+        return self.translator.directions.prefix(self.translator.subwords, direction, tag)
 
     def _readable(
         self, sources: Sequence[np.ndarray], texts: Sequence[str], subwords: Subwords
@@ -139,19 +137,21 @@ class Teacher:
         return readable, kept
 
     def _search(
-        self, sources: Mapping[int, np.ndarray], texts: Sequence[str], progress: Callable[[float], None] | None
+        self,
+        sources: Mapping[int, np.ndarray],
+        symbols: Sequence[int],
+        texts: Sequence[str],
+        progress: Callable[[float], None] | None,
     ) -> dict[int, list[Hypothesis]]:
         """Return the hypotheses of each pair, as `nmt translate` finds them: trouble is searched again."""
-        searcher = self.translator.searcher
-        found = dict(zip(sources, searcher.search([*sources.values()], self.options, progress), strict=True))
+        search = partial(self.translator.searcher.search, symbols=symbols)
+        found = dict(zip(sources, search([*sources.values()], self.options, progress), strict=True))
         search_again(
             found,
             self.options,
             texts,
             self.translator.subwords.decode_batch,
-            lambda pairs, options: dict(
-                zip(pairs, searcher.search([sources[pair] for pair in pairs], options), strict=True)
-            ),
+            lambda pairs, options: dict(zip(pairs, search([sources[pair] for pair in pairs], options), strict=True)),
         )
         return found
 
