@@ -32,6 +32,7 @@ from nmt.pages.tables import markdown_table
 ROOT = Path(__file__).parents[2]
 PAGES = {
     "quality": ("Quality", ["europarl", "experts_gain", "multi30k", "demo", "alignments"]),
+    "small-data": ("Small data", ["small_data"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
     "speed": ("Speed", ["speed", "decoding", "large", "tried", "factored", "loading", "cpu_training"]),
     "scaling": ("Several GPUs", ["two_gpus", "step_time", "same_training", "processes"]),

@@ -1,16 +1,16 @@
 """Run the studies of docs/results/small-data.md by the nmt command: other domains, many languages, growth, students.
 
-  python scripts/results/small_data.py list
-  python scripts/results/small_data.py run transfer --places multi30k=DIR europarl=DIR --jobs 8 --minutes 9
-  python scripts/results/small_data.py table                       # results/small_data.json from the records
+  python -m scripts.results.small_data list transfer growth
+  python -m scripts.results.small_data run transfer --places multi30k=DIR europarl=DIR news=DIR --jobs 8 --minutes 9
+  python -m scripts.results.small_data_tables                      # results/small_data.json from the records
 
 A study is a list of jobs. A job runs a few nmt commands, the last of which train or make the run of its name, and then
 translates test sets with that run. Its record, results/small_data/JOB.json, has the commands, the scores, commit,
 hardware and seconds. A job with a record is not run again, nor is one whose time is up before it starts. Jobs run side
 by side where --jobs allows; each waits for the jobs that it needs.
 
-Folders that hold the text are {multi30k} and {europarl} in the commands: files of github.com/multi30k/dataset,
-and those that scripts/make_europarl.py makes.
+Commands name the folders of the text in braces: {multi30k} has the files of github.com/multi30k/dataset, {europarl}
+those that scripts/make_europarl.py makes, and {news} newstest2014.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Job:
 
     name: str
     commands: list[list[str]]
-    """Arguments of nmt. {runs} is the folder of all runs, {run} for this job's."""
+    """Arguments of nmt. {runs} is the folder of all runs, {name} the job's name."""
     sets: tuple[str, ...] = ()
     """Keys of SETS, or languages such as multi30k:en-de."""
     needs: tuple[str, ...] = ()

@@ -73,10 +73,9 @@ def scores(records: Iterable[Record], of: str, beam: int = 4, name: str = "BLEU"
     return [each["scores"][of][str(beam)][name] for each in records if of in each["scores"]]
 
 
-def table(title: str, columns: Mapping[str, str], rows: list[Record], about: list[str], **more: Any) -> Record:
-    """Return a table as scripts/results/pages.py takes it; `columns` has a cell by the title of its column."""
-    shown = [{"title": name, "cell": cell} for name, cell in columns.items()]
-    return {"title": title, "about": about, "columns": shown, "rows": rows, **more}
+def table(columns: Mapping[str, str], rows: list[Record]) -> Record:
+    """Return columns and rows as scripts/results/pages.py takes them; `columns` has cells by title."""
+    return {"columns": [{"title": name, "cell": cell} for name, cell in columns.items()], "rows": rows}
 
 
 def transfer(records: Mapping[str, Record]) -> Record:
@@ -94,7 +93,7 @@ def transfer(records: Mapping[str, Record]) -> Record:
         row["europarl"] = " / ".join(row[f"europarl_{size}"].split(" ")[0] for size in sizes)
         rows.append(row)
     columns = {"": "{way}"} | {f"captions, {size:,} pairs": f"{{captions_{size}}}" for size in sizes}
-    return table("Another domain", columns | {"Europarl afterwards": "{europarl}"}, rows, [])
+    return table(columns | {"Europarl afterwards": "{europarl}"}, rows)
 
 
 def languages(records: Mapping[str, Record]) -> Record:
@@ -108,7 +107,7 @@ def languages(records: Mapping[str, Record]) -> Record:
     means = [statistics.fmean(each["4"]["BLEU"] for each in record["scores"].values()) for record in together]
     rows.append({"direction": "mean of 12", "all": spread(means), "one": "-"})
     columns = {"direction": "{direction}", "one model of 12 directions": "{all}", "a model of its own": "{one}"}
-    return table("Twelve directions in one model", columns, rows, [])
+    return table(columns, rows)
 
 
 def growth(records: Mapping[str, Record]) -> Record:
@@ -120,17 +119,16 @@ def growth(records: Mapping[str, Record]) -> Record:
             continue
         last = max(map(int, found[0]["dev_perplexities"]))
         row = {"network": name, "steps": last, "parameters": found[0]["parameters"] / 1e6}
-        row |= {"ppl": spread([each["dev_perplexities"][str(last)] for each in found], 3)}
-        row |= {"bleu": spread(scores(found, "europarl"), 2)}
+        row |= {"ppl": spread([each["dev_perplexities"][str(last)] for each in found], 2), "seeds": len(found)}
         rows.append(row)
     columns = {
         "network": "{network}",
         "parameters": "{parameters:.1f}M",
         "steps": "{steps:,}",
         "dev perplexity": "{ppl}",
-        "BLEU": "{bleu}",
+        "seeds": "{seeds}",
     }
-    return table("Growth", columns, rows, [])
+    return table(columns, rows)
 
 
 def students(records: Mapping[str, Record]) -> Record:
@@ -157,7 +155,7 @@ def students(records: Mapping[str, Record]) -> Record:
         "chrF2": "{europarl_chrf_4}",
         "news, beam 4: BLEU": "{news_4}",
     }
-    return table("Students", columns, rows, [])
+    return table(columns, rows)
 
 
 TABLES = {"transfer": transfer, "languages": languages, "growth": growth, "students": students}
@@ -182,7 +180,7 @@ def draw_growth(records: Mapping[str, Record], path: Path) -> None:
         after = start if stem == start else "moe_32" if start == "none" else "grown"
         seconds = _seconds(sorted(curves), speeds[f"growth.speed.{start}"], speeds[f"growth.speed.{after}"])
         axes.plot(seconds, [statistics.fmean(curves[step]) for step in sorted(curves)], label=name)
-    axes.set(xlabel="seconds of one H100, training steps alone", ylabel="dev perplexity", yscale="log")
+    axes.set(xlabel="seconds of one H100 in steps", ylabel="dev perplexity", yscale="log", ylim=(None, 32))
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3, which="both")
     picture.tight_layout()
@@ -199,9 +197,8 @@ def main() -> None:
     path = ROOT / "results" / "small_data.json"
     result = json.loads(path.read_text(encoding="utf-8"))
     records = read_records()
-    for old in result["tables"]:
-        new = TABLES[old["of"]](records)
-        old |= {"columns": new["columns"], "rows": new["rows"]}
+    for old in (each for each in result["tables"] if "of" in each):
+        old |= TABLES[old["of"]](records)
     path.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     draw_growth(records, ROOT / "docs" / "results" / PICTURE)
 
