@@ -154,6 +154,7 @@ def test_if_one_process_fails_the_others_are_stopped(
     with pytest.raises((SystemExit, ProcessError)) as ended:
         run_together(["distill"], 2)
     error = ended.value
+    assert isinstance(error, SystemExit | ProcessError)
     assert (error.code if isinstance(error, SystemExit) else error.status) == ends
     assert isinstance(error, SystemExit) or "process 1 of 2 was ended by signal 9" in str(error)
 

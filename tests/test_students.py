@@ -96,7 +96,7 @@ def taught(run: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Taught]:
         teacher = Teacher(directory, directory.config(), choose)
         teacher.options = replace(teacher.options, retry=retry)
         subwords = teacher.translator.subwords
-        teacher.translator.searcher = Search(subwords, found, unfinished)  # type: ignore[assignment]
+        teacher.translator.searcher = Search(subwords, found, unfinished)
         return teacher.teach(*(subwords.encode_batch(side) for side in (sources, references)), subwords, EN_DE)
 
     return teach
@@ -165,7 +165,7 @@ def test_the_symbol_of_the_target_language_is_before_the_source(run: Path) -> No
     assert known
     teacher.translator.directions = replace(known, symbols=Symbols(("en", "de"), ("bt",)))
     search = Search(subwords, [["Hund"]] * 3)
-    teacher.translator.searcher = search  # type: ignore[assignment]
+    teacher.translator.searcher = search
     dog = subwords.encode("dog")
     for tag in ("", "bt", "captions"):  # the last is unknown to the teacher
         teacher.teach([dog], [dog], subwords, EN_DE, tag)
@@ -446,7 +446,7 @@ def test_a_teacher_of_many_directions_teaches_one(tmp_path: Path) -> None:
     subwords = teacher.translator.subwords
     sources = lines_of(own, "source")
     targets = [[f"dog {pair}"] for pair in range(len(sources))]
-    teacher.translator.searcher = Search(subwords, targets)  # type: ignore[assignment]
+    teacher.translator.searcher = Search(subwords, targets)
     lesson = lesson_of(own, directory, directory.config(), "best")
     taught = taught_corpus(own, lesson, lambda: lessons(teacher, own), print)
     [before], [after] = own.parts(), taught.parts()
