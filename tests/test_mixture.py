@@ -335,6 +335,16 @@ def test_damage_of_what_a_run_takes_from_manifests(short: Prepared, tmp_path: Pa
         Prepared.open(folder)
 
 
+@pytest.mark.parametrize("name", ["../secret", "train./../../secret", "/secret"])
+def test_arrays_are_read_from_the_folder_only(short: Prepared, tmp_path: Path, name: str) -> None:
+    folder = relabelled(short, tmp_path / "copy", "en", "de").path
+    train = short.manifest["shards"]["train"]
+    files = train["files"] | {name: {"bytes": 1, "sha256": "0"}}
+    (folder / "manifest.json").write_text(json.dumps(short.manifest | {"shards": {"train": train | {"files": files}}}))
+    with pytest.raises(DataError, match=rf"is damaged \(shards: {name} is not the name of one of its files\)"):
+        Prepared.open(folder)
+
+
 def test_the_folder_where_a_command_runs_can_be_verified(
     short: Prepared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

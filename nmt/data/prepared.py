@@ -325,6 +325,9 @@ def _strange_part(manifest: dict[str, Any]) -> str:
     """Return a complaint about arrays whose names lead elsewhere, or parts without arrays, else ""."""
     if strange := [name for name in manifest["shards"] if not _SHARDS.fullmatch(name)]:
         return f"shards.{strange[0]} is not the name of arrays"
+    files = [(name, file) for name, record in manifest["shards"].items() for file in record["files"]]
+    if outside := [file for name, file in files if not file.startswith(f"{name}.") or Path(file).name != file]:
+        return f"shards: {outside[0]} is not the name of one of its files"
     for key, shape in _OPTIONAL.items():
         if key in manifest and (problem := differs(manifest[key], shape, key)):
             return problem
