@@ -10,7 +10,7 @@ import nmt.commands.train
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config
 from nmt.config.reading import known_settings, put_setting
-from nmt.errors import UserError
+from nmt.errors import CheckpointError, UserError
 from nmt.parameters import read_tensors
 from nmt.run import RunDirectory
 from tests.toy import Cli, settings, train
@@ -143,3 +143,12 @@ def test_several_processes_are_given_the_same_words(
     assert words == [str(run), "training.max_steps=9"]
     assert processes == 2
     assert config == RunDirectory(run).training_config(words[1:])
+
+
+def test_a_run_whose_checkpoints_are_gone_does_not_start_again(corpus: Path, cli: Cli) -> None:
+    path = train(corpus, "a", 2)
+    (path / "checkpoints").rename(corpus / "elsewhere")
+    says = (f"{path / 'checkpoints'} has no checkpoint, but RUN_STATUS.json names {path / 'checkpoints'}", "restore it")
+    cli.refuses(CheckpointError.status, "train", str(path), "training.max_steps=4", says=says)
+    (corpus / "elsewhere").rename(path / "checkpoints")
+    assert cli("train", str(path), "training.max_steps=4") == 0

@@ -185,7 +185,7 @@ def test_likeness_is_measured_in_the_target_language(run: Path, monkeypatch: pyt
     assert known
     to_chinese = Direction("en", "zh")
     teacher.translator.directions = replace(known, trained=(*known.trained, to_chinese))
-    teacher.translator.searcher = Search(subwords, [["Hund", "Wiese"]])  # type: ignore[assignment]
+    teacher.translator.searcher = Search(subwords, [["Hund", "Wiese"]])
     asked: list[str] = []
     monkeypatch.setattr(
         "nmt.students.teacher.likeness", lambda _, name: lambda texts, _: asked.append(name) or [1.0] * len(texts)

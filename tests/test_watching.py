@@ -368,3 +368,16 @@ def test_curves_have_a_figure_for_each_text(watching: Path, cli: Cli) -> None:
     assert steps == pytest.approx(expected, rel=1e-6)
     assert cli("runs", str(watching.parent)) == 0, cli.err
     assert "new" in cli.out
+
+
+def test_a_run_that_is_worse_than_its_start_is_told(
+    corpus: Path, run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    coming = iter([3.0, 5.0, 4.0, 2.0])
+    monkeypatch.setattr(Validation, "run", lambda *_: (Validated(next(coming), 4.0, 20.0, 0, 2), {}))
+    start = (f"run.start_from={run}", "training.validate_every=1", "training.checkpoint_every=1")
+    train(corpus, "tuned", 2, *start)
+    train(corpus, "tuned", 3, *start)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "dev perplexity" in line]
+    ends = ["(before training)", *["(best so far, but worse than before training)"] * 2, "(best so far)"]
+    assert [line[line.index("(") :] for line in lines] == ends

@@ -123,8 +123,19 @@ def check_resumable(run: RunDirectory, config: Config) -> None:
     run.check_places()
     if run.config_path.exists():
         run.check_settings(config)
+    _check_saved(run)
     _check_steps(run, config)
     _origin(run, config)
+
+
+def _check_saved(run: RunDirectory) -> None:
+    """Raise CheckpointError if the run has saved checkpoints and none is there: it would start again from step 0."""
+    named = run.status().get("checkpoint")
+    if named and not any(run.checkpoints.glob("step-*")):
+        raise CheckpointError(
+            f"{run.checkpoints} has no checkpoint, but {run.status_path.name} names {named}: restore it, or choose "
+            "another run.name"
+        )
 
 
 def _check_steps(run: RunDirectory, config: Config) -> None:

@@ -136,7 +136,13 @@ def write_run(
     has `grown`, the learning rate is warmed up from here, since copies must move apart before they take large steps.
     """
     state = checkpoint.state()
-    progress = replace(Progress.of(checkpoint), best_score=math.inf, validations_since_best=0, bad_intervals=0)
+    progress = replace(
+        Progress.of(checkpoint),
+        best_score=math.inf,
+        score_before=math.inf,
+        validations_since_best=0,
+        bad_intervals=0,
+    )
     if grown:
         progress = replace(progress, warm_from=checkpoint.step, next_rate=None)
     model = network.build()

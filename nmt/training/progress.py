@@ -17,6 +17,8 @@ class Progress:
 
     step: int = 0
     best_score: float = math.inf
+    score_before: float = math.inf
+    """Score of the validation before the first step; inf if there was none. Like all scores, lower is better."""
     validations_since_best: int = 0
     bad_intervals: int = 0
     target_tokens: int = 0

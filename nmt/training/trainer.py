@@ -234,16 +234,18 @@ class Trainer:
         What training starts with, before its first step, is no score of this run.
         """
         progress = self.progress
-        if not progress.step:
-            return None, " (before training)"
         score = done.score(self.config.training.best_by)
+        if not progress.step:
+            progress.score_before = math.inf if score is None or math.isnan(score) else score
+            return None, " (before training)"
         if score is None:
             return None, f": below BLEU {LEAST_BLEU:g}, no checkpoint is best and training.patience does not count"
         better = score < progress.best_score
         progress.validations_since_best = 0 if better else progress.validations_since_best + 1
         if better:
             progress.best_score = score
-        return None if math.isnan(score) else score, " (best so far)" if better else ""
+        worse = ", but worse than before training" if score > progress.score_before else ""
+        return None if math.isnan(score) else score, f" (best so far{worse})" if better else ""
 
     # ------------------------------------------------------------------------------------- saving and resuming
 

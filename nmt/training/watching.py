@@ -84,6 +84,6 @@ def forgotten(lowest: dict[str, Lowest], name: str, perplexity: float, step: int
     above = 100 * (perplexity / best.perplexity - 1)
     return (
         f"warning: dev perplexity of {name} is {perplexity:.2f}, {above:.0f} % above its best ({best.perplexity:.2f} "
-        f"at step {best.step:,}): training forgets it; mix its text in (corpus.mixture), or lower "
+        f"at step {best.step:,}): training forgets it; mix in more of its text (corpus.mixture), or lower "
         "training.learning_rate"
     )
