@@ -72,7 +72,7 @@ SETS = {
 """Test sets by name: sources, references, direction."""
 
 
-def test_set(name: str) -> tuple[str, str, str]:
+def text_of_set(name: str) -> tuple[str, str, str]:
     """Return (file of sources, file of references, direction) of a set such as europarl or multi30k:en-de."""
     if name in SETS:
         return SETS[name]
@@ -276,7 +276,10 @@ def work(job: Job, site: Site) -> str:
         "--lines",
         str(site.lines),
     ]
-    own += ["--sets", *(",".join(site.filled(each, job.name) for each in (name, *test_set(name))) for name in job.sets)]
+    own += [
+        "--sets",
+        *(",".join(site.filled(each, job.name) for each in (name, *text_of_set(name))) for name in job.sets),
+    ]
     commands = [[site.filled(word, job.name) for word in command] for command in job.commands]
     commands = [[*each, *site.settings] if each[0] in ("train", "distill") else each for each in commands]
     commands = [["-m", "scripts.results.small_data" if each[0] == "change" else "nmt.cli", *each] for each in commands]
