@@ -71,12 +71,11 @@ def test_an_exported_model_translates_scores_and_explains_without_extras(run: Pa
 
 
 @pytest.mark.slow
-def test_a_command_that_needs_an_extra_names_it(run: Path, tmp_path: Path) -> None:
+def test_a_command_that_needs_an_extra_names_it(tmp_path: Path) -> None:
     results, _ = blocked(
         ["train", "experiment=demo"],
         ["prepare", "corpus=phrasebook"],
         ["cost", "experiment=demo"],
-        ["experts", str(run), "--grow", "8", "-o", str(tmp_path / "new")],
         cwd=tmp_path,
     )
     for status, out, err in results:

@@ -277,7 +277,7 @@ def test_the_launcher_ends_with_the_cause(
 def unpickles(source: str) -> list[str]:
     """What in a source could run a program hidden in a file that it reads."""
     return re.findall(
-        r"\bpickle\b(?=[.\s]*(?:import|load|\n))|\btorch\.load\b|\ballow_pickle\b|\bunsafe_load\b", source
+        r"\bpickle\b(?=[.\s]*(?:import|load|\n))|\btorch\.load\b|\ballow_pickle\b(?!=False)|\bunsafe_load\b", source
     )
 
 

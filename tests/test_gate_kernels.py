@@ -119,7 +119,9 @@ def test_the_fused_gate_gives_both_weights_and_the_input_their_gradients(monkeyp
     def gradients(choose: Callable[..., Choice], dtype: torch.dtype) -> list[Tensor]:
         # The same noise for both.
         own_noise_TE = noise_TE.to(DEVICE, dtype)
-        monkeypatch.setattr(gating, "noisy_top_k", lambda logits, _noise, *rest: choose(logits, own_noise_TE, *rest))
+        monkeypatch.setattr(
+            gating, "noisy_top_k", lambda logits, _noise, k, real_T, _rule: choose(logits, own_noise_TE, k, real_T)
+        )
         own, own_TD = copy.deepcopy(gate).to(DEVICE, dtype), x_TD.to(DEVICE, dtype).requires_grad_()
         out = own(own_TD)
         loss = balance_loss(out.sums, 0.5, 0.7) + (out.gates_TK * out.gates_TK[:, :1].detach()).sum()

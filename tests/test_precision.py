@@ -230,10 +230,10 @@ def test_validation_in_bf16_uses_a_copy_of_the_parameters_as_they_are_and_drops_
     passed: list[Tensor] = []
     original = nmt.training.validation.perplexity
 
-    def seen(model: Seq2Seq, *arguments: Any) -> Any:
+    def seen(model: Seq2Seq, *arguments: Any, **named: Any) -> Any:
         copies.append(weakref.ref(model))
         passed.append(model.decoder.attention.query.weight.clone())
-        return original(model, *arguments)
+        return original(model, *arguments, **named)
 
     monkeypatch.setattr(nmt.training.validation, "perplexity", seen)
     changes = ("run.name=a", "training.max_steps=4", "training.validate_every=2", "training.precision=bf16")

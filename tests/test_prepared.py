@@ -11,9 +11,10 @@ import pytest
 
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
 from nmt.data.prepare import prepare
-from nmt.data.prepared import Prepared, find_prepared
+from nmt.data.prepared import Prepared, find_prepared, prepared_path
 from nmt.data.shards import file_record
 from nmt.errors import DataError
+from nmt.run import RunDirectory
 
 
 @pytest.fixture(scope="module")
@@ -186,9 +187,9 @@ def test_what_was_verified_is_not_read_again(folder: Path, monkeypatch: pytest.M
 
 
 def test_a_prepared_corpus_is_found_by_its_folder_and_by_a_run(
-    shared_text: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (wanted,) = (shared_text / "p").glob("toy-*")
+    wanted = prepared_path(RunDirectory(run).config().corpus)
     assert find_prepared(str(wanted)).path == wanted
     assert find_prepared(str(run)).path == wanted
     (tmp_path / "runs").mkdir()

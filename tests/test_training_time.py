@@ -406,7 +406,7 @@ def test_an_update_without_memory_names_its_step_and_what_to_lower(
     assert (status["state"], status["code"], status["step"]) == ("failed", 6, 2)
 
 
-def no_space(*_: Any) -> None:
+def no_space(*_: Any, **_named: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
