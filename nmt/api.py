@@ -340,7 +340,7 @@ def prepare(config: Config) -> Path:
     _check_config(config)
     with _typed_errors("nmt.prepare"):
         from nmt.commands import say
-        from nmt.data.prepare import prepare
+        from nmt.preparation.prepare import prepare
 
         return prepare(config.corpus, say).path
 

@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
 from nmt.commands import ON_RUNS, ON_SYSTEMS, PLAIN, is_setting, say, show
-from nmt.errors import DataError, ProcessError, UserError, exit_status
+from nmt.errors import ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
 from nmt.wording import counted
@@ -66,22 +66,6 @@ usage: nmt COMMAND ...
   nmt --version
 
 nmt COMMAND --help shows examples. RUN is the folder of a run or of an exported model, or a name in runs/.
-"""
-
-_PREPARE_HELP = """\
-usage: nmt prepare corpus=NAME [key=value ...]
-
-Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/. Work that was
-done before is not repeated. Corpora: {corpora}.
-
-  nmt prepare corpus=phrasebook
-  nmt prepare corpus=phrasebook corpus.target_language=fr
-  nmt prepare corpus=phrasebook 'corpus.directions=[en-de,de-en,en-fr,fr-en]'
-  nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
-  nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
-  nmt prepare corpus=files corpus.name=mine 'corpus.train.pairs=[a.tsv]' corpus.dev.from_train=2000
-  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]' \\
-      'corpus.dev.source=[c.en]' 'corpus.dev.target=[c.de]'
 """
 
 _TRAIN_HELP = """\
@@ -253,22 +237,20 @@ def _help(text: str, arguments: list[str]) -> bool:
 
 
 def _prepare(arguments: list[str]) -> None:
-    if _help(_PREPARE_HELP, arguments):
+    if {"-h", "--help"} & set(arguments):
+        from nmt.commands.prepare import HELP
+
+        _help(HELP, arguments)
         return
+    wanted, arguments = _take_option("--processes", arguments)
+    scores, arguments = _take_option("--scores", arguments)
 
     def job(job: "Job") -> None:
-        from nmt.data.mixture import Corpora
-        from nmt.data.prepare import prepare
+        from nmt.commands.prepare import num_processes, run
 
-        corpus = job.config.corpus
-        prepared = prepare(corpus, say)
-        show(prepared.path)
-        try:
-            Corpora(corpus, prepared)
-        except DataError as error:
-            say(f"only {corpus.name} was prepared, and training would be refused: {error}")
+        run(job.config.corpus, num_processes(wanted), scores)
 
-    _do(_asked("prepare", arguments), job)
+    _do(_asked("prepare", arguments, "--processes N, --scores FILE, "), job)
 
 
 def _train(arguments: list[str]) -> None:

@@ -17,7 +17,7 @@ from io import BufferedReader
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO
 
-from nmt.errors import StorageError
+from nmt.errors import DataError, StorageError
 
 # Limit for small files: a manifest of 2,048 processes has 1 MB, a vocabulary of a million pieces 30 MB.
 _MOST_BYTES = 256 * 1024 * 1024
@@ -84,24 +84,27 @@ def unfinished(path: Path) -> Path:
 
 
 @contextmanager
-def folder_atomically(path: Path) -> Iterator[Path]:
+def folder_atomically(path: Path, resumable: bool = False) -> Iterator[Path]:
     """Make an empty folder that is renamed to `path` on exit, when its content is on disk.
 
-    After an error, the folder is removed. The caller must ensure that only one process at a time makes this folder, and
-    that `path` is free or an empty folder at the end. Raises OSError if the folder cannot be written.
+    After an error, the folder is removed. With `resumable`, it stays after any error but DataError, and it is not empty
+    if an earlier call has left it. The caller must ensure that only one process at a time makes this folder, and that
+    `path` is free or an empty folder at the end. Raises OSError if the folder cannot be written.
     """
     temporary = unfinished(path)
     # Left by a process that died, or a link made by the author of the outer folder.
-    remove(temporary)
-    temporary.mkdir(parents=True)
+    if not resumable or temporary.is_symlink() or not temporary.is_dir():
+        remove(temporary)
+    temporary.mkdir(parents=True, exist_ok=resumable)
     try:
         yield temporary
         for written in (*temporary.rglob("*"), temporary):
             sync(written)
         temporary.rename(path)
         sync(path.parent)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException as error:
+        if not resumable or isinstance(error, DataError):
+            shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

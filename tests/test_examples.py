@@ -11,8 +11,8 @@ import pytest
 from nmt.config import CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.association import Associations
 from nmt.data.examples import ExampleWriter, annotated, equal_spans, slotted
-from nmt.data.prepare import prepare
 from nmt.data.subwords import Subwords
+from nmt.preparation.prepare import prepare
 from nmt.text.terms import Match
 
 NOUNS = [("pump", "Pumpe"), ("valve", "Ventil"), ("hose", "Schlauch"), ("tank", "Kessel"), ("gauge", "Messer")]

@@ -26,6 +26,7 @@ FLOORS = {
     "cost": 1,
     "metrics": 2,
     "data": 2,
+    "preparation": 3,
     "device": 3,
     "run": 3,
     "checkpoint": 3,

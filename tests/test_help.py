@@ -15,7 +15,7 @@ import nmt.commands.distill
 import nmt.commands.launch
 import nmt.commands.train
 import nmt.data.mixture
-import nmt.data.prepare
+import nmt.preparation.prepare
 from nmt.cli import main
 from nmt.commands import is_setting
 from nmt.config import Config
@@ -63,7 +63,7 @@ def test_examples_on_settings(
         assert nmt.compose.asked(arguments).words == arguments
         configs.append(config)
 
-    monkeypatch.setattr(nmt.data.prepare, "prepare", prepare)
+    monkeypatch.setattr(nmt.preparation.prepare, "prepare", prepare)
     monkeypatch.setattr(nmt.data.mixture, "Corpora", lambda *_: None)
 
     def train(config: Config) -> RunDirectory:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
 from nmt.corpus.filters import HoldOut
 from nmt.corpus.pairs import SentencePair
-from nmt.data.prepare import prepare
 from nmt.data.prepared import Prepared
+from nmt.preparation.prepare import prepare
 
 
 def chosen(pairs: list[SentencePair], num_dev: int, num_test: int) -> HoldOut:

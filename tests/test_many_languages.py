@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from nmt.config import CorpusConfig, Direction, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import read_pairs, source_files
-from nmt.data.prepare import prepare, prepared_path
 from nmt.data.prepared import Prepared
 from nmt.errors import DataError
+from nmt.data.prepared import prepared_path
+from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 from tests.toy import train
 

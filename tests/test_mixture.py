@@ -17,12 +17,12 @@ from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, CorpusConfig, Direction, TrainingConfig
 from nmt.data.batching import BatchStream, TrainingText, plan_epoch
 from nmt.data.mixture import Corpora, Mixture, _drawn, _rounded, tempered
-from nmt.data.prepare import prepare
 from nmt.data.prepared import Part, Prepared, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.data.symbols import Symbols
 from nmt.decoding.directions import Directions
 from nmt.errors import DataError
+from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 from tests.test_batching import equal
 from tests.toy import HARD, Cli, saved, toy_config, train

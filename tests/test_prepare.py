@@ -16,14 +16,15 @@ import pytest
 
 import nmt.corpus.sources
 import nmt.data.held_out
-import nmt.data.prepare
 import nmt.data.prepared
 import nmt.files
+import nmt.preparation.prepare
 from nmt.config import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
-from nmt.data.prepare import Prepared, prepare, prepared_path
+from nmt.data.prepared import Prepared, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.errors import DataError
 from nmt.lock import locked
+from nmt.preparation.prepare import prepare
 from tests.processes import CONTEXT
 
 ENGLISH = ["the", "small", "dog", "runs", "over", "a", "green", "meadow", "this", "morning", "and", "looks"]
@@ -109,7 +110,7 @@ def unwritable(*_: Any) -> None:
 def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = prepare(corpus, Log())
     before = contents(first.path)
-    monkeypatch.setattr(nmt.data.prepare, "_Preparation", None)
+    monkeypatch.setattr(nmt.preparation.prepare, "_Preparation", None)
     log = Log()
     again = prepare(corpus, log)
     assert again.fingerprint == first.fingerprint
@@ -122,12 +123,12 @@ def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.Monk
     prepare(corpus, log)
     # Where nothing can be written, what is finished can be used.
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.data.prepare, "locked", unwritable)
+        patch.setattr(nmt.preparation.prepare, "locked", unwritable)
         prepare(corpus, log)
     # What was read whole once, and has not been touched since, is neither locked nor read again.
     monkeypatch.setattr(nmt.data.prepared, "_UNSURE_SECONDS", -1.0)
     prepare(corpus, log)
-    monkeypatch.setattr(nmt.data.prepare, "_lock", None)
+    monkeypatch.setattr(nmt.preparation.prepare, "_lock", None)
     monkeypatch.setattr(Prepared, "verify", None)
     prepare(corpus, log)
     assert len(log) == 6
@@ -161,13 +162,13 @@ def test_any_setting_but_the_directory_gives_another_folder(corpus: CorpusConfig
 
 
 INTERRUPTIONS: list[tuple[Any, str]] = [
-    (nmt.data.prepare._Preparation, "write_text"),
-    (nmt.data.prepare._Preparation, "spool"),
-    (nmt.data.prepare, "train_subwords"),
-    (nmt.data.prepare.Filters, "keep_encoded"),
-    (nmt.data.prepare.ShardWriter, "record"),
+    (nmt.preparation.prepare._Preparation, "write_text"),
+    (nmt.preparation.prepare._Preparation, "spool"),
+    (nmt.preparation.prepare, "train_subwords"),
+    (nmt.preparation.prepare.Filters, "keep_encoded"),
+    (nmt.preparation.prepare.ShardWriter, "record"),
     (nmt.files, "sync"),
-    (nmt.data.prepare.json, "dumps"),
+    (nmt.preparation.prepare.json, "dumps"),
     (Path, "rename"),
 ]
 
@@ -269,7 +270,7 @@ def test_long_and_blank_lines_of_dev_are_told(corpus: CorpusConfig, monkeypatch:
 def test_dev_has_a_bound(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, most in (("_MOST_PAIRS", 19), ("_MOST_BYTES", 500)):
         with monkeypatch.context() as patch:
-            patch.setattr(nmt.data.prepare, name, most)
+            patch.setattr(nmt.preparation.prepare, name, most)
             with pytest.raises(DataError, match=r"corpus\.dev has more than"):
                 prepare(corpus, Log())
 
@@ -338,13 +339,13 @@ def test_characters_without_a_piece_are_told(tmp_path: Path) -> None:
 def test_sample_is_spread_over_both_sides(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus.subwords.training_sentences = 100
     taken: list[str] = []
-    original = nmt.data.prepare.train_subwords
+    original = nmt.preparation.prepare.train_subwords
 
     def spy(sentences: Iterator[str], *arguments: Any) -> None:
         taken.extend(sentences)
         original(taken, *arguments)
 
-    monkeypatch.setattr(nmt.data.prepare, "train_subwords", spy)
+    monkeypatch.setattr(nmt.preparation.prepare, "train_subwords", spy)
     prepare(corpus, Log())
     root = Path(corpus.root)
     assert taken[::2] == (root / "train.en").read_text().splitlines()[7::8]
@@ -394,13 +395,13 @@ def test_misaligned_training_text(corpus: CorpusConfig) -> None:
 
 
 def test_file_that_changes_while_it_is_read(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = nmt.data.prepare.train_subwords
+    original = nmt.preparation.prepare.train_subwords
 
     def meanwhile(*arguments: Any) -> None:
         (Path(corpus.root) / "train.en").write_text("changed\n")
         original(*arguments)
 
-    monkeypatch.setattr(nmt.data.prepare, "train_subwords", meanwhile)
+    monkeypatch.setattr(nmt.preparation.prepare, "train_subwords", meanwhile)
     with pytest.raises(ValueError, match=r"train\.en changed while it was read"):
         prepare(corpus, Log())
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
-from nmt.data.prepare import prepare
 from nmt.data.prepared import Prepared, find_prepared, prepared_path
 from nmt.data.shards import file_record
 from nmt.errors import DataError
+from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 
 

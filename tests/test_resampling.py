@@ -22,11 +22,11 @@ from nmt.checkpoint import list_checkpoints
 from nmt.config import Direction, SubwordConfig, TrainingConfig
 from nmt.data.batching import BatchStream, EpochText
 from nmt.data.mixture import Mixture
-from nmt.data.prepare import prepare
 from nmt.data.prepared import Part, prepared_path
 from nmt.data.resampling import Resampled, _Resegment, resampled
 from nmt.data.shards import SIDES, ParallelShards
 from nmt.data.subwords import Subwords, train_subwords
+from nmt.preparation.prepare import prepare
 from tests.test_batching import equal
 from tests.toy import HARD, saved, toy_config, train
 

@@ -14,13 +14,13 @@ import sacrebleu
 import nmt.students.parts
 from nmt.cli import main
 from nmt.config import Direction
-from nmt.data.prepare import prepare
 from nmt.data.prepared import Prepared
 from nmt.data.subwords import Subwords
 from nmt.data.symbols import Symbols
 from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError, UserError
+from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 from nmt.students.parts import Parts
 from nmt.students.taught import lesson_of, lessons, only_part, taught_corpus, taught_path

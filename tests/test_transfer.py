@@ -11,7 +11,6 @@ from torch import Tensor
 
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, ModelConfig
-from nmt.data.prepare import prepare
 from nmt.data.subwords import RESERVED, Subwords
 from nmt.data.symbols import Symbols
 from nmt.model.names import PIECE_ROWS, Part, is_expert, summary
@@ -19,6 +18,7 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.parameters import read_tensors
+from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 from nmt.training.transfer import Origin, PieceRows, start_from
 from tests.processes import run_ranks

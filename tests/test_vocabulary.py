@@ -11,10 +11,10 @@ import pytest
 
 from nmt.config import NUM_ADDED_PIECES, Config, CorpusConfig, FilesConfig, RunConfig, SubwordConfig
 from nmt.data.mixture import Corpora
-from nmt.data.prepare import prepare
 from nmt.data.subwords import Subwords, train_subwords
 from nmt.data.vocabulary import vocabulary_size
 from nmt.errors import DataError
+from nmt.preparation.prepare import prepare
 from tests.test_many_languages import Log, corpus_of, in_two, pairs_of, prepared_from, texts_of, write_texts
 
 

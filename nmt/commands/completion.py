@@ -134,7 +134,8 @@ def words(command: str) -> list[str]:
         case "settings":
             return [*keys, "--help"]
         case "prepare":
-            return [*_COMPOSING, *_choices("experiment", "corpus"), *(f"{key}=" for key in keys if key[:6] == "corpus")]
+            own = ["--processes", "--scores", *_COMPOSING, *_choices("experiment", "corpus")]
+            return [*own, *(f"{key}=" for key in keys if key[:6] == "corpus")]
         case "train":
             return ["--processes", *_COMPOSING, *_choices(), *(f"{key}=" for key in keys)]
         case "distill" | "cost":

@@ -14,9 +14,9 @@ from nmt.commands.launch import check_processes, launch, num_processes, run_toge
 from nmt.commands.train import check_resumable, run_of, train
 from nmt.config import Config
 from nmt.data.mixture import check_teacher
-from nmt.data.prepare import prepare
 from nmt.decoding.directions import Directions
 from nmt.errors import UserError
+from nmt.preparation.prepare import prepare
 from nmt.process import ended_by_signals, worker
 from nmt.run import RunDirectory
 from nmt.students.parts import Make

@@ -13,13 +13,13 @@ from nmt.commands import say
 from nmt.commands.memory import check_memory
 from nmt.config import Config
 from nmt.data.mixture import Corpora, mixed_in
-from nmt.data.prepare import prepare
 from nmt.data.prepared import VOCABULARY
 from nmt.device import shortage_told
 from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessError, StorageError, UserError, exit_status
 from nmt.files import write_atomically
 from nmt.parallel.mesh import World
 from nmt.parallel.watchdog import watch_for_hangs
+from nmt.preparation.prepare import prepare
 from nmt.process import launched_rank
 from nmt.run import SHARED_MARK, STARTED_FROM, RunDirectory
 from nmt.training.stopping import StopRequest

@@ -10,7 +10,8 @@ the subwords that the teacher finds most probable there, and their probabilities
 """
 
 import hashlib
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -65,21 +66,50 @@ def _teacher_name(split: str) -> str:
     return split + _TEACHER
 
 
+def _bytes(split: str, dtype: np.dtype, sizes: Mapping[str, Any]) -> dict[str, int]:
+    """Return the bytes of each file of a split of these `ShardWriter.sizes`."""
+    found = {}
+    for side, (pieces, offsets) in _names(split).items():
+        found[pieces] = sizes["pieces"][side] * dtype.itemsize
+        found[offsets] = (sizes["pairs"] + 1) * _OFFSET_DTYPE.itemsize
+    return found
+
+
+def can_resume(folder: Path, vocab_size: int, split: str, sizes: Mapping[str, Any]) -> bool:
+    """Return whether the files of a split have all that a `ShardWriter` of these sizes wrote."""
+    needed = _bytes(split, ids_dtype(vocab_size), sizes)
+    return all((folder / name).is_file() and (folder / name).stat().st_size >= size for name, size in needed.items())
+
+
 class ShardWriter:
     """Writer of the arrays of one split, chunk by chunk; its memory use does not grow with the corpus."""
 
-    def __init__(self, folder: Path, vocab_size: int, split: str = "train", *, taught: bool = False) -> None:
-        """Open the files; `taught`: with a teacher's rows."""
+    def __init__(
+        self,
+        folder: Path,
+        vocab_size: int,
+        split: str = "train",
+        *,
+        taught: bool = False,
+        resume: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the files; `taught`: with a teacher's rows; `resume`: cut to these `sizes`, to append to."""
         self.dtype = ids_dtype(vocab_size)
-        self.num_pairs = 0
-        self.num_pieces = dict.fromkeys(SIDES, 0)
-        self.longest = dict.fromkeys(SIDES, 0)
+        self.num_pairs: int = resume["pairs"] if resume else 0
+        self.num_pieces: dict[str, int] = dict(resume["pieces"]) if resume else dict.fromkeys(SIDES, 0)
+        self.longest: dict[str, int] = dict(resume["longest"]) if resume else dict.fromkeys(SIDES, 0)
         """Subwords of the longest sentence, by side."""
         self._split = split
         self._folder = folder
-        self._streams = {name: (folder / name).open("wb") for pair in _names(split).values() for name in pair}
-        for _, offsets in _names(split).values():
-            self._streams[offsets].write(np.zeros(1, _OFFSET_DTYPE).tobytes())
+        self._streams: dict[str, BinaryIO] = {}
+        for name, size in _bytes(split, self.dtype, self.sizes()).items():
+            self._streams[name] = (folder / name).open("r+b" if resume else "wb")
+            if resume:
+                self._streams[name].truncate(size)
+                self._streams[name].seek(0, os.SEEK_END)
+        if not resume:
+            for _, offsets in _names(split).values():
+                self._streams[offsets].write(np.zeros(1, _OFFSET_DTYPE).tobytes())
         self._teacher: BinaryIO | None = None
         if taught:
             name = _teacher_name(split)
@@ -93,18 +123,41 @@ class ShardWriter:
         assert (teacher_N is None) == (self._teacher is None)
         if not sources:
             return
-        for side, sequences in zip(SIDES, (sources, targets), strict=True):
-            pieces_name, offsets_name = _names(self._split)[side]
-            lengths = [len(sequence) for sequence in sequences]
-            self.longest[side] = max(self.longest[side], *lengths)
-            offsets = self.num_pieces[side] + np.cumsum(lengths)
-            self._streams[pieces_name].write(np.concatenate(sequences).astype(self.dtype).tobytes())
-            self._streams[offsets_name].write(offsets.astype(_OFFSET_DTYPE).tobytes())
-            self.num_pieces[side] = int(offsets[-1])
-        self.num_pairs += len(sources)
+        sides = [
+            (np.concatenate(sequences), np.fromiter(map(len, sequences), np.int64, len(sequences)))
+            for sequences in (sources, targets)
+        ]
+        self.append_flat(*sides[0], *sides[1])
         if self._teacher and teacher_N is not None:
             assert len(teacher_N) == sum(map(len, targets)) + len(targets)
             self._teacher.write(teacher_N.astype(teacher_dtype(self.dtype)).tobytes())
+
+    def append_flat(
+        self, sources: np.ndarray, source_lengths: np.ndarray, targets: np.ndarray, target_lengths: np.ndarray
+    ) -> None:
+        """Write the subword ids of pairs, concatenated by side, given the number of ids of each text."""
+        assert len(source_lengths) == len(target_lengths)
+        if not len(source_lengths):
+            return
+        for side, ids, lengths in zip(SIDES, (sources, targets), (source_lengths, target_lengths), strict=True):
+            pieces_name, offsets_name = _names(self._split)[side]
+            self.longest[side] = max(self.longest[side], int(lengths.max()))
+            offsets = self.num_pieces[side] + np.cumsum(lengths, dtype=np.int64)
+            assert offsets[-1] == self.num_pieces[side] + len(ids)
+            self._streams[pieces_name].write(ids.astype(self.dtype, copy=False).tobytes())
+            self._streams[offsets_name].write(offsets.astype(_OFFSET_DTYPE, copy=False).tobytes())
+            self.num_pieces[side] = int(offsets[-1])
+        self.num_pairs += len(source_lengths)
+
+    def sizes(self) -> dict[str, Any]:
+        """Return what `resume` takes, to go on after what was appended so far."""
+        return {"pairs": self.num_pairs, "pieces": dict(self.num_pieces), "longest": dict(self.longest)}
+
+    def sync(self) -> None:
+        """Make sure that all that was appended is on disk."""
+        for stream in self._streams.values():
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def close(self) -> None:
         """Flush and close the files."""

@@ -1,56 +1,25 @@
 """What `nmt prepare` reports of a corpus: how much text was kept, and how the vocabulary fits it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import numpy as np
-
 from nmt.config import CorpusConfig
-from nmt.data.subwords import Subwords, list_characters
+from nmt.data.subwords import list_characters
+from nmt.preparation.tally import Tally
 from nmt.wording import brief, percent
 
 
-@dataclass
-class Fit:
-    """How a vocabulary cuts text."""
-
-    characters_in_bytes: Counter[str] = field(default_factory=Counter)
-    """How often each character without a subword of its own occurs."""
-    lines_in_bytes: int = 0
-    """Lines with such characters."""
-    characters: int = 0
-    words: int = 0
-    pieces: int = 0
-    """Subwords."""
-
-    def add(self, subwords: Subwords, lines: Iterable[str], encoded: Iterable[np.ndarray]) -> None:
-        """Count lines and their subwords."""
-        for line in lines:
-            self.characters += len(line)
-            self.words += len(line.split())
-            if unlearned := subwords.unlearned(line):
-                self.characters_in_bytes.update(unlearned)
-                self.lines_in_bytes += 1
-        self.pieces += sum(map(len, encoded))
-
-    def __str__(self) -> str:
-        share = sum(self.characters_in_bytes.values()) / max(self.characters, 1)
-        return (
-            f"{self.pieces / max(self.words, 1):.2f} subwords per word, {percent(share)} of the characters are encoded "
-            "as bytes"
-        )
-
-
 def summary(
-    corpus: CorpusConfig, manifest: dict[str, Any], dropped: str, num_wanted: int, notes: Sequence[str], fit: Fit
+    corpus: CorpusConfig, manifest: dict[str, Any], dropped: str, num_wanted: int, notes: Sequence[str], encoded: Tally
 ) -> Iterator[str]:
     """Yield a summary in a few lines.
 
-    `dropped` describes what the filters dropped, and `num_wanted` is the number of pairs to hold out.
+    `dropped` describes what the filters dropped, `num_wanted` is the number of pairs to hold out, and `encoded` has the
+    counts of encoding.
     """
     name = corpus.name
+    in_bytes = encoded.characters.get("in_bytes", Counter())
     yield (
         f"{name}: {manifest['pairs_read']:,} pairs read, {manifest['pairs_kept']:,} kept"
         + (f", {manifest['held_out']:,} held out" if manifest["held_out"] else "")
@@ -74,22 +43,32 @@ def summary(
             f"vocabulary: {manifest['vocabulary_size']:,} subwords of {inherited['from']}; settings of learning, such "
             "as corpus.subwords.vocab_size, have no effect"
         )
-        yield f"{name}: with this vocabulary, {fit}"
+        yield f"{name}: with this vocabulary, {_fit(encoded, in_bytes)}"
     else:
         yield (
             f"vocabulary: {manifest['vocabulary_size']:,} {corpus.subwords.kind} subwords from "
             f"{manifest['vocabulary_sentences']:,} sentences"
         )
-    if fit.characters_in_bytes:
+    if in_bytes:
         yield (
-            f"{len(fit.characters_in_bytes):,} characters, in {fit.lines_in_bytes:,} lines, are not in the "
-            f"vocabulary and are encoded as bytes: {list_characters(fit.characters_in_bytes)}"
+            f"{len(in_bytes):,} characters, in {manifest['lines_in_bytes']:,} lines, are not in the vocabulary and are "
+            f"encoded as bytes: {list_characters(in_bytes)}"
         )
     if shown := _counts(manifest["examples"]):
         yield f"{name}: pairs rewritten with symbols: {shown}"
     yield (
         f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
         f"subwords, {manifest['seconds']:.0f} s"
+    )
+
+
+def _fit(encoded: Tally, in_bytes: Counter[str]) -> str:
+    """Return how the vocabulary cuts the text."""
+    counts = encoded.counts
+    share = in_bytes.total() / max(counts["characters"], 1)
+    return (
+        f"{counts['pieces'] / max(counts['words'], 1):.2f} subwords per word, {percent(share)} of the characters are "
+        "encoded as bytes"
     )
 
 

@@ -1,0 +1,110 @@
+"""nmt prepare: prepare a corpus with a progress bar and a report, or write what its rules measure in each pair."""
+
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tqdm import tqdm
+
+from nmt.commands import say, show
+from nmt.config import CorpusConfig
+from nmt.data.mixture import Corpora
+from nmt.data.prepared import Prepared
+from nmt.errors import DataError, UserError
+from nmt.files import replacing
+from nmt.pages.preparation import write_preparation
+from nmt.preparation.prepare import prepare
+from nmt.preparation.progress import Stages
+from nmt.preparation.scores import write_scores
+from nmt.preparation.splits import texts_of_files
+from nmt.preparation.workers import available_cores
+from nmt.terminal import printable
+
+HELP = """\
+usage: nmt prepare corpus=NAME [--processes N] [key=value ...]
+       nmt prepare corpus=NAME --scores FILE [key=value ...]
+
+Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/, with a report.
+Work that was done before is not repeated. After an interruption, the same command goes on where it was.
+Corpora: {corpora}.
+
+  nmt prepare corpus=phrasebook
+  nmt prepare corpus=phrasebook corpus.target_language=fr
+  nmt prepare corpus=phrasebook 'corpus.directions=[en-de,de-en,en-fr,fr-en]'
+  nmt prepare corpus=multi30k_en_de corpus.root=/data/multi30k
+  nmt prepare corpus=wmt14_en_de corpus.subwords.vocab_size=16000
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.pairs=[a.tsv]' corpus.dev.from_train=2000
+  nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]' \\
+      'corpus.dev.source=[c.en]' 'corpus.dev.target=[c.de]'
+  nmt prepare corpus=mine --scores scores.tsv
+
+--processes N      share the work among N processes (default: one per core). The result does not depend on N
+--scores FILE      prepare nothing, but write what each rule of corpus.filters measures in each pair, to choose
+                   thresholds by
+"""
+_BAR_SECONDS = 0.3
+
+
+def num_processes(wanted: str | None) -> int:
+    """Return the number that --processes asks for: one per core if it is not given. UserError for another word."""
+    if wanted is None:
+        return available_cores()
+    if not (wanted.isascii() and wanted.isdigit() and int(wanted) > 0):
+        raise UserError(f"--processes {wanted} must be a number of at least 1")
+    return int(wanted)
+
+
+def run(corpus: CorpusConfig, processes: int, scores: str | None) -> None:
+    """Run `nmt prepare` with these options."""
+    if scores is not None:
+        _write_scores(corpus, Path(scores), processes)
+        return
+    prepared = prepare_corpus(corpus, say, processes)
+    show(prepared.path)
+    try:
+        Corpora(corpus, prepared)
+    except DataError as error:
+        say(f"only {corpus.name} was prepared, and training would be refused: {error}")
+
+
+def prepare_corpus(corpus: CorpusConfig, log: Callable[[str], None], processes: int = 0) -> Prepared:
+    """Prepare a corpus as `nmt.preparation.prepare.prepare` does, with a progress bar on a terminal, and report on it.
+
+    The report is written if the folder has its figures, and no page yet.
+    """
+    with _progress(corpus.name, log) as (stages, above):
+        prepared = prepare(corpus, above, processes, stages)
+    pages = write_preparation(prepared.path)
+    if pages:
+        log(f"{corpus.name}: report: {pages[0]}")
+    return prepared
+
+
+@contextmanager
+def _progress(name: str, log: Callable[[str], None]) -> Iterator[tuple[Stages, Callable[[str], None]]]:
+    """Yield (stages that show their progress, a log that leaves it in place)."""
+    if log is not say or not sys.stderr.isatty():
+        yield Stages(lambda line, _share: log(f"{name}: {line}")), log
+        return
+    # If a terminal reports 0 columns, tqdm would show nothing.
+    columns, _ = shutil.get_terminal_size()
+    with tqdm(total=100, bar_format="{desc} |{bar}|", leave=False, file=sys.stderr, ncols=columns, disable=None) as bar:
+
+        def shown(line: str, share: float | None) -> None:
+            bar.n = round(100 * (share or 0.0))
+            bar.set_description_str(printable(f"{name}: {line}"))
+
+        yield (
+            Stages(shown, _BAR_SECONDS),
+            lambda line: bar.write(printable(line), file=sys.stderr),
+        )
+
+
+def _write_scores(corpus: CorpusConfig, path: Path, processes: int) -> None:
+    held_out = texts_of_files(corpus)
+    with _progress(corpus.name, say) as (stages, above), replacing(path) as stream:
+        for line in write_scores(corpus, held_out, stream, processes, stages.begin("scores")):
+            above(line)
+    show(path)

@@ -1,0 +1,1 @@
+"""`nmt prepare`: read, normalise, filter and encode the text of a corpus, in several processes, and report on it."""

@@ -1,0 +1,87 @@
+"""Share work among processes: results come in the order of the items, whatever the number of processes is."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import cache, partial
+from itertools import chain, islice
+from multiprocessing.connection import wait
+from typing import Any, TypeVar
+
+from nmt.errors import ProcessError
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+# Items that wait per process, so that none waits for the reader.
+_AHEAD = 2
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def shared_out(
+    make: Callable[..., Callable[[_Item], _Result]], arguments: tuple[Any, ...], items: Iterable[_Item], processes: int
+) -> Iterator[_Result]:
+    """Yield make(*arguments)(item) for each item, in order.
+
+    Each process calls `make` once. Items are drawn as they are needed, so that few of them are in memory. A single item
+    needs no process of its own. An error of a call or of `items` is raised here; ProcessError if a process dies.
+    """
+    waiting = iter(items)
+    first = list(islice(waiting, 2))
+    waiting = chain(first, waiting)
+    if processes == 1 or len(first) < 2:
+        if first:
+            yield from map(make(*arguments), waiting)
+        return
+    # A forked process could hold locks of threads that it does not have.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(make, arguments))
+    pending: deque[Future[_Result]] = deque()
+    try:
+        for item in waiting:
+            pending.append(pool.submit(_call, item))
+            while len(pending) >= _AHEAD * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ProcessError(
+            "a process of nmt prepare ended by itself, perhaps for lack of memory: run the command again, which goes "
+            "on where it was, with a smaller number of --processes"
+        ) from error
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+_make: Callable[[], Callable[[Any], Any]] | None = None
+"""In a process of a pool: what makes the function to call."""
+
+
+def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
+    # A terminal sends an interrupt to all processes; the main one ends the others.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="Parent", daemon=True).start()
+    global _make
+    # Called with the first item, because the error of an initializer would not reach the main process.
+    _make = cache(partial(make, *arguments))
+
+
+def _end_with_parent() -> None:
+    """End this process when the main one has died: nobody would take its results."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+
+def _call(item: Any) -> Any:
+    assert _make is not None
+    return _make()(item)
