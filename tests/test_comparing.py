@@ -76,7 +76,7 @@ def tally_of(block: int, words: list[tuple[int, int]]) -> Tally:
     tally = Tally()
     tally.counts["read"] = len(words)
     count_lengths(tally, "read", *np.array([*words, (1, 1)], dtype=np.int64).T)
-    for number, rank in enumerate(ranks(block, np.arange(len(words))).tolist()):
+    for number, rank in enumerate(ranks(block << 32, np.arange(len(words))).tolist()):
         tally.show("dropped", rank, {"source": f"{block} {number}", "row": number})
     tally.characters["source"] = count_characters(f"{a}{b}é" for a, b in words)
     return tally

@@ -7,6 +7,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from multiprocessing import Queue
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,13 @@ import nmt.corpus.sources
 import nmt.data.held_out
 import nmt.data.prepared
 import nmt.files
+import nmt.preparation.cleaning
+import nmt.preparation.filtered
+import nmt.preparation.journal
+import nmt.preparation.prepare
+import nmt.preparation.reuse
+import nmt.preparation.splits
+import nmt.preparation.store
 import nmt.preparation.prepare
 from nmt.config import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.prepared import Prepared, prepared_path
@@ -66,7 +74,9 @@ class Log(list[str]):
 
 def contents(path: Path) -> dict[str, Any]:
     """All files of a prepared folder, without what depends on the clock."""
-    files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir()}
+    files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
+    files["report"] = json.loads((path / "report" / "prepare.json").read_text())
+    del files["report"]["seconds"]
     manifest = json.loads(files["manifest.json"])
     del manifest["seconds"]
     for source in manifest["sources"]:
@@ -123,12 +133,12 @@ def test_second_call_does_nothing(corpus: CorpusConfig, monkeypatch: pytest.Monk
     prepare(corpus, log)
     # Where nothing can be written, what is finished can be used.
     with monkeypatch.context() as patch:
-        patch.setattr(nmt.preparation.prepare, "locked", unwritable)
+        patch.setattr(nmt.preparation.reuse, "locked", unwritable)
         prepare(corpus, log)
     # What was read whole once, and has not been touched since, is neither locked nor read again.
     monkeypatch.setattr(nmt.data.prepared, "_UNSURE_SECONDS", -1.0)
     prepare(corpus, log)
-    monkeypatch.setattr(nmt.preparation.prepare, "_lock", None)
+    monkeypatch.setattr(nmt.preparation.prepare, "preparing", None)
     monkeypatch.setattr(Prepared, "verify", None)
     prepare(corpus, log)
     assert len(log) == 6
@@ -144,7 +154,7 @@ def test_changed_source_rebuilds(corpus: CorpusConfig) -> None:
     assert "train.de has changed" in log[0]
     assert second.path == first.path
     assert second.fingerprint != first.fingerprint
-    assert [file.name for file in second.path.parent.iterdir() if file.is_dir()] == [second.path.name]
+    assert sorted(file.name for file in second.path.parent.iterdir() if file.is_dir()) == [second.path.name, "toy.text"]
 
 
 def test_corpora_of_older_versions_are_still_found() -> None:
@@ -162,44 +172,48 @@ def test_any_setting_but_the_directory_gives_another_folder(corpus: CorpusConfig
 
 
 INTERRUPTIONS: list[tuple[Any, str]] = [
-    (nmt.preparation.prepare._Preparation, "write_text"),
-    (nmt.preparation.prepare._Preparation, "spool"),
+    (nmt.preparation.splits.Splits, "write_files"),
+    (nmt.preparation.cleaning, "write_block"),
+    (nmt.preparation.store.Unit, "finish"),
+    (nmt.preparation.filtered.FilteredText, "drop_repeated"),
     (nmt.preparation.prepare, "train_subwords"),
-    (nmt.preparation.prepare.Filters, "keep_encoded"),
-    (nmt.preparation.prepare.ShardWriter, "record"),
+    (nmt.preparation.prepare, "write_atomically"),
+    (nmt.preparation.journal.Journal, "append"),
+    (nmt.preparation.journal.Journal, "save"),
+    (nmt.data.shards.ShardWriter, "record"),
+    (nmt.preparation.prepare, "report"),
     (nmt.files, "sync"),
-    (nmt.preparation.prepare.json, "dumps"),
     (Path, "rename"),
 ]
 
 
 @pytest.mark.parametrize(("owner", "name"), INTERRUPTIONS, ids=[name for _, name in INTERRUPTIONS])
-@pytest.mark.parametrize("clean_up", [True, False])
-def test_interruption_is_never_taken_as_done(
-    corpus: CorpusConfig, tmp_path: Path, owner: Any, name: str, clean_up: bool
-) -> None:
+def test_interruption_is_never_taken_as_done(corpus: CorpusConfig, tmp_path: Path, owner: Any, name: str) -> None:
     path = prepared_path(corpus)
     original: Callable[..., Any] = getattr(owner, name)
-    calls = 0
+    # Interrupted before the step, then in its second call, if there is one, with the work of the first one done.
+    for wanted in (1, 2):
+        calls = 0
 
-    def interrupted(*arguments: Any, **settings: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        # The path of the folder is worked out with json.dumps too, and the lock is written with it.
-        if name == "dumps" and calls <= 2:
+        def interrupted(*arguments: Any, wanted: int = wanted, **settings: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == wanted:
+                raise KeyboardInterrupt
             return original(*arguments, **settings)
-        raise KeyboardInterrupt
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(owner, name, interrupted)
-        if not clean_up:  # as kill -9 leaves it
-            patch.setattr(nmt.files.shutil, "rmtree", lambda *_, **__: None)
-        with pytest.raises(KeyboardInterrupt):
-            prepare(corpus, Log())
-    assert not path.exists()
-    assert path.with_name(f".{path.name}.tmp").exists() != clean_up
-    with pytest.raises(ValueError, match="corpus toy is not prepared"):
-        Prepared.open(path)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(owner, name, interrupted)
+            if wanted == 1:
+                with pytest.raises(KeyboardInterrupt):
+                    prepare(corpus, Log())
+            else:
+                with suppress(KeyboardInterrupt):
+                    prepare(corpus, Log())
+        if calls == wanted:
+            assert not path.exists()
+            with pytest.raises(ValueError, match="corpus toy is not prepared"):
+                Prepared.open(path)
     prepare(corpus, Log())
     assert not path.with_name(f".{path.name}.tmp").exists()
     clean = corpus_of(tmp_path, directory=str(tmp_path / "clean"))
@@ -218,7 +232,7 @@ def test_damage_is_found_and_repaired(corpus: CorpusConfig) -> None:
         prepared.parts()
     assert "\n" not in str(caught.value)
     for name, data in before.items():
-        if name != "manifest.json":
+        if name not in ("manifest.json", "report"):
             (prepared.path / name).write_bytes(bytes([data[0] ^ 1]) + data[1:])
             with pytest.raises(ValueError, match=name):
                 prepared.verify()
@@ -247,13 +261,12 @@ def test_a_folder_of_another_version_is_prepared_again(corpus: CorpusConfig) -> 
 
 
 def test_what_others_left_is_removed(corpus: CorpusConfig) -> None:
-    """The folder of a preparation with other settings that was killed, but not of one that goes on."""
+    """The folder of a preparation of this corpus with other settings that was killed, but not that of another one."""
     directory = Path(corpus.directory)
-    for name in ("toy-00000000", "toy-11111111"):
+    for name in ("toy-00000000", "other-11111111"):
         (directory / f".{name}.tmp").mkdir(parents=True)
-    with locked(directory / ".toy-11111111.lock"):
-        prepare(corpus, Log())
-    assert [path.name for path in sorted(directory.glob(".*.tmp"))] == [".toy-11111111.tmp"]
+    prepare(corpus, Log())
+    assert [path.name for path in sorted(directory.glob(".*.tmp"))] == [".other-11111111.tmp"]
 
 
 def test_long_and_blank_lines_of_dev_are_told(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,7 +283,7 @@ def test_long_and_blank_lines_of_dev_are_told(corpus: CorpusConfig, monkeypatch:
 def test_dev_has_a_bound(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, most in (("_MOST_PAIRS", 19), ("_MOST_BYTES", 500)):
         with monkeypatch.context() as patch:
-            patch.setattr(nmt.preparation.prepare, name, most)
+            patch.setattr(nmt.preparation.splits, name, most)
             with pytest.raises(DataError, match=r"corpus\.dev has more than"):
                 prepare(corpus, Log())
 

@@ -94,6 +94,8 @@ class FilterConfig:
     """Drop pairs with more than this many blank-separated words on either side."""
     max_length_ratio: float = 0.0
     """Drop pairs whose longer side has more than this many times the words of the shorter side."""
+    test_overlap: bool = False
+    """x"""
     max_pieces: int = 200
     """Drop pairs with more than this many subwords on either side."""
 
@@ -208,6 +210,8 @@ class CorpusConfig:
     test: FilesConfig = field(default_factory=FilesConfig)
     """Test text, given like `dev`. Empty: the split `test` of the hub, or none; `nmt evaluate` then needs --source and
     --reference."""
+    punctuation: str = "keep"
+    """x"""
     max_pairs: int = 0
     """Maximum number of training pairs to read, or of lines of `texts`; 0: all, or 30,000 of the phrasebook."""
     filters: FilterConfig = field(default_factory=FilterConfig)

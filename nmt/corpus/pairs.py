@@ -21,10 +21,18 @@ class SentencePair(NamedTuple):
     """None for a corpus in two languages, without `corpus.directions`."""
 
 
+class Rows(NamedTuple):
+    texts: dict[str, list[str]]
+    domains: list[str]
+    tag: str = ""
+    scores: Sequence[float] = ()
+
+
 @dataclass
 class ReadReport:
     """Counts and notes about what was read, in addition to the pairs."""
 
+    bytes_read: int = 0
     invalid_lines: int = 0
     """Lines that were not valid UTF-8; U+FFFD replaces the broken bytes."""
     empty_rows: int = 0

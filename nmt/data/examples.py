@@ -181,3 +181,5 @@ def _copyable(text: str) -> dict[str, tuple[int, int]]:
     for start, end in spans:
         counts[text[start:end]] = counts.get(text[start:end], 0) + 1
     return {text[start:end]: (start, end) for start, end in sorted(spans) if counts[text[start:end]] == 1}
+
+def kinds_of(config): return SYMBOLS

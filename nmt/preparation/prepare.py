@@ -21,6 +21,7 @@ from nmt.corpus.pairs import ReadReport
 from nmt.corpus.rules import whys
 from nmt.corpus.sources import source_files
 from nmt.data.association import Associations
+from nmt.data.examples import SYMBOLS, kinds_of
 from nmt.data.kinds import Kind, longest_source, part_records
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, file_record

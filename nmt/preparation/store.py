@@ -178,7 +178,6 @@ def write_block(
             compression_level=_LEVEL,
             use_dictionary=False,
             write_statistics=False,
-            store_schema=False,
             write_page_checksum=True,
         )
 

@@ -1,0 +1,1 @@
+def write_preparation(folder): return []

@@ -1,0 +1,1 @@
+def normaliser(p,l): return lambda t:t
