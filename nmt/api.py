@@ -335,14 +335,15 @@ def configure(*settings: str) -> Config:
 def prepare(config: Config) -> Path:
     """Read, filter and encode the corpus of a configuration, and return the folder of the prepared corpus.
 
-    Work that was done before is not repeated. Progress goes to standard error. DataError if the text cannot be used.
+    Work that was done before is not repeated. Progress goes to standard error. The folder has a report,
+    report/prepare.html. DataError if the text cannot be used.
     """
     _check_config(config)
     with _typed_errors("nmt.prepare"):
         from nmt.commands import say
-        from nmt.preparation.prepare import prepare
+        from nmt.commands.prepare import prepare_corpus
 
-        return prepare(config.corpus, say).path
+        return prepare_corpus(config.corpus, say).path
 
 
 def train(config: Config) -> Path:

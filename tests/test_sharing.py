@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +17,9 @@ from nmt.corpus.pairs import Rows
 from nmt.errors import DataError, ProcessError
 from nmt.preparation.blocks import blocks, num_rows_of
 from nmt.preparation.workers import shared_out
+
+
+ROOT = Path(__file__).parents[1]
 
 
 def squares(offset: int) -> Callable[[int], tuple[int, int]]:
@@ -106,3 +112,18 @@ def test_blocks_depend_on_the_text_alone(
         assert num_rows_of(block) <= 7
         assert size <= 100 or num_rows_of(block) == 1
         assert len(block.domains) in (0, num_rows_of(block))
+
+
+def test_a_script_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
+    """It needs no `if __name__ == "__main__":`."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "print('begun')\n"
+        "from nmt.preparation.workers import shared_out\n"
+        "from tests.test_sharing import squares\n"
+        "print([number for number, _ in shared_out(squares, (0,), range(5), 2)])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert (done.returncode, done.stdout) == (0, "begun\n[0, 1, 4, 9, 16]\n"), done.stderr

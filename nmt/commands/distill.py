@@ -11,12 +11,12 @@ from pathlib import Path
 
 from nmt.commands import Parser, say, show
 from nmt.commands.launch import check_processes, launch, num_processes, run_together
+from nmt.commands.prepare import prepare_corpus
 from nmt.commands.train import check_resumable, run_of, train
 from nmt.config import Config
 from nmt.data.mixture import check_teacher
 from nmt.decoding.directions import Directions
 from nmt.errors import UserError
-from nmt.preparation.prepare import prepare
 from nmt.process import ended_by_signals, worker
 from nmt.run import RunDirectory
 from nmt.students.parts import Make
@@ -81,7 +81,7 @@ def distill(options: argparse.Namespace, changes: Sequence[str], config: Config,
         if not options.only_text:
             # A missing name shows before the corpus is prepared.
             run_of(config)
-        prepared = prepare(config.corpus, log)
+        prepared = prepare_corpus(config.corpus, log)
         directions = Directions.of(own, run.corpus_info(), str(run.path), str(run.corpus_path))
         directions.check(only_part(prepared).direction)
         lesson = lesson_of(prepared, run, own, options.choose, options.word_level)

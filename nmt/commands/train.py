@@ -11,6 +11,7 @@ from pathlib import Path
 from nmt.checkpoint import list_checkpoints
 from nmt.commands import say
 from nmt.commands.memory import check_memory
+from nmt.commands.prepare import prepare_corpus
 from nmt.config import Config
 from nmt.data.mixture import Corpora, mixed_in
 from nmt.data.prepared import VOCABULARY
@@ -19,7 +20,6 @@ from nmt.errors import CheckpointError, DataError, MemoryLimitError, ProcessErro
 from nmt.files import write_atomically
 from nmt.parallel.mesh import World
 from nmt.parallel.watchdog import watch_for_hangs
-from nmt.preparation.prepare import prepare
 from nmt.process import launched_rank
 from nmt.run import SHARED_MARK, STARTED_FROM, RunDirectory
 from nmt.training.stopping import StopRequest
@@ -37,7 +37,7 @@ def train(config: Config) -> RunDirectory:
     speaks = launched_rank() == 0
     mixed_in(config.corpus)  # a mistake shows at once, and not after an hour
     # All processes call this: one prepares the corpus while the others wait for its lock.
-    corpora = Corpora(config.corpus, prepare(config.corpus, say if speaks else _say_nothing))
+    corpora = Corpora(config.corpus, prepare_corpus(config.corpus, say if speaks else _say_nothing))
     corpora.check_training(config.training)
     world = World.start(config.training.device, config.parallel)
     asked = StopRequest()

@@ -3,14 +3,17 @@
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, islice
 from multiprocessing.connection import wait
+from types import ModuleType
 from typing import Any, TypeVar
 
 from nmt.errors import ProcessError
@@ -47,7 +50,8 @@ def shared_out(
     pending: deque[Future[_Result]] = deque()
     try:
         for item in waiting:
-            pending.append(pool.submit(_call, item))
+            with _without_main_module():
+                pending.append(pool.submit(_call, item))
             while len(pending) >= _AHEAD * processes:
                 yield pending.popleft().result()
         while pending:
@@ -59,6 +63,20 @@ def shared_out(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _without_main_module() -> Iterator[None]:
+    """Hide the main module from processes that start here.
+
+    They would import it, and a script that calls `nmt.prepare` would begin again in each. They need nothing of it.
+    """
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 _make: Callable[[], Callable[[Any], Any]] | None = None

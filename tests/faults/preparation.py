@@ -14,22 +14,27 @@ def _contents(data: Path) -> dict[str, str]:
     for path in sorted(path for path in data.rglob("*") if path.is_file()):
         name = str(path.relative_to(data))
         content = path.read_bytes()
-        if path.name == "manifest.json":
-            manifest = json.loads(content)
-            del manifest["seconds"], manifest["corpus"]["directory"]
-            content = json.dumps(manifest).encode()
-        if not name.endswith((".lock", ".verified")):
+        if path.name in ("manifest.json", "prepare.json"):
+            record = json.loads(content)
+            del record["seconds"]
+            record.get("corpus", {}).pop("directory", None)
+            content = json.dumps(record).encode()
+        # Pages are drawn from the figures.
+        if not name.endswith((".lock", ".verified", ".html", ".md")):
             found[name] = hashlib.sha256(content).hexdigest()
     return found
 
 
 def preparation(box: Box) -> None:
-    """preparation killed at random times and run again; two at once"""
+    """preparation in two processes killed at random times and run again; two at once"""
     text = box.folder / "text"
-    write_text(text, pairs=6000)
+    write_text(text, pairs=1000)
+    for path in text.glob("train.*"):  # several blocks, which processes share
+        path.write_text(path.read_text() * 160)
 
     def prepare(folder: str) -> Process:
-        return box.command([*NMT, "prepare", *corpus_settings(text, box.folder / folder)])
+        settings = [*corpus_settings(text, box.folder / folder), "corpus.filters.max_words=12"]
+        return box.command([*NMT, "prepare", "--processes", "2", *settings])
 
     clean = prepare("clean")
     clean.wait()
@@ -37,12 +42,13 @@ def preparation(box: Box) -> None:
     expected = _contents(box.folder / "clean")
     if not box.promise(len(expected) > 4 and clean.popen.returncode == 0, "not prepared", clean):
         return
-    for number in range(2 if box.quick else 10):
-        process = prepare(f"killed{number}")
-        time.sleep(box.random.uniform(0.3 * took, took))
-        alive = process.popen.poll() is None
-        process.kill()
-        process.wait()
+    for number in range(3 if box.quick else 20):
+        for _ in range(2):
+            process = prepare(f"killed{number}")
+            time.sleep(box.random.uniform(0.1 * took, took))
+            alive = process.popen.poll() is None
+            process.kill()
+            process.wait()
         process = prepare(f"killed{number}")
         process.wait()
         same = _contents(box.folder / f"killed{number}") == expected
