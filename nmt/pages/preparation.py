@@ -1,1 +1,0 @@
-def write_preparation(folder): return []
