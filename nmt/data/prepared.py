@@ -57,6 +57,7 @@ _SHARDS = re.compile(r"train(\.[A-Za-z0-9_-]+)*")
 _NEWER: dict[str, tuple[Any, ...]] = {
     "examples": (asdict(ExamplesConfig()),),
     "directions": ([],),
+    "punctuation": ("keep",),
     "subwords.vocabulary": ("auto", "learn"),
     **{f"{split}.{name}": (unused,) for split in SPLITS for name, unused in (("texts", {}), ("tags", []))},
 }
