@@ -10,8 +10,8 @@ two differ, this is what holds here:
 - « and » between no-break spaces keep a blank outside the quotes, as in the script. sacremoses joins the words.
 - Quotes change places with commas and periods in all languages but English and Czech as in French: as in the script.
   In sacremoses only German, Spanish and French do that.
-- A period before a quote at the end of a line moves behind it in these languages, as in the script. Its comment says
-  otherwise, but the line break after the quote counts as text.
+- A period before a quote at the end of a line moves behind it in these languages, as in the script. It means to
+  leave that period, but takes the line break for text.
 - Digits and blanks are those of ASCII, as in the script.
 """
 
