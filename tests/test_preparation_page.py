@@ -208,6 +208,10 @@ def test_bars_of_a_histogram_add_up() -> None:
     assert 10 < len(tips) < 60
     for column, counts in enumerate(long.values(), 1):
         assert sum(int(tip[column].replace(",", "")) for tip in tips) == sum(counts)
+        kind = ("read", "kept")[column - 1]
+        heights = [float(each) for each in re.findall(rf'<rect class="{kind}"[^>]*height="([\d.]+)"', chart)]
+        drawn = [int(tip[column].replace(",", "")) for tip in tips if tip[column] != "0"]
+        assert heights == pytest.approx([count * heights[0] / drawn[0] for count in drawn], abs=0.02)
     assert tips[0][0].startswith("0 to ")
     assert tips[-1][0].endswith(" or more")
 
@@ -351,6 +355,12 @@ def test_unseen_characters_are_shown() -> None:
     assert "(100 more characters)" in shown("x" * 700)
 
 
+def test_unseen_characters_are_shown_in_markdown() -> None:
+    report = figures()
+    report["final_pairs"] = [example("a\u200bb", "می\u200cخواهم")]
+    assert "| a⟨U+200B⟩b | می" in preparation_markdown(report)
+
+
 def test_blank_sides_are_named() -> None:
     report = figures()
     report["final_pairs"] = [example("", "   ")]
@@ -419,6 +429,7 @@ def test_many_directions_have_sides(tmp_path: Path) -> None:
         ({"pairs_kept": -1}, "pairs_kept: -1 is not a figure of a text"),
         ({"pairs_kept": 10**30}, "pairs_kept: 1e+30 is not a figure of a text"),
         ({"seconds": {"read": float("inf")}}, "seconds.read: inf is not a figure of a text"),
+        ({"seconds": {"read": float("nan")}}, "seconds.read: nan is not a figure of a text"),
         ({"seconds": {"a\nb\x1b": "x"}}, "seconds.a b\ufffd: 'x' is not a number"),
         ({"rules": [{"name": "a", "why": "b", "pairs": 1, "examples": [{}]}]}, "rules.0.examples.0: source is missing"),
         ({"final_pairs": [example(row="<b>")]}, "final_pairs.0.row: '<b>' is not a whole number"),

@@ -3,7 +3,6 @@
 The figures may come from a prepared corpus of anybody, so they are checked before anything is made of them.
 """
 
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +111,7 @@ def _odd_figure(value: Any, key: str) -> str:
     """Describe the first number that cannot be a count, a share or a time; "" if all can. Scores may be negative."""
     if isinstance(value, int | float):
         least = -_LARGEST if key.endswith(".score") else 0
-        fits = isfinite(value) and least <= value <= _LARGEST
+        fits = least <= value <= _LARGEST  # not a number is neither
         return "" if fits else f"{key}: {value:.3g} is not a figure of a text"
     parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = (_odd_figure(each, f"{key}.{name}".lstrip(".")) for name, each in parts)

@@ -21,6 +21,7 @@ CHANGE_SETTINGS = {"punctuation": "corpus.punctuation"}
 """Setting of each change of the text that has one."""
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")
+_JOINERS = "\u200c\u200d"  # parts of words in Persian and Hindi, and of emoji
 _MUCH_DROPPED = 0.2  # share of the pairs read
 _LITTLE_KEPT = 0.5
 _MANY_BYTES = 0.001  # share of the characters
@@ -173,6 +174,11 @@ def source_rows(sources: Sequence[Mapping[str, Any]]) -> list[tuple[str, str, st
         )
         for each in sources[:MOST_SOURCES]
     ]
+
+
+def is_seen(character: str) -> bool:
+    """Return whether a reader sees a character, or sees what it does within a word."""
+    return character.isprintable() or character in _JOINERS
 
 
 def code_point(character: str) -> str:

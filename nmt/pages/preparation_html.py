@@ -23,6 +23,7 @@ from nmt.pages.preparation_facts import (
     coverage,
     headline,
     is_language,
+    is_seen,
     lengths,
     share_of,
     sides,
@@ -37,7 +38,6 @@ from nmt.wording import counted, duration
 
 _MOST_BARS = 50
 _MOST_SHOWN, _MOST_RARE = 40, 20  # characters that are not folded: frequent ones, rare ones
-_JOINERS = "\u200c\u200d"  # parts of words in Persian and Hindi, and of emoji
 
 _HOW = {
     "rules": "Rules are applied in this order, and a pair counts for the first rule that drops it. Open a rule to see "
@@ -103,7 +103,7 @@ def shown(content: str) -> str:
 
 def _runs(content: str) -> Iterator[str]:
     """Yield visible stretches of a text, and each character that cannot be seen by itself."""
-    for visible, run in groupby(content, lambda each: each.isprintable() or each in _JOINERS):
+    for visible, run in groupby(content, is_seen):
         if visible:
             yield "".join(run)
         else:
@@ -111,7 +111,7 @@ def _runs(content: str) -> Iterator[str]:
 
 
 def _visible(run: str) -> str:
-    if run.isprintable() or len(run) > 1 or run in _JOINERS:
+    if len(run) > 1 or is_seen(run):
         return text(run)
     return f'<i class=unseen title="{text(_name(run))}">{code_point(run)[2:]}</i>'
 

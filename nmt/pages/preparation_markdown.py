@@ -14,6 +14,7 @@ from nmt.pages.preparation_facts import (
     code_point,
     coverage,
     headline,
+    is_seen,
     lengths,
     share_of,
     sides,
@@ -65,9 +66,11 @@ def _advice(report: Report) -> Iterator[str]:
 
 
 def _text(content: str) -> str:
+    """Return a text, with characters that cannot be seen shown by their code points, and a long text cut."""
     more = len(content) - LONGEST
     rest = f"… ({counted(more, 'more character')})" if more > 0 else ""
-    return plain(content[:LONGEST]) + rest
+    seen = (each if is_seen(each) else f"⟨{code_point(each)}⟩" for each in content[:LONGEST])
+    return plain("".join(seen)) + rest
 
 
 def _place(example: Mapping[str, Any]) -> str:
@@ -95,7 +98,7 @@ def _listed(found: Sequence[Mapping[str, Any]], setting: Callable[[str], str], w
     rows = (
         (
             plain(each.get("why", "") or each["name"].replace("_", " ")),
-            code(setting(each["name"])),
+            code(setting(each["name"])) if setting(each["name"]) else "–",
             f"{each['pairs']:,}",
             share_of(each["pairs"], whole),
         )
@@ -121,7 +124,7 @@ def _rules(report: Report) -> Iterator[str]:
 def _changes(report: Report) -> Iterator[str]:
     if report["changes"]:
         yield from _listed(
-            report["changes"], lambda name: CHANGE_SETTINGS.get(name, "always"), report["pairs_read"], "changed"
+            report["changes"], lambda name: CHANGE_SETTINGS.get(name, ""), report["pairs_read"], "changed"
         )
 
 

@@ -168,9 +168,9 @@ summary { cursor:pointer } summary::-webkit-details-marker { display:none } summ
 summary.row::before { content:"▸"; color:var(--soft); position:absolute; left:15px; top:9px }
 [open]>summary.row::before { content:"▾" } .body { padding:6px 16px 16px; border-top:1px dashed var(--line) }
 .example { border:1px solid var(--line); border-radius:8px; margin:8px 0; background:var(--card); break-inside:avoid }
-.example header { display:flex; flex-wrap:wrap; gap:2px 16px; padding:5px 14px; font-size:12px; color:var(--soft);
-  overflow-wrap:anywhere; border-bottom:1px solid var(--line) }
-.sides { display:grid; grid-template-columns:minmax(0,1fr) minmax(0,1fr) } .sides>* { padding:8px 14px; margin:0;
+.example header { display:flex; flex-wrap:wrap; gap:2px 16px; padding:5px 14px 0; font-size:11px; color:var(--soft);
+  overflow-wrap:anywhere }
+.sides { display:grid; grid-template-columns:minmax(0,1fr) minmax(0,1fr) } .sides>* { padding:3px 14px 6px; margin:0;
   max-width:none; overflow:hidden } .sides>:last-child { border-left:1px solid var(--line) }
 .sides p,.sides dd { overflow-wrap:anywhere; white-space:pre-wrap; font-size:14px }
 .sides dt { font-size:11px; color:var(--soft) } .sides dd { margin:0 } .sides dd+dt { margin-top:6px }
