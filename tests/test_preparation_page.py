@@ -190,6 +190,15 @@ def test_a_change_is_shown_before_and_after() -> None:
     assert before.count("<mark>") == after.count("<mark>") == 2
 
 
+def test_a_change_without_the_text_before_is_shown(tmp_path: Path) -> None:
+    report = figures()
+    report["changes"][0]["examples"] = [example("only \u00ad after")]
+    page, markdown = both_forms(tmp_path, report)
+    assert ">before<" not in page
+    assert 'only <i class=unseen title="U+00AD SOFT HYPHEN">00AD</i> after' in page
+    assert "| en-de, `a.en`, row 7 | only ⟨U+00AD⟩ after | Ein Haus. |" in markdown
+
+
 def test_final_pairs_have_their_places() -> None:
     page, markdown = preparation_page(figures()), preparation_markdown(figures())
     for place in range(20):
@@ -433,7 +442,11 @@ def test_many_directions_have_sides(tmp_path: Path) -> None:
         ({"seconds": {"a\nb\x1b": "x"}}, "seconds.a b\ufffd: 'x' is not a number"),
         ({"rules": [{"name": "a", "why": "b", "pairs": 1, "examples": [{}]}]}, "rules.0.examples.0: source is missing"),
         ({"final_pairs": [example(row="<b>")]}, "final_pairs.0.row: '<b>' is not a whole number"),
-        ({"changes": [{"name": "a", "why": "", "pairs": 1, "examples": [example()]}]}, "before_source is missing"),
+        ({"changes": [{"name": "a", "why": "", "pairs": 1, "examples": [example(before_source=1)]}]}, "1 is not text"),
+        (
+            {"changes": [{"name": "a", "why": "", "pairs": 1, "examples": [3]}]},
+            "changes.0.examples.0: 3 is not a mapping",
+        ),
         ({"characters": {"source": [["e", 1, 2]]}}, "characters.source.0 is not [character, count]"),
         ({"characters": {"source": [["ee", 1]]}}, "characters.source.0 is not [character, count]"),
         ({"characters": {"source": [[1, "e"]]}}, "characters.source.0 is not [character, count]"),

@@ -25,6 +25,7 @@ _EXAMPLE = {
     "row": (int, None),
     "score": (float, None),
 }
+_BEFORE = {"before_source": (str, None), "before_target": (str, None)}
 _COUNTED = {"name": str, "why": str, "pairs": int}
 _CHARACTER = [(str, int)]
 _LENGTHS = {"words": {str: [int]}, "ratio": [int]}
@@ -48,7 +49,7 @@ _OPTIONAL: dict[str, tuple[Any, Any]] = {
     "path": (str, ""),
     "held_out": (int, 0),
     "sources": ([{"path": str, "pairs_read": int, "pairs_kept": int}], []),
-    "changes": ([{**_COUNTED, "examples": [{**_EXAMPLE, "before_source": str, "before_target": str}]}], []),
+    "changes": ([{**_COUNTED, "examples": [{**_EXAMPLE, **_BEFORE}]}], []),
     "rules": ([{**_COUNTED, "examples": [_EXAMPLE]}], []),
     "augmented": ([{"name": str, "pairs": int, "examples": [_EXAMPLE]}], []),
     "histograms": ({str: {**_LENGTHS, "pieces": {str: [int]}}}, {}),
@@ -98,13 +99,16 @@ def read_preparation(path: Path) -> Report:
 
 
 def _add_missing(name: str, part: Any) -> None:
-    """Add empty values to a part where it may lack some."""
+    """Add null or empty values to a part where it may lack some."""
     if name == "vocabulary" and isinstance(part, dict):
         part |= {split: part.get(split) for split in ("dev", "test")}
     if name == "histograms" and isinstance(part, dict):
         for each in part.values():
             if isinstance(each, dict):
                 each.setdefault("pieces", {})
+    if name == "changes" and not differs(part, [{"examples": [{}]}]):
+        for example in (example for each in part for example in each["examples"]):
+            example |= {key: example.get(key) for key in _BEFORE}
 
 
 def _odd_figure(value: Any, key: str) -> str:

@@ -17,7 +17,11 @@ MOST_SOURCES = 200
 """Files shown in the table of sources."""
 LONGEST = 600
 """Most characters shown of a text."""
-CHANGE_SETTINGS = {"punctuation": "corpus.punctuation"}
+CHANGE_SETTINGS = {
+    "punctuation": "corpus.punctuation",
+    "unicode": "corpus.subwords.normalisation",
+    "controls": "corpus.subwords.normalisation",
+}
 """Setting of each change of the text that has one."""
 
 _LANGUAGE = re.compile(r"[A-Za-z]{2,3}([-_][A-Za-z0-9]{2,8})*")

@@ -42,7 +42,8 @@ _MOST_SHOWN, _MOST_RARE = 40, 20  # characters that are not folded: frequent one
 _HOW = {
     "rules": "Rules are applied in this order, and a pair counts for the first rule that drops it. Open a rule to see "
     "examples. ",
-    "changes": "Kept pairs whose text was changed before the rules looked at it. Changed words are marked.",
+    "changes": "Pairs read whose text is changed on its way into the model, whether a rule drops them or not. Changed "
+    "words are marked where the text before is known.",
     "lengths": "Words are separated by blanks. Orange: pairs that were read; blue: those that were kept. ",
     "characters": "Characters of the kept text, the most frequent first. Hold the pointer over one to see its name.",
     "vocabulary": "How well the subwords fit the text. A character that the vocabulary lacks is encoded as the bytes "
@@ -154,8 +155,8 @@ def _side(example: Mapping[str, Any], side: str, language: str) -> str:
     """Return one side of an example; if it was changed, the text before and after."""
     known = f' lang="{language.replace("_", "-")}"' if is_language(language) else ""
     content = example[side]
-    before = example.get(f"before_{side}", content)
-    if before == content:
+    before = example.get(f"before_{side}")
+    if before in (None, content):
         return f'<p dir="auto"{known}>{_or_empty(content, shown(content))}</p>'
     marked = zip(("before", "after"), (before, content), _marked(before, content), strict=True)
     lines = (f'<dt>{name}</dt><dd dir="auto"{known}>{_or_empty(whole, line)}</dd>' for name, whole, line in marked)

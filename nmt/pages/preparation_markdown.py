@@ -83,10 +83,10 @@ def _place(example: Mapping[str, Any]) -> str:
 def _examples(examples: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     rows = []
     for example in examples:
-        before = [_text(example.get(f"before_{side}", example[side])) for side in ("source", "target")]
+        before = [example.get(f"before_{side}") for side in ("source", "target")]
         after = [_text(example[side]) for side in ("source", "target")]
-        if "before_source" in example:
-            rows.append((f"{_place(example)}, before", *before))
+        if before != [None, None]:
+            rows.append((f"{_place(example)}, before", *(_text(each or "") for each in before)))
             rows.append(("after", *after))
         else:
             rows.append((_place(example), *after))
