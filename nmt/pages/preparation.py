@@ -91,8 +91,10 @@ def read_preparation(path: Path) -> Report:
                 raise ValueError(problem)
         if problem := _odd_figure(report, "") or _odd_pair(report):
             raise ValueError(problem)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         reason = (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+        if isinstance(error, RecursionError):
+            reason = "it is nested too deeply"
         line = " ".join(printable(reason).split())
         raise DataError(f"cannot use {path}: {line}; prepare the corpus again to write it anew") from error
     return report
