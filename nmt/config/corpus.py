@@ -9,6 +9,7 @@ from nmt.config.checks import above, at_least, fraction, one_of, plain_name
 SPLITS = ("train", "dev", "test")
 SUBWORD_KINDS = ("unigram", "bpe")
 NORMALISATIONS = ("nfc", "nmt_nfkc", "nfkc", "identity")
+PUNCTUATIONS = ("keep", "moses")
 NUM_ADDED_PIECES = 328
 """Pieces that every new vocabulary has in addition to the learned ones: 4 special, 68 reserved and 256 bytes."""
 MOST_LANGUAGES = 32
@@ -210,10 +211,11 @@ class CorpusConfig:
     test: FilesConfig = field(default_factory=FilesConfig)
     """Test text, given like `dev`. Empty: the split `test` of the hub, or none; `nmt evaluate` then needs --source and
     --reference."""
-    punctuation: str = "keep"
-    """x"""
     max_pairs: int = 0
     """Maximum number of training pairs to read, or of lines of `texts`; 0: all, or 30,000 of the phrasebook."""
+    punctuation: str = "keep"
+    """keep: punctuation stays as written. moses: as Moses' normalize-punctuation.perl writes it, with ASCII quotes,
+    apostrophes and dashes. Then both sides of training text are normalised, and everything that the model reads."""
     filters: FilterConfig = field(default_factory=FilterConfig)
     subwords: SubwordConfig = field(default_factory=SubwordConfig)
     examples: ExamplesConfig = field(default_factory=ExamplesConfig)
@@ -259,6 +261,7 @@ class CorpusConfig:
     def __post_init__(self) -> None:
         at_least("corpus.max_pairs", self.max_pairs, 0)
         at_least("corpus.temperature", self.temperature, 1)
+        one_of("corpus.punctuation", self.punctuation, PUNCTUATIONS)
         self._check_weights()
         plain_name("corpus.name", self.name)
         if not self.name:

@@ -1,12 +1,13 @@
-"""Charts as SVG for a page: bars and curves of shares, heat maps of lifts, and bars within a line of text."""
+"""Charts as SVG for a page: bars, curves, histograms, heat maps of lifts, and bars within a line of text."""
 
 from collections.abc import Mapping, Sequence
 from math import ceil, log2
 
 from nmt.pages.document import text
-from nmt.wording import percent
+from nmt.wording import brief, percent
 
 _WIDTH, _HEIGHT = 520, 200  # of a chart, in SVG units
+_NARROW, _LOW = 400, 150  # of a histogram: legible on a telephone, too
 _LEFT = 40  # width of the numbers at the axis
 _MAX_NAME = 20  # most characters shown of a column's name
 _STRONGEST = 4.0  # lift with full colour
@@ -160,3 +161,35 @@ def interval(value: float, low: float, high: float, widest: float, kind: str) ->
         f'<path class="axis" d="M{half:g} 0V14"/><path class="{kind}" d="M{x(low):.1f} 7H{x(high):.1f}"/>'
         f'<circle class="{kind}" cx="{x(value):.1f}" cy="7" r="3.5"/></svg>'
     )
+
+
+def histogram(series: Mapping[str, Sequence[int]], labels: Sequence[str], noun: str, label: str) -> str:
+    """Return a histogram of counts of `noun` with a label per bin; each series is drawn over those before it.
+
+    The names of the series must be classes in CHARTS or in another part of the style sheet.
+    """
+    top = max(max(counts) for counts in series.values()) or 1
+    step = _NARROW / len(labels)
+    parts = []
+    for kind, counts in series.items():
+        for place, count in enumerate(counts):
+            high = (_LOW - 16) * count / top
+            if count:
+                size = f'x="{place * step:.2f}" y="{_LOW - high:.2f}" width="{step * 0.92:.2f}" height="{high:.2f}"'
+                parts.append(f'<rect class="{kind}" {size}/>')
+    for place, name in enumerate(labels):
+        # A column as high as the chart, so that small bins have a tip too.
+        tip = f"{name}: " + ", ".join(f"{kind} {counts[place]:,}" for kind, counts in series.items())
+        column = f'x="{place * step:.2f}" y="0" width="{step:.2f}" height="{_LOW}"'
+        parts.append(f'<rect class="tip" {column}><title>{text(tip)}</title></rect>')
+    last = len(labels) - 1
+    every = ceil(len(labels) / 6)
+    # The last label is at the right edge; one beside it would overlap it.
+    for place in range(0, max(1, len(labels) - every), every):
+        x, anchor = ((place + 0.5) * step, "middle") if place else (0.0, "start")
+        name = labels[place].split(" to ")[0]
+        parts.append(f'<text x="{x:.1f}" y="{_LOW + 15}" text-anchor="{anchor}">{text(name)}</text>')
+    if last:
+        parts.append(f'<text x="{_NARROW}" y="{_LOW + 15}" text-anchor="end">{text(labels[last])}</text>')
+    parts.append(f'<text x="0" y="10">{brief(top)} {noun}</text><path class="axis" d="M0 {_LOW}H{_NARROW}"/>')
+    return f'<svg viewBox="0 0 {_NARROW} {_LOW + 20}" role="img" aria-label="{text(label)}">{"".join(parts)}</svg>'

@@ -141,6 +141,57 @@ mark { background:var(--mark); color:var(--ink); border-radius:3px }
 """The comparison of systems: tables with intervals, and sentences with differing words marked."""
 
 
+PREPARATION = """
+.advice { background:var(--card); border:1px solid var(--line); border-left:4px solid var(--importance);
+  border-radius:10px; padding:14px 20px; margin:16px 0 22px } .advice ul { margin:6px 0 0; padding:0; list-style:none }
+.advice li { padding:7px 0 7px 26px; position:relative; max-width:90ch; overflow-wrap:anywhere }
+.advice li::before { content:"!"; position:absolute; left:0; top:9px; width:17px; height:17px; border-radius:50%;
+  background:var(--importance); color:var(--card); font:700 12px/17px system-ui,sans-serif; text-align:center }
+.advice li.severe::before,.warning::before { background:rgb(var(--hot)) }
+.advice:has(.severe),.warning { border-left-color:rgb(var(--hot)) }
+.advice.fine { border-left-color:var(--load); padding:10px 20px } .advice.fine p { margin:0 }
+.warning { border-left:4px solid rgb(var(--hot)); padding:6px 14px; background:var(--card); border-radius:6px;
+  font-weight:600 } nav a { display:inline-block; line-height:2 } code { font-size:.88em; overflow-wrap:anywhere }
+.tiles b { white-space:nowrap } .tiles span { display:block; line-height:1.35 }
+.flow { margin:0 0 18px } .flow .bar { height:26px; border-radius:6px; overflow:hidden; display:flex }
+.flow .bar i { border-radius:0 } .bar i.importance,i.read { background:var(--importance) } .bar i.load,i.kept {
+  background:var(--load) } .key .chance { background:var(--soft) }
+.key i.read,.key i.kept { display:inline-block }
+.rows { background:var(--card); border:1px solid var(--line); border-radius:10px; overflow:hidden }
+.rows>* { border:0; border-radius:0; border-top:1px solid var(--line) } .rows>:first-child { border-top:0 }
+.row { display:grid; grid-template-columns:minmax(200px,320px) 1fr minmax(84px,auto) 84px; gap:4px 16px;
+  align-items:center; padding:9px 16px 9px 34px; font-size:14px; position:relative; list-style:none }
+.row.none { color:var(--soft) } .row.none b { font-weight:400 } .what { overflow-wrap:anywhere; min-width:0 }
+.what b { font-weight:600 } .what code { display:block; color:var(--soft); font-size:12px }
+.count,.part { text-align:right; white-space:nowrap } .part { color:var(--soft) }
+summary { cursor:pointer } summary::-webkit-details-marker { display:none } summary:hover { background:var(--chip) }
+summary.row::before { content:"▸"; color:var(--soft); position:absolute; left:15px; top:9px }
+[open]>summary.row::before { content:"▾" } .body { padding:6px 16px 16px; border-top:1px dashed var(--line) }
+.example { border:1px solid var(--line); border-radius:8px; margin:8px 0; background:var(--card); break-inside:avoid }
+.example header { display:flex; flex-wrap:wrap; gap:2px 16px; padding:5px 14px 0; font-size:11px; color:var(--soft);
+  overflow-wrap:anywhere }
+.sides { display:grid; grid-template-columns:minmax(0,1fr) minmax(0,1fr) } .sides>* { padding:3px 14px 6px; margin:0;
+  max-width:none; overflow:hidden } .sides>:last-child { border-left:1px solid var(--line) }
+.sides p,.sides dd { overflow-wrap:anywhere; white-space:pre-wrap; font-size:14px }
+.sides dt { font-size:11px; color:var(--soft) } .sides dd { margin:0 } .sides dd+dt { margin-top:6px }
+mark { background:var(--mark); color:var(--ink); border-radius:3px } .unseen { font:600 10px/1 ui-monospace,Menlo,
+  Consolas,monospace; color:var(--ink); background:var(--track); border:1px solid var(--soft); border-radius:3px;
+  padding:0 2px; margin:0 1px; unicode-bidi:isolate } .read { fill:var(--importance) } .kept { fill:var(--load) }
+.tip { fill:transparent } .tip:hover { fill:var(--ink); fill-opacity:.08 } .panel svg { margin:10px 0 4px }
+.panel .key { margin:2px 0 0 } .chip { background:var(--chip); border-radius:5px; padding:1px 7px; font-size:12px;
+  color:var(--soft); white-space:nowrap } .chip b { color:var(--ink); font-size:14px; margin-right:6px }
+.more { border:0; background:none; margin-top:10px } .more summary { color:var(--soft); font-size:13px;
+  margin-bottom:6px; list-style:"▸ " inside } .wide { overflow-x:auto; margin:12px 0 } .wide table { width:auto;
+  min-width:min(560px,100%) } .wide td,.wide th { padding:4px 18px 4px 0 } .wide td:first-child {
+  overflow-wrap:anywhere; min-width:140px }
+@media (max-width:760px) { .row { grid-template-columns:1fr auto 62px; gap:4px 10px } .row .bar { grid-row:2;
+  grid-column:1/-1 } .sides { grid-template-columns:minmax(0,1fr) } .sides>:last-child { border-left:0;
+  border-top:1px dashed var(--line) } .body { padding:4px 8px 10px } h1 { font-size:24px; overflow-wrap:anywhere } }
+@media print { main { max-width:none; padding:0 } body { background:none; font-size:12px } .wide { overflow:visible } }
+"""
+"""The report of a preparation: advice, rows that open to examples, and two sides of a text beside each other."""
+
+
 def style_sheet(*parts: str) -> str:
     """Return the style sheet of BASE and `parts`, with the colours that they use."""
     rules = "".join((BASE, *parts))
