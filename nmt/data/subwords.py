@@ -13,6 +13,7 @@ import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -187,9 +188,9 @@ class Subwords:
         """Return the subword ids of one text (int32). Text that looks like a special symbol is encoded as text."""
         return self.encode_batch([text])[0]
 
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: Sequence[str], threads: int = _THREADS) -> list[np.ndarray]:
         """Return the subword ids of many texts, encoded on several threads."""
-        ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=_THREADS)
+        ids = self._processor.encode([_writable(text) for text in texts], out_type=int, num_threads=threads)
         return [np.array(sequence, dtype=np.int32) for sequence in ids]
 
     def encode_within(self, text: str) -> list[int]:
@@ -349,6 +350,19 @@ class Subwords:
         ids, scores = self.learned()
         found = scores[list(ids.values())]
         return bool((found == np.round(found)).all())  # -0, -1, -2, ...; log probabilities are no whole numbers
+
+    @cached_property
+    def cuts_words_apart(self) -> bool:
+        """Whether the ids of a text are those of its words, which blanks separate, one after the other.
+
+        So it is with vocabularies of kind bpe that this program learns.
+        """
+        across = any(_BLANK_PIECE in piece[1:] for piece in self.learned()[0])
+        return self.is_bpe and not across and self._processor.normalize(" a  b ") == f"{_BLANK_PIECE}a{_BLANK_PIECE}b"
+
+    def byte_ids(self) -> list[int]:
+        """Return the ids of bytes and of unknown text."""
+        return [each for each in range(self.size) if self._processor.is_byte(each) or self._processor.is_unknown(each)]
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """Return the pieces of these ids as SentencePiece writes them, with "▁" for a blank."""

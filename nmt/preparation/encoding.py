@@ -13,7 +13,7 @@ from nmt.data.association import Associations
 from nmt.data.examples import ExampleWriter
 from nmt.data.kinds import Kind
 from nmt.data.subwords import Subwords
-from nmt.data.word_cache import WordEncoder
+from nmt.data.word_cache import Cut, WordEncoder
 from nmt.preparation.cleaning import example
 from nmt.preparation.store import StoredBlock
 from nmt.preparation.tally import WORD_BINS, Tally, count_characters, count_lengths, ranks
@@ -101,7 +101,8 @@ class Encoder:
 
     def _encoded(self, part: "_Part", rows: np.ndarray, tally: Tally) -> tuple[Side, Side]:
         """Encode the pairs of a kind, which come from these rows of their unit."""
-        found = self._side(part.sources, tally), self._side(part.targets, tally)
+        cut = self._cut(part.sources, tally), self._cut(part.targets, tally)
+        found = Side(cut[0].ids, cut[0].lengths), Side(cut[1].ids, cut[1].lengths)
         lengths = found[0].lengths, found[1].lengths
         kept_N, why = np.ones(len(part.sources), dtype=bool), {}
         filters = self._corpus.filters
@@ -116,16 +117,16 @@ class Encoder:
                 tally.show(f"dropped.{name}", int(order[number]), part.example(number, rows))
             kept_N &= ~refused_N
         numbers = np.flatnonzero(kept_N)
-        self._count_kept(part, found, numbers, rows, order, tally)
+        self._count_kept(part, cut, numbers, rows, order, tally)
         if self._examples:
             found = self._rewritten(self._examples, part, found, numbers, rows, order, tally)
         return found[0].only(kept_N), found[1].only(kept_N)
 
-    def _side(self, texts: list[str], tally: Tally) -> Side:
+    def _cut(self, texts: list[str], tally: Tally) -> Cut:
         """Encode the texts of a side, and count how the vocabulary cuts them."""
         cut = self._encoder.encode(texts)
         tally.counts["characters"] += sum(map(len, texts))
-        tally.counts["words"] += cut.num_words
+        tally.counts["words"] += int(cut.num_words.sum())
         tally.counts["whole_words"] += cut.num_whole
         tally.counts["pieces"] += len(cut.ids)
         strange = np.flatnonzero(self._encoder.is_byte[cut.ids])
@@ -135,12 +136,12 @@ class Encoder:
                 tally.characters.setdefault("in_bytes", count_characters(())).update(unlearned)
                 tally.counts["lines_in_bytes"] += 1
         tally.count("subwords", cut.ids, self._subwords.size)
-        return Side(cut.ids, cut.lengths)
+        return cut
 
     def _count_kept(
         self,
         part: "_Part",
-        found: tuple[Side, Side],
+        cut: tuple[Cut, Cut],
         numbers: np.ndarray,
         rows: np.ndarray,
         order: np.ndarray,
@@ -148,9 +149,8 @@ class Encoder:
     ) -> None:
         """Count the pairs that are left, which have these numbers."""
         kept = [[side[number] for number in numbers.tolist()] for side in (part.sources, part.targets)]
-        words = [np.fromiter((len(text.split()) for text in side), np.int64, len(side)) for side in kept]
-        count_lengths(tally, "kept", *words)
-        for name, texts, side in zip(("source", "target"), kept, found, strict=True):
+        count_lengths(tally, "kept", cut[0].num_words[numbers], cut[1].num_words[numbers])
+        for name, texts, side in zip(("source", "target"), kept, cut, strict=True):
             tally.count(f"kept.pieces.{name}", side.lengths[numbers], WORD_BINS)
             tally.characters[name] = tally.characters.get(name, count_characters(())) + count_characters(texts)
         for split, seen in self._seen.items():
