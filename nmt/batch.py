@@ -1,4 +1,4 @@
-"""Special token ids, and the record that the data pass to the model.
+"""The record that the data pass to the model.
 
 A batch has no padding. Each side is packed: its real positions are rows, position by position, and at each position
 the sentences follow in the order of falling length. Every layer but LSTMs and attention sees rows only. A batch may mix
@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PAD, UNK, BOS, EOS = 0, 1, 2, 3
-NUM_SPECIAL = 4
+from nmt.tokens import BOS, EOS, PAD
 
 
 class Rows(NamedTuple):

@@ -11,9 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
 from nmt.preparation.prepare import prepare
+from nmt.tokens import NUM_SPECIAL
 from tests.kernels import interpret_without_gpu
 from tests.many import train_many
 from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus

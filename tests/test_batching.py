@@ -14,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nmt.data.batching
-from nmt.batch import BOS, EOS, Batch, Rows, fit, make_batch, source_batch
+from nmt.batch import Batch, Rows, fit, make_batch, source_batch
 from nmt.config import TrainingConfig
 from nmt.data.batching import QUEUE_STEPS, BatchStream, Step, _with_room, common_shape, plan_epoch
 from nmt.data.held_out import eval_batches
 from nmt.data.shards import ParallelShards, ShardWriter
+from nmt.tokens import BOS, EOS
 
 VOCABULARY = 50
 

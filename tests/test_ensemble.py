@@ -11,13 +11,14 @@ import pytest
 import torch
 
 import nmt
-from nmt.batch import EOS, make_batch
+from nmt.batch import make_batch
 from nmt.cli import main
 from nmt.data.subwords import Subwords
 from nmt.decoding.ensemble import mean_log_prob
 from nmt.decoding.loading import load_others
 from nmt.decoding.scoring import score
 from nmt.run import RunDirectory
+from nmt.tokens import EOS
 from tests.toy import Cli
 
 LINES = ["the small dog", "", "over a green meadow", "this morning and a dog", "a"]

@@ -1,5 +1,6 @@
 """Training examples with reserved symbols: what is found, how it is written, and what nmt prepare makes of it."""
 
+import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 
 from nmt.config import CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.association import Associations
-from nmt.data.examples import ExampleWriter, annotated, equal_spans, slotted
+from nmt.data.examples import KINDS, Example, ExampleWriter, annotated, equal_spans, in_style, slotted
 from nmt.data.subwords import Subwords
 from nmt.preparation.prepare import prepare
 from nmt.text.terms import Match
@@ -155,9 +156,9 @@ def test_slots_take_the_place_of_spans() -> None:
 
 def test_examples_of_each_kind(subwords: Subwords) -> None:
     """The text of an example without its symbols is the text of the pair; equal pairs give equal examples."""
-    writer = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, pairs)
+    writer = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, Associations(pairs))
     found = [(pair, example) for pair in pairs() if (example := writer.example(*pair))]
-    again = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, pairs)
+    again = ExampleWriter(ExamplesConfig(slots=0.3, terms=0.3), subwords, Associations(pairs))
     assert [each for pair in pairs() if (each := again.example(*pair))] == [example for _, example in found]
     counts = Counter(example.kind for _, example in found)
     assert all(120 < counts[kind] < 240 for kind in ("slot", "term"))
@@ -182,6 +183,50 @@ def test_examples_of_each_kind(subwords: Subwords) -> None:
     assert used == set(slots)
 
 
+STYLES = ("quoted", "title_case", "lower_case", "upper_case")
+
+
+def test_what_is_made_of_a_block_depends_on_the_block_alone(subwords: Subwords) -> None:
+    config = ExamplesConfig(slots=0.1, terms=0.1, **dict.fromkeys(STYLES, 0.1))
+    words = Associations(pairs)
+    # The counts of words go to other processes.
+    writers = [ExampleWriter(config, subwords, each) for each in (words, pickle.loads(pickle.dumps(words)))]
+    blocks = [pairs(200, number) for number in range(3)]
+
+    def made(writer: ExampleWriter, number: int) -> list[Example | None]:
+        writer.begin(number)
+        return [writer.example(*pair) for pair in blocks[number]]
+
+    first = {number: made(writers[0], number) for number in (0, 1, 2)}
+    assert {number: made(writers[1], number) for number in (2, 0, 1)} == first
+    kinds = Counter(example.kind for each in first.values() for example in each if example)
+    assert set(kinds) == set(KINDS)
+    assert all(30 < kinds[kind] < 100 for kind in KINDS)
+    blocks[1] = blocks[0]
+    assert made(writers[0], 1) != first[0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "source", "target", "expected"),
+    [
+        ("quoted", "It is late. ", "Es ist spät.", ('"It is late."', '"Es ist spät."')),
+        ("quoted", "“It is late.”", "Es ist spät.", None),
+        ("quoted", "It is late.", "«Es ist spät.", None),
+        ("quoted", " ", "Es", None),
+        (
+            "title_case",
+            "the minister of finance said (again) no to élan",
+            "le ministre",
+            ("The Minister of Finance Said (Again) no to Élan", "le ministre"),
+        ),
+        ("lower_case", "The ÉLAN at www.Site.ORG is %NAME%", "Der", ("the élan at www.Site.ORG is %NAME%", "Der")),
+        ("upper_case", "See {name} <b>now</b>", "groß jetzt", ("SEE {name} <b>NOW</b>", "GROSS JETZT")),
+    ],
+)
+def test_styles(kind: str, source: str, target: str, expected: tuple[str, str] | None) -> None:
+    assert in_style(kind, source, target) == expected
+
+
 def _between(text: str, parts: list[str]) -> list[str]:
     """What is between `parts` in a text."""
     found = re.fullmatch("(.+)".join(map(re.escape, parts)), text)
@@ -194,7 +239,7 @@ def _between(text: str, parts: list[str]) -> list[str]:
 
 def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
     plain = prepare(corpus, lambda _: None)
-    assert (plain.manifest["examples"], plain.manifest["symbols"]) == ({"slot": 0, "term": 0}, [])
+    assert (plain.manifest["examples"], plain.manifest["symbols"]) == (dict.fromkeys(KINDS, 0), [])
     log: list[str] = []
     made = prepare(corpus_of(Path(corpus.root), examples=ExamplesConfig(slots=0.2, terms=0.2)), log.append)
     subwords = made.subwords()
@@ -219,7 +264,7 @@ def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
             ("term", "source"): counts["term"],
         }
     )
-    assert f"corpus: pairs rewritten with symbols: slot {counts['slot']}, term {counts['term']}" in log
+    assert f"corpus: pairs rewritten: slot {counts['slot']}, term {counts['term']}" in log
     assert made.fingerprint != plain.fingerprint
     assert made.path != plain.path
     # Dev and test, and the vocabulary, are as without examples.

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.batch import BOS, EOS, Batch
+from nmt.batch import Batch
 from nmt.config import Direction
 from nmt.data.held_out import eval_batches
 from nmt.experts.information import Z, expected_pairs, information, least_rate, rank_in_runs
@@ -22,6 +22,7 @@ from nmt.experts.report import (
     preferred,
 )
 from nmt.model.gating import GateOutput, GateSums
+from nmt.tokens import BOS, EOS
 
 Rule = Callable[[str, int, int, int], dict[int, float]]
 """(layer, piece, sentence, position) -> gate values by expert."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, make_batch
+from nmt.batch import make_batch
 from nmt.cli import main
 from nmt.commands.explain import slug
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
@@ -36,6 +36,7 @@ from nmt.model.gating import GateOutput
 from nmt.model.seq2seq import Seq2Seq
 from nmt.pages.explain import explanation_page
 from nmt.run import RunDirectory
+from nmt.tokens import BOS, EOS
 
 CPU = torch.device("cpu")
 VOCABULARY = 13

@@ -7,13 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import PAD, Batch, Shape, covering, fit
+from nmt.batch import Batch, Shape, covering, fit
 from nmt.config import Config, TrainingConfig
 from nmt.model.gate_statistics import LayerTally
 from nmt.model.gating import balance_loss
 from nmt.model.rows import pack, unpack
 from nmt.model.seq2seq import LossOutput, Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.tokens import PAD
 from nmt.training.optim import make_optimizer
 from nmt.training.update import UpdateOutput, Updater
 from tests.test_seq2seq import GATING, Batches, Configs, randomised

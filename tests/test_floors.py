@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1] / "nmt"
 FLOORS = {
     "config": 0,
     "batch": 0,
+    "tokens": 0,
     "resources": 0,
     "errors": 0,
     "extras": 0,

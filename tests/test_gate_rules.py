@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import Batch, make_batch
 from nmt.config import Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.assemble import assemble
 from nmt.model.experts import MoE
@@ -22,6 +22,7 @@ from nmt.model.gating import Gate, HierarchicalGate, make_gate
 from nmt.model.kernels.gate import MIN_NOISE_STD, Rule
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.update import UpdateOutput, Updater
 from tests.test_gates import (

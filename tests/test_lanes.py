@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.batch import EOS, PAD, _fit_rows, source_batch, source_rectangle
+from nmt.batch import _fit_rows, source_batch, source_rectangle
 from nmt.config import DecodingConfig, ModelConfig
 from nmt.decoding import lanes
 from nmt.decoding.lanes import rounded_count, rounded_length
@@ -17,6 +17,7 @@ from nmt.decoding.trace import Hypothesis
 from nmt.decoding.translation import Options
 from nmt.model.experts import ExpertShard
 from nmt.model.seq2seq import Seq2Seq
+from nmt.tokens import EOS, PAD
 
 VOCABULARY = 40
 OPTIONS = replace(Options.of(DecodingConfig()), beam_size=3, alpha=0.6, max_length_ratio=1.5, batch_tokens=600)

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from nmt.config import CorpusConfig, Direction, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import read_pairs, source_files
-from nmt.data.prepared import Prepared
+from nmt.data.prepared import Prepared, prepared_path
 from nmt.errors import DataError
-from nmt.data.prepared import prepared_path
 from nmt.preparation.prepare import prepare
 from nmt.run import RunDirectory
 from tests.toy import train

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import nmt
-from nmt.batch import EOS, make_batch
+from nmt.batch import make_batch
 from nmt.config import DecodingConfig
 from nmt.config.checks import LEAST_TEMPERATURE
 from nmt.decoding.scoring import score
@@ -19,6 +19,7 @@ from nmt.decoding.translation import TextHypothesis, Translation
 from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
+from nmt.tokens import EOS
 
 Load = Callable[..., Translator]
 

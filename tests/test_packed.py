@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import EOS, NUM_SPECIAL, make_rows
+from nmt.batch import make_rows
 from nmt.config import DecodingConfig, ModelConfig
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Options
@@ -15,6 +15,7 @@ from nmt.model.kernels.packed import PackedLSTM, PackedWeight
 from nmt.model.lstm import LSTM
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights, with_packed_weights
+from nmt.tokens import EOS, NUM_SPECIAL
 
 CPU = torch.device("cpu")
 needs_bf16 = pytest.mark.skipif(not torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="no bf16 on this processor")

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import Batch, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
 from nmt.errors import UserError
 from nmt.model import routes
@@ -19,6 +19,7 @@ from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_model
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.lessons import with_teacher

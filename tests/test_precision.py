@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import nmt.training.validation
-from nmt.batch import BOS, Batch, source_batch
+from nmt.batch import Batch, source_batch
 from nmt.cli import main
 from nmt.config import ModelConfig
 from nmt.decoding.translator import Translator
@@ -28,6 +28,7 @@ from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
 from nmt.model.working import WorkingWeights
 from nmt.run import RunDirectory
+from nmt.tokens import BOS
 from tests.conftest import TINY_VOCAB
 from tests.toy import settings
 

@@ -26,12 +26,10 @@ import nmt.preparation.prepare
 import nmt.preparation.reuse
 import nmt.preparation.splits
 import nmt.preparation.store
-import nmt.preparation.prepare
-from nmt.config import NUM_ADDED_PIECES, CorpusConfig, FilesConfig, FilterConfig, SubwordConfig
+from nmt.config import NUM_ADDED_PIECES, CorpusConfig, ExamplesConfig, FilesConfig, FilterConfig, SubwordConfig
 from nmt.data.prepared import Prepared, prepared_path
 from nmt.data.shards import ParallelShards
 from nmt.errors import DataError
-from nmt.lock import locked
 from nmt.preparation.prepare import prepare
 from tests.processes import CONTEXT
 
@@ -162,6 +160,9 @@ def test_corpora_of_older_versions_are_still_found() -> None:
     assert prepared_path(CorpusConfig()).name == "corpus-db9426fc"
     files = FilesConfig(source=["a"], target=["b"])
     assert prepared_path(CorpusConfig(source="files", train=files)).name == "corpus-f13160f6"
+    # With examples of symbols, before there were others.
+    assert prepared_path(CorpusConfig(examples=ExamplesConfig(slots=0.1))).name == "corpus-282dc485"
+    assert prepared_path(CorpusConfig(examples=ExamplesConfig(slots=0.1, quoted=0.1))).name != "corpus-282dc485"
 
 
 def test_any_setting_but_the_directory_gives_another_folder(corpus: CorpusConfig, tmp_path: Path) -> None:

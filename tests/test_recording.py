@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 import nmt.training.update
-from nmt.batch import NUM_SPECIAL, Batch, Shape, covering, fit, make_batch
+from nmt.batch import Batch, Shape, covering, fit, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer
 from nmt.training.recording import can_record

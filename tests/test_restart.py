@@ -37,7 +37,7 @@ def corpus(tmp_path: Path) -> CorpusConfig:
         (tmp_path / f"more.{language}").write_text("".join(lines[50:250]))
         (tmp_path / f"train.{language}").write_text("".join(lines[:40] + lines))
     train = FilesConfig(source=["train.en", "more.en"], target=["train.de", "more.de"])
-    examples = ExamplesConfig()
+    examples = ExamplesConfig(terms=0.1, quoted=0.1, upper_case=0.1)
     return corpus_of(tmp_path, train=train, filters=FILTERS, examples=examples, dev=FilesConfig(from_train=15))
 
 
@@ -75,9 +75,7 @@ def test_the_number_of_processes_changes_nothing(corpus: CorpusConfig, tmp_path:
         path = prepare(replace(corpus, directory=str(directory)), Log(), processes).path
         files = contents(path)
         del files["manifest.json"]["corpus"]["directory"], files["report"]["processes"]
-        files["text"] = {
-            str(each.relative_to(directory)): each.read_bytes() for each in directory.rglob("*.parquet")
-        }
+        files["text"] = {str(each.relative_to(directory)): each.read_bytes() for each in directory.rglob("*.parquet")}
         assert len(files["text"]) == 16
         found.append(files)
     assert found[0] == found[1] == found[2]
@@ -85,6 +83,7 @@ def test_the_number_of_processes_changes_nothing(corpus: CorpusConfig, tmp_path:
     assert manifest["dropped"]["duplicates"] > 150
     assert manifest["dropped"]["max_words"] > 0
     assert manifest["held_out"] >= 15
+    assert min(manifest["examples"][kind] for kind in ("quoted", "upper_case")) > 0
 
 
 def test_a_restart_goes_on_after_the_last_block(
@@ -121,7 +120,9 @@ def test_a_restart_goes_on_after_the_last_block(
     expected = contents(clean)
     expected["manifest.json"]["corpus"]["directory"] = corpus.directory
     assert contents(prepared.path) == expected
-    assert sorted(path.name for path in prepared.path.iterdir() if not path.name.startswith(("train", "dev", "test"))) == [
+    assert sorted(
+        path.name for path in prepared.path.iterdir() if not path.name.startswith(("train", "dev", "test"))
+    ) == [
         "manifest.json",
         "report",
         "subwords.model",

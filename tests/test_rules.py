@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK
 from nmt.decoding.rules import NEVER, Rules, drop_distant, repeats
+from nmt.tokens import BOS, EOS, NUM_SPECIAL, PAD, UNK
 
 VOCAB = NUM_SPECIAL + 4
 FORBIDDEN = [PAD, UNK, BOS]

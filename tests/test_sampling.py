@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK
 from nmt.decoding.rules import NEVER, Rules
 from nmt.decoding.sampling import Sampling, gumbel, stream_of
+from nmt.tokens import BOS, EOS, NUM_SPECIAL, PAD, UNK
 
 VOCAB = NUM_SPECIAL + 6
 NO_HISTORY = torch.zeros(1, 1, 0, dtype=torch.int64)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import Batch, make_batch
 from nmt.config import ModelConfig
 from nmt.decoding.scoring import score
 from nmt.model.seq2seq import Seq2Seq
+from nmt.tokens import NUM_SPECIAL
 
 VOCAB = 11
 LENGTHS = [(3, 5), (1, 0), (6, 2), (2, 4)]

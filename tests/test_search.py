@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK, make_batch, make_rows, source_batch
+from nmt.batch import make_batch, make_rows, source_batch
 from nmt.config import ModelConfig
 from nmt.decoding.rules import Rules
 from nmt.decoding.scoring import score
@@ -27,6 +27,7 @@ from nmt.decoding.search import (
 from nmt.decoding.trace import Candidates, Hypothesis
 from nmt.model.attention import Memory
 from nmt.model.seq2seq import DecoderState, Seq2Seq
+from nmt.tokens import BOS, EOS, NUM_SPECIAL, PAD, UNK
 
 WORDS = 3
 VOCAB = NUM_SPECIAL + WORDS

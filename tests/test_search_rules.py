@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD
 from nmt.decoding.rules import Rules
 from nmt.decoding.sampling import Sampling, stream_of
 from nmt.decoding.search import BeamSettings
 from nmt.decoding.trace import Hypothesis
+from nmt.tokens import BOS, EOS, NUM_SPECIAL, PAD
 from tests.test_search import (
     FORBIDDEN,
     VOCAB,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch, make_rows
+from nmt.batch import Batch, Rows, make_batch, make_rows
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
 from nmt.model.attention import Attention, Memory
@@ -19,6 +19,7 @@ from nmt.model.lstm import LSTM
 from nmt.model.rows import pack, unpack
 from nmt.model.seq2seq import Decoder, DecoderOutput, Encoded, Encoder, Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.conftest import TINY_VOCAB

@@ -18,7 +18,6 @@ from nmt.errors import DataError, ProcessError
 from nmt.preparation.blocks import blocks, num_rows_of
 from nmt.preparation.workers import shared_out
 
-
 ROOT = Path(__file__).parents[1]
 
 

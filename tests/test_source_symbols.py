@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from nmt.batch import EOS
 from nmt.config import DecodingConfig, Direction, ModelConfig
 from nmt.data.held_out import LONGEST_SIDE, encode_pairs
 from nmt.data.symbols import Symbols
@@ -27,6 +26,7 @@ from nmt.evaluation.perplexity import perplexity
 from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.run import RunDirectory
+from nmt.tokens import EOS
 
 VOCABULARY = 40
 CPU = torch.device("cpu")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from nmt.batch import EOS
 from nmt.model.kernels.attention import plain_padded_attend
 from nmt.model.kernels.lstm_cell import plain_cell_step
 from nmt.model.kernels.top_k import plain_best
+from nmt.tokens import EOS
 from tests.kernels import DEVICE, compile_launches, needs_triton
 
 

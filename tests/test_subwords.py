@@ -10,10 +10,10 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nmt.batch import BOS, EOS, PAD, UNK
 from nmt.config import SubwordConfig
 from nmt.data.subwords import RESERVED, Subwords, list_characters, train_subwords
 from nmt.text.normalisation import CONTROLS
+from nmt.tokens import BOS, EOS, PAD, UNK
 
 SPECIAL = ["</s>", "<pad>", "<s>", "<unk>", "<0x0A>", "a</s>b<s>", "<language:0> <slot:15><term:3>", "<tag:0>"]
 FIRST_BYTE, FIRST_LEARNED = 72, 328

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import nmt.experts.observe
-from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch
+from nmt.batch import Batch
 from nmt.config import DecodingConfig, ModelConfig, MoEConfig
 from nmt.decoding.translator import Translator
 from nmt.experts.grow import grow
@@ -29,6 +29,7 @@ from nmt.experts.shrink import (
 from nmt.experts.surgery import NetworkWeights, TrainedWeight, select_experts
 from nmt.model.experts import MoE
 from nmt.model.seq2seq import Seq2Seq
+from nmt.tokens import BOS, NUM_SPECIAL, PAD, UNK
 from nmt.training.optim import state_shapes
 from tests.conftest import TINY_VOCAB
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nmt.batch import NUM_SPECIAL, Batch, Rows, make_batch
+from nmt.batch import Batch, Rows, make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.cli import main
 from nmt.compose import compose_config
@@ -25,6 +25,7 @@ from nmt.model.gating import balance_loss
 from nmt.model.rows import unpack
 from nmt.model.seq2seq import Gates, Seq2Seq
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import clipped_step, learning_rate, make_optimizer
 from nmt.training.update import Updater, seed_device
 from nmt.training.validation import Validated, Validation

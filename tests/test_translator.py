@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nmt.batch import EOS, make_batch
+from nmt.batch import make_batch
 from nmt.checkpoint import list_checkpoints
 from nmt.config import Config, DecodingConfig
 from nmt.decoding.loading import longest_source
@@ -27,6 +27,7 @@ from nmt.decoding.translator import Translator
 from nmt.errors import CheckpointError, MemoryLimitError
 from nmt.run import RunDirectory
 from nmt.text.segment import join, split
+from nmt.tokens import EOS
 
 Load = Callable[..., Translator]
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import nmt.training.validation
-from nmt.batch import NUM_SPECIAL
 from nmt.checkpoint import list_checkpoints
 from nmt.config import DecodingConfig, Direction, TrainingConfig
 from nmt.decoding.translation import Options
@@ -20,6 +19,7 @@ from nmt.evaluation.scores import corpus_scores
 from nmt.evaluation.tokenizers import Tokenizer
 from nmt.parallel.expert_parallel import independent_passes
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.validation import DevPart, doubts, validation_bleu
 from tests.processes import run_ranks
 from tests.test_parallel import CASES, VOCABULARY, config_of, trained_model

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from nmt.batch import EOS, Batch, fit
+from nmt.batch import Batch, fit
 from nmt.config import Direction, ModelConfig, TrainingConfig
 from nmt.data.batching import BatchStream
 from nmt.data.held_out import HeldOut
@@ -39,6 +39,7 @@ from nmt.model.loss import Lesson, SoftmaxInput, linear_cross_entropy, taught_cr
 from nmt.model.seq2seq import Seq2Seq
 from nmt.run import RunDirectory
 from nmt.students.teacher import Taught, Teacher
+from nmt.tokens import EOS
 from tests.conftest import TINY_VOCAB
 from tests.lessons import with_teacher
 from tests.toy import Cli, saved, settings, train

@@ -1,7 +1,7 @@
 """Settings of the corpus: where text comes from, which pairs are dropped, how text is split into subwords."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import NamedTuple
 
 from nmt.config.checks import above, at_least, fraction, one_of, plain_name
@@ -157,10 +157,10 @@ class SubwordConfig:
 
 @dataclass
 class ExamplesConfig:
-    """Training pairs that are rewritten with the vocabulary's reserved symbols, so that the model learns them.
+    """Training pairs that are rewritten: with the vocabulary's reserved symbols, or as other texts are written.
 
-    A share is the part of all pairs that are tried. Pairs without a suitable place stay as they are, and so do dev and
-    test.
+    A pair is rewritten in one way at most. A share is the part of all pairs that are tried. Pairs without a suitable
+    place stay as they are, and so do dev and test.
     """
 
     slots: float = 0.0
@@ -170,14 +170,24 @@ class ExamplesConfig:
     """Share of pairs where a source word is marked with its translation, found by counting which words occur together.
     The model then uses the translations of `nmt translate --terms`. 0: none; 0.1 to 0.3 are useful."""
 
+    quoted: float = 0.0
+    """Share of pairs with quotation marks, ", around both sides. Speeches and captions have few quotes, news have many;
+    0.02 is useful."""
+    title_case: float = 0.0
+    """Share of pairs whose source is written Like a Headline in English. The target stays as it is, because other
+    languages do not write headlines so."""
+    lower_case: float = 0.0
+    """Share of pairs whose source is in lower case, as people type. The target stays as it is."""
+    upper_case: float = 0.0
+    """Share of pairs with both sides in upper case, so that THE TRANSLATION OF SUCH A TEXT is in upper case too."""
+
     def __post_init__(self) -> None:
-        for name in ("slots", "terms"):
-            fraction(f"corpus.examples.{name}", getattr(self, name))
-        if self.slots + self.terms > 1.0:
-            raise ValueError(
-                f"corpus.examples.slots={self.slots:g} and corpus.examples.terms={self.terms:g} are more than 1 "
-                "together: lower them"
-            )
+        shares = {each.name: getattr(self, each.name) for each in fields(self)}
+        for name, share in shares.items():
+            fraction(f"corpus.examples.{name}", share)
+        if sum(shares.values()) > 1.0:
+            given = " and ".join(f"corpus.examples.{name}={share:g}" for name, share in shares.items() if share)
+            raise ValueError(f"{given} are more than 1 together: lower them")
 
 
 @dataclass

@@ -1,18 +1,25 @@
-"""Rewrite texts with reserved symbols: terms and slots, in training pairs and in texts to translate.
+"""Rewrite training pairs: with reserved symbols, which mark terms and slots also in texts to translate, or in other
+letters and with quotation marks.
 
-term   The <term:0> pump<term:1> Pumpe<term:2> is new.      a source term with its required translation
-slot   Room <slot:3> is free. -> Zimmer <slot:3> ist frei.  a span that is the same on both sides
+term        The <term:0> pump<term:1> Pumpe<term:2> is new.      a source term with its required translation
+slot        Room <slot:3> is free. -> Zimmer <slot:3> ist frei.  a span that is the same on both sides
+quoted      "Room 3 is free." -> "Zimmer 3 ist frei."
+title_case  Room 3 Is Free. -> Zimmer 3 ist frei.                as headlines in English are written
+lower_case  room 3 is free. -> Zimmer 3 ist frei.
+upper_case  ROOM 3 IS FREE. -> ZIMMER 3 IST FREI.
 """
 
 import random
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from nmt.config import ExamplesConfig
-from nmt.data.association import Associations, Link, Pairs
+from nmt.data.association import Associations, Link
 from nmt.data.subwords import Subwords
 from nmt.text.fields import find_fields
 from nmt.text.terms import Match
@@ -21,9 +28,21 @@ Parts = list[str | int]
 """A text in parts: text, and ids of reserved symbols (`Subwords.encode_parts`)."""
 SYMBOLS = ("slot", "term")
 """Kinds of symbols that a model may have learned, as in corpus.json."""
+KINDS = {
+    "slot": "slots",
+    "term": "terms",
+    "quoted": "quoted",
+    "title_case": "title_case",
+    "lower_case": "lower_case",
+    "upper_case": "upper_case",
+}
+"""Kinds of examples, and the setting corpus.examples.* of each."""
 _Item = TypeVar("_Item")
 _MOST_TERMS = 3  # per example
 _WORD = re.compile(r"\S+")
+_LETTER = re.compile(r"[^\W\d_]")
+_HEADLINE_WORD = 4  # letters, from which a word of a headline has a capital
+_QUOTES = ("", *"\"'“”„«»‚‘’‹›")
 _BEFORE, _AFTER = "\"'“”„«»‚‘’(¿¡", "\"'“”„«»‘’),.;:!?…"
 
 
@@ -84,32 +103,47 @@ def slotted(text: str, spans: Sequence[tuple[int, int]], slots: Sequence[int]) -
 
 
 class Example(NamedTuple):
-    """A training pair rewritten with symbols of one kind."""
+    """A rewritten training pair."""
 
     kind: str
-    """One of `SYMBOLS`."""
+    """One of `KINDS`."""
     source: Parts
     target: Parts
 
 
 class ExampleWriter:
-    """Rewrites some of the training pairs. The same pairs in the same order give the same examples."""
+    """Rewrites some of the training pairs, block by block.
 
-    def __init__(self, config: ExamplesConfig, subwords: Subwords, read: Callable[[], Pairs]) -> None:
-        """Prepare to rewrite the shares of `config`; `read` yields pairs to find the translations of words in."""
-        self._config = config
+    What it makes of a block depends on nothing but the number and the pairs of the block.
+    """
+
+    def __init__(self, config: ExamplesConfig, subwords: Subwords, associations: Associations | None) -> None:
+        """Prepare to rewrite the shares of `config`; `associations` are for `config.terms`."""
+        shares = [(kind, getattr(config, setting)) for kind, setting in KINDS.items()]
+        self._kinds = [kind for kind, _ in shares]
+        self._ends = list(accumulate(share for _, share in shares))
         self._subwords = subwords
-        self._random = random.Random(1)
-        self._associations = Associations(read) if config.terms else None
+        self._random = random.Random(0)
+        self._associations = associations
+
+    def begin(self, block: int) -> None:
+        """Begin the block of this number."""
+        self._random = random.Random(block + 1)
 
     def example(self, source: str, target: str) -> Example | None:
-        """Return the next pair rewritten; None if it stays as it is."""
+        """Return the next pair of the block rewritten; None if it stays as it is."""
         drawn = self._random.random()
-        if drawn < self._config.slots:
-            return self._with_slots(source, target)
-        if self._associations and drawn < self._config.slots + self._config.terms:
-            return self._with_terms(source, target, self._associations.links(source, target))
-        return None
+        if drawn >= self._ends[-1]:
+            return None
+        kind = self._kinds[bisect_right(self._ends, drawn)]
+        match kind:
+            case "slot":
+                return self._with_slots(source, target)
+            case "term":
+                links = self._associations.links(source, target) if self._associations else []
+                return self._with_terms(source, target, links)
+        made = in_style(kind, source, target)
+        return Example(kind, [made[0]], [made[1]]) if made and made != (source, target) else None
 
     def _with_slots(self, source: str, target: str) -> Example | None:
         spans = equal_spans(source, target)
@@ -139,6 +173,44 @@ class ExampleWriter:
         """Return a random part of a list in its order: half of it on average, at least one, at most `most`."""
         count = min(max(1, sum(self._random.random() < 0.5 for _ in found)), most)
         return [found[place] for place in sorted(self._random.sample(range(len(found)), count))]
+
+
+def in_style(kind: str, source: str, target: str) -> tuple[str, str] | None:
+    """Return a pair written in another way, one of `KINDS` without symbols; None if it does not suit.
+
+    Fields, such as URLs and placeholders, keep their letters.
+    """
+    match kind:
+        case "quoted":
+            texts = source.strip(), target.strip()
+            marked = any(text[:1] in _QUOTES or text[-1:] in _QUOTES for text in texts)
+            return None if marked or not all(texts) else (f'"{texts[0]}"', f'"{texts[1]}"')
+        case "title_case":
+            return _outside_fields(source, _as_headline), target
+        case "lower_case":
+            return _outside_fields(source, str.lower), target
+        case "upper_case":
+            return _outside_fields(source, str.upper), _outside_fields(target, str.upper)
+    raise ValueError(f"{kind} is no way to write a text")
+
+
+def _outside_fields(text: str, change: Callable[[str], str]) -> str:
+    """Return a text with its letters changed, except for those of fields."""
+    place, parts = 0, []
+    for field in find_fields(text):
+        parts += [change(text[place : field.start]), field.text]
+        place = field.end
+    return "".join([*parts, change(text[place:])])
+
+
+def _as_headline(text: str) -> str:
+    """Return a text with capitals as headlines in English have them: short words in the middle have none."""
+
+    def word(match: re.Match[str]) -> str:
+        short = len(match[0].strip(_BEFORE + _AFTER)) < _HEADLINE_WORD
+        return match[0] if short and match.start() > 0 else _LETTER.sub(lambda first: first[0].upper(), match[0], 1)
+
+    return _WORD.sub(word, text)
 
 
 def equal_spans(source: str, target: str) -> list[tuple[tuple[int, int], tuple[int, int]]]:
@@ -181,5 +253,3 @@ def _copyable(text: str) -> dict[str, tuple[int, int]]:
     for start, end in spans:
         counts[text[start:end]] = counts.get(text[start:end], 0) + 1
     return {text[start:end]: (start, end) for start, end in sorted(spans) if counts[text[start:end]] == 1}
-
-def kinds_of(config): return SYMBOLS

@@ -11,7 +11,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nmt.config import CorpusConfig, Direction, ExamplesConfig
+from nmt.config import CorpusConfig, Direction
 from nmt.config.corpus import SPLITS
 from nmt.config.reading import parse_yaml, read_settings
 from nmt.data.shards import MANIFEST, SIDES, ParallelShards, file_record
@@ -54,8 +54,10 @@ _SHAPE = {
 }
 TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*SIDES, "domain", "direction"))
 _SHARDS = re.compile(r"train(\.[A-Za-z0-9_-]+)*")
+_NO_EXAMPLES = {"slots": 0.0, "terms": 0.0}  # other settings of examples are newer
 _NEWER: dict[str, tuple[Any, ...]] = {
-    "examples": (asdict(ExamplesConfig()),),
+    **{f"examples.{name}": (0.0,) for name in ("quoted", "title_case", "lower_case", "upper_case")},
+    "examples": (_NO_EXAMPLES,),
     "directions": ([],),
     "filters.test_overlap": (False,),
     "punctuation": ("keep",),

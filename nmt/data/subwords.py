@@ -1,6 +1,6 @@
 """Learn and apply one vocabulary of subwords for both languages. Only this file imports SentencePiece.
 
-The ids of a new vocabulary: special symbols 0 to 3 (nmt/batch.py), reserved symbols 4 to 71, the 256 bytes 72 to 327,
+The ids of a new vocabulary: special symbols 0 to 3 (nmt/tokens.py), reserved symbols 4 to 71, the 256 bytes 72 to 327,
 then the subwords learned from the text. A character that is in no subword is encoded as its UTF-8 bytes, so that any
 text can be encoded. Vocabularies of older versions have neither reserved symbols nor bytes.
 """
@@ -20,11 +20,11 @@ from typing import Any
 import numpy as np
 import sentencepiece
 
-from nmt.batch import BOS, EOS, NUM_SPECIAL, PAD, UNK
 from nmt.config import NUM_ADDED_PIECES, SubwordConfig
 from nmt.errors import DataError
 from nmt.files import read_regular
 from nmt.text.normalisation import CONTROLS, name_nfc, write_nfc_rules
+from nmt.tokens import BOS, EOS, NUM_SPECIAL, PAD, UNK
 
 RESERVED = {"language": 32, "slot": 16, "term": 4, "tag": 8, "spare": 8}
 """Number of symbols reserved per future use: target languages, placeholders, marks around terms, domains and origins

@@ -70,10 +70,7 @@ class WordEncoder:
         pieces_W = np.fromiter(map(len, found), np.int64, len(found)) // self._dtype.itemsize
         ids = np.frombuffer(b"".join(found), self._dtype)
         starts_B = np.cumsum([0, *map(len, words)])[:-1]
-        counts_2B = [
-            np.add.reduceat(values, starts_B)
-            for values in (pieces_W, pieces_W > 0)
-        ]
+        counts_2B = [np.add.reduceat(values, starts_B) for values in (pieces_W, pieces_W > 0)]
         lengths_B, words_B = (each.astype(np.int32) for each in counts_2B)
         return Cut(ids, lengths_B, words_B, int((pieces_W == 1).sum()))
 

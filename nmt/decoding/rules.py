@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from torch import Tensor, arange
 
-from nmt.batch import EOS, PAD
+from nmt.tokens import EOS, PAD
 
 NEVER = float("-inf")
 

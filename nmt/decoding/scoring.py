@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import EOS, Batch, Rows
+from nmt.batch import Batch, Rows
 from nmt.data.held_out import HeldOut, eval_batches
 from nmt.data.subwords import Subwords, split_words
 from nmt.decoding.ensemble import mean_log_prob
@@ -26,6 +26,7 @@ from nmt.model.loss import SoftmaxInput, token_log_probs, top_probabilities
 from nmt.model.one_pass import ChangeGate, Gates
 from nmt.model.rows import unpack
 from nmt.model.seq2seq import Encoded, Seq2Seq
+from nmt.tokens import EOS
 
 NOT_FINITE = (
     "the model's outputs are not finite (NaN or infinite), so its parameters are damaged: choose another "

@@ -24,10 +24,10 @@ from typing import Any, NamedTuple, Protocol, Self
 import torch
 from torch import Tensor
 
-from nmt.batch import BOS, EOS, PAD
 from nmt.decoding.rules import NEVER, Rules, drop_distant
 from nmt.decoding.trace import Candidates, Hypothesis, Stretch, empty_record, follow_back
 from nmt.model.kernels import top_k as kernel
+from nmt.tokens import BOS, EOS, PAD
 
 _LEAST_COVERAGE = 1.0e-6
 

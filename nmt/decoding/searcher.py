@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import PAD, Rows, source_batch
+from nmt.batch import Rows, source_batch
 from nmt.decoding.ensemble import States, mean_step
 from nmt.decoding.lanes import Lanes, Task, rounded_length, wanted_sources
 from nmt.decoding.rules import Rules
@@ -31,6 +31,7 @@ from nmt.model.attention import Memory
 from nmt.model.kernels.top_k import never_waits
 from nmt.model.loss import output_logits
 from nmt.model.seq2seq import DecoderState, Seq2Seq
+from nmt.tokens import PAD
 
 # A translation may have this many more subwords than max_length_ratio allows, for the sake of short sentences.
 _EXTRA_LENGTH = 10

@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from nmt.batch import EOS
 from nmt.config import Config, DecodingConfig, Direction
 from nmt.data.examples import Annotated, annotated
 from nmt.data.subwords import Subwords, one_line
@@ -37,6 +36,7 @@ from nmt.text.checks import Flag
 from nmt.text.markup import SLOTS
 from nmt.text.segment import join_at, split
 from nmt.text.terms import Match, Terms
+from nmt.tokens import EOS
 
 _MOST_SHOWN = 60
 _SLOT = re.compile(f"([{SLOTS}])")

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nmt.batch import BOS, EOS, UNK
 from nmt.data.subwords import BLANK_SIGN, END_SIGN, START_SIGN, UNKNOWN_SURFACE, Subwords
+from nmt.tokens import BOS, EOS, UNK
 
 _CONTEXT_WORDS, _CONTEXT_PIECES = 6, 24
 _SPECIAL = {BOS: f"▁{START_SIGN}", EOS: f"▁{END_SIGN}", UNK: UNKNOWN_SURFACE}

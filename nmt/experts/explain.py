@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nmt.batch import EOS, Rows, make_batch, make_rows
+from nmt.batch import Rows, make_batch, make_rows
 from nmt.config import LayerName
 from nmt.data.subwords import readable
 from nmt.decoding.scoring import Scores, score_target
@@ -39,6 +39,7 @@ from nmt.errors import DataError
 from nmt.model.gating import GateOutput
 from nmt.model.one_pass import ChangeGate, Gates
 from nmt.model.seq2seq import Encoded, Seq2Seq
+from nmt.tokens import EOS
 from nmt.wording import counted
 
 _EVERYWHERE, _NOTHING = -1, -1

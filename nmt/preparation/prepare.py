@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 
-from nmt.config import CorpusConfig, ExamplesConfig
+from nmt.config import CorpusConfig
 from nmt.config.corpus import SPLITS
 from nmt.corpus.pairs import ReadReport
 from nmt.corpus.rules import whys
 from nmt.corpus.sources import source_files
 from nmt.data.association import Associations
-from nmt.data.examples import SYMBOLS, kinds_of
+from nmt.data.examples import KINDS, SYMBOLS
 from nmt.data.kinds import Kind, longest_source, part_records
 from nmt.data.prepared import FORMAT, VOCABULARY, Prepared, prepared_path
 from nmt.data.shards import MANIFEST, SIDES, file_record
@@ -264,7 +264,7 @@ class _Preparation:
 
     def examples_record(self, journal: Journal) -> dict[str, Any]:
         """Return what the manifest records of pairs rewritten in some way, and of symbols learned from them."""
-        counts = {kind: journal.tally.counts[f"augmented.{kind}"] for kind in kinds_of(ExamplesConfig())}
+        counts = {kind: journal.tally.counts[f"augmented.{kind}"] for kind in KINDS}
         return {"examples": counts, "symbols": [kind for kind in SYMBOLS if counts[kind]]}
 
     def write_report(self, manifest: dict[str, Any], text: FilteredText, journal: Journal, subwords: Subwords) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from nmt.config import CorpusConfig
 from nmt.config.corpus import SPLITS
 from nmt.corpus.rules import whys
-from nmt.data.examples import kinds_of
+from nmt.data.examples import KINDS
 from nmt.data.subwords import Subwords
 from nmt.preparation.filtered import FilteredText
 from nmt.preparation.splits import HELD_OUT, Splits
@@ -16,7 +16,7 @@ REPORT = "report/prepare.json"
 _FORMAT = 1
 _MOST_CHARACTERS = 200
 _CHANGES = {
-    "punctuation": "with punctuation as Moses normalises it (corpus.punctuation)",
+    "punctuation": "with punctuation that Moses' rules change",
     "unicode": "with letters and marks that the vocabulary composes",
     "controls": "with control characters, which the vocabulary replaces with blanks",
 }
@@ -53,7 +53,11 @@ def report(
         ],
         "changes": list(_named(every, "changed", _CHANGES)),
         "rules": list(_named(every, "dropped", whys(corpus))),
-        "augmented": list(_named(every, "augmented", dict.fromkeys(kinds_of(corpus.examples), ""))),
+        "augmented": [
+            {"name": setting, "pairs": every.counts[f"augmented.{kind}"], "examples": every.shown(f"augmented.{kind}")}
+            for kind, setting in KINDS.items()
+            if getattr(corpus.examples, setting)
+        ],
         "histograms": {
             "read": _histograms(every, "read", ("words.source", "words.target", "ratio")),
             "kept": _histograms(

@@ -55,7 +55,7 @@ def summary(
             f"encoded as bytes: {list_characters(in_bytes)}"
         )
     if shown := _counts(manifest["examples"]):
-        yield f"{name}: pairs rewritten with symbols: {shown}"
+        yield f"{name}: pairs rewritten: {shown}"
     yield (
         f"{brief(manifest['source_pieces'])} source and {brief(manifest['target_pieces'])} target "
         f"subwords, {manifest['seconds']:.0f} s"

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK, Batch, make_batch, make_rows
+from nmt.batch import Batch, make_batch, make_rows
 from nmt.compose import compose_config
 from nmt.config import AttentionConfig, Config, DecodingConfig, MoEConfig
 from nmt.cost.operations import model_cost
@@ -49,6 +49,7 @@ from nmt.model.seq2seq import Seq2Seq
 from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver
 from nmt.terminal import layer_lines
+from nmt.tokens import BOS, NUM_SPECIAL, PAD, UNK
 from nmt.training.interval import Interval
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.update import Updater

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from nmt.batch import NUM_SPECIAL, Batch, make_batch
+from nmt.batch import Batch, make_batch
 from nmt.compose import compose_config
 from nmt.config import Config
 from nmt.cost.step import MicroBatch
@@ -50,6 +50,7 @@ from nmt.device import pick_device, set_float32_products
 from nmt.errors import UserError
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
+from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer
 from nmt.training.update import LayerSums, Updater
 

@@ -24,13 +24,13 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 import numpy as np
 import torch
 
-from nmt.batch import BOS, NUM_SPECIAL, PAD, UNK
 from nmt.compose import compose_config
 from nmt.config import DecodingConfig
 from nmt.decoding.loading import prepared
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.translation import Options
 from nmt.model.seq2seq import Seq2Seq
+from nmt.tokens import BOS, NUM_SPECIAL, PAD, UNK
 
 VOCABULARY, PIECES = 8000, 16
 CPU = torch.device("cpu")
