@@ -69,9 +69,9 @@ def test_results_come_in_order_from_other_processes() -> None:
 
 def test_errors_of_processes_are_raised_here() -> None:
     found = []
-    with pytest.raises(DataError, match="^item 3 is wrong$"):
+    with pytest.raises(DataError, match=r"^item 3 is wrong$"):
         found.extend(shared_out(refusing, (0,), range(9), 2))
-    with pytest.raises(DataError, match="^no vocabulary$"):
+    with pytest.raises(DataError, match=r"^no vocabulary$"):
         list(shared_out(never_made, (), range(9), 2))
     with pytest.raises(ProcessError, match="run the command again"):
         list(shared_out(dying, (), range(9), 2))

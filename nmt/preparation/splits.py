@@ -9,7 +9,6 @@ from nmt.config import CorpusConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.rules import HeldOutTexts
 from nmt.corpus.sources import read_pairs
-from nmt.data.held_out import describe_cut, encode_pairs
 from nmt.data.shards import SIDES
 from nmt.data.subwords import Subwords
 from nmt.errors import DataError
@@ -116,6 +115,8 @@ class Splits:
 
     def warn_of_long_lines(self, subwords: Subwords) -> None:
         """Log which pairs are too long to be scored whole."""
+        from nmt.data.held_out import describe_cut, encode_pairs  # loads PyTorch, which nothing else here needs
+
         for split in HELD_OUT:
             if told := describe_cut(encode_pairs(subwords, *self.texts(split)).cut):
                 self._log(f"{self._corpus.name}: {split}: {told}")
