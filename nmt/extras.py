@@ -8,6 +8,7 @@ from nmt.errors import MissingExtraError
 EXTRAS = {
     "train": ("hydra", "omegaconf", "datasets", "pyarrow", "tensorboard"),
     "phrasebook": ("babel", "num2words"),
+    "language": ("py3langid",),
     "plots": ("matplotlib",),
 }
 """Modules that each extra of pyproject.toml installs. Translating and scoring need none of them."""

@@ -14,7 +14,6 @@ import pyarrow.parquet
 import pytest
 
 from nmt.config import CorpusConfig, FilesConfig, FilterConfig
-from nmt.corpus.filters import Filters
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import read_pairs, source_files
 from nmt.errors import DataError
@@ -150,34 +149,3 @@ def test_phrasebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(read_pairs(CorpusConfig(max_pairs=7), "dev"))) == 500
     assert len(list(read_pairs(CorpusConfig(), "test"))) == 1000
     assert asked[0] == ("train", "en", "de", 30000)
-
-
-def test_filters_count_what_they_drop() -> None:
-    config = FilterConfig(identical=True, duplicates=True, max_words=5, max_length_ratio=2.0, max_pieces=9)
-    filters = Filters(config)
-    kept = [
-        filters.keep(SentencePair(source, target))
-        for source, target in (
-            ("a b", "c d"),
-            ("\u3000 ", "c"),
-            ("a", " "),
-            ("same ", "same"),
-            ("a b", "c d"),
-            ("1 2 3 4 5 6", "1 2 3 4 5 seven"),
-            ("1 2 3 4 5", "1 2"),
-            ("1 2 3 4", "1 2"),
-        )
-    ]
-    assert kept == [True, False, False, False, False, False, False, True]
-    assert [filters.keep_encoded(*sizes) for sizes in ((9, 9), (10, 2), (0, 3))] == [True, False, False]
-    assert list(filters.dropped.items()) == [
-        ("blank", 3),
-        ("identical", 1),
-        ("duplicates", 1),
-        ("max_words", 1),
-        ("max_length_ratio", 1),
-        ("max_pieces", 1),
-    ]
-    off = Filters(FilterConfig(blank=False, max_words=0, max_pieces=0))
-    assert off.keep(SentencePair("", "x " * 1000))
-    assert off.keep_encoded(0, 9999)

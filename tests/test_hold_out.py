@@ -6,43 +6,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from nmt.config import CorpusConfig, FilesConfig, SubwordConfig
-from nmt.corpus.filters import HoldOut
-from nmt.corpus.pairs import SentencePair
 from nmt.data.prepared import Prepared
 from nmt.preparation.prepare import prepare
-
-
-def chosen(pairs: list[SentencePair], num_dev: int, num_test: int) -> HoldOut:
-    hold_out = HoldOut(num_dev, num_test)
-    for pair in pairs:
-        hold_out.offer(pair)
-    return hold_out
-
-
-@settings(max_examples=100, deadline=None)
-@given(st.lists(st.integers(0, 30), max_size=60), st.integers(0, 5), st.integers(0, 5), st.randoms())
-def test_the_choice_is_a_function_of_the_pairs(numbers: list[int], num_dev: int, num_test: int, random: Any) -> None:
-    pairs = [SentencePair(f"source {number}", f"target {number}") for number in numbers]
-    first = chosen(pairs, num_dev, num_test)
-    shuffled = [pair._replace(source=f" {pair.source}  ") for pair in pairs]
-    random.shuffle(shuffled)
-    second = chosen(shuffled, num_dev, num_test)
-    distinct = set(pairs)
-    for split, wanted in (("dev", num_dev), ("test", num_test)):
-        kept = first.pairs(split)
-        assert len(kept) == len(set(kept)) == min(wanted, len(distinct))
-        assert [pair.source for pair in kept] == [pair.source.strip() for pair in second.pairs(split)]
-    held = [pair for pair in pairs if first.holds(pair.source, pair.target)]
-    assert set(held) == {*first.pairs("dev"), *first.pairs("test")}
-    if num_dev + num_test <= len(distinct):
-        assert len(held) == first.num_copies == second.num_copies
-    # The size of one split does not change the other.
-    assert chosen(pairs, num_dev, 3).pairs("dev") == first.pairs("dev")
-    assert chosen(pairs, 3, num_test).pairs("test") == first.pairs("test")
 
 
 def text_of(prepared: Prepared, split: str) -> list[tuple[str, str]]:

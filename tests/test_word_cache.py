@@ -30,7 +30,7 @@ KINDS = [(kind, rule) for kind in ("bpe", "unigram") for rule in ("nfc", "nmt_nf
 def subwords(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Subwords:
     kind, rule = request.param
     path = tmp_path_factory.mktemp("vocabulary") / "subwords.model"
-    config = SubwordConfig(kind=kind, vocab_size=150 if kind == "bpe" else 100, normalisation=rule)
+    config = SubwordConfig(kind=kind, vocab_size=150 if kind == "bpe" else 70, normalisation=rule)
     train_subwords(LINES * 20, config, path)
     return Subwords.load(path)
 

@@ -1,46 +1,279 @@
-"""Stand-in."""
-from dataclasses import dataclass
-from nmt.corpus.filters import _fingerprint as fingerprint, _rank as rank
-from nmt.wording import counted
+"""Rules that drop training pairs: those that look at one pair by itself, and those that compare pairs.
+
+Each rule is a small record. A rule of one pair has a score and accepts some scores, so that thresholds can be chosen
+from one pass over the text (`nmt prepare --scores`). A rule that compares pairs has a key: the first pair of each key
+is kept. A pair counts for the first rule that rejects it, in the order of `whys`.
+"""
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from nmt.config import CorpusConfig, Direction, FilterConfig
+from nmt.corpus.damage import num_damaged
+from nmt.corpus.languages import check_codes, probability
+from nmt.errors import DataError
+from nmt.text.fields import find_fields
+from nmt.text.numbers import compare_numbers
+from nmt.wording import counted, percent
+
+_IN_URLS = ("@", "://", "www.", "WWW.", "Www.")
+_NOT_NEAR = re.compile(r"[\W_]+")
+
 
 class Candidate:
-    __slots__=("source","target","direction","score","num_source_words","num_target_words")
-    def __init__(self, source, target, direction, score=None):
-        self.source,self.target,self.direction,self.score=source,target,direction,score
-        self.num_source_words=len(source.split()); self.num_target_words=len(target.split())
+    """A pair under examination. What several rules need is computed once."""
 
-class HeldOutTexts(dict):
-    @classmethod
-    def of(cls, rows): 
-        list(rows); return cls()
+    def __init__(self, source: str, target: str, direction: Direction, score: float | None = None) -> None:
+        """`score`: the log-probability of the target, in nats, from `corpus.train.scores`; None: there is none."""
+        self.source, self.target, self.direction, self.score = source, target, direction, score
+        self.num_source_words = len(source.split())
+        self.num_target_words = len(target.split())
 
-class Rules:
-    names=("blank","identical","max_words","max_length_ratio")
-    def __init__(self, corpus, held_out): self.config=corpus.filters
-    def refusal(self,p):
-        c=self.config
-        if c.blank and not (p.source.strip() and p.target.strip()): return "blank"
-        if c.identical and p.source.strip()==p.target.strip(): return "identical"
-        fewer,more=sorted((p.num_source_words,p.num_target_words))
-        if c.max_words and more>c.max_words: return "max_words"
-        if c.max_length_ratio and more>c.max_length_ratio*fewer: return "max_length_ratio"
-        return ""
-    def scores(self,p): return {"max_words":max(p.num_source_words,p.num_target_words)}
+    @cached_property
+    def near(self) -> tuple[str, str]:
+        """The texts without case, blanks and punctuation."""
+        return near(self.source), near(self.target)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A rule of single pairs."""
+
+    name: str
+    """The setting: corpus.filters.NAME."""
+    score: Callable[[Candidate], float]
+    accept: Callable[[float], bool]
+    why: str
+    """What is wrong with the pairs that it drops: "with more than 150 words"."""
+    active: bool = True
+
 
 @dataclass(frozen=True)
 class KeyRule:
+    """A rule that keeps the first pair of each key."""
+
     name: str
-    key: object
+    key: Callable[[Candidate], int]
+    """64 bits: among 40 million pairs, the probability of a collision, which drops a pair, is 4e-5."""
     why: str
-def key_rules(config):
-    return [KeyRule("duplicates", lambda p: fingerprint(f"{p.direction}\n{p.source}",p.target),"seen before")] if config.duplicates else []
-def whys(corpus):
-    config=corpus.filters
-    return {
-            "blank": "with a blank side",
-            "identical": "the same on both sides",
-            "max_words": f"with more than {counted(config.max_words, 'word')}",
-            "max_length_ratio": f"with one side more than {config.max_length_ratio:g} times as long",
-            "duplicates": "seen before",
-            "max_pieces": f"with more than {counted(config.max_pieces, 'subword')}",
-        }
+
+
+@dataclass
+class HeldOutTexts:
+    """The texts of dev and test by language, as `near` writes them."""
+
+    texts: dict[str, set[str]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, pairs: Iterable[tuple[str, str, str]]) -> "HeldOutTexts":
+        """Return the texts of pairs, each with its direction: ("en-de", source, target)."""
+        found = cls()
+        for direction, *sides in pairs:
+            for language, text in zip(Direction.of(direction), sides, strict=True):
+                found.texts.setdefault(language, set()).add(near(text))
+        for texts in found.texts.values():
+            texts.discard("")  # lines of punctuation are not text that a model could know
+        return found
+
+    def digest(self) -> str:
+        """Return a hash of the texts."""
+        content = repr(sorted((language, sorted(texts)) for language, texts in self.texts.items()))
+        return hashlib.sha256(content.encode(errors="replace")).hexdigest()
+
+
+class Rules:
+    """The rules of a corpus that look at single pairs, in order."""
+
+    def __init__(self, corpus: CorpusConfig, held_out: HeldOutTexts) -> None:
+        """`held_out`: the texts of dev and test. DataError if the settings do not fit the languages."""
+        self._rules = list(_pair_rules(corpus.filters, held_out))
+        self._active = [rule for rule in self._rules if rule.active]
+        if corpus.filters.wrong_language:
+            check_codes(tuple(dict.fromkeys((*corpus.sides, *corpus.languages))))
+
+    @property
+    def names(self) -> list[str]:
+        """Names of all rules, in order, active or not."""
+        return [rule.name for rule in self._rules]
+
+    def refusal(self, candidate: Candidate) -> str:
+        """Return the name of the first active rule that rejects a pair; "" if all accept it."""
+        for rule in self._active:
+            if not rule.accept(rule.score(candidate)):
+                return rule.name
+        return ""
+
+    def scores(self, candidate: Candidate) -> dict[str, float]:
+        """Return what each rule measures in a pair, active or not."""
+        return {rule.name: rule.score(candidate) for rule in self._rules}
+
+
+def _pair_rules(config: FilterConfig, held_out: HeldOutTexts) -> Iterator[Rule]:
+    """Yield all rules of single pairs in order: the cheap ones first."""
+
+    def is_zero(score: float) -> bool:
+        return score == 0
+
+    yield Rule("blank", _num_blank, is_zero, "with a blank side", config.blank)
+    yield Rule("identical", _is_identical, is_zero, "the same on both sides", config.identical)
+    most_words, most_ratio, threshold = config.max_words, config.max_length_ratio, config.wrong_language
+    yield Rule(
+        "max_words",
+        lambda pair: max(pair.num_source_words, pair.num_target_words),
+        lambda words: words <= most_words,
+        f"with more than {counted(most_words, 'word')}",
+        most_words > 0,
+    )
+    yield Rule(
+        "max_length_ratio",
+        _ratio,
+        lambda ratio: ratio <= most_ratio,
+        f"with one side more than {most_ratio:g} times as long",
+        most_ratio > 0,
+    )
+    yield Rule("no_letters", _num_without_letters, is_zero, "with a side without letters", config.no_letters)
+    yield Rule(
+        "mojibake",
+        lambda pair: num_damaged(pair.source) + num_damaged(pair.target),
+        is_zero,
+        "with damaged characters such as Ã©",
+        config.mojibake,
+    )
+    yield Rule("urls", _num_other_urls, is_zero, "with another URL or e-mail address on one side", config.urls)
+    yield Rule("numbers", _num_other_numbers, is_zero, "with another number on one side", config.numbers)
+    yield Rule(
+        "test_overlap",
+        lambda pair: _num_held_out(pair, held_out),
+        is_zero,
+        "with a side that is in dev or test",
+        config.test_overlap,
+    )
+    least = config.min_score
+    yield Rule(
+        "min_score",
+        lambda pair: _log_prob_per_word(pair, needed=least is not None),
+        lambda score: least is None or score >= least,
+        f"with a log-probability per word below {least if least is not None else 0:g}",
+        least is not None,
+    )
+    yield Rule(
+        "wrong_language",
+        _wrong_language,
+        lambda share: share <= threshold,
+        f"with a side in the language of the other one (probability above {percent(threshold)})",
+        threshold > 0,
+    )
+
+
+def key_rules(config: FilterConfig) -> list[KeyRule]:
+    """Return the active rules that compare pairs, in order."""
+    rules = {
+        "duplicates": (lambda pair: fingerprint(f"{pair.direction}\n{pair.source}", pair.target), "seen before"),
+        "near_duplicates": (
+            lambda pair: fingerprint(f"{pair.direction}\n{pair.near[0]}", pair.near[1]),
+            "like an earlier pair except for case, blanks and punctuation",
+        ),
+        "duplicate_sources": (
+            lambda pair: fingerprint(str(pair.direction), pair.source.strip()),
+            "with the source of an earlier pair",
+        ),
+        "duplicate_targets": (
+            lambda pair: fingerprint(str(pair.direction), pair.target.strip()),
+            "with the target of an earlier pair",
+        ),
+    }
+    return [KeyRule(name, *rule) for name, rule in rules.items() if getattr(config, name)]
+
+
+def whys(corpus: CorpusConfig) -> dict[str, str]:
+    """Return why each active rule drops pairs, by its name, in the order of counting.
+
+    The last one is for encoded pairs. A side without subwords counts as blank.
+    """
+    found = {rule.name: rule.why for rule in _pair_rules(corpus.filters, HeldOutTexts()) if rule.active}
+    found |= {rule.name: rule.why for rule in key_rules(corpus.filters)}
+    most = corpus.filters.max_pieces
+    return found | ({"max_pieces": f"with more than {counted(most, 'subword')}"} if most else {})
+
+
+def near(text: str) -> str:
+    """Return a text without case, blanks and punctuation, to find texts that differ in these only."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return _NOT_NEAR.sub("", text.casefold())
+
+
+def fingerprint(source: str, target: str) -> int:
+    """Return a hash of two texts (64 bits)."""
+    digest = hashlib.blake2b(f"{source}\n{target}".encode(errors="replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def rank(source: str, target: str) -> int:
+    """Return the number (64 bits) by which pairs are chosen to be held out. Blanks around a text do not count."""
+    return fingerprint(source.strip(), target.strip())
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def _num_blank(pair: Candidate) -> int:
+    return (not pair.source or pair.source.isspace()) + (not pair.target or pair.target.isspace())
+
+
+def _is_identical(pair: Candidate) -> bool:
+    return pair.source.strip() == pair.target.strip()
+
+
+def _ratio(pair: Candidate) -> float:
+    fewer, more = pair.num_source_words, pair.num_target_words
+    if fewer > more:
+        fewer, more = more, fewer
+    return more / fewer if fewer else float(more > 0) * 1e9
+
+
+def _num_without_letters(pair: Candidate) -> int:
+    return sum(not any(map(str.isalpha, text)) for text in (pair.source, pair.target))
+
+
+def _num_other_urls(pair: Candidate) -> int:
+    if not any(sign in text for text in (pair.source, pair.target) for sign in _IN_URLS):
+        return 0
+    sides = [_urls(pair.source), _urls(pair.target)]
+    return (sides[0] - sides[1]).total() + (sides[1] - sides[0]).total()
+
+
+def _num_other_numbers(pair: Candidate) -> int:
+    found = compare_numbers(pair.source, pair.target)
+    return len(found.missing) + len(found.added)
+
+
+def _num_held_out(pair: Candidate, held_out: HeldOutTexts) -> int:
+    there = (held_out.texts.get(language, ()) for language in pair.direction)
+    return sum(text in texts for text, texts in zip(pair.near, there, strict=True))
+
+
+def _log_prob_per_word(pair: Candidate, needed: bool) -> float:
+    """Return the log-probability of the target per word, its end included, in nats; NaN if there is none."""
+    if pair.score is None:
+        if needed:
+            raise DataError(
+                "corpus.filters.min_score needs a score of each pair: name the files that nmt score wrote in "
+                "corpus.train.scores"
+            )
+        return float("nan")
+    return pair.score / (pair.num_target_words + 1)
+
+
+def _wrong_language(pair: Candidate) -> float:
+    source, target = pair.direction
+    return max(probability(pair.source, source, target), probability(pair.target, target, source))
+
+
+def _urls(text: str) -> Counter[str]:
+    return Counter(each.text.rstrip("/") for each in find_fields(text) if each.kind == "url")

@@ -30,16 +30,24 @@ class Unit(NamedTuple):
 
 def units(corpus, split):
     from nmt.corpus.pairs import Rows
-    files=[(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p,_ in _named_files(corpus, split)]
+
+    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in _named_files(corpus, split)]
+
     def read(report):
-        if getattr(corpus,split).texts or corpus.directions:
-            rows=_rows(corpus,split,report)
+        if getattr(corpus, split).texts or corpus.directions:
+            rows = _rows(corpus, split, report)
         else:
-            rows=(_Row({corpus.source_language:p.source,corpus.target_language:p.target},p.domain,p.tag) for p in _pairs_in_two(corpus,split,report))
-        for tag,group in itertools.groupby(rows, key=lambda r:r.tag):
-            while chunk:=list(itertools.islice(group,5000)):
-                yield Rows({l:[r.texts[l] for r in chunk] for l in chunk[0].texts},[r.domain for r in chunk],tag)
-    return [Unit({"files":files,"source":corpus.source,"pb":str(corpus.sides)},sum(f[1] for f in files),"file",read)]
+            rows = (
+                _Row({corpus.source_language: p.source, corpus.target_language: p.target}, p.domain, p.tag)
+                for p in _pairs_in_two(corpus, split, report)
+            )
+        for tag, group in itertools.groupby(rows, key=lambda r: r.tag):
+            while chunk := list(itertools.islice(group, 5000)):
+                yield Rows({l: [r.texts[l] for r in chunk] for l in chunk[0].texts}, [r.domain for r in chunk], tag)
+
+    return [
+        Unit({"files": files, "source": corpus.source, "pb": str(corpus.sides)}, sum(f[1] for f in files), "file", read)
+    ]
 
 
 class _Row(NamedTuple):

@@ -54,12 +54,18 @@ _SHAPE = {
 }
 TEXTS = tuple(f"{split}.{side}.txt" for split in ("dev", "test") for side in (*SIDES, "domain", "direction"))
 _SHARDS = re.compile(r"train(\.[A-Za-z0-9_-]+)*")
+_NEWER_FILTERS = (
+    *("no_letters", "mojibake", "urls", "numbers", "test_overlap"),
+    *("near_duplicates", "duplicate_sources", "duplicate_targets"),
+)
 _NO_EXAMPLES = {"slots": 0.0, "terms": 0.0}  # other settings of examples are newer
 _NEWER: dict[str, tuple[Any, ...]] = {
     **{f"examples.{name}": (0.0,) for name in ("quoted", "title_case", "lower_case", "upper_case")},
     "examples": (_NO_EXAMPLES,),
     "directions": ([],),
-    "filters.test_overlap": (False,),
+    "filters.min_score": (None,),
+    "filters.wrong_language": (0.0,),
+    **{f"filters.{name}": (False,) for name in _NEWER_FILTERS},
     "punctuation": ("keep",),
     "subwords.vocabulary": ("auto", "learn"),
     **{f"{split}.{name}": (unused,) for split in SPLITS for name, unused in (("texts", {}), ("tags", []))},

@@ -1,6 +1,5 @@
 """The training text of a corpus after all filters: rules of single pairs, comparisons of pairs, pairs held out."""
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -136,7 +135,7 @@ class FilteredText:
         """Yield the blocks that are not in the store, unit by unit."""
         settings = clean_settings(self._corpus)
         if self._corpus.filters.test_overlap:
-            settings["held_out"] = hashlib.sha256(repr(self._held_out).encode(errors="replace")).hexdigest()
+            settings["held_out"] = self._held_out.digest()
         sources = units(self._corpus, "train")
         self._sizes = (0, sum(source.size for source in sources) if all(source.size for source in sources) else 0)
         left = self._corpus.max_pairs
