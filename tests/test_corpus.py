@@ -13,7 +13,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from nmt.config import CorpusConfig, FilesConfig, FilterConfig
+from nmt.config import CorpusConfig, FilesConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import read_pairs, source_files
 from nmt.errors import DataError

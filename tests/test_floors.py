@@ -21,7 +21,7 @@ FLOORS = {
     "lock": 0,
     "terminal": 0,
     "wording": 0,
-    "text": 1,
+    "text": 0,
     "corpus": 1,
     "model": 1,
     "cost": 1,
