@@ -9,11 +9,11 @@ import heapq
 import queue
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, pairwise
 from types import TracebackType
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, overload
 
 import numpy as np
 
@@ -31,6 +31,33 @@ _PLAN_AT = 0.25
 
 Step = list[np.ndarray]
 """One step: the pair numbers of each of its micro-batches."""
+
+
+class Plan(Sequence[Step]):
+    """The steps of an epoch, in two arrays: a plan of millions of pairs is made of few objects."""
+
+    def __init__(self, pairs_N: np.ndarray, ends_C: np.ndarray, micro_batches: int) -> None:
+        """Take the pairs (int32) of all micro-batches in order, where each ends, and the micro-batches per step."""
+        self._pairs_N, self._ends_C, self._micro_batches = pairs_N, ends_C, micro_batches
+
+    def __len__(self) -> int:
+        return len(self._ends_C) // self._micro_batches
+
+    @overload
+    def __getitem__(self, index: int) -> Step: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Step]: ...
+
+    def __getitem__(self, index: int | slice) -> Step | list[Step]:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"step {index} of {len(self)}")
+        first = index % len(self) * self._micro_batches
+        ends = self._ends_C[first : first + self._micro_batches].tolist()
+        start = int(self._ends_C[first - 1]) if first else 0
+        return [self._pairs_N[begin:end] for begin, end in pairwise((start, *ends))]
 
 
 class EpochText(Protocol):
@@ -58,7 +85,7 @@ class TrainingText(Protocol):
 
 def plan_epoch(
     source_lengths: np.ndarray, target_lengths: np.ndarray, training: TrainingConfig, epoch: int
-) -> list[Step]:
+) -> Plan:
     """Return the steps of one epoch, each of exactly `micro_batches` micro-batches; every pair occurs exactly once.
 
     Each micro-batch is a sample of the whole corpus, with the same mixture of lengths as any other. A step over
@@ -74,8 +101,8 @@ def plan_epoch(
         raise ValueError(
             f"training.micro_batches={micro_batches} is more than the number of training pairs, {num_pairs}: lower it"
         )
-    tokens_2N = np.stack([source_lengths, target_lengths]).astype(np.int64) + 1
-    needed = int(tokens_2N.sum(1).max() / (_FILL * training.batch_tokens)) + 1
+    tokens_2N = np.stack([source_lengths, target_lengths]).astype(np.int32, copy=False) + np.int32(1)
+    needed = int(tokens_2N.sum(1, dtype=np.int64).max() / (_FILL * training.batch_tokens)) + 1
     largest = num_pairs // micro_batches * micro_batches
     generator = np.random.default_rng((training.seed, epoch))
     shuffled = generator.permutation(np.arange(num_pairs, dtype=np.int32))
@@ -86,11 +113,12 @@ def plan_epoch(
         if _evened(batch_N, tokens_2N[:, order], count, training.batch_tokens) or count == largest:
             break
         needed = count + max(1, count // 64)
-    by_batch = np.argsort(batch_N, kind="stable")
-    ends = np.cumsum(np.bincount(batch_N, minlength=count))
-    # Ascending pair numbers make reads of the files sequential.
-    batches = [np.sort(pairs) for pairs in np.split(order[by_batch], ends[:-1])]
-    return [batches[first : first + micro_batches] for first in range(0, count, micro_batches)]
+    del tokens_2N
+    batch_of_pair_N = np.empty_like(batch_N)
+    batch_of_pair_N[order] = batch_N
+    ends_C = np.cumsum(np.bincount(batch_N, minlength=count))
+    # Within a batch, ascending pair numbers make reads of the files sequential.
+    return Plan(_sorted_by(batch_of_pair_N).astype(np.int32), ends_C, micro_batches)
 
 
 def _dealt(num_pairs: int, count: int, generator: np.random.Generator) -> np.ndarray:
@@ -109,13 +137,16 @@ def _evened(batch_N: np.ndarray, tokens_2N: np.ndarray, count: int, most: int) -
     Return False if they do not fit there.
     """
     fill_2C = np.stack([np.bincount(batch_N, tokens_N, count) for tokens_N in tokens_2N])
+    too_full_C = fill_2C.max(0) > most
+    in_full = np.flatnonzero(too_full_C[batch_N])
     longest_N = tokens_2N.max(0)
-    # Members of a batch, by falling length.
-    by_batch = np.lexsort((-longest_N, batch_N))
-    ends = np.cumsum(np.bincount(batch_N, minlength=count))
+    # Members of these batches, by falling length.
+    by_batch = in_full[np.lexsort((-longest_N[in_full], batch_N[in_full]))]
+    full = np.flatnonzero(too_full_C)
+    ends = np.searchsorted(batch_N[by_batch], full, side="right")
     moved = []
-    for batch in np.flatnonzero(fill_2C.max(0) > most):
-        members = by_batch[ends[batch - 1] if batch else 0 : ends[batch]]
+    for place, batch in enumerate(full):
+        members = by_batch[ends[place - 1] if place else 0 : ends[place]]
         fits = np.cumsum(tokens_2N[:, members], axis=1).max(0) <= most
         fits[0] = True  # a pair that is too long by itself
         moved.append(members[~fits])
@@ -172,7 +203,7 @@ def cut_batches(order: np.ndarray, longest: np.ndarray, batch_tokens: int) -> li
     return batches
 
 
-def common_shape(steps: list[Step], source_lengths: np.ndarray, target_lengths: np.ndarray) -> Shape:
+def common_shape(steps: Sequence[Step], source_lengths: np.ndarray, target_lengths: np.ndarray) -> Shape:
     """Return the smallest shape that holds every micro-batch of a plan."""
     most = 0
     sides: list[np.ndarray] = [np.zeros(0, dtype=np.int64)] * 2
@@ -347,7 +378,7 @@ def _steps(
     """Yield (step, position after it), starting at the given position."""
     planner = ThreadPoolExecutor(1, thread_name_prefix="BatchStream-planner")
 
-    def plan(epoch: int) -> tuple[EpochText, list[Step], Shape | None]:
+    def plan(epoch: int) -> tuple[EpochText, Plan, Shape | None]:
         pairs = text.epoch(epoch)
         lengths = pairs.source_lengths, pairs.target_lengths
         steps = plan_epoch(*lengths, config, epoch)

@@ -191,7 +191,7 @@ class ParallelShards:
         self._pieces = pieces
         self._offsets = offsets
         self._teacher_N = teacher_N
-        self.source_lengths, self.target_lengths = (
+        self.source_lengths, self.target_lengths = lengths or (
             np.diff(offsets[side]).astype(np.int32, copy=False) for side in SIDES
         )
 
