@@ -16,9 +16,10 @@ from typing import Any, TypedDict, Unpack, overload
 from nmt.config import Config, Direction
 from nmt.data.held_out import encode_pairs
 from nmt.decoding.directions import Directions
+from nmt.decoding.parts import Rank
 from nmt.decoding.scoring import PairScore, pair_log_probs, pair_scores
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Rank, Translator
+from nmt.decoding.translator import Translator
 from nmt.device import shortage_told
 from nmt.errors import Ended, StorageError, UserError
 from nmt.experts.explain import Explanation, explain_sentence
@@ -186,8 +187,8 @@ class Model:
         pairs = _pairs(sources, targets)
         with _typed_errors("nmt.Model.score"):
             options = self._options(_given(experts_per_token), direction, tag)
-            symbols = [self._translator.source_symbols(options)] * len(pairs[0])
-            held_out = encode_pairs(self._translator.subwords, *pairs, prefixes=symbols)
+            read = self._translator.pairs(*pairs, options)
+            held_out = encode_pairs(self._translator.subwords, read.sources, read.targets, prefixes=read.symbols)
             log_probs = pair_log_probs(self._translator.models, held_out, options.experts_per_token)
             found = list(pair_scores(self._translator.subwords, held_out, log_probs))
         return found[0] if isinstance(sources, str) else found
@@ -237,15 +238,17 @@ class Model:
             given = _given(experts_per_token)
             asked: list[str | None] = [*of_pair] or [None] * len(pairs[0])
             options = {each: self._options(given, each, tag) for each in dict.fromkeys(asked)}
-            symbols = {each: self._translator.source_symbols(chosen) for each, chosen in options.items()}
+            chosen = [options[each].direction for each in asked]
+            read = self._translator.pairs(*pairs, options[asked[0]], chosen)
             return expert_report(
                 self._translator.model,
                 self._translator.subwords,
-                *pairs,
+                read.sources,
+                read.targets,
                 labels,
                 options[asked[0]].experts_per_token,
                 [Direction.of(each) for each in of_pair],
-                [symbols[each] for each in asked],
+                read.symbols,
                 self._translator.shown_symbols(),
             )
 

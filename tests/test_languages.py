@@ -314,7 +314,7 @@ def test_dev_pairs_are_read_and_translated_in_their_directions(many: Path) -> No
         assert direction is not None
         (alone,) = translator.translate([source], replace(translator.options, direction=direction))
         assert translation == alone.text
-    symbols = some.symbols(translator)
+    symbols = some.read(translator).symbols
     assert len(set(symbols)) == 3
     read = encode_pairs(translator.subwords, some.sources, some.targets, prefixes=symbols)
     use = observe(translator.model, translator.subwords, some.sources, some.targets, symbols).use

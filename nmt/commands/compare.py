@@ -261,19 +261,19 @@ def _groupings(
         groupings.append(by_label("domain", "Domain", "Domains that the test set is labelled with.", domains))
     if layer is not None and baseline.run is not None:
         translator = Translator.load(baseline.run, baseline.config)
-        prefix = translator.source_symbols(text.options(translator.options))
+        read = translator.pairs(text.sources, translated.hypotheses, text.options(translator.options))
         found = most_used(
             translator.model,
             translator.subwords,
-            text.sources,
-            translated.hypotheses,
+            read.sources,
+            read.targets,
             layer,
             baseline.config.decoding.experts_per_token,
-            [prefix] * len(text.sources),
+            read.symbols,
         )
         labels = ["no expert" if expert < 0 else f"expert {expert}" for expert in found]
-        read = "source" if LayerName.of(layer).side == "encoder" else "translation by A"
-        note = f"The expert of {layer} in A with the largest sum of gate values over the subwords of the {read}."
+        side = "source" if LayerName.of(layer).side == "encoder" else "translation by A"
+        note = f"The expert of {layer} in A with the largest sum of gate values over the subwords of the {side}."
         groupings.append(by_label("expert", "Most-used expert", note, labels))
     return groupings
 

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from nmt.config import Config, Direction
 from nmt.decoding.directions import places_by_direction
+from nmt.decoding.normalising import Pairs
 from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.evaluation.scores import Comparison, paired_bootstrap
@@ -47,11 +48,9 @@ class DevPairs(NamedTuple):
             [self.directions[place] for place in chosen],
         )
 
-    def symbols(self, translator: Translator) -> list[tuple[int, ...]]:
-        """Return the ids before each source, which `encode_pairs` takes."""
-        options = translator.options
-        of = {each: translator.source_symbols(replace(options, direction=each)) for each in self.places()}
-        return [of[direction] for direction in self.directions]
+    def read(self, translator: Translator) -> Pairs:
+        """Return the pairs as a model reads them."""
+        return translator.pairs(self.sources, self.targets, directions=self.directions)
 
     def translations(self, translator: Translator) -> list[str]:
         """Return the translation of each source."""

@@ -25,23 +25,20 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     text = _text(options, evaluation_set(options.source, references, split, run), run, config)
     translator = Translator.load(run, config)
     lines = text.directions or [text.direction] * text.size
-    prefix_of = {
-        each: translator.source_symbols(replace(text.options(translator.options), direction=each))
-        for each in dict.fromkeys(lines)
-    }
+    pairs = translator.pairs(text.sources, text.references[0], text.options(translator.options), lines)
     layers = expert_report(
         translator.model,
         translator.subwords,
-        text.sources,
-        text.references[0],
+        pairs.sources,
+        pairs.targets,
         text.domains,
         config.decoding.experts_per_token,
         text.directions,
-        [prefix_of[each] for each in lines],
+        pairs.symbols,
         translator.shown_symbols(),
         config.model.moe.copies,
     )
-    told = describe_cut(encode_pairs(translator.subwords, text.sources, text.references[0]).cut)
+    told = describe_cut(encode_pairs(translator.subwords, pairs.sources, pairs.targets).cut)
     if told:
         say(told)
     name = f"{text.title} set" if text.own else text.title

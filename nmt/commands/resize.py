@@ -149,10 +149,9 @@ class _Bench:
 
     def perplexity(self, translator: Translator, count: int) -> float:
         """Return the perplexity per subword of `count` pairs of the dev set."""
-        pairs, world = self.pairs.spread(count), World(self.device)
-        symbols = pairs.symbols(translator)
+        pairs, world = self.pairs.spread(count).read(translator), World(self.device)
         return perplexity(
-            translator.model, self.subwords, pairs.sources, pairs.targets, 4096, world, prefixes=symbols
+            translator.model, self.subwords, pairs.sources, pairs.targets, 4096, world, prefixes=pairs.symbols
         ).pieces
 
     def show_perplexity(self, old: NetworkWeights, new: NetworkWeights, redraw: float) -> None:
@@ -167,7 +166,7 @@ class _Bench:
         translator = self.translator(network)
         pairs = self.pairs.spread(_WATCHED)
         say(f"observing the experts on {len(pairs.sources):,} dev pairs")
-        seen = observe(translator.model, self.subwords, pairs.sources, pairs.targets, pairs.symbols(translator))
+        seen = observe(translator.model, self.subwords, *pairs.read(translator))
         if options.merge is not None:
             changed = _merged(network, translator, seen, options.merge)
         else:

@@ -23,8 +23,9 @@ from nmt.commands.direction import asked_direction, directions_of
 from nmt.config import Config, Direction
 from nmt.data.subwords import list_characters, one_line
 from nmt.decoding.loading import others_of
+from nmt.decoding.parts import Rank
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Rank, Translator
+from nmt.decoding.translator import Translator
 from nmt.errors import UserError
 from nmt.run import RunDirectory
 from nmt.streams.alignments import AlignmentLines
@@ -178,7 +179,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         if options.prefixes:
             begun = TextReader(Source(prefixes, halt), shown(options.prefixes), strict=options.strict)
             blocks = with_prefixes(blocks, reader, begun)
-        blocks = with_kept_prefixes(blocks, shown(options.prefixes or options.input), translator.encode_prefix)
+        check = partial(translator.encode_prefix, options=chosen)
+        blocks = with_kept_prefixes(blocks, shown(options.prefixes or options.input), check)
         if output.partial:
             output.partial.begin(_made_by(options, run, config, translator, direction))
             blocks = output.partial.rest(blocks)

@@ -26,6 +26,8 @@ class Directions:
     """The directions that it was trained on, at least one."""
     symbols: Symbols = field(default_factory=Symbols)
     """Meanings of its reserved symbols."""
+    punctuation: str = "keep"
+    """How its training text was normalised, and so what it reads: `corpus.punctuation`."""
 
     @classmethod
     def of(cls, config: Config, record: Mapping[str, Any], name: str, where: str) -> "Directions":
@@ -41,7 +43,7 @@ class Directions:
             trained = dict.fromkeys([*config.corpus.all_directions(), *map(Direction.of, mixed)])
         except ValueError as error:
             raise DataError(f"{where} is damaged: {error}") from error
-        return cls(name, tuple(trained), Symbols.of(record, where))
+        return cls(name, tuple(trained), Symbols.of(record, where), config.corpus.punctuation)
 
     @property
     def languages(self) -> set[str]:

@@ -16,6 +16,7 @@ from nmt.decoding.alignment import Attended, Block, links, soft_links, weights, 
 from nmt.decoding.placing import Restored, is_clear, restore
 from nmt.decoding.translation import TextHypothesis, Translation
 from nmt.text.markup import Item, Masked, find_items, mask, numbers_for, slots_for, without
+from nmt.text.punctuation import origins
 
 _DIGITS = (4, 3, 2)
 """Lengths of the numbers in place of fields, in the order in which their translations are preferred."""
@@ -67,14 +68,21 @@ def gather(found: Sequence[Translation], origin: Sequence[int], kept: Mapping[in
     return [_chosen(kept[place], of_line.get(place, [])) if place in kept else of_line[place][0] for place in places]
 
 
-def with_alignments(found: Translation) -> Translation:
-    """Return a translation with the alignments of its hypotheses."""
-    return replace(found, hypotheses=tuple(_aligned(each) for each in found.hypotheses))
+def with_alignments(found: Translation, given: str | None = None) -> Translation:
+    """Return a translation with the alignments of its hypotheses to its line.
+
+    `given` is the line before its punctuation was normalised; None: it is the line that was read.
+    """
+    return replace(found, hypotheses=tuple(_aligned(each, given) for each in found.hypotheses))
 
 
-def _aligned(hypothesis: TextHypothesis) -> TextHypothesis:
+def _aligned(hypothesis: TextHypothesis, given: str | None) -> TextHypothesis:
     attended = hypothesis.attended
     assert attended is not None
+    if given is not None:
+        place_of = origins(given, attended.source)
+        blocks = (each._replace(source_S=_mapped(each.source_S, place_of.__getitem__)) for each in attended.blocks)
+        attended = Attended(given, attended.target, tuple(blocks))
     between = weights(attended, words(attended.source), words(attended.target))
     return replace(hypothesis, alignment=links(between), soft_alignment=soft_links(between))
 

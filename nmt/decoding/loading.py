@@ -118,6 +118,16 @@ def check_symbols(symbols: Symbols, decoding: DecodingConfig) -> None:
             )
 
 
+def check_punctuation(punctuation: str, decoding: DecodingConfig) -> None:
+    """Raise CheckpointError if a model of an ensemble has learned other punctuation, as all read the same text."""
+    for run, config in others_of(decoding):
+        if config.corpus.punctuation != punctuation:
+            raise CheckpointError(
+                f"decoding.ensemble: {run.path} has corpus.punctuation={config.corpus.punctuation}, and the model that "
+                f"it should join has corpus.punctuation={punctuation}: name runs with the same"
+            )
+
+
 def _listed(symbols: Symbols) -> str:
     return ", ".join((*symbols.languages, *symbols.tags)) or "none"
 

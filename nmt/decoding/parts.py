@@ -1,19 +1,22 @@
 """The parts of lines that are translated one by one, before and after the search, and what they make together."""
 
-from collections.abc import Collection
-from itertools import accumulate
+from collections.abc import Callable, Collection, Sequence
+from itertools import accumulate, chain
 from typing import NamedTuple
 
 import numpy as np
 
+from nmt.batch import EOS
 from nmt.data.examples import Annotated
+from nmt.data.subwords import Subwords
 from nmt.decoding.alignment import Attended, Block
 from nmt.decoding.keeping import Protected
 from nmt.decoding.search import length_penalty
 from nmt.decoding.terms import Placed
 from nmt.decoding.trace import Hypothesis
-from nmt.decoding.translation import Options
+from nmt.decoding.translation import Options, TextHypothesis, Translation
 from nmt.text.checks import Flag
+from nmt.text.segment import join_at
 from nmt.text.terms import Match
 
 
@@ -43,6 +46,8 @@ class Reading(NamedTuple):
     """The number of the line that each of `parts` is translated for."""
     kept: dict[int, Protected]
     """Lines with tags or fields, by their numbers."""
+    given: dict[int, str]
+    """Lines as they were before their punctuation was normalised, by their numbers, if that changed them."""
 
     @property
     def attended(self) -> Collection[int]:
@@ -61,6 +66,10 @@ class Reading(NamedTuple):
         }
 
 
+Rank = Callable[[Sequence[str]], Sequence[float]]
+"""rank(texts) returns how good each of several translations of a line is; the highest is the best."""
+
+
 class Part(NamedTuple):
     """A translated line, or a translated part of a line."""
 
@@ -73,6 +82,65 @@ class Part(NamedTuple):
     def ranked(self, rank: int) -> Placed:
         """Return the text of hypothesis number `rank`, or of the last one."""
         return self.placed[min(rank, len(self.placed) - 1)]
+
+
+def joined(
+    subwords: Subwords, texts: list[str], parts: list[Part], cut: bool, options: Options, rank: Rank | None
+) -> Translation:
+    """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line.
+
+    `rank` orders the hypotheses; None: their scores do.
+    """
+    count = max(len(part.hypotheses) for part in parts)
+    alone = len(parts) == 1 and not cut
+    ranked = []
+    for place in range(max(count, 1)):
+        shown = [part.ranked(place).text for part in parts]
+        # Strip the parts, as `join_at` adds the blanks between them.
+        ranked.append(
+            (shown[0], [0]) if alone else join_at(texts, [text.strip() for text in shown], options.paragraphs)
+        )
+    hypotheses = [_hypothesis(subwords, *ranked[place], place, texts, parts, options) for place in range(count)]
+    order = list(range(count))
+    if hypotheses and (options.temperature or rank):
+        # Draws of parts are joined in the order of drawing, so that those of the line are independent.
+        merits = rank([each.text for each in hypotheses]) if rank else [each.score for each in hypotheses]
+        order.sort(key=lambda place: -merits[place])
+    first = order[0] if order else 0
+    best = hypotheses[first] if hypotheses else None
+    text = best.text if best else ranked[0][0]
+    finished = best.finished if best else True
+    unlearned = "".join(part.unlearned for part in parts)
+    read = [part.source for part in parts if part.hypotheses] if options.attention else []
+    return Translation(
+        text=text,
+        score=best.score if best else 0.0,
+        num_parts=len(parts),
+        finished=finished,
+        unlearned=unlearned,
+        source_pieces=tuple(piece for source in read for piece in subwords.pieces([*source, EOS])),
+        hypotheses=tuple(hypotheses[place] for place in order),
+        source="".join(texts),
+        noted=tuple(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried)),
+    )
+
+
+def _hypothesis(
+    subwords: Subwords, text: str, starts: list[int], rank: int, texts: list[str], parts: list[Part], options: Options
+) -> TextHypothesis:
+    """Return hypothesis number `rank` of a line from those of its parts, which begin at `starts` in its `text`."""
+    found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
+    attention = [each.attention_TS for each in found if each.attention_TS is not None]
+    ids = [*chain.from_iterable((*each.tokens, EOS) if each.finished else each.tokens for each in found)]
+    return TextHypothesis(
+        text=text,
+        score=score_of(found, options.alpha),
+        finished=all(each.finished for each in found),
+        pieces=tuple(subwords.pieces(ids)),
+        log_probs=tuple(chain.from_iterable(each.token_log_probs for each in found)),
+        attention=block_diagonal(attention) if options.attention else None,
+        attended=attended_of(text, starts, rank, texts, parts) if attention else None,
+    )
 
 
 def score_of(found: list[Hypothesis], alpha: float) -> float:

@@ -185,7 +185,7 @@ class Translation:
     hypothesis n joins hypothesis n of each part, or its last one if it has fewer; a later one may then have a higher
     score, as `score` is no sum over parts."""
     source: str = field(default="", compare=False, repr=False)
-    """The line, for `flags`."""
+    """The line as the model reads it, for `flags`."""
     noted: tuple[Flag, ...] = ()
     """Flags that come from translating the line: what the two texts do not show."""
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import accumulate, chain, islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import numpy as np
@@ -20,13 +20,22 @@ from nmt.data.subwords import Subwords, one_line
 from nmt.data.symbols import Symbols
 from nmt.decoding.directions import Directions
 from nmt.decoding.keeping import Protected, gather, protect, spread, with_alignments
-from nmt.decoding.loading import check_symbols, known_symbols, load_model, load_others, longest_source, prepared
-from nmt.decoding.parts import Part, Reading, attended_of, block_diagonal, score_of
+from nmt.decoding.loading import (
+    check_punctuation,
+    check_symbols,
+    known_symbols,
+    load_model,
+    load_others,
+    longest_source,
+    prepared,
+)
+from nmt.decoding.normalising import Pairs, between_blanks, has_words, lines_as_read, tables_as_read
+from nmt.decoding.parts import Part, Rank, Reading, joined
 from nmt.decoding.retry import Hypotheses, search_again
 from nmt.decoding.searcher import Searcher
 from nmt.decoding.terms import Attention, Placed, place_terms, terms_of_parts
 from nmt.decoding.trace import Hypothesis
-from nmt.decoding.translation import Options, TextHypothesis, Translation
+from nmt.decoding.translation import Options, Translation
 from nmt.device import pick_device, search_dtype, set_float32_products
 from nmt.errors import UserError
 from nmt.model.seq2seq import Seq2Seq
@@ -34,7 +43,8 @@ from nmt.model.working import types_in_place
 from nmt.run import RunDirectory
 from nmt.text.checks import Flag
 from nmt.text.markup import SLOTS
-from nmt.text.segment import join_at, split
+from nmt.text.punctuation import Normalise, normaliser
+from nmt.text.segment import split
 from nmt.text.terms import Match, Terms
 from nmt.tokens import EOS
 
@@ -50,10 +60,6 @@ class Found(NamedTuple):
     """Those of the parts that have something to translate."""
     retried: dict[int, str]
     """Details of flags of the parts that were searched again, by the number of the part."""
-
-
-Rank = Callable[[Sequence[str]], Sequence[float]]
-"""rank(texts) returns how good each of several translations of a line is; the highest is the best."""
 
 
 class Translator:
@@ -104,7 +110,7 @@ class Translator:
     def load(cls, run: RunDirectory, config: Config) -> "Translator":
         """Return the translator of a run, with the checkpoint of `config.decoding`, or of an exported model.
 
-        CheckpointError as for `load_model`, `load_others` and `check_symbols`.
+        CheckpointError as for `load_model`, `load_others`, `check_symbols` and `check_punctuation`.
         """
         device = pick_device(config.decoding.device, "decoding.device")
         set_float32_products(device, config.decoding.precision)
@@ -116,6 +122,7 @@ class Translator:
         longest, symbols = longest_source(corpus, config), known_symbols(corpus)
         directions = Directions.of(config, corpus, run.path.name, str(run.corpus_path))
         check_symbols(directions.symbols, config.decoding)
+        check_punctuation(directions.punctuation, config.decoding)
         return cls(
             loaded.model,
             loaded.subwords,
@@ -142,6 +149,47 @@ class Translator:
         options = options or self.options
         direction, known = self._direction(options), self.directions.symbols if self.directions else Symbols()
         return known.prefix(self.subwords, direction.target if direction else "", options.tag)
+
+    def normalisers(self, options: Options | None = None) -> tuple[Normalise, Normalise]:
+        """Return what makes of a source and of a target what the model has learned (`corpus.punctuation`).
+
+        UserError as for `source_symbols`.
+        """
+        direction = self._direction(options or self.options)
+        if direction is None or self.directions is None:
+            return str, str
+        source, target = (normaliser(self.directions.punctuation, language) for language in direction)
+        return source, target
+
+    def as_read(self, lines: Sequence[str], options: Options | None = None, begun: Collection[int] = ()) -> list[str]:
+        """Return lines as the model reads them. Those whose numbers are in `begun` have a prefix.
+
+        UserError as for `source_symbols`.
+        """
+        options = options or self.options
+        return lines_as_read(lines, self.normalisers(options)[0], self.subwords, options.markup, begun)
+
+    def pairs(
+        self,
+        sources: Sequence[str],
+        targets: Sequence[str],
+        options: Options | None = None,
+        directions: Sequence[Direction | None] = (),
+    ) -> Pairs:
+        """Return sentence pairs as the model reads them, to be scored.
+
+        `directions` has that of each pair; empty: all have that of `options`. UserError as for `source_symbols`.
+        """
+        options = options or self.options
+        each_of = [*directions] or [options.direction] * len(sources)
+        chosen = {direction: replace(options, direction=direction) for direction in dict.fromkeys(each_of)}
+        symbols = {direction: self.source_symbols(each) for direction, each in chosen.items()}
+        sides = {direction: self.normalisers(each) for direction, each in chosen.items()}
+        texts = [
+            [sides[direction][side](text) for direction, text in zip(each_of, lines, strict=True)]
+            for side, lines in enumerate((sources, targets))
+        ]
+        return Pairs(texts[0], texts[1], [symbols[direction] for direction in each_of])
 
     def _direction(self, options: Options) -> Direction | None:
         """Return the direction of a call; None if the model has a single one, between unknown languages."""
@@ -199,8 +247,11 @@ class Translator:
         """
         options = options or self.options
         symbols, language = self.source_symbols(options), self.language(options)
-        kept = self._kept(lines, prefixes or {}, options.paragraphs) if options.markup else {}
-        lines, origin = spread(lines, kept)
+        read = self.as_read(lines, options, prefixes or {})
+        given = {place: old for place, (old, new) in enumerate(zip(lines, read, strict=True)) if old != new}
+        terms = tables_as_read(terms, *self.normalisers(options))
+        kept = self._kept(read, prefixes or {}, options.paragraphs) if options.markup else {}
+        lines, origin = spread(read, kept)
         long = {place for place, line in enumerate(origin) if line in long}
         terms = [terms[line] for line in origin] if terms else terms
         place_of = {line: place for place, line in enumerate(origin)}
@@ -228,16 +279,22 @@ class Translator:
         pieces = {place: marked_ids.get(place, encoded[texts[place]]) for place in wordy}
         sources = {place: ids for place, ids in pieces.items() if len(ids)}
         first = list(accumulate(map(len, parts), initial=0))
-        begun = {first[line]: self.encode_prefix(text) for line, text in prefixes.items() if text}
+        begun = {first[line]: self.encode_prefix(text, options) for line, text in prefixes.items() if text}
         for place in begun.keys() - sources.keys():
             raise UserError(
                 f"{_shown(texts[place])} has nothing to translate, so it cannot be translated with a prefix: leave the "
                 "prefix out"
             )
-        return Reading(options, symbols, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept)
+        return Reading(
+            options, symbols, parts, long, texts, unlearned, sources, begun, matches, marked, origin, kept, given
+        )
 
-    def encode_prefix(self, text: str) -> np.ndarray:
-        """Return the subword ids of a prefix. UserError if they do not decode to exactly this text."""
+    def encode_prefix(self, text: str, options: Options | None = None) -> np.ndarray:
+        """Return the subword ids of a prefix. UserError if they do not decode to exactly this text.
+
+        Its punctuation is that of the model's translations.
+        """
+        text = between_blanks(text, self.normalisers(options)[1])
         pieces = self.subwords.encode(text)
         kept = self.subwords.decode(pieces.tolist())
         if kept != text:
@@ -283,12 +340,14 @@ class Translator:
         """
         decoded = self._decoded(found.hypotheses)
         parts = iter([self._part(reading, found, place, decoded) for place in range(len(reading.texts))])
-        joined = [
-            self._joined(texts, list(islice(parts, len(texts))), line in reading.cut, reading.options, rank)
+        whole = [
+            joined(self.subwords, texts, list(islice(parts, len(texts))), line in reading.cut, reading.options, rank)
             for line, texts in enumerate(reading.parts)
         ]
-        translations = gather(joined, reading.origin, reading.kept)
-        return [with_alignments(each) for each in translations] if reading.options.alignments else translations
+        translations = gather(whole, reading.origin, reading.kept)
+        if not reading.options.alignments:
+            return translations
+        return [with_alignments(each, reading.given.get(line)) for line, each in enumerate(translations)]
 
     def _decoded(self, found: Hypotheses) -> dict[int, list[str]]:
         """Return the texts of the hypotheses without attention, which need no places of subwords, decoded at once."""
@@ -355,60 +414,6 @@ class Translator:
         short = {place: ids for place, ids in zip(marked, encoded, strict=True) if len(ids) <= most}
         return matches, {place: marked[place] for place in short}, short
 
-    def _joined(
-        self, texts: list[str], parts: list[Part], cut: bool, options: Options, rank: Rank | None
-    ) -> Translation:
-        """Return the translation of a line from those of its parts; `cut`: the line is a piece of a longer line."""
-        count = max(len(part.hypotheses) for part in parts)
-        alone = len(parts) == 1 and not cut
-        ranked = []
-        for place in range(max(count, 1)):
-            shown = [part.ranked(place).text for part in parts]
-            # Strip the parts, as `join_at` adds the blanks between them.
-            ranked.append(
-                (shown[0], [0]) if alone else join_at(texts, [text.strip() for text in shown], options.paragraphs)
-            )
-        hypotheses = [self._hypothesis(*ranked[place], place, texts, parts, options) for place in range(count)]
-        order = list(range(count))
-        if hypotheses and (options.temperature or rank):
-            # Draws of parts are joined in the order of drawing, so that those of the line are independent.
-            merits = rank([each.text for each in hypotheses]) if rank else [each.score for each in hypotheses]
-            order.sort(key=lambda place: -merits[place])
-        first = order[0] if order else 0
-        best = hypotheses[first] if hypotheses else None
-        text = best.text if best else ranked[0][0]
-        finished = best.finished if best else True
-        unlearned = "".join(part.unlearned for part in parts)
-        read = [part.source for part in parts if part.hypotheses] if options.attention else []
-        return Translation(
-            text=text,
-            score=best.score if best else 0.0,
-            num_parts=len(parts),
-            finished=finished,
-            unlearned=unlearned,
-            source_pieces=tuple(piece for source in read for piece in self.subwords.pieces([*source, EOS])),
-            hypotheses=tuple(hypotheses[place] for place in order),
-            source="".join(texts),
-            noted=tuple(flag for part in parts for flag in (*part.ranked(first).flags, *part.retried)),
-        )
-
-    def _hypothesis(
-        self, text: str, starts: list[int], rank: int, texts: list[str], parts: list[Part], options: Options
-    ) -> TextHypothesis:
-        """Return hypothesis number `rank` of a line from those of its parts, which begin at `starts` in its `text`."""
-        found = [part.hypotheses[min(rank, len(part.hypotheses) - 1)] for part in parts if part.hypotheses]
-        attention = [each.attention_TS for each in found if each.attention_TS is not None]
-        ids = [*chain.from_iterable((*each.tokens, EOS) if each.finished else each.tokens for each in found)]
-        return TextHypothesis(
-            text=text,
-            score=score_of(found, options.alpha),
-            finished=all(each.finished for each in found),
-            pieces=tuple(self.subwords.pieces(ids)),
-            log_probs=tuple(chain.from_iterable(each.token_log_probs for each in found)),
-            attention=block_diagonal(attention) if options.attention else None,
-            attended=attended_of(text, starts, rank, texts, parts) if attention else None,
-        )
-
     def _slotted(self, text: str) -> list[str | int]:
         """Return a text with the symbols of slots in place of their substitutes, for `Subwords.encode_parts`."""
         return [self._slot_of.get(part, part) for part in _SLOT.split(text)] if self._slot_of else [text]
@@ -440,8 +445,3 @@ def _tell(progress: Callable[[float], None], before: int, count: int, total: int
 def _shown(text: str) -> str:
     """Return a text for a message: quoted, and cut if it is long."""
     return repr(text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}...")
-
-
-def has_words(text: str, unlearned: str = "") -> bool:
-    """Return whether a text has something to translate: a letter or digit of any script that is not in `unlearned`."""
-    return any(character.isalnum() and character not in unlearned for character in text)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import numpy as np
 
-from nmt.decoding.translator import Rank
+from nmt.decoding.parts import Rank
 from nmt.evaluation.scores import tokenized
 
 METRICS = ("chrf", "bleu")

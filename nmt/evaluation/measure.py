@@ -49,16 +49,17 @@ def measure(
     options = text.options(options or translator.options)
     hypotheses, seconds = timed(translator, text.sources, options)
     scores = scorer(hypotheses, text.references)
+    read = translator.pairs(text.sources, text.references[0], options)
     found = perplexity(
         translator.model,
         translator.subwords,
-        text.sources,
-        text.references[0],
+        read.sources,
+        read.targets,
         min(config.training.batch_tokens, _BATCH_TOKENS),
         World(translator.device),
         options.experts_per_token,
         translator.models[1:],
-        [translator.source_symbols(options)] * text.size,
+        read.symbols,
     )
     if math.isnan(found.pieces):
         raise CheckpointError("the perplexity is not a number: choose other parameters with decoding.checkpoint=STEP")

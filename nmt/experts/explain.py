@@ -32,9 +32,10 @@ from torch import Tensor
 from nmt.batch import Rows, make_batch, make_rows
 from nmt.config import LayerName
 from nmt.data.subwords import readable
+from nmt.decoding.normalising import has_words
 from nmt.decoding.scoring import Scores, score_target
 from nmt.decoding.translation import Options
-from nmt.decoding.translator import Translator, has_words
+from nmt.decoding.translator import Translator
 from nmt.errors import DataError
 from nmt.model.gating import GateOutput
 from nmt.model.one_pass import ChangeGate, Gates
@@ -313,6 +314,7 @@ def explain_sentence(translator: Translator, sentence: str, options: Options | N
     """
     options = options or translator.options
     subwords, limit = translator.subwords, options.max_source_pieces
+    (sentence,) = translator.as_read([sentence], options)
     source = subwords.encode(sentence)
     if not len(source):
         raise DataError("the sentence is blank, so there is nothing to explain: give one with words")

@@ -56,8 +56,10 @@ def score_stream(
         write(list(pair_scores(translator.subwords, *result)))
 
     chosen = options or translator.options
-    prefix = translator.source_symbols(chosen)
-    encoded = (encode_pairs(translator.subwords, *window, prefixes=[prefix] * len(window[0])) for window in source)
+    read = (translator.pairs(*window, chosen) for window in source)
+    encoded = (
+        encode_pairs(translator.subwords, pairs.sources, pairs.targets, prefixes=pairs.symbols) for pairs in read
+    )
     with Overlap(encoded, write_out, halt) as stages:
         for held_out in stages:
             log_probs = pair_log_probs(translator.models, held_out, chosen.experts_per_token)

@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from nmt.decoding.parts import Reading
+from nmt.decoding.parts import Rank, Reading
 from nmt.decoding.translation import Options, Translation
-from nmt.decoding.translator import Found, Rank, Translator
+from nmt.decoding.translator import Found, Translator
 from nmt.streams.lines import Piece, Window
 from nmt.streams.overlap import Overlap
 from nmt.text.segment import seam

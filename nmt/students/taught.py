@@ -27,6 +27,7 @@ from nmt.lock import locked
 from nmt.run import RunDirectory
 from nmt.students.parts import Log, Make, Parts
 from nmt.students.teacher import WHY_KEPT, Taught, Teacher
+from nmt.text.punctuation import normaliser
 from nmt.wording import scaled
 
 _VERSION = 1
@@ -115,7 +116,7 @@ def lessons(teacher: Teacher, prepared: Prepared, word_level: bool = False) -> M
         taught = teacher.teach(sources, targets, subwords, part.direction, part.tag, progress)
         if not word_level:
             return taught
-        targets, _ = _targets_of(taught, targets, subwords, _most_pieces(prepared))
+        targets, _ = _targets_of(taught, targets, subwords, prepared)
         return taught._replace(teacher_N=teacher.probabilities(sources, targets, subwords, part.direction, part.tag))
 
     return make
@@ -132,7 +133,7 @@ def _write(prepared: Prepared, lesson: dict[str, Any], parts: Parts, path: Path,
             for number in range(parts.count):
                 part, pairs = parts.read(number), parts.pairs(number)
                 references = [shards.target(pair) for pair in pairs]
-                targets, filtered = _targets_of(part, references, subwords, _most_pieces(prepared))
+                targets, filtered = _targets_of(part, references, subwords, prepared)
                 kept.update(part.kept)
                 kept.update(filtered)
                 rows_N = None
@@ -159,18 +160,17 @@ def _is_word_level(lesson: dict[str, Any]) -> bool:
     return "word_level" in lesson
 
 
-def _most_pieces(prepared: Prepared) -> int:
-    most: int = prepared.manifest["corpus"]["filters"]["max_pieces"]
-    return most
-
-
 def _targets_of(
-    taught: Taught, references: Sequence[np.ndarray], subwords: Subwords, most: int
+    taught: Taught, references: Sequence[np.ndarray], subwords: Subwords, prepared: Prepared
 ) -> tuple[list[np.ndarray], Counter[str]]:
     """Return (the targets of pairs as subword ids, how many more keep their reference and why)."""
     targets, filtered = [*references], Counter[str]()
+    corpus = prepared.manifest["corpus"]
+    most = corpus["filters"]["max_pieces"]
+    # The teacher may have learned other punctuation than the student's corpus has.
+    normalise = normaliser(corpus.get("punctuation", "keep"), only_part(prepared).direction.target)
     new = [(pair, text) for pair, text in enumerate(taught.texts) if text is not None]
-    encoded = subwords.encode_batch([text for _, text in new])
+    encoded = subwords.encode_batch([normalise(text) for _, text in new])
     for (pair, _), ids in zip(new, encoded, strict=True):
         if most and len(ids) > most:
             filtered["filtered"] += 1

@@ -68,12 +68,13 @@ class Teacher:
     ) -> Taught:
         """Return the new targets of pairs, given as subword ids of the vocabulary `subwords`.
 
-        Another vocabulary than the teacher's is no obstacle, as the text is what is translated. `progress` is called
-        with the fraction of the search that is done. A `tag` that the teacher does not know is left out. UserError for
-        a direction that the teacher does not translate; other errors are those of `Searcher.search`.
+        Another vocabulary than the teacher's is no obstacle, as the text is what is translated, with the punctuation
+        that the teacher has learned. `progress` is called with the fraction of the search that is done. A `tag` that
+        the teacher does not know is left out. UserError for a direction that the teacher does not translate; other
+        errors are those of `Searcher.search`.
         """
         texts = subwords.decode_batch([ids.tolist() for ids in sources])
-        own, kept = self._readable(sources, texts, subwords)
+        own, kept = self._readable(sources, texts, subwords, direction)
         found = self._search(own, self._symbols(direction, tag), texts, progress)
         good, troubled = self._good(found, texts)
         kept.update(troubled)
@@ -100,7 +101,8 @@ class Teacher:
         level, Kim & Rush 2016). The rows of a source that the teacher cannot read are zeros. The vocabulary must be the
         teacher's. Otherwise as `teach`.
         """
-        own, _ = self._readable(sources, (), subwords)
+        texts = subwords.decode_batch([ids.tolist() for ids in sources])
+        own, _ = self._readable(sources, texts, subwords, direction)
         symbols = np.array(self._symbols(direction, tag), dtype=np.int32)
         read = {pair: np.concatenate([symbols, ids]) for pair, ids in own.items()}
         lengths = [len(target) + 1 for target in targets]
@@ -120,11 +122,13 @@ class Teacher:
         return self.translator.directions.prefix(self.translator.subwords, direction, tag)
 
     def _readable(
-        self, sources: Sequence[np.ndarray], texts: Sequence[str], subwords: Subwords
+        self, sources: Sequence[np.ndarray], texts: Sequence[str], subwords: Subwords, direction: Direction
     ) -> tuple[dict[int, np.ndarray], Counter[str]]:
         """Return (the teacher's ids of the pairs that it can translate, how many others there are and why)."""
         same = subwords.fingerprint == self.translator.subwords.fingerprint
-        own = sources if same else self.translator.subwords.encode_batch(texts)
+        normalise = self.translator.normalisers(replace(self.options, direction=direction))[0]
+        same &= normalise is str
+        own = sources if same else self.translator.subwords.encode_batch([normalise(text) for text in texts])
         symbols = np.array([each for kind in RESERVED for each in subwords.reserved_ids(kind)])
         most, kept, readable = self.translator.max_pieces(), Counter[str](), {}
         for pair, ids in enumerate(own):

@@ -16,7 +16,7 @@ of four roles:
 import html
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -24,6 +24,8 @@ from nmt.text.fields import Field, find_fields
 
 SLOTS = "".join(map(chr, range(0xFDE0, 0xFDE8)))
 """Substitutes for the first slots of a vocabulary, by number. Unicode keeps these characters for use in programs."""
+# Private-use characters: no line has all of them.
+_HOLDERS = range(0xF0000, 0xFFFFE)
 _NAME = re.compile(r"</?([A-Za-z][\w:.-]*)")
 # Their text is not in a language.
 _VERBATIM = frozenset(("code", "kbd", "samp", "var", "math", "script", "style"))
@@ -75,6 +77,22 @@ class Masked(NamedTuple):
         """Return the place in the line of a place in `text`."""
         begins, there = self.runs[bisect_right(self.runs, place, key=lambda run: run[0]) - 1]
         return there + place - begins
+
+
+def outside_items(line: str, change: Callable[[str], str]) -> str:
+    """Return a line that is changed, but for its items.
+
+    `change` is called with the whole line once, in which a character that it must keep is in place of each item.
+    """
+    items = find_items(line)
+    if not items:
+        return change(line)
+    holder = next(character for character in map(chr, _HOLDERS) if character not in line)
+    ends = [0, *(item.end for item in items)]
+    text = "".join(f"{line[end : item.start]}{holder}" for end, item in zip(ends, items, strict=False))
+    parts = change(text + line[ends[-1] :]).split(holder)
+    kept = [*(item.text for item in items), ""]
+    return "".join(f"{part}{text}" for part, text in zip(parts, kept, strict=True))
 
 
 def find_items(line: str) -> tuple[Item, ...]:

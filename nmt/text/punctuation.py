@@ -17,8 +17,10 @@ two differ, this is what holds here:
 
 import re
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
+Normalise = Callable[[str], str]
+"""A function that normalises a text; `str` if nothing changes."""
 _NO_BREAK_SPACE = "\N{NO-BREAK SPACE}"
 _BLANKS = re.compile(" {2,}")
 _BRACKET_AND_BLANK = re.compile(r"\) (?=[.!:?;,])")
@@ -42,17 +44,45 @@ _CZECH = ("cs", "cz")
 _WITH_DECIMAL_COMMA = ("de", "es", "fr", *_CZECH)
 
 
-def normaliser(punctuation: str, language: str) -> Callable[[str], str]:
+def normaliser(punctuation: str, language: str) -> Normalise:
     """Return the function that normalises punctuation of text in a language, as `corpus.punctuation` asks for.
 
-    The function takes any text and keeps its line breaks. "keep" changes nothing. A code such as de_AT or de-AT means
-    de. The function can be pickled. Applied to its own result, it changes nothing in usual text; rows of stops and
-    quotes, as in `,,"`, can change again.
+    The function takes any text and keeps its line breaks. For "keep" it is `str`, which changes nothing. A code such as
+    de_AT or de-AT means de. The function can be pickled, and there is one for each language.
+
+    Applied to its own result, it changes nothing in usual text. Rows of stops and quotes, as in `,,"`, can change more.
     """
     if punctuation == "keep":
         return str
-    code = re.split("[-_]", language, maxsplit=1)[0].lower()
+    return _moses(re.split("[-_]", language, maxsplit=1)[0].lower())
+
+
+@cache
+def _moses(code: str) -> Normalise:
     return partial(_normalised, code)
+
+
+def origins(given: str, normalised: str) -> list[int]:
+    """Return for each character of a normalised text where it comes from in the text that was given.
+
+    Letters and digits stay in order. Between two of them, marks come from marks in order, and more of them from the
+    last one.
+    """
+    found: list[int] = []
+    place = last = 0
+    for character in normalised:
+        if character.isalnum():
+            while place < len(given) and not given[place].isalnum():
+                place += 1
+        elif not character.isspace():
+            while place < len(given) and given[place].isspace():
+                place += 1
+        ahead = given[place : place + 1]
+        if ahead and ahead.isalnum() == character.isalnum() and ahead.isspace() == character.isspace():
+            last = place
+            place += 1
+        found.append(last)
+    return found
 
 
 def _normalised(code: str, text: str) -> str:

@@ -11,7 +11,7 @@ capital one. The longest term wins, matches do not overlap, and a line's own ter
 import re
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import NamedTuple
@@ -100,6 +100,18 @@ class Terms:
         if len(key) not in lengths:
             lengths.append(len(key))
             lengths.sort(reverse=True)
+
+    def changed(self, source: Callable[[str], str], target: Callable[[str], str]) -> "Terms":
+        """Return the table with both sides changed by these functions.
+
+        DataError if two terms become equal and have different translations.
+        """
+        terms = Terms()
+        for key, translation in self._targets.items():
+            term, new = source("".join(key)), target(translation)
+            if terms._targets.get(_key(words(term))) != new:
+                terms.add(term, new, self._places[key])
+        return terms
 
     def __len__(self) -> int:
         return len(self._targets)

@@ -161,14 +161,15 @@ class Validation:
 
     def _scored_part(self, translator: Translator, part: DevPart) -> tuple[Perplexity, Validated]:
         options = replace(translator.options, direction=part.direction)
+        read = translator.pairs(part.sources, part.targets, options)
         measured = perplexity(
             translator.model,
             self._subwords,
-            part.sources,
-            part.targets,
+            read.sources,
+            read.targets,
             self._training.batch_tokens,
             self._world,
-            prefixes=[translator.source_symbols(options)] * len(part.sources),
+            prefixes=read.symbols,
         )
         bleu, count = None, part.translated
         if count:
