@@ -30,7 +30,7 @@ TEACHER_BEST = 8
 """Subwords of a teacher's distribution that are stored per target position: the most probable ones."""
 _TEACHER = ".teacher"
 _OFFSET_DTYPE = np.dtype("<i8")
-_CHECKED_PIECES = 1 << 24  # ids per check
+_CHECKED_PIECES = 1 << 22  # ids, or offsets, per check
 
 
 def file_record(path: Path) -> dict[str, Any]:
@@ -185,15 +185,21 @@ class ParallelShards:
     """The pairs of one split as arrays of subword ids, without BOS and EOS."""
 
     def __init__(
-        self, pieces: dict[str, np.ndarray], offsets: dict[str, np.ndarray], teacher_N: np.ndarray | None = None
+        self,
+        pieces: dict[str, np.ndarray],
+        offsets: dict[str, np.ndarray],
+        teacher_N: np.ndarray | None = None,
+        lengths: dict[str, np.ndarray] | None = None,
     ) -> None:
-        """Take the arrays, by side; `teacher_N` has a row of `teacher_dtype` per target position, with EOS."""
+        """Take the arrays, by side; `teacher_N` has a row of `teacher_dtype` per target position, with EOS.
+
+        `lengths` (int32) are the differences of `offsets`; None: they are computed.
+        """
         self._pieces = pieces
         self._offsets = offsets
         self._teacher_N = teacher_N
-        self.source_lengths, self.target_lengths = lengths or (
-            np.diff(offsets[side]).astype(np.int32, copy=False) for side in SIDES
-        )
+        lengths = lengths or {side: np.diff(offsets[side]).astype(np.int32, copy=False) for side in SIDES}
+        self.source_lengths, self.target_lengths = (lengths[side] for side in SIDES)
 
     @classmethod
     def open(cls, folder: Path, split: str = "train") -> "ParallelShards":
@@ -209,11 +215,11 @@ class ParallelShards:
             if size != expected["bytes"]:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise DataError(f"{folder / name} {found} instead of {expected['bytes']}: prepare the corpus again")
-        pieces, offsets = {}, {}
+        pieces, offsets, lengths = {}, {}, {}
         for side, (pieces_name, offsets_name) in _names(split).items():
             pieces[side] = _map(folder / pieces_name, dtype)
             offsets[side] = _map(folder / offsets_name, _OFFSET_DTYPE)
-            _check_offsets(folder / offsets_name, offsets[side], record["pairs"], len(pieces[side]))
+            lengths[side] = _lengths(folder / offsets_name, record["pairs"], len(pieces[side]))
         teacher_N = None
         if teacher_name in record["files"]:
             teacher_N = _map(folder / teacher_name, teacher_dtype(dtype))
@@ -221,7 +227,7 @@ class ParallelShards:
             if len(teacher_N) != needed:
                 problem = f"{len(teacher_N):,} rows for {needed:,} target positions"
                 raise DataError(f"{folder / teacher_name} has {problem}: make the text again")
-        return cls(pieces, offsets, teacher_N)
+        return cls(pieces, offsets, teacher_N, lengths)
 
     def swapped(self) -> "ParallelShards":
         """Return the same pairs, in the same arrays, from target to source. They have no teacher."""
@@ -229,6 +235,7 @@ class ParallelShards:
         return ParallelShards(
             {source: self._pieces[target], target: self._pieces[source]},
             {source: self._offsets[target], target: self._offsets[source]},
+            lengths={source: self.target_lengths, target: self.source_lengths},
         )
 
     def check_pieces(self, vocab_size: int) -> None:
@@ -297,18 +304,28 @@ def positions(starts_B: np.ndarray, lengths_B: np.ndarray) -> np.ndarray:
     return np.repeat(starts_B - first_B, lengths_B) + np.arange(lengths_B.sum())
 
 
-def _check_offsets(path: Path, offsets: np.ndarray, num_pairs: int, num_pieces: int) -> None:
-    """Raise DataError unless there are `num_pairs` + 1 offsets, ascending from 0 to `num_pieces`."""
-    rises = (
-        len(offsets) == num_pairs + 1
-        and offsets[0] == 0
-        and offsets[-1] == num_pieces
-        and bool((offsets[1:] >= offsets[:-1]).all())
-    )
-    if not rises:
+def _lengths(path: Path, num_pairs: int, num_pieces: int) -> np.ndarray:
+    """Return the lengths (int32) of the sentences whose offsets are in a file.
+
+    DataError unless there are `num_pairs` + 1 offsets that rise from 0 to `num_pieces`. The file is read in parts:
+    pages of a map would count as memory of this process.
+    """
+    lengths_B = np.empty(num_pairs, dtype=np.int32)
+    count, last, rises = 0, np.zeros(1, _OFFSET_DTYPE), True
+    with path.open("rb") as stream:
+        while rises and len(part := np.fromfile(stream, _OFFSET_DTYPE, _CHECKED_PIECES)):
+            steps = np.diff(part, prepend=last if count else part[:1])
+            rises = bool((steps >= 0).all()) and (count > 0 or part[0] == 0) and count + len(part) <= num_pairs + 1
+            if rises:
+                # The first offset is where the first sentence begins.
+                own = steps[1:] if not count else steps
+                lengths_B[max(count - 1, 0) : count - 1 + len(part)] = own
+            count, last = count + len(part), part[-1:]
+    if not rises or count != num_pairs + 1 or last[0] != num_pieces:
         raise DataError(
             f"{path} does not rise from 0 to {num_pieces:,} subwords over {num_pairs:,} pairs: prepare the corpus again"
         )
+    return lengths_B
 
 
 def _map(path: Path, dtype: np.dtype) -> np.ndarray:
