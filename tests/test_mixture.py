@@ -279,9 +279,7 @@ def test_meanings_of_symbols_must_agree(
 
 def relabelled(prepared: Prepared, path: Path, source: str, target: str) -> Prepared:
     """A copy of a prepared corpus, said to be in other languages."""
-    path.mkdir()
-    for file in prepared.path.iterdir():
-        (path / file.name).write_bytes(file.read_bytes())
+    shutil.copytree(prepared.path, path)
     corpus = prepared.manifest["corpus"] | {"source_language": source, "target_language": target}
     (path / "manifest.json").write_text(json.dumps(prepared.manifest | {"corpus": corpus}))
     return Prepared.open(path)

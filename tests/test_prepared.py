@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def folder(made: Path, tmp_path: Path) -> Path:
     copy = tmp_path / "received-00000000"
-    copy.mkdir()
-    for path in made.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(made, copy)
     return copy
 
 

@@ -83,9 +83,7 @@ class TrainingText(Protocol):
         """Return the pairs of an epoch, the same at every call."""
 
 
-def plan_epoch(
-    source_lengths: np.ndarray, target_lengths: np.ndarray, training: TrainingConfig, epoch: int
-) -> Plan:
+def plan_epoch(source_lengths: np.ndarray, target_lengths: np.ndarray, training: TrainingConfig, epoch: int) -> Plan:
     """Return the steps of one epoch, each of exactly `micro_batches` micro-batches; every pair occurs exactly once.
 
     Each micro-batch is a sample of the whole corpus, with the same mixture of lengths as any other. A step over
