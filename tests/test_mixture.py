@@ -277,6 +277,22 @@ def test_meanings_of_symbols_must_agree(
         assert Corpora(corpus, mine).symbols == common
 
 
+def test_a_corpus_is_mixed_in_once_with_the_same_punctuation(
+    shared_text: Path, own: Prepared, short: Prepared, tmp_path: Path
+) -> None:
+    twice = corpus_of(shared_text, mixture={str(short.path): 1.0, f"{short.path}/": 2.0})
+    with pytest.raises(DataError, match=r"is there twice"):
+        Corpora(twice, own)
+    with pytest.raises(DataError, match=r"is the corpus of the run itself"):
+        Corpora(corpus_of(shared_text, mixture={str(own.path): 1.0}), own)
+    other = tmp_path / "moses"
+    shutil.copytree(short.path, other)
+    corpus = short.manifest["corpus"] | {"punctuation": "moses"}
+    (other / "manifest.json").write_text(json.dumps(short.manifest | {"corpus": corpus}))
+    with pytest.raises(DataError, match=r"has corpus\.punctuation=moses, but .* has keep"):
+        Corpora(corpus_of(shared_text, mixture={str(other): 1.0}), own)
+
+
 def relabelled(prepared: Prepared, path: Path, source: str, target: str) -> Prepared:
     """A copy of a prepared corpus, said to be in other languages."""
     shutil.copytree(prepared.path, path)

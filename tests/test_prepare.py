@@ -74,7 +74,7 @@ def contents(path: Path) -> dict[str, Any]:
     """All files of a prepared folder, without what depends on the clock."""
     files: dict[str, Any] = {file.name: file.read_bytes() for file in path.iterdir() if file.is_file()}
     files["report"] = json.loads((path / "report" / "prepare.json").read_text())
-    del files["report"]["seconds"]
+    del files["report"]["seconds"], files["report"]["path"]
     manifest = json.loads(files["manifest.json"])
     del manifest["seconds"]
     for source in manifest["sources"]:

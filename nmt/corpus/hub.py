@@ -5,9 +5,10 @@ A folder may come from anybody. It names its own data files, and only files insi
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from nmt.config import CorpusConfig
 from nmt.config.reading import parse_yaml
@@ -25,31 +26,65 @@ _MOST_README_BYTES = 1 << 24
 _OTHER_METADATA = (".huggingface.yaml",)
 
 
-def hub_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
-    """Yield the pairs of "train", "dev" or "test"; nothing if there is no such split. DataError if "train" is missing.
+class HubSource(NamedTuple):
+    """A data file of a local folder, or a split of a dataset of the hub."""
 
-    In a local folder, .parquet and .jsonl files are read like files of pairs. The library streams all other kinds,
-    which leaves no copy in its cache. A dataset of the hub is downloaded into that cache once, except with `max_pairs`,
-    which streams it.
+    name: str
+    key: dict[str, Any]
+    """What identifies the content, in a form for JSON."""
+    size: int
+    """Bytes; 0 if unknown."""
+    read: Callable[[ReadReport], Iterator[SentencePair]]
+    """read(report) yields the pairs."""
+
+
+def hub_sources(corpus: CorpusConfig, split: str) -> list[HubSource]:
+    """Return the sources of "train", "dev" or "test"; none if there is no such split. DataError if "train" is missing.
+
+    In a local folder, .parquet and .jsonl files are read like files of pairs. The library streams all others, and
+    datasets of the hub, which leaves no copy in its cache.
     """
+    files = _data_files(corpus)
+    asked = {"dataset": corpus.source, "subset": corpus.subset, "split": split}
+    if files is None:
+        return [HubSource(corpus.source, asked, 0, partial(_streamed, corpus, split))]
+    if HUB_SPLITS[split] not in files:
+        _check_split(corpus, split, files)
+        return []
+    paths = files[HUB_SPLITS[split]]
+    if all(re.search(_OWN_ENDINGS, path.name) for path in paths):
+        columns, where = Columns(corpus, split), f"corpus.source={corpus.source}"
+        return [
+            HubSource(path.name, {"file": _identity(path)}, path.stat().st_size, partial(_table, path, where, columns))
+            for path in paths
+        ]
+    key = {**asked, "files": [_identity(path) for path in paths]}
+    read = partial(_checked, corpus, split, paths)
+    return [HubSource(corpus.source, key, sum(path.stat().st_size for path in paths), read)]
+
+
+def _identity(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
+
+
+def _table(path: Path, where: str, columns: Columns, report: ReadReport) -> Iterator[SentencePair]:
+    return read_table(path, where, columns, report)
+
+
+def _checked(corpus: CorpusConfig, split: str, paths: list[Path], report: ReadReport) -> Iterator[SentencePair]:
+    for path in paths:
+        _check_lines(path, f"corpus.source={corpus.source}")
+    return _streamed(corpus, split, report)
+
+
+def _streamed(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
     columns = Columns(corpus, split)
     where = f"corpus.source={corpus.source}"
-    files = _data_files(corpus)
-    if files is not None:
-        if HUB_SPLITS[split] not in files:
-            _check_split(corpus, split, files)
-            return
-        paths = files[HUB_SPLITS[split]]
-        if all(re.search(_OWN_ENDINGS, path.name) for path in paths):
-            for path in paths:
-                yield from read_table(path, where, columns, report)
-            return
-        for path in paths:
-            _check_lines(path, where)
     try:
         import datasets
 
-        splits = datasets.load_dataset(**_arguments(corpus), streaming=files is not None or corpus.max_pairs > 0)
+        splits = datasets.load_dataset(**_arguments(corpus), streaming=True)
         chunks = iter(splits[HUB_SPLITS[split]].iter(batch_size=_ROWS)) if HUB_SPLITS[split] in splits else None
     except Exception as error:  # the library raises a dozen unrelated classes for one mistake of the user
         raise _error(corpus, error) from error
@@ -85,7 +120,7 @@ def _data_files(corpus: CorpusConfig) -> dict[str, list[Path]] | None:
         import datasets
 
         data_files = datasets.load_dataset_builder(**_arguments(corpus)).config.data_files or {}
-    except Exception as error:  # see hub_pairs
+    except Exception as error:  # see _streamed
         raise _error(corpus, error) from error
     files = {str(split): list(map(Path, paths)) for split, paths in data_files.items()}
     for path in (path for paths in files.values() for path in paths):

@@ -22,10 +22,16 @@ class SentencePair(NamedTuple):
 
 
 class Rows(NamedTuple):
+    """Some consecutive rows of a corpus, in columns."""
+
     texts: dict[str, list[str]]
+    """Texts by language: one per row."""
     domains: list[str]
+    """One per row; empty if there are none."""
     tag: str = ""
+    """Tag of all rows."""
     scores: Sequence[float] = ()
+    """Log-probability of each row, from `corpus.train.scores`; empty if there are none."""
 
 
 @dataclass
@@ -33,6 +39,7 @@ class ReadReport:
     """Counts and notes about what was read, in addition to the pairs."""
 
     bytes_read: int = 0
+    """Bytes of files, compressed or not, that were read."""
     invalid_lines: int = 0
     """Lines that were not valid UTF-8; U+FFFD replaces the broken bytes."""
     empty_rows: int = 0

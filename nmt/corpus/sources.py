@@ -5,120 +5,141 @@ a JSON, Parquet or hub row.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from nmt.config import CorpusConfig, Direction, FilesConfig
 from nmt.config.corpus import SPLITS
-from nmt.corpus.hub import hub_files, hub_pairs
-from nmt.corpus.pairs import Columns, ReadReport, SentencePair
+from nmt.corpus.hub import hub_files, hub_sources
+from nmt.corpus.pairs import Columns, ReadReport, Rows, SentencePair
 from nmt.corpus.tables import read_table
 from nmt.errors import DataError
 from nmt.resources import resource_dir
-from nmt.textfile import open_input, open_text
+from nmt.textfile import TextReader, open_input
 
 PHRASEBOOK_PAIRS = {"train": 30000, "dev": 500, "test": 1000}
 
 
+_ROWS = 1000  # pairs that become rows together
+
+
 class Unit(NamedTuple):
-    key: dict
-    size: int
+    """Files that are read together, whatever other files the corpus has: what can be prepared again by itself."""
+
     name: str
-    read: object
+    """Names of its files, for a reader."""
+    key: dict[str, Any]
+    """What identifies the content and how it is read, in a form for JSON."""
+    size: int
+    """Bytes of its files; 0 if unknown."""
+    read: Callable[[ReadReport], Iterator[Rows]]
+    """read(report) yields all rows, and counts what it finds in the report."""
 
 
-def units(corpus, split):
-    from nmt.corpus.pairs import Rows
+def units(corpus: CorpusConfig, split: str) -> list[Unit]:
+    """Return the units of "train", "dev" or "test", in order; none if the corpus has no such split.
 
-    files = [(str(p), p.stat().st_size, p.stat().st_mtime_ns) for p, _ in _named_files(corpus, split)]
-
-    def read(report):
-        if getattr(corpus, split).texts or corpus.directions:
-            rows = _rows(corpus, split, report)
-        else:
-            rows = (
-                _Row({corpus.source_language: p.source, corpus.target_language: p.target}, p.domain, p.tag)
-                for p in _pairs_in_two(corpus, split, report)
-            )
-        for tag, group in itertools.groupby(rows, key=lambda r: r.tag):
-            while chunk := list(itertools.islice(group, 5000)):
-                yield Rows({l: [r.texts[l] for r in chunk] for l in chunk[0].texts}, [r.domain for r in chunk], tag)
-
+    A split that is held out of the training text has none: its pairs are part of "train".
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
+    _refuse_ignored_files(corpus)
+    if getattr(corpus, split).from_train:
+        return []
+    if corpus.source == "phrasebook":
+        return [_phrasebook(corpus, split)]
+    if corpus.source == "files" or _named_files(corpus, split):
+        return _file_units(corpus, split)
+    languages = corpus.sides
     return [
-        Unit({"files": files, "source": corpus.source, "pb": str(corpus.sides)}, sum(f[1] for f in files), "file", read)
+        Unit(
+            found.name,
+            {"hub": found.key, "columns": getattr(corpus, split).columns, "languages": list(languages)},
+            found.size,
+            lambda report, read=found.read: _in_rows(read(report), languages),  # type: ignore[misc]
+        )
+        for found in hub_sources(corpus, split)
     ]
 
 
-class _Row(NamedTuple):
-    """The texts of one line, by language."""
-
-    texts: Mapping[str, str]
-    domain: str
-    tag: str
-
-
 def read_pairs(corpus: CorpusConfig, split: str, report: ReadReport | None = None) -> Iterator[SentencePair]:
-    """Yield the pairs of "train", "dev" or "test", unfiltered; nothing if the corpus has no such split.
-
-    A split that is held out of the training text yields nothing here: its pairs are part of "train".
+    """Yield the pairs of "train", "dev" or "test", unfiltered, unit by unit.
 
     In a corpus with directions, each two languages of a line of "train" are one pair, in the direction of
     `CorpusConfig.language_pairs`. A line of "dev" or "test" is a pair in each direction, before the next line. Pairs
     with a blank side are left out and counted, because a line may lack a language.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split {split!r} is not one of {', '.join(SPLITS)}")
-    _refuse_ignored_files(corpus)
     report = report or ReadReport()
+    found = units(corpus, split)
     limit = (corpus.max_pairs if split == "train" else 0) or None
-    if getattr(corpus, split).from_train:
-        return iter(())
-    if not corpus.directions:
-        return itertools.islice(_pairs_in_two(corpus, split, report), limit)
-    directions = corpus.language_pairs() if split == "train" else corpus.all_directions()
-    return _in_directions(itertools.islice(_rows(corpus, split, report), limit), directions, report)
+    directions: list[Direction] = []
+    if corpus.directions:
+        directions = corpus.language_pairs() if split == "train" else corpus.all_directions()
+    rows = itertools.chain.from_iterable(unit.read(report) for unit in found)
+    lines = itertools.islice(itertools.chain.from_iterable(map(_row_by_row, rows)), limit)
+    return _pairs(lines, directions, corpus.sides, report)
 
 
-def _pairs_in_two(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
-    """Yield the pairs of a split in the two languages of the settings."""
-    if corpus.source == "phrasebook":
-        from nmt.corpus.phrasebook import phrasebook
-
-        phrases = phrasebook(split, *corpus.sides, _num_phrases(corpus, split))
-        return (SentencePair(phrase.source, phrase.target, phrase.domain) for phrase in phrases)
-    if corpus.source == "files" or _named_files(corpus, split):
-        return _file_pairs(corpus, split, report)
-    return hub_pairs(corpus, split, report)
+_Line = tuple[dict[str, str], str, str]
+"""Texts of a row by language, its domain, its tag."""
 
 
-def _rows(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[_Row]:
-    """Yield the lines of a split of a corpus with directions."""
-    if corpus.source == "phrasebook":
-        from nmt.corpus.phrasebook import phrasebook_texts
-
-        phrases = phrasebook_texts(split, corpus.languages, _num_phrases(corpus, split))
-        return (_Row(dict(zip(corpus.languages, texts, strict=True)), domain, "") for texts, domain in phrases)
-    if getattr(corpus, split).texts:
-        return _text_rows(corpus, split, report)
-    source, target = corpus.sides
-    pairs = _pairs_in_two(corpus, split, report)
-    return (_Row({source: pair.source, target: pair.target}, pair.domain, pair.tag) for pair in pairs)
+def _row_by_row(rows: Rows) -> Iterator[_Line]:
+    languages = list(rows.texts)
+    domains: Iterable[str] = rows.domains or itertools.repeat("")
+    for *texts, domain in zip(*rows.texts.values(), domains, strict=False):
+        yield dict(zip(languages, texts, strict=True)), domain, rows.tag
 
 
-def _in_directions(rows: Iterable[_Row], directions: list[Direction], report: ReadReport) -> Iterator[SentencePair]:
-    for row in rows:
-        there = {language for language, text in row.texts.items() if text.strip()}
+def _pairs(
+    lines: Iterable[_Line], directions: list[Direction], sides: Direction, report: ReadReport
+) -> Iterator[SentencePair]:
+    for texts, domain, tag in lines:
+        if not directions:
+            yield SentencePair(texts[sides.source], texts[sides.target], domain, tag)
         for direction in directions:
-            source, target = direction
-            if source in there and target in there:
-                yield SentencePair(row.texts[source], row.texts[target], row.domain, row.tag, direction)
+            source, target = (texts[language] for language in direction)
+            if source.strip() and target.strip():
+                yield SentencePair(source, target, domain, tag, direction)
             else:
                 report.empty_rows += 1
 
 
-def _num_phrases(corpus: CorpusConfig, split: str) -> int:
-    return corpus.max_pairs if split == "train" and corpus.max_pairs else PHRASEBOOK_PAIRS[split]
+def _in_rows(pairs: Iterable[SentencePair], languages: Direction) -> Iterator[Rows]:
+    """Yield pairs as rows; all have the same tag."""
+    source, target = languages
+    waiting = iter(pairs)
+    while some := list(itertools.islice(waiting, _ROWS)):
+        domains = [pair.domain for pair in some]
+        texts = {source: [pair.source for pair in some], target: [pair.target for pair in some]}
+        yield Rows(texts, domains if any(domains) else [], some[0].tag)
+
+
+def _phrasebook(corpus: CorpusConfig, split: str) -> Unit:
+    num_phrases = corpus.max_pairs if split == "train" and corpus.max_pairs else PHRASEBOOK_PAIRS[split]
+    languages = corpus.languages
+
+    def read(_report: ReadReport) -> Iterator[Rows]:
+        if corpus.directions:
+            from nmt.corpus.phrasebook import phrasebook_texts
+
+            texts = iter(phrasebook_texts(split, languages, num_phrases))
+            while some := list(itertools.islice(texts, _ROWS)):
+                columns = zip(*(each for each, _ in some), strict=True)
+                yield Rows(dict(zip(languages, map(list, columns), strict=True)), [domain for _, domain in some])
+            return
+        from nmt.corpus.phrasebook import phrasebook
+
+        phrases = phrasebook(split, *corpus.sides, num_phrases)
+        yield from _in_rows(
+            (SentencePair(phrase.source, phrase.target, phrase.domain) for phrase in phrases), corpus.sides
+        )
+
+    files = [_identity(path) for path in source_files(corpus)]
+    key = {"phrasebook": files, "split": split, "languages": languages, "pairs": num_phrases}
+    return Unit("the phrasebook", key, 0, read)
 
 
 def source_files(corpus: CorpusConfig) -> list[Path]:
@@ -180,67 +201,94 @@ class _Label(NamedTuple):
     tag: str
 
 
-def _labels(files: FilesConfig, num_files: int) -> Iterator[_Label]:
+def _labels(files: FilesConfig, num_files: int) -> list[_Label]:
     blank = [""] * num_files
-    return map(_Label, files.domains or blank, files.tags or blank)
+    return list(map(_Label, files.domains or blank, files.tags or blank))
 
 
-def _file_pairs(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[SentencePair]:
-    files: FilesConfig = getattr(corpus, split)
-    root = Path(corpus.root)
-    for path, key in _named_files(corpus, split):
-        _check_readable(path, key, corpus)
-    labels = _labels(files, len(files.source) + len(files.pairs))
-    columns = {
-        "source": [(root / name, next(labels)) for name in files.source],
-        "target": [(root / name, _Label("", "")) for name in files.target],
-    }
-    for (source, target), label in _aligned(columns, split, report):
-        yield SentencePair(source, target, *label)
-    table_columns = Columns(corpus, split)
-    for name, label in zip(files.pairs, labels, strict=True):
-        for pair in read_table(root / name, f"corpus.{split}.pairs", table_columns, report):
-            yield pair._replace(domain=pair.domain or label.domain, tag=label.tag)
-
-
-def _text_rows(corpus: CorpusConfig, split: str, report: ReadReport) -> Iterator[_Row]:
-    files: FilesConfig = getattr(corpus, split)
-    for path, key in _named_files(corpus, split):
-        _check_readable(path, key, corpus)
-    labels = list(_labels(files, len(files.texts[corpus.languages[0]])))
-    columns = {
-        f"texts.{language}": [
-            (Path(corpus.root) / name, label) for name, label in zip(files.texts[language], labels, strict=True)
-        ]
-        for language in corpus.languages
-    }
-    for texts, label in _aligned(columns, split, report):
-        yield _Row(dict(zip(corpus.languages, texts, strict=True)), *label)
+def _identity(path: Path) -> list[Any]:
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]
 
 
 _Files = list[tuple[Path, _Label]]
 
 
-def _aligned(columns: dict[str, _Files], split: str, report: ReadReport) -> Iterator[tuple[tuple[str, ...], _Label]]:
-    """Yield line n of all columns of text, each in files, with the label of the first column's file."""
-    sides = list(columns)
-    # Lists of equal length are read file by file, so that an error names the file with the missing line.
-    if len({len(files) for files in columns.values()}) == 1:
-        groups: list[list[_Files]] = [[[file] for file in each] for each in zip(*columns.values(), strict=True)]
+def _file_units(corpus: CorpusConfig, split: str) -> list[Unit]:
+    files: FilesConfig = getattr(corpus, split)
+    root = Path(corpus.root)
+    for path, key in _named_files(corpus, split):
+        _check_readable(path, key, corpus)
+    if files.texts:
+        names = {f"texts.{language}": files.texts[language] for language in corpus.languages}
+        languages = corpus.languages
     else:
-        groups = [list(columns.values())]
-    for group in groups:
-        readers = [
-            _labelled_lines(files, f"corpus.{split}.{side}", report) for side, files in zip(sides, group, strict=True)
+        names = {"source": files.source, "target": files.target}
+        languages = list(corpus.sides)
+    num_aligned = len(next(iter(names.values())))
+    labels = _labels(files, num_aligned + len(files.pairs))
+    columns: dict[str, _Files] = {
+        side: [(root / name, label) for name, label in zip(each, itertools.cycle(labels or [_Label("", "")]))]
+        for side, each in names.items()
+    }
+    found = [_aligned_unit(group, languages, split) for group in _groups(columns)]
+    for name, label in zip(files.pairs, labels[num_aligned:], strict=True):
+        found.append(_table_unit(root / name, label, corpus, split))
+    return found
+
+
+def _groups(columns: dict[str, _Files]) -> list[dict[str, _Files]]:
+    """Divide columns of files into groups that are read together.
+
+    Lists of equal length are read file by file, so that an error names the file with the missing line.
+    """
+    if not all(columns.values()):
+        return []
+    if len({len(files) for files in columns.values()}) == 1:
+        return [
+            {side: [file] for side, file in zip(columns, each, strict=True)}
+            for each in zip(*columns.values(), strict=True)
         ]
-        for number, lines in enumerate(itertools.zip_longest(*readers)):
-            if None in lines:
-                counts = [
-                    number + sum(1 for _ in itertools.chain([line] if line else [], reader))
-                    for line, reader in zip(lines, readers, strict=True)
-                ]
-                raise DataError(_misaligned(group, counts, split))
-            yield tuple(text for text, _ in lines), lines[0][1]
+    return [columns]
+
+
+def _aligned_unit(columns: dict[str, _Files], languages: list[str], split: str) -> Unit:
+    paths = [[path for path, _ in files] for files in columns.values()]
+    first = next(iter(columns.values()))
+    key = {
+        "lines": [[_identity(path) for path in each] for each in paths],
+        "languages": languages,
+        "labels": [list(label) for _, label in first],
+    }
+    every = [path for each in paths for path in each]
+    name = " + ".join(path.name for path in every)
+    size = sum(path.stat().st_size for path in every)
+    return Unit(name, key, size, partial(_aligned, columns, languages, split))
+
+
+def _aligned(columns: dict[str, _Files], languages: list[str], split: str, report: ReadReport) -> Iterator[Rows]:
+    """Yield rows of line n of all columns of text, with the label of the first column's file."""
+    readers = [_line_blocks(files, f"corpus.{split}.{side}", report) for side, files in columns.items()]
+    held: list[tuple[list[str], _Label]] = [([], _Label("", ""))] * len(readers)
+    num_rows = 0
+    while True:
+        for place, reader in enumerate(readers):
+            if not held[place][0]:
+                held[place] = next(reader, ([], held[place][1]))
+        count = min(len(lines) for lines, _ in held)
+        if not count:
+            break
+        label = held[0][1]
+        texts = {language: lines[:count] for language, (lines, _) in zip(languages, held, strict=True)}
+        yield Rows(texts, [label.domain] * count if label.domain else [], label.tag)
+        num_rows += count
+        held = [(lines[count:], label) for lines, label in held]
+    if any(lines for lines, _ in held):
+        counts = [
+            num_rows + len(lines) + sum(len(more) for more, _ in reader)
+            for (lines, _), reader in zip(held, readers, strict=True)
+        ]
+        raise DataError(_misaligned(list(columns.values()), counts, split))
 
 
 def _misaligned(group: list[_Files], counts: list[int], split: str) -> str:
@@ -252,13 +300,29 @@ def _misaligned(group: list[_Files], counts: list[int], split: str) -> str:
     )
 
 
-def _labelled_lines(files: _Files, key: str, report: ReadReport) -> Iterator[tuple[str, _Label]]:
-    return ((line, label) for path, label in files for line in _lines(path, key, report))
+def _line_blocks(files: _Files, key: str, report: ReadReport) -> Iterator[tuple[list[str], _Label]]:
+    """Yield the lines of files, many at a time, each with the label of its file."""
+    for path, label in files:
+        with open_input(path, key) as stream:
+            reader = TextReader(stream, f"{key}: {path}")
+            before = 0
+            try:
+                for lines in reader.whole_blocks():
+                    report.bytes_read += stream.tell() - before
+                    before = stream.tell()
+                    if lines:
+                        yield lines, label
+            finally:  # also if the caller stops early
+                report.invalid_lines += reader.num_invalid
 
 
-def _lines(path: Path, key: str, report: ReadReport) -> Iterator[str]:
-    with open_text(path, key) as lines:
-        try:
-            yield from lines
-        finally:  # also if the caller stops early
-            report.invalid_lines += lines.num_invalid
+def _table_unit(path: Path, label: _Label, corpus: CorpusConfig, split: str) -> Unit:
+    columns = Columns(corpus, split)
+
+    def read(report: ReadReport) -> Iterator[Rows]:
+        pairs = read_table(path, f"corpus.{split}.pairs", columns, report)
+        labelled = (pair._replace(domain=pair.domain or label.domain, tag=label.tag) for pair in pairs)
+        yield from _in_rows(labelled, corpus.sides)
+
+    key = {"table": _identity(path), "columns": list(columns.names), "given": columns.given, "label": list(label)}
+    return Unit(path.name, key, path.stat().st_size, read)

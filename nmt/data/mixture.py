@@ -37,15 +37,21 @@ class Corpora:
     def __init__(self, corpus: CorpusConfig, prepared: Prepared) -> None:
         """Take `prepared`, which is that of `corpus`, and find the others.
 
-        DataError if one is not prepared, or if it has another vocabulary or other meanings of its reserved symbols. The
-        same if it has another target language, and no symbol shows the model which one is wanted.
+        DataError if one is not prepared or named twice, or if it has another vocabulary, other punctuation, or other
+        meanings of its reserved symbols. The same if it has another target language, and no symbol shows the model
+        which one is wanted.
         """
         self._corpus = corpus
         self.own = prepared
         """The corpus of the run itself, which has its dev and test text."""
         self._all = [prepared, *mixed_in(corpus)]
-        for other in self._all[1:]:
-            _check_vocabulary(prepared, other)
+        for place, other in enumerate(self._all[1:], start=1):
+            _check_same_text(prepared, other)
+            if other.path.resolve() in [each.path.resolve() for each in self._all[:place]]:
+                raise DataError(
+                    f"corpus.mixture: {other.path} is there twice, or is the corpus of the run itself: name each "
+                    "corpus once, and give it a larger weight if more of it is wanted"
+                )
         self.symbols = _common_symbols(self._all)
         """The meanings of the reserved symbols in all corpora."""
         if not self.symbols.languages:
@@ -264,12 +270,18 @@ def _rounded(shares: Sequence[float], total: int) -> list[int]:
     return rounded
 
 
-def _check_vocabulary(own: Prepared, other: Prepared) -> None:
-    """Raise DataError unless two corpora have the same vocabulary."""
+def _check_same_text(own: Prepared, other: Prepared) -> None:
+    """Raise DataError unless two corpora have the same vocabulary, and punctuation normalised in the same way."""
     if own.manifest["files"][VOCABULARY]["sha256"] != other.manifest["files"][VOCABULARY]["sha256"]:
         raise DataError(
             f"corpus.mixture: {other.path} has another vocabulary than {own.path}: prepare this corpus with the "
             f"vocabulary of the other, corpus.subwords.vocabulary={other.path}"
+        )
+    ours, theirs = (each.manifest["corpus"].get("punctuation", "keep") for each in (own, other))
+    if ours != theirs:
+        raise DataError(
+            f"corpus.mixture: {other.path} has corpus.punctuation={theirs}, but {own.path} has {ours}: prepare both "
+            "with the same"
         )
 
 

@@ -46,7 +46,6 @@ from nmt.text.markup import SLOTS
 from nmt.text.punctuation import Normalise, normaliser
 from nmt.text.segment import split
 from nmt.text.terms import Match, Terms
-from nmt.tokens import EOS
 
 _MOST_SHOWN = 60
 _SLOT = re.compile(f"([{SLOTS}])")

@@ -109,7 +109,7 @@ class Cleaner:
             else:
                 yield row, candidate
         tally.counts["read"] += len(source_words)
-        count_lengths(tally, "read", np.array(source_words), np.array(target_words))
+        count_lengths(tally, "read", np.array(source_words, np.int64), np.array(target_words, np.int64))
 
     def _count_changes(
         self, written: tuple[list[str], list[str]], sides: tuple[list[str], list[str]], shown: "_Shown", tally: Tally

@@ -159,7 +159,7 @@ class FilteredText:
                     self._tick_read(num_read + num_rows, report.bytes_read)
                 self._ends.append(_End(num_dirty, unit, num_rows, num_blocks, report))
             num_read += num_rows
-            left -= num_rows
+            left -= num_rows if self._corpus.max_pairs else 0
             self._sizes = (self._sizes[0] + source.size, self._sizes[1])
 
     def _rows_of_finished(self, unit: Unit) -> int | None:

@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from nmt.config import CorpusConfig
-from nmt.config.corpus import SPLITS
 from nmt.corpus.rules import whys
 from nmt.data.examples import KINDS
+from nmt.data.prepared import prepared_path
 from nmt.data.subwords import Subwords
+from nmt.data.word_cache import WordEncoder
 from nmt.preparation.filtered import FilteredText
 from nmt.preparation.splits import HELD_OUT, Splits
 from nmt.preparation.tally import Tally
@@ -39,11 +40,9 @@ def report(
     return {
         "format": _FORMAT,
         "name": corpus.name,
-        "languages": list(dict.fromkeys((*corpus.sides, *corpus.languages)))
-        if not corpus.directions
-        else corpus.languages,
+        "languages": corpus.languages,
         "directions": [str(direction) for direction in corpus.all_directions()],
-        "path": "",
+        "path": str(prepared_path(corpus)),
         "pairs_read": manifest["pairs_read"],
         "pairs_kept": manifest["pairs_kept"],
         "held_out": manifest["held_out"],
@@ -126,11 +125,13 @@ def _vocabulary(
 def _cut_of(subwords: Subwords, texts: tuple[list[str], list[str]]) -> dict[str, Any]:
     """Return how the vocabulary cuts the text of dev or test."""
     lines = [*texts[0], *texts[1]]
+    cut = WordEncoder(subwords).encode(lines)
+    words = max(int(cut.num_words.sum()), 1)
+    unlearned = [len(subwords.unlearned(line)) for line in lines]
     return {
-        "subwords_per_word": sum(map(len, subwords.encode_batch(lines)))
-        / max(1, sum(len(line.split()) for line in lines)),
-        "characters_in_bytes": sum(len(subwords.unlearned(line)) for line in lines),
+        "subwords_per_word": len(cut.ids) / words,
+        "whole_words": cut.num_whole / words,
+        "characters": sum(map(len, lines)),
+        "characters_in_bytes": sum(unlearned),
+        "lines_in_bytes": sum(count > 0 for count in unlearned),
     }
-
-
-assert SPLITS[1:] == HELD_OUT

@@ -90,4 +90,4 @@ def _numbered(corpus: CorpusConfig) -> Iterator[_Numbered]:
         for rows in blocks(unit.read(ReadReport()), left):
             yield _Numbered(unit.name, first, rows)
             first += num_rows_of(rows)
-        left -= first
+        left -= first if corpus.max_pairs else 0
