@@ -15,7 +15,7 @@ import pytest
 
 from nmt.config import CorpusConfig, FilesConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
-from nmt.corpus.sources import read_pairs, source_files
+from nmt.corpus.sources import read_pairs, source_files, units
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES
 
@@ -149,3 +149,24 @@ def test_phrasebook(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(list(read_pairs(CorpusConfig(max_pairs=7), "dev"))) == 500
     assert len(list(read_pairs(CorpusConfig(), "test"))) == 1000
     assert asked[0] == ("train", "en", "de", 30000)
+
+
+def test_scores_of_a_model_belong_to_their_lines(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.en").write_text(f"{name} one\n{name} two\n")
+        (tmp_path / f"{name}.de").write_text(f"{name} eins\n{name} zwei\n")
+    (tmp_path / "a.tsv").write_text("-1.5\t3.2\n-2e1\t9\n")
+    (tmp_path / "b.tsv").write_text("-3\n-4\n")
+    files = FilesConfig(source=["a.en", "b.en"], target=["a.de", "b.de"], scores=["a.tsv", "b.tsv"])
+    found = [rows for unit in units(files_corpus(tmp_path, train=files), "train") for rows in unit.read(ReadReport())]
+    assert [score for rows in found for score in rows.scores] == [-1.5, -20.0, -3.0, -4.0]
+    assert [text for rows in found for text in rows.texts["de"]] == ["a eins", "a zwei", "b eins", "b zwei"]
+    (tmp_path / "b.tsv").write_text("-3\n")
+    assert "2 lines in" in refusal(files_corpus(tmp_path, train=files))
+    (tmp_path / "b.tsv").write_text("-3\nlog_prob\n")
+    message = refusal(files_corpus(tmp_path, train=files))
+    assert "b.tsv line 2: 'log_prob' does not begin with a log-probability" in message
+    with pytest.raises(ValueError, match=r"corpus\.train\.scores names 1 files for 2"):
+        files_corpus(tmp_path, train=FilesConfig(source=["a.en", "b.en"], target=["a.de", "b.de"], scores=["a.tsv"]))
+    with pytest.raises(ValueError, match=r"corpus\.dev\.scores"):
+        files_corpus(tmp_path, dev=FilesConfig(source=["a.en"], target=["a.de"], scores=["a.tsv"]))

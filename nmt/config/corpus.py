@@ -76,6 +76,9 @@ class FilesConfig:
     """For train: tag of each file, in the order of `domains`, such as ["", bt] if the second one is back-translated;
     empty: none. Each source of such a file begins with the symbol of its tag, so that the model can distinguish origins
     or domains. There are 8 tags at most."""
+    scores: list[str] = field(default_factory=list)
+    """For train: what `nmt score` wrote for each file of `source` and `target`, in the same order: a log-probability
+    per line. `corpus.filters.min_score` drops pairs by it."""
     from_train: int = 0
     """For dev and test: hold out this many pairs of the training text instead of naming files. The choice depends on
     the pairs, not on their order. All copies of these pairs are removed from the training text."""
@@ -402,6 +405,11 @@ class CorpusConfig:
 
 def _check_files(key: str, files: FilesConfig) -> None:
     """Raise ValueError if settings of one split contradict each other."""
+    if files.scores and (len(files.scores) != len(files.source) or key != "corpus.train"):
+        raise ValueError(
+            f"{key}.scores names {len(files.scores)} files for {len(files.source)} of {key}.source: give one for each, "
+            "for training text only"
+        )
     at_least(f"{key}.from_train", files.from_train, 0)
     if bool(files.source) != bool(files.target):
         lacking, given = ("target", "source") if files.source else ("source", "target")

@@ -163,7 +163,7 @@ def _refuse_ignored_files(corpus: CorpusConfig) -> None:
     ignored = {"files": (), "phrasebook": SPLITS}.get(corpus.source, ("train",))
     for split in ignored:
         files: FilesConfig = getattr(corpus, split)
-        if files.source or files.target or files.pairs or files.texts:
+        if files.source or files.target or files.pairs or files.texts or files.scores:
             raise DataError(
                 f"corpus.{split} names files, but corpus.source={corpus.source} would not read them: "
                 f"set corpus.source=files or leave corpus.{split} empty"
@@ -178,6 +178,7 @@ def _named_files(corpus: CorpusConfig, split: str) -> list[tuple[Path, str]]:
     files: FilesConfig = getattr(corpus, split)
     named = {"source": files.source, "target": files.target, "pairs": files.pairs}
     named |= {f"texts.{language}": files.texts.get(language, []) for language in corpus.languages}
+    named["scores"] = files.scores
     return [(Path(corpus.root) / name, f"corpus.{split}.{side}") for side, names in named.items() for name in names]
 
 
@@ -224,6 +225,7 @@ def _file_units(corpus: CorpusConfig, split: str) -> list[Unit]:
         languages = corpus.languages
     else:
         names = {"source": files.source, "target": files.target}
+        names |= {"scores": files.scores} if files.scores else {}
         languages = list(corpus.sides)
     num_aligned = len(next(iter(names.values())))
     labels = _labels(files, num_aligned + len(files.pairs))
@@ -279,8 +281,10 @@ def _aligned(columns: dict[str, _Files], languages: list[str], split: str, repor
         if not count:
             break
         label = held[0][1]
-        texts = {language: lines[:count] for language, (lines, _) in zip(languages, held, strict=True)}
-        yield Rows(texts, [label.domain] * count if label.domain else [], label.tag)
+        found = [lines[:count] for lines, _ in held]
+        scores = [] if len(found) == len(languages) else _scores(found.pop(), columns["scores"], num_rows)
+        texts = dict(zip(languages, found, strict=True))
+        yield Rows(texts, [label.domain] * count if label.domain else [], label.tag, scores)
         num_rows += count
         held = [(lines[count:], label) for lines, label in held]
     if any(lines for lines, _ in held):
@@ -289,6 +293,21 @@ def _aligned(columns: dict[str, _Files], languages: list[str], split: str, repor
             for (lines, _), reader in zip(held, readers, strict=True)
         ]
         raise DataError(_misaligned(list(columns.values()), counts, split))
+
+
+def _scores(lines: list[str], files: _Files, before: int) -> list[float]:
+    """Return the log-probabilities in lines of `nmt score`, which follow `before` others of these files."""
+    found = []
+    for number, line in enumerate(lines, start=before + 1):
+        try:
+            found.append(float(line.partition("\t")[0]))
+        except ValueError as error:
+            names = " + ".join(str(path) for path, _ in files)
+            raise DataError(
+                f"corpus.train.scores: {names} line {number}: {line[:40]!r} does not begin with a log-probability: give "
+                "what nmt score writes without --header and --jsonl"
+            ) from error
+    return found
 
 
 def _misaligned(group: list[_Files], counts: list[int], split: str) -> str:

@@ -68,7 +68,11 @@ _NEWER: dict[str, tuple[Any, ...]] = {
     **{f"filters.{name}": (False,) for name in _NEWER_FILTERS},
     "punctuation": ("keep",),
     "subwords.vocabulary": ("auto", "learn"),
-    **{f"{split}.{name}": (unused,) for split in SPLITS for name, unused in (("texts", {}), ("tags", []))},
+    **{
+        f"{split}.{name}": (unused,)
+        for split in SPLITS
+        for name, unused in (("texts", {}), ("tags", []), ("scores", []))
+    },
 }
 """Settings of a corpus that are newer than the first corpora, and their values if they are not used."""
 

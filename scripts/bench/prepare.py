@@ -174,7 +174,9 @@ def run(options: argparse.Namespace) -> None:
     folder, output = Path(options.folder), Path(options.output or f"{options.folder}-prepared")
     command = [sys.executable, "-m", "nmt", "prepare", "--processes", str(options.processes)]
     began = time.perf_counter()
-    process = subprocess.Popen([*command, *settings_of(folder, output), *options.more], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*command, *settings_of(folder, output), *options.more], stdout=subprocess.PIPE, text=True
+    )
     peak_rss = peak_pss = peak_disk = 0
     looked = 0.0
     while process.poll() is None:
