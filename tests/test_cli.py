@@ -68,7 +68,7 @@ def test_help_waits_for_no_pytorch() -> None:
         ("train", "--hydra-help"),
         ("train", "--run"),
         ("train", "--process"),
-        ("prepare", "--processes"),
+        ("prepare", "--process"),
         ("prepare", "--resolve"),
     ],
 )

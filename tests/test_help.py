@@ -13,9 +13,9 @@ import pytest
 import nmt.commands.compare
 import nmt.commands.distill
 import nmt.commands.launch
+import nmt.commands.prepare
 import nmt.commands.train
 import nmt.data.mixture
-import nmt.preparation.prepare
 from nmt.cli import main
 from nmt.commands import is_setting
 from nmt.config import Config
@@ -63,7 +63,8 @@ def test_examples_on_settings(
         assert nmt.compose.asked(arguments).words == arguments
         configs.append(config)
 
-    monkeypatch.setattr(nmt.preparation.prepare, "prepare", prepare)
+    monkeypatch.setattr(nmt.commands.prepare, "prepare_corpus", prepare)
+    monkeypatch.setattr(nmt.commands.prepare, "_write_scores", lambda corpus, *_: prepare(corpus))
     monkeypatch.setattr(nmt.data.mixture, "Corpora", lambda *_: None)
 
     def train(config: Config) -> RunDirectory:

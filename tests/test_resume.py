@@ -114,7 +114,7 @@ def test_no_corpus_is_prepared_for_settings_that_are_refused(
     def prepare(*_: object) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(nmt.commands.train, "prepare", prepare)
+    monkeypatch.setattr(nmt.commands.train, "prepare_corpus", prepare)
     with pytest.raises(UserError, match=change.partition("=")[0]):
         nmt.commands.train.train(RunDirectory(run).training_config([change]))
 

@@ -73,7 +73,7 @@ def test_errors_of_processes_are_raised_here() -> None:
         found.extend(shared_out(refusing, (0,), range(9), 2))
     with pytest.raises(DataError, match=r"^no vocabulary$"):
         list(shared_out(never_made, (), range(9), 2))
-    with pytest.raises(ProcessError, match="run the command again"):
+    with pytest.raises(ProcessError, match="resume it by the same command"):
         list(shared_out(dying, (), range(9), 2))
 
 
@@ -89,12 +89,12 @@ def test_blocks_depend_on_the_text_alone(
         found: list[Rows] = []
         for number, (text, tag) in enumerate(texts):
             if not found or found[-1].tag != tag or num_rows_of(found[-1]) == size:
-                found.append(Rows({"en": [], "de": []}, [], tag, []))
+                found.append(Rows({"en": [], "de": []}, [], tag, list[float]()))
             found[-1].texts["en"].append(text)
             found[-1].texts["de"].append(text[::-1])
             found[-1].domains.append(str(number % 2))
             if scored:
-                found[-1].scores.append(float(number))
+                found[-1] = found[-1]._replace(scores=[*found[-1].scores, float(number)])
         return found
 
     with pytest.MonkeyPatch.context() as patch:

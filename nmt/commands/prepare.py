@@ -10,7 +10,6 @@ from tqdm import tqdm
 
 from nmt.commands import say, show
 from nmt.config import CorpusConfig
-from nmt.data.mixture import Corpora
 from nmt.data.prepared import Prepared
 from nmt.errors import DataError, UserError
 from nmt.files import replacing
@@ -27,7 +26,7 @@ usage: nmt prepare corpus=NAME [--processes N] [key=value ...]
        nmt prepare corpus=NAME --scores FILE [key=value ...]
 
 Read sentence pairs, filter them, learn the subword vocabulary and write everything to data/prepared/, with a report.
-Work that was done before is not repeated. After an interruption, the same command goes on where it was.
+Work that was done before is not repeated. The same command resumes an interrupted one.
 Corpora: {corpora}.
 
   nmt prepare corpus=phrasebook
@@ -63,6 +62,8 @@ def run(corpus: CorpusConfig, processes: int, scores: str | None) -> None:
         return
     prepared = prepare_corpus(corpus, say, processes)
     show(prepared.path)
+    from nmt.data.mixture import Corpora  # loads PyTorch, which preparing does not need
+
     try:
         Corpora(corpus, prepared)
     except DataError as error:

@@ -5,7 +5,7 @@ import re
 # How Windows-1252 shows the bytes 80 to 9f; the five that it lacks stay control characters, as in Latin-1.
 _HIGH = "".join(bytes([byte]).decode("cp1252", errors="ignore") or chr(byte) for byte in range(0x80, 0xA0))
 _REST = re.escape(_HIGH) + "\x80-\x9f\u00a0-\u00bf"  # of a character: bytes 80 to bf
-# The first byte of a character says how many others follow it.
+# The first byte of a character decides how many others follow it.
 _DAMAGED = re.compile(f"[\u00c2-\u00df][{_REST}]|[\u00e0-\u00ef][{_REST}]{{2}}|[\u00f0-\u00f4][{_REST}]{{3}}")
 _BYTES = {character: 0x80 + place for place, character in enumerate(_HIGH)}
 _REPLACEMENT = "\ufffd"
@@ -16,7 +16,7 @@ def num_damaged(text: str) -> int:
 
     Such a place is what a character of UTF-8 looks like in Windows-1252 or Latin-1. Two characters of a correct text
     may look like one by chance: a capital such as Â before a sign such as ©, which is rare. So a place counts if the
-    character it stood for is a letter or a sign of punctuation or currency, as in most texts.
+    character meant is a letter or a sign of punctuation or currency, as in most texts.
     """
     if text.isascii():
         return 0

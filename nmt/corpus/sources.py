@@ -304,8 +304,8 @@ def _scores(lines: list[str], files: _Files, before: int) -> list[float]:
         except ValueError as error:
             names = " + ".join(str(path) for path, _ in files)
             raise DataError(
-                f"corpus.train.scores: {names} line {number}: {line[:40]!r} does not begin with a log-probability: give "
-                "what nmt score writes without --header and --jsonl"
+                f"corpus.train.scores: {names} line {number}: {line[:40]!r} does not begin with a log-probability: "
+                "give what nmt score writes without --header and --jsonl"
             ) from error
     return found
 

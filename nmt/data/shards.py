@@ -150,7 +150,7 @@ class ShardWriter:
         self.num_pairs += len(source_lengths)
 
     def sizes(self) -> dict[str, Any]:
-        """Return what `resume` takes, to go on after what was appended so far."""
+        """Return what `resume` takes, to append after what was appended so far."""
         return {"pairs": self.num_pairs, "pieces": dict(self.num_pieces), "longest": dict(self.longest)}
 
     def sync(self) -> None:

@@ -1,4 +1,4 @@
-"""Cut the rows of a corpus into blocks: the pieces of work that processes share, and that a restart goes on with.
+"""Cut the rows of a corpus into blocks: the pieces of work that processes share, and that a restart need not repeat.
 
 Where blocks begin depends on the text alone, and so does all that is made of them.
 """

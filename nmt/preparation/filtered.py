@@ -22,7 +22,7 @@ from nmt.preparation.tally import EXAMPLES, Tally, ranks
 from nmt.preparation.workers import shared_out
 
 Tick = Callable[[str, float | None], None]
-"""tick(text, share) is called as work goes on; `share`: the part of this stage that is done, None if unknown."""
+"""tick(text, share) is called during the work; `share`: the part of this stage that is done, None if unknown."""
 
 
 @dataclass
@@ -272,11 +272,11 @@ class FilteredText:
                 places = block.places(kind)
                 wanted[number].append(places[evenly(count, total, start, len(places))])
                 start += len(places)
-        items = [(block.stored, np.concatenate(places)) for block, places in zip(self.blocks, wanted, strict=True)]
+        items = [(block.stored, np.concatenate(each)) for block, each in zip(self.blocks, wanted, strict=True)]
         by_kind: list[list[list[tuple[str, str]]]] = [[] for _ in self.kinds]
-        for places, texts in zip(wanted, shared_out(_reader, (), items, self._processes), strict=True):
+        for of_block, texts in zip(wanted, shared_out(_reader, (), items, self._processes), strict=True):
             pairs = iter(zip(*texts, strict=True))
-            for kind, mine in enumerate(places):
+            for kind, mine in enumerate(of_block):
                 by_kind[kind].append([next(pairs) for _ in range(len(mine))])
         return chain.from_iterable(chain.from_iterable(by_kind))
 

@@ -1,4 +1,4 @@
-"""Write the arrays of a preparation block by block, so that a preparation that was killed goes on after the last one.
+"""Write the arrays of a preparation block by block, so that it resumes after the last one if it is killed.
 
 The journal is a small file beside the arrays. It has their sizes after some block, and the counts up to it. What the
 arrays have beyond these sizes is cut off on restart.
@@ -61,7 +61,7 @@ class Journal:
             self.save()
 
     def save(self) -> None:
-        """Make sure that a restart goes on here."""
+        """Make sure that a restart resumes here."""
         for writer in self.writers.values():
             writer.sync()
         record = {

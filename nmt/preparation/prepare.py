@@ -1,6 +1,6 @@
 """`nmt prepare`: read, filter, learn the subwords, encode, write, report. A finished corpus is reused.
 
-The folder appears when it is complete. A preparation that was killed goes on where it was: filtered text stays in
+The folder appears when it is complete. A preparation that was killed is resumed: filtered text stays in
 NAME.text (`nmt.preparation.store`), and arrays that are not finished stay with their journal in a hidden folder.
 """
 

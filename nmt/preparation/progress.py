@@ -14,7 +14,7 @@ class Stages:
     """The stages of a preparation: how long each took, and how far the present one is."""
 
     def __init__(self, show: Callable[[str, float | None], None], every: float = _SECONDS) -> None:
-        """Call show(line, share of the stage that is done) at most every so many seconds."""
+        """Call show(line, share of the stage that is done) at most once in `every` seconds."""
         self.seconds: dict[str, float] = {}
         """Seconds of each stage so far."""
         self._show, self._every = show, every

@@ -1,5 +1,6 @@
 """What a preparation did, as numbers and examples: report/prepare.json in the prepared folder."""
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -106,7 +107,7 @@ def _vocabulary(
 ) -> dict[str, Any]:
     counts = tally.counts
     learned = list(subwords.learned()[0].values())
-    in_bytes = tally.characters.get("in_bytes", {})
+    in_bytes = tally.characters.get("in_bytes", Counter())
     return {
         "size": subwords.size,
         "kind": corpus.subwords.kind,

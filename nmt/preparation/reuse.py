@@ -56,7 +56,7 @@ def why_stale(path: Path, corpus: CorpusConfig) -> str:
 
 
 def is_verified(path: Path) -> bool:
-    """Return whether a folder is a prepared corpus of which no file has changed since it was read whole."""
+    """Return whether a folder is a prepared corpus whose files have not changed since all were read."""
     try:
         return Prepared.open(path).is_verified
     except DataError:

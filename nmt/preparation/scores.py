@@ -1,6 +1,6 @@
 """`nmt prepare --scores`: what every rule measures in each pair, so that thresholds can be chosen from one pass."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
@@ -40,7 +40,7 @@ class _Scorer:
                 continue
             direction = kind.direction or self._corpus.sides
             sides = normalised(self._corpus, block.rows, direction)
-            scores = block.rows.scores or [None] * num_rows_of(block.rows)
+            scores: Sequence[float | None] = block.rows.scores or [None] * num_rows_of(block.rows)
             for row, (source, target, score) in enumerate(zip(*sides, scores, strict=True), start=block.first_row + 1):
                 if kind.direction and not (source.strip() and target.strip()):
                     continue
@@ -75,9 +75,9 @@ def write_scores(
                 found[name].append(each)
         tick(f"{num_pairs:,} pairs scored", num_pairs / corpus.max_pairs if corpus.max_pairs else None)
     yield f"{num_pairs:,} pairs scored; values below which 1, 5, 50, 95 and 99 % of them are:"
-    for name, each in found.items():
-        if each:
-            at = np.quantile(np.concatenate(each), _AT)
+    for name, parts in found.items():
+        if parts:
+            at = np.quantile(np.concatenate(parts), _AT)
             yield f"  {name}: {', '.join(f'{value:.3g}' for value in at)}"
 
 

@@ -1,4 +1,4 @@
-"""The filtered text of a corpus on disk, so that a preparation goes on where it was stopped, and redoes what it must.
+"""The filtered text of a corpus on disk, so that a preparation can be resumed, and redoes only what it must.
 
     data/prepared/NAME.text/<hash of how a unit is read and filtered>/
         00000.parquet ...   blocks: texts that passed the rules of single pairs, with the keys to compare them by
@@ -28,7 +28,8 @@ _VERSION = 1
 """Version of how blocks are cut, filtered and stored."""
 _ABOUT = b"nmt"
 _LEVEL = 1  # of zstd
-_UNIT_SHAPE = {"rows": int, "blocks": int, "report": {"invalid_lines": int, "empty_rows": int, "notes": [str]}}
+_REPORT_SHAPE = {"invalid_lines": int, "empty_rows": int, "notes": [str]}
+_UNIT_SHAPE = {"rows": int, "blocks": int, "report": _REPORT_SHAPE}
 _BLOCK_SHAPE = {"pairs": [int], "tally": Tally.shape()}
 
 
@@ -92,7 +93,7 @@ class Unit:
 
     def finish(self, num_rows: int, num_blocks: int, report: ReadReport) -> None:
         """Record that all blocks are there."""
-        noted = {key: value for key, value in asdict(report).items() if key in _UNIT_SHAPE["report"]}
+        noted = {key: value for key, value in asdict(report).items() if key in _REPORT_SHAPE}
         record = {"rows": num_rows, "blocks": num_blocks, "report": noted}
         write_atomically(self.path / _UNIT, json.dumps(record).encode())
 

@@ -58,8 +58,8 @@ def shared_out(
             yield pending.popleft().result()
     except BrokenProcessPool as error:
         raise ProcessError(
-            "a process of nmt prepare ended by itself, perhaps for lack of memory: run the command again, which goes "
-            "on where it was, with a smaller number of --processes"
+            "a process of nmt prepare ended by itself, perhaps for lack of memory: resume it by the same command, with "
+            "a smaller number of --processes"
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)

@@ -3,8 +3,8 @@
     python -m scripts.bench.prepare make --pairs 36000000 --source a.en.gz --target a.fr.gz --to big
     python -m scripts.bench.prepare run big --processes 2
 
-`make` varies real text: variant v of a pair has two letters more at the end of a word on each side. So all pairs differ,
-and new words keep coming, as in more real text. `run` prepares it with `nmt prepare` and prints a table. Its
+`make` varies real text: variant v of a pair has two letters more at the end of a word on each side. So all pairs
+differ, and new words keep coming, as in more real text. `run` prepares it with `nmt prepare` and prints a table. Its
 baseline is SentencePiece's own C++ encoder on as many threads, on a sample of the same text, in the same call.
 """
 
@@ -226,12 +226,14 @@ def table(record: dict[str, Any]) -> str:
     pairs, seconds = record["pairs"], record["seconds"]
     lines = [f"{pairs:,} pairs, {record['kept']:,} kept, {record['processes']} processes"]
     lines += [f"  {stage:12} {each:8.1f} s  {pairs / max(each, 0.1):12,.0f} pairs/s" for stage, each in seconds.items()]
+    memory = f"{record['peak_rss_mib']:8,} MiB in all processes, {record['peak_pss_mib']:,} MiB with shared pages once"
+    disk = f"{record['peak_disk_over_shards']:8.2f} times the arrays, {record['disk_over_shards']:.2f} at the end"
     lines += [
         f"  SentencePiece alone would encode for {record['sentencepiece_seconds']:,.1f} s",
         f"  encoding     {record['encoding_speed']:8.2f} times as fast as SentencePiece alone",
         f"  whole        {record['whole_over_sentencepiece']:8.2f} times the seconds of SentencePiece alone",
-        f"  memory       {record['peak_rss_mib']:8,} MiB at most in all processes ({record['peak_pss_mib']:,} MiB with shared pages once)",
-        f"  disk         {record['peak_disk_over_shards']:8.2f} times the arrays at most, {record['disk_over_shards']:.2f} at the end",
+        f"  memory       {memory} (the most)",
+        f"  disk         {disk} (the most)",
     ]
     return "\n".join(lines)
 
