@@ -37,7 +37,7 @@ Corpora: {corpora}.
   nmt prepare corpus=files corpus.name=mine 'corpus.train.pairs=[a.tsv]' corpus.dev.from_train=2000
   nmt prepare corpus=files corpus.name=mine 'corpus.train.source=[a.en,b.en]' 'corpus.train.target=[a.de,b.de]' \\
       'corpus.dev.source=[c.en]' 'corpus.dev.target=[c.de]'
-  nmt prepare corpus=mine --scores scores.tsv
+  nmt prepare corpus=phrasebook --scores scores.tsv
 
 --processes N      share the work among N processes (default: one per core). The result does not depend on N
 --scores FILE      prepare nothing, but write what each rule of corpus.filters measures in each pair, to choose
