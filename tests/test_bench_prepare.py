@@ -92,7 +92,7 @@ def test_files_that_differ_in_their_lines_are_refused(text, tmp_path):
         )
 
 
-@pytest.mark.parametrize("wrong", ["--process", "training.max_steps=3", "x"])
+@pytest.mark.parametrize("wrong", ["--unknown", "training.max_steps=3", "x"])
 def test_an_unknown_argument_is_refused(wrong, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["run", str(tmp_path / "none"), "corpus.name=other", wrong])
