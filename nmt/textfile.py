@@ -29,6 +29,7 @@ from nmt.files import open_regular
 MOST_BYTES = 1 << 22
 """Maximum bytes of a line that is read whole."""
 _BLOCK = 1 << 16
+_MOST_XZ_BYTES = 1 << 28  # of memory; xz -9 needs 65 MiB
 _BOM = b"\xef\xbb\xbf"
 _MAGIC = {
     b"\x1f\x8b\x08": "gzip",
@@ -81,11 +82,17 @@ class TextReader:
     DataError if the stream is not UTF-8 text, contains damaged compressed data, or cannot be read.
     """
 
-    def __init__(self, stream: Stream, name: str, most_bytes: int = MOST_BYTES, strict: bool = False) -> None:
-        """Read `stream`; with `strict`, a line with bytes that are not text raises DataError."""
+    def __init__(
+        self, stream: Stream, name: str, most_bytes: int = MOST_BYTES, strict: bool = False, markup: bool = False
+    ) -> None:
+        """Read `stream`; with `strict`, a line with bytes that are not text raises DataError.
+
+        `markup`: files of segments, such as TMX, are read too, as the lines that they are.
+        """
         self.name = name
         self.most_bytes = most_bytes
         self.strict = strict
+        self._markup = markup
         self.num_lines = 0
         """Lines read to their end."""
         self.num_invalid = 0
@@ -186,7 +193,8 @@ class TextReader:
             problem = "cannot be read" if self._kind == "text" else f"is damaged {self._kind} data"
             remedy = "check the file" if self._kind == "text" else "get or compress it again"
             reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.name} {problem} ({reason}): {remedy}") from error
+            place = f" after line {self.num_lines:,}" if self.num_lines else ""
+            raise DataError(f"{self.name} {problem}{place} ({reason}): {remedy}") from error
 
     def _check(self, head: bytes) -> None:
         """Raise DataError if the first bytes show that the data are not text."""
@@ -197,8 +205,8 @@ class TextReader:
         for magic, (what, remedy) in _REFUSED.items():
             if head.startswith(magic):
                 raise DataError(f"{self.name} is {what}, not text: {remedy}")
-        if markup := _MARKUP.match(head.removeprefix(_BOM)):
-            element = markup[4].decode().lower()
+        if not self._markup and (found := _MARKUP.match(head.removeprefix(_BOM))):
+            element = found[4].decode().lower()
             remedy = _SEGMENTS.get(element, _TAKE_OUT_SEGMENTS)
             raise DataError(f"{self.name} is a file of <{element}> markup, not of one sentence per line: {remedy}")
 
@@ -250,6 +258,37 @@ class _Joined(io.RawIOBase):
         return len(taken)
 
 
+class _Xz(io.RawIOBase):
+    """Decompresses xz with a bound on memory, which a file may ask for at will."""
+
+    def __init__(self, stream: Stream) -> None:
+        super().__init__()
+        self._stream = stream
+        self._decompressor = lzma.LZMADecompressor(memlimit=_MOST_XZ_BYTES)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview, /) -> int:  # type: ignore[override]
+        data = b""
+        while not data:
+            if self._decompressor.eof:
+                # Another stream may follow, after a padding of zeros.
+                rest = self._decompressor.unused_data.lstrip(b"\0") or self._stream.read1(_BLOCK).lstrip(b"\0")
+                if not rest:
+                    return 0
+                self._decompressor = lzma.LZMADecompressor(memlimit=_MOST_XZ_BYTES)
+            elif self._decompressor.needs_input:
+                rest = self._stream.read1(_BLOCK)
+                if not rest:
+                    raise EOFError("it ends before its end marker")
+            else:
+                rest = b""
+            data = self._decompressor.decompress(rest, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
 def _begin(stream: Stream, size: int) -> tuple[bytes, Stream]:
     """Return (the first bytes, the stream after them). Reads only as much as identifies the compression."""
     head = b""
@@ -270,7 +309,7 @@ def _decompressed(raw: _Joined, kind: str) -> Stream:
     if kind == "gzip":
         return io.BufferedReader(gzip.GzipFile(fileobj=buffered), _BLOCK)
     if kind == "xz":
-        return lzma.LZMAFile(buffered)
+        return io.BufferedReader(_Xz(buffered), _BLOCK)
     if kind == "bzip2":
         return bz2.BZ2File(buffered)
     import pyarrow

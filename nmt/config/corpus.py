@@ -59,7 +59,7 @@ class FilesConfig:
     target: list[str] = field(default_factory=list)
     """Text files in the target language, in the same order."""
     pairs: list[str] = field(default_factory=list)
-    """Files with both sides: .tsv, .csv, .jsonl or .parquet. See `columns`."""
+    """Files with both sides: .tsv, .csv, .jsonl, .parquet or .tmx. See `columns`."""
     columns: list[str] = field(default_factory=list)
     """Source column and target column of `pairs` or of a dataset of the hub. Give two names, such as [source, target];
     .tsv and .csv files must then start with a line of names. Or give two numbers counted from 1, such as [1, 3], for

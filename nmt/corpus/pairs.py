@@ -1,6 +1,6 @@
 """Sentence pairs, and how they are made from rows with columns, of a file of pairs or of a dataset of the hub."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,7 +57,9 @@ class Columns:
         self.key = f"corpus.{split}.columns"
         self.given = bool(files.columns)
         """Whether the setting names the columns; otherwise they are named after the languages."""
-        self.names = tuple(files.columns) or (corpus.source_language, corpus.target_language)
+        self.languages = (corpus.source_language, corpus.target_language)
+        """The languages of the two texts."""
+        self.names = tuple(files.columns) or self.languages
         self.numbers = tuple(int(name) - 1 for name in files.columns if name.isascii() and name.isdigit())
         """Their places, counted from 0, if the setting chooses them by number; otherwise empty."""
 
@@ -78,6 +80,11 @@ class Columns:
         if inner is None:
             report.empty_rows += 1
             return None
+        if isinstance(inner, Mapping) and inner.keys() == {"language", "translation"} and not self.given:
+            # The hub stores varying languages in this way.
+            inner = dict(zip(inner["language"], inner["translation"], strict=False))
+        if self.given and isinstance(row, Mapping):
+            inner = {**inner, **_reached(row, names)} if isinstance(inner, Mapping) else inner
         if not isinstance(inner, Mapping):
             raise DataError(f"{where}: must be an object with a text for each language, or with `translation`")
         self.check(names, inner, where)
@@ -107,6 +114,27 @@ class Columns:
             return f"no column {name} of {self}"
         side = "source_language" if name == self.names[0] else "target_language"
         return f"no text for corpus.{side}={name}"
+
+
+def _reached(row: Mapping[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Return what paths such as inputs.text or targets.0 lead to in a row; a path that leads nowhere is left out."""
+    found = {}
+    for name in names:
+        if "." in name and name not in row:
+            value: Any = row
+            for step in name.split("."):
+                value = _inside(value, step)
+            if value is not None:
+                found[name] = value
+    return found
+
+
+def _inside(value: Any, step: str) -> Any:
+    """Return the entry `step` of a mapping or a list; None if there is none."""
+    if isinstance(value, Mapping):
+        return value.get(step)
+    is_place = isinstance(value, Sequence) and not isinstance(value, str) and step.isdigit()
+    return value[int(step)] if is_place and int(step) < len(value) else None
 
 
 def one_line(text: str) -> str:

@@ -14,6 +14,7 @@ from nmt.config import CorpusConfig, Direction, FilesConfig
 from nmt.config.corpus import SPLITS
 from nmt.corpus.hub import hub_files, hub_sources
 from nmt.corpus.pairs import Columns, ReadReport, Rows, SentencePair
+from nmt.corpus.segments import is_test_set, read_test_set
 from nmt.corpus.tables import read_table
 from nmt.errors import DataError
 from nmt.resources import resource_dir
@@ -270,7 +271,11 @@ def _aligned_unit(columns: dict[str, _Files], languages: list[str], split: str) 
 
 def _aligned(columns: dict[str, _Files], languages: list[str], split: str, report: ReadReport) -> Iterator[Rows]:
     """Yield rows of line n of all columns of text, with the label of the first column's file."""
-    readers = [_line_blocks(files, f"corpus.{split}.{side}", report) for side, files in columns.items()]
+    # Scores are a column after those of the languages.
+    readers = [
+        _line_blocks(files, f"corpus.{split}.{side}", language, report)
+        for (side, files), language in zip(columns.items(), [*languages, ""], strict=False)
+    ]
     held: list[tuple[list[str], _Label]] = [([], _Label("", ""))] * len(readers)
     num_rows = 0
     while True:
@@ -319,9 +324,12 @@ def _misaligned(group: list[_Files], counts: list[int], split: str) -> str:
     )
 
 
-def _line_blocks(files: _Files, key: str, report: ReadReport) -> Iterator[tuple[list[str], _Label]]:
+def _line_blocks(files: _Files, key: str, language: str, report: ReadReport) -> Iterator[tuple[list[str], _Label]]:
     """Yield the lines of files, many at a time, each with the label of its file."""
     for path, label in files:
+        if is_test_set(path):
+            yield list(read_test_set(path, key, "target" if key.endswith(".target") else "source", language)), label
+            continue
         with open_input(path, key) as stream:
             reader = TextReader(stream, f"{key}: {path}")
             before = 0

@@ -1,4 +1,4 @@
-"""Read files of pairs row by row: .tsv, .csv, .jsonl and .parquet."""
+"""Read files of pairs row by row: .tsv, .csv, .jsonl, .tmx and .parquet."""
 
 import csv
 import itertools
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nmt.corpus.pairs import Columns, ReadReport, SentencePair
+from nmt.corpus.segments import read_tmx
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES, TextReader, open_input, open_text
 
-ENDINGS = (".tsv", ".csv", ".jsonl", ".parquet")
+ENDINGS = (".tsv", ".csv", ".jsonl", ".tmx", ".parquet")
 COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _ROWS = 1000
 # No text of a language compresses like this. Data that do could fill the memory with a single cell.
@@ -30,8 +31,13 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
     if path.suffix == ".parquet":
         yield from _parquet(path, key, columns, report)
         return
+    if plain.suffix == ".tmx":
+        yield from (SentencePair(*texts) for texts in read_tmx(path, key, columns.languages))
+        return
     if plain.suffix not in ENDINGS[:3]:
-        raise DataError(f"{where} must end in .tsv, .csv or .jsonl (each also with .gz, .xz, .zst or .bz2) or .parquet")
+        raise DataError(
+            f"{where} must end in .tsv, .csv, .jsonl or .tmx (each also with .gz, .xz, .zst or .bz2) or .parquet"
+        )
     with open_text(path, key) as lines:
         try:
             if plain.suffix == ".jsonl":

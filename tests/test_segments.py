@@ -1,0 +1,105 @@
+"""Segments in markup: TMX files, and WMT's test sets in SGML and XML."""
+
+import gzip
+from pathlib import Path
+
+import pytest
+
+from nmt.config import CorpusConfig, FilesConfig
+from nmt.corpus.pairs import SentencePair
+from nmt.corpus.sources import read_pairs
+from nmt.errors import DataError
+
+TMX = """<?xml version="1.0" encoding="UTF-8"?>
+<!DOCTYPE tmx SYSTEM "tmx14.dtd">
+<tmx version="1.4"><header srclang="en"/><body>
+<tu><tuv xml:lang="en-GB"><seg>Press <bpt i="1">&lt;b&gt;</bpt>Start<ept i="1">&lt;/b&gt;</ept> &amp; wait.</seg></tuv>
+<tuv xml:lang="DE"><seg>Drücken Sie
+  Start.</seg></tuv></tu>
+<tu><tuv xml:lang="en"><seg>No German.</seg></tuv><tuv xml:lang="fr"><seg>Rien.</seg></tuv></tu>
+<tu><tuv lang="de"><seg>Zwei</seg></tuv><tuv lang="en_US"><seg>Two</seg></tuv>
+<tuv lang="en"><seg>A pair</seg></tuv></tu>
+</body></tmx>
+"""
+SGM = """<refset setid="newstest" srclang="any" trglang="de">
+<doc sysid="ref" docid="a" genre="news">
+<hl><seg id="1">Eins &amp; zwei</seg></hl>
+<p>
+<seg id="2"> R&D und <b>mehr</b> </seg>
+</p></doc></refset>
+"""
+XML = """<?xml version='1.0' encoding='utf-8'?>
+<dataset id="newstest2021"><collection id="general">
+<doc origlang="en" id="a">
+<src lang="en"><p><seg id="1">One</seg><seg id="2">Two &lt;3</seg></p></src>
+<ref lang="de" translator="A"><p><seg id="1">Eins</seg><seg id="2">Zwei</seg></p></ref>
+<ref lang="de" translator="B"><p><seg id="1">Ein</seg><seg id="2">Zwo</seg></p></ref>
+<hyp lang="de" system="X"><p><seg id="1">x</seg><seg id="2">y</seg></p></hyp>
+</doc>
+<doc origlang="de" id="b"><src lang="en"><p><seg id="1">Three</seg></p></src>
+<ref lang="fr" translator="A"><p><seg id="1">Trois</seg></p></ref>
+<ref lang="de" translator="B"><p><seg id="1">Drei</seg></p></ref></doc>
+</collection></dataset>
+"""
+
+
+def texts(folder: Path, split: str = "train", **files: list[str]) -> list[tuple[str, str]]:
+    corpus = CorpusConfig(source="files", root=str(folder), **{split: FilesConfig(**files)})
+    return [pair[:2] for pair in read_pairs(corpus, split)]
+
+
+@pytest.mark.parametrize("name", ["a.tmx", "a.tmx.gz"])
+def test_pairs_of_a_tmx_file(tmp_path: Path, name: str) -> None:
+    data = TMX.encode()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert texts(tmp_path, pairs=[name]) == [("Press Start & wait.", "Drücken Sie Start."), ("Two", "Zwei")]
+    # In one line, and in UTF-16, as many programs export them.
+    (tmp_path / "one.tmx").write_text(TMX.replace("\n", " "), encoding="utf-8")
+    assert texts(tmp_path, pairs=["one.tmx"]) == texts(tmp_path, pairs=[name])
+    (tmp_path / "wide.tmx").write_text(TMX.replace("UTF-8", "UTF-16"), encoding="utf-16")
+    assert texts(tmp_path, pairs=["wide.tmx"]) == texts(tmp_path, pairs=[name])
+
+
+def test_tmx_that_is_refused(tmp_path: Path) -> None:
+    bomb = TMX.replace('SYSTEM "tmx14.dtd"', '[<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]')
+    cases = {
+        bomb: "declares the entity a",
+        TMX[: len(TMX) // 2]: r"line \d+ is not well-formed XML \(no element found\)",
+        TMX.replace("Zwei", "x" * (1 << 23)): "has a segment of more than",
+    }
+    for text, problem in cases.items():
+        (tmp_path / "a.tmx").write_text(text, encoding="utf-8")
+        with pytest.raises(DataError, match=problem) as caught:
+            texts(tmp_path, pairs=["a.tmx"])
+        assert str(tmp_path / "a.tmx") in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_test_sets_of_wmt(tmp_path: Path) -> None:
+    (tmp_path / "ref.sgm").write_text(SGM)
+    (tmp_path / "src.sgm.gz").write_bytes(gzip.compress(SGM.replace("Eins", "One").encode()))
+    (tmp_path / "set.xml").write_text(XML)
+    (tmp_path / "two.txt").write_text("1\n2\n")
+    expected = [("One & zwei", "Eins & zwei"), ("R&D und mehr", "R&D und mehr")]
+    assert texts(tmp_path, "dev", source=["src.sgm.gz"], target=["ref.sgm"]) == expected
+    assert texts(tmp_path, "test", source=["set.xml"], target=["set.xml"]) == [
+        ("One", "Eins"),
+        ("Two <3", "Zwei"),
+        ("Three", "Drei"),
+    ]
+    assert texts(tmp_path, "dev", source=["two.txt"], target=["ref.sgm"])[0] == ("1", "Eins & zwei")
+    with pytest.raises(DataError, match=r"3 lines in .*set\.xml but 2 in .*two\.txt"):
+        texts(tmp_path, "dev", source=["set.xml"], target=["two.txt"])
+    (tmp_path / "set.xml").write_text(XML.replace('lang="de"', 'lang="cs"'))
+    with pytest.raises(DataError, match=r"corpus\.dev\.target: .*set\.xml has no segments of the target in de"):
+        texts(tmp_path, "dev", source=["set.xml"], target=["set.xml"])
+
+
+def test_columns_by_path_and_by_varying_languages(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"inputs": {"text": "one"}, "targets": ["eins", "ein"]}\n')
+    assert texts(tmp_path, pairs=["a.jsonl"], columns=["inputs.text", "targets.0"]) == [("one", "eins")]
+    with pytest.raises(DataError, match=r"line 1: no column targets\.7"):
+        texts(tmp_path, pairs=["a.jsonl"], columns=["inputs.text", "targets.7"])
+    (tmp_path / "b.jsonl").write_text('{"translation": {"language": ["de", "en"], "translation": ["zwei", "two"]}}\n')
+    assert texts(tmp_path, pairs=["b.jsonl"]) == [("two", "zwei")]
+    assert SentencePair("a", "b")[:2] == ("a", "b")
