@@ -17,6 +17,7 @@ def _contents(data: Path) -> dict[str, str]:
         if path.name in ("manifest.json", "prepare.json"):
             record = json.loads(content)
             del record["seconds"]
+            record.pop("path", None)
             record.get("corpus", {}).pop("directory", None)
             content = json.dumps(record).encode()
         # Pages are drawn from the figures.
