@@ -347,7 +347,10 @@ def test_the_phrasebook_has_its_phrases_in_all_languages(tmp_path: Path) -> None
         ({"directions": [f"a-l{number}" for number in range(33)]}, "33 target languages: 32 at most"),
         ({"train": in_two("train")}, "corpus.train is text in corpus.source_language=en and corpus.target_language=de"),
         ({"dev": FilesConfig(from_train=9)}, "corpus.dev.from_train=9 holds out pairs, but corpus.directions="),
-        ({"examples": ExamplesConfig(terms=0.1)}, "corpus.examples.terms=0.1"),
+        *(
+            ({"examples": ExamplesConfig(**{name: 0.1})}, f"corpus.examples.{name}=0.1")
+            for name in ("terms", "title_case", "lower_case")
+        ),
         ({"source": "wmt/x", "train": FilesConfig()}, "corpus.train is text in corpus.source_language=en"),
     ],
 )

@@ -315,11 +315,12 @@ class CorpusConfig:
                 raise ValueError(f"{given} has {text} twice")
         if (count := len({direction.target for direction in self.all_directions()})) > MOST_LANGUAGES:
             raise ValueError(f"corpus.directions has {count} target languages: {MOST_LANGUAGES} at most have a symbol")
-        if self.examples.terms:
-            raise ValueError(
-                f"corpus.examples.terms={self.examples.terms:g} marks the source side of a text that {given} may use "
-                "both ways: set it to 0"
-            )
+        for name in ("terms", "title_case", "lower_case"):
+            if share := getattr(self.examples, name):
+                raise ValueError(
+                    f"corpus.examples.{name}={share:g} rewrites the source side of a text that {given} may use both "
+                    "ways: set it to 0"
+                )
         for split in SPLITS:
             self._check_languages(split, given)
 
