@@ -76,10 +76,10 @@ def write_scores(
         tick(f"{num_pairs:,} pairs scored", num_pairs / corpus.max_pairs if corpus.max_pairs else None)
     yield f"{num_pairs:,} pairs scored; values below which 1, 5, 50, 95 and 99 % of them are:"
     for name, parts in found.items():
-        values = np.concatenate(parts) if parts else np.zeros(0)
-        values = values[~np.isnan(values)]  # without corpus.train.scores, there are none of min_score
-        if len(values):
-            at = np.quantile(values, _AT)
+        joined = np.concatenate(parts) if parts else np.zeros(0)
+        known = joined[~np.isnan(joined)]  # without corpus.train.scores, there are none of min_score
+        if len(known):
+            at = np.quantile(known, _AT)
             yield f"  {name}: {', '.join(f'{value:.3g}' for value in at)}"
 
 
