@@ -5,6 +5,7 @@ OWN = {
         "europarl_en_fr",
         "europarl_en_fr_both",
         "files",
+        "mtdata",
         "multi30k",
         "multi30k_en_de",
         "phrasebook",
