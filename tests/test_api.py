@@ -128,6 +128,7 @@ def test_run_export_and_command_line_give_the_same_text(run: Path, model: nmt.Mo
     assert repr(model) == f"<nmt.Model {run}: en to de, step {model.steps[0]}>"
 
 
+@pytest.mark.slow
 def test_options_hold_for_one_call(model: nmt.Model) -> None:
     before = model.translate(LINES)
     for options in ({"beam_size": 1}, {"alpha": 5.0}, {"max_length_ratio": 0.1}, {"experts_per_token": 1}):
@@ -146,6 +147,7 @@ def test_options_are_those_of_the_translator() -> None:
     assert get_type_hints(TranslateOptions) == own
 
 
+@pytest.mark.slow
 def test_threads_do_not_meet(model: nmt.Model, pairs: tuple[list[str], list[str]]) -> None:
     """Every call gives in the company of others what it gives alone."""
     calls = [

@@ -86,6 +86,7 @@ def test_what_rows_of_padding_hold_does_not_matter():
         assert torch.equal(first, second)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("batch", BATCHES)
@@ -140,6 +141,7 @@ def launch_all() -> None:
         results(fused_attend, inputs, sides, function, torch.empty(46, 512, dtype=dtype))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_every_supported_card():
     compiled = compile_launches(launch_all)

@@ -121,6 +121,7 @@ def test_a_peak_counts_for_the_stage_in_which_it_was(tmp_path):
     assert peaks.by_stage({"read": 5.0, "encode": 1.0, "finish": 3.0}, 10.0) == {"read": 9, "encode": 3, "finish": 1}
 
 
+@pytest.mark.slow
 def test_a_preparation_is_measured(text, tmp_path, capsys):
     folder = made(text, tmp_path / "made", 1)
     arguments = ["run", str(folder), "--processes", "2", "--record", str(tmp_path / "record.json")]

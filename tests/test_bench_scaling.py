@@ -21,6 +21,7 @@ def bench() -> ModuleType:
     return load_script("scripts/bench/scaling.py")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

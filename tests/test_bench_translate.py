@@ -9,6 +9,7 @@ import torch
 from tests.scripts import load_script
 
 
+@pytest.mark.slow
 def test_each_work_has_a_row_and_all_outputs_the_same_length(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

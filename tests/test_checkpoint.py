@@ -123,6 +123,7 @@ def is_intact(folder: Path) -> bool:
     return newest.step == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILES)
 def test_every_flipped_bit_is_found_and_the_step_before_is_used(tmp_path: Path, name: str) -> None:
     save(tmp_path, 1, 3.0)
@@ -186,6 +187,7 @@ def test_half_written_and_foreign_folders_are_never_chosen(tmp_path: Path) -> No
     assert steps(tmp_path) == [3]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_step_before_a_damaged_one(corpus: Path, capfd: pytest.CaptureFixture[str]) -> None:
     changes = ("training.checkpoint_every=1", "training.keep_checkpoints=1", "training.validate_every=100")
     whole = saved(train(corpus, "whole", 5, *changes))
@@ -363,6 +365,7 @@ def test_a_disk_that_fills_up_at_any_call_leaves_a_good_checkpoint(
     assert steps(tmp_path) == [1, 2]
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_training_is_status_6_and_the_run_goes_on_later(
     corpus: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

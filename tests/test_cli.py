@@ -155,6 +155,7 @@ def test_a_missing_file_and_misaligned_files(cli: Cli, tmp_path: Path, command: 
     assert not (tmp_path / "a").exists()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_the_same_text_and_settings_alone(cli: Cli, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     arguments = settings(tmp_path, "run.name=a", "training.max_steps=1")
@@ -283,6 +284,7 @@ def test_a_file_may_be_called_like_a_setting(
     cli.refuses(2, "translate", str(run), "decoding.beam_size=0", says=("decoding.beam_size=0 must be",))
 
 
+@pytest.mark.slow
 def test_the_value_of_an_option_may_look_like_a_setting(cli: Cli, run: Path, tmp_path: Path) -> None:
     for sentence in ("x.y=1 is true.", "decoding.beam_size=0"):
         assert cli("experts", str(run), "--explain", sentence, "decoding.beam_size=1") == 0, cli.err
@@ -306,12 +308,14 @@ def in_a_shell(command: str, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(["bash", "-c", command], capture_output=True, text=True, env=given, timeout=120)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["--version", "--help", "train --help", "train run.name=a --cfg job"])
 def test_a_closed_output_is_an_error_of_one_line(command: str) -> None:
     done = in_a_shell(f"{sys.executable} -m nmt {command} >&-")
     assert (done.returncode, done.stderr) == (6, "nmt: standard input or output is closed\n")
 
 
+@pytest.mark.slow
 def test_a_closed_input_is_an_error_of_one_line(run: Path) -> None:
     done = in_a_shell(f"{sys.executable} -m nmt translate {run} <&-")
     # Nothing can be read from what stands in for it, as of a file that cannot be read.
@@ -329,6 +333,7 @@ def test_with_standard_error_closed_nothing_of_it_comes_out_elsewhere(run: Path,
     assert (refused.returncode, refused.stdout) == (3, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("encoding", "shown"), [("ascii", "Zo\\xeb-\\u6771"), ("latin-1", "Zoë-\\u6771"), ("utf-8", "Zoë-東")]
 )
@@ -392,6 +397,7 @@ def test_a_reader_that_goes_away_is_no_mistake(run: Path, tmp_path: Path) -> Non
     assert done.stderr == ""
 
 
+@pytest.mark.slow
 def test_of_several_processes_the_main_one_reports_the_mistake_of_all(
     cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

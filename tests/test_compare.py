@@ -66,6 +66,7 @@ def test_a_system_against_itself() -> None:
     assert (versus.better, versus.worse, versus.identical, versus.wins, versus.losses) == (0, 0, 100, [], [])
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_evaluate_and_differences_change_sign_with_the_order() -> None:
     one, other = compared(BAD, GOOD), compared(GOOD, BAD)
     for score in corpus_scores(GOOD, [REFERENCES], "13a"):
@@ -114,6 +115,7 @@ def test_the_largest_wins_and_losses() -> None:
         assert all(pair.system - pair.baseline == gains[pair.place] for pair in pairs)
 
 
+@pytest.mark.slow
 def test_kept_numbers_are_counted() -> None:
     wrong = [line.replace("1", "2") for line in REFERENCES]
     found = compared(REFERENCES, wrong)
@@ -180,6 +182,7 @@ def test_differing_words_are_marked() -> None:
     assert not marked & {"der", "läuft", "Wiese"}
 
 
+@pytest.mark.slow
 def test_figures_are_coloured_by_what_is_better() -> None:
     """A lower TER is better."""
     for hypotheses, kind in (((BAD, REFERENCES), "gain"), ((REFERENCES, BAD), "loss")):
@@ -259,6 +262,7 @@ def test_files_are_compared(files: Path, cli: Cli) -> None:
     assert "no page was written" in cli.err
 
 
+@pytest.mark.slow
 def test_runs_are_compared_with_what_evaluate_kept(files: Path, cli: Cli) -> None:
     copy = str(files / "copy")
     assert cli("evaluate", copy) == 0
@@ -296,6 +300,7 @@ def test_settings_of_all_runs(files: Path, cli: Cli) -> None:
     assert sum(bucket["sentences"] for bucket in experts["buckets"]) == read["sentences"] == 8
 
 
+@pytest.mark.slow
 def test_an_export_and_a_pipe_are_systems_too(files: Path, cli: Cli) -> None:
     copy, exported = str(files / "copy"), str(files / "exported")
     assert cli("export", copy, exported) == 0
@@ -311,6 +316,7 @@ def test_an_export_and_a_pipe_are_systems_too(files: Path, cli: Cli) -> None:
     assert other["result"]["score"] == pytest.approx(100.0)
 
 
+@pytest.mark.slow
 def test_a_run_with_another_test_set_translates_that_of_the_first(files: Path, cli: Cli) -> None:
     text = files / "copy" / "text"
     (text / "test.source").write_text((text / "test.source").read_text().replace("dog", "fox", 1))

@@ -99,6 +99,7 @@ def test_every_shell_is_given_every_word(shell: str, capsys: pytest.CaptureFixtu
     assert "}}" not in out.replace("}}}", "")
 
 
+@pytest.mark.slow
 def test_words() -> None:
     assert {f"{key}=" for key in known_settings(Config)} <= set(words("train")) & set(words("cost"))
     assert all(f"--{option}" in words("train") for option in ("config-dir", "multirun", "cfg", "processes"))

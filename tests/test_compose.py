@@ -271,6 +271,7 @@ def test_the_conf_of_another_project_is_no_matter(here: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ several
 
 
+@pytest.mark.slow
 def test_every_combination_once_in_order() -> None:
     words = ["run.name=k${model.moe.k}-1e3,b_1", "model=small,moe", "corpus.train.pairs=[a,b],[c]", "model.moe.k=1,2"]
     found = jobs(Asked(words, multirun=True))

@@ -93,6 +93,7 @@ def test_the_cost_is_that_of_what_the_gates_do(
     assert more == 2 * (84 * (count - config.moe.experts_per_token) + gates)
 
 
+@pytest.mark.slow
 def test_the_table_and_its_file(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     capfd.readouterr()
     assert main(["evaluate", str(run), "--dial", "4,1", "--split", "dev", "--show", "1", "decoding.beam_size=2"]) == 0
@@ -161,6 +162,7 @@ def test_mistakes(run: Path, capfd: pytest.CaptureFixture[str], arguments: list[
     assert sorted(run.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_two_translators_on_one_model_do_not_meet(run: Path) -> None:
     directory = RunDirectory.existing(str(run))
     plain = Translator.load(directory, directory.config())

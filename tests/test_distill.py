@@ -40,6 +40,7 @@ def taught_in(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "p").glob("toy-taught-*") if path.suffix != ".parts")
 
 
+@pytest.mark.slow
 def test_it_trains_the_student_that_nmt_train_trains_with_the_mixture(cli: Cli, run: Path, own: Path) -> None:
     assert cli(*arguments(run, own)) == 0, cli.err
     assert cli.out == f"{own / 'student'}\n"
@@ -54,6 +55,7 @@ def test_it_trains_the_student_that_nmt_train_trains_with_the_mixture(cli: Cli, 
     assert saved(own / "student") == saved(own / "first")
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_the_text_and_the_student(
     cli: Cli, run: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +81,7 @@ def test_the_same_command_resumes_the_text_and_the_student(
     assert len(calls) == 6
 
 
+@pytest.mark.slow
 def test_only_text(cli: Cli, run: Path, own: Path) -> None:
     assert cli(*arguments(run, own, "--only-text", "--choose", "chrf")) == 0, cli.err
     [taught] = taught_in(own)
@@ -88,6 +91,7 @@ def test_only_text(cli: Cli, run: Path, own: Path) -> None:
     assert not (own / "student").exists()
 
 
+@pytest.mark.slow
 def test_the_student_starts_from_the_teacher(cli: Cli, run: Path, own: Path) -> None:
     """It has the teacher's vocabulary then, and so has its text."""
     assert cli(*arguments(run, own, f"run.start_from={run}", "corpus.name=other")) == 0, cli.err
@@ -162,6 +166,7 @@ def test_if_one_process_fails_the_others_are_stopped(
 # ------------------------------------------------------------------------------------------------ the table of results
 
 
+@pytest.mark.slow
 def test_the_table_of_results(run: Path, tmp_path: Path) -> None:
     students = load_script("scripts/results/students.py")
     systems = ["--teacher", f"{run},{run}", "--student", str(run), "--plain", str(run)]

@@ -242,6 +242,7 @@ def test_a_new_run_is_never_made_by_text_that_does_not_pair(
 # --------------------------------------------------------------------------------------------------- the reports
 
 
+@pytest.mark.slow
 def test_reports_of_other_text_never_touch_those_of_the_runs_own(cli: Cli, copy: Path, tmp_path: Path) -> None:
     name = str(copy)
     own = (("evaluate", name), ("evaluate", name, "--split", "dev"), ("evaluate", name, "--dial", "1"))
@@ -341,6 +342,7 @@ def test_of_a_very_long_pair_the_beginning_is_read(run: Path, monkeypatch: pytes
     assert (cut.pieces, cut.words) == pytest.approx((short.pieces, short.words), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluate_tells_of_a_long_pair(cli: Cli, copy: Path, tmp_path: Path) -> None:
     arguments = files(tmp_path, "a", "der Hund")
     (tmp_path / "a").write_text("a meadow\n" + "the dog " * 3000 + "\n")

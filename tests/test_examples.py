@@ -237,6 +237,7 @@ def _between(text: str, parts: list[str]) -> list[str]:
 # ----------------------------------------------------------------------------------------------------- preparing
 
 
+@pytest.mark.slow
 def test_prepare_writes_examples(corpus: CorpusConfig) -> None:
     plain = prepare(corpus, lambda _: None)
     assert (plain.manifest["examples"], plain.manifest["symbols"]) == (dict.fromkeys(KINDS, 0), [])

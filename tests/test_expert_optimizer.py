@@ -285,6 +285,7 @@ def test_a_rate_is_set_apart_from_the_step() -> None:
 IN_BF16 = "training.expert_weights=bfloat16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", ["float32", "masters", "bfloat16"])
 def test_going_on_changes_no_bit(corpus: Path, weights: str, monkeypatch: pytest.MonkeyPatch) -> None:
     changes = (*HARD, "training.expert_optimizer=factored")
@@ -307,6 +308,7 @@ def test_going_on_changes_no_bit(corpus: Path, weights: str, monkeypatch: pytest
     assert set(held.values()) == {weights == "bfloat16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_checkpoints_of_a_gpu_and_of_a_cpu_are_alike(corpus: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With masters and without, a run resumes from the other's checkpoint, with all its digits."""

@@ -238,6 +238,7 @@ def launches() -> None:
             take_step(kind, "fused", case, new_step(device="cpu"))
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_every_generation() -> None:
     assert [each for each in compile_launches(launches) if each.spilled] == []

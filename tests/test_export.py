@@ -74,6 +74,7 @@ def vouch(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- the same model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["best", "last", "average", "4"])
 def test_it_translates_exactly_as_the_run_does(cli: Cli, run: Path, tmp_path: Path, which: str) -> None:
     overrides = (f"decoding.checkpoint={which}", "decoding.beam_size=3")
@@ -398,6 +399,7 @@ def card(path: Path) -> str:
     return " ".join((path / "README.md").read_text().split())
 
 
+@pytest.mark.slow
 def test_the_card_has_the_scores_of_the_exported_parameters_alone(cli: Cli, copy: Path, tmp_path: Path) -> None:
     for name, which in (("a", "8"), ("b", "average")):
         assert cli("export", str(copy), str(tmp_path / name), f"decoding.checkpoint={which}") == 0

@@ -193,6 +193,7 @@ class RankOne(World):
         self.rank, self.size = 1, 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("raised", "told"),
     [

@@ -171,6 +171,7 @@ def test_the_first_step_does_not_change_what_is_frozen_either(corpus: Path) -> N
             assert torch.equal(value[1:3], before[name][1:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "factored bfloat16"])
 def test_a_run_with_frozen_parts_resumes_exactly(corpus: Path, kind: str, cli: Cli) -> None:
     changes = (*KINDS[kind], freeze("lstms", "experts[::3]"), "training.max_steps=6")
@@ -182,6 +183,7 @@ def test_a_run_with_frozen_parts_resumes_exactly(corpus: Path, kind: str, cli: C
     assert saved(stopped) == saved(corpus / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["float32", "factored"])
 def test_parts_can_be_frozen_and_freed_on_the_way(corpus: Path, kind: str, cli: Cli) -> None:
     stages = [(), ("embeddings", "experts[::2]"), ("attention",)]
@@ -232,6 +234,7 @@ def train_shares(folder: Path, jobs: list[tuple[str, list[str]]]) -> None:
         train(folder, name, 3, *changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [("lstms", "experts[::2]"), tuple(part for part in PARTS if part != "experts")])
 def test_two_processes_train_what_one_does(corpus: Path, tmp_path: Path, parts: tuple[str, ...]) -> None:
     """Also where only experts are trained, of which no gradient is summed over processes. Both start from a run."""

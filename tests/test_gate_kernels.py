@@ -58,6 +58,7 @@ def test_the_fused_gate_without_noise_is_the_plain_one(num_tokens: int, num_expe
         torch.testing.assert_close(fused, plain)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
@@ -133,6 +134,7 @@ def test_the_fused_gate_gives_both_weights_and_the_input_their_gradients(monkeyp
         torch.testing.assert_close(found.double(), plain, rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize(
     ("num_slots", "num_experts"), [(1, 1), (7, 3), (513, 40), (600, 5), (300, 2048), (512, 1), (100, 1000)]
@@ -168,6 +170,7 @@ def launch_all() -> None:
     fused_sort_slots(torch.zeros(4096, dtype=torch.int64), 64)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_every_supported_card():
     compiled = compile_launches(launch_all)

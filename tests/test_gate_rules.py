@@ -349,6 +349,7 @@ def test_biases_have_no_gradient_in_a_model_from_a_checkpoint_either(tiny_config
         ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gating", ["noisy_top_k", "hierarchical"])
 def test_a_run_with_biases_resumes_to_the_bit(corpus: Any, gating: str) -> None:
     changes = [*HARD, f"model.moe.gating={gating}", "model.moe.bias_rate=0.01"]

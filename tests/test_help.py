@@ -45,6 +45,7 @@ def folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ON_SETTINGS)
 def test_examples_on_settings(
     cli: Cli,
@@ -100,6 +101,7 @@ def test_examples_on_runs(cli: Cli, command: str, folder: Path, monkeypatch: pyt
     assert len(done) == len(examples)
 
 
+@pytest.mark.slow
 def test_examples_of_distill(cli: Cli, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They are read, the teacher is a run, and the settings of both are taken."""
     done: list[tuple[Any, ...]] = []

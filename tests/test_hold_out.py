@@ -40,6 +40,7 @@ def corpus_of(folder: Path, **changes: Any) -> CorpusConfig:
     return CorpusConfig(**(options | changes))
 
 
+@pytest.mark.slow
 def test_files(tmp_path: Path, pairs: list[tuple[str, str]]) -> None:
     for name, some in (("a.tsv", pairs[:200]), ("b.tsv", pairs[200:])):
         (tmp_path / name).write_text("".join(f"{source}\t{target}\n" for source, target in some))

@@ -55,6 +55,7 @@ def test_all_fields_are_in_the_translation(load: Load, decoding: dict[str, Any])
     assert translator.translate(LINES[2:4])[0].text == "{name}"
 
 
+@pytest.mark.slow
 def test_lines_without_fields_are_translated_as_ever(load: Load) -> None:
     translator = load(beam_size=2)
     plain = ["the small dog", "a < b > c", "5 % of a meadow", "{ the dog", ""]

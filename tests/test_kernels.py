@@ -30,6 +30,7 @@ def test_the_fused_softmax_gradient_is_the_plain_one(vocabulary: int, smoothing:
         assert difference < 1e-2 if plain.dtype == torch.bfloat16 else difference < 1e-5
 
 
+@pytest.mark.slow
 @needs_triton
 @pytest.mark.parametrize("vocabulary", [7, 1504, 2048, 32001])
 @pytest.mark.parametrize(("smoothing", "alpha"), [(0.0, 1.0), (0.1, 5.0)])
@@ -103,6 +104,7 @@ def launch_all() -> None:
     fused_sum_rows(rows_RD, row_R, begin_T, None)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_kernels_compile_for_every_supported_card():
     compiled = compile_launches(launch_all)
@@ -118,6 +120,7 @@ def launch_a_broken_kernel() -> None:
     cross_entropy_triton.fused_softmax_gradient(torch.empty(2, 9).bfloat16(), torch.zeros(2, dtype=torch.int64), 0.1)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_a_kernel_that_does_not_compile_is_an_error():
     with pytest.raises(AssertionError, match="power of 2"):

@@ -69,6 +69,7 @@ def check_equal(found: list[list[Hypothesis]], expected: list[list[Hypothesis]])
                 torch.testing.assert_close(torch.tensor(one.attention_TS), torch.tensor(other.attention_TS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_best", [1, 3])
 def test_a_recorded_search_is_a_live_one(model: Seq2Seq, n_best: int, monkeypatch: pytest.MonkeyPatch):
     """Batches of several lanes, lanes that are used again, and lanes that pass on what is left of them."""
@@ -140,6 +141,7 @@ def test_a_rectangle_is_a_padded_batch():
     assert (rows.cell_N[~rows.real_N] == 36).all()
 
 
+@pytest.mark.slow
 def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
     searcher, live = recorded(model, monkeypatch), Searcher([model], CPU, range(3))
     sources = sources_of(4, 9, 2)
@@ -159,6 +161,7 @@ def test_other_options_need_other_recordings(model: Seq2Seq, monkeypatch: pytest
     assert len(searcher._lanes) == 4
 
 
+@pytest.mark.slow
 def test_old_lanes_are_given_up(model: Seq2Seq, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(lanes, "_MOST_LANES", 2)
     searcher = recorded(model, monkeypatch)

@@ -166,6 +166,7 @@ def report_of(run: Path, name: str) -> dict[str, object]:
     return found
 
 
+@pytest.mark.slow
 def test_evaluation_by_direction_is_that_of_each_directions_lines(cli: Cli, copy: Path, tmp_path: Path) -> None:
     assert cli("evaluate", str(copy), GREEDY) == 0
     rows = {re.split(r"\s{2,}", line)[0]: line.split() for line in cli.out.splitlines()}
@@ -249,6 +250,7 @@ def test_kept_translations_are_those_of_the_same_direction(cli: Cli, copy: Path)
     assert kept_translations(run, replace(french, tag="bt"), config.decoding) is None
 
 
+@pytest.mark.slow
 def test_runs_of_one_and_of_several_directions_are_compared(cli: Cli, copy: Path, run: Path) -> None:
     assert cli("evaluate", str(copy), "--from", "en", "--to", "de", GREEDY) == 0
     for systems in ((str(copy), str(run)), (str(run), str(copy))):

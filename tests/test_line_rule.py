@@ -94,6 +94,7 @@ def translator(run: Path) -> Translator:
     return Translator.load(directory, directory.config())
 
 
+@pytest.mark.slow
 def test_the_line_rule_for_some_bytes(translator: Translator) -> None:
     for content in byte_strings(seed=0, count=12):
         check_line_rule(translator, content)

@@ -65,6 +65,7 @@ def test_lines_end_at_newline_and_nowhere_else(content: bytes, most_lines: int) 
     assert found == [Piece(line, True, True) for line in expected]
 
 
+@pytest.mark.slow
 def test_a_window_has_its_lines_or_enough_text() -> None:
     short = in_windows(b"a\n" * 100_000, most_lines=64)
     assert sum(map(len, short)) == 100_000
@@ -85,6 +86,7 @@ def test_a_very_long_line_comes_in_pieces_that_end_with_sentences() -> None:
     assert max(len(piece.text) for piece in found) < 2**17
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unit", [b"a", b"a ", b"\x00", b"\xff", "é".encode(), b"."], ids=repr)
 def test_a_line_without_end_is_never_held(unit: bytes) -> None:
     class Endless(io.RawIOBase):
@@ -208,6 +210,7 @@ def translate(run: Path, folder: Path, content: bytes, *options: str) -> bytes:
     return output.read_bytes()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=BYTES)
 def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes) -> None:
@@ -218,6 +221,7 @@ def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes)
     assert len(text.splitlines()) == text.count("\n")
 
 
+@pytest.mark.slow
 def test_overlapping_stages_give_what_translate_gives(run: Path, tmp_path: Path) -> None:
     texts = [" ".join(ENGLISH[number % 12] for number in range(first, first + first % 9)) for first in range(300)]
     found = nmt.load(run).translate(texts, beam_size=1)
@@ -246,6 +250,7 @@ def test_unlearned_characters_are_told_once(run: Path, tmp_path: Path, capsys: p
     assert "never saw" not in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_more_lines_than_a_window(run: Path, tmp_path: Path) -> None:
     content = "".join(f"{word}\n" for word in ["the dog", "", "a"] * 25).encode()
     lines = translate(run, tmp_path, content, "decoding.batch_tokens=1").decode().split("\n")

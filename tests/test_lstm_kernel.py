@@ -147,6 +147,7 @@ def launch_cells() -> None:
             backward_cell("fused_cell_backward", 3, 64, dtype, first)
 
 
+@pytest.mark.slow
 @needs_triton
 def test_the_fused_cell_compiles_for_four_generations():
     assert all(not each.spilled for each in compile_launches(launch_cells))

@@ -153,6 +153,7 @@ def test_the_order_of_directions_is_part_of_the_fingerprint(tmp_path: Path) -> N
     assert learned[0].fingerprint != learned[1].fingerprint
 
 
+@pytest.mark.slow
 def test_files_of_a_language_have_labels_by_their_place(tmp_path: Path) -> None:
     write_texts(tmp_path)
     both = {language: [f"dev.{language}", f"test.{language}"] for language in WORDS}
@@ -254,6 +255,7 @@ def test_a_direction_without_text_is_refused(tmp_path: Path) -> None:
         prepare(corpus_of(tmp_path), Log())
 
 
+@pytest.mark.slow
 def test_a_run_has_the_text_and_the_symbols_of_all_directions(tmp_path: Path) -> None:
     write_texts(tmp_path, 40)
     texts = [

@@ -397,6 +397,7 @@ def test_weights_are_checked() -> None:
 # ----------------------------------------------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_a_run_on_a_mixture_resumes_bit_for_bit(
     corpus: Path, short: Prepared, run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -421,6 +422,7 @@ def test_a_run_refuses_changed_text_of_another_corpus(
     cli.refuses(3, "train", str(run), "training.max_steps=2", says=("corpora of corpus.mixture",), progress=True)
 
 
+@pytest.mark.slow
 def test_a_corpus_may_get_another_name(
     corpus: Path, own: Prepared, short: Prepared, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -68,6 +68,7 @@ def shown(found: list[Translation]) -> list[dict[str, object]]:
     return [each.to_dict(pieces=True, words=True) for each in found]
 
 
+@pytest.mark.slow
 def test_translations_are_those_of_normalised_text(run: Path, moses: Path) -> None:
     keep, normal = load(run), [ENGLISH(text) for text in SOURCES]
     expected = shown(keep.translate(normal))
@@ -201,6 +202,7 @@ def test_experts_and_explanations_read_normalised_text(run: Path, moses: Path) -
     assert explain_sentence(load(moses), SOURCES[0]) == explain_sentence(load(run), normal[0][0])
 
 
+@pytest.mark.slow
 def test_each_direction_has_the_punctuation_of_its_languages(tmp_path: Path) -> None:
     many = train_many(tmp_path, steps=1)
     settings = (many / "config.yaml").read_text()
@@ -246,6 +248,7 @@ def test_a_student_learns_the_punctuation_of_its_corpus(
         assert [subwords.decode(ids.tolist()) for ids in found.teacher_N] == [text] * 2
 
 
+@pytest.mark.slow
 def test_training_and_commands_see_normalised_text(tmp_path: Path, cli: Cli) -> None:
     """Perplexity in training, and translations of files. An exported model does the same."""
     found: dict[str, tuple[list[float], str]] = {}

@@ -81,6 +81,7 @@ def teacher_forced(model: nmt.Model, line: str, pieces: tuple[str, ...]) -> list
     return log_probs if ended else log_probs[:-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_batches_and_order_do_not_matter(load: Load, lines: list[str], way: dict[str, Any]) -> None:
     translator = load(**way)

@@ -208,12 +208,14 @@ def interrupted(run: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyP
     return translate
 
 
+@pytest.mark.slow
 def test_an_interrupted_file_is_resumed(interrupted: Any) -> None:
     expected, found = interrupted("out.txt")
     assert found == expected
     assert found.count(b"\n") == 50
 
 
+@pytest.mark.slow
 def test_an_interrupted_compressed_file_of_json_lines_is_resumed(interrupted: Any) -> None:
     expected, found = (
         [json.loads(line) for line in gzip.decompress(data).splitlines()]

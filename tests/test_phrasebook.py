@@ -260,6 +260,7 @@ def test_a_new_frame_works_at_once(tmp_path, monkeypatch):
     assert " und " in pair.target
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["de", "fr"])
 def test_slots_are_where_their_values_are(target):
     """Also behind the comma after a German date. Codes are the same text on both sides."""

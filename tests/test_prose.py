@@ -120,6 +120,7 @@ def test_pages_are_plain(page: Path):
     assert not found, "\n".join(found)
 
 
+@pytest.mark.slow
 def test_the_words_of_code_are_plain():
     found = [
         f"{path.relative_to(ROOT)}:{line}: {each}"

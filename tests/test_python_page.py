@@ -14,6 +14,7 @@ def python_of(page: Path) -> list[str]:
     return re.findall(r"^```python\n(.*?)^```$", page.read_text(), flags=re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures(own_text.__name__)
 def test_every_example_runs(run: Path, many: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, path in (("demo-en-de", run), ("many", many)):

@@ -122,6 +122,7 @@ def trained(
 GROWN = {"gating": "hierarchical", "branching": 2, "k": 1, "straight_through": True, "bias_rate": 0.01}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("expert_optimizer", "expert_weights", "r_drop", "freeze", "more", "taught"),
     [

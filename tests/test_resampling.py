@@ -145,6 +145,7 @@ def test_unigram_with_a_high_exponent_is_sentencepiece(subwords: dict[str, Subwo
 # ------------------------------------------------------------------------------------------------------- the text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", USUAL)
 @given(lines=st.lists(st.text(max_size=25) | st.sampled_from(LINES), min_size=1, max_size=6), seed=st.integers(0, 99))
 @settings(deadline=None, max_examples=80)
@@ -234,6 +235,7 @@ for kind, rate in USUAL.items():
 """
 
 
+@pytest.mark.slow
 def test_draws_are_the_same_in_another_process(vocabularies: dict[str, Path], subwords: dict[str, Subwords]) -> None:
     command = [sys.executable, "-c", _ELSEWHERE, str(vocabularies["bpe"].parent)]
     there = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()

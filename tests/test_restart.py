@@ -68,6 +68,7 @@ class Work(Counter[str]):
         return found
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(corpus: CorpusConfig, tmp_path: Path) -> None:
     found = []
     for processes in (1, 2, 3):
@@ -86,6 +87,7 @@ def test_the_number_of_processes_changes_nothing(corpus: CorpusConfig, tmp_path:
     assert min(manifest["examples"][kind] for kind in ("quoted", "upper_case")) > 0
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_after_the_last_block(
     corpus: CorpusConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +126,7 @@ def test_a_restart_goes_on_after_the_last_block(
     assert own == {"manifest.json", "report", "subwords.model"}
 
 
+@pytest.mark.slow
 def test_only_what_changed_is_done_again(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     work = Work(monkeypatch)
     first = prepare(corpus, Log(), 1)
@@ -146,6 +149,7 @@ def test_only_what_changed_is_done_again(corpus: CorpusConfig, monkeypatch: pyte
     assert len(list(text_store_path(corpus).iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_damaged_text_is_made_again(corpus: CorpusConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     first = contents(prepare(corpus, Log(), 1).path)
     files = sorted(text_store_path(corpus).rglob("*.parquet"))

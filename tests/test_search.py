@@ -492,6 +492,7 @@ class NetworkState:
         return NetworkState(self.memory.select(sentences_B), self.decoder.select(columns_R))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wiring", ["parallel", "feedback"])
 def test_the_real_network_is_searched_exhaustively(tiny_config: Callable[..., ModelConfig], wiring: str):
     """Every translation is scored by one whole-sequence pass, which shares no state with the search."""

@@ -126,6 +126,7 @@ def test_options_describe_sets_in_their_order(words: str, expected: list[Request
     assert requests([(word.split(":")[0], word.split(":")[1]) for word in words.split()]) == expected
 
 
+@pytest.mark.slow
 def test_several_sets_are_scored_and_kept_as_each_alone(cli: Cli, run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy", ignore=shutil.ignore_patterns("report")))
     (tmp_path / "a").write_text("the dog\n")

@@ -47,6 +47,7 @@ def dying() -> Callable[[int], int]:
     return die
 
 
+@pytest.mark.slow
 def test_results_come_in_order_from_other_processes() -> None:
     drawn = []
 
@@ -67,6 +68,7 @@ def test_results_come_in_order_from_other_processes() -> None:
     assert list(shared_out(squares, (1,), [], 4)) == []
 
 
+@pytest.mark.slow
 def test_errors_of_processes_are_raised_here() -> None:
     found = []
     with pytest.raises(DataError, match=r"^item 3 is wrong$"):
@@ -113,6 +115,7 @@ def test_blocks_depend_on_the_text_alone(
         assert len(block.domains) in (0, num_rows_of(block))
 
 
+@pytest.mark.slow
 def test_a_script_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
     """It needs no `if __name__ == "__main__":`."""
     script = tmp_path / "script.py"

@@ -29,6 +29,7 @@ def test_jobs_have_names_of_their_own_and_need_earlier_ones() -> None:
         assert all(JOBS[names.index(need)].keeps for need in job.needs), job.name
 
 
+@pytest.mark.slow
 def test_every_training_composes(tmp_path: Path) -> None:
     site = site_of(tmp_path, 1)
     composed = 0

@@ -95,6 +95,7 @@ def test_the_table_of_growing_experts_is_what_the_code_gives() -> None:
         assert (row["parameters"], row["spent_on"]) == (now["parameters"], now["spent_on"])
 
 
+@pytest.mark.slow
 def test_constants_are_found_again_from_the_times_that_they_give() -> None:
     """Within what the start is allowed to weigh. A constant that no step depends on stays as it was."""
     rows = [row | {"ms": fit.predicted_ms(row, RATES)} for row in MEASURED if "part" not in row]

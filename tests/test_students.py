@@ -343,6 +343,7 @@ def test_it_is_like_the_own_corpus_in_all_else(own: Prepared, teacher: Path) -> 
     assert [path.name for path in taught.path.parent.glob("*.parts")] == []
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_rest_is_made_and_all_is_the_same(
     own: Prepared, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,6 +387,7 @@ def test_another_lesson_has_another_folder(own: Prepared, teacher: Path) -> None
     assert path("best", "decoding.device=cpu", "decoding.batch_tokens=7") == paths[0]
 
 
+@pytest.mark.slow
 def test_an_ensemble_and_an_export_teach(own: Prepared, teacher: Path, tmp_path: Path) -> None:
     assert main(["export", str(teacher), str(tmp_path / "export")]) == 0
     alone, exported = make_text(own, teacher), make_text(own, tmp_path / "export")
@@ -434,6 +436,7 @@ def test_the_manifest_has_what_the_text_was_made_by(own: Prepared, teacher: Path
 # --------------------------------------------------------------------------------------------- several directions
 
 
+@pytest.mark.slow
 def test_a_teacher_of_many_directions_teaches_one(tmp_path: Path) -> None:
     """The corpus of one direction, from other files than a teacher's, has its arrays under a name of its own."""
     many = train_many(tmp_path)
@@ -457,6 +460,7 @@ def test_a_teacher_of_many_directions_teaches_one(tmp_path: Path) -> None:
     taught.verify()
 
 
+@pytest.mark.slow
 def test_a_corpus_of_several_directions_or_tags_is_refused(tmp_path: Path) -> None:
     write_texts(tmp_path)
     several = prepare(toy_config(tmp_path, *settings_of_many()).corpus, lambda _line: None)

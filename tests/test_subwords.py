@@ -157,6 +157,7 @@ def test_symbols_between_text(tmp_path: Path, normalisation: str) -> None:
     assert subwords.decode_parts([]) == [""]
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(st.lists(nasty, min_size=1, max_size=5), st.integers(0, 15))
 def test_symbols_in_any_text(subwords: Subwords, texts: list[str], number: int) -> None:

@@ -77,6 +77,7 @@ def go_on(cli: Cli, new: Path, steps: int) -> None:
     assert len((new / "out").read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("checkpoint", "step"), [("last", 8), ("6", 6)])
 def test_a_grown_run_goes_on(cli: Cli, run: Path, tmp_path: Path, checkpoint: str, step: int) -> None:
     before = contents(run)
@@ -129,6 +130,7 @@ def test_a_run_without_experts_gets_some(cli: Cli, corpus: Path) -> None:
     assert set(steps) == {3.0, 6.0}
 
 
+@pytest.mark.slow
 def test_redrawing_says_what_it_costs_and_biases_grow_with_the_experts(cli: Cli, corpus: Path) -> None:
     run = train(corpus, "a", 2, "model.moe.bias_rate=0.01")
     assert cli("experts", str(run), "--grow", "8", "--redraw", "0.5", "-o", "b") == 0, cli.err
@@ -155,6 +157,7 @@ def test_redrawing_says_what_it_costs_and_biases_grow_with_the_experts(cli: Cli,
     ), cli.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["gates"]], ids=str)
 def test_new_experts_learn_another_corpus_by_the_printed_command(cli: Cli, corpus: Path, more: list[str]) -> None:
     run = train(corpus, "a", 2, "model.moe.bias_rate=0.01")
@@ -342,6 +345,7 @@ def test_sentences_whose_tokens_have_no_expert(run: Path, monkeypatch: pytest.Mo
 # ------------------------------------------------------------------------------------------------------ refusals
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [("--prune", "1"), ("--merge", "1")], ids=str)
 def test_a_loss_of_bleu_beyond_what_is_allowed_leaves_nothing(
     cli: Cli,

@@ -212,6 +212,7 @@ def test_cells_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.Monke
     assert "rows 1 to 2: a text has more than" in refusal(tmp_path, "q.parquet")
 
 
+@pytest.mark.slow
 def test_a_long_text_that_many_rows_share(tmp_path: Path) -> None:
     """In the file it stands once: 1,000 rows would be 4 GB at a time, and all of them 8 GB."""
     texts = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 2000, "int32"), ["a" * 4_000_000])

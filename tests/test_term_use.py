@@ -54,6 +54,7 @@ def check(lines: list[str], found: list[Translation]) -> None:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symbols", [(), ("term",)])
 def test_terms_are_in_the_text_or_flagged(load: Load, lines: list[str], symbols: tuple[str, ...]) -> None:
     translator = load(symbols, beam_size=2)
@@ -85,6 +86,7 @@ def test_a_model_that_has_learned_symbols_reads_them(load: Load) -> None:
     assert short.terms == reading.terms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symbols", [(), ("term",)])
 def test_alignments_are_those_of_the_text_with_terms(load: Load, lines: list[str], symbols: tuple[str, ...]) -> None:
     translator = load(symbols)

@@ -48,6 +48,7 @@ def test_eight_updates_cross_the_end_of_an_epoch(uninterrupted: Path) -> None:
     assert list_checkpoints(uninterrupted / "checkpoints")[-1].state()["data"]["epoch"] >= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [[4], [2, 5, 6]], ids=str)
 def test_going_on_changes_no_bit(uninterrupted: Path, stops: list[int]) -> None:
     folder, name = uninterrupted.parent, "stopped" + "_".join(map(str, stops))
@@ -58,6 +59,7 @@ def test_going_on_changes_no_bit(uninterrupted: Path, stops: list[int]) -> None:
     assert steps_logged(run, "dev") == sorted({*stops, 4, 8})
 
 
+@pytest.mark.slow
 def test_a_run_twice_is_the_same_run_and_another_seed_another(uninterrupted: Path) -> None:
     folder = uninterrupted.parent
     assert saved(train(folder, "again", 8, *HARD)) == saved(uninterrupted)

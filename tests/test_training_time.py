@@ -168,6 +168,7 @@ def test_an_end_names_the_setting_that_trains_longer(
     assert ending(replace(training, **{key: type(getattr(training, key))(value)}), *progress) is None
 
 
+@pytest.mark.slow
 def test_the_minutes_of_all_sittings_count(
     corpus: Path, steady_time: FakeTime, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +250,7 @@ def test_minutes_that_are_none_are_refused(minutes: float) -> None:
 LINEAR = ("training.schedule=linear", "training.learning_rate=0.01")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schedule", ["linear", "wsd"])
 def test_a_later_end_says_how_the_learning_rate_jumps(
     corpus: Path, capfd: pytest.CaptureFixture[str], schedule: str
@@ -276,6 +278,7 @@ def test_an_end_that_moves_before_the_decay_begins_says_nothing(
     assert lines(corpus / "a")[-1].learning_rate == pytest.approx(0.005)  # the first of two steps of decay left
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [("training.schedule=inverse_sqrt",), (*LINEAR, "training.max_minutes=100")])
 def test_an_end_that_moves_nothing_says_nothing(
     corpus: Path,
@@ -410,6 +413,7 @@ def no_space(*_: Any, **_named: Any) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failure", [no_memory, no_space])
 def test_a_validation_that_fails_loses_no_update(
     corpus: Path,

@@ -277,6 +277,7 @@ def test_two_processes_take_their_shares_of_the_experts(folder: Path, tmp_path: 
 # ------------------------------------------------------------------------------------------------ runs
 
 
+@pytest.mark.slow
 def test_a_run_starts_resumes_without_its_origin_and_remembers_it(folder: Path, tmp_path: Path, cli: Cli) -> None:
     origin = tmp_path / "origin"
     shutil.copytree(folder / "moe", origin)

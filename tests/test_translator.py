@@ -62,6 +62,7 @@ def scores(found: list[Translation]) -> list[float]:
     return [translation.score for translation in found]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("beam_size", "retry"), [(1, True), (3, False)])
 def test_batches_do_not_matter(load: Load, lines: list[str], beam_size: int, retry: bool) -> None:
     translator = load(beam_size=beam_size, retry=retry)
@@ -72,6 +73,7 @@ def test_batches_do_not_matter(load: Load, lines: list[str], beam_size: int, ret
         assert scores(found) == pytest.approx(scores(alone), abs=1e-4), batch_tokens
 
 
+@pytest.mark.slow
 def test_the_order_of_the_file_does_not_matter(load: Load, lines: list[str]) -> None:
     translator = load(batch_tokens=50)
     assert texts(translator.translate(lines[::-1])) == texts(translator.translate(lines))[::-1]

@@ -143,6 +143,7 @@ def settings_of(run: Path) -> tuple[float, float, int]:
     return decoding.alpha, decoding.beta, decoding.beam_size
 
 
+@pytest.mark.slow
 def test_chosen_values_are_written_and_every_later_command_has_them(cli: Cli, copy: Path, tmp_path: Path) -> None:
     before = RunDirectory(copy).config()
     assert cli(*on_text(copy)) == 0, cli.err
@@ -180,6 +181,7 @@ def test_an_exported_model_is_not_changed(cli: Cli, copy: Path, tmp_path: Path) 
     assert RunDirectory.existing(str(exported)).exported
 
 
+@pytest.mark.slow
 def test_a_resumed_run_keeps_what_was_tuned_unless_other_values_are_given(
     cli: Cli, corpus: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,6 +204,7 @@ def test_a_resumed_run_keeps_what_was_tuned_unless_other_values_are_given(
     assert settings_of(run) == (0.2, 0.2, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{", "[]", '{"started": {"alpha": 0.2}}', '{"started": {}, "chosen": {"x": 1}}'])
 def test_a_damaged_record_changes_nothing(corpus: Path, content: str) -> None:
     run = train(corpus, "damaged", 2)

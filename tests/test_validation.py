@@ -154,6 +154,7 @@ def test_a_blank_dev_set_is_told() -> None:
     assert doubts(BY_BLEU, [*part_of(blank, ["", " "]), *part_of(blank, ["ein Hund"])]) == []
 
 
+@pytest.mark.slow
 def test_a_run_that_bleu_cannot_steer_is_refused_before_it_starts(cli: Cli, tmp_path: Path) -> None:
     write_corpus(tmp_path)
     (tmp_path / "dev.de").write_text((CHINESE[0] + "\n") * 8)

@@ -164,6 +164,7 @@ def tagged(folder: Path, **changes: Any) -> CorpusConfig:
     return corpus_of(folder, **{**TWO, "train": train, **changes})
 
 
+@pytest.mark.slow
 def test_pairs_with_a_tag_are_a_part_of_their_own(tmp_path: Path) -> None:
     lines = write_texts(tmp_path)
     (tmp_path / "more.tsv").write_text("the dog\tder Hund\nthe meadow\tdie Wiese\n")
@@ -199,6 +200,7 @@ def test_text_for_one_direction_is_mixed_into_a_corpus_of_several(tmp_path: Path
     assert {subwords.symbol("language", 0), subwords.symbol("language", 1), subwords.symbol("tag", 0)} <= set(ids)
 
 
+@pytest.mark.slow
 def test_tags_come_after_those_of_the_vocabulary(tmp_path: Path) -> None:
     write_texts(tmp_path)
     (tmp_path / "more.tsv").write_text("the dog\tder Hund\n")
@@ -207,6 +209,7 @@ def test_tags_come_after_those_of_the_vocabulary(tmp_path: Path) -> None:
     assert second.symbols.tags == ("web", "bt")
 
 
+@pytest.mark.slow
 def test_pairs_without_a_tag_are_held_out_and_none_of_their_copies_stays(tmp_path: Path) -> None:
     lines = write_texts(tmp_path)
     (tmp_path / "more.tsv").write_text("the dog\tder Hund\n")
@@ -235,6 +238,7 @@ def test_settings_of_tags(tmp_path: Path) -> None:
         CorpusConfig(train=FilesConfig(tags=["bt"]))
 
 
+@pytest.mark.slow
 def test_a_vocabulary_older_than_symbols_cannot_have_tags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_texts(tmp_path)
     (tmp_path / "more.tsv").write_text("the dog\tder Hund\n")

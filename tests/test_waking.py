@@ -162,6 +162,7 @@ def test_no_pass_reads_the_weights_of_all_experts(
     assert readers.found == set()
 
 
+@pytest.mark.slow
 def test_translating_loads_no_library_for_training(run: Path) -> None:
     """What `import torch` loads by itself does not count: some builds load a part of torch.distributed."""
     code = (

@@ -152,6 +152,7 @@ def watch_of(run: Path, shared_text: Path) -> str:
     return f"training.watch=[{run},{prepared_path(toy_config(shared_text).corpus)}]"
 
 
+@pytest.mark.slow
 def test_training_does_not_notice(watching: Path, corpus: Path) -> None:
     plain = train(corpus, "plain", 8, *HARD, "training.checkpoint_every=4")
     assert saved(plain) == saved(watching)
@@ -175,6 +176,7 @@ def test_scores_are_those_of_an_evaluation(watching: Path, run: Path) -> None:
         assert line.texts[name] == {"perplexity": pytest.approx(expected.pieces, rel=1e-5), "bleu": bleu}
 
 
+@pytest.mark.slow
 def test_a_resumed_run_remembers_the_lowest(watching: Path, corpus: Path, run: Path, shared_text: Path) -> None:
     watch = watch_of(run, shared_text)
     train(corpus, "two", 4, *HARD, watch, "training.checkpoint_every=4")

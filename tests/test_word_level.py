@@ -374,6 +374,7 @@ def taught_in(folder: Path) -> list[Path]:
     return sorted(path for path in (folder / "p").glob("toy-taught-*") if path.suffix != ".parts")
 
 
+@pytest.mark.slow
 def test_what_is_stored_are_the_teacher_s_probabilities_of_all_targets(cli: Cli, shared_text: Path, own: Path) -> None:
     # It has learned to end its translations, so that there are new targets and references.
     rare = [f"training.{name}=1000" for name in ("validate_every", "checkpoint_every", "log_every")]
@@ -398,6 +399,7 @@ def test_what_is_stored_are_the_teacher_s_probabilities_of_all_targets(cli: Cli,
     assert (rows_N["ids"] == np.concatenate([ids_TK for ids_TK, _ in found]))[readable_N].mean() > 0.99
 
 
+@pytest.mark.slow
 def test_the_student_learns_from_them_and_resumes_to_the_bit(cli: Cli, run: Path, own: Path) -> None:
     hard = ("training.micro_batches=2", "training.batch_tokens=400", "model.word_dropout=0.1")
     command = arguments(run, own, *hard)
@@ -421,6 +423,7 @@ def test_the_student_learns_from_them_and_resumes_to_the_bit(cli: Cli, run: Path
     assert saved(own / "sequence") == saved(own / "unweighted")
 
 
+@pytest.mark.slow
 def test_after_a_kill_the_rest_is_made_and_all_is_the_same(
     cli: Cli, run: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,6 +459,7 @@ def test_a_teacher_of_another_vocabulary_is_refused(cli: Cli, run: Path, own: Pa
     assert taught_in(own) == []
 
 
+@pytest.mark.slow
 def test_sampled_subwords_and_r_drop_are_refused(cli: Cli, run: Path, own: Path) -> None:
     for key in ("corpus.subwords.sampling", "training.r_drop"):
         says = (f"which {key}=0.5 cannot use", f"set {key}=0", "training.teacher_weight=0")
