@@ -309,11 +309,16 @@ def _take_option(name: str, arguments: list[str]) -> tuple[str | None, list[str]
     """Return (value of an option or None, the other arguments)."""
     for index, argument in enumerate(arguments):
         if argument.startswith(f"{name}="):
-            return argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
-        if argument == name:
+            value, rest = argument.partition("=")[2], arguments[:index] + arguments[index + 1 :]
+        elif argument == name:
             if index + 1 == len(arguments):
                 raise UserError(f"{name} needs a value")
-            return arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+            value, rest = arguments[index + 1], arguments[:index] + arguments[index + 2 :]
+        else:
+            continue
+        if any(each == name or each.startswith(f"{name}=") for each in rest):
+            raise UserError(f"{name} is given twice: give it once")
+        return value, rest
     return None, arguments
 
 

@@ -17,6 +17,11 @@ def steps_of(steps: Iterable[int]) -> str:
     return f"step{'s' * (len(found) != 1)} {', '.join(found)}"
 
 
+def shortened(text: str, most: int = 300) -> str:
+    """Return the first `most` characters of a text, with "..." in place of the rest."""
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def percent(share: float) -> str:
     """Return a share in percent, with three significant digits from 1% up and two below."""
     return f"{100 * share:.{3 if share >= 0.01 else 2}g}%"

@@ -151,6 +151,39 @@ def test_keys() -> None:
     assert rank(" The end.", "Das Ende.  ") == rank("The end.", "Das Ende.") != rank("The end", "Das Ende.")
 
 
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ("$15", "$1.5"),
+        ("5 degrees", "-5 degrees"),
+        ("C", "C++"),
+        ("10", "10 %"),
+        ("5>3", "5<3"),
+        ("at 10:30", "at 1030"),
+        ("€5", "$5"),
+        ("उसने कहा कि", "उसने कही का"),
+        ("ป่า", "ปา"),
+    ],
+)
+def test_what_changes_a_meaning_is_not_near(first: str, other: str) -> None:
+    assert near(first) != near(other)
+
+
+@pytest.mark.parametrize(
+    ("first", "other"),
+    [
+        ("In 2010, he said: “No”.", "in 2010 he said - no"),
+        ("the pre-1990 law", "The pre 1990 law!"),
+        ("−5 °C", "-5°c"),
+        ("«Das  Ende» ...", "das Ende…"),
+        ("A, B; (C) [d]", "a b c d"),
+        ("Cafe\u0301", "CAFÉ"),
+    ],
+)
+def test_case_blanks_and_punctuation_are_near(first: str, other: str) -> None:
+    assert near(first) == near(other)
+
+
 @given(st.text(max_size=20))
 def test_near_texts(text: str) -> None:
     assert near(f"  {text} !") == near(text) == near(near(text))

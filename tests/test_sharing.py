@@ -6,6 +6,8 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +33,10 @@ def squares(offset: int) -> Callable[[int], tuple[int, int]]:
 
 def length_of(text: str) -> Callable[[int], int]:
     return lambda _: len(text)
+
+
+def sleeping() -> Callable[[int], None]:
+    return lambda _: time.sleep(60)
 
 
 def refusing(_: int) -> Callable[[int], int]:
@@ -162,3 +168,13 @@ def test_large_arguments_do_not_hold_up_the_start_of_processes(monkeypatch: pyte
     assert list(shared_out(length_of, ("x" * 10_000_000,), range(9), 2)) == [10_000_000] * 9
     assert given
     assert max(given) < 4096
+
+
+@pytest.mark.slow
+def test_processes_end_with_the_one_that_waits_for_them() -> None:
+    began = time.monotonic()
+    results = shared_out(sleeping, (), range(9), 2)
+    threading.Timer(3.0, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        next(results)
+    assert time.monotonic() - began < 20

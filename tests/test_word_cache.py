@@ -60,6 +60,8 @@ def test_counts_for_the_report(subwords: Subwords) -> None:
     cut = encoder.encode(texts)
     assert cut.num_words.tolist() == [3, 0, 2, 1]
     assert cut.num_whole == sum(len(subwords.encode(word)) == 1 for text in texts for word in text.split())
+    blanks = ["the\u00a0dog\u202f!", "\u2028", " a\tb  c\u200b"]
+    assert encoder.encode(blanks).num_words.tolist() == [len(text.split()) for text in blanks] == [3, 0, 3]
     strange = encoder.is_byte[subwords.encode("Ω")]
     assert strange.tolist() == ["<0x" in piece for piece in subwords.pieces(subwords.encode("Ω").tolist())]
     assert strange.sum() == 2

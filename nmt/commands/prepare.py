@@ -3,23 +3,25 @@
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import ExitStack, contextmanager
 
 from tqdm import tqdm
 
 from nmt.commands import say, show
 from nmt.config import CorpusConfig
+from nmt.corpus.sources import source_files
 from nmt.data.prepared import Prepared
-from nmt.errors import DataError, UserError
-from nmt.files import replacing
-from nmt.pages.preparation import write_preparation
+from nmt.errors import DataError, StorageError, UserError
+from nmt.pages.preparation import preparation_pages, write_preparation
 from nmt.preparation.prepare import prepare
 from nmt.preparation.progress import Stages
+from nmt.preparation.report import REPORT
 from nmt.preparation.scores import write_scores
 from nmt.preparation.splits import texts_of_files
 from nmt.preparation.workers import available_cores
+from nmt.streams.output import open_output
 from nmt.terminal import printable
+from nmt.textfile import open_input
 
 HELP = """\
 usage: nmt prepare corpus=NAME [--processes N] [key=value ...]
@@ -41,7 +43,7 @@ Corpora: {corpora}.
 
 --processes N      share the work among N processes (default: one per core). The result does not depend on N
 --scores FILE      prepare nothing, but write what each rule of corpus.filters measures in each pair, to choose
-                   thresholds by
+                   thresholds by; compressed if FILE ends in .gz, .xz, .zst or .bz2; - is standard output
 """
 _BAR_SECONDS = 0.3
 
@@ -58,7 +60,7 @@ def num_processes(wanted: str | None) -> int:
 def run(corpus: CorpusConfig, processes: int, scores: str | None) -> None:
     """Run `nmt prepare` with these options."""
     if scores is not None:
-        _write_scores(corpus, Path(scores), processes)
+        _write_scores(corpus, scores, processes)
         return
     prepared = prepare_corpus(corpus, say, processes)
     show(prepared.path)
@@ -73,13 +75,20 @@ def run(corpus: CorpusConfig, processes: int, scores: str | None) -> None:
 def prepare_corpus(corpus: CorpusConfig, log: Callable[[str], None], processes: int = 0) -> Prepared:
     """Prepare a corpus as `nmt.preparation.prepare.prepare` does, with a progress bar on a terminal, and report on it.
 
-    The report is written if the folder has its figures, and no page yet.
+    The pages of the report are written if there are none yet. A report that cannot be written stops nobody from
+    training: `log` tells why.
     """
     with _progress(corpus.name, log) as (stages, above):
         prepared = prepare(corpus, above, processes, stages)
-    pages = write_preparation(prepared.path)
-    if pages:
+    if not (prepared.path / REPORT).exists():  # of an older version
+        return prepared
+    pages = preparation_pages(prepared.path)
+    try:
+        if not all(page.exists() for page in pages):
+            write_preparation(prepared.path)
         log(f"{corpus.name}: report: {pages[0]}")
+    except (DataError, StorageError) as error:
+        log(f"{corpus.name}: there are no pages of its report: {error}")
     return prepared
 
 
@@ -103,9 +112,16 @@ def _progress(name: str, log: Callable[[str], None]) -> Iterator[tuple[Stages, C
         )
 
 
-def _write_scores(corpus: CorpusConfig, path: Path, processes: int) -> None:
-    held_out = texts_of_files(corpus)
-    with _progress(corpus.name, say) as (stages, above), replacing(path) as stream:
-        for line in write_scores(corpus, held_out, stream, processes, stages.begin("scores")):
+def _write_scores(corpus: CorpusConfig, path: str, processes: int) -> None:
+    if not path:
+        raise UserError("--scores needs the name of a file, or - for standard output")
+    with ExitStack() as held:
+        # None of these files may be the output.
+        sources = [held.enter_context(open_input(source, "corpus")) for source in source_files(corpus)]
+        output = held.enter_context(open_output(path, *sources))
+        stages, above = held.enter_context(_progress(corpus.name, say))
+        held_out = texts_of_files(corpus)
+        for line in write_scores(corpus, held_out, output.stream, processes, stages.begin("scores")):
             above(line)
-    show(path)
+    if not output.live:
+        show(path)

@@ -4,6 +4,9 @@ import math
 from collections.abc import Collection
 from typing import Any
 
+from nmt.wording import shortened
+
+_LONGEST_NAME = 200  # bytes; the file system allows 255, and names of files are made of it
 MOST = {
     "model.hidden_size": 65_536,
     "model.cell_size": 262_144,
@@ -85,7 +88,9 @@ def fraction(key: str, value: float) -> None:
 
 
 def plain_name(key: str, value: str) -> None:
-    """Reject a value that cannot name a file in a folder: "." or "..", or one with a slash or a control character."""
+    """Reject a value that cannot name a file in a folder: "." or "..", a long one, or one with a slash or a control."""
+    if len(value.encode(errors="replace")) > _LONGEST_NAME:
+        raise ValueError(f"{key}={shortened(value, 40)!r} must have at most {_LONGEST_NAME} bytes: it becomes a folder")
     if "/" in value or value in (".", "..") or not value.isprintable():
         raise ValueError(f"{key}={value!r} must be a plain name: it becomes a folder")
 

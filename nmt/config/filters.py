@@ -39,7 +39,8 @@ class FilterConfig:
     duplicates: bool = False
     """Drop pairs seen before."""
     near_duplicates: bool = False
-    """Drop pairs that differ from an earlier one only in case, blanks and punctuation."""
+    """Drop pairs that differ from an earlier one only in case, blanks and punctuation. Per cent, a minus, and the signs
+    within a number count, and so do symbols such as $ and +."""
     duplicate_sources: bool = False
     """Drop pairs whose source was seen before."""
     duplicate_targets: bool = False
@@ -50,6 +51,11 @@ class FilterConfig:
     def __post_init__(self) -> None:
         for name in ("max_words", "max_length_ratio", "max_pieces"):
             at_least(f"corpus.filters.{name}", getattr(self, name), 0)
+        if 0 < self.max_length_ratio < 1:
+            raise ValueError(
+                f"corpus.filters.max_length_ratio={self.max_length_ratio:g} must be at least 1, or 0 for no limit: the "
+                "longer side counts"
+            )
         fraction("corpus.filters.wrong_language", self.wrong_language)
         if self.min_score is not None and not -1000 <= self.min_score <= 0:
             raise ValueError(

@@ -17,6 +17,7 @@ from nmt.corpus.tables import COMPRESSIONS, read_table
 from nmt.errors import DataError
 from nmt.files import read_regular
 from nmt.textfile import open_text
+from nmt.wording import shortened
 
 HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
 _OWN_ENDINGS = r"\.(parquet|jsonl(\.(gz|xz|zst|bz2))?)$"
@@ -203,6 +204,7 @@ def _arguments(corpus: CorpusConfig) -> dict[str, Any]:
         return {"path": str(folder), "name": corpus.subset}
     if corpus.subset and (folder / corpus.subset).is_dir():
         return {"path": str(folder), "data_dir": corpus.subset}
+    # A copy of a single subset may be in a folder without subsets.
     if names == ["default"] or (len(names) == 1 and not corpus.subset):
         return {"path": str(folder), "name": names[0]}
     raise DataError(f"corpus.subset={corpus.subset!r} is not one of {', '.join(names)}")
@@ -212,7 +214,7 @@ def _error(corpus: CorpusConfig, error: Exception) -> DataError:
     if isinstance(error, ImportError):
         return DataError(f"corpus.source={corpus.source} needs datasets ({error}): pip install 'nmt-moe[train]'")
     subset = f" corpus.subset={corpus.subset}" if corpus.subset else ""
-    reason = (str(error) or type(error).__name__).split("\n", 1)[0].rstrip(".")
+    reason = shortened((str(error) or type(error).__name__).split("\n", 1)[0].rstrip("."))
     return DataError(
         f"corpus.source={corpus.source}{subset} cannot be read: {reason}. It must be phrasebook, "
         "files, a folder in the hub's layout, or a dataset of the Hugging Face hub, which needs the network"

@@ -11,7 +11,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 
 from nmt.config import CorpusConfig, Direction, FilterConfig
 from nmt.corpus.damage import num_damaged
@@ -22,7 +22,11 @@ from nmt.text.numbers import compare_numbers
 from nmt.wording import counted, percent
 
 _IN_URLS = ("@", "://", "www.", "WWW.", "Www.")
-_NOT_NEAR = re.compile(r"[\W_]+")
+_IN_NUMBERS = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\w)-(?=\d)")
+_KEPT = {".": "\ue000", ",": "\ue001", ":": "\ue002", "/": "\ue003", "-": "−"}
+"""What stands for signs in numbers, as the signs themselves are removed."""
+_REMOVED = ("P", "Z", "Cc", "Cf", "Sk")  # categories of Unicode
+_MEANT = "%‰"  # punctuation in Unicode, but not to a reader
 
 
 class Candidate:
@@ -202,10 +206,24 @@ def whys(corpus: CorpusConfig) -> dict[str, str]:
 
 
 def near(text: str) -> str:
-    """Return a text without case, blanks and punctuation, to find texts that differ in these only."""
+    """Return a text without case, blanks and punctuation, to find texts that differ in these only.
+
+    What changes a meaning stays: marks of letters such as vowel signs, symbols such as + and $, per cent, the signs
+    within a number, and a minus before one.
+    """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
-    return _NOT_NEAR.sub("", text.casefold())
+    text = _IN_NUMBERS.sub(lambda sign: _KEPT[sign[0]], text.casefold())
+    text = _not_near().sub("", text)
+    return text if text.isascii() else unicodedata.normalize("NFKC", text)
+
+
+@cache
+def _not_near() -> re.Pattern[str]:
+    """Return what `near` removes: a set of characters below U+10000 alone, which Python's patterns find in a table."""
+    codes = (chr(code) for code in range(0x10000))
+    found = [code for code in codes if unicodedata.category(code).startswith(_REMOVED) and code not in _MEANT]
+    return re.compile(f"[{re.escape(''.join(found))}]+")
 
 
 def fingerprint(source: str, target: str) -> int:

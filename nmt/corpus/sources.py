@@ -5,6 +5,7 @@ a JSON, Parquet or hub row.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -305,13 +306,16 @@ def _scores(lines: list[str], files: _Files, before: int) -> list[float]:
     found = []
     for number, line in enumerate(lines, start=before + 1):
         try:
-            found.append(float(line.partition("\t")[0]))
-        except ValueError as error:
+            score = float(line.partition("\t")[0])
+        except ValueError:
+            score = math.nan
+        if not -math.inf < score <= 0 or "_" in line.partition("\t")[0]:
             names = " + ".join(str(path) for path, _ in files)
             raise DataError(
-                f"corpus.train.scores: {names} line {number}: {line[:40]!r} does not begin with a log-probability: "
-                "give what nmt score writes without --header and --jsonl"
-            ) from error
+                f"corpus.train.scores: {names} line {number}: {line[:40]!r} does not begin with a log-probability, "
+                "which is a number of at most 0: give what nmt score writes without --header and --jsonl"
+            )
+        found.append(score)
     return found
 
 

@@ -72,6 +72,10 @@ class WordEncoder:
         starts_B = np.cumsum([0, *map(len, words)])[:-1]
         counts_2B = [np.add.reduceat(values, starts_B) for values in (pieces_W, pieces_W > 0)]
         lengths_B, words_B = (each.astype(np.int32) for each in counts_2B)
+        # Other blanks, such as those of French punctuation, separate words too. None of them is printable.
+        for place, text in enumerate(texts):
+            if not text.isprintable():
+                words_B[place] = len(text.split())
         return Cut(ids, lengths_B, words_B, int((pieces_W == 1).sum()))
 
     def _by_lines(self, texts: Sequence[str]) -> Cut:

@@ -71,10 +71,15 @@ def write_preparation(folder: Path) -> list[Path]:
     StorageError if a page cannot be written.
     """
     report = read_preparation(folder / "report" / "prepare.json")
-    pages = {"prepare.html": preparation_page(report), "prepare.md": preparation_markdown(report)}
-    for name, content in pages.items():
-        write_atomically(folder / "report" / name, content.encode())
-    return [folder / "report" / name for name in pages]
+    paths = preparation_pages(folder)
+    for path, content in zip(paths, (preparation_page(report), preparation_markdown(report)), strict=True):
+        write_atomically(path, content.encode())
+    return paths
+
+
+def preparation_pages(folder: Path) -> list[Path]:
+    """Return the paths of the two pages of a prepared corpus, the page for a browser first."""
+    return [folder / "report" / name for name in ("prepare.html", "prepare.md")]
 
 
 def read_preparation(path: Path) -> Report:

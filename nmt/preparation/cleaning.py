@@ -6,6 +6,7 @@ Runs in several processes. Everything here is a function of the block and the se
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from nmt.config import CorpusConfig, Direction
 from nmt.corpus.pairs import Rows
-from nmt.corpus.rules import Candidate, HeldOutTexts, Rules, key_rules, rank
+from nmt.corpus.rules import Candidate, HeldOutTexts, Rules, fingerprint, key_rules, rank
 from nmt.data.kinds import Kind
 from nmt.preparation.store import write_block
 from nmt.preparation.tally import Tally, count_lengths, ranks
@@ -22,6 +23,8 @@ from nmt.text.punctuation import normaliser
 
 RANK = "rank"
 """Name of the keys that choose held-out pairs."""
+OVERLAP = ("overlap.source", "overlap.target")
+"""Names of the keys by which the sides of a pair are looked for among held-out pairs."""
 _UNSEEN = frozenset(CONTROLS - {"\t"})
 
 
@@ -67,6 +70,9 @@ class Cleaner:
         self._is_ranked = _is_ranked(corpus)
         if self._is_ranked:
             self._keys[f"key.{RANK}"] = lambda candidate: rank(candidate.source, candidate.target)
+            if corpus.filters.test_overlap:
+                for place, name in enumerate(OVERLAP):
+                    self._keys[f"key.{name}"] = partial(overlap_key, place)
         self._corpus = corpus
 
     def __call__(self, dirty: Dirty) -> None:
@@ -134,6 +140,12 @@ class Cleaner:
             for row in sorted(of_source | of_target):
                 before = {"before_source": written[0][row], "before_target": written[1][row]}
                 shown.add(f"changed.{name}", row, before if name == "punctuation" else {})
+
+
+def overlap_key(place: int, candidate: Candidate) -> int:
+    """Return the key of a side of a pair, 0 for the source; 0 if it has no text that a model could know."""
+    text = candidate.near[place]
+    return fingerprint(candidate.direction[place], text) if text else 0
 
 
 def normalised(corpus: CorpusConfig, rows: Rows, direction: Direction) -> tuple[list[str], list[str]]:

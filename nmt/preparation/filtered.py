@@ -1,7 +1,7 @@
 """The training text of a corpus after all filters: rules of single pairs, comparisons of pairs, pairs held out."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -10,12 +10,12 @@ import numpy as np
 
 from nmt.config import CorpusConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
-from nmt.corpus.rules import HeldOutTexts, key_rules
+from nmt.corpus.rules import Candidate, HeldOutTexts, key_rules
 from nmt.corpus.sources import units
 from nmt.data.kinds import Kind
 from nmt.errors import DataError
 from nmt.preparation.blocks import blocks, num_rows_of
-from nmt.preparation.cleaning import RANK, Cleaner, Dirty, clean_settings, example
+from nmt.preparation.cleaning import OVERLAP, RANK, Cleaner, Dirty, clean_settings, example, overlap_key
 from nmt.preparation.duplicates import HeldOutRanks, evenly, repeated, split_at
 from nmt.preparation.store import StoredBlock, TextStore, Unit, in_kinds
 from nmt.preparation.tally import EXAMPLES, Tally, ranks
@@ -65,7 +65,7 @@ class _End(NamedTuple):
 
 
 class FilteredText:
-    """The filtered text of a corpus. Call `read`, then `drop_repeated`, then `hold_out`."""
+    """The filtered text of a corpus. Call `read`, then `drop_repeated`, `hold_out` and `drop_overlap`."""
 
     def __init__(
         self, corpus: CorpusConfig, store: TextStore, held_out: HeldOutTexts, processes: int, tick: Tick
@@ -260,6 +260,27 @@ class FilteredText:
             ]
             raise DataError(f"{' and '.join(settings)} leave none of {total:,} training pairs: hold out fewer")
         return {split: [found[key] for key in chosen.ranks(split).tolist()] for split in ("dev", "test")}
+
+    def drop_overlap(self, held_out: Iterable[SentencePair]) -> None:
+        """Drop pairs with a side that is in the held-out pairs, and count them, if `test_overlap` asks for it.
+
+        The rule itself sees the texts of files only, since pairs are held out after all rules.
+        """
+        if not self._corpus.filters.test_overlap:
+            return
+        found = {
+            overlap_key(place, Candidate(pair.source, pair.target, pair.direction or self._corpus.sides))
+            for pair in held_out
+            for place in range(2)
+        }
+        keys = np.array(sorted(found - {0}), dtype=np.uint64)
+        if not len(keys):
+            return
+        for block in self.blocks:
+            known_N = np.isin(block.stored.keys(OVERLAP[0]), keys) | np.isin(block.stored.keys(OVERLAP[1]), keys)
+            places = np.flatnonzero(block.kept_N & known_N)
+            self._show_dropped("dropped.test_overlap", block, places)
+            block.kept_N[places] = False
 
     # ------------------------------------------------------------------------------------------ samples
 

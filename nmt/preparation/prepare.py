@@ -61,6 +61,13 @@ def prepare(corpus: CorpusConfig, log: Log, processes: int = 0, stages: Stages |
     try:
         with preparing(path, corpus.name, log):
             return _prepare_alone(path, corpus, log, processes or available_cores(), stages)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"corpus.directory={corpus.directory}: {error.strerror or error}: make room there, or choose another "
+            "folder; the same command resumes"
+        ) from error
     except StorageError:
         # A finished corpus may be in a place where this process cannot write.
         if path.exists() and not why_stale(path, corpus):
@@ -122,6 +129,7 @@ class _Preparation:
         text.drop_repeated()
         held_out = text.hold_out()
         num_held = text.num_held
+        text.drop_overlap(self.splits.in_all_directions(held_out))
         self.splits.write_held_out(held_out)
         self.check_left(text)
         key = self.key_of(text)

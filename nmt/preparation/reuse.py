@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def is_verified(path: Path) -> bool:
 
 def remove_leftovers(path: Path, name: str) -> None:
     """Remove what preparations of this corpus with other settings have left unfinished. The lock must be held."""
-    for other in path.parent.glob(f".{name}-????????.tmp"):
+    for other in path.parent.glob(f".{escape(name)}-????????.tmp"):
         if other != unfinished(path):
             remove(other)
 

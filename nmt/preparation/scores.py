@@ -80,7 +80,10 @@ def write_scores(
         known = joined[~np.isnan(joined)]  # without corpus.train.scores, there are none of min_score
         if len(known):
             at = np.quantile(known, _AT)
-            yield f"  {name}: {', '.join(f'{value:.3g}' for value in at)}"
+            line = f"  {name}: {', '.join(f'{value:.3g}' for value in at)}"
+            above = int((known > 0).sum())
+            # Of most rules, nearly all values are 0, and each pair with another value would be dropped.
+            yield line + (f"; above 0: {above:,} of {len(known):,}" if above and not at[2] else "")
 
 
 def _numbered(corpus: CorpusConfig) -> Iterator[_Numbered]:

@@ -1,6 +1,6 @@
 """Write the text of dev and test into a prepared folder, as it is: it is never filtered or normalised."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -41,7 +41,7 @@ class Splits:
         """Write the pairs that are held out of the training text."""
         for split, pairs in held_out.items():
             if pairs:
-                self._write(split, chain.from_iterable(map(self._in_all_directions, pairs)))
+                self._write(split, self.in_all_directions({split: pairs}))
                 self._log(
                     f"{self._corpus.name}: {counted(len(pairs), 'pair')} held out of the training text for {split}"
                 )
@@ -81,6 +81,10 @@ class Splits:
                 path.unlink()
         self.names += [path.name for path in kept]
         return bool(kept)
+
+    def in_all_directions(self, held_out: Mapping[str, list[SentencePair]]) -> Iterator[SentencePair]:
+        """Yield the held-out pairs of all splits in each direction of the corpus between their languages."""
+        return chain.from_iterable(map(self._in_all_directions, chain.from_iterable(held_out.values())))
 
     def _in_all_directions(self, pair: SentencePair) -> list[SentencePair]:
         """Return a pair of the training text in each direction of the corpus between its languages."""

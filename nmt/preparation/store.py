@@ -10,6 +10,7 @@ another hash; other units stay. Blocks are Parquet files with zstd, which other 
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -24,8 +25,10 @@ from nmt.files import differs, read_json, remove, replacing, write_atomically
 from nmt.preparation.tally import Tally
 
 _UNIT = "unit.json"
-_VERSION = 1
+_VERSION = 2
 """Version of how blocks are cut, filtered and stored."""
+_FOLDER = re.compile(r"[0-9a-f]{16}")
+_FILE = re.compile(r"\d{5}\.parquet|unit\.json|\.[0-9a-f]+\.tmp")
 _ABOUT = b"nmt"
 _LEVEL = 1  # of zstd
 _REPORT_SHAPE = {"invalid_lines": int, "empty_rows": int, "notes": [str]}
@@ -87,9 +90,10 @@ class Unit:
     def record(self) -> dict[str, Any] | None:
         """Return what `finish` recorded; None if blocks may be missing."""
         try:
-            return dict(read_json(self.path / _UNIT, _UNIT_SHAPE))
+            record = dict(read_json(self.path / _UNIT, _UNIT_SHAPE))
         except (OSError, ValueError):
             return None
+        return record if bool(record["rows"]) == bool(record["blocks"]) else None
 
     def finish(self, num_rows: int, num_blocks: int, report: ReadReport) -> None:
         """Record that all blocks are there."""
@@ -142,12 +146,19 @@ class TextStore:
         return Unit(path)
 
     def keep_only(self, units: Iterable[Unit]) -> None:
-        """Remove the text of all other units: of other files, and of other rules."""
+        """Remove the text of all other units: of other files, and of other rules. Nothing else is touched."""
         kept = {unit.path.name for unit in units}
         with suppress(FileNotFoundError):
             for path in self.path.iterdir():
-                if path.name not in kept:
+                if path.name not in kept and _is_unit(path):
                     remove(path)
+
+
+def _is_unit(path: Path) -> bool:
+    """Return whether this is a folder that a preparation made: it has a unit's name and files, and no others."""
+    if not _FOLDER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return all(_FILE.fullmatch(each.name) for each in path.iterdir())
 
 
 def write_block(
@@ -171,6 +182,8 @@ def write_block(
         **{name: pyarrow.array(values) for name, values in keys.items()},
     }
     table = pyarrow.table(arrays).replace_schema_metadata({_ABOUT: json.dumps(about)})
+    if path.is_dir():
+        remove(path)
     with replacing(path) as stream:
         parquet.write_table(
             table,

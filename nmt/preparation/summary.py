@@ -30,7 +30,9 @@ def summary(
         yield f"{name}: pairs by {'direction' if corpus.directions else 'tag'}: {_counts(counts)}"
     if manifest["held_out"] > num_wanted:
         more = manifest["held_out"] - num_wanted
-        yield f"{name}: {more:,} copies of the held-out pairs removed from the training text"
+        yield (
+            f"{name}: {more:,} {'copies' if more > 1 else 'copy'} of the held-out pairs removed from the training text"
+        )
     if empty := _counts(manifest["empty_rows"]):
         what = "pairs that lack a side" if corpus.directions else "rows left out because they are blank or lack a text"
         yield f"{name}: {what}: {empty}"

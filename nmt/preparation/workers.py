@@ -65,6 +65,11 @@ def shared_out(
                 "a process of nmt prepare ended by itself, perhaps for lack of memory: resume it by the same command, "
                 "with a smaller number of --processes"
             ) from error
+        except BaseException:
+            # After a mistake, or if nobody waits for the results: what processes still do is in vain.
+            for process in list((getattr(pool, "_processes", None) or {}).values()):
+                process.terminate()
+            raise
         finally:
             pool.shutdown(cancel_futures=True)
 
