@@ -3,12 +3,15 @@
 import errno
 import os
 import stat
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import nmt.commands.prepare
+import nmt.preparation.blocks
 import nmt.preparation.journal
 from nmt.cli import main
 from nmt.commands.prepare import prepare_corpus
@@ -195,3 +198,28 @@ def test_settings_in_one_line(words: list[str], word: str, says: str, capfd: pyt
     assert error.count("\n") == 1
     assert says in error
     assert len(error) < 300
+
+
+# ------------------------------------------------------------------------------------------------ processes
+
+
+@pytest.mark.slow
+def test_processes_are_given_little(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than the buffer of a pipe would make the main process wait until each has started."""
+    monkeypatch.setattr(nmt.preparation.blocks, "BLOCK_ROWS", 20)
+    write_text(tmp_path, 60)
+    for language in ("en", "de"):
+        lines = [f"{number} {language} {'x' * 100}" for number in range(2000)]
+        (tmp_path / f"dev.{language}").write_text("".join(f"{line}\n" for line in lines))
+    given = []
+    start = BaseProcess.start
+
+    def noted(self: Any) -> None:
+        initializer, arguments = self._args[2:4]  # before them are queues
+        given.append((initializer.__name__, arguments[0].__name__, len(ForkingPickler.dumps(arguments))))
+        start(self)
+
+    monkeypatch.setattr(BaseProcess, "start", noted)
+    prepare(corpus_of(tmp_path, filters=FilterConfig(test_overlap=True)), quiet, 2)
+    assert {name for _, name, _ in given} >= {"Cleaner", "Encoder"}
+    assert max(size for *_, size in given) < 8192

@@ -1,15 +1,12 @@
 """Blocks and processes: the same results however the text comes and however many processes work."""
 
-import errno
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import nmt.preparation.blocks
-import nmt.preparation.workers
 from nmt.corpus.pairs import Rows
-from nmt.errors import DataError, ProcessError, StorageError
+from nmt.errors import DataError, ProcessError
 from nmt.preparation.blocks import blocks, num_rows_of
 from nmt.preparation.workers import shared_out
 
@@ -29,10 +25,6 @@ ROOT = Path(__file__).parents[1]
 
 def squares(offset: int) -> Callable[[int], tuple[int, int]]:
     return lambda number: (number * number + offset, os.getpid())
-
-
-def length_of(text: str) -> Callable[[int], int]:
-    return lambda _: len(text)
 
 
 def sleeping() -> Callable[[int], None]:
@@ -143,31 +135,6 @@ def test_a_script_is_not_run_again_by_its_processes(tmp_path: Path) -> None:
         [sys.executable, script], capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert (done.returncode, done.stdout) == (0, "begun\n[0, 1, 4, 9, 16]\n"), done.stderr
-
-
-def test_no_room_for_temporary_files_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_room(**_: Any) -> Any:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(nmt.preparation.workers, "NamedTemporaryFile", no_room)
-    with pytest.raises(StorageError, match=r"\(No space left on device\): set TMPDIR"):
-        list(shared_out(squares, (7,), range(9), 2))
-
-
-@pytest.mark.slow
-def test_large_arguments_do_not_hold_up_the_start_of_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a new process is given fits in the buffer of a pipe, or the main process would wait until it has started."""
-    given = []
-    start = BaseProcess.start
-
-    def noted(self: Any) -> None:
-        given.append(len(pickle.dumps(self._args[2:])))  # the initializer and its arguments; before them are queues
-        start(self)
-
-    monkeypatch.setattr(BaseProcess, "start", noted)
-    assert list(shared_out(length_of, ("x" * 10_000_000,), range(9), 2)) == [10_000_000] * 9
-    assert given
-    assert max(given) < 4096
 
 
 @pytest.mark.slow

@@ -14,8 +14,9 @@ import numpy as np
 
 from nmt.config import CorpusConfig, Direction
 from nmt.corpus.pairs import Rows
-from nmt.corpus.rules import Candidate, HeldOutTexts, Rules, fingerprint, key_rules, rank
+from nmt.corpus.rules import Candidate, Rules, fingerprint, key_rules, rank
 from nmt.data.kinds import Kind
+from nmt.preparation.splits import Splits
 from nmt.preparation.store import write_block
 from nmt.preparation.tally import Tally, count_lengths, ranks
 from nmt.text.normalisation import CONTROLS
@@ -60,12 +61,15 @@ def _is_ranked(corpus: CorpusConfig) -> bool:
 
 
 class Cleaner:
-    """Filters blocks of a corpus; call it with a block, which it writes to its path."""
+    """Filters blocks of a corpus; call it with a block, which it writes to its path.
 
-    def __init__(self, corpus: CorpusConfig, held_out: HeldOutTexts) -> None:
+    `folder` has the text of dev and test that comes from files.
+    """
+
+    def __init__(self, corpus: CorpusConfig, folder: Path) -> None:
         self._kinds = Kind.of(corpus)
         self._sides = corpus.sides
-        self._rules = Rules(corpus, held_out)
+        self._rules = Rules(corpus, Splits(corpus, folder).held_out_texts())
         self._keys = {f"key.{rule.name}": rule.key for rule in key_rules(corpus.filters)}
         self._is_ranked = _is_ranked(corpus)
         if self._is_ranked:

@@ -12,9 +12,11 @@ from nmt.config import CorpusConfig, Direction, ExamplesConfig
 from nmt.data.association import Associations
 from nmt.data.examples import ExampleWriter
 from nmt.data.kinds import Kind
+from nmt.data.prepared import VOCABULARY
 from nmt.data.subwords import Subwords
 from nmt.data.word_cache import Cut, WordEncoder
 from nmt.preparation.cleaning import example
+from nmt.preparation.splits import Splits
 from nmt.preparation.store import StoredBlock
 from nmt.preparation.tally import WORD_BINS, Tally, count_characters, count_lengths, ranks
 
@@ -62,24 +64,15 @@ class Encoded(NamedTuple):
     tally: Tally
 
 
-class Seen(NamedTuple):
-    """Texts of one split that are looked for in the training text, without blanks at their ends."""
-
-    sources: frozenset[str]
-    targets: frozenset[str]
-
-
 class Encoder:
-    """Encodes blocks of a corpus; call it with a block."""
+    """Encodes blocks of a corpus; call it with a block. `folder` has the vocabulary, and the text of dev and test."""
 
-    def __init__(
-        self, corpus: CorpusConfig, vocabulary: Path, associations: Associations | None, seen: dict[str, Seen]
-    ) -> None:
+    def __init__(self, corpus: CorpusConfig, folder: Path, associations: Associations | None) -> None:
         self._corpus = corpus
         self._kinds = Kind.of(corpus)
-        self._subwords = Subwords.load(vocabulary)
+        self._subwords = Subwords.load(folder / VOCABULARY)
         self._encoder = WordEncoder(self._subwords)
-        self._seen = seen
+        self._seen = Splits(corpus, folder).seen()
         self._examples = None
         if corpus.examples != ExamplesConfig():
             self._examples = ExampleWriter(corpus.examples, self._subwords, associations)

@@ -4,19 +4,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from nmt.config import CorpusConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
-from nmt.corpus.rules import Candidate, HeldOutTexts, key_rules
+from nmt.corpus.rules import Candidate, key_rules
 from nmt.corpus.sources import units
 from nmt.data.kinds import Kind
 from nmt.errors import DataError
 from nmt.preparation.blocks import blocks, num_rows_of
 from nmt.preparation.cleaning import OVERLAP, RANK, Cleaner, Dirty, clean_settings, example, overlap_key
 from nmt.preparation.duplicates import HeldOutRanks, evenly, repeated, split_at
+from nmt.preparation.splits import Splits
 from nmt.preparation.store import StoredBlock, TextStore, Unit, in_kinds
 from nmt.preparation.tally import EXAMPLES, Tally, ranks
 from nmt.preparation.workers import shared_out
@@ -67,9 +69,8 @@ class _End(NamedTuple):
 class FilteredText:
     """The filtered text of a corpus. Call `read`, then `drop_repeated`, `hold_out` and `drop_overlap`."""
 
-    def __init__(
-        self, corpus: CorpusConfig, store: TextStore, held_out: HeldOutTexts, processes: int, tick: Tick
-    ) -> None:
+    def __init__(self, corpus: CorpusConfig, store: TextStore, folder: Path, processes: int, tick: Tick) -> None:
+        """`folder` has the text of dev and test that comes from files."""
         self.kinds = Kind.of(corpus)
         self.blocks: list[Block] = []
         self.sources: list[SourceText] = []
@@ -80,7 +81,7 @@ class FilteredText:
         """Pairs to hold out."""
         self.num_held = 0
         """Pairs held out, copies included."""
-        self._corpus, self._store, self._held_out = corpus, store, held_out
+        self._corpus, self._store, self._folder = corpus, store, folder
         self._processes, self._tick = processes, tick
         self._units: list[tuple[str, Unit]] = []
         self._ends: deque[_End] = deque()
@@ -111,7 +112,7 @@ class FilteredText:
 
         DataError if a source cannot be read; what was filtered before stays in the store.
         """
-        cleaned = shared_out(Cleaner, (self._corpus, self._held_out), self._dirty(), self._processes)
+        cleaned = shared_out(Cleaner, (self._corpus, self._folder), self._dirty(), self._processes)
         for num_cleaned, _ in enumerate(cleaned, start=1):
             self._finish_units(num_cleaned)
         while self._ends:
@@ -135,7 +136,7 @@ class FilteredText:
         """Yield the blocks that are not in the store, unit by unit."""
         settings = clean_settings(self._corpus)
         if self._corpus.filters.test_overlap:
-            settings["held_out"] = self._held_out.digest()
+            settings["held_out"] = Splits(self._corpus, self._folder).held_out_texts().digest()
         sources = units(self._corpus, "train")
         self._sizes = (0, sum(source.size for source in sources) if all(source.size for source in sources) else 0)
         left = self._corpus.max_pairs

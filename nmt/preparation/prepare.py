@@ -30,7 +30,7 @@ from nmt.data.symbols import Symbols
 from nmt.data.vocabulary import Inherited
 from nmt.errors import DataError, StorageError
 from nmt.files import folder_atomically, read_json, remove, write_atomically
-from nmt.preparation.encoding import Clean, Encoder, Seen
+from nmt.preparation.encoding import Clean, Encoder
 from nmt.preparation.filtered import FilteredText
 from nmt.preparation.journal import JOURNAL, Journal
 from nmt.preparation.progress import Stages
@@ -120,8 +120,8 @@ class _Preparation:
         tick = self.stages.begin("read")
         # The small splits come first, so that a mistake in their settings shows at once and not after an hour.
         self.splits.write_files(self.reports)
-        held_out_texts = self.splits.held_out_texts()
-        text = FilteredText(self.corpus, TextStore(text_store_path(self.corpus)), held_out_texts, self.processes, tick)
+        store = TextStore(text_store_path(self.corpus))
+        text = FilteredText(self.corpus, store, self.folder, self.processes, tick)
         text.read()
         self.reports["train"] = text.report
         self.check_left(text)
@@ -250,10 +250,6 @@ class _Preparation:
         if self.corpus.examples.terms:
             sample = list(text.sample(min(text.total, _COUNTED)))
             associations = Associations(lambda: sample)
-        seen = {
-            split: Seen(*(frozenset(each.strip() for each in side) for side in self.splits.texts(split)))
-            for split in HELD_OUT
-        }
         total = text.total
         with Journal(self.folder, self.kinds, subwords.size, key) as journal:
             jobs = (
@@ -262,7 +258,7 @@ class _Preparation:
                 if number >= journal.num_blocks
             )
             num_encoded = sum(int(block.kept_N.sum()) for block in text.blocks[: journal.num_blocks])
-            arguments = (self.corpus, self.folder / VOCABULARY, associations, seen)
+            arguments = (self.corpus, self.folder, associations)
             for encoded in shared_out(Encoder, arguments, jobs, self.processes):
                 num_encoded += int(text.blocks[journal.num_blocks].kept_N.sum())
                 journal.append(encoded)

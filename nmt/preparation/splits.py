@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from nmt.config import CorpusConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
@@ -19,10 +20,17 @@ _MOST_PAIRS = 1_000_000
 _MOST_BYTES = 1 << 28
 
 
-class Splits:
-    """The text of dev and test of a corpus, in the folder of a preparation."""
+class Seen(NamedTuple):
+    """Texts of one split that are looked for in the training text, without blanks at their ends."""
 
-    def __init__(self, corpus: CorpusConfig, folder: Path, log: Callable[[str], None]) -> None:
+    sources: frozenset[str]
+    targets: frozenset[str]
+
+
+class Splits:
+    """The text of dev and test of a corpus, in the folder of a preparation. Other processes read it from there."""
+
+    def __init__(self, corpus: CorpusConfig, folder: Path, log: Callable[[str], None] = lambda _line: None) -> None:
         self.names: list[str] = []
         """Names of the files written so far."""
         self._corpus, self._folder, self._log = corpus, folder, log
@@ -109,8 +117,16 @@ class Splits:
             return path.read_bytes().decode().split("\n")[:-1]
         return [str(self._corpus.sides)] * len(self.texts(split)[0])
 
+    def seen(self) -> dict[str, Seen]:
+        """Return the texts of each split, to be looked for in the training text."""
+        return {
+            split: Seen(*(frozenset(text.strip() for text in side) for side in self.texts(split))) for split in HELD_OUT
+        }
+
     def held_out_texts(self) -> HeldOutTexts:
-        """Return the texts of both splits by language."""
+        """Return the texts of both splits by language; none if no rule of the corpus needs them."""
+        if not self._corpus.filters.test_overlap:
+            return HeldOutTexts()
         return HeldOutTexts.of(
             (direction, source, target)
             for split in HELD_OUT

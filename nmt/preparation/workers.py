@@ -2,7 +2,6 @@
 
 import multiprocessing
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -10,15 +9,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import cache, partial
 from itertools import chain, islice
 from multiprocessing.connection import wait
-from tempfile import NamedTemporaryFile
 from types import ModuleType
 from typing import Any, TypeVar
 
-from nmt.errors import ProcessError, StorageError
+from nmt.errors import ProcessError
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -37,8 +35,10 @@ def shared_out(
     """Yield make(*arguments)(item) for each item, in order.
 
     Each process calls `make` once. Items are drawn as they are needed, so that few of them are in memory. A single item
-    needs no process of its own. An error of a call or of `items` is raised here; ProcessError if a process dies;
-    StorageError if the folder for temporary files has no room for `arguments`.
+    needs no process of its own. An error of a call or of `items` is raised here; ProcessError if a process dies.
+
+    Keep `arguments` small, such as names of files. They go through a pipe, and if they are larger than its buffer, the
+    main process waits until the new one has started and read them: half a second for each, one after the other.
     """
     waiting = iter(items)
     first = list(islice(waiting, 2))
@@ -47,50 +47,30 @@ def shared_out(
         if first:
             yield from map(make(*arguments), waiting)
         return
-    with _written((make, arguments)) as path:
-        # A forked process could hold locks of threads that it does not have.
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(path,))
-        pending: deque[Future[_Result]] = deque()
-        try:
-            for item in waiting:
-                with _without_main_module():
-                    pending.append(pool.submit(_call, item))
-                while len(pending) >= _AHEAD * processes:
-                    yield pending.popleft().result()
-            while pending:
+    # A forked process could hold locks of threads that it does not have.
+    context = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(make, arguments))
+    pending: deque[Future[_Result]] = deque()
+    try:
+        for item in waiting:
+            with _without_main_module():
+                pending.append(pool.submit(_call, item))
+            while len(pending) >= _AHEAD * processes:
                 yield pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise ProcessError(
-                "a process of nmt prepare ended by itself, perhaps for lack of memory: resume it by the same command, "
-                "with a smaller number of --processes"
-            ) from error
-        except BaseException:
-            # After a mistake, or if nobody waits for the results: what processes still do is in vain.
-            for process in list((getattr(pool, "_processes", None) or {}).values()):
-                process.terminate()
-            raise
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _written(made: tuple[Any, ...]) -> Iterator[str]:
-    """Yield the path of a file with these objects.
-
-    As arguments of a new process, they would go through a pipe. If they are larger than its buffer, the main process
-    waits until the new one has started and read them: half a second for each process, one after the other.
-    """
-    with ExitStack() as stack:
-        try:
-            stream = stack.enter_context(NamedTemporaryFile(prefix="nmt-"))
-            stream.write(pickle.dumps(made))
-            stream.flush()
-        except OSError as error:
-            raise StorageError(
-                f"cannot write a temporary file ({error.strerror}): set TMPDIR to a folder with room"
-            ) from error
-        yield stream.name
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ProcessError(
+            "a process of nmt prepare ended by itself, perhaps for lack of memory: resume it by the same command, "
+            "with a smaller number of --processes"
+        ) from error
+    except BaseException:
+        # After a mistake, or if nobody waits for the results: what processes still do is in vain.
+        for process in list((getattr(pool, "_processes", None) or {}).values()):
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @contextmanager
@@ -111,20 +91,13 @@ _make: Callable[[], Callable[[Any], Any]] | None = None
 """In a process of a pool: what makes the function to call."""
 
 
-def _begin(path: str) -> None:
+def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     # A terminal sends an interrupt to all processes; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="Parent", daemon=True).start()
     global _make
     # Called with the first item, because the error of an initializer would not reach the main process.
-    _make = cache(partial(_read, path))
-
-
-def _read(path: str) -> Callable[[Any], Any]:
-    with open(path, "rb") as stream:
-        make, arguments = pickle.load(stream)
-    made: Callable[[Any], Any] = make(*arguments)
-    return made
+    _make = cache(partial(make, *arguments))
 
 
 def _end_with_parent() -> None:
