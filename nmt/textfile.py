@@ -55,9 +55,11 @@ _REFUSED = {
 }
 _UTF32_BOM = (b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff")
 _UTF16_BOM = (b"\xff\xfe", b"\xfe\xff")
-# First elements of files of segments, after an optional prolog of XML or SGML.
+# First elements of files of segments, after an optional prolog of XML or SGML. Nothing is tried in two ways (*+): the
+# number of ways would double with each comment.
 _MARKUP = re.compile(
-    rb"\A\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!doctype\s+|<)(tmx|xliff|srcset|refset|tstset|mteval|tbx|martif)\b",
+    rb"\A\s*+(<\?xml[^>]*+>\s*+)?+(?:<!--(?:(?!-->).)*+-->\s*+)*+(?:<!doctype\s++|<)"
+    rb"(tmx|xliff|srcset|refset|tstset|mteval|tbx|martif)\b",
     re.IGNORECASE | re.DOTALL,
 )
 _SEGMENTS = {
@@ -206,7 +208,7 @@ class TextReader:
             if head.startswith(magic):
                 raise DataError(f"{self.name} is {what}, not text: {remedy}")
         if not self._markup and (found := _MARKUP.match(head.removeprefix(_BOM))):
-            element = found[4].decode().lower()
+            element = found[2].decode().lower()
             remedy = _SEGMENTS.get(element, _TAKE_OUT_SEGMENTS)
             raise DataError(f"{self.name} is a file of <{element}> markup, not of one sentence per line: {remedy}")
 

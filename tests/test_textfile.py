@@ -230,3 +230,10 @@ def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     (tmp_path / "a.en").write_bytes(b"one\r\ntwo")
     with open_text(tmp_path / "a.en", "corpus.dev.source") as reader:
         assert list(reader) == ["one", "two"]
+
+
+@pytest.mark.parametrize("comment", [b"<!-- a -->", b"<!---->\n", b"<!-- -- > "])
+def test_comments_are_searched_for_markup_in_one_way(comment: bytes) -> None:
+    # Twice the time for each comment, if one may end where the next one does.
+    assert len(list(TextReader(io.BytesIO(comment * 5000 + b"text\n"), "x"))) >= 1
+    assert "<tmx>" in refusal(b"<!-- a -->\n" * 5000 + b"<tmx>")
