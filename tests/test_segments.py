@@ -103,3 +103,29 @@ def test_columns_by_path_and_by_varying_languages(tmp_path: Path) -> None:
     (tmp_path / "b.jsonl").write_text('{"translation": {"language": ["de", "en"], "translation": ["zwei", "two"]}}\n')
     assert texts(tmp_path, pairs=["b.jsonl"]) == [("two", "zwei")]
     assert SentencePair("a", "b")[:2] == ("a", "b")
+
+
+def refusal(folder: Path, split: str = "train", **files: list[str]) -> str:
+    with pytest.raises(DataError) as caught:
+        texts(folder, split, **files)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_endings_are_read_in_any_case(tmp_path: Path) -> None:
+    (tmp_path / "A.TMX").write_text(TMX, encoding="utf-8")
+    (tmp_path / "B.Tmx.GZ").write_bytes(gzip.compress(TMX.encode()))
+    assert texts(tmp_path, pairs=["A.TMX"]) == texts(tmp_path, pairs=["B.Tmx.GZ"]) != []
+    (tmp_path / "newstest2014-deen-ref.de.SGM.GZ").write_bytes(gzip.compress(SGM.encode()))
+    (tmp_path / "newstest2014-deen-ref.de.sgm").write_text(SGM)
+    names = ["newstest2014-deen-ref.de.SGM.GZ"], ["newstest2014-deen-ref.de.sgm"]
+    assert texts(tmp_path, "dev", source=names[0], target=names[1])[1][0] == "R&D und mehr"
+
+
+def test_only_the_last_ending_makes_a_test_set(tmp_path: Path) -> None:
+    for language in ("en", "de"):
+        (tmp_path / f"corpus.xml.{language}").write_text(f"one <b>{language}</b>\n")
+    assert texts(tmp_path, source=["corpus.xml.en"], target=["corpus.xml.de"]) == [("one <b>en</b>", "one <b>de</b>")]
+    (tmp_path / "ref.sgm.de").write_text(SGM)
+    assert "is a file of <refset> markup" in refusal(tmp_path, source=["ref.sgm.de"], target=["corpus.xml.de"])

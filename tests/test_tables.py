@@ -265,3 +265,13 @@ def test_a_language_has_a_code_of_any_kind() -> None:
     assert CorpusConfig(target_language="False").target_language == "False"
     with pytest.raises(ValueError, match=r"corpus.target_language is empty"):
         CorpusConfig(target_language="")
+
+
+@pytest.mark.parametrize("name", ["a.TSV", "a.Csv", "a.JSONL", "a.Parquet", "a.tsv.GZ", "a.JsonL.Gz"])
+def test_endings_are_read_in_any_case(tmp_path: Path, name: str) -> None:
+    lower = tmp_path / name.lower().removesuffix(".gz")
+    write_columns(lower, ["en", "de"], [["one", "eins"]])
+    data = lower.read_bytes()
+    lower.unlink()
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
+    assert read(tmp_path, name) == [("one", "eins")]

@@ -2,11 +2,20 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from nmt.config import CorpusConfig, Direction, FilesConfig
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES
+
+COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
+
+
+def ending(path: Path) -> str:
+    """Return the last ending of a file's name that is not one of a compression, in lower case."""
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    return plain.suffix.lower()
 
 
 class SentencePair(NamedTuple):

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.parsers import expat
 
+from nmt.corpus.pairs import ending
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES, TextReader, open_input
 
@@ -24,8 +25,9 @@ _ATTRIBUTE = re.compile(r"""(\w+)\s*=\s*["']([^"']*)["']""")
 
 
 def is_test_set(path: Path) -> bool:
-    """Return whether a file of lines is a test set in markup, by its name: .sgm, .sgml or .xml, perhaps compressed."""
-    return any(suffix.lower() in SET_ENDINGS for suffix in path.suffixes[-2:])
+    """Return whether a file of lines is a test set in markup, by its last ending: .sgm, .sgml or .xml, perhaps
+    compressed."""
+    return ending(path) in SET_ENDINGS
 
 
 def read_test_set(path: Path, key: str, side: str, language: str) -> Iterator[str]:

@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from nmt.corpus.pairs import Columns, ReadReport, SentencePair
+from nmt.corpus.pairs import Columns, ReadReport, SentencePair, ending
 from nmt.corpus.segments import read_tmx
 from nmt.errors import DataError
 from nmt.textfile import MOST_BYTES, TextReader, open_input, open_text
 
 ENDINGS = (".tsv", ".csv", ".jsonl", ".tmx", ".parquet")
-COMPRESSIONS = (".gz", ".xz", ".zst", ".bz2")
 _ROWS = 1000
 # No text of a language compresses like this. Data that do could fill the memory with a single cell.
 _MOST_SHRUNK = 200
@@ -26,24 +25,24 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
 
     Raises DataError, with the file and the line or row, for what cannot be read.
     """
-    plain = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    kind = ending(path)
     where = f"{key}: {path}"
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         yield from _parquet(path, key, columns, report)
         return
-    if plain.suffix == ".tmx":
+    if kind == ".tmx":
         yield from (SentencePair(*texts) for texts in read_tmx(path, key, columns.languages))
         return
-    if plain.suffix not in ENDINGS[:3]:
+    if kind not in ENDINGS[:3]:
         raise DataError(
             f"{where} must end in .tsv, .csv, .jsonl or .tmx (each also with .gz, .xz, .zst or .bz2) or .parquet"
         )
     with open_text(path, key) as lines:
         try:
-            if plain.suffix == ".jsonl":
+            if kind == ".jsonl":
                 yield from _objects(lines, where, columns, report)
             else:
-                fields = _tsv(lines) if plain.suffix == ".tsv" else _csv(lines, where)
+                fields = _tsv(lines) if kind == ".tsv" else _csv(lines, where)
                 yield from _delimited(fields, where, columns, report)
         finally:  # also if the caller stops early
             report.invalid_lines += lines.num_invalid
