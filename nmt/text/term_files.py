@@ -9,12 +9,11 @@ translated by its first target term.
 import csv
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-from xml.parsers import expat
 
 from nmt.errors import DataError
 from nmt.text.terms import Terms
-from nmt.textfile import TextReader, open_input, open_text
+from nmt.text.xml import XmlParser
+from nmt.textfile import MOST_BYTES, TextReader, open_input, open_text
 
 ENDINGS = (".tsv", ".csv", ".tbx")
 _ENTRIES = ("termEntry", "conceptEntry")
@@ -82,20 +81,14 @@ def _csv(lines: TextReader) -> Iterator[tuple[int, list[str]]]:
 
 def _entries(path: Path, source_language: str, target_language: str) -> Iterator[tuple[int, str, str]]:
     """Yield (line, source term, target term) for the entries of a .tbx file that have both languages."""
-    reader = _TbxReader()
+    reader = _TbxReader(str(path))
     with open_input(path, "terms") as stream:
         while True:
             block = stream.read(_BLOCK)
-            try:
-                reader.parser.Parse(block, not block)
-            except expat.ExpatError as error:
-                problem = expat.ErrorString(error.code)
-                raise DataError(f"{path} line {error.lineno} is not XML ({problem}): export it again") from error
-            except _DoctypeError as error:
-                raise DataError(
-                    f"{path} line {reader.parser.CurrentLineNumber} has a document type (<!DOCTYPE>), which could "
-                    "define entities: remove it"
-                ) from error
+            if block:
+                reader.parser.feed(block)
+            else:
+                reader.parser.close()
             for entry in reader.entries:
                 targets = [text for _, language, text in entry if _is(language, target_language)]
                 for number, language, text in entry:
@@ -106,47 +99,42 @@ def _entries(path: Path, source_language: str, target_language: str) -> Iterator
                 return
 
 
-class _DoctypeError(Exception):
-    """The file has a document type."""
-
-
 class _TbxReader:
     """Gathers the terms of entries while a parser reads them."""
 
-    def __init__(self) -> None:
+    def __init__(self, where: str) -> None:
         self.entries: list[list[tuple[int, str, str]]] = []
         """(line, language, term) of each entry that was read to its end."""
-        self.parser = expat.ParserCreate()
-        self.parser.buffer_text = True
-        self.parser.StartElementHandler = self._start
-        self.parser.EndElementHandler = self._end
-        self.parser.CharacterDataHandler = self._text
-        self.parser.StartDoctypeDeclHandler = self._refuse
+        self.parser = XmlParser(where, self, doctype=False)
         self._entry: list[tuple[int, str, str]] = []
         self._language = ""
         self._term: list[str] | None = None
+        self._size = 0
 
-    def _refuse(self, *_: Any) -> None:
-        raise _DoctypeError
-
-    def _start(self, name: str, attributes: dict[str, str]) -> None:
+    def start(self, name: str, attributes: dict[str, str]) -> None:
+        """Begin an element."""
         name = name.rpartition(":")[2]
         if name in _ENTRIES:
             self._entry = []
         elif name in _LANGUAGES:
             self._language = attributes.get("xml:lang", attributes.get("lang", ""))
         elif name == "term":
-            self._term = []
+            self._term, self._size = [], 0
 
-    def _text(self, text: str) -> None:
+    def characters(self, text: str) -> None:
+        """Take text of an element."""
         if self._term is not None:
+            self._size += len(text)
+            if self._size > MOST_BYTES:
+                self.parser.refuse(f"has a term of more than {MOST_BYTES:,} characters: remove it")
             self._term.append(text)
 
-    def _end(self, name: str) -> None:
+    def end(self, name: str) -> None:
+        """End an element."""
         name = name.rpartition(":")[2]
         if name == "term" and self._term is not None:
             term = " ".join("".join(self._term).split())
-            self._entry.append((self.parser.CurrentLineNumber, self._language, term))
+            self._entry.append((self.parser.line, self._language, term))
             self._term = None
         elif name in _ENTRIES:
             self.entries.append(self._entry)
