@@ -99,6 +99,8 @@ class TextReader:
         """Lines read to their end."""
         self.num_invalid = 0
         """Lines, or parts of a line, with bytes that are not UTF-8 or UTF-16; U+FFFD replaces these."""
+        self.first_invalid = 0
+        """Number of the first such line, from 1."""
         self._stream = stream
         self._kind = "text"
         self._encoding = "UTF-8"
@@ -170,6 +172,7 @@ class TextReader:
         """Count line `number` as one with `what` in it, which U+FFFD replaces. DataError if the reader is strict."""
         if self.strict:
             raise DataError(f"{self.name} line {number} has {what}: correct it; without --strict, U+FFFD replaces them")
+        self.first_invalid = self.first_invalid or number
         self.num_invalid += 1
 
     def _read(self) -> Iterator[bytes]:

@@ -1,14 +1,16 @@
 """Segments in markup: TMX files, and WMT's test sets in SGML and XML."""
 
 import gzip
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from nmt.config import CorpusConfig, FilesConfig
-from nmt.corpus.pairs import SentencePair
+from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.sources import read_pairs
 from nmt.errors import DataError
+from nmt.text.xml import XmlParser
 
 TMX = """<?xml version="1.0" encoding="UTF-8"?>
 <!DOCTYPE tmx SYSTEM "tmx14.dtd">
@@ -111,6 +113,137 @@ def refusal(folder: Path, split: str = "train", **files: list[str]) -> str:
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+MEGABYTES = 10_000_000
+
+
+def filled(text: str) -> str:
+    return text * (MEGABYTES // len(text))
+
+
+# Each takes hours if a search starts again at every tag.
+@pytest.mark.parametrize(
+    ("name", "text", "problem"),
+    [
+        ("a.sgm", "<srcset>\n" + filled("<seg>"), "a.sgm line 2 has a <seg> without its </seg>"),
+        ("a.sgm", "<srcset>\n" + filled("<seg>x</seg ") + "<p>", "a.sgm line 2 has a <seg> without its </seg>"),
+        ("a.sgm", "<srcset><seg>" + filled("<"), "without its </seg>"),
+        ("a.sgm", "<srcset><seg>&#" + "9" * 5000 + ";</seg>", "a.sgm has a character reference"),
+        ("a.sgm", "<srcset><seg>" + filled("<b ") + "</seg>", "a.sgm has a segment of more than 4,194,304 characters"),
+        ("a.xml", "<dataset>" + filled("<seg "), "a.xml has no segments of the source in en"),
+        ("a.xml", "<dataset><src " + filled("a") + ">", "a.xml has no segments of the source in en"),
+        ("a.xml", "<dataset><src " + filled("a ") + "><seg>", "a.xml line 1 has a <seg> without its </seg>"),
+        ("a.xml", "<dataset><src lang='en'>\n<seg>one<seg>two</seg></src>", "a.xml line 2 has a <seg> without"),
+        ("a.xml", "<dataset><src lang='en'>\n<seg>one</src><src lang='en'>", "a.xml line 2 has a <seg> without"),
+    ],
+    ids=[f"case{number}" for number in range(10)],
+)
+def test_test_sets_that_are_refused_in_linear_time(tmp_path: Path, name: str, text: str, problem: str) -> None:
+    (tmp_path / name).write_text(text)
+    assert problem in refusal(tmp_path, "dev", source=[name], target=[name])
+
+
+def test_segments_without_end_are_read_in_linear_time(tmp_path: Path) -> None:
+    for filling in ("<", "<b ", "&", "<!--", "</"):
+        text = filling * (1 << 20)
+        (tmp_path / "a.sgm").write_text(f"<srcset><seg>{text}</seg><seg>2</seg>")
+        assert texts(tmp_path, "dev", source=["a.sgm"], target=["a.sgm"])[1:] == [("2", "2")]
+    (tmp_path / "a.sgm").write_text("<srcset><seg id='1'>5 < 6 and <b>7</b> > 3 <<i>R&D</i></seg>")
+    assert texts(tmp_path, "dev", source=["a.sgm"], target=["a.sgm"])[0][0] == "5 < 6 and 7 > 3 <R&D"
+
+
+@pytest.mark.parametrize(
+    ("begin", "filling", "problem"),
+    [
+        ("<tmx>\n", "<a>", "line 2 has more than 100 elements inside each other"),
+        ("<tmx>\n<!--", "x", "line 2 has a tag or comment of more than 4,194,304 bytes"),
+        ("\n<!--", "x", "line 2 has a tag or comment of more than"),
+        ("<tmx a='", "x", "line 1 has a tag or comment of more than"),
+        ("<tmx>\n<?p ", "x", "line 2 has a tag or comment of more than"),
+        ("<!DOCTYPE tmx [\n", "<!-- x -->", "line 2 has a document type (<!DOCTYPE>) of more than"),
+        ("<!DOCTYPE tmx [\n<!ATTLIST a b CDATA 'x'>]><tmx>", "<a/>", "line 2 declares a default value of b in <a>"),
+        ("<!DOCTYPE tmx SYSTEM 'a.dtd'>\n<tmx>", "&nbsp;", "line 2 has the entity &nbsp;"),
+        ("<tmx><tu><tuv xml:lang='en'>\n<seg>", "&amp;", "line 2 has a segment of more than 4,194,304 characters"),
+    ],
+    ids=[f"case{number}" for number in range(9)],
+)
+def test_tmx_without_end_is_refused_in_little_memory(tmp_path: Path, begin: str, filling: str, problem: str) -> None:
+    packed = gzip.compress(filled(filling).encode())
+    (tmp_path / "a.tmx.gz").write_bytes(gzip.compress(begin.encode()) + packed * 12)
+    tracemalloc.start()
+    assert f"a.tmx.gz {problem}" in refusal(tmp_path, pairs=["a.tmx.gz"])
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 60_000_000
+
+
+def test_tmx_with_names_without_end_is_refused(tmp_path: Path) -> None:
+    for text in ("".join(f"<a{number}/>" for number in range(2000)), f"<{'a' * 100_000}/>"):
+        (tmp_path / "a.tmx").write_text(f"<tmx>{text}</tmx>")
+        assert "a.tmx line 1 has more than 1,000 names of elements" in refusal(tmp_path, pairs=["a.tmx"])
+
+
+def test_a_tag_that_comes_byte_by_byte_is_parsed_in_linear_time() -> None:
+    names = []
+
+    class Nothing:
+        def start(self, name: str, _attributes: dict[str, str]) -> None:
+            names.append(name)
+
+        def end(self, name: str) -> None:
+            pass
+
+        def characters(self, text: str) -> None:
+            pass
+
+    parser = XmlParser("x", Nothing())
+    for byte in b"<a><!--" + b"x" * 1_000_000 + b"--><b/></a>":
+        parser.feed(bytes([byte]))
+    parser.close()
+    assert names == ["a", "b"]
+
+
+def reported(folder: Path, split: str = "train", **files: list[str]) -> tuple[list[tuple[str, str]], ReadReport]:
+    report = ReadReport()
+    corpus = CorpusConfig(source="files", root=str(folder), **{split: FilesConfig(**files)})
+    return [pair[:2] for pair in read_pairs(corpus, split, report)], report
+
+
+def test_other_encodings_are_refused_or_counted(tmp_path: Path) -> None:
+    declared = TMX.replace("UTF-8", "ISO-8859-1")
+    (tmp_path / "a.tmx").write_text(declared, encoding="latin-1")
+    message = refusal(tmp_path, pairs=["a.tmx"])
+    assert f"{tmp_path / 'a.tmx'} line 5 is not UTF-8, and the file declares ISO-8859-1: convert it" in message
+    assert "iconv -f ISO-8859-1 -t UTF-8 FILE > NEW" in message
+    # After that command, the declaration is no longer what the file is.
+    (tmp_path / "a.tmx").write_text(declared, encoding="utf-8")
+    assert reported(tmp_path, pairs=["a.tmx"])[0][0][1] == "Drücken Sie Start."
+    (tmp_path / "b.tmx").write_text(TMX, encoding="latin-1")
+    pairs, report = reported(tmp_path, pairs=["b.tmx"])
+    assert pairs[0][1] == "Dr\ufffdcken Sie Start."
+    assert report.invalid_lines == 1
+    (tmp_path / "jp.tmx").write_text(TMX.replace("UTF-8", "ISO-2022-JP").replace("ü", "日"), encoding="iso2022_jp")
+    assert "declares ISO-2022-JP" in refusal(tmp_path, pairs=["jp.tmx"])
+    (tmp_path / "a.sgm").write_text(SGM.replace("mehr", "mögen"), encoding="latin-1")
+    pairs, report = reported(tmp_path, "dev", source=["a.sgm"], target=["a.sgm"])
+    assert pairs[1][0] == "R&D und m\ufffdgen"
+    assert report.invalid_lines == 2  # once for each side
+    (tmp_path / "a.sgm").write_text(f"<?xml version='1.0' encoding='latin1'?>\n{SGM}ö", encoding="latin-1")
+    assert "a.sgm line 8 is not UTF-8, and the file declares latin1" in refusal(
+        tmp_path, "dev", source=["a.sgm"], target=["a.sgm"]
+    )
+
+
+def test_tmx_without_the_languages_names_those_it_has(tmp_path: Path) -> None:
+    (tmp_path / "a.tmx").write_text(TMX, encoding="utf-8")
+    assert reported(tmp_path, pairs=["a.tmx"])[1].empty_rows == 1
+    (tmp_path / "b.tmx").write_text(TMX.replace('"de"', '"nl"').replace('"DE"', '"nl-\nBE"'), encoding="utf-8")
+    message = refusal(tmp_path, pairs=["a.tmx", "b.tmx"])
+    assert f"{tmp_path / 'b.tmx'} has no unit with text in en and de" in message
+    assert "its languages (xml:lang): en, en-GB, en_US, fr, nl, nl-BE" in message
+    (tmp_path / "b.tmx").write_text("<tmx/>")
+    assert "its languages (xml:lang): none" in refusal(tmp_path, pairs=["b.tmx"])
 
 
 def test_endings_are_read_in_any_case(tmp_path: Path) -> None:

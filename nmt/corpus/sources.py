@@ -332,7 +332,8 @@ def _line_blocks(files: _Files, key: str, language: str, report: ReadReport) -> 
     """Yield the lines of files, many at a time, each with the label of its file."""
     for path, label in files:
         if is_test_set(path):
-            yield list(read_test_set(path, key, "target" if key.endswith(".target") else "source", language)), label
+            side = "target" if key.endswith(".target") else "source"
+            yield list(read_test_set(path, key, side, language, report)), label
             continue
         with open_input(path, key) as stream:
             reader = TextReader(stream, f"{key}: {path}")

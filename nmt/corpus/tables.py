@@ -31,7 +31,7 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
         yield from _parquet(path, key, columns, report)
         return
     if kind == ".tmx":
-        yield from (SentencePair(*texts) for texts in read_tmx(path, key, columns.languages))
+        yield from (SentencePair(*texts) for texts in read_tmx(path, key, columns.languages, report))
         return
     if kind not in ENDINGS[:3]:
         raise DataError(

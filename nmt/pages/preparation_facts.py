@@ -301,7 +301,7 @@ def _on_text(report: Report) -> Iterator[Advice]:
             yield Advice(
                 False,
                 f"The {{}} side of the kept pairs has {counted(damaged, 'replacement character')} (U+FFFD). The text "
-                "was damaged before it came here: get a clean copy.",
+                "was damaged earlier, or bytes that are not UTF-8 were replaced: get a clean copy, or convert it.",
                 (side,),
             )
 
