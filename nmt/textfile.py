@@ -85,16 +85,23 @@ class TextReader:
     """
 
     def __init__(
-        self, stream: Stream, name: str, most_bytes: int = MOST_BYTES, strict: bool = False, markup: bool = False
+        self,
+        stream: Stream,
+        name: str,
+        most_bytes: int = MOST_BYTES,
+        strict: bool = False,
+        markup: bool = False,
+        several: bool = False,
     ) -> None:
         """Read `stream`; with `strict`, a line with bytes that are not text raises DataError.
 
-        `markup`: files of segments, such as TMX, are read too, as the lines that they are.
+        `markup`: files of segments, such as TMX, are read too, as the lines that they are. `several`: a file of one
+        line, without a line end but with several carriage returns, raises DataError, since it must have been lines.
         """
         self.name = name
         self.most_bytes = most_bytes
         self.strict = strict
-        self._markup = markup
+        self._markup, self._several = markup, several
         self.num_lines = 0
         """Lines read to their end."""
         self.num_invalid = 0
@@ -139,10 +146,18 @@ class TextReader:
                 size += len(block) - end
             while size > self.most_bytes:
                 part, left = _cut(b"".join(rest), self.most_bytes)
+                self._check_returns(part)
                 rest, size = [left], len(left)
                 yield [self._text(part, self.num_lines + 1)], False
         if size:
-            yield from self._lines(b"".join(rest) + b"\n")
+            line = b"".join(rest)
+            self._check_returns(line)
+            yield from self._lines(line + b"\n")
+
+    def _check_returns(self, unended: bytes) -> None:
+        """Raise DataError if a file without any line end has several carriage returns, and so must not be one line."""
+        if self._several and not self.num_lines and unended.rstrip(b"\r").count(b"\r") > 1:
+            raise DataError(f"{self.name} has carriage returns as line ends: convert it (tr '\\r' '\\n' < FILE > NEW)")
 
     def _lines(self, data: bytes) -> Iterator[tuple[list[str], bool]]:
         """Yield the lines in `data`, which ends with a line end."""
@@ -217,10 +232,10 @@ class TextReader:
 
 
 @contextmanager
-def open_text(path: Path, key: str, most_bytes: int = MOST_BYTES) -> Iterator[TextReader]:
+def open_text(path: Path, key: str, most_bytes: int = MOST_BYTES, several: bool = False) -> Iterator[TextReader]:
     """Open a reader of the regular file at `path`, named by the setting `key`. Raises DataError like `open_input`."""
     with open_input(path, key) as stream:
-        yield TextReader(stream, f"{key}: {path}", most_bytes)
+        yield TextReader(stream, f"{key}: {path}", most_bytes, several=several)
 
 
 def open_input(path: Path, key: str) -> io.BufferedReader:

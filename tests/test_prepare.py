@@ -400,6 +400,14 @@ def test_refusals(tmp_path: Path, settings: dict[str, Any], part: str) -> None:
     assert not prepared_path(corpus).exists()
 
 
+def test_carriage_returns_as_line_ends(corpus: CorpusConfig) -> None:
+    for language in ("en", "de"):
+        path = Path(corpus.root) / f"train.{language}"
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r"))
+    with pytest.raises(DataError, match=r"^corpus\.train\.source: .*train\.en has carriage returns as line ends"):
+        prepare(corpus, Log())
+
+
 def test_misaligned_training_text(corpus: CorpusConfig) -> None:
     with (Path(corpus.root) / "train.de").open("a") as stream:
         stream.write("zu viel\n")

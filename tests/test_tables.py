@@ -275,3 +275,9 @@ def test_endings_are_read_in_any_case(tmp_path: Path, name: str) -> None:
     lower.unlink()
     (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith(".gz") else data)
     assert read(tmp_path, name) == [("one", "eins")]
+
+
+@pytest.mark.parametrize("name", ["a.tsv", "a.csv", "a.jsonl"])
+def test_rows_between_carriage_returns_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"a\tb\rc\td\re\tf\r")
+    assert "has carriage returns as line ends" in refusal(tmp_path, name)

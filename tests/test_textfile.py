@@ -237,3 +237,22 @@ def test_comments_are_searched_for_markup_in_one_way(comment: bytes) -> None:
     # Twice the time for each comment, if one may end where the next one does.
     assert len(list(TextReader(io.BytesIO(comment * 5000 + b"text\n"), "x"))) >= 1
     assert "<tmx>" in refusal(b"<!-- a -->\n" * 5000 + b"<tmx>")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"a\rb\rc\rd\r", b"a\rb\rc", "a\rb\rc\r".encode("utf-16"), gzip.compress(b"a\r\rb\rc"), b"line\r" * (1 << 20)],
+    ids=[f"case{number}" for number in range(5)],
+)
+def test_carriage_returns_as_line_ends_are_refused_on_request(data: bytes) -> None:
+    with pytest.raises(DataError, match=r"^x has carriage returns as line ends: .*tr '\\r' '\\n' < FILE > NEW\)$"):
+        list(TextReader(io.BytesIO(data), "x", several=True))
+    if len(data) < 1 << 20:  # otherwise they are letters
+        assert len(list(TextReader(io.BytesIO(data), "x"))) == 1
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"a\rb", b"a\rb\r", b"a\r\r\r", b"a\rb\rc\rd\n", b"a\nb\rc\rd\re", b"a\r\nb\r\n"]
+)
+def test_carriage_returns_that_are_no_line_ends(data: bytes) -> None:
+    assert list(TextReader(io.BytesIO(data), "x", several=True)) == list(TextReader(io.BytesIO(data), "x"))

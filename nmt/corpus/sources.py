@@ -336,7 +336,7 @@ def _line_blocks(files: _Files, key: str, language: str, report: ReadReport) -> 
             yield list(read_test_set(path, key, side, language, report)), label
             continue
         with open_input(path, key) as stream:
-            reader = TextReader(stream, f"{key}: {path}")
+            reader = TextReader(stream, f"{key}: {path}", several=True)
             before = 0
             try:
                 for lines in reader.whole_blocks():

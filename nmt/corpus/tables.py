@@ -37,7 +37,7 @@ def read_table(path: Path, key: str, columns: Columns, report: ReadReport) -> It
         raise DataError(
             f"{where} must end in .tsv, .csv, .jsonl or .tmx (each also with .gz, .xz, .zst or .bz2) or .parquet"
         )
-    with open_text(path, key) as lines:
+    with open_text(path, key, several=True) as lines:
         try:
             if kind == ".jsonl":
                 yield from _objects(lines, where, columns, report)
