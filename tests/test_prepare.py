@@ -400,6 +400,16 @@ def test_refusals(tmp_path: Path, settings: dict[str, Any], part: str) -> None:
     assert not prepared_path(corpus).exists()
 
 
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_files_without_text_are_named(tmp_path: Path, split: str) -> None:
+    write_text(tmp_path)
+    for name in ("no.en", "no.de", "no.tsv"):
+        (tmp_path / name).write_text("")
+    files = FilesConfig(["no.en"], ["no.de"], pairs=["no.tsv"])
+    with pytest.raises(DataError, match=rf"^corpus\.{split}: no pair of texts is in .*no\.en, .*no\.de, .*no\.tsv: "):
+        prepare(corpus_of(tmp_path, **{split: files}), Log())
+
+
 def test_carriage_returns_as_line_ends(corpus: CorpusConfig) -> None:
     for language in ("en", "de"):
         path = Path(corpus.root) / f"train.{language}"

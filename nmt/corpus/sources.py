@@ -25,6 +25,7 @@ PHRASEBOOK_PAIRS = {"train": 30000, "dev": 500, "test": 1000}
 
 
 _ROWS = 1000  # pairs that become rows together
+_SHOWN = 4  # files that an error names
 
 
 class Unit(NamedTuple):
@@ -182,6 +183,15 @@ def _named_files(corpus: CorpusConfig, split: str) -> list[tuple[Path, str]]:
     named |= {f"texts.{language}": files.texts.get(language, []) for language in corpus.languages}
     named["scores"] = files.scores
     return [(Path(corpus.root) / name, f"corpus.{split}.{side}") for side, names in named.items() for name in names]
+
+
+def without_text(corpus: CorpusConfig, split: str) -> str:
+    """Return, for an error, that the files that the settings name for a split have no pair; "" if they name none."""
+    names = list(dict.fromkeys(str(path) for path, _ in _named_files(corpus, split)))
+    if not names:
+        return ""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"no pair of texts is in {', '.join(names[:_SHOWN])}{more}: the files are empty or lack a side; check them"
 
 
 def _check_readable(path: Path, key: str, corpus: CorpusConfig) -> None:

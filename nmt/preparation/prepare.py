@@ -19,7 +19,7 @@ from nmt.config import CorpusConfig
 from nmt.config.corpus import SPLITS
 from nmt.corpus.pairs import ReadReport
 from nmt.corpus.rules import whys
-from nmt.corpus.sources import source_files
+from nmt.corpus.sources import source_files, without_text
 from nmt.data.association import Associations
 from nmt.data.examples import KINDS, SYMBOLS
 from nmt.data.kinds import Kind, longest_source, part_records
@@ -290,6 +290,8 @@ class _Preparation:
         """Raise DataError if there is no training text, or if none is left of it, of two languages or of a tag."""
         num_read = text.tally.counts["read"]
         if not num_read:
+            if empty := without_text(self.corpus, "train"):
+                raise DataError(f"corpus.train: {empty}")
             named = ": name its files in corpus.train" if self.corpus.source == "files" else ""
             raise DataError(f"corpus.train: there is no training text in corpus.source={self.corpus.source}{named}")
         self.check_counts(num_read, text.num_pairs, {name: text.tally.counts[f"dropped.{name}"] for name in self.why})

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from nmt.config import CorpusConfig
 from nmt.corpus.pairs import ReadReport, SentencePair
 from nmt.corpus.rules import HeldOutTexts
-from nmt.corpus.sources import read_pairs
+from nmt.corpus.sources import read_pairs, without_text
 from nmt.data.shards import SIDES
 from nmt.data.subwords import Subwords
 from nmt.errors import DataError
@@ -39,6 +39,8 @@ class Splits:
         """Write the splits that the settings name files for. DataError if there is no dev text at all."""
         for split in HELD_OUT:
             written = self._write(split, read_pairs(self._corpus, split, reports[split]))
+            if not written and (empty := without_text(self._corpus, split)):
+                raise DataError(f"corpus.{split}: {empty}")
             if not written and split == "dev" and not self._corpus.dev.from_train:
                 raise DataError(
                     f"corpus.dev: corpus.source={self._corpus.source} has no validation text, which is needed to score "
