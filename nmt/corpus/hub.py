@@ -53,7 +53,7 @@ def hub_sources(corpus: CorpusConfig, split: str) -> list[HubSource]:
         _check_split(corpus, split, files)
         return []
     paths = files[HUB_SPLITS[split]]
-    if all(re.search(_OWN_ENDINGS, path.name, re.IGNORECASE) for path in paths):
+    if all(re.search(_OWN_ENDINGS, path.name) for path in paths):
         columns, where = Columns(corpus, split), f"corpus.source={corpus.source}"
         return [
             HubSource(path.name, {"file": _identity(path)}, path.stat().st_size, partial(_table, path, where, columns))
@@ -141,7 +141,7 @@ def _check_split(corpus: CorpusConfig, split: str, there: Iterable[str]) -> None
 
 def _check_lines(path: Path, where: str) -> None:
     """Raise DataError if a line of a text file is too long: the library would read all of it into memory."""
-    if path.suffix.lower() in (".csv", ".tsv", ".txt", ".json", ".xml", *COMPRESSIONS):
+    if path.suffix in (".csv", ".tsv", ".txt", ".json", ".xml") or path.suffix in COMPRESSIONS:
         with open_text(path, where) as lines:
             for _ in lines:
                 pass
