@@ -76,7 +76,7 @@ def prepare_corpus(corpus: CorpusConfig, log: Callable[[str], None], processes: 
     """Prepare a corpus as `nmt.preparation.prepare.prepare` does, with a progress bar on a terminal, and report on it.
 
     The pages of the report are written if there are none yet. A report that cannot be written stops nobody from
-    training: `log` tells why.
+    training: `log` has the reason.
     """
     with _progress(corpus.name, log) as (stages, above):
         prepared = prepare(corpus, above, processes, stages)

@@ -65,7 +65,7 @@ def shared_out(
             "with a smaller number of --processes"
         ) from error
     except BaseException:
-        # After a mistake, or if nobody waits for the results: what processes still do is in vain.
+        # After a mistake, or if nobody waits for the results: what processes still do is for nothing.
         for process in list((getattr(pool, "_processes", None) or {}).values()):
             process.terminate()
         raise
