@@ -17,8 +17,8 @@ WIDTH, SIZE = 4, 5
 LENGTHS = torch.tensor([6, 1, 3])
 
 
-def build(function: str) -> Attention:
-    attention = Attention(WIDTH, AttentionConfig(function=function, size=SIZE)).double()
+def build(function: str, size: int = SIZE, heads: int = 1) -> Attention:
+    attention = Attention(WIDTH, AttentionConfig(function=function, size=size, heads=heads)).double()
     for parameter in attention.parameters():
         torch.nn.init.normal_(parameter)
     return attention
@@ -95,3 +95,30 @@ def test_a_selected_memory_is_the_memory_of_those_sentences(function: str):
     torch.testing.assert_close(weights_KBS.reshape(1, -1, 6), weights_1RS)
     some = memory.select(torch.tensor([2, 0]))
     torch.testing.assert_close(attention(query_KBD[:, [2, 0]], some)[0], context_KBD[:, [2, 0]])
+
+
+def test_each_head_is_an_attention_over_its_part_of_everything():
+    attention, (values_ND, rows) = build("product", size=6, heads=2), encoded()
+    query_TBD = torch.randn(3, len(LENGTHS), WIDTH, dtype=torch.float64)
+    context_TBD, weights_TBS = attention(query_TBD, attention.memory(values_ND, rows))
+    weights = []
+    for head, own in enumerate([slice(0, 3), slice(3, 6)]):
+        alone = build("product", size=3)
+        alone.key.weight.data = attention.key.weight.data[own]
+        alone.query.weight.data = attention.query.weight.data[own]
+        alone.v_N.data = attention.v_N.data[own]
+        memory = alone.memory(values_ND, rows)
+        part_D = slice(head * WIDTH // 2, (head + 1) * WIDTH // 2)
+        memory = memory._replace(values_SBD=memory.values_SBD @ attention.value.weight[part_D].T)
+        expected_TBD, of_head_TBS = alone(query_TBD, memory)
+        torch.testing.assert_close(context_TBD[:, :, part_D], expected_TBD)
+        weights.append(of_head_TBS)
+    torch.testing.assert_close(weights_TBS, torch.stack(weights).mean(0))
+
+
+def test_heads_of_whole_sentences_attend_as_those_of_one_position_do():
+    attention, (values_ND, rows) = build("product", size=6, heads=2), encoded()
+    target, _ = make_rows(np.array([2, 7, 1]))
+    query_MD = torch.randn(10, WIDTH, dtype=torch.float64)
+    context_TBD, _ = attention(unpack(query_MD, target), attention.memory(values_ND, rows))
+    torch.testing.assert_close(attention.attend(query_MD, values_ND, target, rows), pack(context_TBD, target))

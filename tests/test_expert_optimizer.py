@@ -194,9 +194,34 @@ def test_a_model_without_experts_is_adam_s(tiny_config: Callable[..., ModelConfi
     assert isinstance(make_optimizer(Seq2Seq(tiny_config(num_experts=0), 13), FACTORED), torch.optim.Adam)
 
 
-# ------------------------------------------------------------------------------------------- experts in bf16
-
 KINDS = ["adam", "factored"]
+
+
+@pytest.mark.parametrize("masters", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_have_a_rate_of_their_own(kind: str, masters: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only theirs differs: a step is proportional to its rate, and moments do not depend on it."""
+    if masters:
+        masters_everywhere(monkeypatch)
+    layers = [Layer() for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    before = {name: parameter.detach().clone() for name, parameter in layers[0].named_parameters()}
+    saved = []
+    for layer, factor in zip(layers, (1.0, 0.25), strict=True):
+        optimizer = make_optimizer(layer, TrainingConfig(expert_optimizer=kind, expert_rate=factor))
+        set_gradients(layer, 1, 1.0)
+        clipped_step(optimizer, 0.0, 0.1)
+        saved.append(tensors_to_save(layer, optimizer))
+    for name, start in before.items():
+        whole, part = (each["model"][name] - start for each in saved)
+        factor = 0.25 if is_expert(name) else 1.0
+        torch.testing.assert_close(part, factor * whole, rtol=1e-4, atol=1e-6)
+        assert whole.any()
+    for one, other in zip(*(each["training"].values() for each in saved), strict=True):
+        assert torch.equal(one, other)
+
+
+# ------------------------------------------------------------------------------------------- experts in bf16
 
 
 def masters_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:

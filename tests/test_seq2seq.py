@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nmt.batch import Batch, Rows, make_batch, make_rows
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
-from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, WIRINGS
+from nmt.config.model import ATTENTION_FUNCTIONS, BOTTOM_LAYERS, GATINGS, NORMS, WIRINGS
 from nmt.model.attention import Attention, Memory
 from nmt.model.gating import THRESHOLD_SCALE, balance_loss
 from nmt.model.init import init_parameters
@@ -71,6 +71,23 @@ def test_a_whole_sequence_equals_one_position_at_a_time(
             close(one.x_RD[here_B], whole_TBD[t, here_B])
 
 
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_heads_and_norms_decode_one_position_as_the_whole_sequence(
+    tiny_config: Configs, tiny_batch: Batches, wiring: str, norm: str
+):
+    model = randomised(tiny_config(wiring=wiring, norm=norm, size=6, heads=3, num_decoder_layers=3)).eval()
+    batch = tiny_batch((4, 5), (2, 3), (6, 5))
+    with torch.no_grad():
+        encoded = encode(model, batch)
+        whole_TBD = unpack(model.decode(batch.target_in_N, batch.target, encoded)[0], batch.target)
+        target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
+        for t, one in enumerate(stepwise(model, target_TB, model.memory(encoded))):
+            here_B = batch.target.length_B > t
+            close(one.x_RD[here_B], whole_TBD[t, here_B])
+            close(one.weights_RS.sum(1), torch.ones(3, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("gating", GATING)
 def test_every_gating_decodes_one_position_as_the_whole_sequence(
     tiny_config: Configs, tiny_batch: Batches, gating: str
@@ -90,7 +107,13 @@ def test_every_gating_decodes_one_position_as_the_whole_sequence(
         assert (chosen.expert_TK == 8).any()  # slots that stay empty are among what is tested
 
 
-def slow_decoder(decoder: Decoder, x_TBD: Tensor, memory: Memory) -> Tensor:
+def layer_norm(x: Tensor) -> Tensor:
+    """Layer norm without gain and bias, as its paper writes it."""
+    mean = x.mean(-1, keepdim=True)
+    return (x - mean) / ((x - mean).square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def slow_decoder(decoder: Decoder, x_TBD: Tensor, memory: Memory, norm: str = "none") -> Tensor:
     """The decoder as the documentation of `AttentionConfig.wiring` words it, position by position."""
     layers, wiring = [decoder.bottom, *decoder.upper], decoder.attention_config.wiring
     states: list = [None] * len(layers)
@@ -102,9 +125,11 @@ def slow_decoder(decoder: Decoder, x_TBD: Tensor, memory: Memory) -> Tensor:
             context = decoder.attention(previous_BD[None], memory)[0][0]
             stream = torch.cat([stream, context], 1)
         for number, layer in enumerate(layers, start=1):
+            below = x_BD if number == 1 else stream
+            if number > 1 and norm == "layers":
+                stream = layer_norm(stream)
             if number > 1 and wiring in ("gnmt", "gnmt_v2"):
                 stream = torch.cat([stream, context], 1)
-            below = x_BD if number == 1 else stream[:, : x_TBD.shape[2]]
             states[number - 1] = layer.step(stream, states[number - 1])
             y = states[number - 1][0]
             stream = y + below if number >= decoder.residual_from else y
@@ -115,22 +140,25 @@ def slow_decoder(decoder: Decoder, x_TBD: Tensor, memory: Memory) -> Tensor:
                 if wiring == "parallel":
                     stream = stream + context @ decoder.context.weight.T
             if str(number) in decoder.moe_layers.moe:
-                stream = stream + decoder.moe_layers.moe[str(number)](stream)[0]
+                read = stream if norm == "none" else layer_norm(stream)
+                stream = stream + decoder.moe_layers.moe[str(number)](read)[0]
         outputs.append(stream)
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("residual_from", [1, 3])
 @pytest.mark.parametrize("wiring", WIRINGS)
 def test_each_wiring_is_what_its_documentation_says(
-    tiny_config: Configs, tiny_batch: Batches, wiring: str, residual_from: int
+    tiny_config: Configs, tiny_batch: Batches, wiring: str, residual_from: int, norm: str
 ):
-    config = tiny_config(wiring=wiring, residual_from=residual_from, num_decoder_layers=4, decoder_moe_after=[1, 3])
+    layers = {"num_decoder_layers": 4, "decoder_moe_after": [1, 3], "residual_from": residual_from}
+    config = tiny_config(wiring=wiring, norm=norm, **layers)
     model, batch = randomised(config).eval(), tiny_batch((4, 3), (2, 3))
     encoded = encode(model, batch)
     x_ND, _ = model.decode(batch.target_in_N, batch.target, encoded)
     embedded_ND = model.target_embedding.weight[batch.target_in_N] * model.config.hidden_size**0.5
-    expected_TBD = slow_decoder(model.decoder, unpack(embedded_ND, batch.target), model.memory(encoded))
+    expected_TBD = slow_decoder(model.decoder, unpack(embedded_ND, batch.target), model.memory(encoded), norm)
     close(x_ND, pack(expected_TBD, batch.target))
 
 
@@ -138,27 +166,30 @@ def rows_of(*lengths: int) -> Rows:
     return make_rows(np.array(lengths))[0]
 
 
-def slow_encoder(encoder: Encoder, x_SD: Tensor) -> Tensor:
+def slow_encoder(encoder: Encoder, x_SD: Tensor, norm: str) -> Tensor:
     """Layers over one whole sentence: LSTM, residual where widths agree, MoE with its residual."""
     for number, layer in enumerate([encoder.bottom, *encoder.upper], start=1):
-        y_SD = layer(x_SD, rows_of(len(x_SD)))
+        y_SD = layer(layer_norm(x_SD) if norm == "layers" and number > 1 else x_SD, rows_of(len(x_SD)))
         both = number >= encoder.residual_from and y_SD.shape == x_SD.shape
         x_SD = x_SD + y_SD if both else y_SD
         if str(number) in encoder.moe_layers.moe:
-            x_SD = x_SD + encoder.moe_layers.moe[str(number)](x_SD)[0]
+            x_SD = x_SD + encoder.moe_layers.moe[str(number)](x_SD if norm == "none" else layer_norm(x_SD))[0]
     return x_SD
 
 
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("residual_from", [1, 3])
 @pytest.mark.parametrize("bottom", BOTTOM_LAYERS)
-def test_the_encoder_is_its_stack_of_layers(tiny_config: Configs, tiny_batch: Batches, bottom: str, residual_from: int):
-    config = tiny_config(bottom_layer=bottom, residual_from=residual_from, encoder_moe_after=[2, 3])
+def test_the_encoder_is_its_stack_of_layers(
+    tiny_config: Configs, tiny_batch: Batches, bottom: str, residual_from: int, norm: str
+):
+    config = tiny_config(bottom_layer=bottom, residual_from=residual_from, encoder_moe_after=[2, 3], norm=norm)
     model, batch = randomised(config).eval(), tiny_batch((4, 1), (2, 1))
     memory = model.memory(encode(model, batch))
     source_SB = unpack(batch.source_N[:, None], batch.source).squeeze(2)
     for b, length in enumerate(batch.source.length_B.tolist()):
         embedded_SD = model.source_embedding.weight[source_SB[:length, b]] * config.hidden_size**0.5
-        close(memory.values_SBD[:length, b], slow_encoder(model.encoder, embedded_SD))
+        close(memory.values_SBD[:length, b], slow_encoder(model.encoder, embedded_SD, norm))
         assert memory.padding_SB[:, b].tolist() == [False] * length + [True] * (5 - length)
 
 

@@ -81,6 +81,8 @@ class TrainingConfig:
     depend on that number."""
     learning_rate: float = 2.0e-3
     """Peak learning rate."""
+    expert_rate: float = 1.0
+    """Learning rate of the experts, as a multiple of that of all other parameters."""
     schedule: str = "inverse_sqrt"
     """Learning rate over time. inverse_sqrt: linear warm-up, constant rate, then decay as step^-0.5 (S17 appendix E).
     linear: linear warm-up, then linear decay to 0 at max_steps or max_minutes, whichever comes first. wsd: warm-up,
@@ -157,6 +159,7 @@ class TrainingConfig:
         if not 0.0 <= self.max_minutes < math.inf:
             raise ValueError(f"training.max_minutes={self.max_minutes} must be a number of at least 0 (0: no limit)")
         above("training.learning_rate", self.learning_rate, 0.0)
+        above("training.expert_rate", self.expert_rate, 0.0)
         above("training.adam_epsilon", self.adam_epsilon, 0.0)
         above("training.decay_share", self.decay_share, 0.0)
         for name in ("adam_beta1", "adam_beta2", "label_smoothing"):

@@ -9,6 +9,7 @@ from nmt.wording import counted
 ATTENTION_FUNCTIONS = ("product", "additive", "normalised")
 WIRINGS = ("parallel", "feedback", "gnmt_v2", "gnmt")
 BOTTOM_LAYERS = ("forward", "bidirectional_half", "bidirectional_full")
+NORMS = ("none", "moe", "layers")
 GATINGS = ("noisy_top_k", "softmax_top_k", "hierarchical", "strictly_balanced")
 OUTPUT_ACTIVATIONS = ("none", "sigmoid")
 _MOST_EXPERT_LAYERS = 100
@@ -40,18 +41,28 @@ class AttentionConfig:
     Bahdanau's with a learnt gain and bias (GNMT v2). additive and normalised need memory for batch x target x source x
     size numbers."""
     size: int = 512
-    """n, the hidden size of the attention function."""
+    """n, the hidden size of the attention function, over all heads together."""
     wiring: str = "parallel"
     """Where the query comes from and where the context goes.
     parallel: the query is the current output of decoder layer 1. The context is projected and added before the
     decoder's MoE. Every layer processes a whole sequence in one call. feedback: the context for the previous position's
     output enters decoder layer 1, one position at a time (S17 appendix E). gnmt_v2: like parallel, but the context is
     concatenated to the input of every layer above the first. gnmt: like feedback, but the context enters all layers."""
+    heads: int = 1
+    """Heads, each with its own softmax over an equal part of queries, keys and values (Vaswani et al. 2017; Chen et al.
+    2018 for LSTMs). With more than one, which function=product can have, values are projected first."""
 
     def __post_init__(self) -> None:
         one_of("model.attention.function", self.function, ATTENTION_FUNCTIONS)
         one_of("model.attention.wiring", self.wiring, WIRINGS)
         at_least("model.attention.size", self.size, 1)
+        at_least("model.attention.heads", self.heads, 1)
+        if self.heads > 1 and self.function != "product":
+            raise ValueError(
+                f"model.attention.heads={self.heads} is for function=product, not {self.function}: leave it out"
+            )
+        if self.size % self.heads:
+            raise ValueError(f"model.attention.heads={self.heads} must divide model.attention.size={self.size}")
 
     @property
     def feeds_back(self) -> bool:
@@ -266,6 +277,9 @@ class ModelConfig:
     """Encoder LSTMs, counted from 1, that are followed by a MoE layer."""
     decoder_moe_after: list[int] = field(default_factory=lambda: [1])
     """Decoder LSTMs, counted from 1, that are followed by a MoE layer."""
+    norm: str = "none"
+    """Layer norm (Ba et al. 2016) without gain and bias, on the input of a layer and not on its residual connection.
+    none: nowhere. moe: before MoE layers. layers: before MoE layers and all LSTMs above the first of a side."""
     dropout: float = 0.1
     """Dropout on the output of every embedding, LSTM and MoE layer, before its residual (S17: 0.4 on WMT14)."""
     word_dropout: float = 0.0
@@ -284,6 +298,11 @@ class ModelConfig:
         if self.cell_size < self.hidden_size:
             raise ValueError(f"model.cell_size={self.cell_size} must be at least hidden_size={self.hidden_size}")
         one_of("model.bottom_layer", self.bottom_layer, BOTTOM_LAYERS)
+        one_of("model.norm", self.norm, NORMS)
+        if self.hidden_size % self.attention.heads:
+            raise ValueError(
+                f"model.attention.heads={self.attention.heads} must divide model.hidden_size={self.hidden_size}"
+            )
         if self.bottom_layer == "bidirectional_half" and self.hidden_size % 2:
             raise ValueError(f"model.hidden_size={self.hidden_size} must be even for bottom_layer=bidirectional_half")
         if self.bottom_layer == "bidirectional_full" and self.num_encoder_layers < 2:

@@ -60,10 +60,15 @@ def saved_bytes(
         for index, size in enumerate(lstms):
             stepwise = _is_stepwise(config, side, index)
             saved[f"{side} LSTMs"] += _lstm(size, shape.sentences, length, stepwise, numbers) + rows * size[2] * mask
+        if config.norm == "layers":
+            num_layers = config.num_encoder_layers if side == "encoder" else config.num_decoder_layers
+            saved[f"{side} LSTMs"] += (num_layers - 1) * rows * _norm(config, numbers)
     for layer in config.moe_layer_names():
         side = LayerName.of(layer).side
         rows = shape.sentences * (shape.source if side == "encoder" else shape.target)
         saved[f"{side} experts"] += rows * (_experts(config, numbers) + config.hidden_size * mask)
+        if config.norm != "none":
+            saved[f"{side} experts"] += rows * _norm(config, numbers)
         # The gate's float32 copy of its input, if that has another type.
         copy = config.hidden_size * _FLOAT if numbers.size < _FLOAT else 0
         gate = _gate(config.moe, config.moe.experts_at(layer), numbers.on_gpu)
@@ -85,7 +90,7 @@ def copied_bytes(config: ModelConfig, shape: BatchSize, numbers: Precision) -> i
     if numbers.size == _FLOAT:
         return 0
     count = 2 * config.hidden_size * config.attention.size
-    count += config.hidden_size**2 if config.attention.projects_context else 0
+    count += config.hidden_size**2 * (config.attention.projects_context + (config.attention.heads > 1))
     for side, lstms in lstm_sizes(config).items():
         length = shape.source if side == "encoder" else shape.target
         for index, size in enumerate(lstms):
@@ -171,6 +176,11 @@ def _lstm(size: tuple[int, int, int], sentences: int, length: int, stepwise: boo
     return sentences * kept * numbers.size
 
 
+def _norm(config: ModelConfig, numbers: Precision) -> int:
+    """Return the bytes that layer norm keeps per position: its input, which nothing else keeps, mean and deviation."""
+    return config.hidden_size * numbers.size + 2 * _FLOAT
+
+
 def _gate(moe: MoEConfig, num_experts: int, on_gpu: bool) -> int:
     """Return bytes per token, without the gate's float32 input."""
     slots = moe.experts_per_token * (_INDEX + _FLOAT)
@@ -230,11 +240,16 @@ def _attention(config: ModelConfig, shape: BatchSize, numbers: Precision) -> int
         kept += sources * size + 2 * targets * size
     else:
         kept += sources * size + targets * size if fused else pairs * size
+    heads = config.attention.heads
+    if heads > 1:
+        # Projected values, and copies of the heads' parts of them, of keys and queries, one head after the other.
+        kept += sources * width + (sources * (size + width) + targets * size if fused else 0)
     # The softmax is float32.
     weights = targets * -(-shape.source // _BLOCK) * _BLOCK * _FLOAT if fused else pairs * _FLOAT
     if not fused:
         # A cast copy for the second product if its type differs; a mask.
         weights += pairs * (numbers.size if numbers.size < _FLOAT else 0) + sources * _BOOL
+    weights *= heads
     if config.attention.projects_context:
         # The projection's input, and the mask of its dropout.
         weights += targets * width * (numbers.size + _mask(config, numbers))

@@ -137,6 +137,9 @@ def model_cost(config: ModelConfig, vocab_size: int) -> Cost:
     ops["encoder"]["attention keys"] = width * attention.size
     ops["decoder"]["attention query"] = width * attention.size
     parameters["attention"] = 2 * width * attention.size + attention.size
+    if attention.heads > 1:
+        ops["encoder"]["attention keys"] += width * width  # and values
+        parameters["attention"] += width * width
     if attention.function == "normalised":
         parameters["attention"] += attention.size + 1
     if attention.projects_context:

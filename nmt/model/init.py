@@ -10,7 +10,7 @@ measured on this model: see docs/results/studies.md.
 | LSTM matrices                      | uniform, +-1/sqrt(cells)       | PyTorch's and cuDNN's custom                   |
 | LSTM biases                        | 0; forget gate 1 in total      | memory from the first step                     |
 | attention projections              | Xavier uniform                 | tanh starts in its linear part                 |
-| attention v                        | uniform, variance 1/N          | scores of unit scale: the softmax starts open  |
+| attention v                        | uniform, variance heads/N      | scores of unit scale: the softmax starts open  |
 | attention gain, bias (normalised)  | N^-1/2, 0                      | Bahdanau's normalised form as in GNMT v2       |
 | context projection (parallel)      | Xavier uniform                 | keeps the scale of the encoder                 |
 | expert, all layers but the last    | normal, variance 2/inputs      | He: the ReLU keeps the variance                |
@@ -95,7 +95,7 @@ def _init_gate(gate: Gate) -> None:
 
 def _init_scores(attention: Attention) -> None:
     size = attention.v_N.numel()
-    bound = (3.0 / size) ** 0.5
+    bound = (3.0 * attention.heads / size) ** 0.5
     nn.init.uniform_(attention.v_N, -bound, bound)
     if attention.function == "normalised":
         nn.init.constant_(attention.gain, size**-0.5)

@@ -78,13 +78,24 @@ class LossOutput(NamedTuple):
     gates: Gates
 
 
+def normalised(x_ND: Tensor) -> Tensor:
+    """Return each row less its mean, over its standard deviation: layer norm (Ba et al. 2016) without gain and bias.
+
+    A matrix always follows, which can learn the gain, and none of our layers needs the bias. So a norm has no
+    parameters. Computed in float32 and returned in the type of `x_ND`.
+    """
+    # Autocast would return float32.
+    with torch.autocast(x_ND.device.type, enabled=False):
+        return F.layer_norm(x_ND, x_ND.shape[-1:])
+
+
 class _MoELayers(nn.Module):
-    """The MoE layers of one side, with their dropout and residual."""
+    """The MoE layers of one side, with their norm, dropout and residual."""
 
     def __init__(self, side: str, places: list[int], config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         places = places if config.moe.num_experts else []
-        self.side = side
+        self.side, self.normed = side, config.norm != "none"
         counts = {place: config.moe.experts_at(str(LayerName(side, place))) for place in places}
         self.moe = nn.ModuleDict(
             {str(place): MoE(config.hidden_size, count, config.moe, share) for place, count in counts.items()}
@@ -97,7 +108,8 @@ class _MoELayers(nn.Module):
             return x_ND
         moe = self.moe[str(layer)]
         assert isinstance(moe, MoE)
-        return x_ND + self.dropout(through.through(str(LayerName(self.side, layer)), moe, x_ND, real_N))
+        read_ND = normalised(x_ND) if self.normed else x_ND
+        return x_ND + self.dropout(through.through(str(LayerName(self.side, layer)), moe, read_ND, real_N))
 
 
 class Encoder(nn.Module):
@@ -106,7 +118,7 @@ class Encoder(nn.Module):
     def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
-        self.residual_from = config.residual_from
+        self.residual_from, self.normed = config.residual_from, config.norm == "layers"
         bottom = LSTM if config.bottom_layer == "forward" else BidirectionalLSTM
         self.bottom: LSTM | BidirectionalLSTM = bottom(width, *config.bottom_direction())
         second = 2 * width if config.bottom_layer == "bidirectional_full" else width
@@ -119,7 +131,8 @@ class Encoder(nn.Module):
     def forward(self, x_ND: Tensor, rows: Rows, through: Pass, bottom_ND: Tensor | None = None) -> Tensor:
         """Return top_ND for the embedded source. `bottom_ND` is the output of LSTM 1; None: it is computed here."""
         for layer, lstm in enumerate([self.bottom, *self.upper], start=1):
-            y_ND = self.dropout(lstm(x_ND, rows) if layer > 1 or bottom_ND is None else bottom_ND)
+            read_ND = normalised(x_ND) if self.normed and layer > 1 else x_ND
+            y_ND = self.dropout(lstm(read_ND, rows) if layer > 1 or bottom_ND is None else bottom_ND)
             # A layer with different input and output widths (after GNMT's full bidirectional one) has no residual.
             x_ND = x_ND + y_ND if layer >= self.residual_from and x_ND.shape == y_ND.shape else y_ND
             x_ND = self.moe_layers.after(layer, x_ND, rows.real_N, through)
@@ -133,7 +146,7 @@ class Decoder(nn.Module):
         super().__init__()
         width, cells = config.hidden_size, config.cell_size
         self.attention_config = config.attention
-        self.residual_from = config.residual_from
+        self.residual_from, self.normed = config.residual_from, config.norm == "layers"
         self.bottom = LSTM(2 * width if self.attention_config.feeds_back else width, cells, width)
         above = 2 * width if self.attention_config.context_above else width
         self.upper = nn.ModuleList(LSTM(above, cells, width) for _ in range(config.num_decoder_layers - 1))
@@ -197,8 +210,10 @@ class Decoder(nn.Module):
         x_ND = self.moe_layers.after(1, x_ND, real_N, through)
         for layer, lstm in enumerate(self.upper, start=2):
             assert isinstance(lstm, LSTM)
-            given_ND = torch.cat([x_ND, context_ND], dim=1) if self.attention_config.context_above else x_ND
-            x_ND = self._residual(layer, x_ND, run(layer, lstm, given_ND))
+            read_ND = normalised(x_ND) if self.normed else x_ND
+            if self.attention_config.context_above:
+                read_ND = torch.cat([read_ND, context_ND], dim=1)
+            x_ND = self._residual(layer, x_ND, run(layer, lstm, read_ND))
             x_ND = self.moe_layers.after(layer, x_ND, real_N, through)
         return x_ND
 

@@ -18,6 +18,11 @@ _BOTTOM = {
     "bidirectional_half": ", the first in both directions, each half as wide",
     "bidirectional_full": ", the first in both directions",
 }
+_NORMS = {
+    "none": "none",
+    "moe": "layer norm before MoE layers",
+    "layers": "layer norm before MoE layers and LSTMs above the first",
+}
 _FILTERS = {
     "blank": "one side blank",
     "identical": "both sides the same",
@@ -156,7 +161,9 @@ def _network(model: ModelConfig) -> Iterator[str]:
         "encoder": f"{model.num_encoder_layers} LSTMs{_BOTTOM[model.bottom_layer]}",
         "decoder": f"{model.num_decoder_layers} LSTMs",
         "LSTM cells, width": f"{model.cell_size:,}, {model.hidden_size:,}",
-        "attention": f"{attention.function}, size {attention.size:,}, wiring {attention.wiring}",
+        "attention": f"{attention.function}, size {attention.size:,}, {counted(attention.heads, 'head')}, "
+        f"wiring {attention.wiring}",
+        "norms": _NORMS[model.norm],
         "embeddings": "one matrix for both languages and the softmax"
         if model.tie_embeddings
         else "one matrix per language",

@@ -25,6 +25,9 @@ ROW, COLUMN = "exp_avg_sq_row", "exp_avg_sq_column"
 MASTER = "master"
 """Name of the float32 values of a bf16 parameter in the optimiser's state. Checkpoints have them as the parameter."""
 
+_FACTOR = "factor"
+"""Key of a group of parameters: its learning rate as a multiple of the one that is set."""
+
 
 def learning_rate(training: TrainingConfig, step: int, seconds: float = 0.0, warm_from: int = 0) -> float:
     """Return the learning rate of step `step`, counted from 1, which starts after `seconds` of training.
@@ -71,11 +74,16 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
     factored = training.expert_optimizer == "factored"
     places = [(w_EIO, module.first) for module in experts for w_EIO in module.weights]
     own = places if in_bf16 or factored else []
-    others = {id(w_EIO) for w_EIO, _ in own}
+    of_experts = {id(w_EIO) for w_EIO, _ in places}
+    dense = [parameter for parameter in model.parameters() if id(parameter) not in of_experts]
+    groups = [(dense, 1.0), ([] if own else [w_EIO for w_EIO, _ in places], training.expert_rate)]
     adam = torch.optim.Adam(
-        [parameter for parameter in model.parameters() if id(parameter) not in others],
-        # A tensor, so that a captured step takes the rate of each replay.
-        lr=torch.tensor(training.learning_rate, dtype=torch.float32, device=device),
+        [
+            # The rate is a tensor, so that a captured step takes that of each replay.
+            {"params": parameters, "lr": torch.tensor(factor * training.learning_rate, device=device), _FACTOR: factor}
+            for parameters, factor in groups
+            if parameters
+        ],
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
         fused=True,
@@ -89,7 +97,7 @@ def make_optimizer(model: nn.Module, training: TrainingConfig) -> torch.optim.Op
         master_EIO = _to_bf16(w_EIO) if in_bf16 else None
         kept_EIO = master_EIO if training.expert_weights == "float32" else None
         weights.append(ExpertWeights(w_EIO, kept_EIO, first, int(stream) >> 1))
-    return ExpertAdam(adam, weights, factored)
+    return ExpertAdam(adam, weights, factored, training.expert_rate)
 
 
 def _to_bf16(parameter: nn.Parameter) -> Tensor:
@@ -119,9 +127,9 @@ class ExpertAdam(torch.optim.Optimizer):
     the state, even if it is skipped. Each later step may be captured in a CUDA graph: the state stays where it is.
     """
 
-    def __init__(self, dense: torch.optim.Adam, experts: list[ExpertWeights], factored: bool) -> None:
+    def __init__(self, dense: torch.optim.Adam, experts: list[ExpertWeights], factored: bool, factor: float) -> None:
         (group,) = dense.param_groups
-        own = {key: group[key] for key in ("lr", "betas", "eps")}
+        own = {key: group[key] for key in ("betas", "eps")} | {"lr": factor * group["lr"], _FACTOR: factor}
         super().__init__([weights.w_EIO for weights in experts], own)
         self._dense, self._experts, self._factored = dense, experts, factored
         # The groups (the same dictionaries) and the state are shared with `dense`, so that this is one optimiser.
@@ -251,9 +259,12 @@ def _global_norm(optimizer: torch.optim.Optimizer, experts: Collection[Tensor], 
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Set the learning rate of the next steps, also of a captured one when it is replayed."""
+    """Set the learning rate of the next steps, also of a captured one when it is replayed.
+
+    That of experts is `training.expert_rate` times this.
+    """
     for group in optimizer.param_groups:
-        group["lr"].fill_(rate)
+        group["lr"].fill_(rate * group.get(_FACTOR, 1.0))
 
 
 def clipped_step(
