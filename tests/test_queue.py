@@ -1,5 +1,7 @@
 """scripts/results/run_queue.py: what the queue has can run, and a run leaves a record, at once or in two pieces."""
 
+import dataclasses
+import gzip
 import json
 import subprocess
 import sys
@@ -119,6 +121,28 @@ def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capf
     changed = script.Entry(few.name, few.purpose, [*few.settings, "training.seed=2"])
     with pytest.raises(UserError, match="made with other settings"):
         where.state(changed)
+
+
+@pytest.mark.slow
+def test_a_run_is_scored_on_the_sets_of_its_study(tmp_path: Path):
+    few, _, _ = script.read_queue(write_queue(tmp_path, STUDY | {"sets": ["test", "more"]}))
+    assert few.sets == ["test", "more"]
+    for language, lines in (("en", "How much is it?\nThank you.\n"), ("de", "Was kostet das?\nDanke.\n")):
+        with gzip.open(tmp_path / f"more.{language}.gz", "wt", encoding="utf-8") as stream:
+            stream.write(lines)
+    where = site(tmp_path)
+    unscored = script.sit(few, where, time.monotonic() + 300)  # in a folder without the set
+    assert unscored.startswith("failed to score it")
+    assert "more.en.gz" in unscored
+    assert not where.records.exists()
+    where = dataclasses.replace(where, texts=tmp_path)
+    assert script.sit(few, where, time.monotonic() + 300).startswith("dev perplexity")
+    scores = json.loads((where.records / f"{few.name}.json").read_text())["scores"]
+    assert scores.keys() == {"test", "more", "signatures"}
+    assert scores["test"].keys() == scores["more"].keys() == {"BLEU", "chrF2", "perplexity"}
+    assert scores["signatures"].keys() == {"BLEU", "chrF2"}
+    report = where.runs / few.name / "report"
+    assert len(list(report.glob("*.hypotheses"))) == 2
 
 
 FAKE = """

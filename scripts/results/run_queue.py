@@ -4,7 +4,8 @@
   python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two at once
   python scripts/results/run_queue.py run explain.base.moe_4         # these
 
-results/queue.yaml lists the runs and their purpose. A run that ends leaves a record in results/runs/: its settings,
+results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
+NAME is FOLDER/NAME.LANGUAGE.gz with --texts FOLDER. A run that ends leaves a record in results/runs/: its settings,
 commit, hardware, seconds and figures. scripts/results/pages.py makes tables from the records. A run that does not end
 within --minutes is stopped and saved, and the next `run` resumes it. Settings such as corpus.root=/data/europarl are
 passed to every `nmt train` and kept out of the records.
@@ -56,6 +57,8 @@ class Entry:
     """Of `nmt train`, without its name and places."""
     needs: str = ""
     """What must be written before it can run."""
+    sets: Sequence[str] = ()
+    """Test sets to score it on."""
 
 
 def read_queue(path: Path = QUEUE) -> list[Entry]:
@@ -86,7 +89,7 @@ def _entries(where: str, study: str, of_study: dict[str, Any], change: dict[str,
         if variant not in of_study["variants"]:
             raise UserError(f"{where} names {variant}; the variants of {study} are {', '.join(of_study['variants'])}")
         settings = [*of_study["variants"][variant], *of_study["settings"], *change.get("settings", []), *own]
-        yield Entry(f"{study}.{change['name']}.{variant}", change["purpose"], settings)
+        yield Entry(f"{study}.{change['name']}.{variant}", change["purpose"], settings, sets=of_study.get("sets", ()))
 
 
 @dataclass(frozen=True)
@@ -103,6 +106,8 @@ class Site:
     """Runs that share the hardware."""
     places: Sequence[str] = ()
     """Settings of this machine, which records leave out."""
+    texts: Path = Path()
+    """Folder of test sets."""
 
     def state(self, entry: Entry) -> str:
         """The state of a run, as `list` prints it. UserError if its record has other settings."""
@@ -121,9 +126,9 @@ class Site:
 
 
 def sit(entry: Entry, site: Site, deadline: float) -> str:
-    """Train a run until it ends or until the deadline (of time.monotonic), and write its record if it has ended.
+    """Train a run and score it until the deadline (of time.monotonic), and write its record if both have ended.
 
-    Returns how it went, in one line.
+    Returns how it went, in one line. Translations stay in the run's folder of reports.
     """
     started = time.monotonic()
     if started >= deadline:
@@ -147,11 +152,41 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
     sittings = _add_sitting(run.path / "sittings.json", sitting)
     if process.returncode == _SAVED:
         return f"stopped at step {run.status()['step']:,}: run it again to resume it"
-    record = {"name": entry.name, "purpose": entry.purpose, "settings": entry.settings, **figures(run)}
+    scored: dict[str, Any] = {}
+    if entry.sets:
+        try:
+            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic())}
+        except subprocess.TimeoutExpired:
+            return "trained, but not scored: run it again to score it"
+        except (subprocess.CalledProcessError, ValueError, KeyError) as error:
+            return f"failed to score it ({error}): {log} ends with {_last_line(log)!r}"
+    record = {"name": entry.name, "purpose": entry.purpose, "settings": entry.settings, **figures(run), **scored}
     record |= {"sittings": sittings, "config": flatten(run.config().to_dict())}
     site.records.mkdir(parents=True, exist_ok=True)
     write_atomically(site.records / f"{entry.name}.json", (json.dumps(record, indent=1) + "\n").encode())
     return f"dev perplexity {record['dev_perplexity']:.3f} after {sitting['seconds']:.0f} seconds"
+
+
+def scores(run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float) -> dict[str, Any]:
+    """BLEU, chrF2 and perplexity of a run on each of these sets, and the signatures of the scores.
+
+    TimeoutExpired after `seconds`. CalledProcessError if `nmt evaluate` fails, which writes why to `log`.
+    """
+    sides = run.config().corpus.sides
+    command, names = [sys.executable, "-m", "nmt.cli", "evaluate", str(run.path), "--json"], {"test": "test"}
+    for name in sets:
+        source, reference = (texts / f"{name}.{language}.gz" for language in sides)
+        command += ["--split", "test"] if name == "test" else ["--source", str(source), "--reference", str(reference)]
+        names[name if name == "test" else source.name] = name
+    with log.open("ab") as stream:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, check=True, timeout=max(seconds, 0.0))
+    found: dict[str, Any] = {name: {} for name in sets}
+    signatures = {}
+    for each in json.loads(done.stdout):
+        if each["name"] in ("BLEU", "chrF2", "perplexity"):
+            found[names[each["set"]]][each["name"]] = round(each["score"], 3)
+            signatures[each["name"]] = each.get("signature", "")
+    return {**found, "signatures": {name: text for name, text in signatures.items() if text}}
 
 
 def figures(run: RunDirectory) -> dict[str, Any]:
@@ -237,6 +272,7 @@ def main() -> None:
     parser.add_argument("--queue", type=Path, default=QUEUE)
     parser.add_argument("--records", type=Path, default=RECORDS, help="folder of results (default results/runs)")
     parser.add_argument("--runs", type=Path, default=Path("runs/queue"), help="folder of the runs")
+    parser.add_argument("--texts", type=Path, default=Path("data/news"), help="folder of test sets")
     options = parser.parse_args()
     try:
         ended = act(options)
@@ -258,7 +294,7 @@ def act(options: argparse.Namespace) -> bool:
         raise UserError(f"{min(unknown)} is not in {options.queue}; run_queue.py list prints the runs that are")
     listing = options.action == "list"
     commit = "" if listing else options.commit or commit_here()
-    site = Site(options.runs, options.records, commit, hardware_here(), options.jobs, places)
+    site = Site(options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts)
     ready = []
     for entry in entries:
         state = site.state(entry)
