@@ -106,6 +106,8 @@ CASES = {
     "small, gnmt": (small(attention=AttentionConfig("additive", 64, "gnmt"), bottom_layer="bidirectional_full"), LONG),
     "small, gnmt_v2": (small(attention=AttentionConfig("normalised", 64, "gnmt_v2"), tie_embeddings=False), SHORT),
     "small, norms": (small(norm="layers", moe=FLAT), SHORT),
+    "small, both directions": (small(bidirectional_layers=3, moe=FLAT), SHORT),
+    "middling, both directions": (middling(bidirectional_layers=2), SHORT),
     "small, heads": (small(attention=AttentionConfig(size=64, heads=4)), SHORT),
     "middling, heads": (middling(attention=AttentionConfig(size=128, heads=8)), LONG),
     "middling, no experts": (middling(), SHORT),

@@ -51,6 +51,7 @@ MODELS = {
     "unequal": {"num_experts_at": {"decoder.2": 3}},
     "feedback": {"wiring": "feedback"},
     "gnmt": {"wiring": "gnmt_v2", "function": "normalised"},
+    "norms": {"norm": "layers", "size": 6, "heads": 2, "bidirectional_layers": 2},
     "bias": {"output_bias": True, "tie_embeddings": False, "bottom_layer": "forward"},
 }
 

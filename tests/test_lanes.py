@@ -34,9 +34,10 @@ class Again:
         self.replay = work
 
 
-@pytest.fixture(params=["parallel", "feedback"])
+@pytest.fixture(params=["parallel", "feedback", "norms"])
 def model(request: pytest.FixtureRequest, tiny_config: Callable[..., ModelConfig]) -> Seq2Seq:
-    model = Seq2Seq(tiny_config(wiring=request.param, output_bias=True), VOCABULARY).eval()
+    changes = {"norm": "layers", "size": 6, "heads": 2} if request.param == "norms" else {"wiring": request.param}
+    model = Seq2Seq(tiny_config(output_bias=True, **changes), VOCABULARY).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.4)
     # So that some hypotheses end.

@@ -98,6 +98,16 @@ def test_every_part_has_the_parameters_of_the_real_network(tiny_config: Configs,
         assert_every_part_is_right(config, TINY_VOCAB)
 
 
+@pytest.mark.parametrize("both", [2, 3])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_heads_and_layers_in_both_directions_have_the_parameters_of_the_real_network(
+    tiny_config: Configs, heads: int, both: int
+):
+    for cells in (6, 8):
+        config = tiny_config(size=6, heads=heads, bidirectional_layers=both, cell_size=cells, norm="layers")
+        assert_every_part_is_right(config, TINY_VOCAB)
+
+
 def test_every_gate_is_among_the_cases():
     assert {moe.gating for moe in GATES} == set(GATINGS)
 

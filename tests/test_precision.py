@@ -45,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "softmax": {"gating": "softmax_top_k", "hidden_sizes": [7, 5]},
     "hierarchical": {"gating": "hierarchical", "num_experts": 6, "branching": 3, "k": 1},
     "strict": {"gating": "strictly_balanced", "output": "sigmoid"},
+    "norms": {"norm": "layers", "size": 6, "heads": 2, "bidirectional_layers": 3},
     "no experts": {"num_experts": 0},
 }
 

@@ -38,6 +38,9 @@ CONFIGS = {
     "grown": ModelConfig(256, 256, moe=GROWN),
     "taught": ModelConfig(256, 256, moe=MOE),
     "feedback": ModelConfig(256, 256, moe=MOE, attention=AttentionConfig(wiring="feedback")),
+    "norms": ModelConfig(
+        256, 256, moe=MOE, norm="layers", bidirectional_layers=3, attention=AttentionConfig(size=256, heads=4)
+    ),
 }
 
 

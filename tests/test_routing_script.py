@@ -21,7 +21,14 @@ def test_experts_count_whatever_slots_they_are_in():
 
 @pytest.mark.slow
 def test_a_run_has_a_share_for_each_checkpoint(corpus: Path):
-    folder = train(corpus, "settling", 15, "training.validate_every=5", "training.checkpoint_every=5", "training.keep_checkpoints=9")
+    folder = train(
+        corpus,
+        "settling",
+        15,
+        "training.validate_every=5",
+        "training.checkpoint_every=5",
+        "training.keep_checkpoints=9",
+    )
     found = script.routing(RunDirectory(folder), 5)
     assert found["layers"]
     for layer in found["layers"].values():

@@ -76,7 +76,8 @@ def test_a_whole_sequence_equals_one_position_at_a_time(
 def test_heads_and_norms_decode_one_position_as_the_whole_sequence(
     tiny_config: Configs, tiny_batch: Batches, wiring: str, norm: str
 ):
-    model = randomised(tiny_config(wiring=wiring, norm=norm, size=6, heads=3, num_decoder_layers=3)).eval()
+    changes = {"size": 6, "heads": 3, "num_decoder_layers": 3, "bidirectional_layers": 2}
+    model = randomised(tiny_config(wiring=wiring, norm=norm, **changes)).eval()
     batch = tiny_batch((4, 5), (2, 3), (6, 5))
     with torch.no_grad():
         encoded = encode(model, batch)
@@ -183,7 +184,14 @@ def slow_encoder(encoder: Encoder, x_SD: Tensor, norm: str) -> Tensor:
 def test_the_encoder_is_its_stack_of_layers(
     tiny_config: Configs, tiny_batch: Batches, bottom: str, residual_from: int, norm: str
 ):
-    config = tiny_config(bottom_layer=bottom, residual_from=residual_from, encoder_moe_after=[2, 3], norm=norm)
+    both = 3 if bottom == "bidirectional_half" and norm != "none" else 1
+    config = tiny_config(
+        bottom_layer=bottom,
+        residual_from=residual_from,
+        encoder_moe_after=[2, 3],
+        norm=norm,
+        bidirectional_layers=both,
+    )
     model, batch = randomised(config).eval(), tiny_batch((4, 1), (2, 1))
     memory = model.memory(encode(model, batch))
     source_SB = unpack(batch.source_N[:, None], batch.source).squeeze(2)

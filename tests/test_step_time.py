@@ -123,6 +123,7 @@ def test_constants_are_written_where_they_stand() -> None:
         DENSE,
         ModelConfig(moe=MoEConfig(0), cell_size=512, bottom_layer="bidirectional_full"),
         ModelConfig(moe=MoEConfig(0), attention=AttentionConfig(wiring="gnmt")),
+        ModelConfig(moe=MoEConfig(0), attention=AttentionConfig(heads=8), bidirectional_layers=3),
     ],
 )
 def test_products_are_the_operations_of_training(model: ModelConfig) -> None:

@@ -271,6 +271,9 @@ class ModelConfig:
     """The encoder's first LSTM. forward: one direction. bidirectional_half: two directions of hidden_size/2 outputs
     each (and as many cells, unless cells are projected). bidirectional_full: two directions of hidden_size outputs
     each, so that layer 2 reads 2 x hidden_size (GNMT)."""
+    bidirectional_layers: int = 1
+    """Encoder LSTMs, from the first up, that read in both directions (Chen et al. 2018). More than 1 is for
+    bottom_layer=bidirectional_half."""
     residual_from: int = 1
     """First LSTM with a residual connection, in encoder and decoder (S17: 1; GNMT: 3). MoE layers always have one."""
     encoder_moe_after: list[int] = field(default_factory=lambda: [2])
@@ -293,7 +296,8 @@ class ModelConfig:
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "cell_size", "num_encoder_layers", "num_decoder_layers", "residual_from"):
+        sizes = ("hidden_size", "cell_size", "num_encoder_layers", "num_decoder_layers")
+        for name in (*sizes, "bidirectional_layers", "residual_from"):
             at_least(f"model.{name}", getattr(self, name), 1)
         if self.cell_size < self.hidden_size:
             raise ValueError(f"model.cell_size={self.cell_size} must be at least hidden_size={self.hidden_size}")
@@ -309,6 +313,16 @@ class ModelConfig:
             raise ValueError(
                 "model.bottom_layer=bidirectional_full needs a layer above it: "
                 f"model.num_encoder_layers={self.num_encoder_layers} must be at least 2"
+            )
+        if self.bidirectional_layers > 1 and self.bottom_layer != "bidirectional_half":
+            raise ValueError(
+                f"model.bidirectional_layers={self.bidirectional_layers} is for bottom_layer=bidirectional_half, not "
+                f"{self.bottom_layer}: leave it out"
+            )
+        if self.bidirectional_layers > self.num_encoder_layers:
+            raise ValueError(
+                f"model.bidirectional_layers={self.bidirectional_layers} must be at most "
+                f"num_encoder_layers={self.num_encoder_layers}"
             )
         fraction("model.dropout", self.dropout)
         fraction("model.word_dropout", self.word_dropout)
@@ -335,7 +349,7 @@ class ModelConfig:
         return [str(LayerName(side, place)) for side in places for place in places[side]]
 
     def bottom_direction(self) -> tuple[int, int]:
-        """Return (cells, outputs) of each direction of the bottom layer."""
+        """Return (cells, outputs) of each direction of the bottom layer, and of other layers with two directions."""
         if self.bottom_layer != "bidirectional_half":
             return self.cell_size, self.hidden_size
         half = self.hidden_size // 2

@@ -112,7 +112,10 @@ def lstm_sizes(config: ModelConfig) -> dict[str, list[tuple[int, int, int]]]:
     second = 2 * width if config.bottom_layer == "bidirectional_full" else width
     encoder = [(width, *config.bottom_direction())] * directions
     for layer in range(2, config.num_encoder_layers + 1):
-        encoder.append((second if layer == 2 else width, cells, width))
+        if layer <= config.bidirectional_layers:
+            encoder += [(width, *config.bottom_direction())] * 2
+        else:
+            encoder.append((second if layer == 2 else width, cells, width))
     first = 2 * width if config.attention.feeds_back else width
     above = 2 * width if config.attention.context_above else width
     decoder = [(first, cells, width)] + [(above, cells, width)] * (config.num_decoder_layers - 1)

@@ -216,6 +216,9 @@ def _computed(
     tokens = {"encoder": batch.source, "decoder": batch.target}
     positions = {"encoder": batch.source_positions, "decoder": batch.target_positions}
     together = _side_by_side(model, machines)
+    # Second directions of layers above the bottom run beside the first ones.
+    beside = {("encoder", 2 * layer + 1) for layer in range(1, model.bidirectional_layers) if machines.gpus == 1}
+    beside |= {*together[1:]}
     saved = _saved(model, vocab_size, batch, numbers)
     for side, lstms in lstm_sizes(model).items():
         for index, size in enumerate(lstms):
@@ -223,7 +226,7 @@ def _computed(
                 yield from _stepwise(model, size, batch, numbers, machines)
                 continue
             # The GPU waits only for the longest of those that go through their positions at the same time.
-            waits = positions[side] if (side, index) not in together[1:] else 0.0
+            waits = positions[side] if (side, index) not in beside else 0.0
             if (side, index) == together[0]:
                 waits = max(positions[side] for side, _ in together)
             yield from _lstm(size, tokens[side], waits, numbers, machines)

@@ -113,7 +113,7 @@ class _MoELayers(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Stacked LSTMs over the source; the bottom one can be bidirectional."""
+    """Stacked LSTMs over the source; the lower ones can be bidirectional."""
 
     def __init__(self, config: ModelConfig, share: ExpertShard) -> None:
         super().__init__()
@@ -123,7 +123,10 @@ class Encoder(nn.Module):
         self.bottom: LSTM | BidirectionalLSTM = bottom(width, *config.bottom_direction())
         second = 2 * width if config.bottom_layer == "bidirectional_full" else width
         self.upper = nn.ModuleList(
-            LSTM(second if layer == 2 else width, cells, width) for layer in range(2, config.num_encoder_layers + 1)
+            BidirectionalLSTM(width, *config.bottom_direction())
+            if layer <= config.bidirectional_layers
+            else LSTM(second if layer == 2 else width, cells, width)
+            for layer in range(2, config.num_encoder_layers + 1)
         )
         self.moe_layers = _MoELayers("encoder", config.encoder_moe_after, config, share)
         self.dropout = nn.Dropout(config.dropout)

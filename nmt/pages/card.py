@@ -155,10 +155,16 @@ def _use(facts: CardFacts) -> Iterator[str]:
 # --------------------------------------------------------------------------------------------------- network and data
 
 
+def _bottom(model: ModelConfig) -> str:
+    if model.bidirectional_layers == 1:
+        return _BOTTOM[model.bottom_layer]
+    return f", the first {model.bidirectional_layers} in both directions, each half as wide"
+
+
 def _network(model: ModelConfig) -> Iterator[str]:
     moe, attention = model.moe, model.attention
     rows = {
-        "encoder": f"{model.num_encoder_layers} LSTMs{_BOTTOM[model.bottom_layer]}",
+        "encoder": f"{model.num_encoder_layers} LSTMs{_bottom(model)}",
         "decoder": f"{model.num_decoder_layers} LSTMs",
         "LSTM cells, width": f"{model.cell_size:,}, {model.hidden_size:,}",
         "attention": f"{attention.function}, size {attention.size:,}, {counted(attention.heads, 'head')}, "
