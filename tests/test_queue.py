@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 
 script = load_script("scripts/results/run_queue.py")
+significance = load_script("scripts/results/significance.py")
 
 TINY = """
 corpus.max_pairs=400 corpus.subwords.vocab_size=600 model.hidden_size=16 model.cell_size=16 model.attention.size=16
@@ -124,7 +126,7 @@ def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capf
 
 
 @pytest.mark.slow
-def test_a_run_is_scored_on_the_sets_of_its_study(tmp_path: Path):
+def test_a_run_is_scored_on_the_sets_of_its_study_and_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     few, _, _ = script.read_queue(write_queue(tmp_path, STUDY | {"sets": ["test", "more"]}))
     assert few.sets == ["test", "more"]
     for language, lines in (("en", "How much is it?\nThank you.\n"), ("de", "Was kostet das?\nDanke.\n")):
@@ -142,7 +144,25 @@ def test_a_run_is_scored_on_the_sets_of_its_study(tmp_path: Path):
     assert scores["test"].keys() == scores["more"].keys() == {"BLEU", "chrF2", "perplexity"}
     assert scores["signatures"].keys() == {"BLEU", "chrF2"}
     report = where.runs / few.name / "report"
-    assert len(list(report.glob("*.hypotheses"))) == 2
+    (translated,) = report.glob("set-more*.hypotheses")
+    other = where.runs / "other"
+    shutil.copytree(where.runs / few.name, other)
+    (other / "report" / translated.name).write_text("Was kostet das?\nDanke.\n")
+    output = tmp_path / "found" / "pairs.json"
+    for pairs in ([f"{few.name}:{few.name}"], [f"{few.name}:other"]):
+        words = [*pairs, "--runs", str(where.runs), "--texts", str(tmp_path), "--sets", "test", "more"]
+        monkeypatch.setattr(sys, "argv", ["significance.py", *words, "-o", str(output)])
+        significance.main()
+    same, better = json.loads(output.read_text())["pairs"].values()
+    assert [each["set"] for each in same] == [each["set"] for each in better] == ["test", "more"]
+    for each in (*same, better[0]):
+        assert each["BLEU"]["difference"] == 0
+        assert each["BLEU"]["p"] > 0.5
+    chrf = better[1]["chrF2"]
+    assert chrf["system"] == 100
+    assert chrf["baseline"] == scores["more"]["chrF2"]
+    assert chrf["difference"] == pytest.approx(100 - scores["more"]["chrF2"], abs=0.002)
+    assert chrf["interval"][0] <= chrf["difference"] <= chrf["interval"][1]
 
 
 FAKE = """
