@@ -6,6 +6,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from scripts.results.pictures import Series, bars, points
 from tests.scripts import load_script
 
 ROOT = Path(__file__).parents[1]
@@ -17,7 +18,7 @@ script = load_script("scripts/results/pages.py")
 
 @pytest.mark.parametrize("name", script.PAGES)
 def test_a_page_is_what_its_results_give(name: str):
-    assert (PAGES / f"{name}.md").read_text() == script.page(name), "run python scripts/results/pages.py"
+    assert (PAGES / f"{name}.md").read_text() == script.page(name), "run python -m scripts.results.pages"
 
 
 def test_charts_are_what_their_results_give():
@@ -26,21 +27,89 @@ def test_charts_are_what_their_results_give():
     # scripts/results/profile_step.py draws the steps, and small_data_tables.py the growth.
     assert {path.name for path in PAGES.glob("*.svg")} - {"step.svg", "growth.svg"} == drawn.keys()
     for file, drawing in drawn.items():
-        assert (PAGES / file).read_text() == drawing, "run python scripts/results/pages.py"
+        assert (PAGES / file).read_text() == drawing, "run python -m scripts.results.pages"
 
 
 def test_bars_are_as_long_as_their_figures():
     chart = {"file": "a.svg", "text": "a < b", "label": "{run}", "figure": "score", "cell": "{score:.1f}"}
-    tree = ElementTree.fromstring(script.bars(chart, [{"run": "one & two", "score": 2.0}, {"run": "x", "score": 0.5}]))
+    tree = ElementTree.fromstring(bars(chart, [{"run": "one & two", "score": 2.0}, {"run": "x", "score": 0.5}]))
     space = "{http://www.w3.org/2000/svg}"
     _, long, short = (float(each.attrib["width"]) for each in tree.iter(f"{space}rect"))
     assert long == 4 * short
     assert [each.text for each in tree.iter(f"{space}text")] == ["a < b", "one & two", "2.0", "x", "0.5"]
 
 
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+def places(drawing: str) -> list[tuple[float, float]]:
+    """The points of the lines of a chart."""
+    tree = ElementTree.fromstring(drawing)
+    joined = [line.attrib["points"] for line in tree.iter(f"{SVG}polyline")]
+    return [(float(x), float(y)) for line in joined for x, y in (point.split(",") for point in line.split())]
+
+
+@pytest.mark.parametrize("log", [False, True])
+def test_points_are_where_their_figures_are(log: bool):
+    chart = {"text": "a < b", "x_title": "experts", "y_title": "perplexity", "log": log}
+    series = [Series("one & two", [(4.0, 5.0), (16.0, 4.0), (64.0, 4.5)], ["x", "y", "z"])]
+    drawing = points(chart, series)
+    (x1, y1), (x2, y2), (x3, y3) = places(drawing)
+    assert (x2 - x1) / (x3 - x1) == pytest.approx(0.5 if log else 0.2, abs=0.01)
+    assert y1 < y3 < y2  # the smaller, the lower
+    assert (y3 - y1) / (y2 - y1) == pytest.approx(0.5, abs=0.01)
+    texts = [each.text for each in ElementTree.fromstring(drawing).iter(f"{SVG}text")]
+    assert {"a < b", "experts", "perplexity", "one & two", "x", "y", "z"} <= {*texts}
+    assert ("16" in texts) == log
+    assert len(list(ElementTree.fromstring(drawing).iter(f"{SVG}circle"))) == 4  # and one for the key
+
+
+def test_points_without_any_spread_are_drawn():
+    (place,) = places(points({"text": "", "x_title": "", "y_title": ""}, [Series("only", [(3.0, 2.0)])]))
+    assert place == (312.0, 187.0)
+
+
+def test_series_are_rows_or_curves():
+    rows = [
+        {"experts": 32, "ppl": 4.5, "seed": 1, "dev": {"10": 9.0, "20": 4.5}},
+        {"experts": 4, "ppl": 5.0, "seed": 1, "dev": {"10": 9.5}},
+        {"experts": 4, "ppl": 5.1, "seed": 2, "dev": {}},
+    ]
+    chart = {"x": "{experts}", "y": "{ppl}", "series": "seed {seed}", "label": "MoE-{experts}"}
+    assert script.series_of(chart, rows) == [
+        Series("seed 1", [(4.0, 5.0), (32.0, 4.5)], ["MoE-4", "MoE-32"]),
+        Series("seed 2", [(4.0, 5.1)], ["MoE-4"]),
+    ]
+    curve = {"curve": "dev", "series": "{experts} experts"}
+    assert script.series_of(curve, rows[:2])[0] == Series("32 experts", [(10.0, 9.0), (20.0, 4.5)])
+
+
+def test_variants_of_a_study_have_the_means_of_their_runs(tmp_path: Path):
+    changes = [
+        {"name": f"seed_{seed}", "change": f"seed {seed}", "variants": {"few": [], "many": []}} for seed in (1, 2)
+    ]
+    study = {"variants": {"none": [], "many": [], "few": []}, "changes": changes}
+    (tmp_path / "queue.yaml").write_text(json.dumps({"claim": study}))
+    (tmp_path / "runs").mkdir()
+    for run, figure in (("seed_1.few", 6.0), ("seed_2.few", 8.0), ("seed_1.many", 4.0)):
+        record = {"name": run, "ppl": figure, "scores": {"test": {"BLEU": 3 * figure}, "unit": "13a"}, run: 1}
+        (tmp_path / "runs" / f"claim.{run}.json").write_text(json.dumps(record))
+    many, few = script.rows_of_variants("claim", tmp_path)
+    assert (many["variant"], many["runs"], many["ppl"], many["sd"]["ppl"]) == ("many", 1, 4.0, 0.0)
+    assert (few["variant"], few["runs"], few["ppl"]) == ("few", 2, 7.0)
+    assert few["scores"] == {"test": {"BLEU": 21.0}, "unit": "13a"}
+    assert few["sd"]["scores"]["test"]["BLEU"] == pytest.approx(4.243, abs=1e-3)
+    assert "seed_1.few" not in few  # not in both
+    assert [(each["variant"], each["change"]) for each in script.runs_of_study("claim", tmp_path)] == [
+        ("few", "seed 1"),
+        ("many", "seed 1"),
+        ("few", "seed 2"),
+    ]
+
+
 def test_the_table_of_the_readme_is_what_its_results_give():
     readme = (ROOT / "README.md").read_text()
-    assert readme == script.with_table(readme), "run python scripts/results/pages.py"
+    assert readme == script.with_table(readme), "run python -m scripts.results.pages"
 
 
 def test_every_result_is_on_one_page_and_every_page_is_made():

@@ -16,7 +16,7 @@ Tags and placeholders are measured on lines with one value that has a tag around
 placeholder or URL replaces. The same is done to its translation, which the translation must equal. Values are those
 that are composed, and single words.
 
-Then run `python scripts/results/pages.py`.
+Then run `python -m scripts.results.pages`.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Write docs/results/*, and the table in README.md, from results/*.json: python scripts/results/pages.py
+"""Write docs/results/*, and the table in README.md, from results/*.json: python -m scripts.results.pages
 
 A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found is in
 `hardware`, `commit`, `decoding`, `command` (a list) and `scores` (sacreBLEU signatures), of the file or of one table.
@@ -11,16 +11,24 @@ best figure of a column is bold.
 A `chart` draws a bar for each row: `file` is its name, `text` its title, `label` fills the text beside a bar, `figure`
 is the bar's length, and `cell` fills the text at its end.
 
+A table may have `points`: `file`, `text`, `x_title`, `y_title` and perhaps `log` as `pictures.points` takes them. Its
+rows are the points: `x` and `y` are figures such as "{ops_per_timestep}", `series` and `label` texts such as
+"{variant}". With `curve`, such as "dev_perplexities", each row is a series: the mapping from x to y of that name.
+
 A table with a `study` instead of rows has a row for each change of that study in results/queue.yaml that has been run.
 The figures of a row are the `change`, and the record of each variant under the variant's name, as in
 "{moe_4[dev_perplexity]:.2f}". `gain`, as in "{gain[moe_32]:+.1%}", is the ratio of a variant's perplexity to that of
 the first, less 1. `train_gain`, as in "{train_gain[moe_32][550]:+.1%}", is the same for the training text at a step.
+
+A table with `variants_of` instead has a row for each variant of that study. Its figures are the means over the records
+of its changes, such as seeds. `sd` has their standard deviations, as in "{sd[scores][test][BLEU]:.2f}", and `runs`
+counts them. A table with `runs_of` has a row for each record, with its `variant` and `change`.
 """
 
 import json
 import re
-from collections.abc import Iterator
-from html import escape
+import statistics
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +36,7 @@ import yaml
 
 from nmt.pages.markdown import wrapped
 from nmt.pages.tables import markdown_table
+from scripts.results.pictures import Series, bars, points
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -54,7 +63,7 @@ def read_result(name: str, folder: Path = ROOT / "results") -> Result:
 def page(name: str) -> str:
     """The whole text of docs/results/`name`.md."""
     title, files = PAGES[name]
-    lines = [f"# {title}", "", "Made from `results/*.json` by `python scripts/results/pages.py`; change those instead."]
+    lines = [f"# {title}", "", "Made from `results/*.json` by `python -m scripts.results.pages`; change those instead."]
     for file in files:
         lines += ["", *section(read_result(file), file)]
     return "\n".join(lines) + "\n"
@@ -73,7 +82,7 @@ def section(result: Result, file: str) -> Iterator[str]:
         yield ""
         yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
-        for picture in (each[name] for name in ("chart", "picture") if name in each):
+        for picture in (each[name] for name in ("chart", "points", "picture") if name in each):
             yield ""
             yield f"![{picture['text']}]({picture['file']})"
 
@@ -101,9 +110,69 @@ def _gains(records: dict[str, Result], first: str) -> Result:
     return {"gain": gain, "train_gain": train_gain}
 
 
+def runs_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+    """The records of a study in its order, each with its `variant` and `change`."""
+    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    for change in study["changes"]:
+        for variant in change.get("variants", []):
+            path = folder / "runs" / f"{name}.{change['name']}.{variant}.json"
+            if path.is_file():
+                record = json.loads(path.read_text(encoding="utf-8"))
+                yield {**record, "variant": variant, "change": change["change"]}
+
+
+def rows_of_variants(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+    """A row for each variant of a study with a record: means over its records, `sd` and `runs`."""
+    found: dict[str, list[Result]] = {}
+    for record in runs_of_study(name, folder):
+        found.setdefault(record["variant"], []).append(record)
+    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    for variant in study["variants"]:
+        if records := found.get(variant):
+            spread = _together(records, lambda values: statistics.stdev(values) if len(values) > 1 else 0.0)
+            yield {**_together(records, statistics.fmean), "sd": spread, "variant": variant, "runs": len(records)}
+
+
+def _together(records: Sequence[Result], function: Any) -> Result:
+    """The function of each figure that all records have, in nested objects too; other values are those of the first."""
+    merged: Result = {}
+    for key, first in records[0].items():
+        values = [record[key] for record in records if key in record]
+        if len(values) < len(records):
+            continue
+        if isinstance(first, dict):
+            merged[key] = _together(values, function)
+        elif isinstance(first, int | float) and not isinstance(first, bool):
+            merged[key] = function(values)
+        else:
+            merged[key] = first
+    return merged
+
+
 def rows_of(of_table: Result) -> list[Result]:
     """The rows of a table, which are in it or are those of a study."""
-    return list(rows_of_study(of_table["study"])) if "study" in of_table else of_table["rows"]
+    for name, rows in (("study", rows_of_study), ("variants_of", rows_of_variants), ("runs_of", runs_of_study)):
+        if name in of_table:
+            return list(rows(of_table[name]))
+    return list(of_table["rows"])
+
+
+def series_of(chart: Result, rows: Sequence[Result]) -> list[Series]:
+    """The series of `points` that these rows make."""
+    if "curve" in chart:
+        curves = ((row, row[chart["curve"]]) for row in rows)
+        return [
+            Series(chart["series"].format(**row), [(float(x), float(y)) for x, y in curve.items()])
+            for row, curve in curves
+        ]
+    found: dict[str, list[tuple[float, float, str]]] = {}
+    for row in rows:
+        x, y = (float(chart[axis].format(**row)) for axis in ("x", "y"))
+        found.setdefault(chart["series"].format(**row), []).append((x, y, chart.get("label", "").format(**row)))
+    return [
+        Series(name, [(x, y) for x, y, _ in sorted(each)], [label for *_, label in sorted(each)])
+        for name, each in found.items()
+    ]
 
 
 def rows_as_markdown(of_table: Result) -> Iterator[str]:
@@ -153,29 +222,8 @@ def charts() -> Iterator[tuple[str, str]]:
             for each in read_result(file)["tables"]:
                 if "chart" in each:
                     yield each["chart"]["file"], bars(each["chart"], rows_of(each))
-
-
-def bars(chart: Result, rows: list[Result]) -> str:
-    """An SVG of horizontal bars that begin at 0, on white so that it is seen in a dark page too."""
-    left, wide, high = 8 + max(7 * len(chart["label"].format(**row)) for row in rows), 340, 26
-    longest = max(row[chart["figure"]] for row in rows)
-    width, height = left + wide + 90, 34 + high * len(rows) + 8
-    lines = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
-        f'role="img" font-family="sans-serif" font-size="13" fill="#24292f">',
-        f"<title>{escape(chart['text'])}</title>",
-        f'<rect width="{width}" height="{height}" fill="white"/>',
-        f'<text x="{left}" y="20" font-weight="bold">{escape(chart["text"])}</text>',
-    ]
-    for place, row in enumerate(rows):
-        top, length = 34 + high * place, wide * row[chart["figure"]] / longest
-        label, value = (escape(chart[name].format(**row)) for name in ("label", "cell"))
-        lines += [
-            f'<text x="{left - 8}" y="{top + 16}" text-anchor="end">{label}</text>',
-            f'<rect x="{left}" y="{top + 3}" width="{length:.1f}" height="{high - 8}" fill="#3b6ea8"/>',
-            f'<text x="{left + length + 6:.1f}" y="{top + 16}">{value}</text>',
-        ]
-    return "\n".join([*lines, "</svg>", ""])
+                if "points" in each:
+                    yield each["points"]["file"], points(each["points"], series_of(each["points"], rows_of(each)))
 
 
 def with_table(text: str) -> str:

@@ -1,6 +1,6 @@
 """Write results/small_data.json, and a picture of growth, from results/small_data/*.json.
 
-  python -m scripts.results.small_data_tables                # then python scripts/results/pages.py
+  python -m scripts.results.small_data_tables                # then python -m scripts.results.pages
 
 The records are those of scripts/results/small_data.py. The picture needs matplotlib: pip install -e '.[plots]'.
 """

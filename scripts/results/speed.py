@@ -2,7 +2,7 @@
 
 BENCH.json is a file of scripts/bench/gpu.py --json. Its figures replace the rows of the first two tables, which are
 training and the MoE layer. Then run `python scripts/results/profile_step.py`, and
-`python scripts/results/pages.py`.
+`python -m scripts.results.pages`.
 """
 
 import argparse

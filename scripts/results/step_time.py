@@ -12,7 +12,7 @@ replace all whole steps:
   python -m scripts.results.step_time --card h100 --commit COMMIT SPEED.json STEPS.json
 
 It writes the constants, what they predict for each row, and the table of growing numbers of experts. Then run
-`python scripts/results/pages.py`.
+`python -m scripts.results.pages`.
 """
 
 import argparse
