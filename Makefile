@@ -35,9 +35,10 @@ demo: $(READY)  ## train a small MoE translator on the embedded phrasebook and t
 		echo "translate   echo 'The train to Berlin leaves at 14:35.' | $(BIN)/nmt translate runs/demo-$(PAIR)"
 
 train-wmt14: $(READY)  ## prepare WMT14, train EXPERIMENT on all GPUs (default wmt14_en_de_moe_32), score newstest2014
+#	With run.name or run.directory in ARGS, name the run's folder in RUN too.
 	$(BIN)/nmt prepare experiment=$(EXPERIMENT) $(ARGS)
 	$(BIN)/nmt train --processes gpu experiment=$(EXPERIMENT) $(ARGS)
-	$(BIN)/nmt evaluate runs/$(EXPERIMENT) --show 5
+	$(BIN)/nmt evaluate $(or $(RUN),runs/$(EXPERIMENT)) --show 5
 
 translate: $(READY)  ## translate a file: RUN=runs/demo-en-de IN=input.txt OUT=output.txt
 	@$(if $(RUN),,$(error give RUN=, the folder of a run))$(BIN)/nmt translate $(RUN) $(IN) -o $(OUT) $(ARGS)
