@@ -206,6 +206,7 @@ def figures(run: RunDirectory) -> dict[str, Any]:
     return {
         "steps": training[-1].step,
         "dev_perplexity": dev[-1].perplexity,
+        "best_dev_perplexity": min(line.perplexity for line in dev),
         "dev_word_perplexity": dev[-1].word_perplexity,
         "dev_perplexities": {line.step: line.perplexity for line in dev},
         "train_perplexities": {line.step: line.perplexity for line in training},
