@@ -161,6 +161,9 @@ def test_keys() -> None:
         ("5>3", "5<3"),
         ("at 10:30", "at 1030"),
         ("€5", "$5"),
+        ("C code", "C# code"),
+        ("10-20", "1020"),
+        ("R&D", "RD"),
         ("उसने कहा कि", "उसने कही का"),
         ("ป่า", "ปา"),
     ],
@@ -177,6 +180,7 @@ def test_what_changes_a_meaning_is_not_near(first: str, other: str) -> None:
         ("−5 °C", "-5°c"),
         ("«Das  Ende» ...", "das Ende…"),
         ("A, B; (C) [d]", "a b c d"),
+        ("1990–2000", "1990-2000"),
         ("Cafe\u0301", "CAFÉ"),
     ],
 )

@@ -27,6 +27,10 @@ def squares(offset: int) -> Callable[[int], tuple[int, int]]:
     return lambda number: (number * number + offset, os.getpid())
 
 
+def large() -> Callable[[int], bytes]:
+    return lambda number: bytes([number]) * 5_000_000
+
+
 def sleeping() -> Callable[[int], None]:
     return lambda _: time.sleep(60)
 
@@ -145,3 +149,15 @@ def test_processes_end_with_the_one_that_waits_for_them() -> None:
     with pytest.raises(KeyboardInterrupt):
         next(results)
     assert time.monotonic() - began < 20
+
+
+@pytest.mark.slow
+def test_results_that_nobody_takes_hold_up_nothing() -> None:
+    """Processes are stopped while they send results that no buffer holds, and none is left half sent."""
+    for taken in range(6):
+        results = shared_out(large, (), range(40), 2)
+        for number in range(taken):
+            assert len(next(results)) == 5_000_000, number
+        began = time.monotonic()
+        results.close()
+        assert time.monotonic() - began < 10

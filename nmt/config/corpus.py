@@ -125,8 +125,8 @@ class SubwordConfig:
         one_of("corpus.subwords.normalisation", self.normalisation, NORMALISATIONS)
         at_least("corpus.subwords.vocab_size", self.vocab_size, 16)
         at_least("corpus.subwords.training_sentences", self.training_sentences, 1)
-        if not 0.9 <= self.character_coverage <= 1.0:
-            raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.9 .. 1.0")
+        if not 0.98 <= self.character_coverage <= 1.0:  # SentencePiece learns with no less
+            raise ValueError(f"corpus.subwords.character_coverage={self.character_coverage} must lie in 0.98 .. 1.0")
         fraction("corpus.subwords.sampling", self.sampling)
 
     @property

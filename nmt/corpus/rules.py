@@ -22,11 +22,11 @@ from nmt.text.numbers import compare_numbers
 from nmt.wording import counted, percent
 
 _IN_URLS = ("@", "://", "www.", "WWW.", "Www.")
-_IN_NUMBERS = re.compile(r"(?<=\d)[.,:/](?=\d)|(?<!\w)-(?=\d)")
-_KEPT = {".": "\ue000", ",": "\ue001", ":": "\ue002", "/": "\ue003", "-": "−"}
+_IN_NUMBERS = re.compile(r"(?<=\d)[.,:/–-](?=\d)|(?<!\w)-(?=\d)")
+_KEPT = {".": "\ue000", ",": "\ue001", ":": "\ue002", "/": "\ue003", "-": "−", "–": "−"}
 """What replaces signs in numbers, as the signs themselves are removed."""
 _REMOVED = ("P", "Z", "Cc", "Cf", "Sk")  # categories of Unicode
-_MEANT = "%‰"  # punctuation in Unicode, but not to a reader
+_MEANT = "%‰#&@"  # punctuation in Unicode, but not to a reader
 
 
 class Candidate:

@@ -101,7 +101,9 @@ def read_preparation(path: Path) -> Report:
         if isinstance(error, RecursionError):
             reason = "it is nested too deeply"
         line = " ".join(printable(reason).split())
-        raise DataError(f"cannot use {path}: {line}; prepare the corpus again to write it anew") from error
+        raise DataError(
+            f"cannot use {path}: {line}; to write it anew, remove {path.parents[1]} and prepare again"
+        ) from error
     return report
 
 

@@ -4,6 +4,7 @@ The folder appears when it is complete. A preparation that was killed is resumed
 NAME.text (`nmt.preparation.store`), and arrays that are not finished stay with their journal in a hidden folder.
 """
 
+import errno
 import hashlib
 import json
 from collections import Counter
@@ -64,8 +65,10 @@ def prepare(corpus: CorpusConfig, log: Log, processes: int = 0, stages: Stages |
     except BrokenPipeError:
         raise
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        remedy = "make room there" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "check it"
         raise StorageError(
-            f"corpus.directory={corpus.directory}: {error.strerror or error}: make room there, or choose another "
+            f"corpus.directory={corpus.directory}: {error.strerror or error}{where}: {remedy}, or choose another "
             "folder; the same command resumes"
         ) from error
     except StorageError:

@@ -158,7 +158,7 @@ def _is_unit(path: Path) -> bool:
     """Return whether this is a folder that a preparation made: it has a unit's name and files, and no others."""
     if not _FOLDER.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
         return False
-    return all(_FILE.fullmatch(each.name) for each in path.iterdir())
+    return all(_FILE.fullmatch(each.name) and not each.is_symlink() for each in path.iterdir())
 
 
 def write_block(

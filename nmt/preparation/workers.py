@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache, partial
 from itertools import chain, islice
 from multiprocessing.connection import wait
@@ -22,6 +22,8 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 # Items that wait per process, so that none waits for the reader.
 _AHEAD = 2
+_STOP = signal.SIGUSR1
+"""Signal that ends the call that a process of a pool is in, and lets all later calls end at once."""
 
 
 def available_cores() -> int:
@@ -65,9 +67,11 @@ def shared_out(
             "with a smaller number of --processes"
         ) from error
     except BaseException:
-        # After a mistake, or if nobody waits for the results: what processes still do is for nothing.
+        # After a mistake, or if nobody waits for the results: what processes still do is for nothing. One that was
+        # terminated could leave half a result, for whose rest the pool would wait.
         for process in list((getattr(pool, "_processes", None) or {}).values()):
-            process.terminate()
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, _STOP)
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -89,11 +93,18 @@ def _without_main_module() -> Iterator[None]:
 
 _make: Callable[[], Callable[[Any], Any]] | None = None
 """In a process of a pool: what makes the function to call."""
+_calling = _stopped = False
+"""In a process of a pool: whether it is in a call, and whether it was asked to stop."""
+
+
+class _Stopped(Exception):  # noqa: N818 - nobody sees it
+    """The end of a call whose result nobody waits for."""
 
 
 def _begin(make: Callable[..., Callable[[Any], Any]], arguments: tuple[Any, ...]) -> None:
     # A terminal sends an interrupt to all processes; the main one ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(_STOP, _stop)
     threading.Thread(target=_end_with_parent, name="Parent", daemon=True).start()
     global _make
     # Called with the first item, because the error of an initializer would not reach the main process.
@@ -108,6 +119,21 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
+def _stop(*_: Any) -> None:
+    global _stopped
+    _stopped = True
+    # Outside a call, the process may be sending a result, which must arrive whole.
+    if _calling:
+        raise _Stopped
+
+
 def _call(item: Any) -> Any:
+    global _calling
     assert _make is not None
-    return _make()(item)
+    _calling = True
+    try:
+        if _stopped:
+            raise _Stopped
+        return _make()(item)
+    finally:
+        _calling = False
