@@ -155,7 +155,7 @@ def test_processes_end_with_the_one_that_waits_for_them() -> None:
 def test_results_that_nobody_takes_hold_up_nothing() -> None:
     """Processes are stopped while they send results that no buffer holds, and none is left half sent."""
     for taken in range(6):
-        results = shared_out(large, (), range(40), 2)
+        results: Any = shared_out(large, (), range(40), 2)
         for number in range(taken):
             assert len(next(results)) == 5_000_000, number
         began = time.monotonic()
