@@ -56,19 +56,23 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
 
 
+@torch.no_grad()
+def assert_steps_make_the_whole(model: Seq2Seq, batch: Batch) -> None:
+    encoded = encode(model, batch)
+    whole_TBD = unpack(model.decode(batch.target_in_N, batch.target, encoded)[0], batch.target)
+    target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
+    for t, one in enumerate(stepwise(model, target_TB, model.memory(encoded))):
+        here_B = batch.target.length_B > t
+        close(one.x_RD[here_B], whole_TBD[t, here_B])
+        close(one.weights_RS.sum(1), torch.ones(len(here_B), dtype=torch.float64))
+
+
 @pytest.mark.parametrize(("wiring", "bottom", "function"), VARIANTS)
 def test_a_whole_sequence_equals_one_position_at_a_time(
     tiny_config: Configs, tiny_batch: Batches, wiring: str, bottom: str, function: str
 ):
     model = randomised(tiny_config(wiring=wiring, bottom_layer=bottom, function=function)).eval()
-    batch = tiny_batch((4, 5), (2, 3), (6, 5))
-    with torch.no_grad():
-        encoded = encode(model, batch)
-        whole_TBD = unpack(model.decode(batch.target_in_N, batch.target, encoded)[0], batch.target)
-        target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
-        for t, one in enumerate(stepwise(model, target_TB, model.memory(encoded))):
-            here_B = batch.target.length_B > t
-            close(one.x_RD[here_B], whole_TBD[t, here_B])
+    assert_steps_make_the_whole(model, tiny_batch((4, 5), (2, 3), (6, 5)))
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -78,15 +82,7 @@ def test_heads_and_norms_decode_one_position_as_the_whole_sequence(
 ):
     changes = {"size": 6, "heads": 3, "num_decoder_layers": 3, "bidirectional_layers": 2}
     model = randomised(tiny_config(wiring=wiring, norm=norm, **changes)).eval()
-    batch = tiny_batch((4, 5), (2, 3), (6, 5))
-    with torch.no_grad():
-        encoded = encode(model, batch)
-        whole_TBD = unpack(model.decode(batch.target_in_N, batch.target, encoded)[0], batch.target)
-        target_TB = unpack(batch.target_in_N[:, None], batch.target).squeeze(2)
-        for t, one in enumerate(stepwise(model, target_TB, model.memory(encoded))):
-            here_B = batch.target.length_B > t
-            close(one.x_RD[here_B], whole_TBD[t, here_B])
-            close(one.weights_RS.sum(1), torch.ones(3, dtype=torch.float64))
+    assert_steps_make_the_whole(model, tiny_batch((4, 5), (2, 3), (6, 5)))
 
 
 @pytest.mark.parametrize("gating", GATING)
