@@ -22,7 +22,8 @@ from nmt.text.numbers import compare_numbers
 from nmt.wording import counted, percent
 
 _IN_URLS = ("@", "://", "www.", "WWW.", "Www.")
-_IN_NUMBERS = re.compile(r"(?<=\d)[.,:/–-](?=\d)|(?<!\w)-(?=\d)")
+# The sign comes first, which is what the search looks for: twice as fast as a look behind every place.
+_IN_NUMBERS = re.compile(r"[.,:/–-](?=\d)(?:(?<=\d.)|(?<=-)(?<!\w-))")
 _KEPT = {".": "\ue000", ",": "\ue001", ":": "\ue002", "/": "\ue003", "-": "−", "–": "−"}
 """What replaces signs in numbers, as the signs themselves are removed."""
 _REMOVED = ("P", "Z", "Cc", "Cf", "Sk")  # categories of Unicode
