@@ -2,7 +2,7 @@
 
   python scripts/results/run_queue.py list                           # every run and its state
   python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two at once
-  python scripts/results/run_queue.py run explain.base.moe_4         # these
+  python scripts/results/run_queue.py run explain.base.moe_4         # these, in this order
 
 results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
 NAME is FOLDER/NAME.LANGUAGE.gz with --texts FOLDER. A run that ends leaves a record in results/runs/: its settings,
@@ -304,6 +304,8 @@ def act(options: argparse.Namespace) -> bool:
             print(f"{entry.name:<34} {state:<28} {entry.purpose}")
         elif not (entry.needs or state == "done" or (names and entry.name not in names)):
             ready.append(entry)
+    if names:
+        ready.sort(key=lambda entry: names.index(entry.name))
     return run_queue(ready, site, options.minutes, options.discard)
 
 
