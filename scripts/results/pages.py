@@ -16,6 +16,8 @@ rows are the points: `x` and `y` are figures such as "{ops_per_timestep}", `seri
 "{variant}". With `curve`, such as "dev_perplexities", each row is a series: the mapping from x to y of that name. Its
 numbers are then multiplied by `x`, if that is there: "{seconds_per_step}" makes seconds of steps.
 
+A table with `samples` shows a file that scripts/results/samples.py wrote: see samples_page.py.
+
 A table with a `study` instead of rows has a row for each change of that study in results/queue.yaml that has been run.
 The figures of a row are the `change`, and the record of each variant under the variant's name, as in
 "{moe_4[dev_perplexity]:.2f}". `gain`, as in "{gain[moe_32]:+.1%}", is the ratio of a variant's perplexity to that of
@@ -41,6 +43,7 @@ import yaml
 from nmt.pages.markdown import wrapped
 from nmt.pages.tables import markdown_table
 from scripts.results.pictures import Series, bars, points
+from scripts.results.samples_page import samples_as_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -84,6 +87,8 @@ def section(result: Result, file: str) -> Iterator[str]:
         yield from _paragraph(each.get("about", []))
         yield from _origin(each)
         yield ""
+        if "samples" in each:
+            yield from samples_as_markdown(each, read_result(each["samples"]))
         if "columns" in each:
             yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
