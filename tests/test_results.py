@@ -166,6 +166,33 @@ def test_records_have_their_experts_and_seconds(tmp_path: Path):
         list(script.runs_of_study("claim", tmp_path, changes=["a", "c"]))
 
 
+def test_a_section_may_have_samples_and_experts(monkeypatch: pytest.MonkeyPatch):
+    texts = {"source": "A dog said so.", "reference": "Un chien."}
+    systems = [{"run": "r", "chrF2": 50.0, "translation": "Un chat.", "layers": []}]
+    sample = {"line": 7, **texts, "systems": systems}
+    layer = {"layer": "encoder.1", "k": 2, "max_over_mean_load": 1.2, "revealed": 0.2, "revealed_by_chance": 0.1}
+    files = {
+        "claim": {
+            "title": "All",
+            "tables": [
+                {"title": "Samples", "samples": "x/samples", "systems": {"r": "a system"}, "reading": ["Read them."]},
+                {"title": "Experts", "experts": {"file": "e.svg", "text": "Loads", "record": "x/experts"}},
+            ],
+        },
+        "x/samples": {"source": "a.gz", "rule": "All lines.", "samples": [sample]},
+        "x/experts": {"layers": [{**layer, "loads": [0.5, 0.3, 0.2], "named": []}]},
+    }
+    monkeypatch.setattr(script, "read_result", files.__getitem__)
+    monkeypatch.setattr(script, "PAGES", {"one": ("One", ["claim"])})
+    lines = script.page("one").splitlines()
+    assert lines.index("### Samples") < lines.index("#### Line 7") < lines.index("Read them.")
+    assert any("Un chat" in line for line in lines)
+    assert lines[-1] == "![Loads](e.svg)"
+    ((file, drawing),) = script.charts()
+    assert file == "e.svg"
+    assert ElementTree.fromstring(drawing).tag == f"{SVG}svg"
+
+
 def test_the_table_of_the_readme_is_what_its_results_give():
     readme = (ROOT / "README.md").read_text()
     assert readme == script.with_table(readme), "run python -m scripts.results.pages"

@@ -16,7 +16,8 @@ rows are the points: `x` and `y` are figures such as "{ops_per_timestep}", `seri
 "{variant}". With `curve`, such as "dev_perplexities", each row is a series: the mapping from x to y of that name. Its
 numbers are then multiplied by `x`, if that is there: "{seconds_per_step}" makes seconds of steps.
 
-A table with `samples` shows a file that scripts/results/samples.py wrote: see samples_page.py.
+A table with `samples` shows a file that scripts/results/samples.py wrote, and one with `experts` draws the picture of a
+file of scripts/results/expert_picture.py. The heads of samples_page.py and expert_picture.py have what they take.
 
 A table with a `study` instead of rows has a row for each change of that study in results/queue.yaml that has been run.
 The figures of a row are the `change`, and the record of each variant under the variant's name, as in
@@ -42,6 +43,7 @@ import yaml
 
 from nmt.pages.markdown import wrapped
 from nmt.pages.tables import markdown_table
+from scripts.results.expert_picture import loads
 from scripts.results.pictures import Series, bars, points
 from scripts.results.samples_page import samples_as_markdown
 
@@ -92,7 +94,7 @@ def section(result: Result, file: str) -> Iterator[str]:
         if "columns" in each:
             yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
-        for picture in (each[name] for name in ("chart", "points", "picture") if name in each):
+        for picture in (each[name] for name in ("chart", "points", "experts", "picture") if name in each):
             yield ""
             yield f"![{picture['text']}]({picture['file']})"
 
@@ -252,6 +254,8 @@ def charts() -> Iterator[tuple[str, str]]:
                     yield each["chart"]["file"], bars(each["chart"], rows_of(each))
                 if "points" in each:
                     yield each["points"]["file"], points(each["points"], series_of(each["points"], rows_of(each)))
+                if "experts" in each:
+                    yield each["experts"]["file"], loads(each["experts"], read_result(each["experts"]["record"]))
 
 
 def with_table(text: str) -> str:
