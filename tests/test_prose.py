@@ -1,6 +1,6 @@
 """Plain English: forms that a native reader has to read twice, and sentences that are too long.
 
-Pages are read whole, except for code. Of nmt/ and scripts/, docstrings, comments and messages are read.
+Pages are read whole, except for code and quotations. Of nmt/ and scripts/, docstrings, comments and messages are read.
 """
 
 import ast
@@ -44,12 +44,14 @@ BANNED = {
 
 
 def blocks(markdown: str) -> Iterator[tuple[int, str]]:
-    """(line from 1, text) of each paragraph, item, heading and cell of a page; code is left out."""
+    """(line from 1, text) of each paragraph, item, heading and cell of a page; code and quotations are left out."""
     fenced, start, gathered = False, 0, list[str]()
     for number, line in enumerate([*markdown.splitlines(), ""], 1):
         if line.startswith(("```", "<!--")):
             fenced = fenced != line.startswith("```")
             line = ""
+        # Others wrote what is quoted: sentences of a corpus, and their translations.
+        line = "" if line.startswith(">") else line
         if fenced:
             continue
         if not line.strip() or re.match(r"\s*([-*]|\d+\.|#+|\|) ?", line):
@@ -167,7 +169,7 @@ def test_plain_words_pass(text: str):
 
 def test_parts_of_a_page():
     page = "# A b\n\nOne.\nTwo `x y` three.\n\n- item\n  more\n- next\n\n"
-    page += "```\ncode goes on\n```\n\n| a | b c |\n|---|---|\n"
+    page += "```\ncode goes on\n```\n\n> he said so\n\n| a | b c |\n|---|---|\n"
     assert [text for _, text in blocks(page)] == [
         "A b",
         "One. Two `x y` three.",

@@ -1,6 +1,7 @@
 """results/*.json and the pages made from them: nothing is typed twice, and nothing is stale."""
 
 import json
+import math
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -69,6 +70,42 @@ def test_points_without_any_spread_are_drawn():
     assert place == (312.0, 187.0)
 
 
+def test_zero_has_a_place_on_a_logarithmic_axis():
+    chart = {"text": "", "x_title": "experts", "y_title": "", "log": True}
+    drawing = points(chart, [Series("", [(0.0, 6.0), (4.0, 5.0), (32.0, 4.0), (512.0, 3.0)])])
+    (none, _), (few, _), (more, _), (most, _) = places(drawing)
+    assert none < few < more < most
+    assert (more - few) / (most - few) == pytest.approx(3 / 7, abs=0.01)
+    texts = [each.text for each in ElementTree.fromstring(drawing).iter(f"{SVG}text")]
+    assert {"0", "4", "32", "512"} <= {*texts}
+
+
+@pytest.mark.parametrize("zero", [[], [0.0]])
+def test_ticks_of_many_values_are_few_powers_of_2(zero: list[float]):
+    chart = {"text": "", "x_title": "", "y_title": "perplexity", "log": True}
+    drawing = points(chart, [Series("", [(x, 2.0) for x in [*zero, *range(1, 1000, 100)]])])
+    below = [each for each in ElementTree.fromstring(drawing).iter(f"{SVG}text") if each.get("text-anchor") == "middle"]
+    ticks = [float(each.text) for each in below if each.text and each.text.isdigit()]
+    assert 2 <= len(ticks) <= 8
+    assert all(math.log2(tick).is_integer() for tick in ticks if tick)
+    assert (0.0 in ticks) == bool(zero)
+
+
+def test_labels_of_points_do_not_overlap():
+    """Those of points at one place have four places around it; no more are drawn than find one."""
+    chart = {"text": "", "x_title": "", "y_title": ""}
+    series = [
+        Series("", [(1.0, 1.0), (2.0, 2.0), (3.0, 3.0)], ["left", f"number {place}", "right"]) for place in range(6)
+    ]
+    labels = [
+        each for each in ElementTree.fromstring(points(chart, series)).iter(f"{SVG}text") if "fill" in each.attrib
+    ]
+    found = [each for each in labels if (each.text or "").startswith("number")]
+    assert len(found) == 4
+    assert len({(each.attrib["x"], each.attrib["y"]) for each in labels}) == len(labels)
+    assert all(float(each.attrib["x"]) < 560 for each in labels)
+
+
 def test_series_are_rows_or_curves():
     rows = [
         {"experts": 32, "ppl": 4.5, "seed": 1, "dev": {"10": 9.0, "20": 4.5}},
@@ -82,6 +119,8 @@ def test_series_are_rows_or_curves():
     ]
     curve = {"curve": "dev", "series": "{experts} experts"}
     assert script.series_of(curve, rows[:2])[0] == Series("32 experts", [(10.0, 9.0), (20.0, 4.5)])
+    in_seconds = script.series_of({**curve, "x": "{step}"}, [{**rows[0], "step": 0.5}])
+    assert in_seconds == [Series("32 experts", [(5.0, 9.0), (10.0, 4.5)])]
 
 
 def test_variants_of_a_study_have_the_means_of_their_runs(tmp_path: Path):
@@ -107,6 +146,53 @@ def test_variants_of_a_study_have_the_means_of_their_runs(tmp_path: Path):
     ]
 
 
+def test_records_have_their_experts_and_seconds(tmp_path: Path):
+    """All sittings count, those that were only to score a run too."""
+    study = {"variants": {"x": []}, "changes": [{"name": name, "change": "", "variants": {"x": []}} for name in "ab"]}
+    (tmp_path / "queue.yaml").write_text(json.dumps({"claim": study}))
+    (tmp_path / "runs").mkdir()
+    for name, seconds in (("a", [60.0, 30.0, 10.0]), ("b", [140.0])):
+        sittings = [{"commit": "c", "seconds": each} for each in seconds]
+        record = {"steps": 50, "sittings": sittings, "config": {"model.moe.num_experts": 32}}
+        (tmp_path / "runs" / f"claim.{name}.x.json").write_text(json.dumps(record))
+    first, second = script.runs_of_study("claim", tmp_path)
+    assert (first["experts"], first["seconds"], first["seconds_per_step"]) == (32, 100.0, 2.0)
+    assert second["seconds_per_step"] == pytest.approx(2.8)
+    (both,) = script.rows_of_variants("claim", tmp_path)
+    assert (both["experts"], both["seconds"]) == (32, 120.0)
+    (second,) = script.rows_of_variants("claim", tmp_path, changes=["b"])
+    assert second["seconds"] == 140.0
+    with pytest.raises(ValueError, match="no change c"):
+        list(script.runs_of_study("claim", tmp_path, changes=["a", "c"]))
+
+
+def test_a_section_may_have_samples_and_experts(monkeypatch: pytest.MonkeyPatch):
+    texts = {"source": "A dog said so.", "reference": "Un chien."}
+    systems = [{"run": "r", "chrF2": 50.0, "translation": "Un chat.", "layers": []}]
+    sample = {"line": 7, **texts, "systems": systems}
+    layer = {"layer": "encoder.1", "k": 2, "max_over_mean_load": 1.2, "revealed": 0.2, "revealed_by_chance": 0.1}
+    files = {
+        "claim": {
+            "title": "All",
+            "tables": [
+                {"title": "Samples", "samples": "x/samples", "systems": {"r": "a system"}, "reading": ["Read them."]},
+                {"title": "Experts", "experts": {"file": "e.svg", "text": "Loads", "record": "x/experts"}},
+            ],
+        },
+        "x/samples": {"source": "a.gz", "rule": "All lines.", "samples": [sample]},
+        "x/experts": {"layers": [{**layer, "loads": [0.5, 0.3, 0.2], "named": []}]},
+    }
+    monkeypatch.setattr(script, "read_result", files.__getitem__)
+    monkeypatch.setattr(script, "PAGES", {"one": ("One", ["claim"])})
+    lines = script.page("one").splitlines()
+    assert lines.index("### Samples") < lines.index("#### Line 7") < lines.index("Read them.")
+    assert any("Un chat" in line for line in lines)
+    assert lines[-1] == "![Loads](e.svg)"
+    ((file, drawing),) = script.charts()
+    assert file == "e.svg"
+    assert ElementTree.fromstring(drawing).tag == f"{SVG}svg"
+
+
 def test_the_table_of_the_readme_is_what_its_results_give():
     readme = (ROOT / "README.md").read_text()
     assert readme == script.with_table(readme), "run python -m scripts.results.pages"
@@ -128,6 +214,8 @@ def test_every_column_shows_something():
     """A misspelt figure in a cell would be a column of dashes."""
     for file in (ROOT / "results").glob("*.json"):
         for table in json.loads(file.read_text())["tables"]:
+            if "columns" not in table:
+                continue
             lines = [line.split(" | ") for line in list(script.rows_as_markdown(table))[2:]]
             assert all(any(cell.strip("| ") != "-" for cell in column) for column in zip(*lines, strict=True)), file
 

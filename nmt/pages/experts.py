@@ -44,7 +44,7 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:_MAX_NAMED]) + more if names else "none"
 
 
-def _word(role: TokenRole) -> tuple[str, str, str]:
+def whole_word(role: TokenRole) -> tuple[str, str, str]:
     """Return (start of the word, token, rest of the word) for a token in its first context."""
     if not role.contexts:
         return "", role.piece.replace("▁", "") or "␣", ""
@@ -167,7 +167,7 @@ def _preferring(row: ExpertRow) -> str:
 
 
 def _marked(role: TokenRole, harmless: Callable[[str], str]) -> str:
-    before, token, after = map(harmless, _word(role))
+    before, token, after = map(harmless, whole_word(role))
     return f"{before}<b>{token}</b>{after}"
 
 

@@ -13,7 +13,11 @@ is the bar's length, and `cell` fills the text at its end.
 
 A table may have `points`: `file`, `text`, `x_title`, `y_title` and perhaps `log` as `pictures.points` takes them. Its
 rows are the points: `x` and `y` are figures such as "{ops_per_timestep}", `series` and `label` texts such as
-"{variant}". With `curve`, such as "dev_perplexities", each row is a series: the mapping from x to y of that name.
+"{variant}". With `curve`, such as "dev_perplexities", each row is a series: the mapping from x to y of that name. Its
+numbers are then multiplied by `x`, if that is there: "{seconds_per_step}" makes seconds of steps.
+
+A table with `samples` shows a file that scripts/results/samples.py wrote, and one with `experts` draws the picture of a
+file of scripts/results/expert_picture.py. The heads of samples_page.py and expert_picture.py have what they take.
 
 A table with a `study` instead of rows has a row for each change of that study in results/queue.yaml that has been run.
 The figures of a row are the `change`, and the record of each variant under the variant's name, as in
@@ -22,7 +26,10 @@ the first, less 1. `train_gain`, as in "{train_gain[moe_32][550]:+.1%}", is the 
 
 A table with `variants_of` instead has a row for each variant of that study. Its figures are the means over the records
 of its changes, such as seeds. `sd` has their standard deviations, as in "{sd[scores][test][BLEU]:.2f}", and `runs`
-counts them. A table with `runs_of` has a row for each record, with its `variant` and `change`.
+counts them. A table with `runs_of` has a row for each record, with its `variant` and `change`. Both kinds of rows have
+the number of `experts`, the `seconds` of all sittings, with start and validation, and the `seconds_per_step` too.
+
+Of these three kinds, a table with `changes` has only the changes of these names, such as ["seed_1", "seed_2"].
 """
 
 import json
@@ -36,7 +43,9 @@ import yaml
 
 from nmt.pages.markdown import wrapped
 from nmt.pages.tables import markdown_table
+from scripts.results.expert_picture import loads
 from scripts.results.pictures import Series, bars, points
+from scripts.results.samples_page import samples_as_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -80,16 +89,27 @@ def section(result: Result, file: str) -> Iterator[str]:
         yield from _paragraph(each.get("about", []))
         yield from _origin(each)
         yield ""
-        yield from rows_as_markdown(each)
+        if "samples" in each:
+            yield from samples_as_markdown(each, read_result(each["samples"]))
+        if "columns" in each:
+            yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
-        for picture in (each[name] for name in ("chart", "points", "picture") if name in each):
+        for picture in (each[name] for name in ("chart", "points", "experts", "picture") if name in each):
             yield ""
             yield f"![{picture['text']}]({picture['file']})"
 
 
-def rows_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+def read_study(name: str, folder: Path, changes: Sequence[str]) -> Result:
+    """A study of the queue, with only the changes of these names if there are any. ValueError for an unknown name."""
+    study: Result = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    if unknown := {*changes} - {change["name"] for change in study["changes"]}:
+        raise ValueError(f"the study {name} has no change {min(unknown)}")
+    return {**study, "changes": [each for each in study["changes"] if not changes or each["name"] in changes]}
+
+
+def rows_of_study(name: str, folder: Path = ROOT / "results", changes: Sequence[str] = ()) -> Iterator[Result]:
     """A row for each change of the study of which there is a record."""
-    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    study = read_study(name, folder, changes)
     for change in study["changes"]:
         paths = {each: folder / "runs" / f"{name}.{change['name']}.{each}.json" for each in change.get("variants", [])}
         records = {each: json.loads(path.read_text(encoding="utf-8")) for each, path in paths.items() if path.is_file()}
@@ -110,24 +130,34 @@ def _gains(records: dict[str, Result], first: str) -> Result:
     return {"gain": gain, "train_gain": train_gain}
 
 
-def runs_of_study(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+def runs_of_study(name: str, folder: Path = ROOT / "results", changes: Sequence[str] = ()) -> Iterator[Result]:
     """The records of a study in its order, each with its `variant` and `change`."""
-    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
+    study = read_study(name, folder, changes)
     for change in study["changes"]:
         for variant in change.get("variants", []):
             path = folder / "runs" / f"{name}.{change['name']}.{variant}.json"
             if path.is_file():
                 record = json.loads(path.read_text(encoding="utf-8"))
-                yield {**record, "variant": variant, "change": change["change"]}
+                yield {**record, **_derived(record), "variant": variant, "change": change["change"]}
 
 
-def rows_of_variants(name: str, folder: Path = ROOT / "results") -> Iterator[Result]:
+def _derived(record: Result) -> Result:
+    """Figures of a record that follow from others of it."""
+    found: Result = {}
+    if "config" in record:
+        found["experts"] = record["config"]["model.moe.num_experts"]
+    if "sittings" in record:
+        found["seconds"] = sum(each["seconds"] for each in record["sittings"])
+        found["seconds_per_step"] = found["seconds"] / record["steps"]
+    return found
+
+
+def rows_of_variants(name: str, folder: Path = ROOT / "results", changes: Sequence[str] = ()) -> Iterator[Result]:
     """A row for each variant of a study with a record: means over its records, `sd` and `runs`."""
     found: dict[str, list[Result]] = {}
-    for record in runs_of_study(name, folder):
+    for record in runs_of_study(name, folder, changes):
         found.setdefault(record["variant"], []).append(record)
-    study = yaml.safe_load((folder / "queue.yaml").read_text(encoding="utf-8"))[name]
-    for variant in study["variants"]:
+    for variant in read_study(name, folder, changes)["variants"]:
         if records := found.get(variant):
             spread = _together(records, lambda values: statistics.stdev(values) if len(values) > 1 else 0.0)
             yield {**_together(records, statistics.fmean), "sd": spread, "variant": variant, "runs": len(records)}
@@ -153,17 +183,17 @@ def rows_of(of_table: Result) -> list[Result]:
     """The rows of a table, which are in it or are those of a study."""
     for name, rows in (("study", rows_of_study), ("variants_of", rows_of_variants), ("runs_of", runs_of_study)):
         if name in of_table:
-            return list(rows(of_table[name]))
+            return list(rows(of_table[name], changes=of_table.get("changes", ())))
     return list(of_table["rows"])
 
 
 def series_of(chart: Result, rows: Sequence[Result]) -> list[Series]:
     """The series of `points` that these rows make."""
     if "curve" in chart:
-        curves = ((row, row[chart["curve"]]) for row in rows)
+        curves = ((row, row[chart["curve"]], float(chart.get("x", "1").format(**row))) for row in rows)
         return [
-            Series(chart["series"].format(**row), [(float(x), float(y)) for x, y in curve.items()])
-            for row, curve in curves
+            Series(chart["series"].format(**row), [(unit * float(x), float(y)) for x, y in curve.items()])
+            for row, curve, unit in curves
         ]
     found: dict[str, list[tuple[float, float, str]]] = {}
     for row in rows:
@@ -224,6 +254,8 @@ def charts() -> Iterator[tuple[str, str]]:
                     yield each["chart"]["file"], bars(each["chart"], rows_of(each))
                 if "points" in each:
                     yield each["points"]["file"], points(each["points"], series_of(each["points"], rows_of(each)))
+                if "experts" in each:
+                    yield each["experts"]["file"], loads(each["experts"], read_result(each["experts"]["record"]))
 
 
 def with_table(text: str) -> str:

@@ -6,11 +6,12 @@ They are on white, so that they are seen on a dark page too.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 Row = Mapping[str, Any]
 
-_COLOURS = ("#3b6ea8", "#c4632a", "#3c8c55", "#8b5aa8", "#a8423b", "#5b6570")
+COLOURS = ("#3b6ea8", "#c4632a", "#3c8c55", "#8b5aa8", "#a8423b", "#5b6570")
 _SVG = 'xmlns="http://www.w3.org/2000/svg"'
 _FONT = 'role="img" font-family="sans-serif" font-size="13" fill="#24292f"'
 
@@ -21,7 +22,7 @@ def bars(chart: Row, rows: Sequence[Row]) -> str:
     longest = max(row[chart["figure"]] for row in rows)
     width, height = left + wide + 90, 34 + high * len(rows) + 8
     lines = [
-        *_opening(chart["text"], width, height),
+        *opening(chart["text"], width, height),
         f'<text x="{left}" y="20" font-weight="bold">{escape(chart["text"])}</text>',
     ]
     for place, row in enumerate(rows):
@@ -44,17 +45,42 @@ class Series(NamedTuple):
     """Beside the points; empty for none."""
 
 
+class _Box(NamedTuple):
+    """A rectangle that a label or a mark takes."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+    def overlaps(self, other: "_Box") -> bool:
+        """Whether they have a point in common."""
+        across = self.left < other.right and other.left < self.right
+        return across and self.top < other.bottom and other.top < self.bottom
+
+
+_MARKED = 12
+"""Curves of more points need no mark at each."""
+
+
 class _Axis:
-    """An axis from a little below the smallest value to a little above the largest; `log`: in powers of 2."""
+    """An axis from a little below the smallest value to a little above the largest.
+
+    `log`: it is logarithmic. Zero then has a place of its own, left of the smallest value above it.
+    """
 
     def __init__(self, values: Sequence[float], start: float, end: float, log: bool) -> None:
         self._log, self._start, self.end = log, start, end
+        self._values = sorted({*values})
+        self._zero = math.log2(min((value for value in values if value > 0.0), default=4.0)) - 2.0
         low, high = (self._of(extreme(values)) for extreme in (min, max))
         margin = 0.06 * (high - low) or 0.5
         self._low, self._high = low - margin, high + margin
 
     def _of(self, value: float) -> float:
-        return math.log2(value) if self._log else value
+        if not self._log:
+            return value
+        return math.log2(value) if value > 0.0 else self._zero
 
     def at(self, value: float) -> float:
         """The place of a value in the picture."""
@@ -62,10 +88,16 @@ class _Axis:
         return self._start + share * (self.end - self._start)
 
     def ticks(self) -> Iterator[float]:
-        """Round values on the axis, at most seven."""
+        """At most seven values on the axis: round ones, or on a logarithmic axis the given ones if they are few."""
         if self._log:
-            step = max(1, math.ceil((self._high - self._low) / 7))
-            yield from (2.0**power for power in range(math.ceil(self._low), math.floor(self._high) + 1, step))
+            least = (self._high - self._low) / 8
+            if all(self._of(after) - self._of(before) >= least for before, after in pairwise(self._values)):
+                yield from self._values
+                return
+            first = math.ceil(self._zero + 2.0 if self._values[0] <= 0.0 else self._low)
+            step = max(1, math.ceil((self._high - first) / 6))
+            yield from self._values[: self._values[0] <= 0.0]
+            yield from (2.0**power for power in range(first, math.floor(self._high) + 1, step))
             return
         least = (self._high - self._low) / 6
         unit = 10.0 ** math.floor(math.log10(least))
@@ -83,7 +115,7 @@ def points(chart: Row, series: Sequence[Series]) -> str:
     x_axis = _Axis([x for each in series for x, _ in each.points], left, right, chart.get("log", False))
     y_axis = _Axis([y for each in series for _, y in each.points], bottom, top, False)
     lines = [
-        *_opening(chart["text"], 580, 400 + 18 * len(series)),
+        *opening(chart["text"], 580, 400 + 18 * len(series)),
         f'<text x="8" y="20" font-weight="bold">{escape(chart["text"])}</text>',
     ]
     for y in y_axis.ticks():
@@ -102,34 +134,42 @@ def points(chart: Row, series: Sequence[Series]) -> str:
         f'<text transform="translate(14 {(top + bottom) / 2}) rotate(-90)" text-anchor="middle">'
         f"{escape(chart['y_title'])}</text>",
     ]
+    marked = [place for each in series if len(each.points) <= _MARKED for place in each.points]
+    taken = [_Box(x_axis.at(x) - 4, y_axis.at(y) - 4, x_axis.at(x) + 4, y_axis.at(y) + 4) for x, y in marked]
     for number, each in enumerate(series):
-        lines += _drawn(each, _COLOURS[number % len(_COLOURS)], x_axis, y_axis)
+        lines += _drawn(each, COLOURS[number % len(COLOURS)], x_axis, y_axis, taken)
         key = bottom + 60 + 18 * number
         lines += [
-            f'<circle cx="{left}" cy="{key - 4}" r="4" fill="{_COLOURS[number % len(_COLOURS)]}"/>',
+            f'<circle cx="{left}" cy="{key - 4}" r="4" fill="{COLOURS[number % len(COLOURS)]}"/>',
             f'<text x="{left + 12}" y="{key}">{escape(each.name)}</text>',
         ]
     return "\n".join([*lines, "</svg>", ""])
 
 
-def _drawn(series: Series, colour: str, x_axis: _Axis, y_axis: _Axis) -> Iterator[str]:
+def _drawn(series: Series, colour: str, x_axis: _Axis, y_axis: _Axis, taken: list[_Box]) -> Iterator[str]:
+    """A series, with a label beside each point where there is room; `taken` is what has been drawn already."""
     places = [(x_axis.at(x), y_axis.at(y)) for x, y in series.points]
     joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
     yield f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
-    # Curves of many points need no mark at each.
-    if len(places) <= 12:
+    if len(places) <= _MARKED:
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places)
     for (x, y), label in zip(places, series.labels, strict=False):
-        # The last ones go to the left, as there is no room to the right.
-        place, anchor = (x + 6, "start") if x + 6 + 7 * len(label) < x_axis.end else (x - 6, "end")
-        yield (f'<text x="{place:.1f}" y="{y - 7:.1f}" font-size="11" text-anchor="{anchor}">{escape(label)}</text>')
+        wide = 6.5 * len(label)
+        for left, base in ((x + 6, y - 7), (x + 6, y + 15), (x - 6 - wide, y - 7), (x - 6 - wide, y + 15)):
+            box = _Box(left, base - 9, left + wide, base + 2)
+            if box.right < x_axis.end and not any(map(box.overlaps, taken)):
+                taken.append(box)
+                place, anchor = (left, "start") if left > x else (x - 6, "end")
+                text = f'font-size="11" fill="{colour}" text-anchor="{anchor}">{escape(label)}'
+                yield f'<text x="{place:.1f}" y="{base:.1f}" {text}</text>'
+                break
 
 
 def _brief(value: float) -> str:
     return f"{value / 1e6:g}M" if value >= 1e6 else f"{value:,g}" if value < 1e5 else f"{value / 1e3:g}k"
 
 
-def _opening(text: str, width: float, height: float) -> list[str]:
+def opening(text: str, width: float, height: float) -> list[str]:
     return [
         f'<svg {_SVG} viewBox="0 0 {width} {height}" width="{width}" height="{height}" {_FONT}>',
         f"<title>{escape(text)}</title>",
