@@ -267,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=("list", "run"))
     parser.add_argument("what", nargs="*", help="names of runs (default: all that are ready); settings key=value")
-    parser.add_argument("--minutes", type=float, default=1e6, help="stop and save what still runs after this time")
+    parser.add_argument("--minutes", type=float, default=2e4, help="stop and save what still runs after this time")
     parser.add_argument("--jobs", type=int, default=1, help="runs that share the GPU (default 1)")
     parser.add_argument("--commit", help="of this code, where it is no git repository")
     parser.add_argument("--discard", action="store_true", help="remove the checkpoints of runs that have their record")
