@@ -28,15 +28,20 @@ A table with `variants_of` instead has a row for each variant of that study. Its
 of its changes, such as seeds. `sd` has their standard deviations, as in "{sd[scores][test][BLEU]:.2f}", and `runs`
 counts them. A table with `runs_of` has a row for each record, with its `variant` and `change`. Both kinds of rows have
 the number of `experts`, the `seconds` of all sittings, with start and validation, and the `seconds_per_step` too.
+`millions` has parameters and ops_per_timestep, as in "{millions[parameters]:.1f}M".
 
 Of these three kinds, a table with `changes` has only the changes of these names, such as ["seed_1", "seed_2"].
+
+A table with `compared`, such as "claim/significance", has a row for each comparison and set in that file of
+scripts/results/significance.py. `names` maps what the file calls a pair to what readers call it, in order: it is the
+figure `pair`. Other figures are those of the file, as in "{BLEU[difference]:+.2f}".
 """
 
 import json
-import re
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -49,14 +54,14 @@ from scripts.results.samples_page import samples_as_markdown
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
-    "quality": ("Quality", ["europarl", "experts_gain", "multi30k", "demo", "alignments"]),
+    "quality": ("Quality", ["claim", "experts_gain", "europarl", "multi30k", "demo", "alignments"]),
     "small-data": ("Small data", ["small_data"]),
     "studies": ("Studies", ["studies", "sentence_lengths", "start_scales"]),
     "speed": ("Speed", ["speed", "decoding", "large", "tried", "factored", "loading", "cpu_training"]),
     "scaling": ("Several GPUs", ["two_gpus", "step_time", "same_training", "processes"]),
 }
 """Pages by file name: the title, and the files of results that it shows."""
-IN_README = "europarl"
+IN_README = "claim"
 """The file of results whose first table is in README.md."""
 _MARKS = "<!-- table: {} -->\n", "<!-- end of table -->\n"
 
@@ -143,7 +148,7 @@ def runs_of_study(name: str, folder: Path = ROOT / "results", changes: Sequence[
 
 def _derived(record: Result) -> Result:
     """Figures of a record that follow from others of it."""
-    found: Result = {}
+    found: Result = {"millions": {key: record[key] / 1e6 for key in ("parameters", "ops_per_timestep") if key in record}}
     if "config" in record:
         found["experts"] = record["config"]["model.moe.num_experts"]
     if "sittings" in record:
@@ -179,8 +184,17 @@ def _together(records: Sequence[Result], function: Any) -> Result:
     return merged
 
 
+def rows_of_comparisons(of_table: Result, folder: Path = ROOT / "results") -> Iterator[Result]:
+    """The comparisons that a table names, set by set."""
+    pairs = read_result(of_table["compared"], folder)["pairs"]
+    for pair, name in of_table["names"].items():
+        yield from ({**found, "pair": name} for found in pairs[pair])
+
+
 def rows_of(of_table: Result) -> list[Result]:
-    """The rows of a table, which are in it or are those of a study."""
+    """The rows of a table, which are in it, or those of a study or of comparisons."""
+    if "compared" in of_table:
+        return list(rows_of_comparisons(of_table))
     for name, rows in (("study", rows_of_study), ("variants_of", rows_of_variants), ("runs_of", runs_of_study)):
         if name in of_table:
             return list(rows(of_table[name], changes=of_table.get("changes", ())))
@@ -212,13 +226,22 @@ def rows_as_markdown(of_table: Result) -> Iterator[str]:
     cells = [[_cell(column, row) for column in columns] for row in rows]
     for place, column in enumerate(columns):
         if "best" in column:
-            key = re.findall(r"\{(\w+)", column["cell"])[0]
-            figures = [row[key] for row in rows if key in row]
-            best = min(figures) if column["best"] == "lowest" else max(figures)
-            for row, line in zip(rows, cells, strict=True):
-                if row.get(key) == best:
+            figures = [_figure(column["cell"], row) for row in rows]
+            known = [figure for figure in figures if figure is not None]
+            best = min(known) if column["best"] == "lowest" else max(known)
+            for figure, line in zip(figures, cells, strict=True):
+                if figure == best:
                     line[place] = f"**{line[place]}**"
     return markdown_table(tuple(column["title"] for column in columns), [tuple(line) for line in cells])
+
+
+def _figure(cell: str, row: Result) -> float | None:
+    """The first figure of a row that this cell shows; None if the row lacks it."""
+    field = next(field for _, field, _, _ in Formatter().parse(cell) if field)
+    try:
+        return float(Formatter().get_field(field, (), row)[0])
+    except KeyError:
+        return None
 
 
 def _cell(column: Result, row: Result) -> str:

@@ -71,11 +71,11 @@ def main() -> None:
                 raise UserError(f"{pair} is not BASELINE:SYSTEM")
             runs = [RunDirectory.existing(str(options.runs / name)) for name in names]
             record["pairs"][pair] = [compared(*runs, name, options.texts) for name in options.sets]
+            output.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(output, (json.dumps(record, indent=1) + "\n").encode())
     except UserError as error:
         print(f"significance: {error}", file=sys.stderr)
         sys.exit(error.status)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, (json.dumps(record, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":
