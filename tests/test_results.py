@@ -257,9 +257,9 @@ def test_rows_of_a_study_are_the_changes_that_have_been_run(tmp_path: Path):
 
 
 def test_a_readme_without_its_marks_is_refused():
-    text = script.with_table("a\n<!-- table: results/europarl.json -->\nold\n<!-- end of table -->\nz\n")
+    text = script.with_table("a\n<!-- table: results/claim.json -->\nold\n<!-- end of table -->\nz\n")
     assert text.startswith("a\n")
     assert text.endswith("<!-- end of table -->\nz\n")
     assert "old" not in text
     with pytest.raises(ValueError, match="lacks the lines"):
-        script.with_table("a\n<!-- table: results/europarl.json -->\nold\n")
+        script.with_table("a\n<!-- table: results/claim.json -->\nold\n")

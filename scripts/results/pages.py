@@ -93,10 +93,11 @@ def section(result: Result, file: str) -> Iterator[str]:
         yield f"### {each['title']}"
         yield from _paragraph(each.get("about", []))
         yield from _origin(each)
-        yield ""
         if "samples" in each:
+            yield ""
             yield from samples_as_markdown(each, read_result(each["samples"]))
         if "columns" in each:
+            yield ""
             yield from rows_as_markdown(each)
         yield from _paragraph(each.get("reading", []))
         for picture in (each[name] for name in ("chart", "points", "experts", "picture") if name in each):
