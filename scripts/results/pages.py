@@ -149,7 +149,9 @@ def runs_of_study(name: str, folder: Path = ROOT / "results", changes: Sequence[
 
 def _derived(record: Result) -> Result:
     """Figures of a record that follow from others of it."""
-    found: Result = {"millions": {key: record[key] / 1e6 for key in ("parameters", "ops_per_timestep") if key in record}}
+    found: Result = {
+        "millions": {key: record[key] / 1e6 for key in ("parameters", "ops_per_timestep") if key in record}
+    }
     if "config" in record:
         found["experts"] = record["config"]["model.moe.num_experts"]
     if "sittings" in record:
