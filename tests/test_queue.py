@@ -3,7 +3,9 @@
 import dataclasses
 import gzip
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -61,6 +63,10 @@ def test_every_run_of_the_queue_can_be_composed_and_no_record_is_of_other_settin
             compose_config(entry.settings)
 
 
+def test_no_record_has_overridden_settings():
+    assert not [path for path in script.RECORDS.glob("*") if "overridden" in json.loads(path.read_text())]
+
+
 def test_every_record_belongs_to_the_queue():
     assert {path.stem for path in script.RECORDS.glob("*")} <= {entry.name for entry in script.read_queue()}
 
@@ -74,6 +80,39 @@ def test_a_run_has_the_settings_of_its_variant_study_and_change(tmp_path: Path):
 
 
 @pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("a: [", "cannot read"),
+        ("", "None is not a mapping"),
+        ("a: 5", "a: 5 is not a mapping"),
+        ("a: {question: x, settings: [], changes: []}", "a: variants is missing"),
+        ("a: {question: x, settings: x, variants: {}, changes: []}", "a.settings: "),
+    ],
+)
+def test_a_queue_of_another_shape_is_one_line(tmp_path: Path, text: str, says: str):
+    (tmp_path / "queue.yaml").write_text(text)
+    with pytest.raises(UserError, match=says) as found:
+        script.read_queue(tmp_path / "queue.yaml")
+    assert "\n" not in str(found.value)
+
+
+def test_records_that_are_damaged_or_of_overridden_settings_are_told(tmp_path: Path):
+    few, _, _ = script.read_queue(write_queue(tmp_path))
+    where = site(tmp_path)
+    where.records.mkdir()
+    record = where.records / f"{few.name}.json"
+    record.write_text(json.dumps({"settings": few.settings, "overridden": ["training.max_steps=4"]}))
+    assert where.state(few) == "done with training.max_steps=4"
+    # A setting that is gone does not make a record another one.
+    record.write_text(json.dumps({"settings": [*few.settings, "training.bands=2"]}))
+    assert where.state(few) == "done"
+    for text, says in (("{", "no record"), ("{}", "settings is missing")):
+        record.write_text(text)
+        with pytest.raises(UserError, match=says):
+            where.state(few)
+
+
+@pytest.mark.parametrize(
     ("change", "says"),
     [
         ({"name": "base", "change": "x", "purpose": "x", "needs": "x", "variants": {}}, "either the variants"),
@@ -81,6 +120,8 @@ def test_a_run_has_the_settings_of_its_variant_study_and_change(tmp_path: Path):
         ({"name": "base", "change": "x", "variants": {"few": []}}, "without purpose"),
         ({"name": "base", "change": "x", "purpose": "x", "variants": {"none": []}}, "variants of tiny are few, many"),
         ({"name": "base", "change": "x", "purpose": "x", "setting": [], "needs": "x"}, "has setting"),
+        ({"name": "base", "change": "x", "purpose": "x", "variants": ["few"]}, "variants: .* is not a mapping"),
+        ({"name": "base", "change": "x", "purpose": "x", "variants": {"few": None}}, "variants.few: "),
     ],
 )
 def test_what_is_wrong_in_the_queue_is_named(tmp_path: Path, change: dict[str, Any], says: str):
@@ -114,7 +155,9 @@ def test_a_run_resumes_where_it_stopped_and_leaves_a_record(tmp_path: Path, capf
     assert (record["steps"], list(record["dev_perplexities"])) == (4, ["2", "4"])
     assert record["dev_perplexity"] == record["dev_perplexities"]["4"]
     assert list(record["train_perplexities"]) == ["1", "2", "3", "4"]
+    assert record["best_dev_perplexity"] == min(record["dev_perplexities"].values())
     assert record["config"]["model.moe.num_experts"] == 2
+    assert "overridden" not in record  # the folder of the prepared text is a place
     assert record["gates"]["encoder.1"]["cv_load"] >= 0
     assert [each | {"seconds": 0} for each in record["sittings"]] == [
         {"commit": "abc1234", "hardware": "a machine", "jobs": 1, "seconds": 0}
@@ -170,6 +213,8 @@ import json, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 if settings["training.seed"] == "13":
     sys.exit("a mistake")
+if settings["training.seed"] == "14":
+    signal.raise_signal(signal.SIGTERM)  # before it can catch one
 run = pathlib.Path(settings["run.directory"], settings["run.name"])
 run.mkdir(parents=True, exist_ok=True)
 def stop(*_):
@@ -225,6 +270,36 @@ def test_a_run_that_fails_is_reported_with_its_last_line_and_the_next_begins(
     assert not site(tmp_path).records.exists()
 
 
+def test_a_run_that_is_stopped_before_it_began_has_not_failed(fake_training: None, tmp_path: Path):
+    entry = script.Entry("tiny.base.few", "a start", ["training.seed=14"])
+    assert script.sit(entry, site(tmp_path), time.monotonic() + 600) == "stopped before it began"
+    assert script.run_queue([entry], site(tmp_path), minutes=10.0, discard=False)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_stops_and_saves_all_runs_and_starts_no_other(tmp_path: Path, number: int):
+    names = [f"tiny.base.{name}" for name in ("few", "many")]
+    (tmp_path / "fake").write_text(f"#!{sys.executable}\n{FAKE}")
+    (tmp_path / "fake").chmod(0o755)
+    queue = write_queue(tmp_path, STUDY | {"settings": ["training.seed=1"]})
+    start = "import sys; sys.executable, script = sys.argv[1:3]; sys.argv = sys.argv[2:]; import runpy, signal; "
+    start += "signal.signal(signal.SIGINT, signal.default_int_handler); runpy.run_path(script, run_name='__main__')"
+    words = [str(tmp_path / "fake"), str(ROOT / "scripts/results/run_queue.py"), "run", *names, "--commit", "abc1234"]
+    words += ["--queue", str(queue), "--runs", str(tmp_path / "runs"), "--records", str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", start, *words], env=environment, stderr=-1, stdout=-1) as queued:
+        begun = tmp_path / "runs" / names[0] / "begun"
+        while not begun.exists() and queued.poll() is None:
+            time.sleep(0.01)
+        queued.send_signal(number)
+        out, error = (text.decode() for text in queued.communicate(timeout=60))
+    assert queued.returncode == 128 + number, error
+    assert out == f"{names[0]}: stopped at step 7: run it again to resume it\n"
+    assert error.startswith("run_queue: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "runs" / names[1]).exists()
+
+
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):
     def run(*arguments: str) -> int:
         places = ["--queue", str(write_queue(tmp_path)), "--runs", str(tmp_path), "--records", str(tmp_path)]
@@ -245,3 +320,16 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     assert error.count("\n") == 1
     run("run", "tiny.base.few", "--minutes", "0")
     assert "tiny.base.few: not started" in capfd.readouterr().out
+    # In the order of the names.
+    run("run", "tiny.base.many", "tiny.base.few", "--minutes", "0")
+    assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["tiny.base.many", "tiny.base.few"]
+    # A run that has its record is only listed.
+    few = script.read_queue(tmp_path / "queue.yaml")[0]
+    (tmp_path / f"{few.name}.json").write_text(json.dumps({"settings": few.settings}))
+    run("run", "tiny.base.few", "tiny.new", "--minutes", "0")
+    assert [line.split()[:2] for line in capfd.readouterr().out.splitlines()] == [
+        ["tiny.base.few", "done"],
+        ["tiny.new", "needs"],
+    ]
+    assert run("run", "--jobs", "0") == 2
+    assert "--jobs 0" in capfd.readouterr().err

@@ -7,8 +7,9 @@
 results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
 NAME is FOLDER/NAME.LANGUAGE.gz with --texts FOLDER. A run that ends leaves a record in results/runs/: its settings,
 commit, hardware, seconds and figures. scripts/results/pages.py makes tables from the records. A run that does not end
-within --minutes is stopped and saved, and the next `run` resumes it. Settings such as corpus.root=/data/europarl are
-passed to every `nmt train` and kept out of the records.
+within --minutes is stopped and saved, and the next `run` resumes it. SIGTERM, SIGHUP and Ctrl-C stop and save all.
+Settings such as corpus.root=/data/europarl are passed to every `nmt train`. The record has those that are no places
+as `overridden`, and `list` shows them.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -30,16 +33,20 @@ import torch
 import yaml
 
 from nmt.cost.operations import model_cost
-from nmt.errors import UserError
-from nmt.files import write_atomically
+from nmt.errors import DataError, UserError, exit_status
+from nmt.files import differs, read_json, write_atomically
 from nmt.metrics.record import DevLine, TrainLine, read_lines
+from nmt.process import ended_by_signals
 from nmt.run import RunDirectory, flatten
 
 ROOT = Path(__file__).parents[2]
 QUEUE = ROOT / "results" / "queue.yaml"
 RECORDS = ROOT / "results" / "runs"
-_SAVED = 143  # the status of `nmt train` after SIGTERM
-_STUDY = {"question", "settings", "variants", "changes"}
+_STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_STOPPED = {*(128 + number for number in _STOPPING), *(-number for number in _STOPPING)}
+"""Statuses of `nmt train` after a signal; negative before it has begun to catch them."""
+_PLACES = re.compile(r"(corpus\.(root|directory)|training\.device|decoding\.device)=")
+_STUDY = {"question": str, "settings": [str], "variants": {str: [str]}, "changes": [{str: object}]}
 _CHANGE = {"name", "change", "purpose"}
 
 _GONE = "training.bands="
@@ -64,9 +71,13 @@ class Entry:
 def read_queue(path: Path = QUEUE) -> list[Entry]:
     """All runs of the queue, in its order. UserError names an entry that is wrong."""
     entries: list[Entry] = []
-    for study, of_study in yaml.safe_load(path.read_text(encoding="utf-8")).items():
-        if missing := _STUDY - of_study.keys():
-            raise UserError(f"{path}: {study} lacks {min(missing)}")
+    try:
+        studies = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    if wrong := differs(studies, {str: _STUDY}):
+        raise DataError(f"{path}: {wrong}")
+    for study, of_study in studies.items():
         for change in of_study["changes"]:
             entries += _entries(f"{path}: {study}", study, of_study, change)
     names = [entry.name for entry in entries]
@@ -79,6 +90,9 @@ def _entries(where: str, study: str, of_study: dict[str, Any], change: dict[str,
     if missing := _CHANGE - change.keys():
         raise UserError(f"{where} has a change without {min(missing)}: {change}")
     where = f"{where}.{change['name']}"
+    for key, shape in (("settings", [str]), ("variants", {str: [str]})):
+        if wrong := differs(change.get(key, type(shape)()), shape, key):
+            raise DataError(f"{where}: {wrong}")
     if unknown := change.keys() - _CHANGE - {"settings", "variants", "needs"}:
         raise UserError(f"{where} has {min(unknown)}, which no change has")
     if ("needs" in change) == ("variants" in change):
@@ -105,7 +119,7 @@ class Site:
     jobs: int
     """Runs that share the hardware."""
     places: Sequence[str] = ()
-    """Settings of this machine, which records leave out."""
+    """Settings of the command line for all runs."""
     texts: Path = Path()
     """Folder of test sets."""
 
@@ -113,64 +127,108 @@ class Site:
         """The state of a run, as `list` prints it. UserError if its record has other settings."""
         record = self.records / f"{entry.name}.json"
         if record.is_file():
-            made = json.loads(record.read_text(encoding="utf-8"))["settings"]
-            if [setting for setting in made if not setting.startswith(_GONE)] != entry.settings:
+            try:
+                made = read_json(record, {"settings": [str]})
+            except (OSError, ValueError) as error:
+                raise DataError(f"{record} is no record of a run: {error}") from error
+            overridden = made.get("overridden", [])
+            if [setting for setting in made["settings"] if not setting.startswith(_GONE)] != entry.settings:
                 raise UserError(
                     f"{record} was made with other settings than results/queue.yaml has now: name the change anew"
                 )
-            return "done"
+            return f"done with {' '.join(overridden)}" if overridden else "done"
         if entry.needs:
             return f"needs {entry.needs}"
         status = RunDirectory(self.runs / entry.name).status()
         return f"{status['state']} at step {status['step']:,}" if status else "waiting"
 
 
-def sit(entry: Entry, site: Site, deadline: float) -> str:
+class Children:
+    """The programs that run now. After `stop`, no other one starts."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running = set[subprocess.Popen[bytes]]()
+        self.stopped = False
+
+    def run(self, command: Sequence[str], seconds: float, output: Any, errors: Any) -> tuple[int, bytes]:
+        """The status of a program, which gets SIGTERM after this time, and what it writes to `output` if it is PIPE."""
+        with self._lock:
+            if self.stopped:
+                return -signal.SIGTERM, b""
+            process = subprocess.Popen(command, stdout=output, stderr=errors)
+            self._running.add(process)
+        found = b""
+        try:
+            if output == subprocess.PIPE:
+                found, _ = process.communicate(timeout=seconds)
+            else:
+                process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.terminate()
+            process.wait()
+        finally:
+            self._running.discard(process)
+        return process.returncode, found
+
+    def stop(self) -> None:
+        """Send SIGTERM to those that run."""
+        with self._lock:
+            self.stopped = True
+            for process in [*self._running]:
+                process.terminate()
+
+
+def sit(entry: Entry, site: Site, deadline: float, children: Children | None = None) -> str:
     """Train a run and score it until the deadline (of time.monotonic), and write its record if both have ended.
 
     Returns how it went, in one line. Translations stay in the run's folder of reports.
     """
-    started = time.monotonic()
+    started, children = time.monotonic(), children or Children()
     if started >= deadline:
         return "not started: no time is left"
+    if children.stopped:
+        return "not started"
     command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
     command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
     site.runs.mkdir(parents=True, exist_ok=True)
     log = site.runs / f"{entry.name}.log"
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
-        try:
-            process.wait(deadline - started)
-        except subprocess.TimeoutExpired:
-            process.terminate()
-            process.wait()
+        code, _ = children.run(command, deadline - started, stream, stream)
     run = RunDirectory(site.runs / entry.name)
-    if process.returncode not in (0, _SAVED):
-        return f"failed with status {process.returncode}: {log} ends with {_last_line(log)!r}"
+    if code not in (0, *_STOPPED):
+        return f"failed with status {code}: {log} ends with {_last_line(log)!r}"
+    if not run.status():
+        return "stopped before it began"
     sitting = {"commit": site.commit, "hardware": site.hardware, "jobs": site.jobs}
     sitting["seconds"] = round(time.monotonic() - started, 1)
     sittings = _add_sitting(run.path / "sittings.json", sitting)
-    if process.returncode == _SAVED:
+    if code in _STOPPED:
         return f"stopped at step {run.status()['step']:,}: run it again to resume it"
     scored: dict[str, Any] = {}
     if entry.sets:
         try:
-            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic())}
-        except subprocess.TimeoutExpired:
+            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), children)}
+        except InterruptedError:
             return "trained, but not scored: run it again to score it"
         except (subprocess.CalledProcessError, ValueError, KeyError) as error:
             return f"failed to score it ({error}): {log} ends with {_last_line(log)!r}"
     record = {"name": entry.name, "purpose": entry.purpose, "settings": entry.settings, **figures(run), **scored}
+    if overridden := [setting for setting in site.places if not _PLACES.match(setting)]:
+        record["overridden"] = overridden
     record |= {"sittings": sittings, "config": flatten(run.config().to_dict())}
     site.records.mkdir(parents=True, exist_ok=True)
     write_atomically(site.records / f"{entry.name}.json", (json.dumps(record, indent=1) + "\n").encode())
     return f"dev perplexity {record['dev_perplexity']:.3f} after {sitting['seconds']:.0f} seconds"
 
 
-def scores(run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float) -> dict[str, Any]:
+def scores(
+    run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float, children: Children
+) -> dict[str, Any]:
     """BLEU, chrF2 and perplexity of a run on each of these sets, and the signatures of the scores.
 
-    TimeoutExpired after `seconds`. CalledProcessError if `nmt evaluate` fails, which writes why to `log`.
+    InterruptedError after `seconds`, or if `children` are stopped. CalledProcessError if `nmt evaluate` fails, which
+    writes why to `log`.
     """
     sides = run.config().corpus.sides
     command, names = [sys.executable, "-m", "nmt.cli", "evaluate", str(run.path), "--json"], {"test": "test"}
@@ -179,10 +237,14 @@ def scores(run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, secon
         command += ["--split", "test"] if name == "test" else ["--source", str(source), "--reference", str(reference)]
         names[name if name == "test" else source.name] = name
     with log.open("ab") as stream:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, check=True, timeout=max(seconds, 0.0))
+        code, output = children.run(command, max(seconds, 0.0), subprocess.PIPE, stream)
+    if code in _STOPPED:
+        raise InterruptedError
+    if code:
+        raise subprocess.CalledProcessError(code, command)
     found: dict[str, Any] = {name: {} for name in sets}
     signatures = {}
-    for each in json.loads(done.stdout):
+    for each in json.loads(output):
         if each["name"] in ("BLEU", "chrF2", "perplexity"):
             found[names[each["set"]]][each["name"]] = round(each["score"], 3)
             signatures[each["name"]] = each.get("signature", "")
@@ -231,18 +293,25 @@ def _last_line(log: Path) -> str:
 
 
 def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -> bool:
-    """Train the entries in their order for this many minutes. Returns whether none failed."""
-    deadline = time.monotonic() + 60 * minutes
+    """Train the entries in their order for this many minutes. Returns whether none failed.
+
+    If a signal ends the program, those that run are stopped and saved first.
+    """
+    deadline, children = time.monotonic() + 60 * minutes, Children()
 
     def one(entry: Entry) -> bool:
-        outcome = sit(entry, site, deadline)
+        outcome = sit(entry, site, deadline, children)
         print(f"{entry.name}: {outcome}", flush=True)
         if discard and (site.records / f"{entry.name}.json").is_file():
             shutil.rmtree(site.runs / entry.name / "checkpoints")
         return not outcome.startswith("failed")
 
-    with ThreadPoolExecutor(site.jobs) as pool:
-        return all(list(pool.map(one, entries)))
+    with ThreadPoolExecutor(site.jobs) as pool, ended_by_signals():
+        try:
+            return all(list(pool.map(one, entries)))
+        except KeyboardInterrupt:
+            children.stop()
+            raise
 
 
 def commit_here() -> str:
@@ -276,11 +345,13 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs/queue"), help="folder of the runs")
     parser.add_argument("--texts", type=Path, default=Path("data/news"), help="folder of test sets")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs {options.jobs}: at least one")
     try:
         ended = act(options)
-    except UserError as error:
-        print(f"run_queue: {error}", file=sys.stderr)
-        sys.exit(error.status)
+    except (UserError, OSError, KeyboardInterrupt) as error:
+        print(f"run_queue: {str(error) or 'interrupted'}", file=sys.stderr)
+        sys.exit(exit_status(error))
     sys.exit(0 if ended else 1)
 
 
@@ -300,9 +371,9 @@ def act(options: argparse.Namespace) -> bool:
     ready = []
     for entry in entries:
         state = site.state(entry)
-        if listing or (entry.name in names and (entry.needs or state == "done")):
+        if listing or (entry.name in names and (entry.needs or state.startswith("done"))):
             print(f"{entry.name:<34} {state:<28} {entry.purpose}")
-        elif not (entry.needs or state == "done" or (names and entry.name not in names)):
+        elif not (entry.needs or state.startswith("done") or (names and entry.name not in names)):
             ready.append(entry)
     if names:
         ready.sort(key=lambda entry: names.index(entry.name))
