@@ -88,6 +88,27 @@ def test_the_report_of_a_run_makes_a_record(run: Path, tmp_path: Path, cli: Any,
     ElementTree.fromstring(loads({"text": ""}, record))
 
 
+def test_the_dashed_line_is_at_an_equal_share():
+    (layer,) = record_of(report())["layers"]
+    tree = ElementTree.fromstring(loads({"text": ""}, {"layers": [layer]}))
+    bars = [each for each in tree.iter(f"{SVG}rect") if "." in each.attrib.get("x", "")]
+    (dashed,) = (each for each in tree.iter(f"{SVG}path") if "stroke-dasharray" in each.attrib)
+    # Of four experts, two have a quarter each.
+    quarter = next(each for each in bars if float(each.attrib["height"]) == pytest.approx(65, abs=0.1))
+    assert float(dashed.attrib["d"].split()[1].split("H")[0]) == pytest.approx(float(quarter.attrib["y"]), abs=0.1)
+
+
+def test_what_is_no_report_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
+    for text in ("{", "{}", json.dumps({"title": "", "layers": [{"experts": []}]})):
+        (tmp_path / "x.json").write_text(text)
+        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x.json"), "-o", str(tmp_path / "new.json")])
+        with pytest.raises(SystemExit) as end:
+            expert_picture.main()
+        assert end.value.code == 3
+        assert "no report of nmt experts" in capsys.readouterr().err
+        assert not (tmp_path / "new.json").exists()
+
+
 def test_a_report_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "none.json"), "-o", str(tmp_path / "new.json")])
     with pytest.raises(SystemExit) as end:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -206,6 +207,79 @@ def test_a_run_is_scored_on_the_sets_of_its_study_and_compared(tmp_path: Path, m
     assert chrf["baseline"] == scores["more"]["chrF2"]
     assert chrf["difference"] == pytest.approx(100 - scores["more"]["chrF2"], abs=0.002)
     assert chrf["interval"][0] <= chrf["difference"] <= chrf["interval"][1]
+
+
+def test_figures_of_a_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "corpus.json").write_text('{"vocabulary_size": 100}')
+    config = compose_config(["experiment=demo"])
+    run: Any = SimpleNamespace(metrics_path=tmp_path, corpus_path=tmp_path / "corpus.json", config=lambda: config)
+    speeds = (1.0, 50.0, 9.0, 7.0, 8.0)
+    training = [
+        SimpleNamespace(step=step, perplexity=9.0, tokens_per_second=speed, gates={"encoder.1": {"cv_load": step}})
+        for step, speed in zip(range(10, 60, 10), speeds, strict=True)
+    ]
+    training[-1].gpu_memory_gb = 3.0
+    dev = [SimpleNamespace(step=step, perplexity=of, word_perplexity=2 * of) for step, of in ((20, 4.0), (50, 5.0))]
+    monkeypatch.setattr(script, "read_lines", lambda _, kind: training if kind is script.TrainLine else dev)
+    found = script.figures(run)
+    assert (found["steps"], found["dev_perplexity"], found["best_dev_perplexity"]) == (50, 5.0, 4.0)
+    assert (found["dev_word_perplexity"], found["dev_perplexities"]) == (10.0, {20: 4.0, 50: 5.0})
+    assert found["tokens_per_second"] == 8.0
+    assert found["gates"] == {"encoder.1": {"cv_load": 35.0}}
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_checkpoints_stay_unless_they_are_to_be_discarded(
+    discard: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    where, entry = site(tmp_path), script.Entry("tiny.base.few", "a start", [])
+    checkpoints = where.runs / entry.name / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    where.records.mkdir()
+    (where.records / f"{entry.name}.json").touch()
+    monkeypatch.setattr(script, "sit", lambda *_: "dev perplexity 2")
+    assert script.run_queue([entry], where, 1.0, discard)
+    assert checkpoints.exists() != discard
+
+
+def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    references = [f"der kleine Hund läuft heute {number} mal über die Wiese" for number in range(40)]
+    systems = {"bad": [f"die Katze {number}" for number in range(40)], "good": references}
+
+    def translations(run: Any, name: str, texts: Path) -> tuple[list[str], list[str]]:
+        return systems[run.path.name], references[: 39 if run.path.name == "other" else 40]
+
+    monkeypatch.setattr(significance, "translations", translations)
+    monkeypatch.setattr(significance.RunDirectory, "existing", lambda name: significance.RunDirectory(Path(name)))
+    config = compose_config(["experiment=demo"])
+    monkeypatch.setattr(significance.RunDirectory, "config", lambda run: config)
+    output = tmp_path / "pairs.json"
+
+    def run(*pairs: str) -> Any:
+        words = [*pairs, "--runs", "x", "--sets", "test", "-o", str(output)]
+        monkeypatch.setattr(sys, "argv", ["significance.py", *words])
+        significance.main()
+        return json.loads(output.read_text())["pairs"]
+
+    (found,) = run("bad:good")["bad:good"]
+    assert found["BLEU"]["system"] == pytest.approx(100)
+    assert found["BLEU"]["baseline"] < 20
+    assert found["BLEU"]["difference"] > 80
+    assert found["BLEU"]["interval"][0] > 80
+    assert found["BLEU"]["p"] < 0.01
+    # Those of other pairs stay.
+    assert list(run("good:bad")) == ["bad:good", "good:bad"]
+    systems["other"] = references[:39]
+    before = output.read_text()
+    for pair in ("good:other", "good", "a:b:c"):
+        with pytest.raises(SystemExit):
+            run(pair)
+    assert output.read_text() == before
+    for text in ("{", "[]", '{"records": 1}'):
+        output.write_text(text)
+        with pytest.raises(SystemExit):
+            run("bad:good")
+        assert output.read_text() == text
 
 
 FAKE = """

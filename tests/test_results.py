@@ -153,11 +153,12 @@ def test_records_have_their_experts_and_seconds(tmp_path: Path):
     (tmp_path / "runs").mkdir()
     for name, seconds in (("a", [60.0, 30.0, 10.0]), ("b", [140.0])):
         sittings = [{"commit": "c", "seconds": each} for each in seconds]
-        record = {"steps": 50, "sittings": sittings, "config": {"model.moe.num_experts": 32}}
+        record = {"steps": 50, "sittings": sittings, "config": {"model.moe.num_experts": 32}, "parameters": 2_500_000}
         (tmp_path / "runs" / f"claim.{name}.x.json").write_text(json.dumps(record))
     first, second = script.runs_of_study("claim", tmp_path)
     assert (first["experts"], first["seconds"], first["seconds_per_step"]) == (32, 100.0, 2.0)
     assert second["seconds_per_step"] == pytest.approx(2.8)
+    assert second["millions"] == {"parameters": 2.5}
     (both,) = script.rows_of_variants("claim", tmp_path)
     assert (both["experts"], both["seconds"]) == (32, 120.0)
     (second,) = script.rows_of_variants("claim", tmp_path, changes=["b"])

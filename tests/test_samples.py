@@ -12,7 +12,7 @@ import pytest
 
 from nmt.batch import make_batch
 from nmt.decoding.translator import Translator
-from nmt.errors import DataError
+from nmt.errors import DataError, UserError
 from nmt.experts.explain import ExpertTotal, LayerExplanation, Slot
 from nmt.run import RunDirectory
 from scripts.results.samples_page import samples_as_markdown
@@ -133,6 +133,23 @@ def test_other_lines_need_another_file(
         assert end.value.code == 2
         assert message in capsys.readouterr().err
     assert json.loads(output.read_text()) == before
+
+
+def test_a_run_of_the_same_name_is_replaced_and_another_text_refused(tmp_path: Path):
+    whole = {"sha256": ["a", "b"], "systems": [], "samples": [{"line": 3, "systems": []}]}
+    for score in (1.0, 2.0):
+        script.add(whole, {"run": "r"}, [{"run": "r", "chrF2": score}])
+    assert whole["systems"] == [{"run": "r"}]
+    assert whole["samples"][0]["systems"] == [{"run": "r", "chrF2": 2.0}]
+    output = tmp_path / "samples.json"
+    output.write_text(json.dumps(whole))
+    assert script.continued(output, whole) == whole
+    for other in ({**whole, "sha256": ["a", "c"]}, {**whole, "samples": [{"line": 4}]}):
+        with pytest.raises(UserError, match="another text or other lines"):
+            script.continued(output, other)
+    output.write_text("{")
+    with pytest.raises(UserError, match="no file of samples"):
+        script.continued(output, whole)
 
 
 def record(*systems: tuple[str, str, float]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from nmt.errors import UserError
-from nmt.files import write_atomically
+from nmt.errors import DataError, UserError, exit_status
+from nmt.files import read_json, write_atomically
 from scripts.results.pictures import COLOURS, Row, opening
 
 NAMED, FEWEST_WORDS, MOST_WORDS = 5, 3, 4
@@ -128,12 +128,15 @@ def main() -> None:
     try:
         if not options.report.is_file():
             raise UserError(f"{options.report} is missing: write it with nmt experts RUN")
-        record = record_of(json.loads(options.report.read_text(encoding="utf-8")))
-    except UserError as error:
+        try:
+            record = record_of(read_json(options.report, {"title": str, "layers": [{"experts": [{"tokens": [{}]}]}]}))
+        except (ValueError, KeyError) as error:
+            raise DataError(f"{options.report} is no report of nmt experts: {error}") from error
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(output, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+    except (UserError, OSError) as error:
         print(f"expert_picture: {error}", file=sys.stderr)
-        sys.exit(error.status)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, (json.dumps(record, ensure_ascii=False, indent=1) + "\n").encode())
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ training.keep_checkpoints=1000, so that all checkpoints are kept.
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,6 +20,7 @@ from nmt.checkpoint import list_checkpoints
 from nmt.config import LayerName
 from nmt.data.held_out import encode_pairs, eval_batches
 from nmt.decoding.translator import Translator
+from nmt.errors import CheckpointError, UserError
 from nmt.run import RunDirectory
 
 _BATCH_TOKENS = 16384
@@ -51,6 +53,8 @@ def choices(run: RunDirectory, step: int, pairs: int) -> dict[str, Tensor]:
 def routing(run: RunDirectory, pairs: int) -> dict[str, Any]:
     """The figures above."""
     steps = [checkpoint.step for checkpoint in list_checkpoints(run.checkpoints)]
+    if not steps:
+        raise CheckpointError(f"{run.path} has no checkpoint")
     chosen = {step: choices(run, step, pairs) for step in sorted(steps)}
     moe, last = run.config().model.moe, max(steps)
     found: dict[str, Any] = {"run": run.path.name, "pairs": pairs, "layers": {}}
@@ -70,7 +74,13 @@ def main() -> None:
     parser.add_argument("run", help="folder of a run with MoE layers")
     parser.add_argument("--pairs", type=int, default=500, help="pairs of the dev text (default 500)")
     options = parser.parse_args()
-    print(json.dumps(routing(RunDirectory.existing(options.run), options.pairs), indent=1))
+    try:
+        if options.pairs < 1:
+            raise UserError(f"--pairs {options.pairs}: at least one")
+        print(json.dumps(routing(RunDirectory.existing(options.run), options.pairs), indent=1))
+    except UserError as error:
+        print(f"routing: {error}", file=sys.stderr)
+        sys.exit(error.status)
 
 
 if __name__ == "__main__":

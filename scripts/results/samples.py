@@ -26,11 +26,11 @@ from nmt.config import LayerName
 from nmt.data.subwords import split_words
 from nmt.decoding.parts import Reading
 from nmt.decoding.translator import Found, Translator
-from nmt.errors import DataError, UserError
+from nmt.errors import DataError, UserError, exit_status
 from nmt.evaluation.scores import SystemScores
 from nmt.evaluation.sets import EvaluationSet, evaluation_set
 from nmt.experts.explain import LayerExplanation, Scorer, explain_pair
-from nmt.files import write_atomically
+from nmt.files import read_json, write_atomically
 from nmt.run import RunDirectory
 from nmt.tokens import EOS
 
@@ -153,9 +153,12 @@ def begun(text: EvaluationSet, lines: Sequence[int]) -> Record:
 
 def continued(output: Path, record: Record) -> Record:
     """What is in a file already, or this record without any run. UserError if the file has other lines."""
-    if not output.is_file():
+    if not output.exists():
         return record
-    before: Record = json.loads(output.read_text(encoding="utf-8"))
+    try:
+        before: Record = read_json(output, {"sha256": [str], "systems": [{}], "samples": [{"line": int}]})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output} is no file of samples ({error}): write to another file") from error
     lines, others = ([sample["line"] for sample in each["samples"]] for each in (record, before))
     if (before["sha256"], others) != (record["sha256"], lines):
         raise UserError(f"{output} has samples of another text or other lines: write to another file")
@@ -201,9 +204,9 @@ def main() -> None:
             # After each run, so that nothing is lost if a later one fails.
             output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(output, as_json(record).encode())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"samples: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nmt.errors import DataError, UserError
+from nmt.errors import DataError, UserError, exit_status
 from nmt.evaluation.scores import BOOTSTRAP_SAMPLES, SEED, SystemScores
 from nmt.evaluation.sets import evaluation_set, read_lines
 from nmt.evaluation.tokenizers import bleu_tokenizer
-from nmt.files import write_atomically
+from nmt.files import read_json, write_atomically
 from nmt.run import RunDirectory
 
 SETS = ("test", "newstest2014", "newstest2012", "newsdiscusstest2015")
@@ -52,6 +52,16 @@ def compared(baseline: RunDirectory, system: RunDirectory, name: str, texts: Pat
     return found | {"signatures": scores.signatures()}
 
 
+def before(output: Path) -> dict[str, Any]:
+    """What is in a file already. UserError if it is no file of comparisons."""
+    if not output.exists():
+        return {"pairs": {}}
+    try:
+        return read_json(output, {"pairs": {str: object}})
+    except (OSError, ValueError) as error:
+        raise UserError(f"{output} is no file of comparisons ({error}): write to another file") from error
+
+
 def main() -> None:
     """The command line above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,9 +72,8 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
     output: Path = options.output
-    record = json.loads(output.read_text(encoding="utf-8")) if output.is_file() else {"pairs": {}}
-    record |= {"bootstrap": BOOTSTRAP_SAMPLES, "seed": SEED}
     try:
+        record = before(output) | {"bootstrap": BOOTSTRAP_SAMPLES, "seed": SEED}
         for pair in options.pairs:
             names = pair.split(":")
             if len(names) != 2:
@@ -73,9 +82,9 @@ def main() -> None:
             record["pairs"][pair] = [compared(*runs, name, options.texts) for name in options.sets]
             output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(output, (json.dumps(record, indent=1) + "\n").encode())
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"significance: {error}", file=sys.stderr)
-        sys.exit(error.status)
+        sys.exit(exit_status(error))
 
 
 if __name__ == "__main__":
