@@ -247,7 +247,7 @@ def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest
     systems = {"bad": [f"die Katze {number}" for number in range(40)], "good": references}
 
     def translations(run: Any, name: str, texts: Path) -> tuple[list[str], list[str]]:
-        return systems[run.path.name], references[: 39 if run.path.name == "other" else 40]
+        return systems[run.path.name], systems["other"] if run.path.name == "other" else references
 
     monkeypatch.setattr(significance, "translations", translations)
     monkeypatch.setattr(significance.RunDirectory, "existing", lambda name: significance.RunDirectory(Path(name)))
@@ -269,7 +269,7 @@ def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest
     assert found["BLEU"]["p"] < 0.01
     # Those of other pairs stay.
     assert list(run("good:bad")) == ["bad:good", "good:bad"]
-    systems["other"] = references[:39]
+    systems["other"] = [*references[1:], "ein Satz"]
     before = output.read_text()
     for pair in ("good:other", "good", "a:b:c"):
         with pytest.raises(SystemExit):
@@ -344,6 +344,21 @@ def test_a_run_that_fails_is_reported_with_its_last_line_and_the_next_begins(
     assert not site(tmp_path).records.exists()
 
 
+def test_a_set_that_is_missing_is_found_before_training(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    queue = write_queue(tmp_path, STUDY | {"settings": ["training.seed=13"], "sets": ["test", "news"]})
+    words = ["run", "tiny.base.few", "--queue", str(queue), "--records", str(tmp_path), "--commit", "abc1234"]
+    monkeypatch.setattr(sys, "argv", ["run_queue.py", *words, "--runs", str(tmp_path), "--texts", str(tmp_path)])
+    (tmp_path / "news.en.gz").touch()
+    for status, says in ((3, "lacks news.LANGUAGE.gz"), (1, "")):
+        with pytest.raises(SystemExit) as end:
+            script.main()
+        assert end.value.code == status
+        assert says in capsys.readouterr().err
+        (tmp_path / "news.de.gz").touch()
+
+
 def test_a_run_that_is_stopped_before_it_began_has_not_failed(fake_training: None, tmp_path: Path):
     entry = script.Entry("tiny.base.few", "a start", ["training.seed=14"])
     assert script.sit(entry, site(tmp_path), time.monotonic() + 600) == "stopped before it began"
@@ -405,5 +420,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
         ["tiny.base.few", "done"],
         ["tiny.new", "needs"],
     ]
+    # One without a name is not run again either.
+    run("run", "--minutes", "0")
+    assert capfd.readouterr().out.startswith("tiny.base.many: not started")
     assert run("run", "--jobs", "0") == 2
     assert "--jobs 0" in capfd.readouterr().err

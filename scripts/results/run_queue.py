@@ -375,6 +375,10 @@ def act(options: argparse.Namespace) -> bool:
             print(f"{entry.name:<34} {state:<28} {entry.purpose}")
         elif not (entry.needs or state.startswith("done") or (names and entry.name not in names)):
             ready.append(entry)
+    # Else this would only be found after hours of training.
+    sets = {name for entry in ready for name in entry.sets if name != "test"}
+    if lacking := sorted(name for name in sets if len([*options.texts.glob(f"{name}.*.gz")]) < 2):
+        raise DataError(f"{options.texts} lacks {lacking[0]}.LANGUAGE.gz: give the folder of test sets with --texts")
     if names:
         ready.sort(key=lambda entry: names.index(entry.name))
     return run_queue(ready, site, options.minutes, options.discard)

@@ -1,6 +1,6 @@
 """Translate a few lines of a set with several runs, and keep the experts of each word.
 
-  python scripts/results/samples.py runs/queue/claim.recipe.none runs/queue/claim.recipe.moe_32 \\
+  python scripts/results/samples.py runs/queue/claim.seed_1.moe_4 runs/queue/claim.seed_1.moe_32 \\
     --source data/news/newstest2014.en.gz --reference data/news/newstest2014.fr.gz -o results/claim/samples.json
 
 Without --lines, nobody picks the lines: of those with 10 to 25 words, it is the middle one of each fifth of the set.
