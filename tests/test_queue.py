@@ -166,10 +166,13 @@ def test_a_run_is_scored_on_the_sets_of_its_study_and_compared(tmp_path: Path, m
 
 
 FAKE = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 if settings["training.seed"] == "13":
     sys.exit("a mistake")
+if settings["training.seed"] == "14":
+    time.sleep(0.2)
+    sys.exit("GPU " + os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
 run = pathlib.Path(settings["run.directory"], settings["run.name"])
 run.mkdir(parents=True, exist_ok=True)
 def stop(*_):
@@ -184,7 +187,7 @@ time.sleep(600)
 
 @pytest.fixture
 def fake_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13."""
+    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13 or 14."""
     (tmp_path / "fake").write_text(f"#!{sys.executable}\n{FAKE}")
     (tmp_path / "fake").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "fake"))
@@ -223,6 +226,43 @@ def test_a_run_that_fails_is_reported_with_its_last_line_and_the_next_begins(
     assert [line.split(":")[0] for line in lines] == ["tiny.base.few", "tiny.base.many"]
     assert all("failed with status 1: " in line and line.endswith(".log ends with 'a mistake'") for line in lines)
     assert not site(tmp_path).records.exists()
+
+
+def test_runs_are_spread_over_the_gpus(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert script.gpus_here() == ["3", "5"]
+    entries = [script.Entry(f"tiny.base.{name}", "a start", ["training.seed=14"]) for name in "abcdef"]
+    for gpus, jobs, used in ((["3", "5"], 1, {"3", "5"}), (["3", "5", "7"], 2, {"3", "5", "7"}), (["6"], 3, {"6"})):
+        script.run_queue(entries, dataclasses.replace(site(tmp_path), gpus=gpus, jobs=jobs), 10.0, discard=False)
+        lines = capfd.readouterr().out.splitlines()
+        assert len(lines) == len(entries)
+        assert {line.rsplit("GPU ", 1)[1][0] for line in lines} == used
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
+    assert script.gpus_here() == [""]
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 2)
+    assert script.gpus_here() == ["0", "1"]
+
+
+def test_runs_that_are_named_go_in_that_order(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    study = STUDY | {"settings": ["training.seed=13"]}
+    places = [
+        "--queue",
+        str(write_queue(tmp_path, study)),
+        "--runs",
+        str(tmp_path),
+        "--records",
+        str(tmp_path / "none"),
+    ]
+    for names in (["tiny.base.many", "tiny.base.few"], ["tiny.base.few", "tiny.base.many"]):
+        monkeypatch.setattr(sys, "argv", ["run_queue.py", "run", *names, *places, "--commit", "abc1234"])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == names
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

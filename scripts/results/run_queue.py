@@ -1,7 +1,7 @@
 """Train the next runs of the queue behind docs/results/quality.md, whenever a GPU has time.
 
   python scripts/results/run_queue.py list                           # every run and its state
-  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two at once
+  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two on each GPU
   python scripts/results/run_queue.py run explain.base.moe_4         # these, in this order
 
 results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
@@ -24,6 +24,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -103,11 +104,13 @@ class Site:
     commit: str
     hardware: str
     jobs: int
-    """Runs that share the hardware."""
+    """Runs that share a GPU."""
     places: Sequence[str] = ()
     """Settings of this machine, which records leave out."""
     texts: Path = Path()
     """Folder of test sets."""
+    gpus: Sequence[str] = ("",)
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them; one empty name if there are none."""
 
     def state(self, entry: Entry) -> str:
         """The state of a run, as `list` prints it. UserError if its record has other settings."""
@@ -125,7 +128,7 @@ class Site:
         return f"{status['state']} at step {status['step']:,}" if status else "waiting"
 
 
-def sit(entry: Entry, site: Site, deadline: float) -> str:
+def sit(entry: Entry, site: Site, deadline: float, gpu: str = "") -> str:
     """Train a run and score it until the deadline (of time.monotonic), and write its record if both have ended.
 
     Returns how it went, in one line. Translations stay in the run's folder of reports.
@@ -135,10 +138,11 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
         return "not started: no time is left"
     command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
     command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else dict(os.environ)
     site.runs.mkdir(parents=True, exist_ok=True)
     log = site.runs / f"{entry.name}.log"
     with log.open("ab") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=stream)
+        process = subprocess.Popen(command, stdout=stream, stderr=stream, env=environment)
         try:
             process.wait(deadline - started)
         except subprocess.TimeoutExpired:
@@ -155,7 +159,7 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
     scored: dict[str, Any] = {}
     if entry.sets:
         try:
-            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic())}
+            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), environment)}
         except subprocess.TimeoutExpired:
             return "trained, but not scored: run it again to score it"
         except (subprocess.CalledProcessError, ValueError, KeyError) as error:
@@ -167,7 +171,9 @@ def sit(entry: Entry, site: Site, deadline: float) -> str:
     return f"dev perplexity {record['dev_perplexity']:.3f} after {sitting['seconds']:.0f} seconds"
 
 
-def scores(run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float) -> dict[str, Any]:
+def scores(
+    run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float, environment: dict[str, str]
+) -> dict[str, Any]:
     """BLEU, chrF2 and perplexity of a run on each of these sets, and the signatures of the scores.
 
     TimeoutExpired after `seconds`. CalledProcessError if `nmt evaluate` fails, which writes why to `log`.
@@ -179,7 +185,9 @@ def scores(run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, secon
         command += ["--split", "test"] if name == "test" else ["--source", str(source), "--reference", str(reference)]
         names[name if name == "test" else source.name] = name
     with log.open("ab") as stream:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, check=True, timeout=max(seconds, 0.0))
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=stream, env=environment, check=True, timeout=max(seconds, 0.0)
+        )
     found: dict[str, Any] = {name: {} for name in sets}
     signatures = {}
     for each in json.loads(done.stdout):
@@ -233,15 +241,22 @@ def _last_line(log: Path) -> str:
 def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -> bool:
     """Train the entries in their order for this many minutes. Returns whether none failed."""
     deadline = time.monotonic() + 60 * minutes
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in [*site.gpus] * site.jobs:
+        free.put(gpu)
 
     def one(entry: Entry) -> bool:
-        outcome = sit(entry, site, deadline)
+        gpu = free.get()
+        try:
+            outcome = sit(entry, site, deadline, gpu)
+        finally:
+            free.put(gpu)
         print(f"{entry.name}: {outcome}", flush=True)
         if discard and (site.records / f"{entry.name}.json").is_file():
             shutil.rmtree(site.runs / entry.name / "checkpoints")
         return not outcome.startswith("failed")
 
-    with ThreadPoolExecutor(site.jobs) as pool:
+    with ThreadPoolExecutor(site.jobs * len(site.gpus)) as pool:
         return all(list(pool.map(one, entries)))
 
 
@@ -258,8 +273,15 @@ def commit_here() -> str:
 def hardware_here() -> str:
     """The device that training takes, and the version of PyTorch."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
+        count = torch.cuda.device_count()
+        return f"{f'{count} x ' * (count > 1)}{torch.cuda.get_device_name()}; torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores; torch {torch.__version__}"
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; one empty name if there are none."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (visible or [str(number) for number in range(torch.cuda.device_count())]) or [""]
 
 
 def main() -> None:
@@ -268,7 +290,7 @@ def main() -> None:
     parser.add_argument("action", choices=("list", "run"))
     parser.add_argument("what", nargs="*", help="names of runs (default: all that are ready); settings key=value")
     parser.add_argument("--minutes", type=float, default=2e4, help="stop and save what still runs after this time")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that share the GPU (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share each GPU (default 1)")
     parser.add_argument("--commit", help="of this code, where it is no git repository")
     parser.add_argument("--discard", action="store_true", help="remove the checkpoints of runs that have their record")
     parser.add_argument("--queue", type=Path, default=QUEUE)
@@ -296,7 +318,9 @@ def act(options: argparse.Namespace) -> bool:
         raise UserError(f"{min(unknown)} is not in {options.queue}; run_queue.py list prints the runs that are")
     listing = options.action == "list"
     commit = "" if listing else options.commit or commit_here()
-    site = Site(options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts)
+    site = Site(
+        options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts, gpus_here()
+    )
     ready = []
     for entry in entries:
         state = site.state(entry)
