@@ -170,6 +170,8 @@ import json, os, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 if settings["training.seed"] == "13":
     sys.exit("a mistake")
+if settings["training.seed"] == "15":
+    time.sleep(600)  # before it handles signals
 if settings["training.seed"] == "14":
     time.sleep(0.2)
     sys.exit("GPU " + os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
@@ -187,7 +189,9 @@ time.sleep(600)
 
 @pytest.fixture
 def fake_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13 or 14."""
+    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13 or 14.
+
+    With a seed of 15, it does not handle signals yet."""
     (tmp_path / "fake").write_text(f"#!{sys.executable}\n{FAKE}")
     (tmp_path / "fake").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "fake"))
@@ -209,6 +213,8 @@ def test_a_run_is_stopped_and_saved_when_the_time_has_come(
         begun.unlink()
         raise subprocess.TimeoutExpired("train", timeout)
 
+    early = script.Entry("tiny.base.many", "a start", ["training.seed=15"])
+    assert script.sit(early, where, time.monotonic() + 0.5) == "stopped before its first step"
     monkeypatch.setattr(subprocess.Popen, "wait", wait_until_it_has_begun)
     for sittings in (1, 2):
         assert script.sit(entry, where, time.monotonic() + 600) == "stopped at step 7: run it again to resume it"

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -147,7 +148,8 @@ def sit(entry: Entry, site: Site, deadline: float, gpu: str = "") -> str:
             process.wait(deadline - started)
         except subprocess.TimeoutExpired:
             process.terminate()
-            process.wait()
+            if process.wait() == -signal.SIGTERM:
+                return "stopped before its first step"
     run = RunDirectory(site.runs / entry.name)
     if process.returncode not in (0, _SAVED):
         return f"failed with status {process.returncode}: {log} ends with {_last_line(log)!r}"
