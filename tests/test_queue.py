@@ -283,11 +283,16 @@ def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest
 
 
 FAKE = """
-import json, pathlib, signal, sys, time
+import json, os, pathlib, signal, sys, time
 settings = dict(word.split("=", 1) for word in sys.argv[4:])
 if settings["training.seed"] == "13":
     sys.exit("a mistake")
+if settings["training.seed"] == "15":
+    time.sleep(600)  # before it handles signals
 if settings["training.seed"] == "14":
+    time.sleep(0.2)
+    sys.exit("GPU " + os.environ.get("CUDA_VISIBLE_DEVICES", "none"))
+if settings["training.seed"] == "16":
     signal.raise_signal(signal.SIGTERM)  # before it can catch one
 run = pathlib.Path(settings["run.directory"], settings["run.name"])
 run.mkdir(parents=True, exist_ok=True)
@@ -303,7 +308,9 @@ time.sleep(600)
 
 @pytest.fixture
 def fake_training(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13."""
+    """A program in the place of `nmt train` that runs until it is told to stop, or fails with a seed of 13 or 14.
+
+    With a seed of 15, it does not handle signals yet."""
     (tmp_path / "fake").write_text(f"#!{sys.executable}\n{FAKE}")
     (tmp_path / "fake").chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(tmp_path / "fake"))
@@ -325,6 +332,8 @@ def test_a_run_is_stopped_and_saved_when_the_time_has_come(
         begun.unlink()
         raise subprocess.TimeoutExpired("train", timeout)
 
+    early = script.Entry("tiny.base.many", "a start", ["training.seed=15"])
+    assert script.sit(early, where, time.monotonic() + 0.5) == "stopped before its first step"
     monkeypatch.setattr(subprocess.Popen, "wait", wait_until_it_has_begun)
     for sittings in (1, 2):
         assert script.sit(entry, where, time.monotonic() + 600) == "stopped at step 7: run it again to resume it"
@@ -360,8 +369,8 @@ def test_a_set_that_is_missing_is_found_before_training(
 
 
 def test_a_run_that_is_stopped_before_it_began_has_not_failed(fake_training: None, tmp_path: Path):
-    entry = script.Entry("tiny.base.few", "a start", ["training.seed=14"])
-    assert script.sit(entry, site(tmp_path), time.monotonic() + 600) == "stopped before it began"
+    entry = script.Entry("tiny.base.few", "a start", ["training.seed=16"])
+    assert script.sit(entry, site(tmp_path), time.monotonic() + 600) == "stopped before its first step"
     assert script.run_queue([entry], site(tmp_path), minutes=10.0, discard=False)
 
 
@@ -387,6 +396,43 @@ def test_a_signal_stops_and_saves_all_runs_and_starts_no_other(tmp_path: Path, n
     assert error.startswith("run_queue: ")
     assert error.count("\n") == 1
     assert not (tmp_path / "runs" / names[1]).exists()
+
+
+def test_runs_are_spread_over_the_gpus(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    assert script.gpus_here() == ["3", "5"]
+    entries = [script.Entry(f"tiny.base.{name}", "a start", ["training.seed=14"]) for name in "abcdef"]
+    for gpus, jobs, used in ((["3", "5"], 1, {"3", "5"}), (["3", "5", "7"], 2, {"3", "5", "7"}), (["6"], 3, {"6"})):
+        script.run_queue(entries, dataclasses.replace(site(tmp_path), gpus=gpus, jobs=jobs), 10.0, discard=False)
+        lines = capfd.readouterr().out.splitlines()
+        assert len(lines) == len(entries)
+        assert {line.rsplit("GPU ", 1)[1][0] for line in lines} == used
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 0)
+    assert script.gpus_here() == [""]
+    monkeypatch.setattr(script.torch.cuda, "device_count", lambda: 2)
+    assert script.gpus_here() == ["0", "1"]
+
+
+def test_runs_that_are_named_go_in_that_order(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    study = STUDY | {"settings": ["training.seed=13"]}
+    places = [
+        "--queue",
+        str(write_queue(tmp_path, study)),
+        "--runs",
+        str(tmp_path),
+        "--records",
+        str(tmp_path / "none"),
+    ]
+    for names in (["tiny.base.many", "tiny.base.few"], ["tiny.base.few", "tiny.base.many"]):
+        monkeypatch.setattr(sys, "argv", ["run_queue.py", "run", *names, *places, "--commit", "abc1234"])
+        with pytest.raises(SystemExit):
+            script.main()
+        assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == names
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

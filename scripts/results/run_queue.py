@@ -1,7 +1,7 @@
 """Train the next runs of the queue behind docs/results/quality.md, whenever a GPU has time.
 
   python scripts/results/run_queue.py list                           # every run and its state
-  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two at once
+  python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two on each GPU
   python scripts/results/run_queue.py run explain.base.moe_4         # these, in this order
 
 results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
@@ -27,6 +27,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -117,11 +118,13 @@ class Site:
     commit: str
     hardware: str
     jobs: int
-    """Runs that share the hardware."""
+    """Runs that share a GPU."""
     places: Sequence[str] = ()
     """Settings of the command line for all runs."""
     texts: Path = Path()
     """Folder of test sets."""
+    gpus: Sequence[str] = ("",)
+    """The GPUs, as CUDA_VISIBLE_DEVICES names them; one empty name if there are none."""
 
     def state(self, entry: Entry) -> str:
         """The state of a run, as `list` prints it. UserError if its record has other settings."""
@@ -151,12 +154,14 @@ class Children:
         self._running = set[subprocess.Popen[bytes]]()
         self.stopped = False
 
-    def run(self, command: Sequence[str], seconds: float, output: Any, errors: Any) -> tuple[int, bytes]:
+    def run(
+        self, command: Sequence[str], seconds: float, output: Any, errors: Any, environment: dict[str, str]
+    ) -> tuple[int, bytes]:
         """The status of a program, which gets SIGTERM after this time, and what it writes to `output` if it is PIPE."""
         with self._lock:
             if self.stopped:
                 return -signal.SIGTERM, b""
-            process = subprocess.Popen(command, stdout=output, stderr=errors)
+            process = subprocess.Popen(command, stdout=output, stderr=errors, env=environment)
             self._running.add(process)
         found = b""
         try:
@@ -166,6 +171,7 @@ class Children:
                 process.wait(seconds)
         except subprocess.TimeoutExpired:
             process.terminate()
+            found = process.communicate()[0] or b"" if output == subprocess.PIPE else b""
             process.wait()
         finally:
             self._running.discard(process)
@@ -179,7 +185,7 @@ class Children:
                 process.terminate()
 
 
-def sit(entry: Entry, site: Site, deadline: float, children: Children | None = None) -> str:
+def sit(entry: Entry, site: Site, deadline: float, gpu: str = "", children: Children | None = None) -> str:
     """Train a run and score it until the deadline (of time.monotonic), and write its record if both have ended.
 
     Returns how it went, in one line. Translations stay in the run's folder of reports.
@@ -191,15 +197,16 @@ def sit(entry: Entry, site: Site, deadline: float, children: Children | None = N
         return "not started"
     command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
     command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else dict(os.environ)
     site.runs.mkdir(parents=True, exist_ok=True)
     log = site.runs / f"{entry.name}.log"
     with log.open("ab") as stream:
-        code, _ = children.run(command, deadline - started, stream, stream)
+        code, _ = children.run(command, deadline - started, stream, stream, environment)
     run = RunDirectory(site.runs / entry.name)
     if code not in (0, *_STOPPED):
         return f"failed with status {code}: {log} ends with {_last_line(log)!r}"
     if not run.status():
-        return "stopped before it began"
+        return "stopped before its first step"
     sitting = {"commit": site.commit, "hardware": site.hardware, "jobs": site.jobs}
     sitting["seconds"] = round(time.monotonic() - started, 1)
     sittings = _add_sitting(run.path / "sittings.json", sitting)
@@ -208,7 +215,9 @@ def sit(entry: Entry, site: Site, deadline: float, children: Children | None = N
     scored: dict[str, Any] = {}
     if entry.sets:
         try:
-            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), children)}
+            scored = {
+                "scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), children, environment)
+            }
         except InterruptedError:
             return "trained, but not scored: run it again to score it"
         except (subprocess.CalledProcessError, ValueError, KeyError) as error:
@@ -223,7 +232,13 @@ def sit(entry: Entry, site: Site, deadline: float, children: Children | None = N
 
 
 def scores(
-    run: RunDirectory, sets: Sequence[str], texts: Path, log: Path, seconds: float, children: Children
+    run: RunDirectory,
+    sets: Sequence[str],
+    texts: Path,
+    log: Path,
+    seconds: float,
+    children: Children,
+    environment: dict[str, str],
 ) -> dict[str, Any]:
     """BLEU, chrF2 and perplexity of a run on each of these sets, and the signatures of the scores.
 
@@ -237,7 +252,7 @@ def scores(
         command += ["--split", "test"] if name == "test" else ["--source", str(source), "--reference", str(reference)]
         names[name if name == "test" else source.name] = name
     with log.open("ab") as stream:
-        code, output = children.run(command, max(seconds, 0.0), subprocess.PIPE, stream)
+        code, output = children.run(command, max(seconds, 0.0), subprocess.PIPE, stream, environment)
     if code in _STOPPED:
         raise InterruptedError
     if code:
@@ -298,15 +313,22 @@ def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -
     If a signal ends the program, those that run are stopped and saved first.
     """
     deadline, children = time.monotonic() + 60 * minutes, Children()
+    free: SimpleQueue[str] = SimpleQueue()
+    for gpu in [*site.gpus] * site.jobs:
+        free.put(gpu)
 
     def one(entry: Entry) -> bool:
-        outcome = sit(entry, site, deadline, children)
+        gpu = free.get()
+        try:
+            outcome = sit(entry, site, deadline, gpu, children)
+        finally:
+            free.put(gpu)
         print(f"{entry.name}: {outcome}", flush=True)
         if discard and (site.records / f"{entry.name}.json").is_file():
             shutil.rmtree(site.runs / entry.name / "checkpoints")
         return not outcome.startswith("failed")
 
-    with ThreadPoolExecutor(site.jobs) as pool, ended_by_signals():
+    with ThreadPoolExecutor(site.jobs * len(site.gpus)) as pool, ended_by_signals():
         try:
             return all(list(pool.map(one, entries)))
         except KeyboardInterrupt:
@@ -327,8 +349,15 @@ def commit_here() -> str:
 def hardware_here() -> str:
     """The device that training takes, and the version of PyTorch."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
+        count = torch.cuda.device_count()
+        return f"{f'{count} x ' * (count > 1)}{torch.cuda.get_device_name()}; torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores; torch {torch.__version__}"
+
+
+def gpus_here() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; one empty name if there are none."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    return (visible or [str(number) for number in range(torch.cuda.device_count())]) or [""]
 
 
 def main() -> None:
@@ -337,7 +366,7 @@ def main() -> None:
     parser.add_argument("action", choices=("list", "run"))
     parser.add_argument("what", nargs="*", help="names of runs (default: all that are ready); settings key=value")
     parser.add_argument("--minutes", type=float, default=2e4, help="stop and save what still runs after this time")
-    parser.add_argument("--jobs", type=int, default=1, help="runs that share the GPU (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs that share each GPU (default 1)")
     parser.add_argument("--commit", help="of this code, where it is no git repository")
     parser.add_argument("--discard", action="store_true", help="remove the checkpoints of runs that have their record")
     parser.add_argument("--queue", type=Path, default=QUEUE)
@@ -367,7 +396,9 @@ def act(options: argparse.Namespace) -> bool:
         raise UserError(f"{min(unknown)} is not in {options.queue}; run_queue.py list prints the runs that are")
     listing = options.action == "list"
     commit = "" if listing else options.commit or commit_here()
-    site = Site(options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts)
+    site = Site(
+        options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts, gpus_here()
+    )
     ready = []
     for entry in entries:
         state = site.state(entry)
