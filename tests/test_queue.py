@@ -83,6 +83,7 @@ def test_a_run_has_the_settings_of_its_variant_study_and_change(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
+        ("a: {question: q, settings: [], variants: {}, changes: [], sets: test}", "sets"),
         ("a: [", "cannot read"),
         ("", "None is not a mapping"),
         ("a: 5", "a: 5 is not a mapping"),
@@ -433,6 +434,32 @@ def test_runs_that_are_named_go_in_that_order(
         with pytest.raises(SystemExit):
             script.main()
         assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == names
+
+
+def test_one_run_that_is_broken_keeps_no_other_from_running(
+    fake_training: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+):
+    study = STUDY | {"settings": ["training.seed=13"]}
+    records = tmp_path / "records"
+    records.mkdir()
+    (records / "tiny.base.few.json").write_text("{")
+    words = ["run", "--queue", str(write_queue(tmp_path, study)), "--runs", str(tmp_path), "--records", str(records)]
+    monkeypatch.setattr(sys, "argv", ["run_queue.py", *words, "--commit", "abc1234"])
+    with pytest.raises(SystemExit) as end:
+        script.main()
+    assert end.value.code == 1
+    output = capfd.readouterr()
+    assert "tiny.base.many: failed with status 1" in output.out
+    assert output.err.count("\n") == 1
+    assert "tiny.base.few.json is no record of a run" in output.err
+
+    def full(*_: Any) -> str:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(script, "sit", full)
+    entries = [script.Entry(f"tiny.base.{name}", "a start", []) for name in ("few", "many")]
+    assert not script.run_queue(entries, site(tmp_path), minutes=1.0, discard=False)
+    assert capfd.readouterr().out.count("failed: no space left") == 2
 
 
 def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]):

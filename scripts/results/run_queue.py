@@ -79,6 +79,8 @@ def read_queue(path: Path = QUEUE) -> list[Entry]:
     if wrong := differs(studies, {str: _STUDY}):
         raise DataError(f"{path}: {wrong}")
     for study, of_study in studies.items():
+        if wrong := differs(of_study.get("sets", []), [str], "sets"):
+            raise DataError(f"{path}: {study}: {wrong}")
         for change in of_study["changes"]:
             entries += _entries(f"{path}: {study}", study, of_study, change)
     names = [entry.name for entry in entries]
@@ -321,6 +323,8 @@ def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -
         gpu = free.get()
         try:
             outcome = sit(entry, site, deadline, gpu, children)
+        except (UserError, OSError) as error:
+            outcome = f"failed: {error}"
         finally:
             free.put(gpu)
         print(f"{entry.name}: {outcome}", flush=True)
@@ -347,10 +351,9 @@ def commit_here() -> str:
 
 
 def hardware_here() -> str:
-    """The device that training takes, and the version of PyTorch."""
+    """The device that a run takes, and the version of PyTorch."""
     if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        return f"{f'{count} x ' * (count > 1)}{torch.cuda.get_device_name()}; torch {torch.__version__}"
+        return f"{torch.cuda.get_device_name()}; torch {torch.__version__}"
     return f"{os.cpu_count()} CPU cores; torch {torch.__version__}"
 
 
@@ -399,9 +402,14 @@ def act(options: argparse.Namespace) -> bool:
     site = Site(
         options.runs, options.records, commit, hardware_here(), options.jobs, places, options.texts, gpus_here()
     )
-    ready = []
+    ready, sound = [], True
     for entry in entries:
-        state = site.state(entry)
+        try:
+            state = site.state(entry)
+        except UserError as error:
+            print(f"run_queue: {error}", file=sys.stderr)
+            sound = False
+            continue
         if listing or (entry.name in names and (entry.needs or state.startswith("done"))):
             print(f"{entry.name:<34} {state:<28} {entry.purpose}")
         elif not (entry.needs or state.startswith("done") or (names and entry.name not in names)):
@@ -412,7 +420,7 @@ def act(options: argparse.Namespace) -> bool:
         raise DataError(f"{options.texts} lacks {lacking[0]}.LANGUAGE.gz: give the folder of test sets with --texts")
     if names:
         ready.sort(key=lambda entry: names.index(entry.name))
-    return run_queue(ready, site, options.minutes, options.discard)
+    return run_queue(ready, site, options.minutes, options.discard) and sound
 
 
 if __name__ == "__main__":
