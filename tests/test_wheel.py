@@ -86,7 +86,7 @@ def test_the_description_has_nothing_that_works_in_the_repository_alone(wheel: P
     (metadata,) = [name for name in archive.namelist() if name.endswith("METADATA")]
     text = archive.read(metadata).decode().partition("\n\n")[2]
     assert text.startswith("# nmt-moe")
-    assert "| experiment |" in text
+    assert "| experts per layer |" in text
     assert "![" not in text
     assert "](docs/" not in text
     assert "<!--" not in text
