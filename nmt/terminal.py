@@ -1,11 +1,15 @@
 """Make text from any source safe to print on a terminal, and print the figures of gates, one layer per line."""
 
+import errno
 import re
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 # All control characters (C0, DEL, C1) except tab and line feed. With them, text could move the cursor, hide earlier
 # output, or rename the window.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+_SIGNAL_SECONDS = 1.0
 
 LayerFigures = Mapping[str, Mapping[str, float]]
 """The figures of each MoE layer's gate, as in a line of metrics. Each kind of gate has the figures that apply to it."""
@@ -14,6 +18,21 @@ LayerFigures = Mapping[str, Mapping[str, float]]
 def printable(text: str) -> str:
     """Return `text` with every control character, except tab and line feed, replaced by U+FFFD."""
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
+def written(write: Callable[[], object]) -> None:
+    """Write something that may go to a terminal, and flush it.
+
+    When a connection drops, the first write that fails can come a moment before the signal that says so (SIGHUP). This
+    function waits for the signal and writes again. So training can note the signal, and save, instead of failing.
+    """
+    try:
+        write()
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        time.sleep(_SIGNAL_SECONDS)
+        write()
 
 
 def layer_lines(layers: LayerFigures) -> list[str]:

@@ -1,6 +1,7 @@
 """What is printed cannot steer a terminal."""
 
 import ast
+import errno
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 import nmt.terminal
 from nmt.cli import main
 from nmt.commands import say, show
-from nmt.terminal import printable
+from nmt.terminal import printable, written
 
 EVIL = "a\x1b]0;PWNED\x07\x1b[2Jb\x9b1mc\rd\x7f\x00"
 
@@ -45,3 +46,41 @@ def test_nothing_is_printed_past_it() -> None:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     }
     assert prints <= own
+
+
+def test_a_write_that_fails_before_the_signal_of_a_hang_up_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of SIGHUP discards further output; before it has run, each write is an error."""
+    calls: list[str] = []
+    gone = True
+
+    def handler(_seconds: float) -> None:
+        nonlocal gone
+        calls.append("signal")
+        gone = False
+
+    def write() -> None:
+        calls.append("write")
+        if gone:
+            raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(nmt.terminal.time, "sleep", handler)
+    written(write)
+    assert calls == ["write", "signal", "write"]
+    written(write)
+    assert calls == ["write", "signal", "write", "write"]
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EPIPE])
+def test_a_write_that_keeps_failing_is_an_error(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    tries = 0
+
+    def write() -> None:
+        nonlocal tries
+        tries += 1
+        raise OSError(number, "error")
+
+    monkeypatch.setattr(nmt.terminal.time, "sleep", lambda _: None)
+    with pytest.raises(OSError, match="error") as error:
+        written(write)
+    assert error.value.errno == number
+    assert tries == (2 if number == errno.EIO else 1)

@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from nmt.config import Config
 from nmt.config.reading import known_settings
 from nmt.errors import UserError
-from nmt.terminal import printable
+from nmt.terminal import printable, written
 
 ON_SETTINGS = ("prepare", "train", "distill", "cost")
 """Commands that compose their settings; train and cost also take RUN, and distill TEACHER."""
@@ -135,9 +135,9 @@ def is_setting(word: str) -> bool:
 
 def show(result: object = "") -> None:
     """Print a result to standard output."""
-    print(printable(str(result)), flush=True)
+    written(lambda: print(printable(str(result)), flush=True))
 
 
 def say(line: str) -> None:
     """Print a line for the user to standard error."""
-    print(printable(line), file=sys.stderr, flush=True)
+    written(lambda: print(printable(line), file=sys.stderr, flush=True))

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from nmt.errors import StorageError
 from nmt.files import read_regular, write_atomically
 from nmt.metrics.record import DevLine, TrainLine, step_of
-from nmt.terminal import printable
+from nmt.terminal import printable, written
 
 # Number of bars of a histogram, from 0 to its largest value.
 _NUM_BARS = 60
@@ -90,8 +90,8 @@ class MetricsWriter:
         """Print a line on stderr, above the progress bar if there is one."""
         if self.quiet:
             return
-        self.bar.write(printable(line), file=sys.stderr)
-        sys.stderr.flush()
+        written(lambda: self.bar.write(printable(line), file=sys.stderr))
+        written(sys.stderr.flush)
 
     def show(self, text: str, lines: str, keep: bool) -> None:
         """Show the newest figures: `text` beside the progress bar and, if `keep`, `lines` above it.

@@ -10,6 +10,7 @@ import math
 import signal
 import sys
 from dataclasses import asdict
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from nmt.parallel.mesh import World
 from nmt.parallel.saving import Saver, load_parameters, read_share
 from nmt.parameters import Tensors, stored
 from nmt.run import RunDirectory
-from nmt.terminal import printable
+from nmt.terminal import printable, written
 from nmt.training.clock import Clock
 from nmt.training.freezing import Frozen
 from nmt.training.interval import Interval
@@ -281,7 +282,7 @@ class Trainer:
         checkpoint, warnings = newest_verified(list_checkpoints(self.run.checkpoints))
         warnings = damaged_manifests(self.run.checkpoints) + warnings
         for warning in warnings:
-            print(printable(warning), file=sys.stderr, flush=True)
+            written(partial(print, printable(warning), file=sys.stderr, flush=True))
         if checkpoint is None and warnings:
             raise CheckpointError(f"every checkpoint in {self.run.checkpoints} is damaged: choose another run.name")
         return checkpoint
