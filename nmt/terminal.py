@@ -23,7 +23,7 @@ def printable(text: str) -> str:
 def written(write: Callable[[], object]) -> None:
     """Write something that may go to a terminal, and flush it.
 
-    When a connection drops, the first write that fails can come a moment before the signal that says so (SIGHUP). This
+    When a connection drops, the first write that fails can come a moment before the signal of it (SIGHUP). This
     function waits for the signal and writes again. So training can note the signal, and save, instead of failing.
     """
     try:
