@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 # output, or rename the window.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
+# How long to wait for the signal that a terminal is gone.
 _SIGNAL_SECONDS = 1.0
 
 LayerFigures = Mapping[str, Mapping[str, float]]

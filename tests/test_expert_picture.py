@@ -98,21 +98,29 @@ def test_the_dashed_line_is_at_an_equal_share():
     assert float(dashed.attrib["d"].split()[1].split("H")[0]) == pytest.approx(float(quarter.attrib["y"]), abs=0.1)
 
 
-def test_what_is_no_report_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any):
-    for text in ("{", "{}", json.dumps({"title": "", "layers": [{"experts": []}]})):
-        (tmp_path / "x.json").write_text(text)
-        monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "x.json"), "-o", str(tmp_path / "new.json")])
-        with pytest.raises(SystemExit) as end:
-            expert_picture.main()
-        assert end.value.code == 3
-        assert "no report of nmt experts" in capsys.readouterr().err
-        assert not (tmp_path / "new.json").exists()
-
-
-def test_a_report_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setattr(sys, "argv", ["x", str(tmp_path / "none.json"), "-o", str(tmp_path / "new.json")])
+@pytest.mark.parametrize(
+    ("text", "status", "message"),
+    [
+        (None, 2, "nmt experts RUN"),
+        ("{", 3, "no report of nmt experts"),
+        ("{}", 3, "no report of nmt experts"),
+        (json.dumps({"title": "", "layers": [{"experts": []}]}), 3, "no report of nmt experts"),
+    ],
+)
+def test_what_is_no_report_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    text: str | None,
+    status: int,
+    message: str,
+):
+    given, output = tmp_path / "x.json", tmp_path / "new.json"
+    if text is not None:
+        given.write_text(text)
+    monkeypatch.setattr(sys, "argv", ["x", str(given), "-o", str(output)])
     with pytest.raises(SystemExit) as end:
         expert_picture.main()
-    assert end.value.code == 2
-    assert "nmt experts RUN" in capsys.readouterr().err
-    assert not (tmp_path / "new.json").exists()
+    assert end.value.code == status
+    assert message in capsys.readouterr().err
+    assert not output.exists()

@@ -2,6 +2,8 @@
 
 import ast
 import errno
+import io
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 import nmt.terminal
 from nmt.cli import main
 from nmt.commands import say, show
+from nmt.metrics.writer import MetricsWriter
 from nmt.terminal import printable, written
 
 EVIL = "a\x1b]0;PWNED\x07\x1b[2Jb\x9b1mc\rd\x7f\x00"
@@ -84,3 +87,28 @@ def test_a_write_that_keeps_failing_is_an_error(monkeypatch: pytest.MonkeyPatch,
         written(write)
     assert error.value.errno == number
     assert tries == (2 if number == errno.EIO else 1)
+
+
+class DroppedTerminal(io.StringIO):
+    """A terminal whose first write fails, as its signal has not come yet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.failures = 0
+
+    def flush(self) -> None:
+        if not self.failures:
+            self.failures += 1
+            raise OSError(errno.EIO, "Input/output error")
+
+
+def test_all_that_is_printed_in_training_waits_for_that_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(nmt.terminal.time, "sleep", lambda _: None)
+    with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path / "tensorboard"), 0, 10) as writer:
+        for name, write in (("stdout", show), ("stderr", say), ("stderr", writer.say)):
+            terminal = DroppedTerminal()
+            with monkeypatch.context() as patch:
+                patch.setattr(sys, name, terminal)
+                write("a line")
+            assert terminal.failures == 1
+            assert "a line" in terminal.getvalue()

@@ -128,9 +128,13 @@ class Site:
     gpus: Sequence[str] = ("",)
     """The GPUs, as CUDA_VISIBLE_DEVICES names them; one empty name if there are none."""
 
+    def record(self, entry: Entry) -> Path:
+        """The record of a run, which is there when the run is done."""
+        return self.records / f"{entry.name}.json"
+
     def state(self, entry: Entry) -> str:
         """The state of a run, as `list` prints it. UserError if its record has other settings."""
-        record = self.records / f"{entry.name}.json"
+        record = self.record(entry)
         if record.is_file():
             try:
                 made = read_json(record, {"settings": [str]})
@@ -156,10 +160,12 @@ class Children:
         self._running = set[subprocess.Popen[bytes]]()
         self.stopped = False
 
-    def run(
-        self, command: Sequence[str], seconds: float, output: Any, errors: Any, environment: dict[str, str]
-    ) -> tuple[int, bytes]:
-        """The status of a program, which gets SIGTERM after this time, and what it writes to `output` if it is PIPE."""
+    def run(self, command: Sequence[str], gpu: str, seconds: float, output: Any, errors: Any) -> tuple[int, bytes]:
+        """The status of a program, which gets SIGTERM after this time, and what it writes to `output` if it is PIPE.
+
+        It sees this GPU alone; with an empty name, what this program sees.
+        """
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else None
         with self._lock:
             if self.stopped:
                 return -signal.SIGTERM, b""
@@ -199,11 +205,10 @@ def sit(entry: Entry, site: Site, deadline: float, gpu: str = "", children: Chil
         return "not started"
     command = [sys.executable, "-m", "nmt.cli", "train", *entry.settings, *site.places]
     command += [f"run.name={entry.name}", f"run.directory={site.runs}"]
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": gpu} if gpu else dict(os.environ)
     site.runs.mkdir(parents=True, exist_ok=True)
     log = site.runs / f"{entry.name}.log"
     with log.open("ab") as stream:
-        code, _ = children.run(command, deadline - started, stream, stream, environment)
+        code, _ = children.run(command, gpu, deadline - started, stream, stream)
     run = RunDirectory(site.runs / entry.name)
     if code not in (0, *_STOPPED):
         return f"failed with status {code}: {log} ends with {_last_line(log)!r}"
@@ -217,9 +222,7 @@ def sit(entry: Entry, site: Site, deadline: float, gpu: str = "", children: Chil
     scored: dict[str, Any] = {}
     if entry.sets:
         try:
-            scored = {
-                "scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), children, environment)
-            }
+            scored = {"scores": scores(run, entry.sets, site.texts, log, deadline - time.monotonic(), gpu, children)}
         except InterruptedError:
             return "trained, but not scored: run it again to score it"
         except (subprocess.CalledProcessError, ValueError, KeyError) as error:
@@ -229,7 +232,7 @@ def sit(entry: Entry, site: Site, deadline: float, gpu: str = "", children: Chil
         record["overridden"] = overridden
     record |= {"sittings": sittings, "config": flatten(run.config().to_dict())}
     site.records.mkdir(parents=True, exist_ok=True)
-    write_atomically(site.records / f"{entry.name}.json", (json.dumps(record, indent=1) + "\n").encode())
+    write_atomically(site.record(entry), (json.dumps(record, indent=1) + "\n").encode())
     return f"dev perplexity {record['dev_perplexity']:.3f} after {sitting['seconds']:.0f} seconds"
 
 
@@ -239,8 +242,8 @@ def scores(
     texts: Path,
     log: Path,
     seconds: float,
+    gpu: str,
     children: Children,
-    environment: dict[str, str],
 ) -> dict[str, Any]:
     """BLEU, chrF2 and perplexity of a run on each of these sets, and the signatures of the scores.
 
@@ -254,7 +257,7 @@ def scores(
         command += ["--split", "test"] if name == "test" else ["--source", str(source), "--reference", str(reference)]
         names[name if name == "test" else source.name] = name
     with log.open("ab") as stream:
-        code, output = children.run(command, max(seconds, 0.0), subprocess.PIPE, stream, environment)
+        code, output = children.run(command, gpu, max(seconds, 0.0), subprocess.PIPE, stream)
     if code in _STOPPED:
         raise InterruptedError
     if code:
@@ -327,8 +330,9 @@ def run_queue(entries: list[Entry], site: Site, minutes: float, discard: bool) -
             outcome = f"failed: {error}"
         finally:
             free.put(gpu)
-        print(f"{entry.name}: {outcome}", flush=True)
-        if discard and (site.records / f"{entry.name}.json").is_file():
+        # One write, since several runs may end at once.
+        print(f"{entry.name}: {outcome}\n", end="", flush=True)
+        if discard and site.record(entry).is_file():
             shutil.rmtree(site.runs / entry.name / "checkpoints")
         return not outcome.startswith("failed")
 
@@ -410,9 +414,10 @@ def act(options: argparse.Namespace) -> bool:
             print(f"run_queue: {error}", file=sys.stderr)
             sound = False
             continue
-        if listing or (entry.name in names and (entry.needs or state.startswith("done"))):
+        over = entry.needs or site.record(entry).is_file()
+        if listing or (over and entry.name in names):
             print(f"{entry.name:<34} {state:<28} {entry.purpose}")
-        elif not (entry.needs or state.startswith("done") or (names and entry.name not in names)):
+        elif not over and (not names or entry.name in names):
             ready.append(entry)
     # Else this would only be found after hours of training.
     sets = {name for entry in ready for name in entry.sets if name != "test"}
