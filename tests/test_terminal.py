@@ -90,25 +90,35 @@ def test_a_write_that_keeps_failing_is_an_error(monkeypatch: pytest.MonkeyPatch,
 
 
 class DroppedTerminal(io.StringIO):
-    """A terminal whose first write fails, as its signal has not come yet."""
+    """A terminal whose first write or first flush fails, as its signal has not come yet."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: str) -> None:
         super().__init__()
-        self.failures = 0
+        self.failing = failing
 
-    def flush(self) -> None:
-        if not self.failures:
-            self.failures += 1
+    def fail_once(self, call: str) -> None:
+        if call == self.failing:
+            self.failing = ""
             raise OSError(errno.EIO, "Input/output error")
 
+    def write(self, text: str, /) -> int:
+        self.fail_once("write")
+        return super().write(text)
 
-def test_all_that_is_printed_in_training_waits_for_that_signal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def flush(self) -> None:
+        self.fail_once("flush")
+
+
+@pytest.mark.parametrize("failing", ["write", "flush"])
+def test_all_that_is_printed_in_training_waits_for_that_signal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
     monkeypatch.setattr(nmt.terminal.time, "sleep", lambda _: None)
     with MetricsWriter((tmp_path / "metrics.jsonl", tmp_path / "tensorboard"), 0, 10) as writer:
         for name, write in (("stdout", show), ("stderr", say), ("stderr", writer.say)):
-            terminal = DroppedTerminal()
+            terminal = DroppedTerminal(failing)
             with monkeypatch.context() as patch:
                 patch.setattr(sys, name, terminal)
                 write("a line")
-            assert terminal.failures == 1
+            assert not terminal.failing
             assert "a line" in terminal.getvalue()
