@@ -131,10 +131,10 @@ def main(arguments: list[str] | None = None) -> int:
             time.sleep(_REPORTING_SECONDS)
             return exit_status(error)
         return _complain(str(error), exit_status(error))
-    except BrokenPipeError:
+    except BrokenPipeError as error:
         # The reader of the output has closed it (| head), which is not an error.
         _abandon_output()
-        return 141
+        return exit_status(error)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "interrupted", exit_status(error))
     except OSError as error:

@@ -85,5 +85,5 @@ def exit_status(error: BaseException) -> int:
     """Return the exit status for a user's mistake or an error of the system; 1 for all other errors."""
     if isinstance(error, UserError | Ended):
         return error.status
-    kinds = ((ValueError, 2), (OSError, StorageError.status), (KeyboardInterrupt, 130))
+    kinds = ((ValueError, 2), (BrokenPipeError, 141), (OSError, StorageError.status), (KeyboardInterrupt, 130))
     return next((status for kind, status in kinds if isinstance(error, kind)), 1)

@@ -34,6 +34,7 @@ OWN = {
         "demo",
         "europarl_en_fr_dense",
         "europarl_en_fr_million",
+        "europarl_en_fr_million_small",
         "europarl_en_fr_moe_32",
         "europarl_en_fr_moe_4",
         "europarl_en_fr_study",

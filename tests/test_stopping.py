@@ -74,6 +74,17 @@ def test_a_signal_before_the_first_update_is_not_lost(corpus: Path, monkeypatch:
     assert [each.step for each in list_checkpoints(corpus / "a" / "checkpoints")] == [1]
 
 
+def test_a_reader_of_the_output_that_goes_away_has_one_status(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*_: Any) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(Trainer, "__init__", gone)
+    # The process' own output must stay.
+    monkeypatch.setattr("nmt.cli._abandon_output", lambda: None)
+    assert main(["train", *settings(corpus, "run.name=a")]) == 141
+    assert json.loads((corpus / "a" / "RUN_STATUS.json").read_text())["code"] == 141
+
+
 def test_a_connection_that_drops_stops_training_in_good_order(corpus: Path) -> None:
     """The terminal is gone, so that every line written to it is an error: training saves all the same."""
     ours, theirs = pty.openpty()
