@@ -3,10 +3,10 @@
 A file of results has a `title`, sentences `about` it, and `tables`. Where and how the figures were found is in
 `hardware`, `commit`, `decoding`, `command` (a list) and `scores` (sacreBLEU signatures), of the file or of one table.
 
-A table has a `title`, sentences `about` it, `columns`, `rows`, sentences of `reading`, and perhaps a `picture`. Sentences
-in lists are paragraphs. A row is an object of plain figures. A column has a `title`, and a `cell` that Python's
-str.format fills with the figures of a row, such as "{dev_perplexity:.2f}"; a row that lacks a figure shows "-". With
-`best`, "lowest" or "highest", the best figure of a column is bold.
+A table has a `title`, sentences `about` it, `columns`, `rows`, sentences of `reading`, and perhaps a `picture`.
+Sentences in lists are paragraphs. A row is an object of plain figures. A column has a `title`, and a `cell` that
+Python's str.format fills with the figures of a row, such as "{dev_perplexity:.2f}"; a row that lacks a figure shows
+"-". With `best`, "lowest" or "highest", the best figure of a column is bold.
 
 A `chart` draws a bar for each row: `file` is its name, `text` its title, `label` fills the text beside a bar, `figure`
 is the bar's length, and `cell` fills the text at its end.
