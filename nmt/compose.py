@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nmt.commands import say
 from nmt.config import Config
+from nmt.config.choices import Place, find_places, known_groups
 from nmt.config.reading import (
     known_settings,
     parse_yaml,
@@ -89,7 +90,7 @@ class _Options(argparse.ArgumentParser):
 
 def jobs(request: Asked) -> list[Job]:
     """Return all jobs of a request, in the order of the words; several only with --multirun."""
-    places = _places(request.folder)
+    places = find_places(request.folder)
     alternatives = [_alternatives(word, places, request.multirun) for word in request.words]
     options = [] if request.folder is None else ["--config-dir", str(request.folder)]
     return [Job(_composed(words, places), [*words, *options]) for words in itertools.product(*alternatives)]
@@ -110,49 +111,20 @@ def choices(group: str, folder: Path | None = None) -> str:
     """Return the choices in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
     return "; ".join(
         ", ".join(names) if place.own else f"{', '.join(names)} (in {place.path / group})"
-        for place in reversed(_places(folder))
+        for place in reversed(find_places(folder))
         if (names := place.names(group))
     )
 
 
 def meant(word: str) -> list[str]:
     """Return what a word that is not KEY=VALUE may mean: experiment=demo for demo."""
-    return _meant(word, _places(None))
-
-
-# --------------------------------------------------------------------------------------------------------- folders
-
-
-class _Place(NamedTuple):
-    """A folder of YAML files; `own` is True for the program's own."""
-
-    path: Path
-    own: bool = False
-
-    def names(self, group: str) -> list[str]:
-        return sorted(path.stem for path in (self.path / group).glob("*.yaml"))
-
-    def has(self, name: str) -> bool:
-        return (self.path / f"{name}.yaml").is_file()
-
-
-def _places(folder: Path | None) -> list[_Place]:
-    """Return the folders in which files are looked up, in order."""
-    own = resource_dir("conf")
-    given = [] if folder is None else [folder]
-    here = [Path("conf")] if Path("conf").is_dir() and not own.samefile("conf") else []
-    return [*map(_Place, [*given, *here]), _Place(own, own=True)]
-
-
-def _groups() -> list[str]:
-    """Return the groups: experiment, corpus, model, ..."""
-    return sorted(path.name for path in resource_dir("conf").iterdir() if path.is_dir())
+    return _meant(word, find_places())
 
 
 # ----------------------------------------------------------------------------------------------------------- words
 
 
-def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
+def _alternatives(word: str, places: list[Place], multirun: bool) -> list[str]:
     """Return the word, or with --multirun one word per value. ValueError if it is neither a choice nor a setting."""
     if word.startswith("~"):
         raise ValueError(f"{word}: a setting cannot be removed; give it another value")
@@ -160,7 +132,7 @@ def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
     added, key = key.startswith("+"), key.lstrip("+")
     if not (equals and key):
         raise ValueError(_no_value(word, places))
-    if key not in _groups():
+    if key not in known_groups():
         values = _values(key, text, multirun)
     elif added:
         raise ValueError(f"{word}: write it without +, {key}={text}")
@@ -173,20 +145,22 @@ def _alternatives(word: str, places: list[_Place], multirun: bool) -> list[str]:
     return [f"{key}={value}" for value in values]
 
 
-def _no_value(word: str, places: list[_Place]) -> str:
+def _no_value(word: str, places: list[Place]) -> str:
     found = _meant(word, places)
     return f"{word} is not KEY=VALUE" + (f"; did you mean {' or '.join(found)}?" if found else "")
 
 
-def _meant(word: str, places: list[_Place]) -> list[str]:
+def _meant(word: str, places: list[Place]) -> list[str]:
     settings = [f"{word}=VALUE"] if word in known_settings(Config) else []
-    return settings + [f"{each}={word}" for each in _groups() if any(place.has(f"{each}/{word}") for place in places)]
+    return settings + [
+        f"{each}={word}" for each in known_groups() if any(place.has(f"{each}/{word}") for place in places)
+    ]
 
 
 def _values(key: str, text: str, multirun: bool) -> list[str]:
     """Return the values of a setting as texts. ValueError if one has the wrong type."""
     if not any(each == key or each.startswith(f"{key}.") for each in known_settings(Config)):
-        raise ValueError(unknown_setting(key, [*known_settings(Config), *_groups()]))
+        raise ValueError(unknown_setting(key, [*known_settings(Config), *known_groups()]))
     values = _split(text)
     if len(values) > 1 and not multirun:
         if get_origin(setting_type(Config, key)) is list:
@@ -214,14 +188,14 @@ def _split(text: str) -> list[str]:
     return [piece.strip() for piece in pieces] if len(pieces) > 1 else [text]
 
 
-def _check_choice(group: str, name: str, places: list[_Place]) -> None:
+def _check_choice(group: str, name: str, places: list[Place]) -> None:
     if (group, name) == ("experiment", "null"):
         return
     if not re.fullmatch(r"[\w./-]+", name) or not any(place.has(f"{group}/{name}") for place in places):
         raise ValueError(_no_choice(group, name, places))
 
 
-def _no_choice(group: str, name: str, places: list[_Place]) -> str:
+def _no_choice(group: str, name: str, places: list[Place]) -> str:
     names = [each for place in places for each in place.names(group)]
     close = difflib.get_close_matches(name, names, 1)
     hint = f"; did you mean {close[0]}?" if close else "."
@@ -235,8 +209,8 @@ def _no_choice(group: str, name: str, places: list[_Place]) -> str:
 # ----------------------------------------------------------------------------------------------------------- files
 
 
-def _composed(words: Sequence[str], places: list[_Place]) -> Config:
-    groups = _groups()
+def _composed(words: Sequence[str], places: list[Place]) -> Config:
+    groups = known_groups()
     pairs = [(key, text) for key, _, text in (word.partition("=") for word in words)]
     # The values of ${...} may come from defaults.
     files, model = _chosen([f"{key}={text}" for key, text in pairs if key in groups and text != "null"], places)
@@ -272,7 +246,7 @@ def _model_of(start_from: str) -> dict[str, Any]:
     return model
 
 
-def _chosen(words: list[str], places: list[_Place]) -> tuple[dict[str, Any], str]:
+def _chosen(words: list[str], places: list[Place]) -> tuple[dict[str, Any], str]:
     """Return the settings of the chosen YAML files, combined by Hydra, and the choice in the group `model`."""
     _Places.places = places
     for plugin in (_Source, _Places):
@@ -319,7 +293,7 @@ class _Source(ConfigSource):
         return self._file(config_path).is_file() and ("/" in config_path or self.provider == _OWN)
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
-        return _Place(Path(self.path)).names(config_path)
+        return Place(Path(self.path)).names(config_path)
 
     def load_config(self, config_path: str) -> ConfigResult:
         file = self._file(config_path)
@@ -348,7 +322,7 @@ class _Source(ConfigSource):
 class _Places(SearchPathPlugin):
     """Gives the folders to Hydra."""
 
-    places: ClassVar[list[_Place]] = []
+    places: ClassVar[list[Place]] = []
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for place in reversed(self.places):

@@ -30,6 +30,7 @@ A setting is `key=value` on the command line, or a line in a YAML file of `conf/
 nmt train experiment=demo training.max_steps=1000 corpus.filters.max_words=80 'model.moe.hidden_sizes=[128,128]'
 nmt train experiment=demo --cfg job     # print the settings of this run and stop
 nmt settings training.max               # explain the settings that begin so
+nmt settings experiment                 # list the experiments, with parameters and operations
 ```
 
 A misspelt key, a wrong type or a value that contradicts another one is rejected in one line before anything runs.

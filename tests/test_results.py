@@ -2,11 +2,13 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
 
+from nmt.errors import UserError
 from scripts.results.pictures import Series, bars, points
 from tests.scripts import load_script
 
@@ -264,3 +266,37 @@ def test_a_readme_without_its_marks_is_refused():
     assert "old" not in text
     with pytest.raises(ValueError, match="lacks the lines"):
         script.with_table("a\n<!-- table: results/claim.json -->\nold\n")
+
+
+@pytest.mark.parametrize(
+    ("table", "problem"),
+    [
+        (
+            {"rows": [{"a": 1}, {"a": 2}], "columns": [{"title": "B", "cell": "{b:.1f}"}]},
+            "no row has the figure {b:.1f}",
+        ),
+        ({"study": "clam", "columns": []}, "there is no 'clam'"),
+        ({"runs_of": "claim", "changes": ["seed_0"], "columns": []}, "the study claim has no change seed_0"),
+        ({"compared": "claim/significance", "names": {"a over b": "a"}, "columns": []}, "there is no 'a over b'"),
+        ({"compared": "claim/nothing", "names": {}, "columns": []}, "No such file"),
+        ({"rows": [], "columns": [], "chart": {"file": "a.svg"}}, "there is no 'text'"),
+    ],
+)
+def test_a_wrong_name_is_an_error_that_names_the_table(table: dict[str, object], problem: str):
+    result = {"title": "Claim", "tables": [{"title": "T", **table}]}
+    with pytest.raises(UserError, match=re.escape("results/claim.json, T: ") + ".*" + re.escape(problem)):
+        list(script.section(result, "claim"))
+
+
+def test_no_page_is_written_if_one_has_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "good.json").write_text('{"title": "Good", "tables": []}')
+    (tmp_path / "results" / "bad.json").write_text(
+        '{"title": "Bad", "tables": [{"title": "T", "study": "x", "columns": []}]}'
+    )
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    monkeypatch.setattr(script, "PAGES", {"a": ("A", ["good"]), "b": ("B", ["bad"])})
+    monkeypatch.setattr(script.read_result, "__defaults__", (tmp_path / "results",))
+    with pytest.raises(SystemExit, match=re.escape("pages: results/bad.json, T: ")):
+        script.main()
+    assert not list(tmp_path.rglob("*.md"))

@@ -4,8 +4,8 @@ import argparse
 from importlib import import_module
 
 from nmt.commands import ON_RUNS, ON_SETTINGS, ON_SYSTEMS, PLAIN, Parser, show
+from nmt.config.choices import choices, find_places, known_groups
 from nmt.config.describe import settings
-from nmt.resources import resource_dir
 
 _COMPOSING = ["--config-dir", "--multirun", "--cfg", "--help"]
 
@@ -157,5 +157,5 @@ def _parser(command: str) -> Parser:
 
 def _choices(*groups: str) -> list[str]:
     """Return GROUP=NAME for each file of these groups (none given: all groups) in the program's own conf/."""
-    found = sorted(resource_dir("conf").glob("*/*.yaml"))
-    return [f"{path.parent.name}={path.stem}" for path in found if not groups or path.parent.name in groups]
+    own = find_places()[-1:]
+    return [choice.word for group in groups or known_groups() for choice in choices(group, own)]

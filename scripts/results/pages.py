@@ -39,13 +39,16 @@ figure `pair`. Other figures are those of the file, as in "{BLEU[difference]:+.2
 
 import json
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from string import Formatter
 from typing import Any
 
 import yaml
 
+from nmt.errors import UserError
 from nmt.pages.markdown import wrapped
 from nmt.pages.tables import markdown_table
 from scripts.results.expert_picture import loads
@@ -89,20 +92,35 @@ def section(result: Result, file: str) -> Iterator[str]:
     yield from _paragraph(result.get("about", []))
     yield from _origin(result, file)
     for each in result["tables"]:
+        with _named(file, each):
+            yield from _table(each)
+
+
+def _table(each: Result) -> Iterator[str]:
+    yield ""
+    yield f"### {each['title']}"
+    yield from _paragraph(each.get("about", []))
+    yield from _origin(each)
+    if "samples" in each:
         yield ""
-        yield f"### {each['title']}"
-        yield from _paragraph(each.get("about", []))
-        yield from _origin(each)
-        if "samples" in each:
-            yield ""
-            yield from samples_as_markdown(each, read_result(each["samples"]))
-        if "columns" in each:
-            yield ""
-            yield from rows_as_markdown(each)
-        yield from _paragraph(each.get("reading", []))
-        for picture in (each[name] for name in ("chart", "points", "experts", "picture") if name in each):
-            yield ""
-            yield f"![{picture['text']}]({picture['file']})"
+        yield from samples_as_markdown(each, read_result(each["samples"]))
+    if "columns" in each:
+        yield ""
+        yield from rows_as_markdown(each)
+    yield from _paragraph(each.get("reading", []))
+    for picture in (each[name] for name in ("chart", "points", "experts", "picture") if name in each):
+        yield ""
+        yield f"![{picture['text']}]({picture['file']})"
+
+
+@contextmanager
+def _named(file: str, of_table: Result) -> Iterator[None]:
+    """Name the table in errors about names and figures that it gives, which are UserErrors."""
+    try:
+        yield
+    except (KeyError, ValueError, OSError) as error:
+        problem = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        raise UserError(f"results/{file}.json, {of_table.get('title', 'a table without title')}: {problem}") from error
 
 
 def read_study(name: str, folder: Path, changes: Sequence[str]) -> Result:
@@ -228,6 +246,8 @@ def rows_as_markdown(of_table: Result) -> Iterator[str]:
     rows = rows_of(of_table)
     cells = [[_cell(column, row) for column in columns] for row in rows]
     for place, column in enumerate(columns):
+        if rows and all(line[place] == "-" for line in cells):
+            raise ValueError(f"no row has the figure {column['cell']} of the column {column['title']}")
         if "best" in column:
             figures = [_figure(column["cell"], row) for row in rows]
             known = [figure for figure in figures if figure is not None]
@@ -278,12 +298,17 @@ def charts() -> Iterator[tuple[str, str]]:
     for _, files in PAGES.values():
         for file in files:
             for each in read_result(file)["tables"]:
-                if "chart" in each:
-                    yield each["chart"]["file"], bars(each["chart"], rows_of(each))
-                if "points" in each:
-                    yield each["points"]["file"], points(each["points"], series_of(each["points"], rows_of(each)))
-                if "experts" in each:
-                    yield each["experts"]["file"], loads(each["experts"], read_result(each["experts"]["record"]))
+                with _named(file, each):
+                    yield from _charts_of(each)
+
+
+def _charts_of(each: Result) -> Iterator[tuple[str, str]]:
+    if "chart" in each:
+        yield each["chart"]["file"], bars(each["chart"], rows_of(each))
+    if "points" in each:
+        yield each["points"]["file"], points(each["points"], series_of(each["points"], rows_of(each)))
+    if "experts" in each:
+        yield each["experts"]["file"], loads(each["experts"], read_result(each["experts"]["record"]))
 
 
 def with_table(text: str) -> str:
@@ -298,15 +323,17 @@ def with_table(text: str) -> str:
 
 
 def main() -> None:
-    """Write all of them."""
-    folder = ROOT / "docs" / "results"
+    """Write all of them, or none if there is an error in one."""
+    folder, readme = ROOT / "docs" / "results", ROOT / "README.md"
+    try:
+        texts = {folder / f"{name}.md": page(name) for name in PAGES}
+        texts |= {folder / file: drawing for file, drawing in charts()}
+        texts[readme] = with_table(readme.read_text(encoding="utf-8"))
+    except UserError as error:
+        sys.exit(f"pages: {error}")
     folder.mkdir(parents=True, exist_ok=True)
-    for name in PAGES:
-        (folder / f"{name}.md").write_text(page(name), encoding="utf-8")
-    for file, drawing in charts():
-        (folder / file).write_text(drawing, encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for path, text in texts.items():
+        path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
