@@ -46,6 +46,8 @@ def layer_lines(layers: LayerFigures) -> list[str]:
         )
         if "noise_std" in gate:
             text += f", noise {gate['noise_std']:.2f}"
+        if "max_over_mean_process" in gate:
+            text += f", max/mean process {gate['max_over_mean_process']:.2f}"
         if "tokens_without_experts" in gate:
             text += f", tokens without experts {gate['tokens_without_experts']:.1%}"
         lines.append(text)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,6 +11,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from nmt.batch import fit
+from nmt.cost.budget import SentenceLengths, TokenCounts, training_budget
+from nmt.cost.cards import CARDS, card_called, link_of
+from nmt.cost.step import MicroBatch, mean_batch, predict_step
 from nmt.model.gating import GateSums
 from tests.scripts import load_script
 
@@ -46,13 +51,35 @@ def test_mistakes_are_told_in_one_line(
     assert message in error
 
 
-def test_micro_batches_are_the_same_for_any_number_of_processes(bench: ModuleType) -> None:
-    options = bench.read_options(["--small", "--processes", "1,2", "training.device=cpu"])
-    first, again, other = (bench.micro_batch(options, 512, 3, number) for number in (1, 1, 0))
-    assert all(torch.equal(a, b) for a, b in zip(first.tensors(), again.tensors(), strict=True))
-    assert not torch.equal(first.source.length_B, other.source.length_B)
-    assert first.source.num_positions * first.num_sentences <= 512 < 1.5 * first.num_source_tokens
-    assert int(first.source_N.max()) < options.vocabulary
+def test_processes_share_the_updates_that_are_planned(bench: ModuleType) -> None:
+    steps, shape = bench.plan(True, 512, 256, 4, 3)
+    assert [len(step) for step in steps] == [4, 4, 4]
+    again, _ = bench.plan.__wrapped__(True, 512, 256, 4, 3)
+    for one, other in zip(steps, again, strict=True):
+        for batch, copy in zip(one, other, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(batch.tensors(), copy.tensors(), strict=True))
+            assert 0.6 * 256 <= batch.num_source_tokens <= 256
+            assert int(batch.source_N.max()) < 512
+            assert len({*batch.source.length_B.tolist()}) > 1  # a mixture of lengths, as in training
+            assert fit(batch, shape).num_source_tokens == batch.num_source_tokens
+    assert not torch.equal(steps[0][0].source_N, steps[0][1].source_N)
+
+
+@pytest.mark.parametrize(("experts", "processes"), [(0, 1), (0, 2), (32, 1), (32, 2), (32, 16)])
+def test_what_cost_predicts_for_a_measurement(bench: ModuleType, experts: int, processes: int) -> None:
+    """As `nmt cost` predicts a step of these mean micro-batches."""
+    options = bench.read_options(["--processes", "1", "training.device=cpu"])
+    config, card = bench.compose(options, experts), CARDS["h100"]
+    own = MicroBatch(16000.0, 15500.0, 560.0, 90.0, 85.0)
+    record = {"processes": processes, "experts": experts, **own._asdict()}
+    ms = bench.predicted_ms(record, config, 32000, card)
+    config = replace(config, training=replace(config.training, micro_batches=processes, batch_tokens=16000))
+    budget = training_budget(config, 32000, SentenceLengths(), processes, on_gpu=True)
+    budget = replace(budget, tokens=TokenCounts(*own[:3]))
+    longest = mean_batch(config, budget.tokens)
+    other = bench.predicted_ms({**record, **longest._asdict()}, config, 32000, card)
+    assert other == pytest.approx(predict_step(config, 32000, budget, card, link_of(card, processes)).seconds * 1e3)
+    assert 0.5 * other < ms < other
 
 
 def test_load_is_the_busiest_process_over_the_mean(bench: ModuleType) -> None:
@@ -98,5 +125,12 @@ def test_one_and_two_processes(bench: ModuleType, tmp_path: Path, capsys: pytest
     (equality,) = (record for record in records if record["kind"] == "equality" and record["processes"] == 2)
     assert equality["difference"] < 1e-5
     assert len({loss for loss in equality["losses"] if math.isfinite(loss)}) == 5
+    assert not any("predicted" in row for row in speed)  # only for GPUs
     assert "weak scaling" in out
     assert "strong scaling" in out
+
+
+def test_cards_by_their_names() -> None:
+    assert card_called("NVIDIA H100 80GB HBM3") is CARDS["h100"]
+    assert card_called("NVIDIA GeForce RTX 4090") is None
+    assert [link_of(CARDS["h100"], gpus) for gpus in (2, 8, 9)] == [248.0, 248.0, 50.0]

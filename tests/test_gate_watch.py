@@ -269,6 +269,10 @@ def test_every_layer_has_a_line_of_its_figures() -> None:
     assert layer_lines(as_written(gates, "softmax_top_k"))[1] == f"  decoder.1  {common} 2"
     strict = as_written(gates, "strictly_balanced")
     assert layer_lines(strict)[1] == f"  decoder.1  {common} 2, tokens without experts 12.3%"
+    shared = as_written(
+        {"decoder.1": gate._replace(processes=2, count_E=torch.tensor([3.0, 2.0, 1.0, 0.0]))}, "noisy_top_k"
+    )
+    assert layer_lines(shared) == [f"  decoder.1  {common} 0, noise 0.70, max/mean process 1.67"]
     assert layer_lines({}) == []
 
 

@@ -130,6 +130,21 @@ def test_load_of_a_hierarchical_gate_is_that_of_both_levels() -> None:
     assert figures.cv_load != pytest.approx(cv(out.sums.load_E.tolist()), rel=1e-3)
 
 
+def test_the_load_of_processes_is_that_of_the_experts_that_they_hold() -> None:
+    """Eight experts of five tokens: the busiest of four processes has 3 of them, that of two has 4."""
+    gate = gate_of([[0], [1], [1], [3], [6]], [[1.0]] * 5, [1.0] * 8)
+    interval = Interval(CPU, MoEConfig(num_experts=8))
+    interval.watch({"encoder.1": gate.sums}, {"encoder.1": gate})
+    _, gates = interval.read(ALONE)
+    alone = gates["encoder.1"]
+    assert "max_over_mean_process" not in alone.to_dict(MoEConfig())
+    for processes, expected in ((2, 4 / 2.5), (4, 3 / 1.25), (8, alone.max_over_mean_load)):
+        figures = alone._replace(processes=processes).to_dict(MoEConfig())
+        assert figures["max_over_mean_process"] == pytest.approx(expected)
+    nothing = alone._replace(processes=2, count_E=torch.zeros(8, dtype=torch.float64))
+    assert nothing.max_over_mean_process == 0.0
+
+
 def test_each_kind_of_gate_has_its_figures() -> None:
     common = {"cv_importance", "cv_load", "max_over_mean_load", "gate_entropy", "idle_experts"}
     common |= {"importance_loss", "load_loss"}

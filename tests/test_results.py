@@ -300,3 +300,23 @@ def test_no_page_is_written_if_one_has_an_error(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(SystemExit, match=re.escape("pages: results/bad.json, T: ")):
         script.main()
     assert not list(tmp_path.rglob("*.md"))
+
+
+def test_rows_of_scaling_are_by_experts_and_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def speed(processes: int, experts: int, tokens: float, overlap: str = "True", halves: str = "False") -> dict:
+        what = {"kind": "speed", "scaling": "weak", "overlap": overlap, "halves": halves}
+        return {**what, "processes": processes, "experts": experts, "tokens_per_second": tokens}
+
+    records = [{"kind": "device", "name": "x"}, speed(1, 32, 10.0, "-", "-"), speed(1, 0, 12.0, "-", "-")]
+    records += [speed(2, 32, 18.0), speed(2, 32, 1.0, "False"), speed(2, 32, 2.0, "True", "True")]
+    records += [{**speed(2, 32, 3.0), "scaling": "strong"}]
+    (tmp_path / "two.json").write_text(json.dumps(records))
+    table = {"scaling": "weak", "record": "two"}
+    none, some = script.rows_of_scaling(table, tmp_path)
+    assert (none["experts"], some["experts"]) == (0, 32)
+    assert some["on"][1]["tokens_per_second"] == 10.0
+    assert some["on"][2]["tokens_per_second"] == 18.0
+    monkeypatch.setattr(script.rows_of_scaling, "__defaults__", (tmp_path,))
+    columns = [{"title": name, "cell": f"{{on[{n}][tokens_per_second]:.0f}}"} for n, name in ((1, "one"), (2, "two"))]
+    lines = list(script.rows_as_markdown({**table, "columns": columns}))
+    assert lines[2:] == ["| 12 | - |", "| 10 | 18 |"]

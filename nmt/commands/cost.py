@@ -13,7 +13,7 @@ import torch
 from nmt.commands import Parser, show
 from nmt.config import Config
 from nmt.cost.budget import Budget, SentenceLengths, expert_bytes, training_budget
-from nmt.cost.cards import CARDS, GPUS_PER_HOST, NETWORK_GBS
+from nmt.cost.cards import CARDS, GPUS_PER_HOST, NETWORK_GBS, card_called, link_of
 from nmt.cost.speed import guess_cpu_tflops
 from nmt.cost.step import SPENT_ON, Part, Prediction, bound_of, predict_step
 from nmt.data.vocabulary import vocabulary_size
@@ -203,9 +203,8 @@ def _predict(options: argparse.Namespace, config: Config, basis: CostBasis, budg
         card = CARDS[options.card]
     else:
         name = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-        card = next((card for card in CARDS.values() if card.name in name), CARDS["h100"])
-    link = options.link or (card.link_gbs if budget.gpus <= GPUS_PER_HOST else NETWORK_GBS)
-    return predict_step(config, basis.vocab_size, budget, card, link)
+        card = card_called(name) or CARDS["h100"]
+    return predict_step(config, basis.vocab_size, budget, card, options.link or link_of(card, budget.gpus))
 
 
 # --------------------------------------------------------------------------------------------------------- as JSON

@@ -33,6 +33,16 @@ NETWORK_GBS = 50.0
 """GB/s per GPU and direction between hosts: one 400 Gb/s adapter per GPU, by its data sheet."""
 
 
+def card_called(device: str) -> Card | None:
+    """Return the card that a device is by its name, such as NVIDIA H100 80GB HBM3; None if it is none of ours."""
+    return next((card for card in CARDS.values() if card.name in device), None)
+
+
+def link_of(card: Card, gpus: int) -> float:
+    """Return the GB/s per GPU and direction between so many of these cards: of one host, or of full hosts."""
+    return card.link_gbs if gpus <= GPUS_PER_HOST else NETWORK_GBS
+
+
 class Rates(NamedTuple):
     """What the training step reaches. Shares are of a card's ceilings, so that they carry over between cards.
 

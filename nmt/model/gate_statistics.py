@@ -29,6 +29,14 @@ def relative_load(count_E: Tensor) -> Tensor:
     return count_E / count_E.mean().clamp_min(_LEAST)
 
 
+def process_load(count_E: Tensor, processes: int) -> float:
+    """Return the tokens of the busiest process over the mean, if `processes` of them hold equal runs of experts.
+
+    At most the largest `relative_load` of an expert. 0 without tokens.
+    """
+    return float(relative_load(count_E.view(processes, -1).sum(1)).max())
+
+
 def num_idle(count_E: Tensor) -> int:
     """Return the number of experts without a token."""
     return int((count_E == 0).sum())
@@ -57,9 +65,15 @@ class GateFigures(NamedTuple):
     batchwise_loss: float  # S17 eq. 20, of the latest micro-batch
     count_E: Tensor  # float64 on the CPU: tokens per expert since the previous line
     importance_E: Tensor  # float64 on the CPU: sum of gate values per expert since the previous line
+    processes: int = 1  # that share one copy of the experts
+
+    @property
+    def max_over_mean_process(self) -> float:
+        """`process_load` since the previous line."""
+        return process_load(self.count_E, self.processes)
 
     def to_dict(self, moe: MoEConfig) -> dict[str, float]:
-        """Return the statistics that this kind of gate has, by name."""
+        """Return the statistics that this kind of gate has, by name; that of processes if several share the experts."""
         figures: dict[str, float] = {
             "cv_importance": self.cv_importance,
             "cv_load": self.cv_load,
@@ -71,6 +85,8 @@ class GateFigures(NamedTuple):
         }
         if moe.is_noisy:
             figures["noise_std"] = self.noise_std
+        if self.processes > 1:
+            figures["max_over_mean_process"] = self.max_over_mean_process
         if moe.k_is_average:
             figures["tokens_without_experts"] = self.tokens_without_experts
             figures["batchwise_loss"] = self.batchwise_loss
@@ -109,10 +125,10 @@ class LayerTally:
         return torch.cat([scalars, self.count_E.double(), self.importance_E.double()])
 
 
-def read_tally(values: Tensor, weights: tuple[float, float]) -> GateFigures:
+def read_tally(values: Tensor, weights: tuple[float, float], processes: int) -> GateFigures:
     """Return the statistics of a layer from the result of `LayerTally.measure`, now on the CPU.
 
-    `weights` is (w_importance, w_load).
+    `weights` is (w_importance, w_load); `processes` share one copy of the experts.
     """
     cv2_importance, cv2_load, mean_entropy, noise_std, without, own_loss = values[:6].tolist()
     count_E, importance_E = values[6:].view(2, -1)
@@ -129,6 +145,7 @@ def read_tally(values: Tensor, weights: tuple[float, float]) -> GateFigures:
         batchwise_loss=own_loss,
         count_E=count_E,
         importance_E=importance_E,
+        processes=processes,
     )
 
 

@@ -66,7 +66,7 @@ class Interval:
         values, *of_layers = torch.cat(parts).cpu().split([part.numel() for part in parts])
         loss, nll, norm, skipped = values.tolist()
         gates = {
-            layer: read_tally(layer_values, self.moe.balance_weights(layer))
+            layer: read_tally(layer_values, self.moe.balance_weights(layer), world.group_size)
             for layer, layer_values in zip(self.layers, of_layers, strict=True)
         }
         tokens = max(self.target_tokens, 1)

@@ -129,12 +129,14 @@ def fixed_sentences(sentences: int, vocabulary: int, updates: int) -> tuple[list
     return [[batch] for batch in batches], covering(*(batch.shape for batch in batches))
 
 
-def planned(training: TrainingConfig, vocabulary: int, spread: float, updates: int) -> tuple[list[Step], Shape]:
-    """Updates as the trainer plans them for log-normal lengths around 28, and the shape that it gives them."""
+def planned(
+    training: TrainingConfig, vocabulary: int, updates: int, spread: float = 0.5, middle: int = 28, longest: int = 119
+) -> tuple[list[Step], Shape]:
+    """Updates as the trainer plans them for log-normal lengths around `middle`, and the shape that it gives them."""
     rng = np.random.default_rng(1)
-    pairs = 40 * updates * training.micro_batches * training.batch_tokens // 28
-    sources = np.clip(rng.lognormal(3.33, spread, pairs), 5, 119).astype(np.int64)
-    targets = np.clip(sources * rng.lognormal(0.0, 0.3 * spread, pairs), 5, 119).astype(np.int64)
+    pairs = 40 * updates * training.micro_batches * training.batch_tokens // middle
+    sources = np.clip(middle * rng.lognormal(0.0, spread, pairs), 5, longest).astype(np.int64)
+    targets = np.clip(sources * rng.lognormal(0.0, 0.3 * spread, pairs), 5, longest).astype(np.int64)
     plan = plan_epoch(sources, targets, training, 0)
     shape = common_shape(plan, sources, targets)
 
@@ -151,7 +153,7 @@ def prepare(case: Case, updates: int = UPDATES) -> tuple[Config, int, list[Step]
     vocabulary = config.corpus.subwords.vocab_size
     if case.sentences:
         return config, vocabulary, *fixed_sentences(case.sentences, vocabulary, updates)
-    return config, vocabulary, *planned(config.training, vocabulary, case.spread, updates)
+    return config, vocabulary, *planned(config.training, vocabulary, updates, case.spread)
 
 
 def fitted(steps: list[Step], shape: Shape) -> list[Step]:

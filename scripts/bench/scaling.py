@@ -5,7 +5,8 @@
   torchrun ... scripts/bench/scaling.py                        the processes that torchrun started, on any hosts
 
 Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small). Batches are random pieces
-of random lengths; an update is the trainer's own, at learning rate 0, so the load is that of untrained gates.
+of random lengths, planned as in training. An update is the trainer's own, recorded where training records it. Its
+learning rate is 0, so the load is that of untrained gates.
 
 weak, strong        --tokens per side and process; --global-tokens per side for all together (one micro-batch each)
 tokens_per_second   source and target tokens, without padding, of all processes
@@ -17,6 +18,7 @@ exchange            share spent waiting for the all-to-all exchanges of rows and
 halves              tokens travel in two halves, one while experts work on the other (parallel.overlap_exchange)
 other               likewise inside blocking sums: number of tokens, balance statistics, norm, replicas of experts
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
+predicted           tokens_per_second over what `nmt cost` predicts for these batches on this kind of GPU
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
 equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning
 """
@@ -33,26 +35,30 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
-from nmt.batch import Batch, make_batch
+from nmt.batch import Batch, Shape, fit
 from nmt.compose import compose_config
-from nmt.config import Config
-from nmt.cost.step import MicroBatch
+from nmt.config import Config, TrainingConfig
+from nmt.cost.budget import numbers_of
+from nmt.cost.cards import Card, card_called, link_of
+from nmt.cost.step import Machines, MicroBatch, step_parts
 from nmt.device import pick_device, set_float32_products
 from nmt.errors import UserError
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer
+from nmt.training.recording import can_record
 from nmt.training.update import LayerSums, Updater
+from scripts.bench.gpu import planned
 
 Record = dict[str, Any]
 Spans = dict[str, list[tuple[Any, Any]]]
@@ -63,7 +69,15 @@ EXPERTS = ([0, 32, 512, 2048], [0, 8])
 EQUALITY_TOKENS, EQUALITY_RATE = 2048, 1e-3
 # Columns of the tables, with their formats.
 SPEED = {"experts": "", "processes": "", "overlap": "", "halves": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
-SPEED |= {"ms": ".1f", "exchange": ".1%", "dense": ".1%", "other": ".1%", "load": ".2f", "memory_gb": ".2f"}
+SPEED |= {
+    "ms": ".1f",
+    "predicted": ".2f",
+    "exchange": ".1%",
+    "dense": ".1%",
+    "other": ".1%",
+    "load": ".2f",
+    "memory_gb": ".2f",
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -142,18 +156,14 @@ def compose(options: argparse.Namespace, experts: int, overlap: bool = True, hal
     return replace(config, parallel=replace(config.parallel, overlap=overlap, overlap_exchange=halves))
 
 
-def micro_batch(options: argparse.Namespace, tokens: int, step: int, number: int) -> Batch:
-    """Micro-batch `number` of update `step`, the same for whichever process it falls to.
-
-    About `tokens` tokens per side; the sentences of one update are of like lengths, as in training.
-    """
-    middle, longest = (2.5, 20) if options.small else (3.33, 120)
-    length = int(np.clip(np.random.default_rng([1, step]).lognormal(middle, 0.5), 6, longest))
-    rng = np.random.default_rng([2, step, number])
-    sentences = max(tokens // length, 1)
-    sizes = rng.integers(length - 3, length, (2, sentences))
-    sides = [[rng.integers(NUM_SPECIAL, options.vocabulary, size=size) for size in side] for side in sizes]
-    return make_batch(np.arange(sentences), *sides)
+@cache
+def plan(
+    small: bool, vocabulary: int, tokens: int, micro_batches: int, updates: int
+) -> tuple[list[list[Batch]], Shape]:
+    """Updates of micro-batches of `tokens` tokens per side, the same in all processes, and their common shape."""
+    training = replace(TrainingConfig(), batch_tokens=tokens, micro_batches=micro_batches)
+    middle, longest = (12, 19) if small else (28, 119)
+    return planned(training, vocabulary, updates, middle=middle, longest=longest)
 
 
 def make_updater(world: World, config: Config, vocabulary: int, dtype: torch.dtype = torch.float32) -> Updater:
@@ -217,10 +227,31 @@ def load_of(sums: LayerSums, group_size: int) -> float:
     return max((float(each.max() / each.mean()) for each in rows), default=1.0)
 
 
+def size_of(batch: Batch, shape: Shape) -> MicroBatch:
+    """What a micro-batch of this shape is for the model of the time of a step."""
+    return MicroBatch(
+        batch.num_source_tokens, batch.num_target_tokens, batch.num_sentences, len(shape.source), len(shape.target)
+    )
+
+
+def predicted_ms(record: Record, config: Config, vocabulary: int, card: Card) -> float:
+    """Milliseconds of an update of these micro-batches as `nmt cost` predicts them."""
+    gpus = record["processes"]
+    config = replace(config, training=replace(config.training, micro_batches=gpus))
+    group = (config.parallel.expert_group_size or gpus) if record["experts"] else 1
+    machines = Machines(card, gpus=gpus, group=group, link_gbs=link_of(card, gpus))
+    batch = MicroBatch(*(record[name] for name in MicroBatch._fields))
+    return sum(part.ms for part in step_parts(config, vocabulary, batch, numbers_of(config, True), machines))
+
+
 def measure(world: World, config: Config, options: argparse.Namespace, scaling: str) -> Record:
     """Time updates with and without the reduction of dense gradients, in turns after one of warm-up."""
     tokens = options.tokens if scaling == "weak" else options.global_tokens // world.size
-    batches = [micro_batch(options, tokens, step, world.rank) for step in range(options.updates)]
+    steps, shape = plan(options.small, options.vocabulary, tokens, world.size, options.updates)
+    batches = [step[world.rank] for step in steps]
+    sizes = [size_of(batch, shape if can_record(config, world) else batch.shape) for batch in batches]
+    if can_record(config, world):
+        batches = [fit(batch, shape) for batch in batches]
     on_gpu = world.device.type == "cuda"
     updater = make_updater(world, config, options.vocabulary)
     if on_gpu:
@@ -238,10 +269,6 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
             seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
     without, updates = median(seconds[False]), options.rounds * len(batches)
     update = median(seconds[True] or seconds[False])
-    sizes = [
-        MicroBatch(b.num_source_tokens, b.num_target_tokens, b.num_sentences, len(b.shape.source), len(b.shape.target))
-        for b in batches
-    ]
     own = dict(zip(MicroBatch._fields, map(mean, zip(*sizes, strict=True)), strict=True))
     own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
     means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size
@@ -271,8 +298,9 @@ def equality_losses(world: World, config: Config, options: argparse.Namespace) -
     number, tokens = math.lcm(*options.processes), min(options.tokens, EQUALITY_TOKENS)
     updater = make_updater(world, config, options.vocabulary, torch.float64)
     sums = []
-    for step in range(options.steps_equal):
-        batches = [micro_batch(options, tokens, step, each) for each in range(world.rank, number, world.size)]
+    steps, _ = plan(options.small, options.vocabulary, tokens, number, options.steps_equal)
+    for step, micro_batches in enumerate(steps):
+        batches = micro_batches[world.rank :: world.size]
         loss = updater.update(batches, step, EQUALITY_RATE).loss.double()
         sums.append(torch.stack([loss, loss.new_tensor(sum(batch.num_target_tokens for batch in batches))]))
     loss, count = world.sum(torch.stack(sums)).unbind(1)
@@ -339,7 +367,8 @@ def print_table(columns: dict[str, str], rows: list[Record]) -> None:
     """One column for each figure named, in the format given."""
     print("  ".join(f"{name:>6}" for name in columns))
     for row in rows:
-        print("  ".join(f"{row[name]:{form}}".rjust(max(len(name), 6)) for name, form in columns.items()))
+        cells = ((name, f"{row[name]:{form}}" if name in row else "-") for name, form in columns.items())
+        print("  ".join(cell.rjust(max(len(name), 6)) for name, cell in cells))
 
 
 def report(records: list[Record], options: argparse.Namespace) -> None:
@@ -350,7 +379,11 @@ def report(records: list[Record], options: argparse.Namespace) -> None:
     for scaling in ("weak", "strong"):
         rows = [row for row in _of(records, "speed") if row["scaling"] == scaling]
         rows.sort(key=lambda row: (row["experts"], row["processes"]))
+        card = card_called(_of(records, "device")[0]["name"])
         for row in rows:
+            if card:
+                ms = predicted_ms(row, compose(options, row["experts"]), options.vocabulary, card)
+                row["predicted"] = ms / row["ms"]
             first = next(each for each in rows if each["experts"] == row["experts"])
             each, reference = (figures["tokens_per_second"] / figures["processes"] for figures in (row, first))
             row["efficiency"] = each / reference

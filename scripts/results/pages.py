@@ -35,6 +35,9 @@ Of these three kinds, a table with `changes` has only the changes of these names
 A table with `compared`, such as "claim/significance", has a row for each comparison and set in that file of
 scripts/results/significance.py. `names` maps what the file calls a pair to what readers call it, in order: it is the
 figure `pair`. Other figures are those of the file, as in "{BLEU[difference]:+.2f}".
+
+A table with `scaling`, "weak" or "strong", has a row for each number of `experts` in `record`, a file of
+scripts/bench/scaling.py. `on` has the figures by number of processes, as in "{on[2][efficiency]:.2f}".
 """
 
 import json
@@ -212,10 +215,23 @@ def rows_of_comparisons(of_table: Result, folder: Path = ROOT / "results") -> It
         yield from ({**found, "pair": name} for found in pairs[pair])
 
 
+def rows_of_scaling(of_table: Result, folder: Path = ROOT / "results") -> Iterator[Result]:
+    """The measurements with the default settings of `parallel`, by experts and processes."""
+    records = json.loads((folder / f"{of_table['record']}.json").read_text(encoding="utf-8"))
+    found: dict[int, dict[int, Result]] = {}
+    for each in records:
+        wanted = each["kind"] == "speed" and each["scaling"] == of_table["scaling"]
+        if wanted and each["overlap"] != "False" and each["halves"] != "True":
+            found.setdefault(each["experts"], {})[each["processes"]] = each
+    return ({"experts": experts, "on": found[experts]} for experts in sorted(found))
+
+
 def rows_of(of_table: Result) -> list[Result]:
     """The rows of a table, which are in it, or those of a study or of comparisons."""
     if "compared" in of_table:
         return list(rows_of_comparisons(of_table))
+    if "scaling" in of_table:
+        return list(rows_of_scaling(of_table))
     for name, rows in (("study", rows_of_study), ("variants_of", rows_of_variants), ("runs_of", runs_of_study)):
         if name in of_table:
             return list(rows(of_table[name], changes=of_table.get("changes", ())))

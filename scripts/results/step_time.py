@@ -29,7 +29,7 @@ from nmt.compose import compose_config
 from nmt.config import Config, MoEConfig
 from nmt.cost.activations import Precision
 from nmt.cost.budget import SentenceLengths, training_budget
-from nmt.cost.cards import CARDS, NETWORK_GBS, Rates
+from nmt.cost.cards import CARDS, Rates, link_of
 from nmt.cost.step import SPENT_ON, Machines, MicroBatch, bound_of, moe_parts, predict_step, step_parts, visits
 from nmt.wording import scaled
 
@@ -170,10 +170,9 @@ def growing(rates: Rates) -> list[Row]:
     rows, card = [], CARDS["h100"]
     for count, gpus in GROWTH:
         config = grown(count, gpus)
-        link = card.link_gbs if gpus <= 8 else NETWORK_GBS
         vocabulary = config.corpus.subwords.num_pieces
         budget = training_budget(config, vocabulary, SentenceLengths(), gpus, on_gpu=True)
-        step = predict_step(config, vocabulary, budget, card, link, rates)
+        step = predict_step(config, vocabulary, budget, card, link_of(card, gpus), rates)
         row = {"experts": count, "gpus": gpus, "parameters": scaled(budget.cost.num_parameters, _COUNTS)}
         row |= {"gb": round(budget.memory_bytes / 1e9, 1), "ms": round(step.seconds * 1e3, 1)}
         row["network"] = round(sum(part.ms for part in step.parts if part.bound == "network") / row["ms"], 3)
