@@ -39,7 +39,7 @@ def card_called(device: str) -> Card | None:
 
 
 def link_of(card: Card, gpus: int) -> float:
-    """Return the GB/s per GPU and direction between so many of these cards: of one host, or of full hosts."""
+    """Return the GB/s per GPU and direction among this many of these cards: of one host, or of full hosts."""
     return card.link_gbs if gpus <= GPUS_PER_HOST else NETWORK_GBS
 
 
