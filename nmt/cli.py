@@ -61,7 +61,7 @@ usage: nmt COMMAND ...
   nmt export RUN DIR [decoding.checkpoint=..]    one folder to share: parameters, vocabulary, model card
   nmt cost experiment=NAME [key=value ...] | RUN cost of training: operations, memory, time
   nmt runs [FOLDER]                              every run: state, step, best score, size
-  nmt settings [PREFIX]                          every setting: key, type, default, meaning
+  nmt settings [PREFIX | GROUP]                  every setting: key, type, default, meaning; choices of a group
   nmt completion bash|zsh|fish                   completion for your shell
   nmt --version
 
@@ -74,7 +74,7 @@ usage: nmt train [--processes N|gpu] experiment=NAME [key=value ...]
 
 Train a new run in runs/NAME, or resume it from its newest checkpoint if it exists. With RUN, the run's own settings
 are used and need not be given again. The corpus is prepared first if necessary.
-Experiments: {experiments}.
+Experiments, which `nmt settings experiment` describes: {experiments}.
 
   nmt train experiment=demo
   nmt train runs/demo training.max_steps=1400
