@@ -100,12 +100,14 @@ def test_own_files_are_among_the_choices(
         "# @package model\n# Mine, with\n#\n# twice the cells.\ncell_size: 1\n# not this\n"
     )
     (folder / "dense.yaml").write_bytes(b"\xff: 1\n")
+    (folder / "lost.yaml").symlink_to("nowhere")
     monkeypatch.chdir(tmp_path)
     assert main(["settings", "model"]) == 0
     lines = capsys.readouterr().out.splitlines()
     at = lines.index("model=dense (in conf/model)")
     assert lines[at + 1].startswith("model=")  # it hides the program's file, and has no comment
     assert "model=dense" not in lines
+    assert "model=lost (in conf/model)" in lines
     at = lines.index("model=mine (in conf/model)")
     assert lines[at + 1] == "    Mine, with twice the cells."
     assert lines[at + 2].startswith("model.hidden_size (int")

@@ -1,5 +1,6 @@
 """The YAML files that words such as experiment=demo choose, and the folders in which they are looked up."""
 
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
@@ -56,7 +57,8 @@ def choices(group: str, where: list[Place]) -> list[Choice]:
 
 
 def _head(file: Path) -> str:
-    """The comment lines on top of a file, without its `# @package` line."""
-    with file.open(encoding="utf-8", errors="replace") as lines:
+    """The comment lines on top of a file, without its `# @package` line; empty if it cannot be read."""
+    comments: list[str] = []
+    with suppress(OSError), file.open(encoding="utf-8-sig", errors="replace") as lines:
         comments = [line[1:].strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
     return " ".join(line for line in comments if line and not line.startswith("@package"))
