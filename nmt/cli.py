@@ -230,9 +230,9 @@ def _help(text: str, arguments: list[str]) -> bool:
     """Print `text` as help if the arguments ask for help. Return True if they do."""
     if not {"-h", "--help"} & set(arguments):
         return False
-    from nmt.compose import choices
+    from nmt.compose import choices_text
 
-    print(text.format(corpora=choices("corpus"), experiments=choices("experiment")) + _SETTINGS_HELP, end="")
+    print(text.format(corpora=choices_text("corpus"), experiments=choices_text("experiment")) + _SETTINGS_HELP, end="")
     return True
 
 

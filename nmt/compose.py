@@ -107,7 +107,7 @@ def settings_text(config: Config) -> str:
     return yaml.safe_dump(config.to_dict(), sort_keys=False, allow_unicode=True)
 
 
-def choices(group: str, folder: Path | None = None) -> str:
+def choices_text(group: str, folder: Path | None = None) -> str:
     """Return the choices in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
     return "; ".join(
         ", ".join(names) if place.own else f"{', '.join(names)} (in {place.path / group})"

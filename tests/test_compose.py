@@ -9,7 +9,7 @@ import yaml
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nmt.compose import Asked, asked, choices, compose_config, jobs, settings_text
+from nmt.compose import Asked, asked, choices_text, compose_config, jobs, settings_text
 from nmt.config import Config
 from nmt.config.reading import parse_yaml, read_value, written
 from nmt.errors import UserError
@@ -246,7 +246,7 @@ def test_files_of_the_working_directory_and_of_config_dir(here: Path) -> None:
     message = refusal("corpus=nine")
     assert "did you mean mine? conf/corpus has mine; " in message
     assert "corpus has europarl_en_fr, europarl_en_fr_both, files, " in message
-    assert choices("corpus").endswith("; mine (in conf/corpus)")
+    assert choices_text("corpus").endswith("; mine (in conf/corpus)")
     with pytest.raises(UserError, match="--config-dir none is not a folder"):
         asked(["--config-dir", "none"])
 
