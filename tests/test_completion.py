@@ -112,6 +112,19 @@ def test_words() -> None:
         assert len(set(words(command))) == len(words(command))
 
 
+def test_files_of_the_working_directory_are_looked_up_when_a_word_is_completed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The script does not have their names, as it is used in other folders, too."""
+    (tmp_path / "conf" / "experiment").mkdir(parents=True)
+    (tmp_path / "conf" / "experiment" / "mine-alone.yaml").touch()
+    monkeypatch.chdir(tmp_path)
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "experiment=demo" in script
+    assert "mine-alone" not in script
+
+
 def test_mistakes(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["completion"]) == 2
     assert main(["completion", "tcsh"]) == 2

@@ -139,7 +139,9 @@ def test_the_load_of_processes_is_that_of_the_experts_that_they_hold() -> None:
     alone = gates["encoder.1"]
     assert "max_over_mean_process" not in alone.to_dict(MoEConfig())
     for processes, expected in ((2, 4 / 2.5), (4, 3 / 1.25), (8, alone.max_over_mean_load)):
-        figures = alone._replace(processes=processes).to_dict(MoEConfig())
+        world = World(CPU)
+        world.group_size = processes
+        figures = interval.read(world)[1]["encoder.1"].to_dict(MoEConfig())
         assert figures["max_over_mean_process"] == pytest.approx(expected)
     nothing = alone._replace(processes=2, count_E=torch.zeros(8, dtype=torch.float64))
     assert nothing.max_over_mean_process == 0.0

@@ -101,6 +101,7 @@ def test_own_files_are_among_the_choices(
     )
     (folder / "dense.yaml").write_bytes(b"\xff: 1\n")
     (folder / "lost.yaml").symlink_to("nowhere")
+    (folder / "marked.yaml").write_text("# A byte order mark.\n", encoding="utf-8-sig")
     monkeypatch.chdir(tmp_path)
     assert main(["settings", "model"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -108,6 +109,7 @@ def test_own_files_are_among_the_choices(
     assert lines[at + 1].startswith("model=")  # it hides the program's file, and has no comment
     assert "model=dense" not in lines
     assert "model=lost (in conf/model)" in lines
+    assert lines[lines.index("model=marked (in conf/model)") + 1] == "    A byte order mark."
     at = lines.index("model=mine (in conf/model)")
     assert lines[at + 1] == "    Mine, with twice the cells."
     assert lines[at + 2].startswith("model.hidden_size (int")
