@@ -238,7 +238,7 @@ def predicted_ms(record: Record, config: Config, vocabulary: int, card: Card) ->
     """Milliseconds of an update of these micro-batches as `nmt cost` predicts them."""
     gpus = record["processes"]
     config = replace(config, training=replace(config.training, micro_batches=gpus))
-    group = (config.parallel.expert_group_size or gpus) if record["experts"] else 1
+    group = config.parallel.expert_group_size or gpus
     machines = Machines(card, gpus=gpus, group=group, link_gbs=link_of(card, gpus))
     batch = MicroBatch(*(record[name] for name in MicroBatch._fields))
     return sum(part.ms for part in step_parts(config, vocabulary, batch, numbers_of(config, True), machines))
