@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from types import ModuleType
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_one_and_two_processes(bench: ModuleType, tmp_path: Path, capsys: pytest
     for row in speed:
         alone = row["processes"] == 1
         assert row["tokens_per_second"] > 0
+        tokens = 512 if row["scaling"] == "weak" else 1024 // row["processes"]
+        steps, _ = bench.plan(True, 512, tokens, row["processes"], 2)
+        assert row["source"] == pytest.approx(mean(batch.num_source_tokens for step in steps for batch in step))
         assert row["load"] >= 1
         assert (row["exchange"] > 0) == (row["experts"] > 0 and not alone)
         assert row["dense"] == 0 or not alone
