@@ -83,6 +83,18 @@ def test_what_cost_predicts_for_a_measurement(bench: ModuleType, experts: int, p
     assert 0.5 * other < ms < other
 
 
+def test_a_figure_is_put_beside_what_cost_predicts(bench: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    """On a GPU that has half the predicted speed."""
+    options = bench.read_options(["--processes", "1", "training.device=cpu"])
+    row = {"kind": "speed", "scaling": "weak", "experts": 0, "processes": 1, "overlap": "-", "halves": "-"}
+    row |= MicroBatch(16000.0, 15500.0, 560.0, 90.0, 85.0)._asdict()
+    row |= dict.fromkeys(("tokens_per_second", "exchange", "dense", "other", "load", "memory_gb"), 1.0)
+    row["ms"] = 2 * bench.predicted_ms(row, bench.compose(options, 0), 32000, CARDS["h100"])
+    bench.report([{"kind": "device", "name": "NVIDIA H100 80GB HBM3", "torch": "2.11"}, row], options)
+    assert row["predicted"] == pytest.approx(0.5)
+    assert "0.50" in capsys.readouterr().out
+
+
 def test_load_is_the_busiest_process_over_the_mean(bench: ModuleType) -> None:
     count_E = torch.tensor([1.0, 2.0, 4.0, 5.0])
     sums = {"encoder.2": GateSums(count_E, count_E, count_E), "decoder.1": GateSums(*[torch.ones(4)] * 3)}
