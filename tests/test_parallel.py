@@ -1,6 +1,8 @@
 """Several processes compute what one computes: outputs, gradients, balance losses, optimiser step."""
 
+import math
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,21 +11,25 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from nmt.batch import Batch, make_batch
+from nmt.batch import Batch, covering, fit, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from nmt.cost.step import places
 from nmt.errors import UserError
 from nmt.model import routes
 from nmt.model.experts import ExpertShard, MoE
 from nmt.model.gating import balance_loss
 from nmt.model.names import is_expert
 from nmt.model.seq2seq import Seq2Seq
-from nmt.parallel.expert_parallel import AllToAllDispatcher, _Transfer, make_model
+from nmt.parallel.expert_parallel import AllToAllDispatcher, fixed_sizes, make_model
+from nmt.parallel.fixed_exchange import FixedSizes
 from nmt.parallel.mesh import World
+from nmt.parallel.transfer import Transfer
 from nmt.tokens import NUM_SPECIAL
 from nmt.training.optim import make_optimizer
 from nmt.training.update import Updater
 from tests.lessons import with_teacher
 from tests.processes import mirrored, run_ranks
+from tests.replayed import recordings
 
 VOCABULARY = 13
 # Two for each of up to four processes.
@@ -94,9 +100,18 @@ def trained_model(config: Config, world: World) -> Seq2Seq:
 
 
 def run_updates(
-    case: str, total: int, group: int = 0, training: bool = True, parallel: dict[str, bool] | None = None
+    case: str,
+    total: int,
+    group: int = 0,
+    training: bool = True,
+    parallel: dict[str, bool] | None = None,
+    room: float | None = None,
+    recorded: bool = False,
 ) -> dict[str, Any]:
-    """Outputs, gradients and parameters of two updates of `total` micro-batches, by all processes there are."""
+    """Outputs, gradients and parameters of two updates of `total` micro-batches, by all processes there are.
+
+    With `room`, batches are fitted and exchanges have fixed sizes, as in recordings, or are `recorded`.
+    """
     config = config_of(case, total, group, training, parallel)
     world = World.start("cpu", config.parallel)
     model = trained_model(config, world).train(training)
@@ -104,7 +119,12 @@ def run_updates(
         # Without noise its weights take no part, which data parallelism must know beforehand.
         parameter.requires_grad_(parameter.requires_grad and (training or "w_noise" not in name))
     optimizer = make_optimizer(model, config.training)
-    updater = Updater(model, optimizer, config, world)
+    with recordings(model, optimizer) if recorded else nullcontext():
+        return _updated(case, total, Updater(model, optimizer, config, world), room, recorded)
+
+
+def _updated(case: str, total: int, updater: Updater, room: float | None, recorded: bool) -> dict[str, Any]:
+    model, optimizer, world = updater.model, updater.optimizer, updater.world
     gradients: dict[str, torch.Tensor] = {}
 
     def keep(*_: Any) -> None:
@@ -115,8 +135,15 @@ def run_updates(
     batches = micro_batches_of(total)
     if case == "a teacher":
         batches = [with_teacher(batch, VOCABULARY) for batch in batches]
+    sizes = updater.sizes or FixedSizes(updater.config.model.moe, world.device)
+    if room is not None:
+        sizes.room = room
+        shape = covering(*(batch.shape for batch in batches)).with_room(1)
+        batches = [fit(batch, shape) for batch in batches]
     for step in (1, 2):
-        out = updater.update(batches[world.rank :: world.size], step, 0.01)
+        with fixed_sizes(model, None if room is None or recorded else sizes):
+            out = updater.update(batches[world.rank :: world.size], step, 0.01)
+        assert not sizes.exceeded
         losses = [balance_loss(sums, 0.3, 0.2) for sums in out.sums.values()]
         done.append((world.sum(out.nll.clone()), out.gradient_norm, *losses))
     with torch.no_grad():
@@ -126,6 +153,7 @@ def run_updates(
         "outputs": outputs,
         "gradients": gradients,
         "parameters": {name: parameter.detach().clone() for name, parameter in model.named_parameters()},
+        "room": sizes.room,
         "drift": world.rank,
     }
 
@@ -149,6 +177,14 @@ def run_cases(total: int, group: int, training: bool, cases: list[str], **parall
     return {case: run_updates(case, total, group, training, parallel) for case in cases}
 
 
+def run_fixed(total: int, group: int) -> dict[str, Any]:
+    return {case: run_updates(case, total, group, room=ROOM) for case in FIXED}
+
+
+def run_recorded(total: int, group: int, room: float) -> dict[str, Any]:
+    return {case: run_updates(case, total, group, room=room, recorded=True) for case in RECORDED}
+
+
 def assert_same(several: list[dict[str, Any]], one: dict[str, Any], group: int) -> None:
     for result in several:
         torch.testing.assert_close(result["figures"], one["figures"], rtol=1e-10, atol=1e-10)
@@ -164,6 +200,9 @@ BF16 = "experts in bf16"
 REPLICAS = ["noisy_top_k", "no experts", "factored"]
 # Tokens, and those that are not padding, of either process.
 OWN_TOKENS = [[(9, 9), (7, 4)], [(9, 5), (3, 0)], [(5, 2), (0, 0)]]
+ROOM, LITTLE_ROOM = 2.0, 0.1  # the loads of so few tokens are uneven
+FIXED = [case for case in CASES if CASES[case].get("gating") != "strictly_balanced"]
+RECORDED = ["noisy_top_k", "hierarchical", "no experts", "factored", "R-Drop", "biases"]
 HALVED = ["noisy_top_k", "hierarchical", "strictly_balanced", "deep experts", "sigmoid"]
 
 
@@ -181,6 +220,11 @@ def _two_ranks() -> dict[str, Any]:
         "replicas": run_cases(2, 1, True, [*REPLICAS, BF16]),
         "joined": run_cases(2, 0, False, joined),
         "halves": run_cases(2, 0, True, HALVED, overlap_exchange=True),
+        "fixed": run_fixed(2, 0),
+        "recorded": run_recorded(2, 0, ROOM),
+        "recorded, little room": run_recorded(2, 0, LITTLE_ROOM),
+        "recorded replicas": run_recorded(2, 1, ROOM),
+        "recorded, more micro-batches": run_recorded(4, 0, LITTLE_ROOM),
         "in turn": run_cases(2, 0, True, ["noisy_top_k"], overlap=False),
         "own tokens": [_own_tokens(*sizes[int(os.environ["RANK"])]) for sizes in OWN_TOKENS],
     }
@@ -223,11 +267,36 @@ def test_tokens_that_travel_in_halves_come_to_the_same(case: str, two_ranks: lis
     assert_same([result["halves"][case] for result in two_ranks], run_updates(case, 2), 2)
 
 
+@pytest.mark.parametrize("case", FIXED)
+def test_exchanges_of_fixed_sizes_come_to_the_same(case: str, two_ranks: list[dict[str, Any]]) -> None:
+    assert_same([result["fixed"][case] for result in two_ranks], run_updates(case, 2, room=ROOM), 2)
+
+
+@pytest.mark.parametrize("case", RECORDED)
+@pytest.mark.parametrize(
+    ("what", "total", "group", "room"),
+    [
+        ("recorded", 2, 2, ROOM),
+        ("recorded, little room", 2, 2, LITTLE_ROOM),
+        ("recorded replicas", 2, 1, ROOM),
+        ("recorded, more micro-batches", 4, 2, LITTLE_ROOM),
+    ],
+)
+def test_recorded_steps_of_two_processes_are_those_of_one(
+    case: str, what: str, total: int, group: int, room: float, two_ranks: list[dict[str, Any]]
+) -> None:
+    """A step whose exchanges had too little room is done again with more, by both."""
+    results = [result[what][case] for result in two_ranks]
+    assert_same(results, run_updates(case, total, room=ROOM), group)
+    assert results[0]["room"] == results[1]["room"]
+    assert (results[0]["room"] > room) == (room == LITTLE_ROOM and case != "no experts")
+
+
 def test_one_half_travels_while_experts_work_on_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward and backward: before the experts see the first half, the second is on its way."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     events: list[str] = []
-    for owner, name in ((_Transfer, "begin"), (_Transfer, "finish"), (routes, "grouped_matmul")):
+    for owner, name in ((Transfer, "begin"), (Transfer, "finish"), (routes, "grouped_matmul")):
         function = getattr(owner, name)
 
         def noted(*arguments: Any, function: Any = function, name: str = name, **options: Any) -> Any:
@@ -291,6 +360,57 @@ def test_a_row_travels_once_to_each_process_with_experts_of_its_token(
     assert sum(numbers) == 4 * sum(numbers[: len(parts)])
 
 
+@pytest.mark.parametrize("room", [4.0, 1.0, 0.2, 0.05])
+@pytest.mark.parametrize("padding", [0, 4, 40])
+@pytest.mark.parametrize("case", ["flat", "groups", "all active"])
+def test_too_little_room_makes_nan_and_enough_room_changes_no_bit(
+    case: str, padding: int, room: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "all_to_all_single", lambda received, sent, *_, **named: mirrored(received, sent))
+    config = MoEConfig(8, **{"k": 2, "hidden_sizes": [7]} | CHOICES[case])
+    moe = MoE(6, 8, config, ExpertShard(0, 4)).eval()
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter)
+    sizes = FixedSizes(config, torch.device("cpu"))
+    sizes.room = room
+    x_TD, real_T = torch.randn(40, 6, requires_grad=True), torch.arange(40) < 40 - padding
+    found = []
+    for fixed in (None, sizes):
+        dispatcher = AllToAllDispatcher(None, 4, halves=False)
+        moe.dispatcher, dispatcher.fixed = dispatcher, fixed
+        y_TD, gate = moe(x_TD, real_T=real_T)
+        leaves = [x_TD, *moe.parameters()]
+        gradients = torch.autograd.grad(y_TD.square().sum(), leaves, allow_unused=True)
+        found.append([y_TD.detach(), *(each for each in gradients if each is not None)])
+    visits_M = [int((gate.expert_TK // 2 == process).any(1).sum()) for process in range(4)]
+    slots = int((gate.expert_TK < 8).sum())
+    even, most = gate.expert_TK.numel(), 4 * places(config, 8, 4, 40, room) * gate.expert_TK.shape[1]
+    full = most if most <= 2.5 * even else math.ceil(room * (even + 6 * even**0.5))
+    little = max(visits_M) >= places(config, 8, 4, 40, room) or slots > full
+    assert bool(sizes.exceeded) == little
+    assert sizes.suffices == (places(config, 8, 4, 40, room) > 40 and most <= max(2.5 * even, full))
+    assert not (little and sizes.suffices)
+    for exact, other in zip(*found, strict=True):
+        assert torch.equal(exact, other) or little
+    assert any(bool(other.isnan().any()) for other in found[1]) == little
+
+
+def test_room_grows_until_all_tokens_can_visit_every_process() -> None:
+    config = MoEConfig(8, k=2)
+    sizes = FixedSizes(config, torch.device("cpu"))
+    even = 10_000 * (1 - 15 / 28)  # neither of a token's two experts is among two of eight
+    assert places(config, 8, 4, 10_000) == math.ceil(1.25 * (even + 6 * even**0.5)) + 1
+    for _ in range(3):
+        sizes.enlarge()
+    assert places(config, 8, 4, 10_000, sizes.room) == 10_001
+    assert not sizes.take_exceeded(World(torch.device("cpu")))
+    sizes.exceeded.fill_(True)
+    assert not sizes.take_exceeded(World(torch.device("cpu")))  # it was not asked, as nothing was exchanged
+    sizes.suffices = False
+    assert sizes.take_exceeded(World(torch.device("cpu")))
+    assert not sizes.exceeded
+
+
 def _own_tokens(number: int, real: int) -> list[list[torch.Tensor]]:
     """Output and gradients of a layer whose experts are spread over the processes, and of one that has all of them."""
     world = World.start("cpu", ParallelConfig())
@@ -328,6 +448,8 @@ def _four_ranks() -> dict[str, Any]:
         "all": run_cases(4, 0, True, list(CASES)),
         "halves": run_cases(4, 0, True, list(CASES), overlap_exchange=True),
         "pairs": run_cases(4, 2, True, list(CASES)),
+        "fixed": run_fixed(4, 0),
+        "fixed pairs": run_fixed(4, 2),
     }
 
 
@@ -339,6 +461,10 @@ def test_four_processes_are_one(tmp_path: Path) -> None:
         assert_same([result["all"][case] for result in results], one, 4)
         assert_same([result["halves"][case] for result in results], one, 4)
         assert_same([result["pairs"][case] for result in results], one, 2)
+        if case in FIXED:
+            one = run_updates(case, 4, room=ROOM)
+            assert_same([result["fixed"][case] for result in results], one, 4)
+            assert_same([result["fixed pairs"][case] for result in results], one, 2)
 
 
 def test_experts_that_do_not_divide_are_refused() -> None:

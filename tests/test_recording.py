@@ -1,24 +1,30 @@
 """Recorded steps compute what steps launched one kernel at a time compute: to the bit, with dropout and noise."""
 
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 import nmt.training.update
 from nmt.batch import Batch, Shape, covering, fit, make_batch
 from nmt.config import AttentionConfig, Config, ModelConfig, MoEConfig, TrainingConfig
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.expert_parallel import fixed_sizes, make_model
+from nmt.parallel.fixed_exchange import FixedSizes
 from nmt.parallel.mesh import World
 from nmt.tokens import NUM_SPECIAL
 from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer
-from nmt.training.recording import can_record
 from nmt.training.update import UpdateOutput, Updater
 from tests.lessons import with_teacher
+from tests.processes import run_ranks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 
@@ -131,7 +137,44 @@ def test_a_gradient_that_is_not_finite_changes_nothing(monkeypatch: pytest.Monke
     assert all(torch.equal(value, kept[name]) for name, value in updater.model.named_parameters())
 
 
-def test_only_one_gpu_records() -> None:
-    config = Config(training=TrainingConfig(precision="bf16"))
-    assert can_record(config, World(torch.device("cuda", 0)))
-    assert not can_record(config, World(torch.device("cpu")))
+TWO = ("moe", "dense", "every dropout", "grown")
+HOW = ("recorded", "live")
+
+
+def _by_two_gpus() -> dict[str, dict[str, Tensor]]:
+    found = {f"{name}, {how}": _trained_by_two(CONFIGS[name], how == "recorded") for name in TWO for how in HOW}
+    dist.destroy_process_group()
+    return found
+
+
+def _trained_by_two(model_config: ModelConfig, recorded: bool) -> dict[str, Tensor]:
+    """Figures of four steps of two micro-batches per process, and this process's parameters after them."""
+    config = Config(model=model_config, training=TrainingConfig(micro_batches=4))
+    world = World.start("cuda", config.parallel)
+    torch.manual_seed(1)
+    model = make_model(config, VOCAB, world).to(world.device).train()
+    data = batches(16, 3)
+    shape, found = shape_for(data, 2), {}
+    # Live steps have exchanges of the same sizes: how the GPU tiles products depends on the number of rows.
+    sizes = None if recorded else FixedSizes(model_config.moe, world.device)
+    live = patch.object(nmt.training.update, "can_record", lambda *_: False)
+    with nullcontext() if recorded else live, nullcontext() if recorded else fixed_sizes(model, sizes):
+        updater = Updater(model, make_optimizer(model, config.training), config, world)
+        for step in range(4):
+            own = [fit(batch, shape).pin_memory() for batch in data[4 * step : 4 * step + 4][world.rank :: 2]]
+            done = updater.update(own, step + 1, 1e-3)
+            found |= {f"{step} {name}": value.cpu() for name, value in figures_of(done).items()}
+    assert (updater.recording is not None) == recorded
+    updater.release()
+    return found | {name: each.detach().cpu() for name, each in model.named_parameters()}
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_recorded_steps_of_two_gpus_are_the_same_to_the_bit(tmp_path: Path) -> None:
+    """With exchanges of fixed sizes, and gradients summed after the backward pass."""
+    for rank, result in enumerate(run_ranks(2, tmp_path, _by_two_gpus)):
+        for name in TWO:
+            recorded, live = (result[f"{name}, {how}"] for how in HOW)
+            assert recorded.keys() == live.keys()
+            for key, value in recorded.items():
+                assert torch.equal(value, live[key]), (rank, name, key)

@@ -63,6 +63,39 @@ def test_told_to_stop_a_process_that_runs_goes_on_and_one_that_hangs_ends() -> N
     assert (done.returncode, done.stderr) == (ProcessError.status, "")
 
 
+HUNG = """
+import ctypes, datetime, time
+import torch
+from nmt.parallel import watchdog
+from nmt.parallel.mesh import World
+
+watchdog._CALM_SECONDS, watchdog._GRACE_SECONDS = 0.1, 0.2
+world = World(torch.device("cpu"), timeout=datetime.timedelta(seconds=0.8))
+world.size, world.rank = 2, 1
+with watchdog.watch_for_hangs(world, lambda: "at step 9", lambda error: print(error, flush=True)):
+    until = time.monotonic() + 2.0
+    while time.monotonic() < until:
+        time.sleep(0.01)
+    print("went on", flush=True)
+    mutex = ctypes.create_string_buffer(128)
+    lock = ctypes.CDLL(None).pthread_mutex_lock
+    lock(mutex), lock(mutex)
+print("never here", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_longer_than_its_timeout_ends() -> None:
+    """As in a recorded step, which NCCL does not watch."""
+    done = subprocess.run(
+        [sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=60, cwd=os.getcwd(), check=False
+    )
+    went_on, lost = done.stdout.splitlines()
+    assert went_on == "went on"
+    assert lost.startswith("rank 1 of 2 lost another at step 9 (hung for 1 s)")
+    assert (done.returncode, done.stderr) == (ProcessError.status, "")
+
+
 @pytest.fixture
 def two() -> World:
     world = World(torch.device("cpu"))

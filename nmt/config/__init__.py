@@ -194,10 +194,12 @@ class ParallelConfig:
     timeout_seconds: int = 600
     """If processes wait longer than this for another one, it has failed and all of them stop."""
     overlap: bool = True
-    """Sum the gradients of dense parameters during the backward pass instead of after it."""
+    """Sum the gradients of dense parameters during the backward pass instead of after it. Steps that are recorded in
+    CUDA graphs, as on GPUs in bf16, always sum them after it."""
     overlap_exchange: bool = False
     """Send tokens to their experts in two halves: experts compute one half while the other is sent. This pays if the
-    exchange is slow and each expert has many rows (`scripts/bench/scaling.py` measures both)."""
+    exchange is slow and each expert has many rows (`scripts/bench/scaling.py` measures both). Such steps are not
+    recorded."""
 
     def __post_init__(self) -> None:
         at_least("parallel.expert_group_size", self.expert_group_size, 0)

@@ -67,12 +67,7 @@ class Rates(NamedTuple):
     """Microseconds per position, pass and product of an LSTM, besides its operations."""
     launch_ms: float = 0.85
     """Milliseconds per micro-batch in which the GPU waits for the host or runs its smallest kernels."""
-    host_ms: float = 15.0
-    """Milliseconds in which the host launches a micro-batch besides the loops of LSTMs. Assumed, as is the next: steps
-    of several GPUs are not recorded, and have not been measured since."""
-    host_us: float = 10.0
-    """Microseconds in which the host launches one kernel of such a loop."""
-    message_us: float = 2.05
+    message_us: float = 1.77
     """Microseconds per message of an exchange. Assumed: two GPUs are too few to measure it."""
 
 

@@ -56,6 +56,10 @@ _TILE_ROWS = 64
 """Rows that a tile of the experts' products computes at once. On average, half of an expert's last tile is empty."""
 
 
+ROOM = 1.25
+"""Room in exchanges of rows, over what even loads need."""
+
+
 class MicroBatch(NamedTuple):
     """Real tokens and positions of one micro-batch. Positions are the tokens of its longest sentence."""
 
@@ -121,30 +125,14 @@ def step_parts(
     config: Config, vocab_size: int, batch: MicroBatch, numbers: Precision, machines: Machines
 ) -> list[Part]:
     """Return the parts of a step in which every GPU has the same number of micro-batches like `batch`."""
-    model, rates = config.model, machines.rates
+    model = config.model
     micro_batches = max(config.training.micro_batches // machines.gpus, 1)
     parts = list(_computed(model, vocab_size, batch, numbers, machines))
     if micro_batches > 1:
         parts += _first_pass(model, batch, numbers, machines)
-    computing = sum(part.ms for part in parts)
-    launching = rates.launch_ms
-    if machines.gpus > 1:
-        # Only a step on one GPU is recorded.
-        launching = max(launching, _host_ms(model, batch, rates) - computing)
-    parts += [Part("launching", launching, "launch"), *_exchanged(model, batch, machines)]
+    parts += [Part("launching", machines.rates.launch_ms, "launch"), *_exchanged(model, batch, machines)]
     parts = [part._replace(ms=part.ms * micro_batches * config.training.passes) for part in parts]
     return _added([*parts, *_once(config, vocab_size, machines)])
-
-
-def _host_ms(model: ModelConfig, batch: MicroBatch, rates: Rates) -> float:
-    """Return the milliseconds in which the host launches a micro-batch that is not recorded."""
-    launches = 0.0
-    for side, lstms in lstm_sizes(model).items():
-        positions = batch.source_positions if side == "encoder" else batch.target_positions
-        for _, cells, outputs in lstms:
-            # A product and the cell, forward and backward; with a projection, one product more each.
-            launches += positions * (6 if outputs < cells else 4)
-    return rates.host_ms + launches * rates.host_us * 1e-3
 
 
 def _first_pass(model: ModelConfig, batch: MicroBatch, numbers: Precision, machines: Machines) -> Iterator[Part]:
@@ -215,9 +203,9 @@ def _computed(
     rates = machines.rates
     tokens = {"encoder": batch.source, "decoder": batch.target}
     positions = {"encoder": batch.source_positions, "decoder": batch.target_positions}
-    together = _side_by_side(model, machines)
+    together = _side_by_side(model)
     # Second directions of layers above the bottom run beside the first ones.
-    beside = {("encoder", 2 * layer + 1) for layer in range(1, model.bidirectional_layers) if machines.gpus == 1}
+    beside = {("encoder", 2 * layer + 1) for layer in range(1, model.bidirectional_layers)}
     beside |= {*together[1:]}
     saved = _saved(model, vocab_size, batch, numbers)
     for side, lstms in lstm_sizes(model).items():
@@ -251,15 +239,11 @@ def _computed(
     )
 
 
-def _side_by_side(model: ModelConfig, machines: Machines) -> list[tuple[str, int]]:
-    """Return the LSTMs that run at the same time: both directions of the bottom layer, and the decoder's first.
-
-    They do in recorded steps alone, which means on one GPU.
-    """
+def _side_by_side(model: ModelConfig) -> list[tuple[str, int]]:
+    """Return the LSTMs that run at the same time: both directions of the bottom layer, and the decoder's first."""
     found = [("encoder", 0)]
-    if machines.gpus == 1:
-        found += [("encoder", 1)] * (model.bottom_layer != "forward")
-        found += [("decoder", 0)] * (not model.attention.feeds_back)
+    found += [("encoder", 1)] * (model.bottom_layer != "forward")
+    found += [("decoder", 0)] * (not model.attention.feeds_back)
     return found
 
 
@@ -368,17 +352,27 @@ def visits(moe: MoEConfig, num_experts: int, processes: int) -> float:
     return chosen * size / here * held(moe.k, size, here)
 
 
+def places(moe: MoEConfig, num_experts: int, processes: int, tokens: float, room: float = ROOM) -> int:
+    """Return the places for rows in what a process with this many tokens sends to each process of its group.
+
+    A token has one row per process that it visits. An exchange of fixed size (`nmt.parallel.fixed_exchange`) has `room`
+    times the places of even loads, and of six standard deviations more, as choices are random. No more than all tokens
+    visit a process. The last place is never filled.
+    """
+    even = tokens * visits(moe, num_experts, processes) / processes
+    return min(math.ceil(tokens), math.ceil(room * (even + 6.0 * math.sqrt(even)))) + 1
+
+
 def _exchanged(model: ModelConfig, batch: MicroBatch, machines: Machines) -> Iterator[Part]:
     """Yield the exchanges of rows: to the experts and back, and their gradients likewise.
 
-    A token has one row per process that it visits. Gate, number and place of an expert, in float32, go with the row;
-    their gradients return.
+    Gates and numbers of all experts of a token, in float32, go with each row; their gradients return.
     """
     tokens, others = {"encoder": batch.source, "decoder": batch.target}, machines.group - 1
     for layer in model.moe_layer_names():
-        rows = visits(model.moe, model.moe.experts_at(layer), machines.group)
-        numbers = 4 * rows * 2 * model.hidden_size + 2 * model.moe.experts_per_token * 3 * 4
-        sent = tokens[LayerName.of(layer).side] * numbers * others / machines.group
+        own = tokens[LayerName.of(layer).side]
+        rows = places(model.moe, model.moe.experts_at(layer), machines.group, own) * others
+        sent = rows * (4 * 2 * model.hidden_size + 2 * 2 * model.moe.experts_per_token * 4)
         seconds = sent / (machines.link_gbs * 1e9) + 6 * others * machines.rates.message_us * 1e-6
         yield Part("exchange of rows", 1e3 * seconds, "network")
 

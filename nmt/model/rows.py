@@ -50,7 +50,7 @@ class _CombineRows(Function):
     ) -> Tensor:
         ctx.save_for_backward(rows_RD, gates, token_R, order_R)
         gates_R = gates.flatten()
-        if len(order_R) < len(gates_R):
+        if len(row_R) < len(gates_R):
             gates_R = gates_R.index_select(0, order_R.index_select(0, row_R))
         # One sum per token over the rows it has, which makes and keeps no copy of the rows.
         return sum_rows(rows_RD, row_R, begin_T, gates_R)
@@ -177,7 +177,8 @@ def combine_rows(
     """Return y_t = sum of gate_r * rows[r] over the rows r that `route_rows` made of token t.
 
     gate_r is the gate of slot order_R[r]. `gates` has the slots of all tokens in turn, in any shape. In `row_R`, the
-    rows of a token are in the order of its slots.
+    rows of a token are in the order of its slots. It has a row for every slot, or for full slots only. If for every
+    slot, those that are not in `order_R` must have gates of 0 and refer to a row of zeros.
     """
     return _CombineRows.apply(rows_RD, gates, token_R, order_R, row_R, begin_T)
 

@@ -15,98 +15,31 @@ process, G full slots of these, E experts, M processes, P parts of a batch that 
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 
 from nmt.config import Config
 from nmt.errors import UserError
 from nmt.model.assemble import assemble
 from nmt.model.experts import Experts, ExpertShard, MoE
 from nmt.model.gating import GateOutput
-from nmt.model.kernels.dispatch import SortedSlots, sort_slots
+from nmt.model.kernels.dispatch import sort_slots
 from nmt.model.routes import Route, make_route
 from nmt.model.rows import add_rows, combine_rows, route_rows, take_rows
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.fixed_exchange import FixedSizes
 from nmt.parallel.mesh import World
-
-
-class _Transfer:
-    """One asynchronous exchange of tensors, and of their gradients in the backward pass.
-
-    `send` and `receive` have the numbers of rows to and from each process, for each of the tensors.
-    """
-
-    def __init__(self, group: dist.ProcessGroup, send: list[list[int]], receive: list[list[int]]) -> None:
-        self.group, self.send, self.receive = group, send, receive
-
-    def begin(self, tensors: tuple[Tensor, ...], send: list[list[int]], receive: list[list[int]]) -> tuple[Tensor, ...]:
-        """Start the exchange. Return the tensors that will hold what is received after `finish`."""
-        # References keep all tensors alive during the exchange.
-        self.sent = [tensor.contiguous() for tensor in tensors]
-        self.came = tuple(x.new_empty(sum(rows), *x.shape[1:]) for x, rows in zip(self.sent, receive, strict=True))
-        self.works = [
-            dist.all_to_all_single(came, sent, to, of, group=self.group, async_op=True)
-            for came, sent, to, of in zip(self.came, self.sent, receive, send, strict=True)
-        ]
-        return self.came
-
-    def finish(self) -> tuple[Tensor, ...]:
-        """Wait for the received tensors and return them. On a GPU, its stream waits, not the host."""
-        for work in self.works:
-            work.wait()
-        came = self.came
-        del self.works, self.sent, self.came
-        return came
-
-
-class _Begin(Function):
-    """Forward: start sending the tensors. Backward: wait for their gradients."""
-
-    @staticmethod
-    def forward(ctx: Any, transfer: _Transfer, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.transfer = transfer
-        return transfer.begin(tensors, transfer.send, transfer.receive)
-
-    @staticmethod
-    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *ctx.transfer.finish()
-
-
-class _Finish(Function):
-    """Forward: wait for the tensors. Backward: start sending their gradients back.
-
-    The gradients that backward returns are placeholders, which `_Begin` ignores.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, transfer: _Transfer, *coming: Tensor) -> tuple[Tensor, ...]:
-        ctx.transfer = transfer
-        return tuple(came.view_as(came) for came in transfer.finish())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.transfer.begin(grads, ctx.transfer.receive, ctx.transfer.send)
-        return None, *grads
-
-
-class _Visits(NamedTuple):
-    """The visits of some tokens. Of the slots that a token has on a process, the first one marks the visit."""
-
-    process_TK: Tensor  # int64, the process that is visited; M in a slot that marks no visit
-    visits: SortedSlots  # of `process_TK`: visits by process, then token
-    slots: SortedSlots  # all slots by process, then token, as visits are
-    first_S: Tensor  # bool, of each sorted slot: whether it marks a visit
+from nmt.parallel.transfer import Begin, Finish, Transfer, plan_visits
 
 
 class _Part(NamedTuple):
     """A part of the tokens during an exchange: between tokens and visits, the exchange, and what it will bring."""
 
     route: Route
-    transfer: _Transfer
+    transfer: Transfer
     coming: tuple[Tensor, ...]
 
 
@@ -121,9 +54,13 @@ class AllToAllDispatcher:
         self.group, self.group_size, self.halves = group, group_size, halves
         self.turns: _Turns | None = None
         """Set while the processes make passes independently of each other (`independent_passes`)."""
+        self.fixed: FixedSizes | None = None
+        """Set while exchanges must have sizes that the host knows (`fixed_sizes`)."""
 
     def run(self, experts: Experts, x_TD: Tensor, gate: GateOutput) -> Tensor:
         """Return y_t = sum_j gate_tj E_j(x_t). Each x_t is sent once to each process that holds experts of it."""
+        if self.fixed is not None:
+            return self.fixed.exchange(experts, x_TD, gate, self.group, self.group_size)
         if self.turns is not None:
             self.turns.wait(self)
         return self.exchange(experts, x_TD, gate)
@@ -132,12 +69,12 @@ class AllToAllDispatcher:
         """Do `run`'s work when all processes of the group are at this layer. A process may have no tokens."""
         back = []
         for route, transfer, coming in self._send(x_TD, gate):
-            y_WD = _serve(experts, *_Finish.apply(transfer, *coming))
-            home = _Transfer(self.group, transfer.receive[:1], transfer.send[:1])
-            back.append(_Part(route, home, _Begin.apply(home, y_WD)))
+            y_WD = _serve(experts, *Finish.apply(transfer, *coming))
+            home = Transfer(self.group, transfer.receive[:1], transfer.send[:1])
+            back.append(_Part(route, home, Begin.apply(home, y_WD)))
         parts = []
         for route, home, coming in back:
-            (y_VD,) = _Finish.apply(home, *coming)
+            (y_VD,) = Finish.apply(home, *coming)
             parts.append(add_rows(y_VD, route.token_R, route.row_R, route.begin_T))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -145,7 +82,7 @@ class AllToAllDispatcher:
         """Exchange the numbers of visits and of their slots, then start sending all parts."""
         num_parts, held = 1 + self.halves, gate.sums.count_E.numel() // self.group_size
         pieces = list(zip(*(x.tensor_split(num_parts) for x in (x_TD, gate.expert_TK, gate.gates_TK)), strict=True))
-        plans = [_visits(expert_TK // held, self.group_size) for _, expert_TK, _ in pieces]
+        plans = [plan_visits(expert_TK // held, self.group_size) for _, expert_TK, _ in pieces]
         # By process, part, and what is counted: visits, slots.
         ends_MP2 = torch.stack([torch.stack([plan.visits.ends_E, plan.slots.ends_E], 1) for plan in plans], 1).long()
         count_MP2 = ends_MP2.diff(dim=0, prepend=torch.zeros_like(ends_MP2[:1]))
@@ -163,20 +100,9 @@ class AllToAllDispatcher:
             gates_R, expert_R = take_rows(gates_TK.flatten(), slot_R), expert_TK.flatten()[slot_R] % held
             # One tensor of the type of the gates: in float32, numbers are exact up to 2^24 experts per process.
             slots_R3 = torch.stack([gates_R, expert_R.to(gates_R.dtype), first_R.to(gates_R.dtype)], 1)
-            transfer = _Transfer(self.group, send, receive)
-            parts.append(_Part(route, transfer, _Begin.apply(transfer, rows_VD, slots_R3)))
+            transfer = Transfer(self.group, send, receive)
+            parts.append(_Part(route, transfer, Begin.apply(transfer, rows_VD, slots_R3)))
         return parts
-
-
-def _visits(process_TK: Tensor, num_processes: int) -> _Visits:
-    """Return the visits of tokens whose experts are on these processes; slots of process M are empty."""
-    slots = sort_slots(process_TK.flatten(), num_processes)
-    process_S, token_S = process_TK.flatten()[slots.order_S], slots.order_S // process_TK.shape[1]
-    # Pairs of process and token as numbers, which rise from visit to visit.
-    visit_S = process_S * len(process_TK) + token_S
-    first_S = visit_S.diff(prepend=visit_S.new_full((1,), -1)) > 0
-    visited_TK = process_TK.where(first_S[slots.row_S].view_as(process_TK), num_processes)
-    return _Visits(visited_TK, sort_slots(visited_TK.flatten(), num_processes), slots, first_S)
 
 
 def _serve(experts: Experts, rows_WD: Tensor, slots_G3: Tensor) -> Tensor:
@@ -249,6 +175,20 @@ def independent_passes(model: Seq2Seq) -> Iterator[None]:
     finally:
         for each in dispatchers:
             each.turns = None
+
+
+@contextmanager
+def fixed_sizes(model: Seq2Seq, sizes: FixedSizes | None) -> Iterator[None]:
+    """Context in which exchanges have these fixed sizes; None: those that the gates ask for."""
+    dispatchers = [layer.dispatcher for layer in model.moe_layers().values()]
+    parallel = [each for each in dispatchers if isinstance(each, AllToAllDispatcher)]
+    for each in parallel:
+        each.fixed = sizes
+    try:
+        yield
+    finally:
+        for each in parallel:
+            each.fixed = None
 
 
 def shard_of(config: Config, world: World) -> ExpertShard:

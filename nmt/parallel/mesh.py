@@ -107,7 +107,13 @@ class World:
 
     @property
     def expert_group(self) -> dist.ProcessGroup | None:
-        """The group of processes that together hold each expert once; None for a single process."""
+        """The group of processes that together hold each expert once; None for a single process.
+
+        If these are all, it is the group of all collective operations: a recorded step must not have several NCCL
+        communicators without need, as their kernels could wait for each other.
+        """
+        if self.mesh and self.group_size == self.size:
+            return dist.group.WORLD
         return self.mesh.get_group("expert") if self.mesh else None
 
     def sum(self, tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ handlers meanwhile, and NCCL raises no exception. Without this thread, NCCL's wa
 process, and nothing would report the step it was at.
 """
 
+import math
 import os
 import select
 import signal
@@ -23,6 +24,9 @@ from nmt.parallel.mesh import World
 # If the main thread runs no Python for this long after a signal to stop, it waits for a process that is lost.
 _STUCK_SECONDS = 20.0
 _LOOK_SECONDS = 0.5
+# Without such a signal, the main thread is looked at this often. It may wait parallel.timeout_seconds for another
+# process, and the libraries that notice this themselves get some time to do so.
+_CALM_SECONDS, _GRACE_SECONDS = 5.0, 10.0
 # This signal is ignored by default, and nothing else sends it.
 _POKE = signal.SIGURG
 
@@ -37,7 +41,8 @@ def watch_for_hangs(
     """Context in which a lost peer ends this process: call `tell` with the error, then exit with status 7.
 
     A peer is lost if NCCL reports an error: an operation failed or took longer than parallel.timeout_seconds. It is
-    also lost if SIGTERM, SIGINT or SIGHUP arrived and the main thread has run no Python for `stuck_seconds` since.
+    also lost if the main thread has run no Python for longer than that, since NCCL does not watch operations of CUDA
+    graphs. After SIGTERM, SIGINT or SIGHUP, `stuck_seconds` without Python are enough.
 
     Call it in the main thread, which must handle these signals itself. With a single process, it does nothing.
     """
@@ -88,7 +93,9 @@ class _HangWatchdog(threading.Thread):
 
     def run(self) -> None:
         backends = _nccl_backends(self.world)
-        told = False
+        told, patience = False, math.inf
+        if self.world.timeout is not None:
+            patience = self.world.timeout.total_seconds() + _GRACE_SECONDS
         asked, since = -1, 0.0  # number of answers when the main thread was last poked, and the time of that
         while not self._over:
             arrived = b""
@@ -102,12 +109,14 @@ class _HangWatchdog(threading.Thread):
                     self._give_up(f"NCCL: {error.lower().replace('_', ' ')}")
             told = told or any(number in arrived for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP))
             waited = time.monotonic() - since
-            if told and self._answers > asked:
-                if waited > _LOOK_SECONDS:
+            if self._answers > asked:
+                if waited > (_LOOK_SECONDS if told else _CALM_SECONDS):
                     asked, since = self._answers, time.monotonic()
                     signal.pthread_kill(self.main_thread, _POKE)
             elif told and waited > self.stuck_seconds:
                 self._give_up(f"received a signal to stop, but hung for {self.stuck_seconds:.0f} s")
+            elif waited > patience:
+                self._give_up(f"hung for {patience:.0f} s")
 
     def _give_up(self, cause: str) -> None:
         error = self.world.peer_lost(cause, self.where())

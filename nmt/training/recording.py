@@ -51,12 +51,13 @@ class Steps(Protocol):
 
 
 def can_record(config: Config, world: World) -> bool:
-    """Return whether steps can be recorded: on one GPU, in bf16, by gates with the same number of experts per token.
+    """Return whether steps can be recorded: on GPUs, in bf16, by gates with the same number of experts per token.
 
-    Exchanges between processes and strictly balanced gates wait for the host. Recordings in float32 were not tested.
+    Strictly balanced gates wait for the host, and so do exchanges in halves. Recordings in float32 were not tested.
     """
     in_bf16 = product_dtype(world.device, config.training.precision) == torch.bfloat16
-    return world.device.type == "cuda" and world.size == 1 and in_bf16 and not config.model.moe.k_is_average
+    waits = config.model.moe.k_is_average or (world.group_size > 1 and config.parallel.overlap_exchange)
+    return world.device.type == "cuda" and in_bf16 and not waits
 
 
 class Recording:

@@ -133,6 +133,8 @@ class Trainer:
             except BaseException:
                 self.saver.wait()
                 raise
+            finally:
+                self.updater.release()
             self.saver.wait()
         return self.resumed_from is None or self.progress.step > self.resumed_from.step
 

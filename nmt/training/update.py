@@ -1,5 +1,6 @@
 """One optimiser step, as the trainer repeats it and the benchmarks time it."""
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
@@ -7,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nmt.batch import Batch
@@ -18,6 +19,8 @@ from nmt.model.names import is_expert
 from nmt.model.one_pass import Gates
 from nmt.model.seq2seq import LossOutput, Seq2Seq
 from nmt.model.side_by_side import Later
+from nmt.parallel.expert_parallel import fixed_sizes
+from nmt.parallel.fixed_exchange import FixedSizes
 from nmt.parallel.mesh import World
 from nmt.training.freezing import Frozen
 from nmt.training.optim import ClippedStep, clipped_step, set_rate
@@ -63,8 +66,9 @@ class Updater:
 
     Biases of gates (`model.moe.bias_rate`) move by the counts of the same sums, after the optimiser's step.
 
-    Fitted batches (`nmt.batch.fit`) on a GPU run as a recording: the first step with a shape is captured in CUDA
-    graphs, and later steps replay them. They compute the same as a step that is not recorded.
+    Fitted batches (`nmt.batch.fit`) on GPUs run as a recording: the first step with a shape is captured in CUDA
+    graphs, and later steps replay them. They compute the same as a step that is not recorded. Several processes record
+    their exchanges in fixed sizes (`FixedSizes`), and sum the gradients of dense parameters after the backward pass.
     """
 
     def __init__(
@@ -86,10 +90,16 @@ class Updater:
         self.target_tokens = torch.ones((), dtype=exact, device=world.device)
         self.number = 1
         self.recording: Recording | None = None
+        recorded = can_record(config, world)
+        self.sizes = FixedSizes(config.model.moe, world.device) if recorded and world.group_size > 1 else None
         self.forward: Callable[..., LossOutput] = model
         self.no_grad_sync: Callable[[], Any] = nullcontext
-        dense = (parameter for name, parameter in model.named_parameters() if not is_expert(name))
-        if world.size > 1 and any(parameter.requires_grad for parameter in dense):
+        self.summed: list[nn.Parameter] = []
+        """Dense parameters whose gradients are summed after the backward pass; others are summed in it."""
+        dense = [parameter for name, parameter in model.named_parameters() if not is_expert(name)]
+        if world.size > 1 and recorded:
+            self.summed = dense
+        elif world.size > 1 and any(parameter.requires_grad for parameter in dense):
             wrapped = _data_parallel(model, config.parallel.overlap, world)
             self.forward, self.no_grad_sync = wrapped, wrapped.no_sync
 
@@ -100,14 +110,33 @@ class Updater:
         self.target_tokens.fill_(target_tokens)
         self.number = len(micro_batches) * self.world.size
         set_rate(self.optimizer, rate)
-        steps: Steps = self
-        if can_record(self.config, self.world) and all(batch.source.real_N is not None for batch in micro_batches):
-            if self.recording is None or not self.recording.serves(micro_batches):
-                self.recording = None  # frees its memory
-                self.recording = Recording(self, list(self.model.parameters()), micro_batches)
-            steps = self.recording
+        if not can_record(self.config, self.world) or any(batch.source.real_N is None for batch in micro_batches):
+            done = self._update(self, [batch.to(self.world.device) for batch in micro_batches], step, target_tokens)
         else:
-            micro_batches = [batch.to(self.world.device) for batch in micro_batches]
+            done = self._replay(micro_batches, step, target_tokens)
+        self._move_biases(done.sums, done.skipped)
+        return done
+
+    def release(self) -> None:
+        """Forget the recording. NCCL disconnects no process while there is one."""
+        self.recording = None
+        gc.collect()  # a recording and what it records refer to each other
+
+    def _replay(self, micro_batches: Sequence[Batch], step: int, target_tokens: int) -> UpdateOutput:
+        """Take a step by replaying recordings, which are made first if there are none of this shape."""
+        while True:
+            with fixed_sizes(self.model, self.sizes):
+                if self.recording is None or not self.recording.serves(micro_batches):
+                    self.recording = None  # frees its memory
+                    self.recording = Recording(self, list(self.model.parameters()), micro_batches)
+                done = self._update(self.recording, micro_batches, step, target_tokens)
+            if self.sizes is None or not self.sizes.take_exceeded(self.world):
+                return done
+            # The gradients were NaN, so that the step changed nothing. Do it again, with more room.
+            self.sizes.enlarge()
+            self.recording = None
+
+    def _update(self, steps: Steps, micro_batches: Sequence[Batch], step: int, target_tokens: int) -> UpdateOutput:
         first_pass = len(micro_batches) > 1 and self.balanced
         joined: LayerSums | None = None
         if first_pass:
@@ -129,7 +158,6 @@ class Updater:
             # With one micro-batch and balance losses, these are sums over all processes already.
             joined = own if len(micro_batches) == 1 and self.balanced else self._summed(own)
         norm, skipped = steps.finish()
-        self._move_biases(joined, skipped)
         return UpdateOutput(loss, nll, norm, target_tokens, skipped, joined, learned.gates)
 
     @torch.no_grad()
@@ -164,11 +192,24 @@ class Updater:
         for parameter in self.experts:
             if parameter.grad is not None:
                 self.world.sum_over_replicas(parameter.grad)
+        self._sum_dense()
         if self.frozen:
             self.frozen.clear_gradients()
         done = clipped_step(self.optimizer, self.config.training.clip_norm, None, self.experts, self.world)
         self.optimizer.zero_grad(set_to_none=True)
         return done
+
+    def _sum_dense(self) -> None:
+        """Sum the gradients that the backward pass has not summed over all processes, in one message per type."""
+        of_type: dict[torch.dtype, list[Tensor]] = {}
+        for parameter in self.summed:
+            if parameter.grad is not None:
+                of_type.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+        for gradients in of_type.values():
+            together = self.world.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            parts = together.split([gradient.numel() for gradient in gradients])
+            views = [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+            torch._foreach_copy_(gradients, views)
 
     def _move_biases(self, sums: LayerSums, skipped: Tensor) -> None:
         """Move the biases of all gates by the counts of the whole step, unless the step was skipped.

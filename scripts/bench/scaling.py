@@ -4,19 +4,16 @@
   python scripts/bench/scaling.py --processes 1,2 --small      on the CPU, tiny sizes
   torchrun ... scripts/bench/scaling.py                        the processes that torchrun started, on any hosts
 
-Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small). Batches are random pieces
+Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small), and how it is trained:
+parallel.overlap_exchange=true sends tokens in two halves. Batches are random pieces
 of random lengths, planned as in training. An update is the trainer's own, recorded where training records it. Its
 learning rate is 0, so the load is that of untrained gates.
 
 weak, strong        --tokens per side and process; --global-tokens per side for all together (one micro-batch each)
 tokens_per_second   source and target tokens, without padding, of all processes
 efficiency          tokens_per_second per process, over that of the fewest processes that ran (one, if the model fits)
-dense               share that summing the gradients of dense parameters adds: an update less the same update without
-                    it, timed in turns. What the backward pass hides is not in it; noise may make it negative
-exchange            share spent waiting for the all-to-all exchanges of rows and of their numbers, forward and backward:
-                    device events (a CPU: wall time) in updates without `dense`. It includes waiting for a busy process
-halves              tokens travel in two halves, one while experts work on the other (parallel.overlap_exchange)
-other               likewise inside blocking sums: number of tokens, balance statistics, norm, replicas of experts
+exchange, dense     share that the all-to-all exchanges of rows add, and that summing the gradients of dense parameters
+                    adds: an update less the same update without them. What other work hides is not in it
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
 predicted           tokens_per_second over what `nmt cost` predicts for these batches on this kind of GPU
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
@@ -61,23 +58,14 @@ from nmt.training.update import LayerSums, Updater
 from scripts.bench.gpu import planned
 
 Record = dict[str, Any]
-Spans = dict[str, list[tuple[Any, Any]]]
 
 # Full sizes, and those of --small.
 DEFAULTS = {"tokens": (16384, 512), "global_tokens": (65536, 1024), "vocabulary": (32000, 512)}
 EXPERTS = ([0, 32, 512, 2048], [0, 8])
 EQUALITY_TOKENS, EQUALITY_RATE = 2048, 1e-3
 # Columns of the tables, with their formats.
-SPEED = {"experts": "", "processes": "", "overlap": "", "halves": "", "tokens_per_second": ",.0f", "efficiency": ".2f"}
-SPEED |= {
-    "ms": ".1f",
-    "predicted": ".2f",
-    "exchange": ".1%",
-    "dense": ".1%",
-    "other": ".1%",
-    "load": ".2f",
-    "memory_gb": ".2f",
-}
+SPEED = {"experts": "", "processes": "", "tokens_per_second": ",.0f", "efficiency": ".2f", "ms": ".1f"}
+SPEED |= {"predicted": ".2f", "exchange": ".1%", "dense": ".1%", "load": ".2f", "memory_gb": ".2f"}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -146,14 +134,13 @@ def _check(options: argparse.Namespace) -> None:
                 raise UserError(f"{what} are not both multiples of an expert group's {group} processes")
 
 
-def compose(options: argparse.Namespace, experts: int, overlap: bool = True, halves: bool = False) -> Config:
+def compose(options: argparse.Namespace, experts: int) -> Config:
     """The configuration of a measurement. UserError if the settings are not understood."""
     model = "small" if options.small else "moe"
     try:
-        config = compose_config([f"model={model}", f"model.moe.num_experts={experts}", *options.settings])
+        return compose_config([f"model={model}", f"model.moe.num_experts={experts}", *options.settings])
     except Exception as error:  # Hydra's errors and those of the settings themselves have no base in common
         raise UserError(f"--experts {experts} {' '.join(options.settings)}: {error}") from error
-    return replace(config, parallel=replace(config.parallel, overlap=overlap, overlap_exchange=halves))
 
 
 @cache
@@ -169,48 +156,33 @@ def plan(
 def make_updater(world: World, config: Config, vocabulary: int, dtype: torch.dtype = torch.float32) -> Updater:
     """The trainer's updater of a new model, the same in all processes."""
     torch.manual_seed(config.training.seed)
-    model = make_model(config, vocabulary, world).to(world.device, dtype).train()
+    with world.device:  # billions of random weights take a CPU minutes
+        model = make_model(config, vocabulary, world).to(dtype).train()
     return Updater(model, make_optimizer(model, config.training), config, world)
 
 
 @contextmanager
-def watching(device: torch.device, spans: Spans) -> Iterator[None]:
-    """Note when blocking collectives begin and end, whoever calls them."""
-
-    def mark() -> Any:
-        if device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def timed(kind: str, collective: Callable[..., Any]) -> Callable[..., Any]:
-        def span(action: Callable[[], Any]) -> Any:
-            start = mark()
-            result = action()
-            spans.setdefault(kind, []).append((start, mark()))
-            return result
-
-        def call(*arguments: Any, **named: Any) -> Any:
-            if not named.get("async_op"):
-                return span(lambda: collective(*arguments, **named))
-            work = collective(*arguments, **named)
-            # Rows under way are waited for where they are wanted. Buckets of dense gradients do not block.
-            return SimpleNamespace(wait=lambda: span(work.wait)) if kind == "exchange" else work
-
-        return call
-
-    before = dist.all_to_all_single, dist.all_reduce
-    dist.all_to_all_single, dist.all_reduce = timed("exchange", before[0]), timed("other", before[1])
+def without(part: str, updater: Updater) -> Iterator[None]:
+    """Context in which an update leaves this part out. At rate 0, the weights stay the same in all processes."""
+    exchange, summed = dist.all_to_all_single, updater.summed
+    if part == "dense":
+        updater.summed = []
+        # What no_sync() sets, if the backward pass sums.
+        updater.forward.require_backward_grad_sync = False  # type: ignore[attr-defined]
+    if part == "exchange":
+        dist.all_to_all_single = _keep
+    updater.recording = None
     try:
         yield
     finally:
-        dist.all_to_all_single, dist.all_reduce = before
+        dist.all_to_all_single, updater.summed = exchange, summed
+        updater.forward.require_backward_grad_sync = True  # type: ignore[attr-defined]
 
 
-def seconds_in(spans: Spans, kind: str) -> float:
-    """All spans of a kind together; the device must have finished."""
-    return sum(b - a if isinstance(a, float) else a.elapsed_time(b) / 1e3 for a, b in spans.get(kind, []))
+def _keep(received: torch.Tensor, sent: torch.Tensor, *_: Any, **__: Any) -> Any:
+    """Receive what this process sends, which has as many rows, since it also receives the numbers that it sends."""
+    received.copy_(sent)
+    return SimpleNamespace(wait=lambda: None)
 
 
 def settle(world: World) -> float:
@@ -245,7 +217,7 @@ def predicted_ms(record: Record, config: Config, vocabulary: int, card: Card) ->
 
 
 def measure(world: World, config: Config, options: argparse.Namespace, scaling: str) -> Record:
-    """Time updates with and without the reduction of dense gradients, in turns after one of warm-up."""
+    """Time updates, and the same ones without the parts that communicate, in turns after one of warm-up."""
     tokens = options.tokens if scaling == "weak" else options.global_tokens // world.size
     steps, shape = plan(options.small, options.vocabulary, tokens, world.size, options.updates)
     batches = [step[world.rank] for step in steps]
@@ -257,28 +229,28 @@ def measure(world: World, config: Config, options: argparse.Namespace, scaling: 
     if on_gpu:
         batches = [batch.pin_memory() for batch in batches]
         torch.cuda.reset_peak_memory_stats(world.device)
-    spans, sums, seconds = Spans(), list[LayerSums](), {True: list[float](), False: list[float]()}
-    for turn in range(options.rounds + 1):
-        for reduced in (True, False) if world.size > 1 else (False,):
-            if world.size > 1:
-                # What no_sync() sets. At rate 0 the weights stay the same everywhere.
-                updater.forward.require_backward_grad_sync = reduced  # type: ignore[attr-defined]
-            start = settle(world)
-            with watching(world.device, {} if reduced or turn == 0 else spans):
-                sums += [updater.update([batch], step, rate=0.0).sums for step, batch in enumerate(batches)]
-            seconds[reduced] += [(settle(world) - start) / len(batches)] if turn else []
-    without, updates = median(seconds[False]), options.rounds * len(batches)
-    update = median(seconds[True] or seconds[False])
+    seconds, loads, peak = dict[str, float](), list[float](), 0
+    parts = ["dense"] * (world.size > 1) + ["exchange"] * (world.group_size > 1 and bool(updater.model.moe_layers()))
+    for part in ("", *parts):
+        with without(part, updater):
+            turns = []
+            for _ in range(options.rounds + 1):
+                start = settle(world)
+                done = [updater.update([batch], step, rate=0.0) for step, batch in enumerate(batches)]
+                turns.append((settle(world) - start) / len(batches))
+                loads += [] if part else [load_of(each.sums, world.group_size) for each in done]
+            seconds[part] = median(turns[1:])
+        peak = peak or (torch.cuda.max_memory_allocated(world.device) if on_gpu else 1)
+    update = seconds[""]
     own = dict(zip(MicroBatch._fields, map(mean, zip(*sizes, strict=True)), strict=True))
-    own |= {kind: seconds_in(spans, kind) / updates / update for kind in ("exchange", "other")}
     means = world.sum(torch.tensor(list(own.values()), dtype=torch.float64)) / world.size
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return dict(zip(own, means.tolist(), strict=True)) | {
         "tokens_per_second": float(means[:2].sum()) * world.size / update,
         "ms": update * 1e3,
-        "dense": 1 - without / update,
-        "load": mean(load_of(each, world.group_size) for each in sums),
-        "memory_gb": world.max_int(torch.cuda.max_memory_allocated(world.device) if on_gpu else resident) / 1e9,
+        **{part: 1 - seconds.get(part, update) / update for part in ("exchange", "dense")},
+        "load": mean(loads),
+        "memory_gb": world.max_int(peak if on_gpu else resident) / 1e9,
     }
 
 
@@ -330,13 +302,10 @@ def work(options: argparse.Namespace) -> list[Record]:
         keep("link", gigabytes_per_second=link_speed(world))
     for experts in options.experts:
         for scaling in ("weak", "strong"):
-            ways = [(True, False), (False, False)] if world.size > 1 else [(True, False)]
-            for overlap, halves in ways + [(True, True)] * (world.size > 1 and experts > 0):
-                shown = {"overlap": str(overlap), "halves": str(halves)} if world.size > 1 else {}
-                what = {"experts": experts, "scaling": scaling, "overlap": "-", "halves": "-"} | shown
-                keep("speed", **what, **measure(world, compose(options, experts, overlap, halves), options, scaling))
-                gc.collect()
-                torch.cuda.empty_cache()
+            figures = measure(world, compose(options, experts), options, scaling)
+            keep("speed", experts=experts, scaling=scaling, **figures)
+            gc.collect()
+            torch.cuda.empty_cache()
     world.stop()
     return records
 

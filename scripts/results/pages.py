@@ -216,12 +216,11 @@ def rows_of_comparisons(of_table: Result, folder: Path = ROOT / "results") -> It
 
 
 def rows_of_scaling(of_table: Result, folder: Path = ROOT / "results") -> Iterator[Result]:
-    """The measurements with the default settings of `parallel`, by experts and processes."""
+    """The measurements by experts and processes."""
     records = json.loads((folder / f"{of_table['record']}.json").read_text(encoding="utf-8"))
     found: dict[int, dict[int, Result]] = {}
     for each in records:
-        wanted = each["kind"] == "speed" and each["scaling"] == of_table["scaling"]
-        if wanted and each["overlap"] != "False" and each["halves"] != "True":
+        if each["kind"] == "speed" and each["scaling"] == of_table["scaling"]:
             found.setdefault(each["experts"], {})[each["processes"]] = each
     return ({"experts": experts, "on": found[experts]} for experts in sorted(found))
 

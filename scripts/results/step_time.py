@@ -30,7 +30,7 @@ from nmt.config import Config, MoEConfig
 from nmt.cost.activations import Precision
 from nmt.cost.budget import SentenceLengths, training_budget
 from nmt.cost.cards import CARDS, Rates, link_of
-from nmt.cost.step import SPENT_ON, Machines, MicroBatch, bound_of, moe_parts, predict_step, step_parts, visits
+from nmt.cost.step import SPENT_ON, Machines, MicroBatch, bound_of, moe_parts, places, predict_step, step_parts
 from nmt.wording import scaled
 
 ROOT = Path(__file__).parents[2]
@@ -47,8 +47,6 @@ START = Rates(
     passes=1.5,
     position_us=8.0,
     launch_ms=0.5,
-    host_ms=15.0,
-    host_us=10.0,
     message_us=2.0,
 )
 # Weight of a constant's change from there, against the error of one step.
@@ -80,8 +78,9 @@ def predicted_parts(row: Row, rates: Rates) -> dict[str, float]:
         parts = step_parts(config, row["vocabulary"], MicroBatch(*row["batch"]), _BF16, machines)
     ms = {part.name: part.ms for part in parts}
     if "rows_per_token" in row:
-        moe = config.model.moe
-        ms["exchange of rows"] *= row["rows_per_token"] / visits(moe, moe.num_experts, row["gpus"])
+        moe, tokens = config.model.moe, row["batch"][0]
+        now = places(moe, moe.num_experts, row["gpus"], tokens) * row["gpus"] / tokens
+        ms["exchange of rows"] *= row["rows_per_token"] / now
     return ms
 
 

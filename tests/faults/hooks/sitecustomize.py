@@ -65,10 +65,11 @@ def act(fault: Fault, where: str) -> None:
 
 
 def in_step(fault: Fault) -> None:
-    """Act in the middle of an update: after the forward pass, before the backward pass."""
+    """Act in the middle of an update: after the forward pass, before the backward pass; if recorded, after both."""
+    from nmt.training.recording import Recording
     from nmt.training.update import Updater
 
-    original, seed = Updater._forward, Updater._seed
+    original, seed, finish = Updater._forward, Updater._seed, Recording.finish
     at, done = 0, False
 
     def seeded(self: Updater, step: int, index: int) -> None:
@@ -76,15 +77,22 @@ def in_step(fault: Fault) -> None:
         at = step
         seed(self, step, index)
 
-    def forward(self: Updater, batch: Any) -> Any:
+    def now() -> None:
         nonlocal done
-        output = original(self, batch)
         if at == fault["step"] and not done:
             done = True
             act(fault, f"step {at}")
+
+    def forward(self: Updater, batch: Any) -> Any:
+        output = original(self, batch)
+        now()
         return output
 
-    Updater._seed, Updater._forward = seeded, forward
+    def finished(self: Recording) -> Any:
+        now()
+        return finish(self)
+
+    Updater._seed, Updater._forward, Recording.finish = seeded, forward, finished
 
 
 def in_validation(fault: Fault) -> None:
