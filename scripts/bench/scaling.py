@@ -17,7 +17,8 @@ exchange, dense     share that the all-to-all exchanges of rows add, and that su
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
 predicted           tokens_per_second over what `nmt cost` predicts for these batches on this kind of GPU
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
-equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning
+equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning at the rates
+                    that training begins with (at larger ones, 50 updates make any rounding a difference of percents)
 """
 
 import argparse
@@ -52,7 +53,7 @@ from nmt.errors import UserError
 from nmt.parallel.expert_parallel import make_model
 from nmt.parallel.mesh import World
 from nmt.tokens import NUM_SPECIAL
-from nmt.training.optim import make_optimizer
+from nmt.training.optim import learning_rate, make_optimizer
 from nmt.training.recording import can_record
 from nmt.training.update import LayerSums, Updater
 from scripts.bench.gpu import planned
@@ -62,7 +63,7 @@ Record = dict[str, Any]
 # Full sizes, and those of --small.
 DEFAULTS = {"tokens": (16384, 512), "global_tokens": (65536, 1024), "vocabulary": (32000, 512)}
 EXPERTS = ([0, 32, 512, 2048], [0, 8])
-EQUALITY_TOKENS, EQUALITY_RATE = 2048, 1e-3
+EQUALITY_TOKENS = 2048
 # Columns of the tables, with their formats.
 SPEED = {"experts": "", "processes": "", "tokens_per_second": ",.0f", "efficiency": ".2f", "ms": ".1f"}
 SPEED |= {"predicted": ".2f", "exchange": ".1%", "dense": ".1%", "load": ".2f", "memory_gb": ".2f"}
@@ -273,7 +274,7 @@ def equality_losses(world: World, config: Config, options: argparse.Namespace) -
     steps, _ = plan(options.small, options.vocabulary, tokens, number, options.steps_equal)
     for step, micro_batches in enumerate(steps):
         batches = micro_batches[world.rank :: world.size]
-        loss = updater.update(batches, step, EQUALITY_RATE).loss.double()
+        loss = updater.update(batches, step, learning_rate(config.training, step + 1)).loss.double()
         sums.append(torch.stack([loss, loss.new_tensor(sum(batch.num_target_tokens for batch in batches))]))
     loss, count = world.sum(torch.stack(sums)).unbind(1)
     return (loss / count).tolist()

@@ -29,7 +29,7 @@ from tests.faults.box import Box, Shared, Tally
 
 MODULES = (ranks, crashes, stops, disk, memory, damage, nonfinite, settings, preparation)
 QUICK_STEPS, STEPS = 20, 60
-ON_GPUS = (ranks.rank_hangs, ranks.rank_fails, stops.signals_two)
+ON_GPUS = (ranks.rank_hangs, ranks.rank_killed, ranks.rank_raises, ranks.rank_exits, stops.signals_two)
 
 
 def run_case(case: object, shared: Shared, quick: bool) -> tuple[str, Tally]:

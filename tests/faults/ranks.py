@@ -41,12 +41,20 @@ def rank_hangs(box: Box) -> None:
     _fails(box, "asleep", {"do": "sleep"}, waited_for=True)
 
 
-def rank_fails(box: Box) -> None:
-    """one of two processes is killed, raises, or exits with 0"""
+def rank_killed(box: Box) -> None:
+    """one of two processes is killed"""
     _fails(box, "killed", {"do": "signal", "signals": ["SIGKILL"]})
     _fails(box, "main-killed", {"do": "signal", "signals": ["SIGKILL"], "rank": 0})
+
+
+def rank_raises(box: Box) -> None:
+    """one of two processes raises"""
     _fails(box, "raises", {"do": "raise"})
     _fails(box, "main-raises", {"do": "raise", "rank": 0})
+
+
+def rank_exits(box: Box) -> None:
+    """one of two processes exits with 0"""
     _fails(box, "exits", {"do": "exit"})
 
 
@@ -59,5 +67,5 @@ def several_runs(box: Box) -> None:
         box.tally.survived += box.finish(f"again{processes}", processes=processes, **extra)
 
 
-CASES = (rank_hangs, rank_fails, several_runs)
-LONG = (rank_fails,)
+CASES = (rank_hangs, rank_killed, rank_raises, rank_exits, several_runs)
+LONG = (rank_killed, rank_raises, rank_exits)
