@@ -485,6 +485,16 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd
     # In the order of the names.
     run("run", "tiny.base.many", "tiny.base.few", "--minutes", "0")
     assert [line.split(":")[0] for line in capfd.readouterr().out.splitlines()] == ["tiny.base.many", "tiny.base.few"]
+    # A study, or one of its changes, is all its runs.
+    for name in ("tiny", "tiny.base"):
+        run("run", name, "--minutes", "0")
+        out = capfd.readouterr().out
+        assert [line.split()[0].rstrip(":") for line in out.splitlines() if "needs" not in line] == [
+            "tiny.base.few",
+            "tiny.base.many",
+        ]
+    assert run("run", "tiny.bas") == 2
+    assert "tiny.bas is not in" in capfd.readouterr().err
     # A run that has its record is only listed.
     few = script.read_queue(tmp_path / "queue.yaml")[0]
     (tmp_path / f"{few.name}.json").write_text(json.dumps({"settings": few.settings}))

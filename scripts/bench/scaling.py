@@ -18,7 +18,8 @@ load                rows of the busiest process over the mean, worst MoE layer, 
 predicted           tokens_per_second over what `nmt cost` predicts for these batches on this kind of GPU
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
 equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning at the rates
-                    that training begins with (at larger ones, 50 updates make any rounding a difference of percents)
+                    that training begins with. Learning enlarges differences of rounding; the second figure has how far:
+                    the fewest processes again, from weights of which each is larger by one rounding
 """
 
 import argparse
@@ -265,11 +266,17 @@ def link_speed(world: World) -> float:
     return repeats * part * (world.size - 1) / (settle(world) - start) / 1e9
 
 
-def equality_losses(world: World, config: Config, options: argparse.Namespace) -> list[float]:
-    """Loss per target token of every update, over as many micro-batches as all numbers of processes divide."""
+def equality_losses(world: World, config: Config, options: argparse.Namespace, factor: float = 1.0) -> list[float]:
+    """Loss per target token of every update, over as many micro-batches as all numbers of processes divide.
+
+    All weights are first multiplied by this factor.
+    """
     config = replace(config, training=replace(config.training, precision="fp32"))
     number, tokens = math.lcm(*options.processes), min(options.tokens, EQUALITY_TOKENS)
     updater = make_updater(world, config, options.vocabulary, torch.float64)
+    with torch.no_grad():
+        for parameter in updater.model.parameters():
+            parameter.mul_(factor)
     sums = []
     steps, _ = plan(options.small, options.vocabulary, tokens, number, options.steps_equal)
     for step, micro_batches in enumerate(steps):
@@ -297,7 +304,11 @@ def work(options: argparse.Namespace) -> list[Record]:
     if options.steps_equal:
         # Before fast mathematics is turned on. Few experts: in float32 they work one after the other.
         experts = min(filter(None, options.experts), default=0)
-        keep("equality", experts=experts, losses=equality_losses(world, compose(options, experts), options))
+        few = compose(options, experts)
+        keep("equality", experts=experts, losses=equality_losses(world, few, options))
+        if world.size == min(options.processes):
+            moved = equality_losses(world, few, options, factor=1 + torch.finfo(torch.float64).eps)
+            keep("moved", experts=experts, losses=moved)
     set_float32_products(world.device, "auto")
     if world.size > 1:
         keep("link", gigabytes_per_second=link_speed(world))
@@ -362,13 +373,15 @@ def report(records: list[Record], options: argparse.Namespace) -> None:
     print()
     for row in _of(records, "link"):
         print(f"link: {row['gigabytes_per_second']:.3g} GB/s from each of {row['processes']} processes, all-to-all")
-    first, *others = _of(records, "equality") or [{}]
+    first, *others = [*_of(records, "equality"), *_of(records, "moved")] or [{}]
     for row in others:
-        pairs = zip(row["losses"], first["losses"], strict=True)
-        row["difference"] = max(abs(a - b) / abs(b) for a, b in pairs)
-        loss = f"loss {first['losses'][0]:.3f} to {first['losses'][-1]:.3f} in {len(row['losses'])} updates"
-        print(f"equality: {row['processes']} processes beside {first['processes']}, {row['experts']} experts, {loss}:")
-        print(f"          largest relative difference of a loss {row['difference']:.1e}")
+        differences = [abs(a - b) / abs(b) for a, b in zip(row["losses"], first["losses"], strict=True)]
+        row["difference"], row["first_ten"] = max(differences), max(differences[:10])
+        what = f"{row['processes']} processes" + ", weights larger by one rounding," * (row["kind"] == "moved")
+        loss = f"loss {first['losses'][0]:.3f} to {first['losses'][-1]:.3f} in {len(differences)} updates"
+        print(f"equality: {what} beside {first['processes']}, {row['experts']} experts, {loss}:")
+        print(f"          largest relative difference of a loss {row['difference']:.1e}", end="")
+        print(f", of the first ten {row['first_ten']:.1e}")
 
 
 def main(arguments: list[str] | None = None) -> int:

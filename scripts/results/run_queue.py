@@ -2,7 +2,7 @@
 
   python scripts/results/run_queue.py list                           # every run and its state
   python scripts/results/run_queue.py run --minutes 9 --jobs 2       # the next runs, for nine minutes, two on each GPU
-  python scripts/results/run_queue.py run explain.base.moe_4         # these, in this order
+  python scripts/results/run_queue.py run explain.base.moe_4 claim   # this one, then all of this study
 
 results/queue.yaml lists the runs and their purpose, and test sets to score some of them on: "test" is a run's own, and
 NAME is FOLDER/NAME.LANGUAGE.gz with --texts FOLDER. A run that ends leaves a record in results/runs/: its settings,
@@ -397,10 +397,14 @@ def act(options: argparse.Namespace) -> bool:
     UserError for a mistake in it or in the queue.
     """
     places = [each for each in options.what if re.match(r"[a-z_.]+=", each)]
-    names = [each for each in options.what if each not in places]
     entries = read_queue(options.queue)
-    if unknown := set(names) - {entry.name for entry in entries}:
-        raise UserError(f"{min(unknown)} is not in {options.queue}; run_queue.py list prints the runs that are")
+    names = list[str]()
+    for each in options.what:
+        if each not in places:
+            meant = [entry.name for entry in entries if f"{entry.name}.".startswith(f"{each}.")]
+            if not meant:
+                raise UserError(f"{each} is not in {options.queue}; run_queue.py list prints the runs that are")
+            names += meant
     listing = options.action == "list"
     commit = "" if listing else options.commit or commit_here()
     site = Site(
