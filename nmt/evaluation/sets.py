@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from nmt.commands import say
 from nmt.config import Direction
 from nmt.decoding.directions import Directions, places_by_direction
 from nmt.decoding.translation import Options
@@ -293,7 +294,11 @@ def read_lines(name: str) -> list[str]:
     try:
         # The file may be a pipe, as it is read only once.
         with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as stream:
-            return list(TextReader(stream, _title(name)))
+            reader = TextReader(stream, _title(name))
+            lines = list(reader)
+            if note := reader.replaced():
+                say(f"{reader.name}: {note}")
+            return lines
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise
