@@ -300,8 +300,9 @@ def _on_text(report: Report) -> Iterator[Advice]:
         if damaged:
             yield Advice(
                 False,
-                f"The {{}} side of the kept pairs has {counted(damaged, 'replacement character')} (U+FFFD). The text was "
-                "damaged earlier, or bytes that are not UTF-8 were replaced: get a clean copy, or save it as UTF-8.",
+                f"The {{}} side of the kept pairs has {counted(damaged, 'replacement character')} (U+FFFD). The text "
+                "was damaged earlier, or bytes that are not UTF-8 were replaced: get a clean copy, or "
+                "save it as UTF-8.",
                 (side,),
             )
 
