@@ -1,11 +1,10 @@
 """nmt settings: print all settings with types, defaults and meanings, or the choices in a group."""
 
 import argparse
-import io
 import re
 import shutil
 import textwrap
-from contextlib import redirect_stderr
+from collections.abc import Callable
 from pathlib import Path
 
 from nmt.commands import Parser, show
@@ -14,7 +13,7 @@ from nmt.config.choices import Choice, choices, find_places, known_groups
 from nmt.config.describe import settings
 from nmt.config.reading import known_settings
 from nmt.cost.operations import model_cost
-from nmt.errors import CheckpointError, UserError
+from nmt.errors import UserError
 from nmt.wording import millions
 
 _WIDEST = 120
@@ -22,6 +21,9 @@ _NO_SETTINGS = "experiment"
 """The group that has no settings of its own: an experiment changes those of the others."""
 _FIGURES = re.compile(r" ?\S+ parameters, \S+ ops/timestep\.$")
 """What the comments of the program's own experiments end with."""
+
+Compose = Callable[[str, Path | None], Config | None]
+"""Returns the configuration of a word such as experiment=demo, with files of a folder; None if it is of another run."""
 
 
 def parser() -> Parser:
@@ -49,8 +51,11 @@ def parser() -> Parser:
     return parser
 
 
-def run(options: argparse.Namespace) -> None:
-    """Print the choices in the group `options.prefix`, then the settings whose keys begin with it."""
+def run(options: argparse.Namespace, compose: Compose) -> None:
+    """Print the choices in the group `options.prefix`, then the settings whose keys begin with it.
+
+    `compose` gives the networks of experiments, and raises ValueError for one that cannot be used.
+    """
     prefix: str = options.prefix
     folder: Path | None = options.config_dir
     if folder is not None and not folder.is_dir():
@@ -59,7 +64,7 @@ def run(options: argparse.Namespace) -> None:
     if prefix in known_groups():
         for choice in choices(prefix, find_places(folder)):
             if prefix == _NO_SETTINGS and not (choice.place.own or choice.problem):
-                choice = _measured(choice, folder)
+                choice = _measured(choice, compose, folder)
             title = choice.word if choice.place.own else f"{choice.word} (in {choice.place.path / prefix})"
             _show(title, f"broken: {choice.problem}" if choice.problem else choice.text)
     for setting in [] if prefix == _NO_SETTINGS else settings(prefix):
@@ -78,22 +83,15 @@ def _reject_value(prefix: str) -> None:
         raise UserError(f"{prefix} has a value: nmt settings {name} prints what the setting means, {uses}")
 
 
-def _measured(choice: Choice, folder: Path | None) -> Choice:
+def _measured(choice: Choice, compose: Compose, folder: Path | None) -> Choice:
     """Return an experiment with the figures of its network, or with the problem that it has if nothing is added."""
     try:
-        # Hydra, which compose imports, may not be installed where models are only used.
-        from nmt.compose import Asked, NoNetworkError, jobs
-    except ImportError:
-        return choice
-    try:
-        # That a file hides another one is reported when it is used.
-        with redirect_stderr(io.StringIO()):
-            [job] = jobs(Asked([choice.word], folder))
-    except (NoNetworkError, CheckpointError):
-        return choice
+        config = compose(choice.word, folder)
     except ValueError as error:
         return choice._replace(problem=str(error))
-    cost = model_cost(job.config.model, job.config.corpus.subwords.num_pieces)
+    if config is None:
+        return choice
+    cost = model_cost(config.model, config.corpus.subwords.num_pieces)
     figures = f"{millions(cost.num_parameters)} parameters, {millions(cost.ops_per_timestep)} ops/timestep."
     return choice._replace(text=f"{_FIGURES.sub('', choice.text)} {figures}".strip())
 
