@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stderr, suppress
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -28,7 +28,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import nmt
 from nmt.commands import ON_RUNS, ON_SYSTEMS, PLAIN, is_setting, say, show
-from nmt.errors import ProcessError, UserError, exit_status
+from nmt.errors import CheckpointError, ProcessError, UserError, exit_status
 from nmt.extras import named_extras
 from nmt.process import ended_by_signals, launched, launched_rank
 from nmt.wording import counted
@@ -107,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         **{name: partial(_run_command, name) for name in ON_RUNS},
         "cost": _cost,
         **{name: partial(_plain_command, name) for name in (*ON_SYSTEMS, *PLAIN)},
+        "settings": _settings,
     }
     try:
         if not arguments or arguments[0] in ("-h", "--help"):
@@ -360,6 +361,29 @@ def _plain_command(command: str, arguments: list[str]) -> None:
     parser = module.parser()
     given, words = parser.sort(arguments)
     module.run(parser.parse_args([*given, "--", *words]))
+
+
+def _settings(arguments: list[str]) -> None:
+    from nmt.commands import settings
+
+    parser = settings.parser()
+    given, words = parser.sort(arguments)
+    settings.run(parser.parse_args([*given, "--", *words]), _composed_alone)
+
+
+def _composed_alone(word: str, folder: Path | None) -> "Config | None":
+    """Return the configuration of one word. None if it needs a run, or if Hydra is not installed, which composes."""
+    try:
+        from nmt.compose import Asked, NoNetworkError, jobs
+    except ImportError:
+        return None
+    try:
+        # That a file hides another one is reported when it is used.
+        with redirect_stderr(io.StringIO()):
+            [job] = jobs(Asked([word], folder))
+    except (NoNetworkError, CheckpointError):
+        return None
+    return job.config
 
 
 def _cost(arguments: list[str]) -> None:

@@ -27,14 +27,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from nmt.commands import say
 from nmt.config import Config
-from nmt.config.choices import Place, find_places, known_groups
+from nmt.config.choices import BAD_NAME, Place, find_places, is_name, known_groups, read_file
 from nmt.config.reading import (
     known_settings,
-    parse_yaml,
     put_setting,
     read_value,
     setting_type,
-    typed_settings,
     unknown_setting,
 )
 from nmt.errors import CheckpointError, UserError
@@ -49,6 +47,10 @@ _OWN = "nmt"
 """Hydra's name for the program's own folder."""
 _NAME = r"\w[\w.-]*"
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""", re.DOTALL)
+
+
+class NoNetworkError(UserError):
+    """The network is that of another run, which is not given."""
 
 
 class Asked(NamedTuple):
@@ -108,12 +110,19 @@ def settings_text(config: Config) -> str:
 
 
 def choices_text(group: str, folder: Path | None = None) -> str:
-    """Return the choices in a group such as `experiment`: "demo, ...; mine (in conf/experiment)"."""
-    return "; ".join(
-        ", ".join(names) if place.own else f"{', '.join(names)} (in {place.path / group})"
-        for place in reversed(find_places(folder))
-        if (names := place.names(group))
-    )
+    """Return the choices in a group such as `experiment`: "demo, ...; mine (in conf/experiment)".
+
+    It is for help, which is printed even if a folder cannot be read.
+    """
+    texts = []
+    for place in reversed(find_places(folder)):
+        try:
+            names = ", ".join(place.names(group))
+        except OSError as error:
+            texts.append(f"{place.path / group} cannot be read ({error.strerror})")
+        else:
+            texts += [names if place.own else f"{names} (in {place.path / group})"] if names else []
+    return "; ".join(texts)
 
 
 def meant(word: str) -> list[str]:
@@ -191,8 +200,10 @@ def _split(text: str) -> list[str]:
 def _check_choice(group: str, name: str, places: list[Place]) -> None:
     if (group, name) == ("experiment", "null"):
         return
-    if not re.fullmatch(r"[\w./-]+", name) or not any(place.has(f"{group}/{name}") for place in places):
+    if not any(place.has(f"{group}/{name}") for place in places) or not name:
         raise ValueError(_no_choice(group, name, places))
+    if not all(map(is_name, name.split("/"))):
+        raise ValueError(f"{group}={name}: {BAD_NAME}")
 
 
 def _no_choice(group: str, name: str, places: list[Place]) -> str:
@@ -232,7 +243,7 @@ def _composed(words: Sequence[str], places: list[Place]) -> Config:
 def _model_of(start_from: str) -> dict[str, Any]:
     """Return the settings model.* of the run with whose parameters another one starts."""
     if not start_from:
-        raise ValueError(
+        raise NoNetworkError(
             f"model={INHERITED} takes the network of another run: name that run with run.start_from, or choose another "
             "model"
         )
@@ -249,11 +260,13 @@ def _model_of(start_from: str) -> dict[str, Any]:
 def _chosen(words: list[str], places: list[Place]) -> tuple[dict[str, Any], str]:
     """Return the settings of the chosen YAML files, combined by Hydra, and the choice in the group `model`."""
     _Places.places = places
+    # Without quotes, Hydra would read some names as numbers, and refuse others.
+    quoted = ["{0}='{2}'".format(*word.partition("=")) for word in words]
     for plugin in (_Source, _Places):
         Plugins.instance().register(plugin)
     try:
         with hydra.initialize(config_path=None, version_base="1.3"):
-            composed = hydra.compose("config", words, return_hydra_config=True)
+            composed = hydra.compose("config", quoted, return_hydra_config=True)
             model = str(composed.hydra.runtime.choices["model"])
             tree = OmegaConf.to_container(
                 OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
@@ -300,19 +313,14 @@ class _Source(ConfigSource):
         if self.provider != _OWN:
             _tell_what_it_hides(file, resource_dir("conf") / f"{config_path}.yaml")
         try:
-            text = file.read_bytes().decode()
-            header = self._get_header_dict(text)
-            group = config_path.split("/")[0] if "/" in config_path else ""
-            # An experiment may change all settings, any other file only those of its group.
-            package = header["package"] or ("_global_" if group in ("", "experiment") else group)
-            content = _typed_file(parse_yaml(text), package.removeprefix("_global_"))
+            package, content = read_file(file, config_path.split("/")[0] if "/" in config_path else "")
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from error
         return ConfigResult(
             provider=self.provider,
             path=self.path,
             config=OmegaConf.create(content),
-            header=header | {"package": package},
+            header={"package": package},
         )
 
     def _file(self, config_path: str) -> Path:
@@ -327,21 +335,6 @@ class _Places(SearchPathPlugin):
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         for place in reversed(self.places):
             search_path.prepend(_OWN if place.own else str(place.path), f"{_Source.scheme()}://{place.path}")
-
-
-def _typed_file(content: Any, section: str) -> dict[str, Any]:
-    """Return the content of a file with its settings checked as those of `section`, and its list of defaults."""
-    content = {} if content is None else content
-    if not isinstance(content, dict):
-        raise ValueError("it has no settings, which are written KEY: VALUE")
-    defaults = {name: content.pop(name) for name in ("defaults",) if name in content}
-    sections = section.split(".") if section else []
-    for name in reversed(sections):
-        content = {name: content}
-    content = typed_settings(Config, content, unresolved=True)
-    for name in sections:
-        content = content[name]
-    return defaults | content
 
 
 def _tell_what_it_hides(file: Path, own: Path) -> None:

@@ -25,6 +25,7 @@ from typing import Protocol
 
 from nmt.errors import DataError
 from nmt.files import open_regular
+from nmt.wording import counted
 
 MOST_BYTES = 1 << 22
 """Maximum bytes of a line that is read whole."""
@@ -38,6 +39,8 @@ _MAGIC = {
     b"\x50\x2a\x4d\x18": "zstd",  # a skippable frame, with which pzstd begins
     b"BZh": "bzip2",
 }
+SAVE_AS_UTF8 = "save the text as UTF-8"
+"""What to do about bytes that are not text."""
 _UNPACK = "unpack the text files in it"
 _EXPORT = "export it as text, one sentence per line, in UTF-8"
 _REFUSED = {
@@ -180,15 +183,22 @@ class TextReader:
         try:
             return line.decode("utf-8")
         except UnicodeDecodeError:
-            self.count_invalid(number, f"bytes that are not {self._encoding}")
+            self.count_invalid(number, f"bytes that are not {self._encoding}", SAVE_AS_UTF8)
             return line.decode("utf-8", errors="replace")
 
-    def count_invalid(self, number: int, what: str) -> None:
+    def count_invalid(self, number: int, what: str, remedy: str = "correct it") -> None:
         """Count line `number` as one with `what` in it, which U+FFFD replaces. DataError if the reader is strict."""
         if self.strict:
-            raise DataError(f"{self.name} line {number} has {what}: correct it; without --strict, U+FFFD replaces them")
+            raise DataError(f"{self.name} line {number} has {what}: {remedy}; without --strict, U+FFFD replaces them")
         self.first_invalid = self.first_invalid or number
         self.num_invalid += 1
+
+    def replaced(self) -> str:
+        """Return a note on what U+FFFD has replaced, and what to do; empty if that is nothing."""
+        if not self.num_invalid:
+            return ""
+        lines = counted(self.num_invalid, "line")
+        return f"{lines} with bytes that are not {self._encoding}; they were replaced by U+FFFD: {SAVE_AS_UTF8}"
 
     def _read(self) -> Iterator[bytes]:
         """Yield non-empty blocks of decompressed bytes in UTF-8, without the BOM."""

@@ -54,6 +54,9 @@ def test_bash(script: Path) -> None:
         (script.parent / folder / "config.yaml").touch()
     (script.parent / "conf" / "corpus").mkdir(parents=True)
     (script.parent / "conf" / "corpus" / "my-own.yaml").touch()
+    (script.parent / "conf" / "corpus" / "my two.yaml").touch()
+    (script.parent / "conf" / "corpus" / "my-folder.yaml").mkdir()
+    (script.parent / "conf" / "corpus" / "my-lost.yaml").symlink_to("nowhere")
     assert offered(script, "nmt ") == [*COMMANDS, "--help", "--version"]
     assert offered(script, "nmt tra") == ["train", "translate"]
     assert offered(script, "nmt train training.max_s") == ["training.max_steps="]
@@ -75,6 +78,8 @@ def test_bash(script: Path) -> None:
     assert offered(script, "nmt compare other demo decoding.beam") == ["decoding.beam_size="]
     assert offered(script, "nmt cost other --device c") == ["cpu", "cuda"]
     assert offered(script, "nmt settings training.max_st") == ["training.max_steps"]
+    assert offered(script, "nmt settings exp") == ["experiment"]
+    assert offered(script, "nmt settings --conf") == ["--config-dir"]
     assert offered(script, "nmt completion z") == ["zsh"]
     assert offered(script, "nmt nothing ") == []
 

@@ -703,7 +703,7 @@ def test_multirun_compares(cost: Callable[..., str], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ([], "required: RUN (try nmt cost --help)"),
+        ([], "required: experiment=NAME | RUN (try nmt cost --help)"),
         (["experiment=demo", "--gpus", "3"], "--gpus 3 must divide training.micro_batches=1"),
         (["experiment=demo", "--gpus", "two"], "--gpus: invalid int value: 'two'"),
         (["experiment=demo", "--tflops", "0"], "--tflops 0.0 must be greater than 0"),

@@ -300,7 +300,8 @@ def test_too_little_memory_is_told_in_one_line(run: Path, cli: Cli, monkeypatch:
 
 def test_the_note_on_invalid_bytes(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     translate(run, tmp_path, b"\xff dog\nthe dog\n")
-    assert "1 line with bytes that are not UTF-8" in capfd.readouterr().err
+    note = "1 line with bytes that are not UTF-8; they were replaced by U+FFFD: save the text as UTF-8\n"
+    assert note in capfd.readouterr().err
 
 
 def test_strict_refuses_bytes_that_are_not_text(run: Path, tmp_path: Path, cli: Cli) -> None:

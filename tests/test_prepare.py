@@ -325,7 +325,7 @@ def test_filters_and_odd_text(tmp_path: Path) -> None:
         "toy: 405 pairs read, 403 kept; "
         "dropped: 1 with a blank side (blank), 1 with more than 200 subwords (max_pieces)" in log
     )
-    assert "toy: lines that were not valid UTF-8, invalid bytes replaced: train 1" in log
+    assert "toy: lines that were not valid UTF-8, invalid bytes replaced: train 1; save the text as UTF-8" in log
     assert len(prepared.parts()[0].shards) == 403
     assert prepared.manifest["dropped"]["max_pieces"] == 1
     assert prepared.manifest["invalid_utf8_lines"] == {"dev": 0, "test": 0, "train": 1}

@@ -279,13 +279,55 @@ def test_a_readme_without_its_marks_is_refused():
         ({"runs_of": "claim", "changes": ["seed_0"], "columns": []}, "the study claim has no change seed_0"),
         ({"compared": "claim/significance", "names": {"a over b": "a"}, "columns": []}, "there is no 'a over b'"),
         ({"compared": "claim/nothing", "names": {}, "columns": []}, "No such file"),
-        ({"rows": [], "columns": [], "chart": {"file": "a.svg"}}, "there is no 'text'"),
+        ({"rows": [], "columns": [], "chart": {"file": "a.svg"}}, "chart: the key text is missing: add it"),
+        ({"colums": [], "rows": []}, "unknown key colums; did you mean columns?"),
+        ({"columns": [], "row": []}, "unknown key row; did you mean rows?"),
+        ({"columns": []}, "it has columns but no rows: give it one of rows, study, "),
+        ({"rows": [], "columns": [], "readings": ["x"]}, "unknown key readings; did you mean reading?"),
+        ({"hardwear": "x"}, "unknown key hardwear; did you mean hardware?"),
+        ({"zzz": 1}, "unknown key zzz; the keys are title, about, "),
+        ({"picture": {"file": "a.png", "text": "x", "tezt": "y"}}, "picture: unknown key tezt; did you mean text?"),
+        (
+            {"rows": [{"a": 1}], "columns": [{"title": "A", "cell": "{a}", "best": "lowst"}]},
+            "column A: best is lowst: it may be lowest or highest",
+        ),
+        ({"rows": [], "columns": [{"title": "A", "cel": "{a}"}]}, "column A: unknown key cel; did you mean cell?"),
     ],
 )
 def test_a_wrong_name_is_an_error_that_names_the_table(table: dict[str, object], problem: str):
     result = {"title": "Claim", "tables": [{"title": "T", **table}]}
-    with pytest.raises(UserError, match=re.escape("results/claim.json, T: ") + ".*" + re.escape(problem)):
+    with pytest.raises(UserError, match=r"results/claim\.json, T[:,] .*" + re.escape(problem)):
         list(script.section(result, "claim"))
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        ({"title": "x", "tables": [], "comit": "y"}, "results/x.json: unknown key comit; did you mean commit?"),
+        ({"tables": []}, "results/x.json: the key title is missing"),
+        ({"title": "x"}, "results/x.json: the key tables is missing"),
+        ({"title": "x", "tables": [{"titel": "y"}]}, "results/x.json, table 1: unknown key titel; did you mean title?"),
+    ],
+)
+def test_a_wrong_key_of_a_file_is_an_error_that_names_it(result: dict[str, object], problem: str):
+    with pytest.raises(UserError, match=re.escape(problem)):
+        list(script.section(result, "x"))
+
+
+def test_the_table_of_the_readme_is_checked(monkeypatch: pytest.MonkeyPatch):
+    text = "<!-- table: results/claim.json -->\nold\n<!-- end of table -->\n"
+    for table, problem in (({"colums": []}, "T: unknown key colums; "), ({"rows": []}, "T: there is no 'columns'")):
+        result = {"title": "Claim", "tables": [{"title": "T", **table}]}
+        monkeypatch.setattr(script, "read_result", {"claim": result}.__getitem__)
+        with pytest.raises(UserError, match=re.escape(f"results/claim.json, {problem}")):
+            script.with_table(text)
+
+
+def test_a_file_of_results_that_cannot_be_read_is_named(tmp_path: Path):
+    (tmp_path / "bad.json").write_text("{")
+    for name in ("bad", "gone"):
+        with pytest.raises(UserError, match=rf"results/{name}\.json cannot be read \(.*\): correct"):
+            script.read_result(name, tmp_path)
 
 
 def test_no_page_is_written_if_one_has_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -298,6 +340,9 @@ def test_no_page_is_written_if_one_has_an_error(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(script, "PAGES", {"a": ("A", ["good"]), "b": ("B", ["bad"])})
     monkeypatch.setattr(script.read_result, "__defaults__", (tmp_path / "results",))
     with pytest.raises(SystemExit, match=re.escape("pages: results/bad.json, T: ")):
+        script.main()
+    (tmp_path / "results" / "bad.json").write_text('{"title": "Bad", "tables": [{"title": "T", "readin": []}]}')
+    with pytest.raises(SystemExit, match=r"^pages: results/bad.json, T: unknown key readin; did you mean reading\?$"):
         script.main()
     assert not list(tmp_path.rglob("*.md"))
 

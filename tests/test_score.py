@@ -143,7 +143,7 @@ def test_any_bytes(cli: Cli, run: Path, tmp_path: Path) -> None:
     assert len(rows) == data.count(b"\n") + 1
     assert all(math.isfinite(float(value)) for row in rows for value in row)
     assert f"1 pair with more than {LONGEST_SIDE:,} subwords on a side: only the beginning was scored" in cli.err
-    assert cli.err.count("bytes that are not UTF-8") == 2
+    assert cli.err.count("bytes that are not UTF-8; they were replaced by U+FFFD: save the text as UTF-8\n") == 2
     assert cli("score", str(run), *paths, "--strict") == 3
 
 

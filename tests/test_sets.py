@@ -74,6 +74,14 @@ def test_scores_are_those_of_sacrebleus_command_line(
     assert ours["multi-bleu"]["signature"] == ours["BLEU"]["signature"].replace("exp", "none")
 
 
+def test_bytes_that_are_not_utf8_are_reported(cli: Cli, texts: list[str], tmp_path: Path) -> None:
+    (tmp_path / "latin").write_bytes("café\n".encode("latin-1") * Path(texts[1]).read_bytes().count(b"\n"))
+    assert cli("evaluate", "--hypothesis", str(tmp_path / "latin"), "--reference", texts[1]) == 0
+    note = "lines with bytes that are not UTF-8; they were replaced by U+FFFD: save the text as UTF-8\n"
+    assert note in cli.err
+    assert cli.err.startswith(f"{tmp_path / 'latin'}: ")
+
+
 def test_the_table_has_the_digits_of_the_json(cli: Cli, texts: list[str]) -> None:
     arguments = ("evaluate", "--hypothesis", texts[0], "--reference", texts[1])
     assert cli(*arguments, "--json") == 0

@@ -221,6 +221,14 @@ def test_refusals(tmp_path: Path, name: str, text: str, part: str) -> None:
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize("kind", ["tsv", "csv"])
+def test_a_table_that_is_not_utf8_is_refused(tmp_path: Path, kind: str) -> None:
+    between = {"tsv": "\t", "csv": ","}[kind]
+    (tmp_path / f"t.{kind}").write_text(f"dog{between}Hund\ncoffee{between}café\n", encoding="latin-1")
+    with pytest.raises(DataError, match=r"line 2 has bytes that are not UTF-8: save the text as UTF-8$"):
+        read_terms(tmp_path / f"t.{kind}", "en", "de")
+
+
 def test_missing_files_and_tables_that_are_no_texts(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"terms: .*no\.tsv does not exist: correct the name$"):
         read_terms(tmp_path / "no.tsv", "en", "de")

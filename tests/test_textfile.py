@@ -169,7 +169,9 @@ def test_strict_names_the_first_line_with_bytes_that_are_not_text() -> None:
     assert list(TextReader(io.BytesIO("ä\n\ufffd\n".encode()), "x", strict=True)) == ["ä", "\ufffd"]
     for data, number in ((b"a\n\xff\n\xff\n", 2), (b"\xff", 1), (b"a\n" * 50_000 + b"\xc3", 50_001)):
         for stream in (io.BytesIO(data), Dribble(data)):
-            with pytest.raises(DataError, match=f"x line {number} has bytes that are not UTF-8: correct it"):
+            with pytest.raises(
+                DataError, match=f"x line {number} has bytes that are not UTF-8: save the text as UTF-8;"
+            ):
                 list(TextReader(stream, "x", strict=True))
     with pytest.raises(DataError, match="x line 2 has bytes"):  # in a part of a long line
         list(TextReader(io.BytesIO(b"a\n" + b"b" * 20 + b"\xff" + b"b" * 20), "x", 9, strict=True).blocks())

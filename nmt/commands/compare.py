@@ -99,6 +99,8 @@ def run(options: argparse.Namespace) -> None:
             f"{text.title} has {len(text.sources):,} sentences: compare at most {_MOST_SENTENCES:,}, as the tests keep "
             "all samples in memory; cut the files"
         )
+    for note in text.notes:
+        say(note)
     tokenizer = _tokenizer(options.tokenize, first, text.direction)
     doubt = misfit(tokenizer.name, text.references[0], "--tokenize ")
     if doubt:
@@ -181,12 +183,14 @@ def _system(candidate: _Candidate, text: EvaluationSet, split: str) -> System:
     """Return the translations of a system: those in its file, those that its run has kept, or new ones."""
     run, config = candidate.run, candidate.config
     if run is None:
-        hypotheses = read_lines(candidate.path)
+        hypotheses, notes = read_lines(candidate.path)
         if len(hypotheses) != len(text.sources):
             raise DataError(
                 f"{candidate.path} has {counted(len(hypotheses), 'line')} but {text.title} has {len(text.sources):,}: "
                 "they must pair line by line"
             )
+        for note in notes:
+            say(note)
         return System(candidate.name, f"file {candidate.path}", hypotheses)
     if text.own and not _has(run, text, split):
         say(f"{run.path} has another {split} set of its own: it translates that of the first run")
@@ -231,12 +235,14 @@ def _domains(path: str | None, text: EvaluationSet) -> list[str]:
     """Return the domain of each sentence; empty if unknown. DataError if the file has other lines than the set."""
     if path is None:
         return text.domains
-    domains = read_lines(path)
+    domains, notes = read_lines(path)
     if len(domains) != len(text.sources):
         raise DataError(
             f"--domains {path} has {counted(len(domains), 'line')} but {text.title} has {len(text.sources):,}: "
             "give the domain of each sentence on its line"
         )
+    for note in notes:
+        say(note)
     return domains
 
 

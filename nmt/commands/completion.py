@@ -4,7 +4,7 @@ import argparse
 from importlib import import_module
 
 from nmt.commands import ON_RUNS, ON_SETTINGS, ON_SYSTEMS, PLAIN, Parser, show
-from nmt.config.choices import choices, find_places, known_groups
+from nmt.config.choices import find_places, known_groups
 from nmt.config.describe import settings
 
 _COMPOSING = ["--config-dir", "--multirun", "--cfg", "--help"]
@@ -33,7 +33,9 @@ _nmt() {{
         esac
         case "${{COMP_WORDS[1]}}" in
             {with_files}) for path in conf/*/*.yaml; do
-                path="${{path#conf/}}"; path="${{path%.yaml}}"; [[ $path == "*"* ]] || found+=("${{path/\\//=}}")
+                [[ -f $path ]] || continue
+                path="${{path#conf/}}"; path="${{path%.yaml}}"
+                [[ $path == *[^[:alnum:]_./-]* ]] || found+=("${{path/\\//=}}")
             done ;;
         esac
     fi
@@ -67,7 +69,9 @@ _nmt() {{
         {with_runs}) found+=(runs/*/config.yaml(N:h:t)) ;;
     esac
     case $words[2] in
-        {with_files}) files=(conf/*/*.yaml(N:r)); files=(${{files#conf/}}); found+=(${{files/\\//=}}) ;;
+        {with_files})
+            files=(conf/*/*.yaml(N-.:r)); files=(${{files#conf/}}); files=(${{files:#*[^[:alnum:]_./-]*}})
+            found+=(${{files/\\//=}}) ;;
     esac
     compadd -S '' -- ${{(M)found:#*=}}
     compadd -- ${{found:#*=}}
@@ -84,7 +88,8 @@ complete -c nmt -f -n __fish_use_subcommand -a '{commands} --help --version'
 complete -c nmt -n '__fish_seen_subcommand_from {with_runs}' \\
     -a '(for each in runs/*/config.yaml; string replace -r "^runs/(.*)/config.yaml" "\\$1" $each; end)'
 complete -c nmt -n '__fish_seen_subcommand_from {with_files}' \\
-    -a '(for each in conf/*/*.yaml; string replace -r "^conf/(.*)/(.*).yaml" "\\$1=\\$2" $each; end)'
+    -a '(for each in conf/*/*.yaml; test -f $each; and string replace -fr "^conf/([\\w.-]+)/([\\w.-]+).yaml\\$" \\
+        "\\$1=\\$2" $each; end)'
 """
 
 
@@ -132,7 +137,7 @@ def words(command: str) -> list[str]:
         case "completion":
             return ["bash", "zsh", "fish", "--help"]
         case "settings":
-            return [*keys, "--help"]
+            return [*keys, *known_groups(), *_options(command)]
         case "prepare":
             own = ["--processes", "--scores", *_COMPOSING, *_choices("experiment", "corpus")]
             return [*own, *(f"{key}=" for key in keys if key[:6] == "corpus")]
@@ -157,5 +162,5 @@ def _parser(command: str) -> Parser:
 
 def _choices(*groups: str) -> list[str]:
     """Return GROUP=NAME for each file of these groups (none given: all groups) in the program's own conf/."""
-    own = find_places()[-1:]
-    return [choice.word for group in groups or known_groups() for choice in choices(group, own)]
+    own = find_places()[-1]
+    return [f"{group}={name}" for group in groups or known_groups() for name in own.names(group)]

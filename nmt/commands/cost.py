@@ -54,6 +54,12 @@ def parser() -> Parser:
         "  nmt cost experiment=wmt14_en_fr_moe_2048 --gpus 64 --card h200 --link 50 --price 3\n"
         "  nmt cost experiment=wmt14_en_de_moe_32 model.moe.num_experts=512 training.batch_tokens=16384\n"
         "  nmt cost runs/demo --json",
+        takes_run=False,
+    )
+    parser.add_argument(
+        "run",
+        metavar="experiment=NAME | RUN",
+        help="a configuration, in words as for nmt train; or the folder of a run, or its name in runs/",
     )
     parser.usage = (
         "nmt cost (experiment=NAME [key=value ...] | RUN) [--gpus N] [--card C] [--link GB] [--price P] [--tflops X]\n"

@@ -107,6 +107,8 @@ def run(options: argparse.Namespace, run: RunDirectory | None, config: Config) -
         _check_alone("--tune", options, wanted)
         _check_tunable(wanted[0], run, config)
     texts = _texts(options, wanted, run, config)
+    for note in dict.fromkeys(note for text in texts for note in text.notes):
+        say(note)
     targets = [(text.direction or config.corpus.direction).target if run else "" for text in texts]
     tokenizers = [_tokenizer(options.tokenize, target, config) for target in targets]
     told = describe(dict(zip(targets, tokenizers, strict=True)))

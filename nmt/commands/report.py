@@ -23,6 +23,8 @@ def report(options: argparse.Namespace, run: RunDirectory, config: Config) -> No
     split = "dev" if run.text("dev")[0] and not run.text("test")[0] else "test"
     references = [] if options.reference is None else [options.reference]
     text = _text(options, evaluation_set(options.source, references, split, run), run, config)
+    for note in text.notes:
+        say(note)
     translator = Translator.load(run, config)
     lines = text.directions or [text.direction] * text.size
     pairs = translator.pairs(text.sources, text.references[0], text.options(translator.options), lines)

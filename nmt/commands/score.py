@@ -89,9 +89,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
         score_stream(translator, pair_windows(*readers), write, halt.set, chosen)
     total.report(time.perf_counter() - started)
     for reader in readers:
-        if reader.num_invalid:
-            invalid = counted(reader.num_invalid, "line")
-            say(f"{reader.name}: {invalid} with bytes that are not UTF-8; they were replaced by U+FFFD")
+        if note := reader.replaced():
+            say(f"{reader.name}: {note}")
 
 
 class _Total:

@@ -221,8 +221,8 @@ def run(options: argparse.Namespace, run: RunDirectory, config: Config) -> None:
 def _report(lines: JoinedLines, reader: TextReader, translator: Translator, chosen: Options, seconds: float) -> None:
     """Print how many lines were translated, and what to check in them."""
     say(f"{_lines(lines.num_lines)} in {seconds:.1f} s ({lines.num_lines / max(seconds, 1e-9):,.1f} lines/s)")
-    if reader.num_invalid:
-        say(f"{_lines(reader.num_invalid)} with bytes that are not UTF-8; they were replaced by U+FFFD")
+    if note := reader.replaced():
+        say(note)
     if lines.num_unlearned:
         unknown = list_characters(lines.unlearned)
         say(f"{_lines(lines.num_unlearned)} with characters that the model never saw in training, check: {unknown}")

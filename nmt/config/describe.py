@@ -7,6 +7,7 @@ from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, NamedTuple, get_type_hints
 
 from nmt.config import Config
+from nmt.config.choices import known_groups
 from nmt.config.reading import known_settings, unknown_setting, written
 
 
@@ -27,8 +28,17 @@ def settings(prefix: str = "") -> list[Setting]:
     """Return all settings whose keys begin with `prefix`, in the order of nmt/config. Raises ValueError if none do."""
     found = [each for each in _settings(Config, "") if each.key.startswith(prefix)]
     if not found:
-        raise ValueError(unknown_setting(prefix, known_settings(Config)))
+        raise ValueError(
+            unknown_setting(prefix, dict.fromkeys([*known_settings(Config), *_sections(), *known_groups()]))
+        )
     return found
+
+
+def _sections() -> Iterator[str]:
+    """Yield the names of all sections: training, model, model.moe, ..."""
+    for key in known_settings(Config):
+        names = key.split(".")[:-1]
+        yield from (".".join(names[: count + 1]) for count in range(len(names)))
 
 
 def _settings(kind: type, section: str) -> Iterator[Setting]:

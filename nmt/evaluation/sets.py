@@ -62,6 +62,8 @@ class EvaluationSet:
     """True if the run was not trained in `direction`."""
     part_of: str = ""
     """Title of the set of several directions that this is a part of; empty: of none."""
+    notes: tuple[str, ...] = ()
+    """What readers should know about the files."""
 
     def options(self, base: Options) -> Options:
         """Return the options of a call that translates this set, otherwise as `base`."""
@@ -178,12 +180,14 @@ def _own_set(run: RunDirectory, split: str, hypothesis: str | None) -> Evaluatio
     sources, targets, domains = run.text(split)
     if not sources:
         raise DataError(f"{run.path} has no {split} set: give --source and --reference")
-    hypotheses = None if hypothesis is None else read_lines(hypothesis)
+    hypotheses, notes = (None, list[str]()) if hypothesis is None else read_lines(hypothesis)
     if hypothesis is not None and hypotheses is not None:
         _check_pair(f"the {split} set of {run.path}", sources, hypothesis, hypotheses)
     title = split if hypothesis is None else f"{split}, {_short(hypothesis)}"
     directions = tuple(run.directions(split))
-    return EvaluationSet(split, title, sources, [targets], domains, hypotheses=hypotheses, directions=directions)
+    return EvaluationSet(
+        split, title, sources, [targets], domains, hypotheses=hypotheses, directions=directions, notes=tuple(notes)
+    )
 
 
 def by_direction(
@@ -259,10 +263,11 @@ def _from_files(
 ) -> EvaluationSet:
     """Return the set in these files; `title`: "" for the name of a file."""
     names = references if source is None else (source, *references)
-    sides = [read_lines(name) for name in names]
+    found = [read_lines(name) for name in names]
+    sides, notes = [lines for lines, _ in found], [note for _, own in found for note in own]
     if not sides[0]:
         raise DataError(f"{_title(names[0])} is empty: there is nothing to score")
-    hypotheses = None if hypothesis is None else read_lines(hypothesis)
+    hypotheses, more = (None, list[str]()) if hypothesis is None else read_lines(hypothesis)
     for name, side in zip(names, sides, strict=True):
         _check_pair(_title(names[0]), sides[0], name, side)
     if hypothesis is not None and hypotheses is not None:
@@ -275,7 +280,14 @@ def _from_files(
     plain = re.sub(r"[^A-Za-z0-9._]+", "-", title).strip("-")[:_LONGEST_NAME]
     sources = [] if source is None else sides[0]
     return EvaluationSet(
-        f"set-{plain}-{digest}", title, sources, sides[source is not None :], [], files, hypotheses=hypotheses
+        f"set-{plain}-{digest}",
+        title,
+        sources,
+        sides[source is not None :],
+        [],
+        files,
+        hypotheses=hypotheses,
+        notes=(*notes, *more),
     )
 
 
@@ -288,12 +300,17 @@ def _check_pair(first: str, lines: list[str], name: str, others: list[str]) -> N
         )
 
 
-def read_lines(name: str) -> list[str]:
-    """Return the lines of the file `name`, or of standard input for "-". DataError if it cannot be read."""
+def read_lines(name: str) -> tuple[list[str], list[str]]:
+    """Return (lines of the file `name`, or of standard input for "-"; notes on them). DataError if it cannot be read.
+
+    There is a note, for readers, if bytes are not text.
+    """
     try:
         # The file may be a pipe, as it is read only once.
         with open(sys.stdin.fileno() if name == "-" else name, "rb", closefd=name != "-") as stream:
-            return list(TextReader(stream, _title(name)))
+            reader = TextReader(stream, _title(name))
+            lines = list(reader)
+            return lines, [f"{reader.name}: {note}" for note in (reader.replaced(),) if note]
     except (OSError, ValueError) as error:
         if isinstance(error, DataError):
             raise

@@ -301,7 +301,8 @@ def _on_text(report: Report) -> Iterator[Advice]:
             yield Advice(
                 False,
                 f"The {{}} side of the kept pairs has {counted(damaged, 'replacement character')} (U+FFFD). The text "
-                "was damaged earlier, or bytes that are not UTF-8 were replaced: get a clean copy, or convert it.",
+                "was damaged earlier, or bytes that are not UTF-8 were replaced: get a clean copy, or "
+                "save it as UTF-8.",
                 (side,),
             )
 

@@ -7,6 +7,7 @@ from typing import Any
 from nmt.config import CorpusConfig
 from nmt.data.subwords import list_characters
 from nmt.preparation.tally import Tally
+from nmt.textfile import SAVE_AS_UTF8
 from nmt.wording import brief, percent
 
 
@@ -37,7 +38,7 @@ def summary(
         what = "pairs that lack a side" if corpus.directions else "rows left out because they are blank or lack a text"
         yield f"{name}: {what}: {empty}"
     if invalid := _counts(manifest["invalid_utf8_lines"]):
-        yield f"{name}: lines that were not valid UTF-8, invalid bytes replaced: {invalid}"
+        yield f"{name}: lines that were not valid UTF-8, invalid bytes replaced: {invalid}; {SAVE_AS_UTF8}"
     for note in notes:
         yield f"{name}: {note}"
     if inherited := manifest.get("vocabulary"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from nmt.errors import DataError
 from nmt.text.terms import Terms
 from nmt.text.xml import XmlParser
-from nmt.textfile import MOST_BYTES, TextReader, open_input, open_text
+from nmt.textfile import MOST_BYTES, SAVE_AS_UTF8, TextReader, open_input, open_text
 
 ENDINGS = (".tsv", ".csv", ".tbx")
 _ENTRIES = ("termEntry", "conceptEntry")
@@ -50,6 +50,8 @@ def read_terms(path: Path, source_language: str, target_language: str) -> Terms:
                     "and its translation, or = if it is not translated"
                 )
             terms.add(row[0], row[1], place)
+    if lines.num_invalid:
+        raise DataError(f"{path} line {lines.first_invalid} has bytes that are not UTF-8: {SAVE_AS_UTF8}")
     return terms
 
 

@@ -40,6 +40,7 @@ A table with `scaling`, "weak" or "strong", has a row for each number of `expert
 scripts/bench/scaling.py. `on` has the figures by number of processes, as in "{on[2][efficiency]:.2f}".
 """
 
+import difflib
 import json
 import statistics
 import sys
@@ -69,6 +70,19 @@ PAGES = {
 """Pages by file name: the title, and the files of results that it shows."""
 IN_README = "claim"
 """The file of results whose first table is in README.md."""
+_ORIGIN = ("hardware", "commit", "decoding", "command", "scores")
+_ROWS = ("rows", "study", "variants_of", "runs_of", "compared", "scaling")
+"""The keys that give a table its rows."""
+# small_data_tables.py makes the columns and rows of a table with `of`.
+_IN_TABLE = ("title", "about", *_ORIGIN, "columns", *_ROWS, "changes", "names", "record", "reading", "of")
+_IN_PARTS = {
+    "picture": ("file", "text"),
+    "chart": ("file", "text", "label", "figure", "cell"),
+    "points": ("file", "text", "x_title", "y_title", "log", "x", "y", "series", "label", "curve"),
+    "experts": ("file", "text", "record"),
+}
+"""The parts of a table that are objects, with their keys."""
+_BEST = ("lowest", "highest")
 _MARKS = "<!-- table: {} -->\n", "<!-- end of table -->\n"
 
 Result = dict[str, Any]
@@ -76,8 +90,12 @@ Result = dict[str, Any]
 
 
 def read_result(name: str, folder: Path = ROOT / "results") -> Result:
-    """The file of results `name`.json."""
-    return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    """The file of results `name`.json. Raises UserError if it cannot be read."""
+    try:
+        return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"results/{name}.json cannot be read ({reason}): correct the file or its name") from error
 
 
 def page(name: str) -> str:
@@ -91,12 +109,41 @@ def page(name: str) -> str:
 
 def section(result: Result, file: str) -> Iterator[str]:
     """The lines of one file of results."""
+    check(result, file)
     yield f"## {result['title']}"
     yield from _paragraph(result.get("about", []))
     yield from _origin(result, file)
     for each in result["tables"]:
         with _named(file, each):
             yield from _table(each)
+
+
+def check(result: Result, file: str) -> None:
+    """Raise UserError, which names the file and the table, for a key or a value of `best` that is not known."""
+    _check_keys(result, ("title", "about", *_ORIGIN, "tables"), ("title", "tables"), f"results/{file}.json")
+    for number, each in enumerate(result["tables"], 1):
+        where = f"results/{file}.json, {each.get('title', f'table {number}')}"
+        _check_keys(each, (*_IN_TABLE, *_IN_PARTS, "samples", "systems", "experts_of"), ("title",), where)
+        if "columns" in each and not any(key in each for key in _ROWS):
+            raise UserError(f"{where}: it has columns but no rows: give it one of {', '.join(_ROWS)}")
+        for part in _IN_PARTS.keys() & each.keys():
+            _check_keys(each[part], _IN_PARTS[part], ("file", "text"), f"{where}, {part}")
+        for column in each.get("columns", []):
+            place = f"{where}, column {column.get('title')}"
+            _check_keys(column, ("title", "cell", "best"), ("title", "cell"), place)
+            if column.get("best", _BEST[0]) not in _BEST:
+                raise UserError(f"{place}: best is {column['best']}: it may be {' or '.join(_BEST)}")
+
+
+def _check_keys(given: Result, known: Sequence[str], needed: Sequence[str], where: str) -> None:
+    for key in given:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 1)
+            advice = f"did you mean {close[0]}?" if close else f"the keys are {', '.join(known)}"
+            raise UserError(f"{where}: unknown key {key}; {advice}")
+    for key in needed:
+        if key not in given:
+            raise UserError(f"{where}: the key {key} is missing: add it")
 
 
 def _table(each: Result) -> Iterator[str]:
@@ -332,8 +379,12 @@ def with_table(text: str) -> str:
     before, _, rest = text.partition(start)
     _, found, after = rest.partition(end)
     if not found:
-        raise ValueError(f"README.md lacks the lines {start.strip()} and {end.strip()}")
-    lines = "\n".join(rows_as_markdown(read_result(IN_README)["tables"][0]))
+        raise UserError(f"README.md lacks the lines {start.strip()} and {end.strip()}")
+    result = read_result(IN_README)
+    check(result, IN_README)
+    first = result["tables"][0]
+    with _named(IN_README, first):
+        lines = "\n".join(rows_as_markdown(first))
     return f"{before}{start}\n{lines}\n\n{end}{after}"
 
 

@@ -28,7 +28,7 @@ def translations(run: RunDirectory, name: str, texts: Path) -> tuple[list[str], 
     source, reference = (str(texts / f"{name}.{language}.gz") for language in sides)
     own = name == "test"
     text = evaluation_set(None if own else source, () if own else (reference,), "test", run)
-    return read_lines(str(run.report / f"{text.name}.hypotheses")), text.references[0]
+    return read_lines(str(run.report / f"{text.name}.hypotheses"))[0], text.references[0]
 
 
 def compared(baseline: RunDirectory, system: RunDirectory, name: str, texts: Path) -> dict[str, Any]:
