@@ -257,7 +257,7 @@ def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest
     output = tmp_path / "pairs.json"
 
     def run(*pairs: str) -> Any:
-        words = [*pairs, "--runs", "x", "--sets", "test", "-o", str(output)]
+        words = [*pairs, "--runs", "x", "--sets", "test", "-o", str(output), "--records", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", ["significance.py", *words])
         significance.main()
         return json.loads(output.read_text())["pairs"]
@@ -276,6 +276,14 @@ def test_a_comparison_is_of_the_second_system_over_the_first(monkeypatch: pytest
         with pytest.raises(SystemExit):
             run(pair)
     assert output.read_text() == before
+    # A record made of the same translations, and of others.
+    (tmp_path / "good.json").write_text(json.dumps({"scores": {"test": {"BLEU": 100.0}}}))
+    run("bad:good")
+    (tmp_path / "good.json").write_text(json.dumps({"scores": {"test": {"BLEU": 99.0}}}))
+    with pytest.raises(SystemExit):
+        run("bad:good")
+    assert output.read_text() == before
+    (tmp_path / "good.json").unlink()
     for text in ("{", "[]", '{"records": 1}'):
         output.write_text(text)
         with pytest.raises(SystemExit):

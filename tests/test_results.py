@@ -355,12 +355,15 @@ def test_rows_of_scaling_are_by_experts_and_processes(tmp_path: Path, monkeypatc
     records = [{"kind": "device", "name": "x"}, speed(1, 32, 10.0), speed(1, 0, 12.0), speed(2, 32, 18.0)]
     records += [speed(2, 32, 3.0, "strong")]
     (tmp_path / "two.json").write_text(json.dumps(records))
-    table = {"scaling": "weak", "record": "two"}
-    none, some = script.rows_of_scaling(table, tmp_path)
-    assert (none["experts"], some["experts"]) == (0, 32)
+    (tmp_path / "big.json").write_text(json.dumps([speed(2, 2048, 5.0)]))
+    names = {"0": "no experts", "32": "32 experts", "2048": "most"}
+    table = {"scaling": "weak", "records": ["two", "big"], "names": names}
+    none, some, most = script.rows_of_scaling(table, tmp_path)
+    assert [row["model"] for row in (none, some, most)] == ["no experts", "32 experts", "most"]
+    assert most["on"].keys() == {2}
     assert some["on"][1]["tokens_per_second"] == 10.0
     assert some["on"][2]["tokens_per_second"] == 18.0
     monkeypatch.setattr(script.rows_of_scaling, "__defaults__", (tmp_path,))
     columns = [{"title": name, "cell": f"{{on[{n}][tokens_per_second]:.0f}}"} for n, name in ((1, "one"), (2, "two"))]
     lines = list(script.rows_as_markdown({**table, "columns": columns}))
-    assert lines[2:] == ["| 12 | - |", "| 10 | 18 |"]
+    assert lines[2:] == ["| 12 | - |", "| 10 | 18 |", "| - | 5 |"]

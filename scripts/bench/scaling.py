@@ -1,13 +1,13 @@
 """How training scales over processes, and where the time of an update goes.
 
-  python scripts/bench/scaling.py                              1, 2, 4, .. processes, up to the GPUs of this host
-  python scripts/bench/scaling.py --processes 1,2 --small      on the CPU, tiny sizes
-  torchrun ... scripts/bench/scaling.py                        the processes that torchrun started, on any hosts
+  python -m scripts.bench.scaling                              1, 2, 4, .. processes, up to the GPUs of this host
+  python -m scripts.bench.scaling --processes 1,2 --small      on the CPU, tiny sizes
+  torchrun ... -m scripts.bench.scaling                        the processes that torchrun started, on any hosts
 
 Settings key=value change the model, which is conf/model/moe.yaml (small.yaml with --small), and how it is trained:
-parallel.overlap_exchange=true sends tokens in two halves. Batches are random pieces
-of random lengths, planned as in training. An update is the trainer's own, recorded where training records it. Its
-learning rate is 0, so the load is that of untrained gates.
+parallel.overlap_exchange=true sends tokens in two halves. Batches are random pieces of random lengths, planned as in
+training. An update is the trainer's own, recorded where training records it. Its learning rate is 0, so that the load
+is that of untrained gates.
 
 weak, strong        --tokens per side and process; --global-tokens per side for all together (one micro-batch each)
 tokens_per_second   source and target tokens, without padding, of all processes
@@ -16,10 +16,12 @@ exchange, dense     share that the all-to-all exchanges of rows add, and that su
                     adds: an update less the same update without them. What other work hides is not in it
 load                rows of the busiest process over the mean, worst MoE layer, mean over updates
 predicted           tokens_per_second over what `nmt cost` predicts for these batches on this kind of GPU
+ms                  milliseconds of an update
 memory_gb           peak of the process that needs most: allocated on a GPU, resident so far on a CPU (Linux)
+link                GB/s that each process sends to the others in an even all-to-all exchange
 equality            losses of N processes beside those of the fewest: same micro-batches, float64, learning at the rates
                     that training begins with. Learning enlarges differences of rounding; the second figure has how far:
-                    the fewest processes again, from weights of which each is larger by one rounding
+                    the fewest processes again, where each weight begins larger by one rounding
 """
 
 import argparse
@@ -325,7 +327,8 @@ def work(options: argparse.Namespace) -> list[Record]:
 def launch(options: argparse.Namespace, arguments: list[str]) -> list[Record]:
     """What each number of processes measured on this host; what came before a failure counts (out of memory, say)."""
     # The same list for all: it fixes the micro-batches of the equality check.
-    arguments = [__file__, *arguments, "--worker", f"--processes={','.join(map(str, options.processes))}"]
+    numbers = f"--processes={','.join(map(str, options.processes))}"
+    arguments = ["-m", "scripts.bench.scaling", *arguments, "--worker", numbers]
     threads = {"OMP_NUM_THREADS": str(max((os.cpu_count() or 1) // max(options.processes), 1))}
     torchrun, records = [sys.executable, "-m", "torch.distributed.run", "--standalone"], list[Record]()
     for number in options.processes:

@@ -36,8 +36,9 @@ A table with `compared`, such as "claim/significance", has a row for each compar
 scripts/results/significance.py. `names` maps what the file calls a pair to what readers call it, in order: it is the
 figure `pair`. Other figures are those of the file, as in "{BLEU[difference]:+.2f}".
 
-A table with `scaling`, "weak" or "strong", has a row for each number of `experts` in `record`, a file of
-scripts/bench/scaling.py. `on` has the figures by number of processes, as in "{on[2][efficiency]:.2f}".
+A table with `scaling`, "weak" or "strong", has a row for each number of `experts` in `records`, which are files of
+scripts/bench/scaling.py. `names` maps these numbers to what readers call the model: it is the figure `model`. `on` has
+the figures by number of processes, as in "{on[2][efficiency]:.2f}".
 """
 
 import difflib
@@ -74,7 +75,7 @@ _ORIGIN = ("hardware", "commit", "decoding", "command", "scores")
 _ROWS = ("rows", "study", "variants_of", "runs_of", "compared", "scaling")
 """The keys that give a table its rows."""
 # small_data_tables.py makes the columns and rows of a table with `of`.
-_IN_TABLE = ("title", "about", *_ORIGIN, "columns", *_ROWS, "changes", "names", "record", "reading", "of")
+_IN_TABLE = ("title", "about", *_ORIGIN, "columns", *_ROWS, "changes", "names", "records", "reading", "of")
 _IN_PARTS = {
     "picture": ("file", "text"),
     "chart": ("file", "text", "label", "figure", "cell"),
@@ -263,13 +264,13 @@ def rows_of_comparisons(of_table: Result, folder: Path = ROOT / "results") -> It
 
 
 def rows_of_scaling(of_table: Result, folder: Path = ROOT / "results") -> Iterator[Result]:
-    """The measurements by experts and processes."""
-    records = json.loads((folder / f"{of_table['record']}.json").read_text(encoding="utf-8"))
-    found: dict[int, dict[int, Result]] = {}
-    for each in records:
-        if each["kind"] == "speed" and each["scaling"] == of_table["scaling"]:
-            found.setdefault(each["experts"], {})[each["processes"]] = each
-    return ({"experts": experts, "on": found[experts]} for experts in sorted(found))
+    """The measurements by experts and processes, file by file."""
+    for name in of_table["records"]:
+        found: dict[int, dict[int, Result]] = {}
+        for each in json.loads((folder / f"{name}.json").read_text(encoding="utf-8")):
+            if each["kind"] == "speed" and each["scaling"] == of_table["scaling"]:
+                found.setdefault(each["experts"], {})[each["processes"]] = each
+        yield from ({"model": of_table["names"][str(experts)], "on": found[experts]} for experts in sorted(found))
 
 
 def rows_of(of_table: Result) -> list[Result]:

@@ -4,6 +4,7 @@
 
 For each pair BASELINE:SYSTEM and set, the file has the scores of both, their difference with its 95 % interval, and
 the p-value of sacreBLEU's paired bootstrap. Results of other pairs stay in the file, as runs may come one by one.
+A run that has a record must have the BLEU of its record: a later `nmt evaluate` may have replaced its translations.
 """
 
 import argparse
@@ -52,6 +53,16 @@ def compared(baseline: RunDirectory, system: RunDirectory, name: str, texts: Pat
     return found | {"signatures": scores.signatures()}
 
 
+def check_record(run: str, name: str, bleu: float, records: Path) -> None:
+    """DataError if a run's translations of a set are not those that its record was made of."""
+    path = records / f"{run}.json"
+    if path.is_file():
+        recorded = read_json(path, {"scores": {str: object}})["scores"].get(name, {}).get("BLEU", bleu)
+        if abs(bleu - recorded) > 0.002:
+            what = f"{run}: its translations of {name} have {bleu:.3f} BLEU, but {path} has {recorded:.3f}"
+            raise DataError(f"{what}: translate the set again with the settings of the record")
+
+
 def before(output: Path) -> dict[str, Any]:
     """What is in a file already. UserError if it is no file of comparisons."""
     if not output.exists():
@@ -68,6 +79,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="+", metavar="BASELINE:SYSTEM", help="names of runs in --runs")
     parser.add_argument("--runs", type=Path, default=Path("runs/queue"), help="folder of the runs")
     parser.add_argument("--texts", type=Path, default=Path("data/news"), help="folder of test sets")
+    parser.add_argument("--records", type=Path, default=Path("results/runs"), help="folder of their records")
     parser.add_argument("--sets", nargs="+", default=SETS, help=f"(default {' '.join(SETS)})")
     parser.add_argument("-o", "--output", type=Path, required=True)
     options = parser.parse_args()
@@ -80,6 +92,9 @@ def main() -> None:
                 raise UserError(f"{pair} is not BASELINE:SYSTEM")
             runs = [RunDirectory.existing(str(options.runs / name)) for name in names]
             record["pairs"][pair] = [compared(*runs, name, options.texts) for name in options.sets]
+            for found in record["pairs"][pair]:
+                for name, side in zip(names, ("baseline", "system"), strict=True):
+                    check_record(name, found["set"], found["BLEU"][side], options.records)
             output.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(output, (json.dumps(record, indent=1) + "\n").encode())
     except (UserError, OSError) as error:
