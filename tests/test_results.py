@@ -67,6 +67,15 @@ def test_points_are_where_their_figures_are(log: bool):
     assert len(list(ElementTree.fromstring(drawing).iter(f"{SVG}circle"))) == 4  # and one for the key
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_labels_of_near_points_are_in_the_order_of_the_points(order: int):
+    near = [(2.0, 5.28, "lower"), (2.0, 5.31, "upper")][::order]
+    each = Series("", [(1.0, 6.0), *(near[n][:2] for n in (0, 1)), (9.0, 5.0)], ["", near[0][2], near[1][2], ""])
+    drawing = ElementTree.fromstring(points({"text": "", "x_title": "", "y_title": ""}, [each]))
+    y = {text.text: float(text.attrib["y"]) for text in drawing.iter(f"{SVG}text") if text.text in ("lower", "upper")}
+    assert y["upper"] < y["lower"]
+
+
 def test_points_without_any_spread_are_drawn():
     (place,) = places(points({"text": "", "x_title": "", "y_title": ""}, [Series("only", [(3.0, 2.0)])]))
     assert place == (312.0, 187.0)

@@ -153,7 +153,8 @@ def _drawn(series: Series, colour: str, x_axis: _Axis, y_axis: _Axis, taken: lis
     yield f'<polyline points="{joined}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
     if len(places) <= _MARKED:
         yield from (f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places)
-    for (x, y), label in zip(places, series.labels, strict=False):
+    # From the top: of two near points, the upper one has its label above.
+    for (x, y), label in sorted(zip(places, series.labels, strict=False), key=lambda each: each[0][1]):
         wide = 6.5 * len(label)
         for left, base in ((x + 6, y - 7), (x + 6, y + 15), (x - 6 - wide, y - 7), (x - 6 - wide, y + 15)):
             box = _Box(left, base - 9, left + wide, base + 2)
