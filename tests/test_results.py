@@ -301,6 +301,7 @@ def test_a_readme_without_its_marks_is_refused():
             "column A: best is lowst: it may be lowest or highest",
         ),
         ({"rows": [], "columns": [{"title": "A", "cel": "{a}"}]}, "column A: unknown key cel; did you mean cell?"),
+        ({"scaling": "week", "columns": []}, "scaling is week: it may be weak or strong"),
     ],
 )
 def test_a_wrong_name_is_an_error_that_names_the_table(table: dict[str, object], problem: str):

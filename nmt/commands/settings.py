@@ -78,7 +78,7 @@ def _reject_value(prefix: str) -> None:
         return
     uses = f"nmt train {prefix} --cfg job prints all settings with it, and nmt cost {prefix} estimates the cost"
     if name in known_groups():
-        raise UserError(f"{prefix} is one choice: nmt settings {name} prints all choices, {uses}")
+        raise UserError(f"{prefix} is no group: nmt settings {name} prints all choices, {uses}")
     if name in known_settings(Config):
         raise UserError(f"{prefix} has a value: nmt settings {name} prints what the setting means, {uses}")
 

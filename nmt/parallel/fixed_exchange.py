@@ -3,11 +3,12 @@
 An exchange as the gates ask for it has sizes that only the device knows, and the host must wait for them. A CUDA graph
 cannot. So every process sends the same number of places to every other one, some of which are empty, and has experts
 for the same number of rows. No capacity limits the experts, and no token is dropped: if there are not enough places or
-rows, the results are NaN, `exceeded` is true, and the caller does the step again with more room. What is computed is
-otherwise the same, in the same order, as `AllToAllDispatcher.exchange` computes it.
+rows, the results of this process are NaN, and `exceeded` is true. The sums of gradients are then NaN in all processes,
+and the caller does the step again with more room. What is computed is otherwise the same, in the same order, as
+`AllToAllDispatcher.exchange` computes it.
 
-The last place for each process and the last row of the experts are never filled. Empty slots refer to them, as their
-results and gradients are zeros.
+Unless `exceeded`, the last place for each process and the last row of the experts are never filled. Empty slots refer
+to them, as their results and gradients are zeros.
 
 Letters: T tokens, K slots per token, S = T * K slots, M processes, P places for the visits to one process, V = M * P
 places that a process sends or receives, E experts of a process, R rows of its experts, D width.
@@ -30,7 +31,7 @@ from nmt.parallel.mesh import World
 from nmt.parallel.transfer import Begin, Finish, Transfer, plan_visits
 
 _FEW = 2.5
-"""Rows that experts always have, over those of even loads, if they can never have more: as with two processes."""
+"""If all rows that can come are at most this many times those of even loads, there is room for all of them."""
 
 
 class FixedSizes:

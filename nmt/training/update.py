@@ -127,14 +127,16 @@ class Updater:
         while True:
             with fixed_sizes(self.model, self.sizes):
                 if self.recording is None or not self.recording.serves(micro_batches):
-                    self.recording = None  # frees its memory
+                    self.release()  # frees its memory
                     self.recording = Recording(self, list(self.model.parameters()), micro_batches)
+                    if self.sizes:
+                        self.sizes.exceeded.zero_()  # the warm-up of the recording is no step
                 done = self._update(self.recording, micro_batches, step, target_tokens)
             if self.sizes is None or not self.sizes.take_exceeded(self.world):
                 return done
             # The gradients were NaN, so that the step changed nothing. Do it again, with more room.
             self.sizes.enlarge()
-            self.recording = None
+            self.release()
 
     def _update(self, steps: Steps, micro_batches: Sequence[Batch], step: int, target_tokens: int) -> UpdateOutput:
         first_pass = len(micro_batches) > 1 and self.balanced

@@ -84,6 +84,7 @@ _IN_PARTS = {
 }
 """The parts of a table that are objects, with their keys."""
 _BEST = ("lowest", "highest")
+_SCALING = ("weak", "strong")
 _MARKS = "<!-- table: {} -->\n", "<!-- end of table -->\n"
 
 Result = dict[str, Any]
@@ -127,6 +128,8 @@ def check(result: Result, file: str) -> None:
         _check_keys(each, (*_IN_TABLE, *_IN_PARTS, "samples", "systems", "experts_of"), ("title",), where)
         if "columns" in each and not any(key in each for key in _ROWS):
             raise UserError(f"{where}: it has columns but no rows: give it one of {', '.join(_ROWS)}")
+        if each.get("scaling", _SCALING[0]) not in _SCALING:
+            raise UserError(f"{where}: scaling is {each['scaling']}: it may be {' or '.join(_SCALING)}")
         for part in _IN_PARTS.keys() & each.keys():
             _check_keys(each[part], _IN_PARTS[part], ("file", "text"), f"{where}, {part}")
         for column in each.get("columns", []):
