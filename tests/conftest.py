@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import HealthCheck, settings
 
 from nmt.batch import Batch, make_batch
 from nmt.config import AttentionConfig, ModelConfig, MoEConfig
@@ -20,6 +21,9 @@ from tests.many import train_many
 from tests.toy import SHARED_TEXT, Cli, toy_config, train, write_corpus
 
 interpret_without_gpu()
+# On a busy machine, any example may take long.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 TINY_VOCAB = 13
 # The files that take longest, so that no process waits for another's at the end.

@@ -83,7 +83,7 @@ def test_plan_keeps_its_promises(num_pairs: int, budget: int, micro: int) -> Non
     check_plan(plan_of(source, target, budget, micro), source, target, budget, micro)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(st.tuples(st.integers(0, 30), st.integers(0, 30)), min_size=1, max_size=60),
     st.integers(1, 200),

@@ -22,7 +22,7 @@ def arrays_of(blocks: list[list[int]]) -> list[np.ndarray]:
     return [ranks(0, np.array(block, dtype=np.int64)) for block in blocks]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(KEYS, st.integers(1, 20))
 def test_repeated_keys_are_those_seen_before(blocks: list[list[int]], at_once: int) -> None:
     expected, seen = [], set()
@@ -39,7 +39,7 @@ def test_repeated_keys_are_those_seen_before(blocks: list[list[int]], at_once: i
     ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(KEYS, st.integers(0, 5), st.integers(0, 5))
 def test_held_out_ranks_are_the_smallest_and_the_largest(blocks: list[list[int]], num_dev: int, num_test: int) -> None:
     chosen, other = HeldOutRanks(num_dev, num_test), HeldOutRanks(num_dev, num_test)
@@ -82,7 +82,7 @@ def tally_of(block: int, words: list[tuple[int, int]]) -> Tally:
     return tally
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 400)), max_size=15), max_size=5), st.randoms())
 def test_tallies_add_up_in_any_order(blocks: list[list[tuple[int, int]]], random: Any) -> None:
     tallies = [tally_of(number, words) for number, words in enumerate(blocks)]

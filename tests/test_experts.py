@@ -218,7 +218,7 @@ def gate_output(expert_TK: Tensor, gates_TK: Tensor, num_experts: int) -> GateOu
     return GateOutput(expert_TK, gates_TK, num_routed, GateSums(zero_E, zero_E, zero_E), zero, zero)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 12), st.integers(1, 9), st.integers(1, 9), st.integers(0, 10**6), st.sampled_from([0, 0.3, 1]))
 def test_dispatch_groups_by_expert_and_combine_brings_back(
     num_tokens: int, num_experts: int, k: int, seed: int, empty: float

@@ -211,7 +211,7 @@ def translate(run: Path, folder: Path, content: bytes, *options: str) -> bytes:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=BYTES)
 def test_any_bytes_give_as_many_lines(run: Path, tmp_path: Path, content: bytes) -> None:
     out = translate(run, tmp_path, content, "decoding.max_length_ratio=0.1", "decoding.batch_tokens=48")

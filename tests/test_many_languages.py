@@ -176,7 +176,7 @@ def test_files_of_a_language_have_labels_by_their_place(tmp_path: Path) -> None:
 TEXT = st.sampled_from(["", "  ", "a", "b", "same"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     rows=st.lists(st.tuples(TEXT, TEXT, TEXT), max_size=8),
     directions=st.lists(st.sampled_from(ALL), min_size=1, unique=True),

@@ -125,7 +125,7 @@ def inside_a_word(line: str) -> bool:
     return bool(re.search(r"\w[.,:]?\0+[.,:]?\w", plain))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LINES)
 def test_a_copy_has_all_as_it_was(line: str) -> None:
     items = find_items(line)
@@ -143,7 +143,7 @@ def test_a_copy_has_all_as_it_was(line: str) -> None:
 TRANSLATIONS = ["", "x", "Der Zug, 3816 (38).", "38 3823 l'une & <", f"a {SLOTS[0]}{SLOTS[1]} b"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(LINES, st.sampled_from(TRANSLATIONS), st.integers(0, 1 << 30))
 def test_every_item_is_there_once_whatever_the_translation(line: str, given_translation: str, seed: int) -> None:
     items = find_items(line)
@@ -192,7 +192,7 @@ def outer_names(text: str) -> dict[str, str]:
     return around
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(nested(), st.sampled_from(["", "x", "Der Zug fährt, ja, fährt."]), st.integers(0, 1 << 30))
 def test_elements_stay_within_each_other(line: str, translation: str, seed: int) -> None:
     items = find_items(line)

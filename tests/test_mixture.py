@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nmt.checkpoint import list_checkpoints
@@ -58,7 +58,6 @@ def pairs_of(text: TrainingText, number: int) -> list[tuple[tuple[int, ...], tup
 # ------------------------------------------------------------------------------------------------- what is drawn
 
 
-@settings(deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=1, max_size=5),
     weights=st.lists(st.floats(0.2, 50.0), min_size=5, max_size=5),

@@ -53,7 +53,7 @@ def begin(partial: Partial, windows: list[Window], lost_after: int = 99) -> None
 
 
 @example(text="a|b", sizes=[1], losses=[(1, b"")])
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     text=st.text("ab|\n", max_size=40),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=3),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import nmt
@@ -24,7 +24,6 @@ JSON = st.recursive(
 FIELDS = st.dictionaries(st.text().filter(lambda name: name not in RESULT_FIELDS), JSON, max_size=4)
 
 
-@settings(deadline=None)
 @given(fields=FIELDS, text=st.text(), escaped=st.booleans(), pad=st.sampled_from(["", " ", "\t", "\r"]))
 def test_every_field_comes_back_and_the_result_is_added(fields: Any, text: str, escaped: bool, pad: str) -> None:
     line = f"{pad}{json.dumps({**fields, 'text': text}, ensure_ascii=escaped, separators=(',', ':'))}{pad}"

@@ -92,7 +92,7 @@ def test_errors_of_processes_are_raised_here() -> None:
 TEXTS = st.lists(st.tuples(st.text("ab ", max_size=40), st.sampled_from(["", "bt"])), max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(TEXTS, st.integers(1, 9), st.integers(1, 9), st.integers(0, 30), st.booleans())
 def test_blocks_depend_on_the_text_alone(
     texts: list[tuple[str, str]], first: int, second: int, limit: int, scored: bool

@@ -111,7 +111,7 @@ nasty = st.text(max_size=30) | st.text(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(nasty)
 def test_any_text_comes_back(subwords: Subwords, text: str) -> None:
     ids = subwords.encode(text)
@@ -119,7 +119,7 @@ def test_any_text_comes_back(subwords: Subwords, text: str) -> None:
     assert subwords.decode(ids) == subwords.normalise(text)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(nasty)
 def test_unlearned_characters_are_those_in_bytes(subwords: Subwords, text: str) -> None:
     in_bytes = bytes(number - FIRST_BYTE for number in subwords.encode(text).tolist() if number < FIRST_LEARNED)
@@ -158,7 +158,7 @@ def test_symbols_between_text(tmp_path: Path, normalisation: str) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(nasty, min_size=1, max_size=5), st.integers(0, 15))
 def test_symbols_in_any_text(subwords: Subwords, texts: list[str], number: int) -> None:
     slot = subwords.symbol("slot", number)

@@ -52,7 +52,7 @@ def plain_lines(data: bytes) -> list[str]:
     return [line.removesuffix(b"\r").decode(errors="replace") for line in lines]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.one_of(st.binary(max_size=15), st.text("aü\n\r\x85\u2028\x00\ufeff", max_size=20).map(str.encode)))
 @example(b"\xef\xbb\xbf")
 @example(b"\xef\xbb\xbf\n")
@@ -73,7 +73,7 @@ def test_lines_are_those_of_a_plain_split(data: bytes) -> None:
         assert (reader.num_invalid == 0) == (data.decode(errors="ignore").encode() == data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text("aü東\n\r\x85\u2028\x00\ufeff𝄞", max_size=20), st.sampled_from(["utf-16-le", "utf-16-be"]))
 def test_utf16_with_a_bom_is_the_same_text(text: str, encoding: str) -> None:
     data = "\ufeff".encode(encoding) + text.encode(encoding)
@@ -177,7 +177,7 @@ def test_strict_names_the_first_line_with_bytes_that_are_not_text() -> None:
         list(TextReader(io.BytesIO(b"a\n" + b"b" * 20 + b"\xff" + b"b" * 20), "x", 9, strict=True).blocks())
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.text("aaü東 \n", max_size=60), st.integers(4, 9))
 def test_long_lines_come_in_parts(text: str, most: int) -> None:
     reader = TextReader(io.BytesIO(text.encode()), "x", most)

@@ -41,7 +41,7 @@ def expected(subwords: Subwords, texts: list[str]) -> tuple[list[int], list[int]
 
 
 @pytest.mark.slow
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(texts=st.lists(st.text(NASTY, max_size=30), max_size=8), most=st.sampled_from([1, 5, 1000]))
 def test_ids_are_those_of_whole_lines(subwords: Subwords, texts: list[str], most: int) -> None:
     encoder = WordEncoder(subwords, most)
