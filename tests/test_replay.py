@@ -3,6 +3,7 @@
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,12 @@ import torch
 
 from nmt.batch import Batch, Shape, covering, fit, make_batch
 from nmt.config import Config, ModelConfig, MoEConfig, ParallelConfig, TrainingConfig
+from nmt.cost.step import ROOM
 from nmt.model.seq2seq import Seq2Seq
+from nmt.parallel.fixed_exchange import FixedSizes
 from nmt.parallel.mesh import World
 from nmt.tokens import NUM_SPECIAL
+from nmt.training import update
 from nmt.training.freezing import Frozen
 from nmt.training.optim import make_optimizer, tensors_to_save
 from nmt.training.recording import can_record
@@ -119,3 +123,21 @@ def test_gpus_record_unless_they_wait_for_the_host() -> None:
     world.size = world.group_size = 2
     assert can_record(config, world)
     assert not can_record(halves, world)
+
+
+def test_what_a_recording_computes_first_is_no_step_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = FixedSizes(MoEConfig(), torch.device("cpu"))
+    sizes.suffices = False
+
+    class Warmed:
+        def __init__(self, updater: Any, *_: Any) -> None:
+            updater.sizes.exceeded.fill_(True)
+
+    monkeypatch.setattr(update, "Recording", Warmed)
+    monkeypatch.setattr(update, "fixed_sizes", lambda *_: nullcontext())
+    updater: Any = SimpleNamespace(
+        model=torch.nn.Module(), sizes=sizes, recording=None, world=World(torch.device("cpu")), release=lambda: None
+    )
+    updater._update = lambda *_: "done"
+    assert update.Updater._replay(updater, [], 1, 1) == "done"
+    assert sizes.room == ROOM

@@ -51,16 +51,21 @@ print("never here", flush=True)
 """
 
 
+def lines_before_the_end(script: str) -> list[str]:
+    """What a script prints that must end as a process that lost another."""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, cwd=os.getcwd(), check=False
+    )
+    assert (done.returncode, done.stderr) == (ProcessError.status, "")
+    return done.stdout.splitlines()
+
+
 @pytest.mark.slow
 def test_told_to_stop_a_process_that_runs_goes_on_and_one_that_hangs_ends() -> None:
     """Neither Python code nor waiting for a thread, such as one that writes a checkpoint, is taken for hanging."""
-    done = subprocess.run(
-        [sys.executable, "-c", STUCK], capture_output=True, text=True, timeout=60, cwd=os.getcwd(), check=False
-    )
-    went_on, lost = done.stdout.splitlines()
+    went_on, lost = lines_before_the_end(STUCK)
     assert went_on == "handled 1, went on"
     assert lost.startswith("rank 1 of 2 lost another at step 8 (received a signal to stop, but hung for 1 s)")
-    assert (done.returncode, done.stderr) == (ProcessError.status, "")
 
 
 HUNG = """
@@ -87,13 +92,9 @@ print("never here", flush=True)
 @pytest.mark.slow
 def test_a_process_that_hangs_longer_than_its_timeout_ends() -> None:
     """As in a recorded step, which NCCL does not watch."""
-    done = subprocess.run(
-        [sys.executable, "-c", HUNG], capture_output=True, text=True, timeout=60, cwd=os.getcwd(), check=False
-    )
-    went_on, lost = done.stdout.splitlines()
+    went_on, lost = lines_before_the_end(HUNG)
     assert went_on == "went on"
     assert lost.startswith("rank 1 of 2 lost another at step 9 (hung for 1 s)")
-    assert (done.returncode, done.stderr) == (ProcessError.status, "")
 
 
 @pytest.fixture
